@@ -1,0 +1,170 @@
+//! Names and identifiers of accounts, as types that cannot hold what the contract forbids.
+
+use std::{borrow::Borrow, fmt, str::FromStr, sync::Arc};
+
+use thiserror::Error;
+
+/// The longest account name, in characters.
+pub const MAX_NAME: usize = 63;
+/// The longest client id of RCS Biz Center, in characters.
+pub const MAX_CLIENT_ID: usize = 20;
+
+/// Why a name, id or secret was refused. The messages name the fault and never the value.
+#[derive(Clone, Copy, Debug, Error, Eq, PartialEq)]
+pub enum Invalid {
+    /// Nothing was given.
+    #[error("{0} is empty")]
+    Empty(&'static str),
+    /// More characters than allowed.
+    #[error("{0} is longer than {1} characters")]
+    TooLong(&'static str, usize),
+    /// Characters that are not allowed.
+    #[error("{0} must match {1}")]
+    Malformed(&'static str, &'static str),
+}
+
+/// An account's name: `[a-z0-9][a-z0-9._-]{0,62}`. Cheap to clone.
+#[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub struct AccountName(Arc<str>);
+
+impl AccountName {
+    /// The rule, as the database's trigger states it too.
+    pub const PATTERN: &'static str = "[a-z0-9][a-z0-9._-]{0,62}";
+
+    /// The name as text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for AccountName {
+    type Err = Invalid;
+
+    fn from_str(name: &str) -> Result<Self, Invalid> {
+        let first = name.chars().next().ok_or(Invalid::Empty("account name"))?;
+        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+        if !plain(first) || !name.chars().all(|c| plain(c) || matches!(c, '.' | '_' | '-')) {
+            return Err(Invalid::Malformed("account name", Self::PATTERN));
+        }
+        if name.len() > MAX_NAME {
+            return Err(Invalid::TooLong("account name", MAX_NAME));
+        }
+        Ok(Self(name.into()))
+    }
+}
+
+impl fmt::Display for AccountName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl Borrow<str> for AccountName {
+    fn borrow(&self) -> &str {
+        &self.0
+    }
+}
+
+/// An account's row number: never reused, so that a name deleted and inserted again is another
+/// account.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub struct AccountId(pub i64);
+
+impl fmt::Display for AccountId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Counts the credentials that an account has had; what was made with one version is never taken
+/// for another's.
+#[derive(Clone, Copy, Debug, Default, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub struct CredentialVersion(pub i64);
+
+/// The ID of a login at the upstream's console: 1 to 20 characters, none of them white space or
+/// control characters.
+#[derive(Clone, Debug, Eq, Hash, PartialEq)]
+pub struct ClientId(Arc<str>);
+
+impl ClientId {
+    /// The ID as text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for ClientId {
+    type Err = Invalid;
+
+    fn from_str(id: &str) -> Result<Self, Invalid> {
+        printable("client id", id, MAX_CLIENT_ID)?;
+        Ok(Self(id.into()))
+    }
+}
+
+impl fmt::Display for ClientId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Checks that `value` is 1 to `longest` characters, none of them white space or control.
+pub(crate) fn printable(what: &'static str, value: &str, longest: usize) -> Result<(), Invalid> {
+    if value.is_empty() {
+        return Err(Invalid::Empty(what));
+    }
+    if value.chars().count() > longest {
+        return Err(Invalid::TooLong(what, longest));
+    }
+    if value.chars().any(|c| c.is_whitespace() || c.is_control()) {
+        return Err(Invalid::Malformed(what, "printable characters without white space"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn names_the_contract_allows_are_taken() {
+        for name in ["a", "0", "acme-prod.eu_1", &"a".repeat(63)] {
+            assert_eq!(name.parse::<AccountName>().unwrap().as_str(), name);
+        }
+    }
+
+    #[test]
+    fn names_the_contract_forbids_are_refused_with_their_fault() {
+        for (name, fault) in [
+            ("", "account name is empty"),
+            ("-a", "account name must match [a-z0-9][a-z0-9._-]{0,62}"),
+            ("Acme", "account name must match [a-z0-9][a-z0-9._-]{0,62}"),
+            ("a b", "account name must match [a-z0-9][a-z0-9._-]{0,62}"),
+            ("é", "account name must match [a-z0-9][a-z0-9._-]{0,62}"),
+            (&"a".repeat(64), "account name is longer than 63 characters"),
+        ] {
+            assert_eq!(name.parse::<AccountName>().unwrap_err().to_string(), fault);
+        }
+    }
+
+    #[test]
+    fn client_ids_are_counted_in_characters() {
+        assert!("가".repeat(20).parse::<ClientId>().is_ok());
+        assert!("가".repeat(21).parse::<ClientId>().is_err());
+        assert!("a b".parse::<ClientId>().is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_either_a_name_that_reads_back_or_refused(text in ".{0,80}") {
+            if let Ok(name) = text.parse::<AccountName>() {
+                prop_assert_eq!(name.as_str(), text.as_str());
+                prop_assert!(text.len() <= MAX_NAME);
+            }
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! The one source of time: now *and* sleep, so that a test that moves one moves the other.
+
+use std::{sync::Arc, time::Duration};
+
+use chrono::{DateTime, TimeDelta, Utc};
+use tokio::sync::watch;
+
+/// A moment, in UTC. Wall time, since it is compared with what other processes stored.
+pub type Timestamp = DateTime<Utc>;
+
+/// Where time comes from.
+#[derive(Clone, Debug, Default)]
+pub enum Clock {
+    /// The machine's.
+    #[default]
+    System,
+    /// A test's, which moves only when told.
+    Manual(ManualClock),
+}
+
+impl Clock {
+    /// The present moment.
+    #[must_use]
+    #[expect(clippy::disallowed_methods, reason = "the one home of the wall clock")]
+    pub fn now(&self) -> Timestamp {
+        match self {
+            Self::System => Utc::now(),
+            Self::Manual(clock) => *clock.now.borrow(),
+        }
+    }
+
+    /// Returns once [`Clock::now`] has reached `until`; at once if it has.
+    ///
+    /// A system clock that is set back or forward meanwhile is noticed within a second.
+    pub async fn sleep_until(&self, until: Timestamp) {
+        const LONGEST_NAP: Duration = Duration::from_secs(1);
+        match self {
+            Self::System => loop {
+                let left = until_from(self.now(), until);
+                if left.is_zero() {
+                    return;
+                }
+                tokio::time::sleep(left.min(LONGEST_NAP)).await;
+            },
+            Self::Manual(clock) => {
+                let mut now = clock.now.subscribe();
+                // The sender lives in `clock`, so the wait cannot fail.
+                let _ = now.wait_for(|now| *now >= until).await;
+            }
+        }
+    }
+
+    /// Returns after `pause` of this clock's time.
+    pub async fn sleep(&self, pause: Duration) {
+        self.sleep_until(self.now() + delta(pause)).await;
+    }
+}
+
+/// A clock for tests: starts where it is told and moves only by [`ManualClock::advance`] and
+/// [`ManualClock::set`].
+#[derive(Clone, Debug)]
+pub struct ManualClock {
+    now: Arc<watch::Sender<Timestamp>>,
+}
+
+impl ManualClock {
+    /// A clock that stands at `now`.
+    #[must_use]
+    pub fn new(now: Timestamp) -> Self {
+        Self { now: Arc::new(watch::Sender::new(now)) }
+    }
+
+    /// Moves forward, waking every sleeper whose time has come.
+    pub fn advance(&self, by: Duration) {
+        self.now.send_modify(|now| *now += delta(by));
+    }
+
+    /// Jumps to `now`, which may lie in the past.
+    pub fn set(&self, now: Timestamp) {
+        self.now.send_replace(now);
+    }
+}
+
+/// How long from `now` until `then`; zero if it has passed.
+#[must_use]
+pub fn until_from(now: Timestamp, then: Timestamp) -> Duration {
+    (then - now).to_std().unwrap_or(Duration::ZERO)
+}
+
+/// `duration` as a difference of timestamps, capped at a hundred years so that sums stay in range.
+#[must_use]
+pub fn delta(duration: Duration) -> TimeDelta {
+    const CENTURY: TimeDelta = TimeDelta::days(36_525);
+    TimeDelta::from_std(duration).unwrap_or(CENTURY).min(CENTURY)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_manual_clock_wakes_a_sleeper_only_when_its_time_has_come() {
+        let manual = ManualClock::new(DateTime::UNIX_EPOCH);
+        let clock = Clock::Manual(manual.clone());
+        let sleeper = tokio::spawn({
+            let clock = clock.clone();
+            async move {
+                clock.sleep(Duration::from_mins(1)).await;
+                clock.now()
+            }
+        });
+        while manual.now.receiver_count() == 0 {
+            tokio::task::yield_now().await;
+        }
+        manual.advance(Duration::from_secs(59));
+        tokio::task::yield_now().await;
+        assert!(!sleeper.is_finished());
+        manual.advance(Duration::from_secs(1));
+        assert_eq!(sleeper.await.unwrap().timestamp(), 60);
+    }
+
+    #[test]
+    fn a_moment_in_the_past_is_no_time_away() {
+        let now = DateTime::UNIX_EPOCH;
+        assert_eq!(until_from(now, now - TimeDelta::seconds(5)), Duration::ZERO);
+        assert_eq!(until_from(now, now + TimeDelta::seconds(5)), Duration::from_secs(5));
+        assert_eq!(delta(Duration::MAX), TimeDelta::days(36_525));
+    }
+}

@@ -1,0 +1,3 @@
+//! Token Broker.
+
+fn main() {}
