@@ -13,10 +13,12 @@
 //! | aside | [`dev`] | the embedded world of `dev` and `simulate` |
 
 pub mod account;
+pub mod bearer;
 pub mod caller;
 pub mod clock;
 pub mod issue;
 pub mod proto;
 pub mod schedule;
+pub mod seal;
 pub mod secret;
 pub mod token;
