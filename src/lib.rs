@@ -22,3 +22,4 @@ pub mod schedule;
 pub mod seal;
 pub mod secret;
 pub mod token;
+pub mod upstream;
