@@ -13,6 +13,7 @@
 //! | aside | [`dev`] | the embedded world of `dev` and `simulate` |
 
 pub mod account;
+pub mod audit;
 pub mod bearer;
 pub mod caller;
 pub mod clock;
@@ -21,5 +22,7 @@ pub mod proto;
 pub mod schedule;
 pub mod seal;
 pub mod secret;
+pub mod state_dir;
+pub mod store;
 pub mod token;
 pub mod upstream;

@@ -1,0 +1,124 @@
+//! What callers, the writer and readers share.
+
+use std::{
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use tokio::sync::{Notify, watch};
+
+use super::{JournalSettings, catalog::Catalog, files::Files, lost::Lost, queue::Queue};
+use crate::{audit::chain::ChainLink, clock::Clock, state_dir::StateDir};
+
+/// A write that takes longer means that the disk hangs: the journal then counts as not writable.
+const STALLED: Duration = Duration::from_secs(2);
+
+/// What callers, the writer and readers share.
+pub(super) struct Shared {
+    pub(super) files: Arc<dyn Files>,
+    pub(super) settings: JournalSettings,
+    pub(super) clock: Clock,
+    pub(super) link: Arc<ChainLink>,
+    pub(super) queue: Queue,
+    catalog: Mutex<Catalog>,
+    pub(super) lost: Lost,
+    pub(super) counters: Counters,
+    pub(super) writable: AtomicBool,
+    /// When the write that is under way began, in milliseconds since `started`, plus 1; 0 if none is.
+    pub(super) writing_since: AtomicU64,
+    started: Instant,
+    pub(super) closing: AtomicBool,
+    /// Told after each commit.
+    pub(super) more_durable: Notify,
+    /// A delivered position completed a segment: it is time to keep the positions.
+    pub(super) positions_moved: AtomicBool,
+    pub(super) ended: watch::Sender<bool>,
+    /// The directory stays locked until the last writer and reader have gone.
+    _state_dir: Option<StateDir>,
+}
+
+#[derive(Default)]
+pub(super) struct Counters {
+    pub(super) appended: AtomicU64,
+    pub(super) durable: AtomicU64,
+    pub(super) failed: AtomicU64,
+    /// When Postgres last took records, in milliseconds since 1970; 0 for never.
+    pub(super) delivered_ms: AtomicI64,
+}
+
+impl Shared {
+    pub(super) fn new(
+        files: Arc<dyn Files>,
+        settings: JournalSettings,
+        clock: Clock,
+        link: ChainLink,
+        catalog: Catalog,
+        state_dir: Option<StateDir>,
+    ) -> Self {
+        Self {
+            files,
+            settings,
+            clock,
+            link: Arc::new(link),
+            queue: Queue::new(),
+            catalog: Mutex::new(catalog),
+            lost: Lost::default(),
+            counters: Counters::default(),
+            writable: AtomicBool::new(true),
+            writing_since: AtomicU64::new(0),
+            started: Instant::now(),
+            closing: AtomicBool::new(false),
+            more_durable: Notify::new(),
+            positions_moved: AtomicBool::new(false),
+            ended: watch::Sender::new(false),
+            _state_dir: state_dir,
+        }
+    }
+
+    pub(super) fn catalog(&self) -> MutexGuard<'_, Catalog> {
+        // Held for a look or a note; nothing panics in between.
+        self.catalog.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn lose(&self, is_call: bool, count: i64) {
+        self.counters.failed.fetch_add(1, Ordering::Relaxed);
+        self.lost.add(is_call, count);
+    }
+
+    /// Runs a write so that its hanging can be seen.
+    pub(super) fn watched<T>(&self, write: impl FnOnce() -> T) -> T {
+        self.writing_since.store(self.millis() + 1, Ordering::Release);
+        let written = write();
+        self.writing_since.store(0, Ordering::Release);
+        written
+    }
+
+    pub(super) fn is_stalled(&self) -> bool {
+        stalled(self.writing_since.load(Ordering::Acquire), self.millis())
+    }
+
+    fn millis(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+}
+
+/// Whether a write that began at `since` (0 if none is under way) hangs at `now`.
+pub(super) fn stalled(since: u64, now: u64) -> bool {
+    since != 0 && Duration::from_millis(now.saturating_sub(since)) > STALLED
+}
+
+/// Tells that the writer has ended, however it did: after a panic nothing is writable.
+pub(super) struct Ending(pub(super) Arc<Shared>);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        self.0.writable.store(false, Ordering::Release);
+        for commit in self.0.queue.take(true).commits {
+            commit.finish(false);
+        }
+        self.0.ended.send_replace(true);
+    }
+}

@@ -1,0 +1,328 @@
+//! The one writer: takes what is queued, numbers and hashes it, and makes it durable at one stroke.
+
+use std::{
+    io, mem,
+    sync::{Arc, atomic::Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use thiserror::Error;
+
+use super::{
+    Sync,
+    catalog::Segment,
+    files::Appending,
+    queue::{Commit, MOST_RECORDS, Taken},
+    recover::DELIVERED,
+    segment::{Header, encode, name_of},
+    shared::Shared,
+};
+use crate::audit::{
+    chain::{Head, StoredEvent},
+    record::Record,
+};
+
+/// How long an unwritable journal is left alone before it is tried again.
+const PROBE: Duration = Duration::from_millis(500);
+/// How often an idle writer looks for segments whose time is over.
+const HOUSEKEEPING: Duration = Duration::from_mins(1);
+
+/// Why a batch was not written.
+#[derive(Debug, Error)]
+enum WriteError {
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    #[error("the records that wait for Postgres fill the journal's {0} bytes")]
+    Full(u64),
+}
+
+/// The segment that is being written.
+struct Open {
+    name: String,
+    file: Box<dyn Appending>,
+    /// How far it is durable.
+    len: u64,
+    /// Whether any record in it is.
+    holds_records: bool,
+}
+
+/// A record on its way to a segment. Its place is found anew at each try.
+struct Unwritten {
+    event: StoredEvent,
+    is_call: bool,
+}
+
+pub(super) struct Writer {
+    shared: Arc<Shared>,
+    segment: Option<Open>,
+    /// The last durable record.
+    head: Head,
+    /// The last number that is on disk for sure; with [`Sync::Write`], `head` is ahead of it.
+    synced: i64,
+    /// What waits for the journal to be writable again, in order; no calls.
+    kept: Vec<Unwritten>,
+    /// While the journal cannot be written: when to try again.
+    probe_at: Option<Instant>,
+}
+
+impl Writer {
+    /// A writer whose first segment is there.
+    pub(super) fn start(shared: Arc<Shared>) -> io::Result<Self> {
+        let head = shared.link.root();
+        let mut writer =
+            Self { shared, segment: None, head, synced: 0, kept: Vec::new(), probe_at: None };
+        writer.segment = Some(writer.open_segment()?);
+        Ok(writer)
+    }
+
+    /// Writes until the journal is closed.
+    pub(super) fn run(mut self) {
+        loop {
+            let closing = self.shared.closing.load(Ordering::Acquire);
+            let taken = self.shared.queue.take(closing);
+            self.step(taken, closing);
+            if closing {
+                break;
+            }
+            thread::park_timeout(
+                self.probe_at
+                    .map_or(HOUSEKEEPING, |at| at.saturating_duration_since(Instant::now())),
+            );
+            if self.probe_at.is_none() {
+                self.remove_expired();
+            }
+            self.keep_positions();
+        }
+        self.finish();
+    }
+
+    /// Makes one batch of everything there is, or refuses it.
+    fn step(&mut self, taken: Taken, closing: bool) {
+        let Taken { records, commits } = taken;
+        let mut batch = mem::take(&mut self.kept);
+        batch.extend(records.into_iter().map(|record| self.unwritten(record)));
+        if !closing && self.probe_at.is_some_and(|at| Instant::now() < at) {
+            return self.refuse(batch, &commits);
+        }
+        let lost = self.shared.lost.counted();
+        if let Some(gap) = lost.record(self.shared.clock.now()) {
+            batch.push(self.unwritten(gap));
+        }
+        if batch.is_empty() {
+            return;
+        }
+        let shared = Arc::clone(&self.shared);
+        match shared.watched(|| self.write(&mut batch)) {
+            Ok(()) => {
+                self.shared.lost.told(lost);
+                self.written(batch.len(), &commits);
+            }
+            Err(error) => {
+                if lost.any() {
+                    batch.pop();
+                }
+                self.unwritable(&error);
+                self.refuse(batch, &commits);
+            }
+        }
+    }
+
+    fn unwritten(&self, record: Record) -> Unwritten {
+        let is_call = record.event.is_call();
+        Unwritten { event: StoredEvent::unplaced(record, &self.shared.link), is_call }
+    }
+
+    /// Releases the waiters of a durable batch.
+    fn written(&mut self, records: usize, commits: &[Arc<Commit>]) {
+        self.shared.counters.durable.fetch_add(records as u64, Ordering::Relaxed);
+        self.shared.writable.store(true, Ordering::Release);
+        for commit in commits {
+            commit.finish(true);
+        }
+        self.shared.more_durable.notify_one();
+        if self.probe_at.take().is_some() {
+            tracing::info!("the audit journal can be written again");
+        }
+    }
+
+    fn unwritable(&mut self, error: &WriteError) {
+        if self.probe_at.is_none() {
+            tracing::error!(%error, "the audit journal cannot be written: calls are refused");
+        }
+        self.shared.writable.store(false, Ordering::Release);
+        self.probe_at = Some(Instant::now() + PROBE);
+    }
+
+    /// Turns the waiters away; counts the calls, keeps the rest.
+    fn refuse(&mut self, batch: Vec<Unwritten>, commits: &[Arc<Commit>]) {
+        for Unwritten { event, is_call } in batch {
+            if is_call || self.kept.len() >= MOST_RECORDS {
+                self.shared.lose(is_call, event.count);
+            } else {
+                self.kept.push(Unwritten { event, is_call });
+            }
+        }
+        for commit in commits {
+            commit.finish(false);
+        }
+    }
+
+    /// Makes `batch` durable. An error in the present segment ends that segment, not the batch: what
+    /// the kernel still holds of it cannot be trusted after a failed sync.
+    fn write(&mut self, batch: &mut [Unwritten]) -> Result<(), WriteError> {
+        let mut head = self.head;
+        let mut lines = Vec::with_capacity(batch.len() * 640);
+        for Unwritten { event, .. } in batch {
+            event.place(&mut head);
+            encode(event, self.synced, &mut lines);
+        }
+        self.make_room(lines.len() as u64)?;
+        if let Some(open) = self.segment.take() {
+            match self.commit(open, &lines, head) {
+                Ok(()) => return Ok(()),
+                Err(error) => {
+                    tracing::warn!(%error, "an audit segment is abandoned after an error");
+                }
+            }
+        }
+        let open = self.open_segment()?;
+        Ok(self.commit(open, &lines, head)?)
+    }
+
+    /// Appends `lines`, which end at `head`, to `open`; abandons it on an error.
+    fn commit(&mut self, mut open: Open, lines: &[u8], head: Head) -> io::Result<()> {
+        let full = open.len + lines.len() as u64 >= self.shared.settings.segment_bytes;
+        let sync = self.shared.settings.sync == Sync::Fsync || full;
+        let appended = open.file.append(lines);
+        let written = if sync { appended.and_then(|()| open.file.sync()) } else { appended };
+        if let Err(error) = written {
+            self.abandon(&open);
+            return Err(error);
+        }
+        open.len += lines.len() as u64;
+        open.holds_records = true;
+        self.head = head;
+        if sync {
+            self.synced = head.seq;
+        }
+        self.shared.catalog().committed(head.seq, open.len);
+        if full {
+            self.shared.catalog().closed(self.shared.clock.now());
+            self.remove_expired();
+        } else {
+            self.segment = Some(open);
+        }
+        Ok(())
+    }
+
+    /// Leaves a segment as it was after its last durable record. If it cannot be cut, its successor's
+    /// header says where it ends.
+    fn abandon(&self, open: &Open) {
+        let cut = if open.holds_records {
+            self.shared.catalog().closed(self.shared.clock.now());
+            self.shared.files.truncate(&open.name, open.len)
+        } else {
+            self.shared.catalog().removed(&open.name);
+            self.shared.files.remove(&open.name)
+        };
+        if let Err(error) = cut {
+            tracing::warn!(%error, segment = open.name, "an abandoned audit segment was not cut");
+        }
+    }
+
+    /// Makes the segment that goes on after `head`, its name and header durable.
+    fn open_segment(&self) -> io::Result<Open> {
+        let header = Header::new(&self.shared.link, self.head);
+        let name = name_of(&self.shared.link.chain, header.first_seq);
+        let line = header.line();
+        let file = match self.make_segment(&name, &line) {
+            // Left by an abandoned try that held no record.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                self.shared.files.remove(&name)?;
+                self.make_segment(&name, &line)?
+            }
+            made => made?,
+        };
+        let len = line.len() as u64;
+        self.shared.catalog().opened(Segment {
+            name: name.clone(),
+            link: Arc::clone(&self.shared.link),
+            before: self.head,
+            last_seq: self.head.seq,
+            len,
+            closed_at: None,
+        });
+        Ok(Open { name, file, len, holds_records: false })
+    }
+
+    fn make_segment(&self, name: &str, header: &[u8]) -> io::Result<Box<dyn Appending>> {
+        let mut file = self.shared.files.create(name)?;
+        file.append(header)?;
+        file.sync()?;
+        self.shared.files.sync_dir()?;
+        Ok(file)
+    }
+
+    /// Deletes delivered segments, the oldest first, until `bytes` more fit.
+    fn make_room(&self, bytes: u64) -> Result<(), WriteError> {
+        let limit = self.shared.settings.max_bytes;
+        loop {
+            let oldest = {
+                let catalog = self.shared.catalog();
+                if catalog.bytes().saturating_add(bytes) <= limit {
+                    return Ok(());
+                }
+                catalog.oldest_delivered().map(|segment| segment.name.clone())
+            };
+            self.remove(&oldest.ok_or(WriteError::Full(limit))?)?;
+        }
+    }
+
+    /// Deletes the delivered segments whose time is over.
+    fn remove_expired(&self) {
+        let now = self.shared.clock.now();
+        let expired = self.shared.catalog().expired(now, self.shared.settings.retention);
+        for name in expired {
+            if let Err(error) = self.remove(&name) {
+                tracing::warn!(%error, segment = name, "a delivered audit segment was not deleted");
+            }
+        }
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        match self.shared.files.remove(name) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => self.shared.catalog().removed(name),
+        }
+        Ok(())
+    }
+
+    /// Keeps the delivered positions, so that a start without Postgres knows what may be deleted.
+    fn keep_positions(&self) {
+        if !self.shared.positions_moved.swap(false, Ordering::AcqRel) {
+            return;
+        }
+        let positions = serde_json::to_vec(self.shared.catalog().positions());
+        let kept = positions
+            .map_err(io::Error::from)
+            .and_then(|positions| self.shared.files.replace(DELIVERED, &positions));
+        if let Err(error) = kept {
+            tracing::warn!(%error, "the delivered positions were not kept");
+        }
+    }
+
+    /// Ends the last segment, with a sync of its own where commits had none.
+    fn finish(mut self) {
+        if let Some(mut open) = self.segment.take() {
+            if let Err(error) = open.file.sync() {
+                tracing::error!(%error, "the last audit segment was not synced at the end");
+            }
+            self.shared.catalog().closed(self.shared.clock.now());
+        }
+        if !self.kept.is_empty() {
+            tracing::error!(records = self.kept.len(), "audit records are lost: no disk took them");
+        }
+        self.keep_positions();
+    }
+}

@@ -1,0 +1,221 @@
+//! What happened, as it is hashed, journaled and delivered.
+
+use std::collections::BTreeMap;
+
+use crate::{account::AccountName, clock::Timestamp, token::Generation};
+
+/// What kind of thing happened. The names are part of the contract; more may be added.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub enum Event {
+    /// A call of `GetToken`.
+    GetToken,
+    /// A call of `WatchTokens`: its start, or its refusal.
+    WatchTokens,
+    /// A token sent on a stream.
+    TokenPushed,
+    /// A call of `ReportRejectedToken`.
+    ReportRejectedToken,
+    /// A call of `ListAccounts`.
+    ListAccounts,
+    /// A call of a method that `TokenService` does not have.
+    UnknownMethod,
+    /// The upstream issued a token.
+    TokenIssued,
+    /// An issue was tried and failed.
+    IssueFailed,
+    /// An account was inserted.
+    AccountRegistered,
+    /// An account was updated.
+    AccountChanged,
+    /// An account was deleted.
+    AccountRemoved,
+    /// A caller or one of its credentials changed.
+    CallerChanged,
+    /// A grant changed.
+    GrantChanged,
+    /// Calls that were refused because the journal could not be written; `count` tells how many.
+    AuditGap,
+    /// The broker started.
+    Started,
+    /// The broker stopped.
+    Stopped,
+}
+
+impl Event {
+    /// The name in the `event` column.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::GetToken => "get_token",
+            Self::WatchTokens => "watch_tokens",
+            Self::TokenPushed => "token_pushed",
+            Self::ReportRejectedToken => "report_rejected_token",
+            Self::ListAccounts => "list_accounts",
+            Self::UnknownMethod => "unknown_method",
+            Self::TokenIssued => "token_issued",
+            Self::IssueFailed => "issue_failed",
+            Self::AccountRegistered => "account_registered",
+            Self::AccountChanged => "account_changed",
+            Self::AccountRemoved => "account_removed",
+            Self::CallerChanged => "caller_changed",
+            Self::GrantChanged => "grant_changed",
+            Self::AuditGap => "audit_gap",
+            Self::Started => "started",
+            Self::Stopped => "stopped",
+        }
+    }
+
+    /// Whether this is a call whose answer waits for the record. When the journal fails, such a
+    /// call is refused and only counted; any other record is kept until it can be written.
+    #[must_use]
+    pub fn is_call(self) -> bool {
+        matches!(
+            self,
+            Self::GetToken
+                | Self::WatchTokens
+                | Self::TokenPushed
+                | Self::ReportRejectedToken
+                | Self::ListAccounts
+                | Self::UnknownMethod
+        )
+    }
+}
+
+/// One audit record before it has a place in a chain.
+///
+/// Text from callers is stored as [`Record`]'s setters leave it: see [`clean`].
+#[derive(Clone, Debug)]
+pub struct Record {
+    /// When it happened.
+    pub at: Timestamp,
+    /// What happened.
+    pub event: Event,
+    /// The caller's name, once it is known.
+    pub caller: Option<String>,
+    /// How the caller identified itself: `bearer`, `spiffe` or `dns`.
+    pub caller_kind: Option<&'static str>,
+    /// The caller's address and port.
+    pub peer: Option<String>,
+    /// The account's name, as it was asked for.
+    pub account: Option<String>,
+    /// The gRPC status in lower case; `ok`.
+    pub outcome: &'static str,
+    /// Why, for anything but `ok`: the reason of the `ErrorInfo`.
+    pub reason: Option<String>,
+    /// The token's generation.
+    pub generation: Option<i64>,
+    /// The token's keyed hash.
+    pub token_fingerprint: Option<String>,
+    /// The trace id of the caller's `traceparent`.
+    pub trace_id: Option<String>,
+    /// From the arrival of the headers to the record, in microseconds.
+    pub latency_us: Option<i64>,
+    /// How many calls this record stands for.
+    pub count: i64,
+    /// More, as flat strings.
+    pub detail: BTreeMap<String, String>,
+}
+
+impl Record {
+    /// A record of `event` at `at` with outcome `ok`.
+    #[must_use]
+    pub fn new(at: Timestamp, event: Event) -> Self {
+        Self {
+            at,
+            event,
+            caller: None,
+            caller_kind: None,
+            peer: None,
+            account: None,
+            outcome: "ok",
+            reason: None,
+            generation: None,
+            token_fingerprint: None,
+            trace_id: None,
+            latency_us: None,
+            count: 1,
+            detail: BTreeMap::new(),
+        }
+    }
+
+    /// Names the account.
+    #[must_use]
+    pub fn account(mut self, name: &AccountName) -> Self {
+        self.account = Some(name.to_string());
+        self
+    }
+
+    /// Names the account as a caller wrote it, whatever that was.
+    #[must_use]
+    pub fn account_as_asked(mut self, name: &str) -> Self {
+        self.account = Some(clean(name));
+        self
+    }
+
+    /// Sets what came of it, and why.
+    #[must_use]
+    pub fn outcome(mut self, outcome: &'static str, reason: impl Into<String>) -> Self {
+        self.outcome = outcome;
+        self.reason = Some(clean(&reason.into()));
+        self
+    }
+
+    /// Names the token.
+    #[must_use]
+    pub fn token(mut self, generation: Generation, fingerprint: &str) -> Self {
+        self.generation = Some(generation.0);
+        self.token_fingerprint = Some(fingerprint.to_owned());
+        self
+    }
+
+    /// Adds a detail; its text is cleaned.
+    #[must_use]
+    pub fn with(mut self, key: &str, value: impl AsRef<str>) -> Self {
+        self.detail.insert(clean(key), clean(value.as_ref()));
+        self
+    }
+}
+
+/// Makes any text fit for the log: control characters are escaped as `\u{…}`, a backslash is
+/// doubled, and what exceeds 256 characters is cut and ends in `…`. Postgres cannot store NUL, and a
+/// line break in a log is a forgery.
+#[must_use]
+pub fn clean(text: &str) -> String {
+    const LONGEST: usize = 256;
+    let mut clean = String::with_capacity(text.len().min(LONGEST));
+    for (nth, c) in text.chars().enumerate() {
+        if nth == LONGEST {
+            clean.push('…');
+            break;
+        }
+        match c {
+            '\\' => clean.push_str("\\\\"),
+            c if c.is_control() => clean.extend(c.escape_unicode()),
+            c => clean.push(c),
+        }
+    }
+    clean
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn text_that_could_forge_or_break_the_log_is_escaped_and_cut() {
+        assert_eq!(clean("acme"), "acme");
+        assert_eq!(clean("a\0b\nc\\d"), "a\\u{0}b\\u{a}c\\\\d");
+        let long = clean(&"x".repeat(5_000));
+        assert_eq!(long.chars().count(), 257);
+        assert!(long.ends_with('…'));
+    }
+
+    proptest! {
+        #[test]
+        fn cleaned_text_has_no_control_characters(text in any::<String>()) {
+            prop_assert!(!clean(&text).chars().any(char::is_control));
+        }
+    }
+}

@@ -1,0 +1,272 @@
+//! Delivery of the journal to `audit_events`, exactly once and in order.
+//!
+//! The rows and the chain's position move in one transaction, and the position moves by
+//! compare-and-set. So a commit whose outcome is unknown costs a look at the position, never a
+//! record; and two shippers of one chain can only take turns.
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+use chrono::NaiveDate;
+use sqlx::{ConnectOptions, Connection, PgConnection, postgres::PgConnectOptions};
+use thiserror::Error;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    audit::{
+        chain::{Head, StoredEvent},
+        journal::{ChainReader, Journal, LocalChain, ReadError},
+    },
+    clock::Clock,
+    store::{StoreError, audit},
+};
+
+/// The detail that names the row of `changes` which an event tells of.
+pub const CHANGE_ID: &str = "change_id";
+
+/// The most rows in one transaction: more gain nothing and hold locks for longer.
+const BATCH: usize = 500;
+/// How long one exchange with Postgres may take. A server that hangs is left for a new connection.
+const PATIENCE: Duration = Duration::from_secs(15);
+/// The pause after a failed connection; it doubles with each further one.
+const FIRST_PAUSE: Duration = Duration::from_millis(250);
+/// The longest such pause.
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// How long a chain that cannot be read on is left alone.
+const STUCK_PAUSE: Duration = Duration::from_mins(1);
+/// How long a shipper that is told to stop goes on, unless told otherwise.
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// Why a connection was given up.
+#[derive(Debug, Error)]
+enum ShipError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("the database did not answer within {} s", PATIENCE.as_secs())]
+    Hung,
+    #[error("the position of audit chain {0} was moved by somebody else")]
+    Moved(String),
+    #[error("reading the journal was interrupted")]
+    Interrupted,
+}
+
+/// Delivers what is durable in a journal, over a connection of its own.
+pub struct Shipper {
+    journal: Journal,
+    connection: PgConnectOptions,
+    clock: Clock,
+    drain: Duration,
+}
+
+impl Shipper {
+    /// A shipper that has not begun.
+    #[must_use]
+    pub fn new(journal: Journal, connection: PgConnectOptions, clock: Clock) -> Self {
+        Self { journal, connection, clock, drain: DRAIN }
+    }
+
+    /// Sets how long [`Shipper::run`] goes on once it is told to stop while records are left.
+    #[must_use]
+    pub fn drain(mut self, limit: Duration) -> Self {
+        self.drain = limit;
+        self
+    }
+
+    /// Delivers until `stop`, and then what is durable still, as far as the drain's limit allows.
+    /// Close the journal before `stop`: what becomes durable later may wait for the next start.
+    pub async fn run(self, stop: CancellationToken) {
+        let out_of_time = async {
+            stop.cancelled().await;
+            tokio::time::sleep(self.drain).await;
+        };
+        tokio::select! {
+            () = self.deliver_until(&stop) => {}
+            () = out_of_time => {
+                let undelivered = self.journal.stats().undelivered;
+                tracing::warn!(undelivered, "audit records are left for the next start to deliver");
+            }
+        }
+    }
+
+    /// Connects, delivers, and connects anew after each failure.
+    async fn deliver_until(&self, stop: &CancellationToken) {
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let mut delivered = false;
+            let Err(error) = self.session(stop, &mut delivered).await else { return };
+            if delivered {
+                pause = FIRST_PAUSE;
+            }
+            tracing::warn!(%error, "audit delivery is interrupted");
+            self.clock.sleep(pause).await;
+            pause = (2 * pause).min(LONGEST_PAUSE);
+        }
+    }
+
+    /// One connection's life: what the chains' positions are, then all that follows. Returns when
+    /// it is told to stop and nothing is left.
+    async fn session(
+        &self,
+        stop: &CancellationToken,
+        delivered: &mut bool,
+    ) -> Result<(), ShipError> {
+        let mut session = Session {
+            journal: &self.journal,
+            connection: within(async { Ok(self.connection.connect().await?) }).await?,
+            days: BTreeSet::new(),
+        };
+        let mut deliveries = session.register().await?;
+        loop {
+            for delivery in &mut deliveries {
+                *delivered |= session.deliver_all(delivery).await?;
+            }
+            if stop.is_cancelled() && self.nothing_left(&deliveries) {
+                // A server that does not hear of the end finds out by itself.
+                let _ = within(async { Ok(session.connection.close().await?) }).await;
+                return Ok(());
+            }
+            let any_stuck = deliveries.iter().any(|delivery| delivery.stuck);
+            tokio::select! {
+                () = self.journal.more_durable() => {}
+                () = stop.cancelled(), if !stop.is_cancelled() => {}
+                () = self.clock.sleep(STUCK_PAUSE), if any_stuck => {
+                    for delivery in &mut deliveries {
+                        delivery.stuck = false;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whether every chain that can be read is delivered as far as it is durable.
+    fn nothing_left(&self, deliveries: &[Delivery]) -> bool {
+        self.journal.chains().iter().all(|chain| {
+            deliveries.iter().any(|delivery| {
+                delivery.chain.link.chain == chain.link.chain
+                    && (delivery.stuck || delivery.position.seq >= chain.last_seq)
+            })
+        })
+    }
+}
+
+/// A chain on its way.
+struct Delivery {
+    chain: LocalChain,
+    position: Head,
+    /// Taken while a blocking task reads.
+    reader: Option<ChainReader>,
+    /// The chain cannot be read on. The others go on; it is tried again after [`STUCK_PAUSE`].
+    stuck: bool,
+}
+
+/// What belongs to one connection.
+struct Session<'a> {
+    journal: &'a Journal,
+    connection: PgConnection,
+    /// The days whose partitions are there. Asked for anew by each connection, since an error may
+    /// mean that one was dropped.
+    days: BTreeSet<NaiveDate>,
+}
+
+impl Session<'_> {
+    /// Makes the journal's chains known, and takes their positions from Postgres.
+    async fn register(&mut self) -> Result<Vec<Delivery>, ShipError> {
+        let mut deliveries = Vec::new();
+        for chain in self.journal.chains() {
+            let registered = audit::register_chain(&mut self.connection, &chain.link);
+            let position = within(registered).await?;
+            if position.seq > chain.last_seq {
+                tracing::error!(
+                    chain = chain.link.chain,
+                    delivered = position.seq,
+                    journal = chain.last_seq,
+                    "Postgres has audit records that this journal has lost"
+                );
+            }
+            self.journal.delivered(&chain.link.chain, position.seq);
+            let reader = Some(self.journal.reader(Arc::clone(&chain.link), position));
+            deliveries.push(Delivery { chain, position, reader, stuck: false });
+        }
+        Ok(deliveries)
+    }
+
+    /// Delivers what is durable of one chain; whether there was anything.
+    async fn deliver_all(&mut self, delivery: &mut Delivery) -> Result<bool, ShipError> {
+        let mut any = false;
+        while !delivery.stuck {
+            let events = match read(delivery).await? {
+                Ok(events) if events.is_empty() => break,
+                Ok(events) => events,
+                Err(error) => {
+                    let chain = &delivery.chain.link.chain;
+                    tracing::error!(chain, %error, "an audit chain cannot be delivered on");
+                    delivery.stuck = true;
+                    break;
+                }
+            };
+            for batch in events.chunks(BATCH) {
+                self.deliver(delivery, batch).await?;
+                any = true;
+            }
+        }
+        Ok(any)
+    }
+
+    async fn deliver(
+        &mut self,
+        delivery: &mut Delivery,
+        events: &[StoredEvent],
+    ) -> Result<(), ShipError> {
+        let Some(last) = events.last() else { return Ok(()) };
+        let days: BTreeSet<_> = events.iter().map(|event| event.at.date_naive()).collect();
+        for day in days {
+            if !self.days.contains(&day) {
+                within(audit::ensure_partition(&mut self.connection, day)).await?;
+                self.days.insert(day);
+            }
+        }
+        let (link, changes) = (&delivery.chain.link, change_ids(events));
+        let delivered =
+            audit::deliver(&mut self.connection, link, delivery.position, events, &changes);
+        if !within(delivered).await? {
+            return Err(ShipError::Moved(link.chain.clone()));
+        }
+        delivery.position = last.head();
+        self.journal.delivered(&link.chain, last.seq);
+        Ok(())
+    }
+}
+
+/// Reads on, where blocking hurts nobody.
+async fn read(delivery: &mut Delivery) -> Result<Result<Vec<StoredEvent>, ReadError>, ShipError> {
+    let mut reader = delivery.reader.take().ok_or(ShipError::Interrupted)?;
+    let read = tokio::task::spawn_blocking(move || (reader.read(), reader)).await;
+    let (events, reader) = read.map_err(|_| ShipError::Interrupted)?;
+    delivery.reader = Some(reader);
+    Ok(events)
+}
+
+fn change_ids(events: &[StoredEvent]) -> Vec<i64> {
+    events.iter().filter_map(|event| event.detail.get(CHANGE_ID)?.parse().ok()).collect()
+}
+
+async fn within<T>(exchange: impl Future<Output = Result<T, StoreError>>) -> Result<T, ShipError> {
+    Ok(tokio::time::timeout(PATIENCE, exchange).await.map_err(|_| ShipError::Hung)??)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::audit::{
+        chain::tests::link,
+        record::{Event, Record},
+    };
+
+    #[test]
+    fn only_decimal_change_ids_count() {
+        let event = |id: &str| {
+            let record = Record::new(chrono::DateTime::UNIX_EPOCH, Event::GrantChanged);
+            StoredEvent::unplaced(record.with(CHANGE_ID, id), &link())
+        };
+        assert_eq!(change_ids(&[event("7"), event("x"), event(""), event("12")]), [7, 12]);
+    }
+}

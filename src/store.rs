@@ -1,0 +1,204 @@
+//! Postgres: the one place that speaks SQL.
+
+pub mod accounts;
+pub mod admin;
+pub mod audit;
+pub mod callers;
+pub mod changes;
+pub mod instances;
+pub mod leases;
+pub mod tokens;
+
+use std::{str::FromStr, time::Duration};
+
+use sqlx::{
+    PgPool,
+    migrate::{Migrate, MigrateError, Migrator},
+    postgres::{PgConnectOptions, PgPoolOptions, PgSslMode},
+};
+use thiserror::Error;
+
+/// The migrations that this release brings.
+static MIGRATIONS: Migrator = sqlx::migrate!();
+
+/// How long a statement may take before the server ends it: a hung statement must not hold a
+/// worker.
+const STATEMENT_TIMEOUT: &str = "30s";
+
+/// What can go wrong with the database. No message holds a row, a parameter or a URL.
+#[derive(Debug, Error)]
+pub enum StoreError {
+    /// The server cannot be reached, ended the connection, or all connections are busy.
+    #[error("the database cannot be reached: {0}")]
+    Unreachable(String),
+    /// The database refused a value: the trigger's or constraint's own words.
+    #[error("{0}")]
+    Refused(String),
+    /// Nothing there has that name.
+    #[error("{0}")]
+    NotFound(String),
+    /// The schema is not the one that this release needs.
+    #[error("{0}")]
+    Schema(String),
+    /// Anything else the server says: its code and message, without the detail, which can quote
+    /// rows.
+    #[error("the database refused a statement ({code}): {message}")]
+    Database {
+        /// The `SQLSTATE`.
+        code: String,
+        /// The server's message.
+        message: String,
+    },
+    /// A value in a row cannot be what it is: somebody wrote past the triggers.
+    #[error("{0}")]
+    Corrupt(String),
+}
+
+impl From<sqlx::Error> for StoreError {
+    fn from(error: sqlx::Error) -> Self {
+        match error {
+            sqlx::Error::Database(error) => {
+                let code = error.code().unwrap_or_default().into_owned();
+                let message = error.message().to_owned();
+                match code.as_str() {
+                    "23514" | "23505" | "42501" => Self::Refused(message),
+                    // The server goes down, starts, or has no place left.
+                    "57P01" | "57P02" | "57P03" | "53300" => Self::Unreachable(message),
+                    _ => Self::Database { code, message },
+                }
+            }
+            sqlx::Error::RowNotFound => Self::NotFound("no such row".into()),
+            sqlx::Error::PoolTimedOut => {
+                Self::Unreachable("no connection became free in time".into())
+            }
+            sqlx::Error::Io(error) => Self::Unreachable(error.to_string()),
+            sqlx::Error::Tls(error) => Self::Unreachable(format!("TLS: {error}")),
+            sqlx::Error::PoolClosed => Self::Unreachable("the pool is closed".into()),
+            sqlx::Error::ColumnDecode { index, .. } => {
+                Self::Corrupt(format!("column {index} holds an unexpected value"))
+            }
+            error => Self::Unreachable(error.to_string()),
+        }
+    }
+}
+
+/// The longest that one step of refresh or following waits for the database. The server's own
+/// limits do not help when the connection to it is what hangs.
+const STEP_WITHIN: Duration = Duration::from_secs(10);
+
+/// Does `step`, or gives it up as [`StoreError::Unreachable`] after ten seconds.
+///
+/// # Errors
+/// The step's own, too.
+pub async fn within<T>(step: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
+    let late = |_| Err(StoreError::Unreachable("no answer within 10 s".into()));
+    tokio::time::timeout(STEP_WITHIN, step).await.unwrap_or_else(late)
+}
+
+/// Where the database is and how it is reached, checked but not yet connected.
+#[derive(Clone, Debug)]
+pub struct Database {
+    options: PgConnectOptions,
+}
+
+impl Database {
+    /// Reads a `postgresql://` URL. Off loopback, a server is reached only by verified TLS unless
+    /// the URL says otherwise with `sslmode`.
+    ///
+    /// # Errors
+    /// Says what is wrong with the URL, never the URL: it may hold a password.
+    pub fn new(url: &str, application_name: &str) -> Result<Self, StoreError> {
+        let malformed = || {
+            StoreError::Refused("DATABASE_URL is not a postgresql://user@host/database URL".into())
+        };
+        let parsed = url::Url::parse(url).map_err(|_| malformed())?;
+        if !matches!(parsed.scheme(), "postgres" | "postgresql") {
+            return Err(malformed());
+        }
+        let mut options = PgConnectOptions::from_str(url).map_err(|_| malformed())?;
+        let local = options.get_socket().is_some()
+            || matches!(options.get_host(), "localhost" | "127.0.0.1" | "::1" | "[::1]")
+            || options.get_host().starts_with('/');
+        let told = parsed.query_pairs().any(|(key, _)| key == "sslmode" || key == "ssl-mode");
+        if !told {
+            options =
+                options.ssl_mode(if local { PgSslMode::Prefer } else { PgSslMode::VerifyFull });
+        }
+        // A commit that the server may forget would void the audit log's promise.
+        options = options.application_name(application_name).options([
+            ("statement_timeout", STATEMENT_TIMEOUT),
+            ("synchronous_commit", "on"),
+            ("timezone", "UTC"),
+        ]);
+        Ok(Self { options })
+    }
+
+    /// The options of one connection outside the pool.
+    #[must_use]
+    pub fn connection(&self) -> &PgConnectOptions {
+        &self.options
+    }
+
+    /// A pool that connects when it is first used.
+    #[must_use]
+    pub fn pool(&self, connections: u32) -> PgPool {
+        PgPoolOptions::new()
+            .max_connections(connections)
+            .acquire_timeout(Duration::from_secs(5))
+            .connect_lazy_with(self.options.clone())
+    }
+
+    /// Applies the migrations that are missing.
+    ///
+    /// # Errors
+    /// When the server cannot be reached or a migration fails.
+    pub async fn migrate(&self) -> Result<(), StoreError> {
+        let pool = self.pool(1);
+        let mut migrations = sqlx::migrate!();
+        // A newer release's schema: this one runs on it.
+        migrations.set_ignore_missing(true);
+        let done = migrations.run(&pool).await.map_err(|error| match error {
+            MigrateError::Execute(error) => error.into(),
+            error => StoreError::Schema(error.to_string()),
+        });
+        pool.close().await;
+        done
+    }
+
+    /// Checks that the schema has every migration of this release.
+    ///
+    /// # Errors
+    /// [`StoreError::Schema`] names what is missing and the command that brings it.
+    pub async fn check_schema(&self) -> Result<(), StoreError> {
+        let pool = self.pool(1);
+        let checked = check_schema(&pool).await;
+        pool.close().await;
+        checked
+    }
+}
+
+async fn check_schema(pool: &PgPool) -> Result<(), StoreError> {
+    let mut connection = pool.acquire().await?;
+    let applied = match connection.list_applied_migrations(&MIGRATIONS.table_name).await {
+        Ok(applied) => applied,
+        Err(MigrateError::Execute(sqlx::Error::Database(error)))
+            if error.code().as_deref() == Some("42P01") =>
+        {
+            Vec::new()
+        }
+        Err(MigrateError::Execute(error)) => return Err(error.into()),
+        Err(error) => return Err(StoreError::Schema(error.to_string())),
+    };
+    let missing: Vec<_> = MIGRATIONS
+        .iter()
+        .filter(|ours| !applied.iter().any(|theirs| theirs.version == ours.version))
+        .map(|ours| format!("{} ({})", ours.version, ours.description))
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    Err(StoreError::Schema(format!(
+        "the database's schema is too old: it lacks migration {}; run `token-broker migrate`",
+        missing.join(", ")
+    )))
+}

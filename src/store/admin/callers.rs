@@ -1,0 +1,413 @@
+//! Callers, their credentials and grants, as an admin sees and changes them.
+
+use sqlx::{Postgres, Transaction};
+
+use super::{Admin, StoreError, ensure_affected, violates};
+use crate::{
+    account::AccountName,
+    caller::{AccountPattern, CallerKind, Right},
+    clock::Timestamp,
+};
+
+/// A caller to be registered. Callers' names follow the rule of accounts' names.
+#[derive(Clone, Debug)]
+pub struct NewCaller<'a> {
+    /// Its name.
+    pub name: &'a AccountName,
+    /// Calls a second; `None` means the broker's default.
+    pub rate_limit: Option<i32>,
+    /// For people.
+    pub description: &'a str,
+    /// The hash of its first bearer.
+    pub bearer_sha256: Option<[u8; 32]>,
+    /// SPIFFE IDs and DNS names of its certificates.
+    pub identities: &'a [(CallerKind, String)],
+}
+
+/// A bearer for a caller that is there.
+#[derive(Clone, Copy, Debug)]
+pub struct NewBearer<'a> {
+    /// Its hash.
+    pub sha256: [u8; 32],
+    /// Until when it is taken.
+    pub ends_at: Option<Timestamp>,
+    /// For people.
+    pub description: &'a str,
+}
+
+/// Accounts, rights and an end, for a caller.
+#[derive(Clone, Debug)]
+pub struct NewGrant<'a> {
+    /// Which accounts.
+    pub patterns: &'a [AccountPattern],
+    /// What may be done with them.
+    pub rights: &'a [Right],
+    /// Until when.
+    pub ends_at: Option<Timestamp>,
+}
+
+/// A caller in a list.
+#[derive(Clone, Debug)]
+#[expect(missing_docs, reason = "the columns of `callers`, and counts")]
+pub struct CallerSummary {
+    pub name: String,
+    pub enabled: bool,
+    pub rate_limit: Option<i32>,
+    pub description: String,
+    pub created_at: Timestamp,
+    /// Those in force.
+    pub credentials: i64,
+    /// Those in force.
+    pub grants: i64,
+}
+
+/// All that may be told of a caller.
+#[derive(Clone, Debug)]
+pub struct CallerDetails {
+    /// The caller.
+    pub summary: CallerSummary,
+    /// How it is known, also formerly.
+    pub credentials: Vec<CredentialDetails>,
+    /// What it may use, also formerly.
+    pub grants: Vec<GrantDetails>,
+}
+
+/// A way in which a caller is known.
+#[derive(Clone, Debug)]
+#[expect(missing_docs, reason = "the columns of `caller_credentials`")]
+pub struct CredentialDetails {
+    pub id: i64,
+    pub kind: String,
+    pub identity: Option<String>,
+    pub description: String,
+    pub created_at: Timestamp,
+    pub ends_at: Option<Timestamp>,
+    pub revoked_at: Option<Timestamp>,
+    /// Whether it is taken now.
+    pub in_force: bool,
+}
+
+/// A grant.
+#[derive(Clone, Debug)]
+#[expect(missing_docs, reason = "the columns of `grants`")]
+pub struct GrantDetails {
+    pub pattern: String,
+    pub rights: Vec<String>,
+    pub ends_at: Option<Timestamp>,
+    pub created_at: Timestamp,
+    /// Whether it holds now.
+    pub in_force: bool,
+}
+
+/// A bearer, in a list over all callers or of one.
+#[derive(Clone, Debug)]
+pub struct BearerSummary {
+    /// Whose.
+    pub caller: String,
+    /// What may be told of it.
+    pub credential: CredentialDetails,
+}
+
+impl Admin {
+    /// Registers a caller with its first credentials.
+    ///
+    /// # Errors
+    /// [`StoreError::Refused`] when the name, or an identity, is taken.
+    pub async fn add_caller(&self, caller: &NewCaller<'_>) -> Result<(), StoreError> {
+        let mut transaction = self.begin().await?;
+        let id = sqlx::query_scalar!(
+            "/* store::admin::add_caller */
+             insert into callers (name, rate_limit, description) values ($1, $2, $3) returning id",
+            caller.name.as_str(),
+            caller.rate_limit,
+            caller.description,
+        )
+        .fetch_one(&mut *transaction)
+        .await
+        .map_err(|error| {
+            if violates(&error, "callers_name_key") {
+                return StoreError::Refused(format!("caller {} already exists", caller.name));
+            }
+            error.into()
+        })?;
+        if let Some(sha256) = caller.bearer_sha256 {
+            let bearer = NewBearer { sha256, ends_at: None, description: "" };
+            insert_bearer(&mut transaction, id, bearer).await?;
+        }
+        for (kind, identity) in caller.identities {
+            insert_identity(&mut transaction, id, *kind, identity).await?;
+        }
+        Ok(transaction.commit().await?)
+    }
+
+    /// All callers, by name.
+    pub async fn callers(&self) -> Result<Vec<CallerSummary>, StoreError> {
+        Ok(sqlx::query_as!(
+            CallerSummary,
+            r#"/* store::admin::callers */
+             select name, enabled, rate_limit, description, created_at,
+                 (select count(*) from caller_credentials where caller_id = callers.id
+                     and revoked_at is null and (ends_at is null or ends_at > now()))
+                     as "credentials!",
+                 (select count(*) from grants where caller_id = callers.id
+                     and (ends_at is null or ends_at > now())) as "grants!"
+             from callers order by name"#,
+        )
+        .fetch_all(&self.pool)
+        .await?)
+    }
+
+    /// One caller.
+    pub async fn caller(&self, name: &AccountName) -> Result<CallerDetails, StoreError> {
+        let summary = self
+            .callers()
+            .await?
+            .into_iter()
+            .find(|caller| caller.name == name.as_str())
+            .ok_or_else(|| no_such(name))?;
+        let credentials = sqlx::query_as!(
+            CredentialDetails,
+            r#"/* store::admin::caller */
+             select c.id, c.kind, c.identity, c.description, c.created_at, c.ends_at, c.revoked_at,
+                 c.revoked_at is null and (c.ends_at is null or c.ends_at > now()) as "in_force!"
+             from caller_credentials c join callers on callers.id = c.caller_id
+             where callers.name = $1 order by c.id"#,
+            name.as_str(),
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        let grants = sqlx::query_as!(
+            GrantDetails,
+            r#"/* store::admin::caller */
+             select g.pattern, g.rights, g.ends_at, g.created_at,
+                 (g.ends_at is null or g.ends_at > now()) as "in_force!"
+             from grants g join callers on callers.id = g.caller_id
+             where callers.name = $1 order by g.pattern"#,
+            name.as_str(),
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        Ok(CallerDetails { summary, credentials, grants })
+    }
+
+    /// Grants rights on accounts; a grant on the same pattern is replaced.
+    pub async fn grant(&self, name: &AccountName, grant: &NewGrant<'_>) -> Result<(), StoreError> {
+        let rights: Vec<String> = grant.rights.iter().map(|right| right.as_str().into()).collect();
+        let mut transaction = self.begin().await?;
+        let caller = caller_id(&mut transaction, name).await?;
+        for pattern in grant.patterns {
+            sqlx::query!(
+                "/* store::admin::grant */
+                 insert into grants (caller_id, pattern, rights, ends_at) values ($1, $2, $3, $4)
+                 on conflict (caller_id, pattern)
+                 do update set rights = excluded.rights, ends_at = excluded.ends_at",
+                caller,
+                pattern.to_string(),
+                &rights,
+                grant.ends_at,
+            )
+            .execute(&mut *transaction)
+            .await?;
+        }
+        Ok(transaction.commit().await?)
+    }
+
+    /// Takes grants away. All of them must be there.
+    pub async fn ungrant(
+        &self,
+        name: &AccountName,
+        patterns: &[AccountPattern],
+    ) -> Result<(), StoreError> {
+        let mut transaction = self.begin().await?;
+        let caller = caller_id(&mut transaction, name).await?;
+        for pattern in patterns {
+            let done = sqlx::query!(
+                "/* store::admin::ungrant */ delete from grants where caller_id = $1 and pattern = $2",
+                caller,
+                pattern.to_string(),
+            )
+            .execute(&mut *transaction)
+            .await?;
+            ensure_affected(done.rows_affected(), || {
+                format!("caller {name} has no grant on {pattern}")
+            })?;
+        }
+        Ok(transaction.commit().await?)
+    }
+
+    /// Sets a caller's own limit, in calls a second, or takes it away.
+    pub async fn limit_caller(
+        &self,
+        name: &AccountName,
+        rate_limit: Option<i32>,
+    ) -> Result<(), StoreError> {
+        let mut transaction = self.begin().await?;
+        let done = sqlx::query!(
+            "/* store::admin::limit_caller */ update callers set rate_limit = $2 where name = $1",
+            name.as_str(),
+            rate_limit,
+        )
+        .execute(&mut *transaction)
+        .await?;
+        ensure_affected(done.rows_affected(), || no_caller(name))?;
+        Ok(transaction.commit().await?)
+    }
+
+    /// Enables or disables a caller.
+    pub async fn enable_caller(&self, name: &AccountName, enabled: bool) -> Result<(), StoreError> {
+        let mut transaction = self.begin().await?;
+        let done = sqlx::query!(
+            "/* store::admin::enable_caller */ update callers set enabled = $2 where name = $1",
+            name.as_str(),
+            enabled,
+        )
+        .execute(&mut *transaction)
+        .await?;
+        ensure_affected(done.rows_affected(), || no_caller(name))?;
+        Ok(transaction.commit().await?)
+    }
+
+    /// Removes a caller with its credentials and grants.
+    pub async fn remove_caller(&self, name: &AccountName) -> Result<(), StoreError> {
+        let mut transaction = self.begin().await?;
+        let done = sqlx::query!(
+            "/* store::admin::remove_caller */ delete from callers where name = $1",
+            name.as_str(),
+        )
+        .execute(&mut *transaction)
+        .await?;
+        ensure_affected(done.rows_affected(), || no_caller(name))?;
+        Ok(transaction.commit().await?)
+    }
+
+    /// Adds a bearer; the others stay. Returns its number, by which it is revoked.
+    pub async fn add_bearer(
+        &self,
+        name: &AccountName,
+        bearer: NewBearer<'_>,
+    ) -> Result<i64, StoreError> {
+        let mut transaction = self.begin().await?;
+        let caller = caller_id(&mut transaction, name).await?;
+        let id = insert_bearer(&mut transaction, caller, bearer).await?;
+        transaction.commit().await?;
+        Ok(id)
+    }
+
+    /// The bearers of one caller, or of all; by caller and number.
+    pub async fn bearers(
+        &self,
+        name: Option<&AccountName>,
+    ) -> Result<Vec<BearerSummary>, StoreError> {
+        let rows = sqlx::query!(
+            r#"/* store::admin::bearers */
+             select callers.name as caller, c.id, c.kind, c.identity, c.description, c.created_at,
+                 c.ends_at, c.revoked_at,
+                 c.revoked_at is null and (c.ends_at is null or c.ends_at > now()) as "in_force!"
+             from caller_credentials c join callers on callers.id = c.caller_id
+             where c.kind = 'bearer' and ($1::text is null or callers.name = $1)
+             order by callers.name, c.id"#,
+            name.map(AccountName::as_str),
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        Ok(rows
+            .into_iter()
+            .map(|row| BearerSummary {
+                caller: row.caller,
+                credential: CredentialDetails {
+                    id: row.id,
+                    kind: row.kind,
+                    identity: row.identity,
+                    description: row.description,
+                    created_at: row.created_at,
+                    ends_at: row.ends_at,
+                    revoked_at: row.revoked_at,
+                    in_force: row.in_force,
+                },
+            })
+            .collect())
+    }
+
+    /// Ends a bearer now. Returns whose it was.
+    pub async fn revoke_bearer(&self, id: i64) -> Result<String, StoreError> {
+        let mut transaction = self.begin().await?;
+        let caller = sqlx::query_scalar!(
+            "/* store::admin::revoke_bearer */
+             update caller_credentials c set revoked_at = now() from callers
+             where callers.id = c.caller_id and c.id = $1 and c.kind = 'bearer'
+                 and c.revoked_at is null
+             returning callers.name",
+            id,
+        )
+        .fetch_optional(&mut *transaction)
+        .await?
+        .ok_or_else(|| {
+            StoreError::NotFound(format!("there is no bearer {id}, or it is revoked already"))
+        })?;
+        transaction.commit().await?;
+        Ok(caller)
+    }
+}
+
+async fn caller_id(
+    transaction: &mut Transaction<'_, Postgres>,
+    name: &AccountName,
+) -> Result<i64, StoreError> {
+    sqlx::query_scalar!(
+        "/* store::admin::caller_id */ select id from callers where name = $1",
+        name.as_str()
+    )
+    .fetch_optional(&mut **transaction)
+    .await?
+    .ok_or_else(|| no_such(name))
+}
+
+async fn insert_bearer(
+    transaction: &mut Transaction<'_, Postgres>,
+    caller: i64,
+    bearer: NewBearer<'_>,
+) -> Result<i64, StoreError> {
+    Ok(sqlx::query_scalar!(
+        "/* store::admin::insert_bearer */
+         insert into caller_credentials (caller_id, kind, bearer_sha256, ends_at, description)
+         values ($1, 'bearer', $2, $3, $4) returning id",
+        caller,
+        bearer.sha256.as_slice(),
+        bearer.ends_at,
+        bearer.description,
+    )
+    .fetch_one(&mut **transaction)
+    .await?)
+}
+
+async fn insert_identity(
+    transaction: &mut Transaction<'_, Postgres>,
+    caller: i64,
+    kind: CallerKind,
+    identity: &str,
+) -> Result<(), StoreError> {
+    sqlx::query!(
+        "/* store::admin::insert_identity */
+         insert into caller_credentials (caller_id, kind, identity) values ($1, $2, $3)",
+        caller,
+        kind.as_str(),
+        identity,
+    )
+    .execute(&mut **transaction)
+    .await
+    .map_err(|error| {
+        if violates(&error, "caller_credentials_kind_identity_key") {
+            return StoreError::Refused(format!("{identity} already belongs to a caller"));
+        }
+        error.into()
+    })?;
+    Ok(())
+}
+
+fn no_caller(name: &AccountName) -> String {
+    format!("there is no caller {name}")
+}
+
+fn no_such(name: &AccountName) -> StoreError {
+    StoreError::NotFound(no_caller(name))
+}

@@ -1,0 +1,105 @@
+//! Callers, their credentials and grants, as identity and permits need them.
+
+use std::{collections::HashMap, sync::Arc};
+
+use sqlx::PgPool;
+use tracing::error;
+
+use super::StoreError;
+use crate::{
+    caller::{Caller, CallerId, CallerKind, Grant},
+    clock::Timestamp,
+};
+
+/// One way in which a caller may show who it is.
+#[derive(Clone, Debug)]
+pub struct Credential {
+    /// Whose it is.
+    pub caller: Arc<Caller>,
+    /// What must be shown.
+    pub proof: Proof,
+    /// From when on it is refused.
+    pub ends_at: Option<Timestamp>,
+}
+
+/// What a caller shows.
+#[derive(Clone, Debug, Eq, Hash, PartialEq)]
+pub enum Proof {
+    /// A bearer with this SHA-256.
+    BearerSha256([u8; 32]),
+    /// A verified certificate with this name.
+    Identity(CallerKind, String),
+}
+
+/// Every credential that is not revoked, with its caller and the caller's grants.
+///
+/// # Errors
+/// When the database cannot be read.
+pub async fn load(pool: &PgPool) -> Result<Vec<Credential>, StoreError> {
+    // One transaction at one snapshot: a caller and its grants belong together.
+    let mut transaction =
+        pool.begin_with("begin isolation level repeatable read read only").await?;
+    let callers = sqlx::query!(
+        "-- store::callers::load
+        select id, name, enabled, rate_limit from callers"
+    )
+    .fetch_all(&mut *transaction)
+    .await?;
+    let mut grants: HashMap<i64, Vec<Grant>> = HashMap::new();
+    for row in sqlx::query!(
+        "-- store::callers::load
+        select caller_id, pattern, rights, ends_at from grants"
+    )
+    .fetch_all(&mut *transaction)
+    .await?
+    {
+        let rights = row.rights.iter().map(|right| right.parse()).collect();
+        // One row that somebody wrote past the triggers must not stop all the others.
+        let (Ok(pattern), Ok(rights)) = (row.pattern.parse(), rights) else {
+            error!(caller = row.caller_id, "a malformed grant is passed over");
+            continue;
+        };
+        let grant = Grant { pattern, rights, ends_at: row.ends_at };
+        grants.entry(row.caller_id).or_default().push(grant);
+    }
+    let callers: HashMap<i64, Arc<Caller>> = callers
+        .into_iter()
+        .map(|row| {
+            let caller = Caller {
+                id: CallerId(row.id),
+                name: row.name.into(),
+                enabled: row.enabled,
+                rate_limit: row.rate_limit.map(i32::unsigned_abs),
+                grants: grants.remove(&row.id).unwrap_or_default(),
+            };
+            (row.id, Arc::new(caller))
+        })
+        .collect();
+    let rows = sqlx::query!(
+        "-- store::callers::load
+        select id, caller_id, kind, bearer_sha256, identity, ends_at from caller_credentials
+        where revoked_at is null"
+    )
+    .fetch_all(&mut *transaction)
+    .await?;
+    transaction.commit().await?;
+
+    let mut credentials = Vec::with_capacity(rows.len());
+    for row in rows {
+        let Some(caller) = callers.get(&row.caller_id) else { continue };
+        let proof = match (row.kind.as_str(), row.bearer_sha256, row.identity) {
+            ("bearer", Some(hash), None) => {
+                <[u8; 32]>::try_from(hash).ok().map(Proof::BearerSha256)
+            }
+            ("spiffe", None, Some(id)) => Some(Proof::Identity(CallerKind::Spiffe, id)),
+            ("dns", None, Some(name)) => Some(Proof::Identity(CallerKind::Dns, name)),
+            _ => None,
+        };
+        let Some(proof) = proof else {
+            error!(credential = row.id, "a malformed credential is passed over");
+            continue;
+        };
+        credentials.push(Credential { caller: caller.clone(), proof, ends_at: row.ends_at });
+    }
+    Ok(credentials)
+}

@@ -1,0 +1,127 @@
+//! The replicas, and what the database belongs to.
+
+use sqlx::PgPool;
+
+use super::StoreError;
+use crate::clock::Timestamp;
+
+/// What a replica tells of itself.
+#[derive(Clone, Debug)]
+pub struct Heartbeat<'a> {
+    /// The instance.
+    pub instance: &'a str,
+    /// Its number in generations.
+    pub replica: u16,
+    /// The release that runs.
+    pub version: &'a str,
+    /// The keys that its keyring holds.
+    pub key_ids: &'a [String],
+    /// When it started.
+    pub started_at: Timestamp,
+}
+
+/// Tells that the replica lives, by the database's clock.
+///
+/// # Errors
+/// When the database cannot be reached.
+pub async fn beat(pool: &PgPool, beat: &Heartbeat<'_>) -> Result<(), StoreError> {
+    sqlx::query!(
+        "-- store::instances::beat
+        insert into instances (id, replica, version, key_ids, started_at, heartbeat_at)
+        values ($1, $2, $3, $4, $5, clock_timestamp())
+        on conflict (id) do update set replica = excluded.replica, version = excluded.version,
+            key_ids = excluded.key_ids, started_at = excluded.started_at,
+            heartbeat_at = excluded.heartbeat_at, stopped_at = null",
+        beat.instance,
+        i32::from(beat.replica),
+        beat.version,
+        beat.key_ids,
+        beat.started_at,
+    )
+    .execute(pool)
+    .await?;
+    Ok(())
+}
+
+/// Tells that the replica stopped on purpose.
+///
+/// # Errors
+/// When the database cannot be reached.
+pub async fn stopped(pool: &PgPool, instance: &str) -> Result<(), StoreError> {
+    sqlx::query!(
+        "-- store::instances::stopped
+        update instances set stopped_at = clock_timestamp() where id = $1",
+        instance,
+    )
+    .execute(pool)
+    .await?;
+    Ok(())
+}
+
+/// Makes `ours` the upstream that this database belongs to, unless it has one.
+///
+/// # Errors
+/// [`StoreError::Refused`] when the database belongs to another upstream: its tokens would be
+/// handed out as this one's.
+pub async fn belong_to(pool: &PgPool, ours: &str) -> Result<(), StoreError> {
+    sqlx::query!(
+        "-- store::instances::belong_to
+        insert into deployment (upstream) values ($1) on conflict (single) do nothing",
+        ours,
+    )
+    .execute(pool)
+    .await?;
+    let owner = upstream(pool).await?.unwrap_or_default();
+    if owner == ours {
+        return Ok(());
+    }
+    Err(StoreError::Refused(format!(
+        "this database belongs to the upstream {owner}, and the broker is set to {ours}: \
+         its accounts and tokens are not this upstream's"
+    )))
+}
+
+/// The upstream that this database belongs to, once a broker has run on it; `None` also where there
+/// is no schema yet.
+///
+/// # Errors
+/// When the database cannot be reached.
+pub async fn upstream(pool: &PgPool) -> Result<Option<String>, StoreError> {
+    /// `undefined_table`.
+    const NO_SCHEMA: &str = "42P01";
+    let upstream = sqlx::query_scalar!(
+        "-- store::instances::upstream
+        select upstream from deployment"
+    )
+    .fetch_optional(pool)
+    .await;
+    match upstream.map_err(StoreError::from) {
+        Err(StoreError::Database { code, .. }) if code == NO_SCHEMA => Ok(None),
+        upstream => upstream,
+    }
+}
+
+/// Publishes the public halves of the intake keys, for `account add` and `account seal`.
+///
+/// # Errors
+/// When the database cannot be reached.
+pub async fn publish_intake_keys(
+    pool: &PgPool,
+    keys: &[(String, Vec<u8>)],
+    primary: &str,
+) -> Result<(), StoreError> {
+    for (id, public) in keys {
+        sqlx::query!(
+            "-- store::instances::publish_intake_keys
+            insert into intake_keys (key_id, public_key, is_primary) values ($1, $2, $1 = $3)
+            on conflict (key_id) do update
+            set public_key = excluded.public_key, is_primary = excluded.is_primary",
+            id,
+            public,
+            primary,
+        )
+        .execute(pool)
+        .await?;
+    }
+    Ok(())
+}
