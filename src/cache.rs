@@ -1,0 +1,282 @@
+//! The live token of each account, those who wait for one, and those who watch. Reads take no lock.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicI64, Ordering},
+};
+
+use arc_swap::ArcSwap;
+use papaya::HashMap;
+use tokio::sync::{broadcast, watch};
+
+use crate::{
+    account::{AccountId, AccountName},
+    clock::Timestamp,
+    issue::{Account, AccountState, Progress},
+    token::Token,
+};
+
+/// How many changes a watcher may lag behind before it must look at everything anew.
+const WATCH_BACKLOG: usize = 4_096;
+
+/// An account at one moment: what a call reads, whole.
+#[derive(Clone, Debug)]
+pub struct View {
+    /// The account.
+    pub account: Account,
+    /// Its attempts.
+    pub progress: Progress,
+    /// Its token, live or ended.
+    pub token: Option<Arc<Token>>,
+    /// Whether the account is gone.
+    pub removed: bool,
+}
+
+impl View {
+    /// Where the account stands at `now`.
+    #[must_use]
+    pub fn state(&self, now: Timestamp) -> AccountState {
+        AccountState::of(&self.account, self.token.as_deref(), &self.progress, now)
+    }
+
+    /// The token, if it may be served at `now`.
+    #[must_use]
+    pub fn live(&self, now: Timestamp) -> Option<&Arc<Token>> {
+        self.token.as_ref().filter(|token| token.is_live(now))
+    }
+}
+
+/// The place of one account. A name that is deleted and inserted again gets another slot.
+#[derive(Debug)]
+pub struct Slot {
+    id: AccountId,
+    view: ArcSwap<View>,
+    changed: watch::Sender<()>,
+    /// When the account was last asked for, in milliseconds since 1970; 0 for never.
+    requested_ms: AtomicI64,
+}
+
+impl Slot {
+    /// The account's number.
+    #[must_use]
+    pub fn id(&self) -> AccountId {
+        self.id
+    }
+
+    /// The account at this moment.
+    #[must_use]
+    pub fn view(&self) -> Arc<View> {
+        self.view.load_full()
+    }
+
+    /// Wakes whenever the view has changed. Subscribe before looking.
+    #[must_use]
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
+    }
+
+    /// Notes that the account was asked for at `now`.
+    pub fn note_request(&self, now: Timestamp) {
+        self.requested_ms.fetch_max(now.timestamp_millis(), Ordering::Relaxed);
+    }
+
+    /// When the account was last asked for here, in milliseconds since 1970; 0 for never.
+    #[must_use]
+    pub fn requested_ms(&self) -> i64 {
+        self.requested_ms.load(Ordering::Relaxed)
+    }
+}
+
+/// All accounts.
+#[derive(Debug)]
+pub struct Cache {
+    by_name: HashMap<AccountName, Arc<Slot>>,
+    by_id: HashMap<AccountId, Arc<Slot>>,
+    changes: broadcast::Sender<Arc<Slot>>,
+}
+
+impl Default for Cache {
+    fn default() -> Self {
+        Self {
+            by_name: HashMap::new(),
+            by_id: HashMap::new(),
+            changes: broadcast::Sender::new(WATCH_BACKLOG),
+        }
+    }
+}
+
+impl Cache {
+    /// The account called `name`.
+    #[must_use]
+    pub fn named(&self, name: &AccountName) -> Option<Arc<Slot>> {
+        self.by_name.pin().get(name).cloned()
+    }
+
+    /// The account numbered `id`.
+    #[must_use]
+    pub fn numbered(&self, id: AccountId) -> Option<Arc<Slot>> {
+        self.by_id.pin().get(&id).cloned()
+    }
+
+    /// All accounts of this moment, in no order.
+    #[must_use]
+    pub fn slots(&self) -> Vec<Arc<Slot>> {
+        self.by_id.pin().values().cloned().collect()
+    }
+
+    /// How many accounts there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.by_id.pin().len()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Every change of an account's token, or of whether it may be used, as it happens.
+    #[must_use]
+    pub fn changes(&self) -> broadcast::Receiver<Arc<Slot>> {
+        self.changes.subscribe()
+    }
+
+    /// Puts the account as the database has it. A token that the cache has of a later generation is
+    /// kept: the load was overtaken by a commit.
+    ///
+    /// Calls for one account must not overlap with one another: the loader makes sure.
+    pub fn put(&self, account: Account, progress: Progress, token: Option<Token>) -> Arc<Slot> {
+        let by_id = self.by_id.pin();
+        if let Some(slot) = by_id.get(&account.id) {
+            let renamed = slot.view.load().account.name != account.name;
+            if renamed {
+                self.forget_name(slot);
+            }
+            let token = token.map(Arc::new);
+            self.update(slot, |view| {
+                let newer = |mine: &Arc<Token>| {
+                    token.as_ref().is_none_or(|theirs| mine.generation > theirs.generation)
+                };
+                let token = view.token.clone().filter(newer).or_else(|| token.clone());
+                View { account: account.clone(), progress: progress.clone(), token, removed: false }
+            });
+            if renamed {
+                self.by_name.pin().insert(account.name, slot.clone());
+            }
+            return slot.clone();
+        }
+        let name = account.name.clone();
+        let slot = Arc::new(Slot {
+            id: account.id,
+            view: ArcSwap::from_pointee(View {
+                account,
+                progress,
+                token: token.map(Arc::new),
+                removed: false,
+            }),
+            changed: watch::Sender::new(()),
+            requested_ms: AtomicI64::new(0),
+        });
+        by_id.insert(slot.id, slot.clone());
+        self.by_name.pin().insert(name, slot.clone());
+        let _ = self.changes.send(slot.clone());
+        slot
+    }
+
+    /// Takes the account out: its waiters and watchers hear that it is gone.
+    pub fn remove(&self, id: AccountId) {
+        let by_id = self.by_id.pin();
+        let Some(slot) = by_id.remove(&id) else { return };
+        self.forget_name(slot);
+        self.update(slot, |view| View { removed: true, ..view.clone() });
+    }
+
+    /// Changes the account's view by `change`, which may run more than once, and wakes those who
+    /// wait or watch.
+    pub fn update(&self, slot: &Arc<Slot>, change: impl Fn(&View) -> View) {
+        let before = slot.view.rcu(|view| change(view));
+        let after = slot.view.load();
+        slot.changed.send_replace(());
+        let generation = |view: &View| view.token.as_ref().map(|token| token.generation);
+        if generation(&before) != generation(&after)
+            || before.removed != after.removed
+            || before.account.enabled != after.account.enabled
+        {
+            // No watcher is no error.
+            let _ = self.changes.send(slot.clone());
+        }
+    }
+
+    /// Forgets the slot's name, unless another account has it by now.
+    fn forget_name(&self, slot: &Arc<Slot>) {
+        let by_name = self.by_name.pin();
+        let name = slot.view.load().account.name.clone();
+        if by_name.get(&name).is_some_and(|held| held.id == slot.id) {
+            by_name.remove(&name);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn account(id: i64, name: &str) -> Account {
+        Account::example(id, name)
+    }
+
+    fn token(generation: i64) -> Token {
+        Token::example(generation, 3_600)
+    }
+
+    fn generation(slot: &Slot) -> Option<i64> {
+        slot.view().token.as_ref().map(|token| token.generation.0)
+    }
+
+    #[test]
+    fn a_load_overtaken_by_a_commit_does_not_bring_the_older_token_back() {
+        let cache = Cache::default();
+        let slot = cache.put(account(1, "acme"), Progress::default(), Some(token(2)));
+        cache.put(account(1, "acme"), Progress::default(), Some(token(1)));
+        assert_eq!(generation(&slot), Some(2));
+        cache.put(account(1, "acme"), Progress::default(), Some(token(3)));
+        assert_eq!(generation(&slot), Some(3));
+    }
+
+    #[test]
+    fn a_name_deleted_and_inserted_again_is_another_account() {
+        let cache = Cache::default();
+        let old = cache.put(account(1, "acme"), Progress::default(), Some(token(1)));
+        let new = cache.put(account(2, "acme"), Progress::default(), None);
+        cache.remove(AccountId(1));
+        assert!(old.view().removed);
+        let found = cache.named(&"acme".parse().unwrap()).unwrap();
+        assert_eq!(found.id(), new.id());
+        assert_eq!(generation(&found), None);
+    }
+
+    #[test]
+    fn a_renamed_account_is_found_under_its_new_name_alone() {
+        let cache = Cache::default();
+        cache.put(account(1, "acme"), Progress::default(), None);
+        cache.put(account(1, "acme-eu"), Progress::default(), None);
+        assert!(cache.named(&"acme".parse().unwrap()).is_none());
+        assert!(cache.named(&"acme-eu".parse().unwrap()).is_some());
+        assert_eq!(cache.len(), 1);
+    }
+
+    #[tokio::test]
+    async fn watchers_hear_of_a_new_token_and_of_the_end_but_not_of_attempts() {
+        let cache = Cache::default();
+        let slot = cache.put(account(1, "acme"), Progress::default(), None);
+        let mut changes = cache.changes();
+        let attempted = Progress { failures: 1, ..Progress::default() };
+        cache.put(account(1, "acme"), attempted, None);
+        assert!(changes.try_recv().is_err());
+        cache.put(account(1, "acme"), Progress::default(), Some(token(1)));
+        assert_eq!(changes.try_recv().unwrap().id(), slot.id());
+        cache.remove(slot.id());
+        assert!(changes.try_recv().unwrap().view().removed);
+    }
+}
