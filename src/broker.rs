@@ -1,0 +1,266 @@
+//! The use case: who may, what is there, what to wait for. An answer never calls the upstream.
+
+mod decide;
+mod refusal;
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+pub use decide::{Ask, ReportOutcome};
+use decide::{Decision, decide, judge_report};
+pub use refusal::Refusal;
+use sqlx::PgPool;
+use tokio::time::{Instant, timeout_at};
+use tracing::warn;
+
+use crate::{
+    account::AccountName,
+    cache::{Cache, Slot, View},
+    caller::{AccountPattern, Caller, Right},
+    clock::{Clock, Timestamp},
+    directory::Directory,
+    issue::AccountState,
+    refresh::Waker,
+    schedule::Policy,
+    store::{callers::Proof, leases},
+    token::{Generation, Token},
+};
+
+/// How long one look at the database for a report may take.
+const REPORT_WITHIN: Duration = Duration::from_secs(2);
+
+/// Answers callers. Cheap to clone.
+#[derive(Clone)]
+pub struct Broker {
+    /// The accounts.
+    pub cache: Arc<Cache>,
+    /// The callers.
+    pub directory: Arc<Directory>,
+    /// Time.
+    pub clock: Clock,
+    /// When tokens are replaced.
+    pub policy: Policy,
+    /// How long grants are trusted without the database.
+    pub max_staleness: Duration,
+    /// Whom to wake when somebody waits.
+    pub waker: Waker,
+    /// Where a report is noted, for all replicas.
+    pub pool: PgPool,
+}
+
+/// An account as a caller may list it.
+#[derive(Clone, Debug)]
+pub struct Listed {
+    /// Its name.
+    pub name: AccountName,
+    /// Where it stands.
+    pub state: AccountState,
+    /// Its token's times and generation, without the token.
+    pub token: Option<(Timestamp, Timestamp, Generation)>,
+    /// When the upstream is called next.
+    pub next_attempt_at: Option<Timestamp>,
+}
+
+impl Broker {
+    /// The account's token for `caller`, as `ask` wants it; waits up to `deadline`.
+    ///
+    /// # Errors
+    /// The [`Refusal`] to be told.
+    pub async fn get_token(
+        &self,
+        caller: &Caller,
+        account: &AccountName,
+        ask: Ask,
+        deadline: Instant,
+    ) -> Result<Arc<Token>, Refusal> {
+        let slot = self.permitted(caller, Right::Get, account)?;
+        slot.note_request(self.clock.now());
+        // Armed before the look, so that no change falls between the look and the wait.
+        let mut changes = None;
+        loop {
+            match decide(&slot.view(), &ask, &self.policy, self.clock.now()) {
+                Decision::Serve(token) => return Ok(token),
+                Decision::Refuse(refusal) => return Err(refusal),
+                Decision::Wait => {}
+            }
+            let Some(changes) = &mut changes else {
+                changes = Some(slot.changes());
+                self.waker.wake(slot.id());
+                continue;
+            };
+            if timeout_at(deadline, changes.changed()).await.is_err() {
+                return self.too_late(&slot, &ask);
+            }
+        }
+    }
+
+    /// What to say at the deadline: a live token that is not what was asked for in time to live is
+    /// still better than none.
+    fn too_late(&self, slot: &Slot, ask: &Ask) -> Result<Arc<Token>, Refusal> {
+        let now = self.clock.now();
+        match slot.view().live(now) {
+            Some(token) if token.generation > ask.newer_than => Ok(token.clone()),
+            _ => Err(Refusal::DeadlineExceeded),
+        }
+    }
+
+    /// Takes a caller's report that the upstream refused `generation` of the account's token.
+    ///
+    /// # Errors
+    /// The [`Refusal`] to be told.
+    pub async fn report(
+        &self,
+        caller: &Caller,
+        account: &AccountName,
+        generation: u64,
+        upstream_code: &str,
+    ) -> Result<ReportOutcome, Refusal> {
+        let slot = self.permitted(caller, Right::Report, account)?;
+        let now = self.clock.now();
+        let view = slot.view();
+        if !view.account.enabled {
+            return Err(Refusal::AccountDisabled);
+        }
+        let outcome = judge_report(&view, generation, upstream_code, &self.policy, now);
+        if !matches!(outcome, ReportOutcome::Reissuing { noted: false, .. }) {
+            return Ok(outcome);
+        }
+        let reported = view.token.as_ref().map(|token| token.generation);
+        let note = leases::suspect(&self.pool, slot.id(), reported);
+        let noted = tokio::time::timeout(REPORT_WITHIN, note);
+        match noted.await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                warn!(%account, %error, "a report cannot be noted");
+                return Err(Refusal::Unavailable { retry_after: REPORT_WITHIN });
+            }
+            Err(_) => return Err(Refusal::Unavailable { retry_after: REPORT_WITHIN }),
+        }
+        self.cache.update(&slot, |view| {
+            let mut view = view.clone();
+            // A successor that came meanwhile was not reported.
+            view.progress.suspect |=
+                view.token.as_ref().is_some_and(|token| token.generation.as_u64() == generation);
+            view
+        });
+        self.waker.wake(slot.id());
+        Ok(outcome)
+    }
+
+    /// Up to `limit` accounts after `after` that `caller` may list, by name, and whether there are
+    /// more.
+    ///
+    /// # Errors
+    /// [`Refusal::GrantsStale`].
+    pub fn list(
+        &self,
+        caller: &Caller,
+        after: Option<&AccountName>,
+        limit: usize,
+    ) -> Result<(Vec<Listed>, bool), Refusal> {
+        self.trust_grants()?;
+        let now = self.clock.now();
+        let mut found: Vec<Arc<View>> = self
+            .cache
+            .slots()
+            .iter()
+            .map(|slot| slot.view())
+            .filter(|view| {
+                after.is_none_or(|after| view.account.name > *after)
+                    && caller.permits(Right::List, &view.account.name, now)
+            })
+            .collect();
+        let more = found.len() > limit;
+        if more {
+            found.select_nth_unstable_by(limit, |a, b| a.account.name.cmp(&b.account.name));
+            found.truncate(limit);
+        }
+        found.sort_unstable_by(|a, b| a.account.name.cmp(&b.account.name));
+        Ok((found.iter().map(|view| self.listed(view, now)).collect(), more))
+    }
+
+    fn listed(&self, view: &View, now: Timestamp) -> Listed {
+        let token = view.token.as_deref();
+        Listed {
+            name: view.account.name.clone(),
+            state: view.state(now),
+            token: token.map(|token| (token.issued_at, token.expires_at, token.generation)),
+            next_attempt_at: self
+                .policy
+                .next_attempt(&view.account, &view.progress, token)
+                .map(|at| at.max(now)),
+        }
+    }
+
+    /// The accounts that `patterns` mean for `caller` at this moment.
+    ///
+    /// # Errors
+    /// For a plain name without a grant or without an account, as [`Broker::get_token`] has them; a
+    /// pattern is silently limited to what the caller may have.
+    pub fn watched(
+        &self,
+        caller: &Caller,
+        patterns: &[AccountPattern],
+    ) -> Result<Vec<Arc<Slot>>, Refusal> {
+        self.trust_grants()?;
+        let mut named = BTreeMap::new();
+        let mut wild = Vec::new();
+        for pattern in patterns {
+            match pattern.as_name() {
+                Some(name) => {
+                    let slot = self.permitted(caller, Right::Get, &name)?;
+                    named.insert(slot.id(), slot);
+                }
+                None => wild.push(pattern),
+            }
+        }
+        if !wild.is_empty() {
+            let now = self.clock.now();
+            let matching = self.cache.slots().into_iter().filter(|slot| {
+                let name = &slot.view().account.name;
+                wild.iter().any(|pattern| pattern.matches(name.as_str()))
+                    && caller.permits(Right::Get, name, now)
+            });
+            named.extend(matching.map(|slot| (slot.id(), slot)));
+        }
+        Ok(named.into_values().collect())
+    }
+
+    /// The caller as it is now, for a stream that outlives a change of its grants or the end of the
+    /// credential that it was opened with.
+    ///
+    /// # Errors
+    /// [`Refusal::GrantsStale`], or [`Refusal::CredentialRefused`] once the credential is of no use.
+    pub fn still_admitted(&self, proof: &Proof) -> Result<Arc<Caller>, Refusal> {
+        self.trust_grants()?;
+        let admitted = self.directory.by_proof(proof, self.clock.now());
+        admitted.map_err(|_| Refusal::CredentialRefused)
+    }
+
+    /// How long `token` may be kept before asking again.
+    #[must_use]
+    pub fn reuse_for(&self, account: &AccountName, token: &Token) -> Duration {
+        decide::reuse_for(account, token, &self.policy, self.clock.now())
+    }
+
+    /// The account, if a grant of `caller` covers it. Whether it exists is told only then.
+    fn permitted(
+        &self,
+        caller: &Caller,
+        right: Right,
+        account: &AccountName,
+    ) -> Result<Arc<Slot>, Refusal> {
+        self.trust_grants()?;
+        if !caller.permits(right, account, self.clock.now()) {
+            return Err(Refusal::NotGranted);
+        }
+        self.cache.named(account).ok_or(Refusal::NoSuchAccount)
+    }
+
+    fn trust_grants(&self) -> Result<(), Refusal> {
+        if self.directory.is_current(self.clock.now(), self.max_staleness) {
+            Ok(())
+        } else {
+            Err(Refusal::GrantsStale)
+        }
+    }
+}

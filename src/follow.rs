@@ -1,0 +1,356 @@
+//! Follows what admins and other replicas commit: seals what was written into the intake column,
+//! loads what changed, wakes the refresher, and writes changes into the audit log.
+
+use std::{sync::Arc, time::Duration};
+
+use sqlx::PgPool;
+use tokio::{sync::Notify, time::timeout};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+use crate::{
+    account::AccountId,
+    audit::{
+        journal::Journal,
+        record::{Event, Record},
+    },
+    cache::Cache,
+    clock::{Clock, Timestamp},
+    directory::Directory,
+    load::Loader,
+    refresh::Waker,
+    seal::{Keyring, SEALED_PREFIX},
+    secret::ClientSecret,
+    store::{
+        Database, StoreError, accounts, callers,
+        changes::{self, Change, Listener},
+        instances::{self, Heartbeat},
+    },
+};
+
+/// How often everything is looked at; a notification only makes it sooner. The contract promises
+/// that an admin's statement takes effect within a second.
+const POLL: Duration = Duration::from_millis(500);
+/// The longest that one look may take before the database counts as hung.
+const LOOK_WITHIN: Duration = Duration::from_secs(10);
+/// The pause before a lost listening connection is made anew.
+const LISTEN_AGAIN: Duration = Duration::from_secs(1);
+/// How often the replica tells that it lives, and when accounts were last asked for.
+const HEARTBEAT: Duration = Duration::from_secs(10);
+/// For how many accounts that is told at once.
+const NOTED: usize = 500;
+/// How many changes are written into the audit log at once.
+const CHANGES: i64 = 500;
+/// How long these may take to become durable.
+const RECORD_WITHIN: Duration = Duration::from_secs(5);
+
+/// What a replica tells of itself.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// The instance.
+    pub instance: String,
+    /// Its number in generations.
+    pub replica: u16,
+    /// The keys that its keyring holds.
+    pub key_ids: Vec<String>,
+    /// When it started.
+    pub started_at: Timestamp,
+}
+
+/// Whether changes are to be taken again that this instance took before.
+#[derive(Clone, Copy, Debug)]
+enum Retake {
+    /// Those that it took are in the journal.
+    No,
+    /// Taking was cut off, by an error or a timeout: what was taken is not known.
+    CutOff,
+    /// Once so many records of this start, and all of earlier starts, are in Postgres.
+    After(u64),
+}
+
+/// All that following needs.
+pub struct Follower {
+    /// Who we are.
+    pub identity: Identity,
+    /// Where to listen.
+    pub database: Database,
+    /// Where to read.
+    pub pool: PgPool,
+    /// Opens what `account seal` sealed, and seals it for the row.
+    pub keyring: Arc<Keyring>,
+    /// Brings the cache to what the database has.
+    pub loader: Arc<Loader>,
+    /// The accounts.
+    pub cache: Arc<Cache>,
+    /// The callers.
+    pub directory: Arc<Directory>,
+    /// The refresher.
+    pub waker: Waker,
+    /// The audit log.
+    pub journal: Journal,
+    /// Time.
+    pub clock: Clock,
+}
+
+impl Follower {
+    /// Loads everything once, and returns from where to follow. Call it before serving.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub async fn start(&self) -> Result<String, StoreError> {
+        let snapshot = changes::snapshot(&self.pool).await?;
+        self.seal_intake().await?;
+        let accounts = self.loader.all().await?;
+        self.load_callers().await?;
+        info!(accounts, "accounts and callers are loaded");
+        Ok(snapshot)
+    }
+
+    /// Follows from `snapshot` until `stop`.
+    pub async fn run(self, snapshot: String, stop: CancellationToken) {
+        let notified = Notify::new();
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = self.listen(&notified) => {}
+            () = self.poll(snapshot, &notified) => {}
+            () = self.beat() => {}
+        }
+        let stopped = instances::stopped(&self.pool, &self.identity.instance);
+        if !matches!(timeout(LISTEN_AGAIN, stopped).await, Ok(Ok(()))) {
+            debug!("the end of this instance cannot be told to the database");
+        }
+    }
+
+    /// Passes notifications on. Never ends.
+    async fn listen(&self, notified: &Notify) {
+        loop {
+            if let Ok(mut listener) = Listener::connect(&self.database).await {
+                // What was committed while nobody listened is found by this look.
+                notified.notify_one();
+                while listener.wait().await.is_ok() {
+                    notified.notify_one();
+                }
+            }
+            tokio::time::sleep(LISTEN_AGAIN).await;
+        }
+    }
+
+    /// Looks again and again. Never ends.
+    async fn poll(&self, mut snapshot: String, notified: &Notify) {
+        let mut away = false;
+        // What this instance took before it was stopped, and did not record, is taken again once.
+        let mut retake = Retake::After(0);
+        loop {
+            match timeout(LOOK_WITHIN, self.look(&mut snapshot, &mut retake)).await {
+                Ok(Ok(())) => {
+                    if std::mem::take(&mut away) {
+                        info!("the database is back");
+                    }
+                }
+                Ok(Err(error)) => {
+                    if !std::mem::replace(&mut away, true) {
+                        warn!(%error, "changes cannot be followed; serving what is known");
+                    }
+                }
+                Err(_) => {
+                    if !std::mem::replace(&mut away, true) {
+                        warn!("the database hangs; serving what is known");
+                    }
+                }
+            }
+            tokio::select! {
+                () = tokio::time::sleep(POLL) => {}
+                () = notified.notified() => {}
+            }
+        }
+    }
+
+    /// One look at everything that was committed since `snapshot`, which moves on only when all of
+    /// it was taken in.
+    ///
+    /// Whether changes that were taken for the audit log reached the journal can be said only once
+    /// all that the journal held has arrived in Postgres: until then `retake` has none taken.
+    async fn look(&self, snapshot: &mut String, retake: &mut Retake) -> Result<(), StoreError> {
+        self.seal_intake().await?;
+        let committed = changes::since(&self.pool, snapshot).await?;
+        if !committed.accounts.is_empty() {
+            self.loader.these(&committed.accounts).await?;
+            for id in &committed.accounts {
+                self.waker.wake(AccountId(*id));
+            }
+        }
+        if committed.access {
+            self.load_callers().await?;
+        }
+        *snapshot = committed.snapshot;
+        self.directory.confirm(self.clock.now());
+        let again = match *retake {
+            Retake::No if !committed.unrecorded => return Ok(()),
+            Retake::No => false,
+            Retake::CutOff => {
+                *retake = Retake::After(self.journal.stats().appended);
+                return Ok(());
+            }
+            Retake::After(mark) if !self.has_delivered(mark) => return Ok(()),
+            Retake::After(_) => true,
+        };
+        *retake = Retake::CutOff;
+        self.record_changes(again).await?;
+        *retake = Retake::No;
+        Ok(())
+    }
+
+    /// Whether `count` records of this start, and all of earlier ones, are in Postgres.
+    fn has_delivered(&self, count: u64) -> bool {
+        let stats = self.journal.stats();
+        let delivered = stats.durable.saturating_sub(stats.undelivered);
+        self.journal.earlier_chains_delivered() && delivered + stats.failed >= count
+    }
+
+    async fn load_callers(&self) -> Result<(), StoreError> {
+        self.directory.replace(callers::load(&self.pool).await?);
+        self.directory.confirm(self.clock.now());
+        Ok(())
+    }
+
+    async fn seal_intake(&self) -> Result<(), StoreError> {
+        let sealed = accounts::seal_intake(&self.pool, |intake| {
+            let secret = if intake.value.starts_with(SEALED_PREFIX) {
+                let opened = self.keyring.open_intake(&intake.client_id, &intake.value);
+                opened.map_err(|error| error.to_string())?
+            } else {
+                ClientSecret::new(&intake.value).map_err(|error| error.to_string())?
+            };
+            Ok(self.keyring.seal_secret(intake.id, intake.version, &secret))
+        })
+        .await?;
+        if sealed > 0 {
+            info!(accounts = sealed, "secrets were sealed and the intake column emptied");
+        }
+        Ok(())
+    }
+
+    /// Writes changes into the audit log until there are none left.
+    async fn record_changes(&self, again: bool) -> Result<(), StoreError> {
+        loop {
+            let taken = changes::take(&self.pool, &self.identity.instance, again, CHANGES).await?;
+            let more = taken.len() >= usize::try_from(CHANGES).unwrap_or(usize::MAX);
+            let records: Vec<_> =
+                taken.into_iter().map(|change| self.journal.append(record(&change))).collect();
+            for appended in records {
+                // A record that is not a call is kept until it can be written.
+                let _ = appended.durable(RECORD_WITHIN).await;
+            }
+            // Taken again, a full batch would be the same one: the rest waits for the next start.
+            if !more || again {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Tells again and again that the replica lives, and when accounts were last asked for. Never
+    /// ends.
+    async fn beat(&self) {
+        loop {
+            self.tell().await;
+            tokio::time::sleep(HEARTBEAT).await;
+        }
+    }
+
+    async fn tell(&self) {
+        let beat = Heartbeat {
+            instance: &self.identity.instance,
+            replica: self.identity.replica,
+            version: env!("CARGO_PKG_VERSION"),
+            key_ids: &self.identity.key_ids,
+            started_at: self.identity.started_at,
+        };
+        let (ids, moments) = self.requests_since(self.clock.now() - 2 * HEARTBEAT);
+        let told = async {
+            instances::beat(&self.pool, &beat).await?;
+            for (ids, moments) in ids.chunks(NOTED).zip(moments.chunks(NOTED)) {
+                accounts::note_requests(&self.pool, ids, moments).await?;
+            }
+            Ok::<(), StoreError>(())
+        };
+        match timeout(LOOK_WITHIN, told).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => debug!(%error, "the heartbeat cannot be told"),
+            Err(_) => debug!("the heartbeat cannot be told: the database hangs"),
+        }
+    }
+
+    /// The accounts that were asked for since `since`, and when.
+    fn requests_since(&self, since: Timestamp) -> (Vec<i64>, Vec<Timestamp>) {
+        let since = since.timestamp_millis();
+        self.cache
+            .slots()
+            .iter()
+            .filter(|slot| slot.requested_ms() >= since)
+            .filter_map(|slot| {
+                Some((slot.id().0, Timestamp::from_timestamp_millis(slot.requested_ms())?))
+            })
+            .unzip()
+    }
+}
+
+/// The audit record of a change.
+fn record(change: &Change) -> Record {
+    let event = match (change.table.as_str(), change.operation.as_str()) {
+        ("accounts", "insert") => Event::AccountRegistered,
+        ("accounts", "delete") => Event::AccountRemoved,
+        ("accounts", _) => Event::AccountChanged,
+        ("grants", _) => Event::GrantChanged,
+        _ => Event::CallerChanged,
+    };
+    let mut record = Record::new(change.at, event)
+        .with("change_id", change.id.to_string())
+        .with("table", &change.table)
+        .with("operation", &change.operation);
+    if change.table == "accounts" {
+        record = record.account_as_asked(&change.subject);
+    } else {
+        record = record.with("caller", &change.subject);
+    }
+    for (key, value) in &change.detail {
+        record = record.with(key, value);
+    }
+    record
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use chrono::DateTime;
+
+    use super::*;
+
+    fn change(table: &str, operation: &str) -> Change {
+        Change {
+            id: 7,
+            at: DateTime::UNIX_EPOCH,
+            table: table.into(),
+            operation: operation.into(),
+            subject: "acme".into(),
+            detail: BTreeMap::from([("session_user".into(), "jane".into())]),
+        }
+    }
+
+    #[test]
+    fn a_change_becomes_the_event_of_its_table_with_who_made_it() {
+        for (table, operation, event) in [
+            ("accounts", "insert", "account_registered"),
+            ("accounts", "update", "account_changed"),
+            ("accounts", "delete", "account_removed"),
+            ("callers", "insert", "caller_changed"),
+            ("caller_credentials", "delete", "caller_changed"),
+            ("grants", "update", "grant_changed"),
+        ] {
+            let record = record(&change(table, operation));
+            assert_eq!(record.event.as_str(), event);
+            assert_eq!(record.detail["session_user"], "jane");
+            assert_eq!(record.detail["change_id"], "7");
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! Issues each account's token ahead of the end of the last one: due → lease → attempt → issue →
+//! record → store → cache, one account at a time, many at once.
+
+mod attempt;
+mod queue;
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+pub use attempt::{Issuing, Outcome};
+use queue::Queue;
+use tokio::{
+    sync::mpsc,
+    task::{self, JoinError, JoinSet},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, error};
+
+use crate::{
+    account::AccountId,
+    cache::Slot,
+    clock::{Timestamp, delta},
+};
+
+/// When an account whose attempt panicked is tried again.
+const AFTER_A_BUG: Duration = Duration::from_mins(1);
+
+/// Tells the refresher to look at an account again. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Waker(mpsc::UnboundedSender<AccountId>);
+
+impl Waker {
+    /// Asks for another look at `account`: something changed, or somebody waits.
+    pub fn wake(&self, account: AccountId) {
+        // A refresher that is gone has stopped with the process.
+        let _ = self.0.send(account);
+    }
+}
+
+/// The loop that starts attempts.
+pub struct Refresher {
+    issuing: Arc<Issuing>,
+    queue: Queue,
+    wakes: mpsc::UnboundedReceiver<AccountId>,
+    attempts: JoinSet<Outcome>,
+    /// Whose attempts they are.
+    accounts: HashMap<task::Id, AccountId>,
+    /// The least time between two starts here; the database holds all replicas together to it.
+    pause: Duration,
+    next_start: Timestamp,
+    concurrency: usize,
+}
+
+impl Refresher {
+    /// A refresher and the handle that wakes it.
+    #[must_use]
+    pub fn new(issuing: Issuing) -> (Self, Waker) {
+        let (sender, wakes) = mpsc::unbounded_channel();
+        let claimant = &issuing.claimant;
+        let refresher = Self {
+            pause: Duration::from_secs_f64(1.0 / claimant.rate.max(0.001)),
+            next_start: Timestamp::UNIX_EPOCH,
+            concurrency: claimant.concurrency.max(1),
+            issuing: Arc::new(issuing),
+            queue: Queue::default(),
+            wakes,
+            attempts: JoinSet::new(),
+            accounts: HashMap::new(),
+        };
+        (refresher, Waker(sender))
+    }
+
+    /// Runs until `stop`, then waits for the attempts that are under way: each has an upstream call
+    /// out whose token must be kept.
+    pub async fn run(mut self, stop: CancellationToken) {
+        for slot in self.issuing.cache.slots() {
+            self.plan(&slot, None);
+        }
+        let clock = self.issuing.clock.clone();
+        loop {
+            let now = clock.now();
+            let next = self.next_start(now);
+            tokio::select! {
+                () = stop.cancelled() => break,
+                Some(id) = self.wakes.recv() => self.replan(id, None),
+                Some(ended) = self.attempts.join_next_with_id(), if !self.attempts.is_empty() => {
+                    self.ended(ended);
+                }
+                () = clock.sleep_until(next.unwrap_or(now)), if next.is_some() => self.start(),
+            }
+        }
+        // Longer than a lease nobody waits: whoever claims next knows that a token may be out.
+        let lease = self.issuing.claimant.lease;
+        let rest = async { while self.attempts.join_next().await.is_some() {} };
+        if tokio::time::timeout(lease, rest).await.is_err() {
+            error!("some attempts did not end and are left to their leases");
+        }
+    }
+
+    /// When the next attempt may start; `None` while as many as may be are under way, or none is
+    /// planned.
+    fn next_start(&self, now: Timestamp) -> Option<Timestamp> {
+        if self.attempts.len() >= self.concurrency {
+            return None;
+        }
+        self.queue.next(now).map(|due| due.max(self.next_start))
+    }
+
+    fn start(&mut self) {
+        let now = self.issuing.clock.now();
+        let Some(id) = self.queue.take(now) else { return };
+        let Some(slot) = self.issuing.cache.numbered(id) else { return };
+        self.next_start = now + delta(self.pause);
+        self.queue.began(id);
+        let issuing = self.issuing.clone();
+        let attempt = self.attempts.spawn(async move { issuing.attempt(&slot).await });
+        self.accounts.insert(attempt.id(), id);
+    }
+
+    fn ended(&mut self, ended: Result<(task::Id, Outcome), JoinError>) {
+        let (task, outcome) = match ended {
+            Ok(ended) => ended,
+            Err(bug) => {
+                error!(error = %bug, "an attempt panicked");
+                (bug.id(), Outcome::NotBefore(AFTER_A_BUG))
+            }
+        };
+        let Some(id) = self.accounts.remove(&task) else { return };
+        debug!(account = %id, ?outcome, "an attempt ended");
+        self.queue.ended(id);
+        let not_before = match outcome {
+            Outcome::NotBefore(pause) => Some(self.issuing.clock.now() + delta(pause)),
+            Outcome::Done => None,
+        };
+        self.replan(id, not_before);
+    }
+
+    fn replan(&mut self, id: AccountId, not_before: Option<Timestamp>) {
+        match self.issuing.cache.numbered(id) {
+            Some(slot) => self.plan(&slot, not_before),
+            None => self.queue.forget(id),
+        }
+    }
+
+    fn plan(&mut self, slot: &Slot, not_before: Option<Timestamp>) {
+        let view = slot.view();
+        let token = view.token.as_deref();
+        let due = self.issuing.policy.next_attempt(&view.account, &view.progress, token);
+        self.queue.plan(
+            slot.id(),
+            due.map(|due| not_before.map_or(due, |not_before| due.max(not_before))),
+            token.map(|token| token.expires_at),
+        );
+    }
+}
