@@ -21,6 +21,7 @@ pub mod caller;
 pub mod clock;
 pub mod directory;
 pub mod follow;
+pub mod grpc;
 pub mod issue;
 pub mod limit;
 pub mod load;

@@ -1,0 +1,245 @@
+//! The layer that records each call of `TokenService`: from the arrival of its headers to the
+//! durable record, without which no answer leaves.
+
+mod call;
+
+use std::{
+    convert::Infallible,
+    future::Future,
+    panic::AssertUnwindSafe,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+pub use call::{CallContext, Draft, Peer};
+use call::{Deadline, deadline_of, event_of, method_of, trace_id_of};
+use futures_util::FutureExt;
+use http::{Request, Response};
+use tokio::time::Instant;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::{Code, Status, body::Body, server::NamedService};
+use tower::Service;
+use tracing::error;
+
+use super::{identity::identify, status::outcome};
+use crate::{
+    audit::{journal::Journal, record::Record},
+    broker::Refusal,
+    clock::Clock,
+    directory::Directory,
+    limit::CallerRates,
+    telemetry::{Method, Metrics},
+};
+
+/// The longest that an answer waits for its record.
+const RECORD_WITHIN: Duration = Duration::from_secs(5);
+
+/// What the layer needs; shared by all connections.
+pub struct Desk {
+    /// The audit log.
+    pub journal: Journal,
+    /// The callers.
+    pub directory: Arc<Directory>,
+    /// What each caller used of its rate.
+    pub rates: CallerRates,
+    /// Calls a second of a caller that has no rate of its own.
+    pub default_rate: u32,
+    /// The deadline of a call that brings none.
+    pub default_deadline: Duration,
+    /// The longest deadline that a call may bring.
+    pub longest_deadline: Duration,
+    /// Time.
+    pub clock: Clock,
+    /// The moment from which rates are counted.
+    pub epoch: Instant,
+    /// Counters.
+    pub metrics: Arc<Metrics>,
+    /// The calls under way: their records are still to be written.
+    pub calls: TaskTracker,
+}
+
+/// A service whose every call is recorded.
+#[derive(Clone)]
+pub struct Recorded<S> {
+    inner: S,
+    desk: Arc<Desk>,
+}
+
+impl<S> Recorded<S> {
+    /// Records the calls of `inner` at `desk`.
+    pub fn new(inner: S, desk: Arc<Desk>) -> Self {
+        Self { inner, desk }
+    }
+}
+
+impl<S: NamedService> NamedService for Recorded<S> {
+    const NAME: &'static str = S::NAME;
+}
+
+impl<S> Service<Request<Body>> for Recorded<S>
+where
+    S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>
+        + Clone
+        + Send
+        + 'static,
+    S::Future: Send,
+{
+    type Response = Response<Body>;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        self.inner.poll_ready(context)
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        let inner = self.inner.clone();
+        let desk = self.desk.clone();
+        let arrived = Instant::now();
+        let gone = CancellationToken::new();
+        // A caller that resets its stream drops this future, not the task: its record is written.
+        let hangs_up = gone.clone().drop_guard();
+        let calls = desk.calls.clone();
+        let answer = calls.spawn(async move { desk.answer(inner, request, arrived, gone).await });
+        Box::pin(async move {
+            let answered = answer.await;
+            hangs_up.disarm();
+            Ok(answered.unwrap_or_else(|bug| {
+                error!(error = %bug, "a call was lost");
+                Status::internal("a fault of the broker's own").into_http()
+            }))
+        })
+    }
+}
+
+impl Desk {
+    async fn answer<S>(
+        &self,
+        inner: S,
+        request: Request<Body>,
+        arrived: Instant,
+        gone: CancellationToken,
+    ) -> Response<Body>
+    where
+        S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>,
+    {
+        let method = method_of(request.uri().path());
+        let mut record = Record::new(self.clock.now(), event_of(method));
+        record.peer = request.extensions().get::<Peer>().map(|peer| peer.0.to_string());
+        record.trace_id = trace_id_of(request.headers());
+        let draft = Draft::new(record);
+
+        let (admitted, record_within) = match self.admit(&request, method, arrived, &draft) {
+            Ok((deadline, context)) => {
+                (Ok((deadline, context)), deadline.left_for_record(RECORD_WITHIN))
+            }
+            Err(refusal) => (Err(refusal), RECORD_WITHIN),
+        };
+        // A method that panics is a call like any other: it is recorded.
+        let responding = AssertUnwindSafe(respond(inner, request, admitted, &gone, &draft));
+        let response = responding.catch_unwind().await.unwrap_or_else(|_| {
+            error!(?method, "a call panicked");
+            Status::internal("a fault of the broker's own").into_http()
+        });
+        let code = code_of(&response);
+        let (record, token_ends) = draft.finish(outcome(code), arrived.elapsed());
+        let recorded = self.journal.append(record).durable(record_within).await;
+        let response = match recorded {
+            Err(_) => Status::from(Refusal::AuditUnavailable).into_http(),
+            // The wait for the record may have outlived the token.
+            Ok(()) if token_ends.is_some_and(|end| end <= self.clock.now()) => {
+                Status::from(Refusal::Unavailable { retry_after: Duration::from_secs(1) })
+                    .into_http()
+            }
+            Ok(()) => response,
+        };
+        self.metrics.call(method, code_of(&response).into(), arrived.elapsed());
+        response
+    }
+
+    fn admit(
+        &self,
+        request: &Request<Body>,
+        method: Method,
+        arrived: Instant,
+        draft: &Draft,
+    ) -> Result<(Deadline, CallContext), Refusal> {
+        let identified = identify(request.headers(), &self.directory, self.clock.now()).map_err(
+            |unidentified| {
+                if let Some((known, why)) = unidentified.known {
+                    draft.identified(&known);
+                    draft.note("refused", why);
+                }
+                unidentified.refusal
+            },
+        )?;
+        draft.identified(&identified);
+        let rate = identified.caller.rate_limit.unwrap_or(self.default_rate);
+        self.rates
+            .take(identified.caller.id, rate, arrived.saturating_duration_since(self.epoch))
+            .map_err(|retry_after| Refusal::CallerRate { retry_after })?;
+        let asked = deadline_of(request.headers())?;
+        let deadline = match asked {
+            Some(asked) => Deadline::At(arrived + asked.min(self.longest(method))),
+            None if streams(method) => Deadline::Never,
+            None => Deadline::At(arrived + self.default_deadline),
+        };
+        let context = CallContext {
+            caller: identified.caller,
+            proof: identified.proof,
+            deadline: deadline.for_method(arrived, self.default_deadline),
+            draft: draft.clone(),
+        };
+        Ok((deadline, context))
+    }
+
+    /// The longest deadline that a call may bring.
+    fn longest(&self, method: Method) -> Duration {
+        const A_YEAR: Duration = Duration::from_hours(24 * 365);
+        if streams(method) { A_YEAR } else { self.longest_deadline }
+    }
+}
+
+/// Has an admitted call answered, unless its deadline or its caller ends it first.
+async fn respond<S>(
+    mut inner: S,
+    mut request: Request<Body>,
+    admitted: Result<(Deadline, CallContext), Refusal>,
+    gone: &CancellationToken,
+    draft: &Draft,
+) -> Response<Body>
+where
+    S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>,
+{
+    let deadline = match admitted {
+        Ok((deadline, context)) => {
+            request.extensions_mut().insert(context);
+            deadline
+        }
+        Err(refusal) => return draft.refuse(refusal).into_http(),
+    };
+    tokio::select! {
+        biased;
+        answered = inner.call(request) => match answered {
+            Ok(response) => response,
+            Err(never) => match never {},
+        },
+        () = gone.cancelled() => draft.refuse(Refusal::Cancelled).into_http(),
+        () = deadline.passes() => draft.refuse(Refusal::DeadlineExceeded).into_http(),
+    }
+}
+
+/// Whether a call of `method` is answered with a stream, which lasts as long as its caller wants.
+fn streams(method: Method) -> bool {
+    method == Method::WatchTokens
+}
+
+/// The gRPC status that a response's headers tell; a success tells it in its trailers.
+fn code_of(response: &Response<Body>) -> Code {
+    response
+        .headers()
+        .get("grpc-status")
+        .map_or(Code::Ok, |status| Code::from_bytes(status.as_bytes()))
+}
