@@ -13,16 +13,21 @@
 //! | aside | [`dev`] | the embedded world of `dev` and `simulate` |
 
 pub mod account;
+pub mod app;
 pub mod audit;
 pub mod bearer;
 pub mod broker;
 pub mod cache;
 pub mod caller;
+pub mod cli;
 pub mod clock;
+pub mod config;
+pub mod dev;
 pub mod directory;
 pub mod follow;
 pub mod grpc;
 pub mod issue;
+pub mod lifecycle;
 pub mod limit;
 pub mod load;
 pub mod ops;

@@ -1,3 +1,21 @@
-//! Token Broker.
+//! Parses the command line, runs it, and exits with its code.
 
-fn main() {}
+use std::process::ExitCode;
+
+use clap::Parser;
+use token_broker::cli::{self, Cli};
+
+fn main() -> ExitCode {
+    // Before anything else, and without a runtime: the guard must outlive whatever comes.
+    #[cfg(feature = "embedded-postgres")]
+    if std::env::args_os().nth(1).is_some_and(|it| it == token_broker::dev::postgres::GUARD_COMMAND)
+    {
+        return token_broker::dev::postgres::guard(std::env::args_os().skip(2));
+    }
+    run()
+}
+
+#[tokio::main]
+async fn run() -> ExitCode {
+    cli::run(Cli::parse()).await
+}

@@ -1,0 +1,119 @@
+//! What the broker tells of itself: readiness, and the figures that are read at each scrape.
+
+use std::sync::{Arc, atomic::Ordering};
+
+use chrono::TimeDelta;
+
+use super::World;
+use crate::{
+    issue::AccountState,
+    ops::{Check, Readiness},
+    telemetry::{AccountFigures, JournalFigures},
+};
+
+/// The skew before the first issue.
+pub(super) const NO_SKEW: i64 = i64::MIN;
+/// When the database was last heard of longer ago than this, it is said to be away.
+const HEARD_WITHIN: std::time::Duration = std::time::Duration::from_secs(5);
+
+/// Has the metrics read the world at each scrape.
+pub(super) fn export(world: &World) {
+    let (cache, journal, clock) = (world.cache.clone(), world.journal.clone(), world.clock.clone());
+    let skew = world.upstream_skew_ms.clone();
+    world.metrics.on_scrape(move |figures| {
+        let now = clock.now();
+        for slot in cache.slots() {
+            let view = slot.view();
+            *count_of(&mut figures.accounts, view.state(now)) += 1;
+            let end = view.live(now).map(|token| token.expires_at);
+            figures.earliest_token_end =
+                [figures.earliest_token_end, end].into_iter().flatten().min();
+        }
+        let skew = Some(skew.load(Ordering::Relaxed)).filter(|skew| *skew != NO_SKEW);
+        figures.upstream_clock_skew = skew.map(TimeDelta::milliseconds);
+        let stats = journal.stats();
+        figures.journal = JournalFigures {
+            appended: stats.appended,
+            durable: stats.durable,
+            failed: stats.failed,
+            bytes: stats.segments_bytes,
+            undelivered: stats.undelivered,
+            last_delivered_at: stats.last_delivered_at,
+        };
+    });
+}
+
+fn count_of(figures: &mut AccountFigures, state: AccountState) -> &mut u64 {
+    match state {
+        AccountState::Pending => &mut figures.pending,
+        AccountState::Fresh => &mut figures.fresh,
+        AccountState::Refreshing => &mut figures.refreshing,
+        AccountState::Expired => &mut figures.expired,
+        AccountState::Rejected => &mut figures.rejected,
+        AccountState::EgressRejected => &mut figures.egress_rejected,
+        AccountState::Unreachable => &mut figures.unreachable,
+        AccountState::Disabled => &mut figures.disabled,
+    }
+}
+
+/// Tells how things stand: ready is a journal that can be written and everything loaded once. The
+/// database and the upstream are told of, but not required: live tokens are served without them.
+pub(super) fn readiness(world: &World) -> Arc<dyn Fn() -> Readiness + Send + Sync> {
+    let (cache, journal, clock) = (world.cache.clone(), world.journal.clone(), world.clock.clone());
+    let (directory, ready) = (world.directory.clone(), world.ready.clone());
+    Arc::new(move || {
+        let now = clock.now();
+        let (mut live, mut unreachable) = (0, 0);
+        for slot in cache.slots() {
+            let view = slot.view();
+            live += usize::from(view.live(now).is_some());
+            unreachable += usize::from(view.state(now) == AccountState::Unreachable);
+        }
+        let accounts = cache.len();
+        let serving = ready.load(Ordering::Relaxed);
+        let writable = journal.is_writable();
+        let heard = directory.is_current(now, HEARD_WITHIN);
+        let undelivered = journal.stats().undelivered;
+        let check = |name, ok, required, detail: String| Check { name, ok, required, detail };
+        Readiness {
+            checks: vec![
+                check(
+                    "serving",
+                    serving,
+                    true,
+                    words(serving, "accounts and callers are loaded", "starting or stopping"),
+                ),
+                check(
+                    "journal",
+                    writable,
+                    true,
+                    words(writable, "can be written", "cannot be written: calls are refused"),
+                ),
+                check(
+                    "postgres",
+                    heard,
+                    false,
+                    words(heard, "followed", "not heard of; serving what is known"),
+                ),
+                check(
+                    "delivery",
+                    heard,
+                    false,
+                    format!("{undelivered} audit records wait for delivery"),
+                ),
+                check(
+                    "upstream",
+                    unreachable == 0,
+                    false,
+                    format!(
+                        "{unreachable} of {accounts} accounts cannot reach it; {live} have a live token"
+                    ),
+                ),
+            ],
+        }
+    })
+}
+
+fn words(ok: bool, yes: &str, no: &str) -> String {
+    if ok { yes } else { no }.to_owned()
+}

@@ -1,0 +1,266 @@
+//! `account`.
+
+mod show;
+mod wait;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::bail;
+use clap::{Args, Subcommand};
+
+use self::wait::WaitArgs;
+use super::{Global, output, prompt, sql};
+use crate::{
+    account::{AccountName, ClientId},
+    caller::AccountPattern,
+    config::{self, Flags, Intake},
+    seal::IntakePublicKey,
+    store::admin::{Admin, NewAccount, Rotation, Selection},
+};
+
+/// Registers and changes accounts of the upstream
+#[derive(Args, Debug)]
+pub(super) struct AccountArgs {
+    #[command(subcommand)]
+    command: Command,
+    /// Why; goes into the audit log, with the name of who runs this
+    #[arg(long, global = true, value_name = "TEXT")]
+    reason: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Registers an account; takes its API KEY from standard input
+    #[command(after_help = "\
+Examples:
+  token-broker account add acme --client-id myMemberId --wait
+  vault kv get -field=key acme | token-broker account add acme --client-id myMemberId")]
+    Add {
+        #[command(flatten)]
+        account: NewArgs,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+    /// Prints the INSERT that registers an account, its API KEY sealed for the broker alone
+    #[command(after_help = "\
+Example:
+  token-broker account seal acme --client-id myMemberId > acme.sql")]
+    Seal {
+        #[command(flatten)]
+        account: NewArgs,
+    },
+    /// Lists all accounts
+    List {
+        /// Prints JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Shows an account, and what to do about it
+    Show {
+        /// Which
+        name: AccountName,
+        /// Prints JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Replaces an account's API KEY; the old one is kept until the new one has issued
+    #[command(after_help = "\
+Examples:
+  token-broker account rotate acme --wait
+  token-broker account rotate acme --purge-old --reason 'leaked, TICKET-7'")]
+    Rotate {
+        /// Which
+        name: AccountName,
+        /// Another login for the account, to which the API KEY belongs
+        #[arg(long, value_name = "ID")]
+        client_id: Option<ClientId>,
+        /// Drops the old API KEY at once: for leaks
+        #[arg(long)]
+        purge_old: bool,
+        #[command(flatten)]
+        secret: SecretArgs,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+    /// Asks for new tokens now
+    #[command(after_help = "\
+Examples:
+  token-broker account reissue acme --wait
+  token-broker account reissue --state unreachable")]
+    Reissue {
+        /// Of which accounts: a name, or a pattern such as 'acme-*'
+        #[arg(required_unless_present = "state")]
+        pattern: Option<AccountPattern>,
+        /// Of those in this state
+        #[arg(long, value_parser = STATES)]
+        state: Option<String>,
+        #[command(flatten)]
+        wait: WaitArgs,
+    },
+    /// Enables an account
+    Enable {
+        /// Which
+        name: AccountName,
+    },
+    /// Disables an account: its token is no longer served, at once
+    Disable {
+        /// Which
+        name: AccountName,
+    },
+    /// Removes an account with its token
+    Remove {
+        /// Which
+        name: AccountName,
+        /// Does not ask
+        #[arg(long)]
+        yes: bool,
+    },
+}
+
+/// The states of `account_status`.
+const STATES: [&str; 8] = [
+    "fresh",
+    "refreshing",
+    "expired",
+    "rejected",
+    "egress_rejected",
+    "unreachable",
+    "disabled",
+    "pending",
+];
+
+#[derive(Args, Debug)]
+struct NewArgs {
+    /// Its name: [a-z0-9][a-z0-9._-]{0,62}
+    name: AccountName,
+    /// Its ID at the console, 1 to 20 characters
+    #[arg(long, value_name = "ID")]
+    client_id: ClientId,
+    /// For people
+    #[arg(long, default_value = "", value_name = "TEXT")]
+    description: String,
+    #[command(flatten)]
+    secret: SecretArgs,
+}
+
+#[derive(Args, Debug)]
+struct SecretArgs {
+    /// Takes the API KEY from a file instead of standard input
+    #[arg(long, value_name = "FILE")]
+    secret_file: Option<PathBuf>,
+    #[command(flatten)]
+    intake: Flags<Intake>,
+}
+
+pub(super) async fn run(global: &Global, args: AccountArgs) -> anyhow::Result<ExitCode> {
+    let open = || global.admin(args.reason.as_deref());
+    match args.command {
+        Command::Add { account, wait } => add(global, &open().await?, &account, &wait).await,
+        Command::Seal { account } => {
+            let key = match given_key(global, &account.secret)? {
+                Some(key) => key,
+                None => open().await?.intake_key().await?,
+            };
+            let sealed = seal(&key, &account.name, &account.client_id, &account.secret)?;
+            let NewArgs { name, client_id, description, .. } = &account;
+            output::line(sql::insert_account(name, client_id, &sealed, description))?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::List { json } => {
+            show::list(&open().await?.accounts().await?, json)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Show { name, json } => {
+            show::one(&open().await?.account(&name).await?, json)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Rotate { name, client_id, purge_old, secret, wait } => {
+            let admin = open().await?;
+            let from = admin.client_id(&name).await?;
+            let client_id = client_id.map_or_else(|| from.parse(), Ok)?;
+            let key = intake_key(global, &admin, &secret).await?;
+            let sealed = seal(&key, &name, &client_id, &secret)?;
+            let rotation = Rotation {
+                name: &name,
+                client_id: &client_id,
+                from_client_id: &from,
+                sealed_secret: &sealed,
+                purge_old,
+            };
+            admin.rotate(&rotation).await?;
+            output::note(format_args!("account {name} has a new credential"));
+            wait.until_known(&admin, &[name.to_string()]).await
+        }
+        Command::Reissue { pattern, state, wait } => {
+            let admin = open().await?;
+            let names = admin.reissue(&Selection { pattern, state }).await?;
+            if names.is_empty() {
+                bail!("no enabled account fits");
+            }
+            for name in &names {
+                output::line(name)?;
+            }
+            wait.until_known(&admin, &names).await
+        }
+        Command::Enable { name } => {
+            open().await?.enable_account(&name, true).await?;
+            output::note(format_args!("account {name} is enabled"));
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Disable { name } => {
+            open().await?.enable_account(&name, false).await?;
+            output::note(format_args!("account {name} is disabled"));
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Remove { name, yes } => {
+            let admin = open().await?;
+            admin.client_id(&name).await?;
+            prompt::confirm_removal("account", name.as_str(), yes)?;
+            admin.remove_account(&name).await?;
+            output::note(format_args!("account {name} is removed"));
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+async fn add(
+    global: &Global,
+    admin: &Admin,
+    account: &NewArgs,
+    wait: &WaitArgs,
+) -> anyhow::Result<ExitCode> {
+    let NewArgs { name, client_id, description, secret } = account;
+    let key = intake_key(global, admin, secret).await?;
+    let sealed_secret = &seal(&key, name, client_id, secret)?;
+    admin.add_account(&NewAccount { name, client_id, sealed_secret, description }).await?;
+    output::note(format_args!("account {name} is registered"));
+    wait.until_known(admin, &[name.to_string()]).await
+}
+
+/// The key that was given on the command line or in the settings.
+fn given_key(global: &Global, args: &SecretArgs) -> anyhow::Result<Option<IntakePublicKey>> {
+    Ok(config::intake_key(&global.sources(args.intake.given.clone())?)?)
+}
+
+/// That key, or else the one that the brokers published. It is asked for before the secret, so that
+/// nobody types one in vain.
+async fn intake_key(
+    global: &Global,
+    admin: &Admin,
+    args: &SecretArgs,
+) -> anyhow::Result<IntakePublicKey> {
+    match given_key(global, args)? {
+        Some(key) => Ok(key),
+        None => Ok(admin.intake_key().await?),
+    }
+}
+
+fn seal(
+    key: &IntakePublicKey,
+    name: &AccountName,
+    client_id: &ClientId,
+    args: &SecretArgs,
+) -> anyhow::Result<String> {
+    let secret = prompt::client_secret(args.secret_file.as_deref(), &format!("account {name}"))?;
+    Ok(key.seal(client_id, &secret)?)
+}

@@ -1,0 +1,260 @@
+//! `caller`.
+
+mod show;
+
+use std::process::ExitCode;
+
+use clap::{Args, Subcommand};
+
+use super::{
+    Global,
+    output::{self, note},
+    prompt,
+    time::{LocalTime, Moment},
+};
+use crate::{
+    account::AccountName,
+    bearer::Bearer,
+    caller::{AccountPattern, CallerKind, Right},
+    clock::Clock,
+    store::admin::{Admin, NewBearer, NewCaller, NewGrant},
+};
+
+/// Registers callers, and says what they may use
+#[derive(Args, Debug)]
+pub(super) struct CallerArgs {
+    #[command(subcommand)]
+    command: Command,
+    /// Why; goes into the audit log, with the name of who runs this
+    #[arg(long, global = true, value_name = "TEXT")]
+    reason: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Registers a caller
+    #[command(after_help = "\
+Examples:
+  token-broker caller add billing --bearer > billing.bearer
+  token-broker caller add billing --spiffe-id spiffe://example.com/billing")]
+    Add {
+        /// Its name: [a-z0-9][a-z0-9._-]{0,62}
+        name: AccountName,
+        /// Makes a bearer and prints it, once and alone on standard output
+        #[arg(long)]
+        bearer: bool,
+        /// A SPIFFE ID of its certificates
+        #[arg(long, value_name = "URI")]
+        spiffe_id: Vec<String>,
+        /// A DNS name of its certificates
+        #[arg(long, value_name = "NAME")]
+        dns: Vec<String>,
+        /// Calls a second, instead of the broker's default
+        #[arg(long, value_name = "N", value_parser = rate_limit())]
+        rate_limit: Option<i32>,
+        /// For people
+        #[arg(long, default_value = "", value_name = "TEXT")]
+        description: String,
+    },
+    /// Lists all callers
+    List {
+        /// Prints JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Shows a caller with its credentials and grants
+    Show {
+        /// Which
+        name: AccountName,
+        /// Prints JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Lets a caller use accounts; replaces its grants on the same patterns
+    #[command(after_help = "\
+Examples:
+  token-broker caller grant billing acme 'acme-*'
+  token-broker caller grant audit '*' --rights list --until 90d")]
+    Grant {
+        /// Which caller
+        name: AccountName,
+        /// Which accounts: names, or patterns in which one * stands for any characters
+        #[arg(required = true, value_name = "PATTERN")]
+        patterns: Vec<AccountPattern>,
+        /// What it may do
+        #[arg(long, value_delimiter = ',', default_value = "get,report,list")]
+        rights: Vec<Right>,
+        /// Until when: RFC 3339, or so long from now, such as 90d
+        #[arg(long, value_name = "T")]
+        until: Option<Moment>,
+    },
+    /// Takes grants away
+    Ungrant {
+        /// Which caller
+        name: AccountName,
+        /// Their patterns, as they were granted
+        #[arg(required = true, value_name = "PATTERN")]
+        patterns: Vec<AccountPattern>,
+    },
+    /// Sets a caller's rate
+    Limit {
+        /// Which
+        name: AccountName,
+        /// Calls a second
+        #[arg(value_parser = rate_limit(), required_unless_present = "default")]
+        rate_limit: Option<i32>,
+        /// The broker's default
+        #[arg(long, conflicts_with = "rate_limit")]
+        default: bool,
+    },
+    /// Enables a caller
+    Enable {
+        /// Which
+        name: AccountName,
+    },
+    /// Disables a caller: it is refused as if unknown, at once
+    Disable {
+        /// Which
+        name: AccountName,
+    },
+    /// Removes a caller with its credentials and grants
+    Remove {
+        /// Which
+        name: AccountName,
+        /// Does not ask
+        #[arg(long)]
+        yes: bool,
+    },
+    /// Adds and revokes bearers
+    #[command(subcommand)]
+    Bearer(BearerCommand),
+}
+
+#[derive(Debug, Subcommand)]
+enum BearerCommand {
+    /// Makes another bearer and prints it, once and alone on standard output; the others stay
+    #[command(after_help = "\
+Example:
+  token-broker caller bearer add billing --expires 90d > billing.bearer")]
+    Add {
+        /// Whose
+        name: AccountName,
+        /// Until when: RFC 3339, or so long from now, such as 90d
+        #[arg(long, value_name = "T")]
+        expires: Option<Moment>,
+        /// For people
+        #[arg(long, default_value = "", value_name = "TEXT")]
+        description: String,
+    },
+    /// Lists bearers: their numbers and times
+    List {
+        /// Of this caller alone
+        name: Option<AccountName>,
+        /// Prints JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Ends a bearer now
+    Revoke {
+        /// Its number, as `bearer list` shows it
+        id: i64,
+    },
+}
+
+fn rate_limit() -> clap::builder::RangedI64ValueParser<i32> {
+    clap::value_parser!(i32).range(1..=1_000_000)
+}
+
+pub(super) async fn run(global: &Global, args: CallerArgs) -> anyhow::Result<ExitCode> {
+    let admin = global.admin(args.reason.as_deref()).await?;
+    match args.command {
+        Command::Add { name, bearer, spiffe_id, dns, rate_limit, description } => {
+            let spiffe = spiffe_id.into_iter().map(|id| (CallerKind::Spiffe, id));
+            let identities: Vec<_> =
+                spiffe.chain(dns.into_iter().map(|name| (CallerKind::Dns, name))).collect();
+            let bearer = bearer.then(Bearer::generate);
+            let caller = NewCaller {
+                name: &name,
+                rate_limit,
+                description: &description,
+                bearer_sha256: bearer.as_ref().map(Bearer::sha256),
+                identities: &identities,
+            };
+            admin.add_caller(&caller).await?;
+            note(format_args!("caller {name} is registered; it has no grants yet"));
+            if let Some(bearer) = bearer {
+                hand_over(&bearer)?;
+            }
+        }
+        Command::List { json } => show::list(&admin.callers().await?, json)?,
+        Command::Show { name, json } => show::one(&admin.caller(&name).await?, json)?,
+        Command::Grant { name, patterns, rights, until } => {
+            let ends_at = until.map(|until| until.after(Clock::System.now()));
+            let grant = NewGrant { patterns: &patterns, rights: &rights, ends_at };
+            admin.grant(&name, &grant).await?;
+            let end = ends_at.map(|end| format!(" until {}", LocalTime(end))).unwrap_or_default();
+            note(format_args!("caller {name} may use {}{end}", joined(&patterns)));
+        }
+        Command::Ungrant { name, patterns } => {
+            admin.ungrant(&name, &patterns).await?;
+            note(format_args!("caller {name} has no grant on {} any more", joined(&patterns)));
+        }
+        Command::Limit { name, rate_limit, default: _ } => {
+            admin.limit_caller(&name, rate_limit).await?;
+            match rate_limit {
+                Some(limit) => note(format_args!("caller {name} may call {limit} times a second")),
+                None => note(format_args!("caller {name} has the broker's default rate")),
+            }
+        }
+        Command::Enable { name } => {
+            admin.enable_caller(&name, true).await?;
+            note(format_args!("caller {name} is enabled"));
+        }
+        Command::Disable { name } => {
+            admin.enable_caller(&name, false).await?;
+            note(format_args!("caller {name} is disabled"));
+        }
+        Command::Remove { name, yes } => {
+            admin.caller(&name).await?;
+            prompt::confirm_removal("caller", name.as_str(), yes)?;
+            admin.remove_caller(&name).await?;
+            note(format_args!("caller {name} is removed"));
+        }
+        Command::Bearer(command) => bearer(&admin, command).await?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn bearer(admin: &Admin, command: BearerCommand) -> anyhow::Result<()> {
+    match command {
+        BearerCommand::Add { name, expires, description } => {
+            let bearer = Bearer::generate();
+            let ends_at = expires.map(|expires| expires.after(Clock::System.now()));
+            let new = NewBearer { sha256: bearer.sha256(), ends_at, description: &description };
+            let id = admin.add_bearer(&name, new).await?;
+            note(format_args!("caller {name} has a new bearer, number {id}"));
+            hand_over(&bearer)
+        }
+        BearerCommand::List { name, json } => {
+            if let Some(name) = &name {
+                admin.caller(name).await?;
+            }
+            show::bearers(&admin.bearers(name.as_ref()).await?, json)
+        }
+        BearerCommand::Revoke { id } => {
+            let caller = admin.revoke_bearer(id).await?;
+            note(format_args!("bearer {id} of caller {caller} is revoked"));
+            Ok(())
+        }
+    }
+}
+
+/// Prints a new bearer; nobody can print it again.
+fn hand_over(bearer: &Bearer) -> anyhow::Result<()> {
+    note("keep the bearer now: it is shown this once");
+    output::line(bearer.expose())
+}
+
+fn joined(patterns: &[AccountPattern]) -> String {
+    patterns.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+}

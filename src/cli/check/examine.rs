@@ -1,0 +1,237 @@
+//! The examinations. Each makes findings; none changes anything.
+
+use std::{io, net::IpAddr, time::Duration};
+
+use ipnet::IpNet;
+use tokio::net::{TcpSocket, TcpStream, lookup_host};
+use url::Url;
+
+use super::{super::time::LocalTime, Finding};
+use crate::{
+    config::Settings,
+    seal::Keyring,
+    store::{
+        StoreError,
+        admin::{Admin, Attribution, LastIssue, Load},
+    },
+};
+
+/// The roles that the documented script makes.
+const ROLES: [&str; 4] = [
+    "token_broker_runtime",
+    "token_broker_accounts",
+    "token_broker_access",
+    "token_broker_auditor",
+];
+/// A token's life, in seconds, where none is known: that of the upstream's own sample.
+const USUAL_LIFE: f64 = 3_600.0;
+/// How long a connection to the upstream may take.
+const CONNECT_WITHIN: Duration = Duration::from_secs(5);
+
+/// The keyring, and what it is.
+pub(super) fn keyring(settings: &Settings) -> (Finding, Option<Keyring>) {
+    match Keyring::load(&settings.keyring_file) {
+        Ok(keyring) => {
+            let text = format!("{} keys", keyring.key_ids().len());
+            (Finding::good("keyring", text), Some(keyring))
+        }
+        Err(error) => (Finding::bad("keyring", error.to_string()), None),
+    }
+}
+
+/// All that the database tells.
+pub(super) async fn database(settings: &Settings, keyring: Option<&Keyring>) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    if let Err(error) = ask(settings, keyring, &mut findings).await {
+        findings.push(Finding::bad("database", error.to_string()));
+    }
+    findings
+}
+
+async fn ask(
+    settings: &Settings,
+    keyring: Option<&Keyring>,
+    findings: &mut Vec<Finding>,
+) -> Result<(), StoreError> {
+    let database = settings.database_url.database("token-broker check")?;
+    let admin = Admin::connect(&database, Attribution::default()).await?;
+    findings
+        .push(Finding::good("database", format!("PostgreSQL {}", admin.server_version().await?)));
+    match database.check_schema().await {
+        Ok(()) => findings.push(Finding::good("schema", "has every migration of this release")),
+        Err(error) => {
+            findings.push(Finding::bad("schema", error.to_string()));
+            return Ok(());
+        }
+    }
+    let roles = ROLES.map(ToOwned::to_owned);
+    let (missing, superuser) = admin.missing_roles(&roles).await?;
+    findings.push(roles_finding(&missing, superuser));
+    let remembered = admin.upstream().await?;
+    findings.push(deployment_finding(&settings.upstream.to_string(), remembered.as_deref()));
+    if let Some(keyring) = keyring {
+        let published = admin.published_keys().await?;
+        let ours = keyring.intake_public();
+        let known = published.iter().any(|key| key.key_id == ours.key_id().as_str());
+        findings.push(intake_finding(known, published.is_empty()));
+    }
+    let live = admin.instances().await?.into_iter().filter(|it| it.live).count();
+    findings.push(match live {
+        0 => Finding::doubtful("brokers", "none was heard of in the last minute"),
+        live => Finding::good("brokers", format!("{live} live")),
+    });
+    findings.push(rate_finding(admin.load().await?, settings.upstream_rate, settings.refresh_at));
+    findings.push(egress_finding(admin.last_issue().await?, &settings.expected_egress));
+    Ok(())
+}
+
+fn roles_finding(missing: &[String], superuser: bool) -> Finding {
+    if !missing.is_empty() {
+        return Finding::doubtful("roles", format!("missing: {}", missing.join(", ")));
+    }
+    if superuser {
+        return Finding::doubtful("roles", "the broker's login is a superuser's: nothing binds it");
+    }
+    Finding::good("roles", "all there")
+}
+
+fn deployment_finding(ours: &str, remembered: Option<&str>) -> Finding {
+    match remembered {
+        None => Finding::good("upstream", format!("{ours}; the database belongs to none yet")),
+        Some(theirs) if theirs == ours => Finding::good("upstream", ours),
+        Some(theirs) => Finding::bad(
+            "upstream",
+            format!("the settings say {ours}, but the database belongs to {theirs}"),
+        ),
+    }
+}
+
+fn intake_finding(known: bool, none_published: bool) -> Finding {
+    if known {
+        return Finding::good("intake key", "published");
+    }
+    let text = if none_published {
+        "none is published yet: the first broker does so"
+    } else {
+        "the keyring's is not among the published: do the brokers have another keyring?"
+    };
+    Finding::doubtful("intake key", text)
+}
+
+/// Whether the rate can carry the accounts: N accounts of life L need N ÷ (`refresh_at` L) a second.
+fn rate_finding(load: Load, rate: f64, refresh_at: f64) -> Finding {
+    let life = load.mean_life_seconds.filter(|life| *life > 0.0);
+    #[expect(clippy::cast_precision_loss, reason = "far fewer accounts than 2^53")]
+    let needed = load.accounts as f64 / (refresh_at * life.unwrap_or(USUAL_LIFE));
+    let assumed = if life.is_some() { "" } else { ", assuming that tokens live an hour" };
+    let text =
+        format!("{} accounts need {needed:.2} issues a second of {rate}{assumed}", load.accounts);
+    // More than four fifths leave no room for retries.
+    if needed > rate {
+        Finding::bad("rates", format!("{text}: tokens will end before their turn comes"))
+    } else if needed > 0.8 * rate {
+        Finding::doubtful("rates", format!("{text}: little is left for retries"))
+    } else {
+        Finding::good("rates", text)
+    }
+}
+
+fn egress_finding(last: Option<LastIssue>, expected: &[IpNet]) -> Finding {
+    const SUBJECT: &str = "egress";
+    let Some(last) = last else { return Finding::good(SUBJECT, "no token was issued yet") };
+    let Some(seen) = last.allowed_ip else {
+        return Finding::good(SUBJECT, "the newest token names no address");
+    };
+    let text =
+        format!("the upstream last saw {seen} ({}, {})", last.account, LocalTime(last.issued_at));
+    let fits = |seen: IpAddr| expected.iter().any(|network| network.contains(&seen));
+    if expected.is_empty() || seen.parse().is_ok_and(fits) {
+        Finding::good(SUBJECT, text)
+    } else {
+        Finding::bad(SUBJECT, format!("{text}, which is not in TOKEN_BROKER_EXPECTED_EGRESS"))
+    }
+}
+
+/// Whether the upstream, or the proxy before it, takes connections. Nothing is sent.
+pub(super) async fn way_to_upstream(settings: &Settings) -> Finding {
+    const SUBJECT: &str = "reach";
+    let proxy = settings.upstream_proxy.as_ref().map(|proxy| &proxy.0);
+    let target = Url::parse(settings.upstream.base_url()).ok();
+    let Some((host, port)) = proxy.or(target.as_ref()).and_then(host_and_port) else {
+        return Finding::bad(SUBJECT, "the upstream's URL has no host");
+    };
+    let what = if proxy.is_some() { "the proxy" } else { "the upstream" };
+    let connecting = connect(&host, port, settings.upstream_bind_address);
+    match tokio::time::timeout(CONNECT_WITHIN, connecting).await {
+        Ok(Ok(stream)) => {
+            let from = stream.local_addr().map(|from| format!(" from {}", from.ip()));
+            Finding::good(
+                SUBJECT,
+                format!("{what} at {host}:{port} takes connections{}", from.unwrap_or_default()),
+            )
+        }
+        Ok(Err(error)) => {
+            Finding::bad(SUBJECT, format!("{what} at {host}:{port} cannot be reached: {error}"))
+        }
+        Err(_) => Finding::bad(SUBJECT, format!("{what} at {host}:{port} does not answer")),
+    }
+}
+
+fn host_and_port(url: &Url) -> Option<(String, u16)> {
+    let host = url.host_str()?.trim_matches(['[', ']']).to_owned();
+    Some((host, url.port_or_known_default()?))
+}
+
+async fn connect(host: &str, port: u16, from: Option<IpAddr>) -> io::Result<TcpStream> {
+    let mut last = io::ErrorKind::NotFound.into();
+    for address in lookup_host((host, port)).await? {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+        if let Some(from) = from.filter(|from| from.is_ipv4() == address.is_ipv4()) {
+            socket.bind((from, 0).into())?;
+        }
+        match socket.connect(address).await {
+            Ok(stream) => return Ok(stream),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+#[cfg(test)]
+mod tests {
+    use chrono::DateTime;
+
+    use super::{super::Verdict, *};
+
+    #[test]
+    fn the_rate_must_carry_the_accounts() {
+        let load = |accounts| Load { accounts, mean_life_seconds: None };
+        assert_eq!(rate_finding(load(1_000), 20.0, 0.75).verdict, Verdict::Good);
+        // 20 a second carry 54,000 accounts whose tokens live an hour.
+        assert_eq!(rate_finding(load(50_000), 20.0, 0.75).verdict, Verdict::Doubtful);
+        assert_eq!(rate_finding(load(54_001), 20.0, 0.75).verdict, Verdict::Bad);
+        let short = Load { accounts: 1_000, mean_life_seconds: Some(60.0) };
+        assert_eq!(rate_finding(short, 20.0, 0.75).verdict, Verdict::Bad);
+    }
+
+    #[test]
+    fn the_address_that_the_upstream_saw_is_held_against_the_expected_ones() {
+        let seen = |ip: &str| {
+            let issued_at = DateTime::UNIX_EPOCH;
+            Some(LastIssue { account: "acme".into(), issued_at, allowed_ip: Some(ip.into()) })
+        };
+        let expected = ["192.0.2.0/24".parse().unwrap()];
+        assert_eq!(egress_finding(seen("192.0.2.7"), &expected).verdict, Verdict::Good);
+        assert_eq!(egress_finding(seen("198.51.100.1"), &expected).verdict, Verdict::Bad);
+        assert_eq!(egress_finding(seen("not an address"), &expected).verdict, Verdict::Bad);
+        assert_eq!(egress_finding(seen("198.51.100.1"), &[]).verdict, Verdict::Good);
+        assert_eq!(egress_finding(None, &expected).verdict, Verdict::Good);
+    }
+
+    #[test]
+    fn a_database_of_another_upstream_is_refused() {
+        assert_eq!(deployment_finding("staging", Some("production")).verdict, Verdict::Bad);
+        assert_eq!(deployment_finding("staging", Some("staging")).verdict, Verdict::Good);
+        assert_eq!(deployment_finding("staging", None).verdict, Verdict::Good);
+    }
+}

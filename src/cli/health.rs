@@ -1,0 +1,71 @@
+//! `health`: what a container's probe runs.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    process::ExitCode,
+    time::Duration,
+};
+
+use anyhow::bail;
+use clap::Args;
+use tonic::transport::Endpoint;
+use tonic_health::pb::{
+    HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
+};
+
+use super::{Global, output};
+use crate::config::{self, Flags, Listen};
+
+/// A probe that takes longer has failed.
+const LIMIT: Duration = Duration::from_secs(3);
+
+/// Asks the broker on this machine whether it serves: exit code 0 or 1
+#[derive(Args, Debug)]
+pub(super) struct HealthArgs {
+    #[command(flatten)]
+    settings: Flags<Listen>,
+}
+
+pub(super) async fn run(global: &Global, args: HealthArgs) -> anyhow::Result<ExitCode> {
+    let address = reachable(config::listen(&global.sources(args.settings.given)?)?);
+    let channel =
+        Endpoint::from_shared(format!("http://{address}"))?.timeout(LIMIT).connect_timeout(LIMIT);
+    let answer = async {
+        let channel = channel.connect().await?;
+        HealthClient::new(channel).check(HealthCheckRequest::default()).await.map_err(Into::into)
+    };
+    let status = match tokio::time::timeout(LIMIT, answer).await {
+        Ok(Ok(answer)) => answer.into_inner().status(),
+        Ok(Err(error)) => {
+            let error: anyhow::Error = error;
+            return Err(error.context(format!("no broker answers at {address}")));
+        }
+        Err(_) => bail!("no broker answers at {address} within {} s", LIMIT.as_secs()),
+    };
+    output::line(status.as_str_name().to_lowercase())?;
+    Ok(if status == ServingStatus::Serving { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// The address to call for what listens on `listen`.
+fn reachable(mut listen: SocketAddr) -> SocketAddr {
+    match listen.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => listen.set_ip(Ipv4Addr::LOCALHOST.into()),
+        IpAddr::V6(ip) if ip.is_unspecified() => listen.set_ip(Ipv6Addr::LOCALHOST.into()),
+        _ => {}
+    }
+    listen
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_listens_everywhere_is_called_on_loopback() {
+        for (listen, called) in
+            [("0.0.0.0:1", "127.0.0.1:1"), ("[::]:1", "[::1]:1"), ("192.0.2.1:1", "192.0.2.1:1")]
+        {
+            assert_eq!(reachable(listen.parse().unwrap()), called.parse().unwrap());
+        }
+    }
+}

@@ -1,0 +1,139 @@
+//! `keys`.
+
+use std::{collections::BTreeMap, path::PathBuf, process::ExitCode};
+
+use clap::{Args, Subcommand};
+use serde_json::json;
+
+use super::{
+    Global,
+    output::{self, Table},
+    time::LocalTime,
+};
+use crate::{
+    clock::Clock,
+    config::{self, Flags, Keys},
+    seal::{KeyKind, Keyring},
+    store::admin::{Admin, InstanceSummary, PublishedKey},
+};
+
+/// Makes and shows the keyring
+#[derive(Args, Debug)]
+pub(super) struct KeysArgs {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Writes a new keyring, readable by its owner alone; never overwrites a file
+    #[command(after_help = "\
+Example:
+  token-broker keys generate --out /etc/token-broker/keyring")]
+    Generate {
+        /// The file to write
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
+    },
+    /// Shows which keys there are, and which brokers have them
+    Status {
+        #[command(flatten)]
+        settings: Flags<Keys>,
+        /// Prints JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Prints the public key that admins seal secrets to
+    Public {
+        #[command(flatten)]
+        settings: Flags<Keys>,
+    },
+}
+
+pub(super) async fn run(global: &Global, args: KeysArgs) -> anyhow::Result<ExitCode> {
+    match args.command {
+        Command::Generate { out } => {
+            Keyring::create_file(&out, Clock::System.now())?;
+            output::note(format_args!(
+                "wrote {}; keep a copy apart from the database's backups: without it no sealed \
+                 secret opens",
+                out.display()
+            ));
+        }
+        Command::Status { settings, json } => status(global, settings.given, json).await?,
+        Command::Public { settings } => {
+            output::line(keyring(global, settings.given)?.intake_public())?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn keyring(global: &Global, flags: BTreeMap<String, String>) -> anyhow::Result<Keyring> {
+    Ok(Keyring::load(&config::keyring_file(&global.sources(flags)?)?)?)
+}
+
+async fn status(
+    global: &Global,
+    flags: BTreeMap<String, String>,
+    as_json: bool,
+) -> anyhow::Result<()> {
+    let keyring = keyring(global, flags)?;
+    let database = match global.admin(None).await {
+        Ok(admin) => database(&admin).await,
+        Err(error) => Err(error),
+    };
+    let (instances, published) = match database {
+        Ok((instances, published)) => (Some(instances), Some(published)),
+        Err(error) => {
+            output::note(format_args!("warning: what brokers have is unknown: {error:#}"));
+            (None, None)
+        }
+    };
+    let rows = keyring.status().iter().map(|key| {
+        let id = key.id.as_str();
+        let holders = instances.as_ref().map(|instances| {
+            let holds = |it: &&InstanceSummary| it.key_ids.iter().any(|held| held == id);
+            (instances.iter().filter(holds).count(), instances.len())
+        });
+        let published = published
+            .as_ref()
+            .filter(|_| key.kind == KeyKind::Intake)
+            .map(|keys| keys.iter().any(|published| published.key_id == id));
+        (key, holders, published)
+    });
+    if as_json {
+        let rows: Vec<_> = rows
+            .map(|(key, holders, published)| {
+                json!({
+                    "key_id": key.id.as_str(), "kind": key.kind.as_str(), "primary": key.primary,
+                    "created_at": LocalTime(key.created_at),
+                    "brokers_with_it": holders.map(|(with, _)| with),
+                    "brokers": holders.map(|(_, all)| all), "published": published,
+                })
+            })
+            .collect();
+        return output::json(&rows);
+    }
+    let mut table = Table::new(["KEY", "KIND", "PRIMARY", "CREATED AT", "BROKERS", "PUBLISHED"]);
+    for (key, holders, published) in rows {
+        table.row([
+            key.id.to_string(),
+            key.kind.to_string(),
+            yes(key.primary),
+            LocalTime(key.created_at).to_string(),
+            output::or_dash(holders.map(|(with, all)| format!("{with} of {all}"))),
+            output::or_dash(published.map(yes)),
+        ]);
+    }
+    table.print("the keyring is empty")
+}
+
+async fn database(admin: &Admin) -> anyhow::Result<(Vec<InstanceSummary>, Vec<PublishedKey>)> {
+    let mut instances = admin.instances().await?;
+    instances.retain(|instance| instance.live);
+    Ok((instances, admin.published_keys().await?))
+}
+
+fn yes(yes: bool) -> String {
+    if yes { "yes" } else { "no" }.into()
+}

@@ -1,0 +1,121 @@
+//! The one place that prints: results to standard output, all else to standard error.
+
+use std::{
+    fmt::{self, Display},
+    io::{self, Write},
+};
+
+use serde::Serialize;
+use thiserror::Error;
+
+/// Whoever read standard output has closed it, as `head` does.
+#[derive(Debug, Error)]
+#[error("standard output is closed")]
+pub(super) struct Closed;
+
+/// Prints a line.
+pub(super) fn line(text: impl Display) -> anyhow::Result<()> {
+    bytes(format!("{text}\n").as_bytes())
+}
+
+/// Prints as it is.
+pub(super) fn bytes(bytes: &[u8]) -> anyhow::Result<()> {
+    let mut stdout = io::stdout().lock();
+    match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(Closed.into()),
+        written => Ok(written?),
+    }
+}
+
+/// Prints a value as JSON.
+pub(super) fn json(value: &impl Serialize) -> anyhow::Result<()> {
+    line(serde_json::to_string_pretty(value)?)
+}
+
+/// Tells the one who runs this; lost if nobody can hear it.
+pub(super) fn note(text: impl Display) {
+    let _ = writeln!(io::stderr().lock(), "{text}");
+}
+
+/// Columns without lines between them, the same on a terminal and in a pipe.
+pub(super) struct Table(comfy_table::Table);
+
+impl Table {
+    /// A table with these columns.
+    pub(super) fn new<const N: usize>(header: [&str; N]) -> Self {
+        let mut table = Self::headless();
+        table.0.set_header(header);
+        table
+    }
+
+    /// Pairs of a name and a value.
+    pub(super) fn headless() -> Self {
+        let mut table = comfy_table::Table::new();
+        table.load_preset(comfy_table::presets::NOTHING);
+        Self(table)
+    }
+
+    /// Adds a row.
+    pub(super) fn row<const N: usize>(&mut self, cells: [String; N]) {
+        self.0.add_row(cells.map(|cell| printable(&cell)));
+    }
+
+    /// Prints the table; says `empty` to the one who runs this if it has no rows.
+    pub(super) fn print(&self, empty: &str) -> anyhow::Result<()> {
+        if self.0.is_empty() {
+            note(empty);
+            return Ok(());
+        }
+        line(self)
+    }
+}
+
+impl Display for Table {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The padding at both ends is of no use.
+        let bare = |line: String| line.strip_prefix(' ').unwrap_or(&line).trim_end().to_owned();
+        f.write_str(&self.0.lines().map(bare).collect::<Vec<_>>().join("\n"))
+    }
+}
+
+/// What is absent.
+pub(super) fn or_dash(value: Option<impl Display>) -> String {
+    value.map_or_else(|| "-".into(), |value| value.to_string())
+}
+
+/// `text` without what would move a terminal's cursor: others wrote it.
+pub(super) fn printable(text: &str) -> String {
+    text.chars()
+        .flat_map(|c| {
+            let (escaped, plain) =
+                if c.is_control() { (Some(c.escape_unicode()), None) } else { (None, Some(c)) };
+            escaped.into_iter().flatten().chain(plain)
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_table_is_aligned_columns_and_nothing_else() {
+        let mut table = Table::new(["NAME", "STATE", "NOTE"]);
+        table.row(["acme".into(), "fresh".into(), String::new()]);
+        table.row([String::new(), "rejected".into(), "61006\u{1b}[2J".into()]);
+        let expected = "\
+NAME  STATE     NOTE
+acme  fresh
+      rejected  61006\\u{1b}[2J";
+        assert_eq!(table.to_string(), expected);
+    }
+
+    proptest! {
+        #[test]
+        fn nothing_printed_in_a_table_moves_the_cursor(text in any::<String>()) {
+            prop_assert!(!printable(&text).chars().any(char::is_control));
+        }
+    }
+}

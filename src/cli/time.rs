@@ -1,0 +1,91 @@
+//! Times as people write and read them.
+
+use std::{fmt, str::FromStr, time::Duration};
+
+use chrono::{DateTime, Local, SecondsFormat};
+use serde::{Serialize, Serializer};
+
+use crate::clock::{Timestamp, delta};
+
+/// A time in the local zone, with its offset.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct LocalTime(pub(super) Timestamp);
+
+impl fmt::Display for LocalTime {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.with_timezone(&Local).format("%Y-%m-%d %H:%M:%S %:z").fmt(f)
+    }
+}
+
+impl Serialize for LocalTime {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let text = self.0.with_timezone(&Local).to_rfc3339_opts(SecondsFormat::AutoSi, false);
+        serializer.serialize_str(&text)
+    }
+}
+
+/// A time as it was given: RFC 3339, or so far from now.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Moment {
+    At(Timestamp),
+    Away(Duration),
+}
+
+impl Moment {
+    /// The time, where a duration means from `now` on.
+    pub(super) fn after(self, now: Timestamp) -> Timestamp {
+        match self {
+            Self::At(at) => at,
+            Self::Away(away) => now + delta(away),
+        }
+    }
+
+    /// The time, where a duration means before `now`.
+    pub(super) fn before(self, now: Timestamp) -> Timestamp {
+        match self {
+            Self::At(at) => at,
+            Self::Away(away) => now - delta(away),
+        }
+    }
+}
+
+impl FromStr for Moment {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        DateTime::parse_from_rfc3339(text)
+            .map(|at| Self::At(at.to_utc()))
+            .or_else(|_| humantime::parse_duration(text).map(Self::Away))
+            .map_err(|_| "neither RFC 3339, such as 2027-01-31T09:00:00+09:00, nor a duration, such as 90d")
+    }
+}
+
+/// What is left, to the second.
+pub(super) fn seconds(seconds: i64) -> String {
+    humantime::format_duration(Duration::from_secs(seconds.unsigned_abs())).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_moment_is_a_time_or_a_distance_from_now() {
+        let now = DateTime::UNIX_EPOCH;
+        let parse = |text: &str| text.parse::<Moment>();
+        assert_eq!(parse("1970-01-01T09:00:05+09:00").unwrap().after(now).timestamp(), 5);
+        assert_eq!(parse("90d").unwrap().after(now).timestamp(), 90 * 86_400);
+        assert_eq!(parse("1h 30m").unwrap().before(now).timestamp(), -5_400);
+        for wrong in ["", "tomorrow", "2027-01-31", "2027-01-31T09:00:00", "-1d", "90"] {
+            assert!(parse(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_time_is_shown_with_its_offset() {
+        let shown = LocalTime(DateTime::UNIX_EPOCH).to_string();
+        let parsed = DateTime::parse_from_str(&shown, "%Y-%m-%d %H:%M:%S %:z").unwrap();
+        assert_eq!(parsed, DateTime::UNIX_EPOCH);
+        assert_eq!(seconds(3_661), "1h 1m 1s");
+    }
+}

@@ -1,0 +1,132 @@
+//! `token`: a caller's side, from the shell.
+
+mod client;
+
+use std::{process::ExitCode, time::Duration};
+
+use anyhow::{Context, bail};
+use chrono::DateTime;
+use clap::{Args, Subcommand};
+use serde_json::{Value, json};
+
+use self::client::BrokerClient;
+use super::{Global, output, time::LocalTime};
+use crate::{
+    caller::AccountPattern,
+    config::{Client, ClientSettings, Flags},
+    proto::{
+        AccountEnded, GetTokenRequest, GetTokenResponse, WatchTokensRequest, account_ended::Reason,
+        watch_tokens_response::Event,
+    },
+};
+
+/// Asks a broker for tokens
+#[derive(Args, Debug)]
+pub(super) struct TokenArgs {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Prints an account's token, alone on standard output
+    #[command(after_help = "\
+The caller's bearer comes from TOKEN_BROKER_BEARER, TOKEN_BROKER_BEARER_FILE or --bearer-file.
+
+Examples:
+  TOKEN=$(token-broker token get acme)
+  token-broker token get 'acme-*' --watch --json")]
+    Get(GetArgs),
+}
+
+#[derive(Args, Debug)]
+struct GetArgs {
+    /// Which account; with --watch also a pattern such as 'acme-*'
+    account: AccountPattern,
+    /// How long the token must live at least
+    #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration,
+          conflicts_with = "watch")]
+    min_ttl: Option<Duration>,
+    /// Prints all that the broker says, as JSON
+    #[arg(long)]
+    json: bool,
+    /// Prints each new token as it comes, a line each
+    #[arg(long)]
+    watch: bool,
+    /// How long to wait for the token
+    #[arg(long, value_name = "DURATION", default_value = "30s",
+          value_parser = humantime::parse_duration, conflicts_with = "watch")]
+    timeout: Duration,
+    #[command(flatten)]
+    settings: Flags<Client>,
+}
+
+pub(super) async fn run(global: &Global, args: TokenArgs) -> anyhow::Result<ExitCode> {
+    let Command::Get(args) = args.command;
+    let settings = ClientSettings::resolve(&global.sources(args.settings.given.clone())?)?;
+    let client = BrokerClient::new(&settings)?;
+    if args.watch { watch(client, &args).await } else { get(client, &args).await }
+}
+
+async fn get(mut client: BrokerClient, args: &GetArgs) -> anyhow::Result<ExitCode> {
+    let Some(account) = args.account.as_name() else {
+        bail!("a pattern stands for many accounts: say --watch");
+    };
+    let min_ttl = args.min_ttl.map(prost_types::Duration::try_from).transpose();
+    let request = GetTokenRequest {
+        account: account.to_string(),
+        min_ttl: min_ttl.context("--min-ttl is too long")?,
+        newer_than_generation: 0,
+    };
+    let token = client.get_token(request, args.timeout).await?;
+    if args.json {
+        output::json(&as_json(account.as_str(), &token))?;
+    } else {
+        output::line(&token.access_token)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn watch(mut client: BrokerClient, args: &GetArgs) -> anyhow::Result<ExitCode> {
+    let request = WatchTokensRequest { accounts: vec![args.account.to_string()] };
+    let mut stream = client.watch_tokens(request).await?;
+    while let Some(message) = client.next(&mut stream).await? {
+        let account = &message.account;
+        match message.event {
+            Some(Event::Token(token)) if args.json => output::line(as_json(account, &token))?,
+            Some(Event::Token(token)) => output::line(&token.access_token)?,
+            Some(Event::Ended(AccountEnded { reason })) => {
+                let reason = Reason::try_from(reason).unwrap_or_default().as_str_name();
+                let reason = reason.trim_start_matches("REASON_").to_lowercase();
+                if args.json {
+                    output::line(json!({ "account": account, "ended": reason }))?;
+                } else {
+                    output::note(format_args!("{account} ended: {reason}"));
+                }
+            }
+            None => {}
+        }
+    }
+    bail!("the broker ended the stream")
+}
+
+fn as_json(account: &str, token: &GetTokenResponse) -> Value {
+    let time = |at: Option<prost_types::Timestamp>| {
+        let at = at?;
+        DateTime::from_timestamp(at.seconds, u32::try_from(at.nanos).ok()?).map(LocalTime)
+    };
+    let seconds = |span: Option<prost_types::Duration>| {
+        span.and_then(|span| Duration::try_from(span).ok()).map(|span| span.as_secs_f64())
+    };
+    json!({
+        "account": account,
+        "access_token": token.access_token,
+        "expires_at": time(token.expires_at),
+        "issued_at": time(token.issued_at),
+        "generation": token.generation,
+        "reuse_for_seconds": seconds(token.reuse_for),
+        "expires_in_seconds": seconds(token.expires_in),
+        "allowed_ip": token.allowed_ip,
+        "api_base_url": token.api_base_url,
+    })
+}

@@ -1,0 +1,236 @@
+//! A broker's client: who calls, over what, and what refusals mean.
+
+use std::{fmt, fs, path::Path, time::Duration};
+
+use anyhow::Context;
+use tonic::{
+    Code, Request, Status, Streaming,
+    metadata::{Ascii, MetadataValue},
+    transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity},
+};
+use tonic_types::StatusExt;
+
+use super::super::output::{self, printable};
+use crate::{
+    config::ClientSettings,
+    proto::{
+        GetTokenRequest, GetTokenResponse, WatchTokensRequest, WatchTokensResponse,
+        token_service_client::TokenServiceClient,
+    },
+};
+
+const CONNECT_WITHIN: Duration = Duration::from_secs(10);
+/// So that a watch notices a broker that is gone without a word.
+const KEEPALIVE: Duration = Duration::from_secs(20);
+
+/// Calls one broker as one caller.
+pub(super) struct BrokerClient {
+    client: TokenServiceClient<Channel>,
+    authorization: Option<MetadataValue<Ascii>>,
+    endpoint: String,
+}
+
+impl BrokerClient {
+    /// A client that connects at its first call.
+    pub(super) fn new(settings: &ClientSettings) -> anyhow::Result<Self> {
+        let url = &settings.endpoint;
+        let mut endpoint = Endpoint::from_shared(url.to_string())?
+            .connect_timeout(CONNECT_WITHIN)
+            .http2_keep_alive_interval(KEEPALIVE)
+            .keep_alive_timeout(CONNECT_WITHIN);
+        if url.scheme() == "https" {
+            endpoint = endpoint.tls_config(tls(settings)?)?;
+        } else if settings.bearer.is_some() && !is_loopback(url) {
+            output::note("warning: the bearer and the token cross the network in the clear");
+        }
+        let authorization = settings.bearer.as_ref().map(|bearer| {
+            MetadataValue::try_from(format!("Bearer {}", bearer.expose())).map(|mut value| {
+                value.set_sensitive(true);
+                value
+            })
+        });
+        Ok(Self {
+            client: TokenServiceClient::new(endpoint.connect_lazy()),
+            authorization: authorization.transpose()?,
+            endpoint: url.to_string(),
+        })
+    }
+
+    /// Gets a token, waiting so long at most.
+    pub(super) async fn get_token(
+        &mut self,
+        message: GetTokenRequest,
+        timeout: Duration,
+    ) -> Result<GetTokenResponse, Refusal> {
+        let mut request = self.request(message);
+        request.set_timeout(timeout);
+        let answer = self.client.get_token(request).await;
+        answer.map(tonic::Response::into_inner).map_err(|status| self.refusal(&status))
+    }
+
+    /// Starts a stream of tokens.
+    pub(super) async fn watch_tokens(
+        &mut self,
+        message: WatchTokensRequest,
+    ) -> Result<Streaming<WatchTokensResponse>, Refusal> {
+        let request = self.request(message);
+        let answer = self.client.watch_tokens(request).await;
+        answer.map(tonic::Response::into_inner).map_err(|status| self.refusal(&status))
+    }
+
+    /// The stream's next message.
+    pub(super) async fn next(
+        &self,
+        stream: &mut Streaming<WatchTokensResponse>,
+    ) -> Result<Option<WatchTokensResponse>, Refusal> {
+        stream.message().await.map_err(|status| self.refusal(&status))
+    }
+
+    fn request<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        if let Some(authorization) = &self.authorization {
+            request.metadata_mut().insert("authorization", authorization.clone());
+        }
+        request
+    }
+
+    fn refusal(&self, status: &Status) -> Refusal {
+        Refusal::new(status, &self.endpoint)
+    }
+}
+
+fn tls(settings: &ClientSettings) -> anyhow::Result<ClientTlsConfig> {
+    let mut tls = ClientTlsConfig::new();
+    tls = match &settings.ca_file {
+        Some(path) => tls.ca_certificate(Certificate::from_pem(read(path)?)),
+        None => tls.with_enabled_roots(),
+    };
+    if let Some((cert, key)) = &settings.identity {
+        tls = tls.identity(Identity::from_pem(read(cert)?, read(key)?));
+    }
+    Ok(tls)
+}
+
+fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
+    fs::read(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+fn is_loopback(url: &url::Url) -> bool {
+    match url.host() {
+        Some(url::Host::Ipv4(ip)) => ip.is_loopback(),
+        Some(url::Host::Ipv6(ip)) => ip.is_loopback(),
+        Some(url::Host::Domain(name)) => name == "localhost",
+        None => false,
+    }
+}
+
+/// Why there is no token, and what to do.
+#[derive(Debug, Eq, PartialEq)]
+pub(super) struct Refusal {
+    code: String,
+    reason: Option<String>,
+    message: String,
+    hint: Option<String>,
+}
+
+impl Refusal {
+    fn new(status: &Status, endpoint: &str) -> Self {
+        let details = status.get_error_details();
+        let info = details.error_info().filter(|info| info.domain == "token-broker");
+        let reason = info.map(|info| info.reason.clone());
+        let wait = details.retry_info().and_then(|retry| retry.retry_delay);
+        let hint = match (reason.as_deref(), wait) {
+            (Some(reason), _) if advice(reason).is_some() => advice(reason).map(Into::into),
+            (_, Some(wait)) => Some(format!("try again in {}", humantime::format_duration(wait))),
+            (None, None) if status.code() == Code::Unavailable => {
+                Some(format!("is a broker running at {endpoint}?"))
+            }
+            _ => None,
+        };
+        Self { code: name(status.code()), reason, message: status.message().to_owned(), hint }
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.code)?;
+        if let Some(reason) = &self.reason {
+            write!(f, " ({})", printable(reason))?;
+        }
+        write!(f, ": {}", printable(&self.message))?;
+        self.hint.as_ref().map_or(Ok(()), |hint| write!(f, "\nhint: {hint}"))
+    }
+}
+
+impl std::error::Error for Refusal {}
+
+/// What an admin or the caller can do about a refusal for that reason.
+fn advice(reason: &str) -> Option<&'static str> {
+    Some(match reason {
+        "CREDENTIAL_MISSING" => "set TOKEN_BROKER_BEARER_FILE to the file that holds your bearer",
+        "BEARER_MALFORMED" => "the bearer is cut or mistyped: it has 53 characters, tbk_ included",
+        "CREDENTIAL_REFUSED" => {
+            "the bearer is unknown, ended or revoked: an admin makes another with \
+             `caller bearer add`"
+        }
+        "NOT_GRANTED" => "an admin grants it with `caller grant CALLER ACCOUNT`",
+        "NO_SUCH_ACCOUNT" => "`account list` shows the accounts that there are",
+        "ACCOUNT_DISABLED" => "an admin enables it with `account enable`",
+        "CREDENTIAL_REJECTED" => {
+            "the upstream refuses the account's API KEY: an admin replaces it with `account rotate`"
+        }
+        "EGRESS_REJECTED" => {
+            "the upstream refuses the broker's address or the account: `account show` says more"
+        }
+        _ => return None,
+    })
+}
+
+/// The code's name as gRPC spells it.
+fn name(code: Code) -> String {
+    let mut name = String::new();
+    for c in format!("{code:?}").chars() {
+        if c.is_uppercase() && !name.is_empty() {
+            name.push('_');
+        }
+        name.push(c.to_ascii_uppercase());
+    }
+    name
+}
+
+#[cfg(test)]
+mod tests {
+    use tonic_types::ErrorDetails;
+
+    use super::*;
+
+    fn told(code: Code, details: ErrorDetails) -> String {
+        let status = Status::with_error_details(code, "no grant covers it", details);
+        Refusal::new(&status, "http://127.0.0.1:50051/").to_string()
+    }
+
+    #[test]
+    fn a_refusal_is_told_with_its_status_its_reason_and_what_to_do() {
+        let mut details = ErrorDetails::new();
+        details.set_error_info("NOT_GRANTED", "token-broker", [("a".into(), "b".into())]);
+        assert_eq!(
+            told(Code::PermissionDenied, details),
+            "PERMISSION_DENIED (NOT_GRANTED): no grant covers it\n\
+             hint: an admin grants it with `caller grant CALLER ACCOUNT`"
+        );
+    }
+
+    #[test]
+    fn a_refusal_that_passes_says_when_to_try_again() {
+        let mut details = ErrorDetails::new();
+        details.set_retry_info(Some(Duration::from_secs(3)));
+        let told = told(Code::ResourceExhausted, details);
+        assert_eq!(told, "RESOURCE_EXHAUSTED: no grant covers it\nhint: try again in 3s");
+    }
+
+    #[test]
+    fn a_broker_that_is_not_there_is_asked_for() {
+        let told = told(Code::Unavailable, ErrorDetails::new());
+        assert!(told.ends_with("hint: is a broker running at http://127.0.0.1:50051/?"), "{told}");
+    }
+}

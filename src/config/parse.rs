@@ -1,0 +1,212 @@
+//! How values are read. Errors say what was expected and never quote the value: it may be a secret.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
+
+use ipnet::IpNet;
+use url::Url;
+
+use super::{AuditSync, ProxyUrl};
+use crate::{
+    bearer::Bearer,
+    seal::{IntakeError, IntakePublicKey},
+    telemetry::LogFormat,
+    upstream::{Target, TargetError},
+};
+
+/// What was expected.
+pub(super) type Fault = String;
+
+pub(super) fn address(text: &str) -> Result<SocketAddr, Fault> {
+    text.parse().map_err(|_| "not an address and port such as 127.0.0.1:50051".into())
+}
+
+pub(super) fn ip(text: &str) -> Result<IpAddr, Fault> {
+    text.parse().map_err(|_| "not an IP address".into())
+}
+
+#[expect(clippy::unnecessary_wraps, reason = "one of a family")]
+pub(super) fn path(text: &str) -> Result<PathBuf, Fault> {
+    Ok(text.into())
+}
+
+pub(super) fn target(text: &str) -> Result<Target, Fault> {
+    text.parse().map_err(|error: TargetError| error.to_string())
+}
+
+pub(super) fn proxy(text: &str) -> Result<ProxyUrl, Fault> {
+    http_url(text).map(ProxyUrl)
+}
+
+/// A URL to which paths are appended: without a path, query or user of its own.
+pub(super) fn endpoint(text: &str) -> Result<Url, Fault> {
+    let url = http_url(text)?;
+    let bare = url.path() == "/" && url.query().is_none() && url.fragment().is_none();
+    if !bare || !url.username().is_empty() || url.password().is_some() {
+        return Err("must be a scheme, a host and a port alone".into());
+    }
+    Ok(url)
+}
+
+fn http_url(text: &str) -> Result<Url, Fault> {
+    Url::parse(text)
+        .ok()
+        .filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host())
+        .ok_or_else(|| "not an http:// or https:// URL with a host".into())
+}
+
+pub(super) fn bearer(text: &str) -> Result<Bearer, Fault> {
+    Bearer::parse(text).map_err(|error| error.to_string())
+}
+
+pub(super) fn intake_key(text: &str) -> Result<IntakePublicKey, Fault> {
+    text.parse().map_err(|error: IntakeError| error.to_string())
+}
+
+/// Addresses and CIDRs, joined by commas or white space.
+pub(super) fn networks(text: &str) -> Result<Vec<IpNet>, Fault> {
+    text.split([',', ' ', '\n'])
+        .filter(|part| !part.is_empty())
+        .map(|part| part.parse().or_else(|_| part.parse().map(|ip: IpAddr| ip.into())))
+        .collect::<Result<_, _>>()
+        .map_err(|_| "not a list of addresses or CIDRs such as 192.0.2.1,198.51.100.0/24".into())
+}
+
+pub(super) fn boolean(text: &str) -> Result<bool, Fault> {
+    text.parse().map_err(|_| "must be true or false".into())
+}
+
+/// A number from `least` to `most`.
+pub(super) fn number<T>(least: T, most: T) -> impl Fn(&str) -> Result<T, Fault>
+where
+    T: std::str::FromStr + PartialOrd + std::fmt::Display,
+{
+    move |text| {
+        text.parse()
+            .ok()
+            .filter(|number| *number >= least && *number <= most)
+            .ok_or_else(|| format!("must be a number from {least} to {most}"))
+    }
+}
+
+/// As [`number`], where `/s` may follow.
+pub(super) fn rate<T>(least: T, most: T) -> impl Fn(&str) -> Result<T, Fault>
+where
+    T: std::str::FromStr + PartialOrd + std::fmt::Display,
+{
+    let number = number(least, most);
+    move |text| number(text.strip_suffix("/s").unwrap_or(text))
+}
+
+/// A duration with its unit, from `least` to `most`.
+pub(super) fn duration(
+    least: Duration,
+    most: Duration,
+) -> impl Fn(&str) -> Result<Duration, Fault> {
+    move |text| {
+        let read = humantime::parse_duration(text)
+            .map_err(|_| "not a duration with its unit, such as 500ms, 30s or 24h".to_owned())?;
+        if read < least || read > most {
+            let (least, most) =
+                (humantime::format_duration(least), humantime::format_duration(most));
+            return Err(format!("must be {least} to {most}"));
+        }
+        Ok(read)
+    }
+}
+
+/// How long records are kept. None is ever deleted in this release.
+pub(super) fn retention(text: &str) -> Result<(), Fault> {
+    if text == "never" {
+        return Ok(());
+    }
+    Err("deleting old records comes in a later release; unset it".into())
+}
+
+/// A size of 1 MiB at least: a number with B, KiB, MiB, GiB or TiB.
+pub(super) fn bytes(text: &str) -> Result<u64, Fault> {
+    const UNITS: [(&str, u32); 5] = [("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10), ("B", 0)];
+    const LEAST: u64 = 1 << 20;
+    let (number, shift) = UNITS
+        .into_iter()
+        .find_map(|(unit, shift)| Some((text.strip_suffix(unit)?, shift)))
+        .unwrap_or((text, 0));
+    number
+        .trim_end()
+        .parse::<u64>()
+        .ok()
+        .and_then(|number| number.checked_mul(1 << shift))
+        .filter(|bytes| *bytes >= LEAST)
+        .ok_or_else(|| "must be a size of 1MiB at least, such as 512MiB or 8GiB".into())
+}
+
+pub(super) fn audit_sync(text: &str) -> Result<AuditSync, Fault> {
+    match text {
+        "fsync" => Ok(AuditSync::Fsync),
+        "write" => Ok(AuditSync::Write),
+        _ => Err("must be fsync or write".into()),
+    }
+}
+
+pub(super) fn log_format(text: &str) -> Result<LogFormat, Fault> {
+    match text {
+        "pretty" => Ok(LogFormat::Pretty),
+        "json" => Ok(LogFormat::Json),
+        _ => Err("must be pretty or json".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn sizes_have_binary_units() {
+        assert_eq!(bytes("8GiB"), Ok(8 << 30));
+        assert_eq!(bytes("1048576"), Ok(1 << 20));
+        assert_eq!(bytes("2 MiB"), Ok(2 << 20));
+        for wrong in ["", "8", "8GB", "-1GiB", "1.5GiB", "99999999TiB", "1MiB1", "GiB"] {
+            assert!(bytes(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn networks_are_addresses_or_cidrs() {
+        assert_eq!(networks("192.0.2.1, 198.51.100.0/24").unwrap().len(), 2);
+        assert_eq!(networks("2001:db8::1").unwrap()[0].prefix_len(), 128);
+        assert!(networks("192.0.2.1/33").is_err());
+        assert!(networks("example.com").is_err());
+    }
+
+    #[test]
+    fn a_rate_may_name_its_unit_and_is_a_number_in_range() {
+        assert_eq!(rate(0.01, 100.0)("20/s"), Ok(20.0));
+        assert!(rate(0.01, 100.0)("NaN").is_err());
+        assert!(rate(0.01, 100.0)("0").is_err());
+        assert!(rate(1_u32, 10)("11").is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn sizes_survive_being_written_in_mebibytes(mib in 1_u64..1 << 40) {
+            prop_assert_eq!(bytes(&format!("{mib}MiB")), Ok(mib << 20));
+        }
+
+        #[test]
+        fn durations_survive_being_written(seconds in 1_u64..1_000_000) {
+            let written = Duration::from_secs(seconds);
+            let text = humantime::format_duration(written).to_string();
+            prop_assert_eq!(duration(Duration::ZERO, Duration::MAX)(&text), Ok(written));
+        }
+
+        #[test]
+        fn no_text_breaks_a_reader(text in any::<String>()) {
+            let _ = (bytes(&text), networks(&text), retention(&text), proxy(&text), address(&text));
+        }
+    }
+}

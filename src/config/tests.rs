@@ -1,0 +1,215 @@
+use std::{collections::BTreeMap, io, path::Path};
+
+use proptest::prelude::*;
+
+use super::*;
+
+const CANARY: &str = "canary";
+
+fn read_file(path: &Path) -> io::Result<String> {
+    match path.to_str() {
+        Some("/secrets/url") => Ok("postgresql://broker:canary@localhost/from_file\n".into()),
+        Some("/secrets/bad") => Ok("canary\n".into()),
+        _ => Err(io::ErrorKind::NotFound.into()),
+    }
+}
+
+fn sources(env: &[(&str, &str)]) -> Sources {
+    Sources {
+        flags: BTreeMap::new(),
+        env: env.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect(),
+        file: None,
+        read_file,
+    }
+}
+
+/// Sources that can be resolved, changed by `env`.
+fn sound(env: &[(&str, &str)]) -> Sources {
+    let mut sources = sources(&[
+        ("DATABASE_URL", "postgresql://broker:canary@localhost/broker"),
+        ("TOKEN_BROKER_KEYRING_FILE", "/keyring"),
+        ("TOKEN_BROKER_UPSTREAM", "staging"),
+    ]);
+    for (name, value) in env {
+        sources.env.insert((*name).into(), (*value).into());
+    }
+    sources
+}
+
+fn lines(sources: &Sources) -> Vec<String> {
+    Settings::resolve(sources).map_or_else(|report| report.0, |_| Vec::new())
+}
+
+#[test]
+fn the_defaults_are_those_of_the_contract() {
+    let (settings, warnings) = Settings::resolve(&sound(&[])).unwrap();
+    assert!(warnings.is_empty());
+    assert_eq!(settings.listen.to_string(), "127.0.0.1:50051");
+    assert_eq!(settings.ops_listen.to_string(), "127.0.0.1:9464");
+    assert_eq!(settings.state_dir, Path::new("/var/lib/token-broker"));
+    assert!(settings.new_token_ends_older && !settings.plaintext);
+    assert_eq!(settings.min_issue_interval.as_secs(), 30);
+    assert_eq!(settings.upstream_timeout.as_secs(), 10);
+    assert_eq!((settings.upstream_concurrency, settings.caller_rate), (8, 1_000));
+    assert_eq!(settings.audit_sync, AuditSync::Fsync);
+    assert_eq!(settings.journal_max_bytes, 8 << 30);
+    let (default, longest) = (settings.deadline_default, settings.deadline_max);
+    assert_eq!((default.as_secs(), longest.as_secs(), settings.drain.as_secs()), (5, 60, 20));
+    assert_eq!(settings.max_authorization_staleness, 24 * HOUR);
+}
+
+#[test]
+fn every_bad_setting_gets_its_one_line() {
+    let range = "must be a number from";
+    for (name, value, fault) in [
+        ("DATABASE_URL", "mysql://canary@localhost/x", "not a postgresql://"),
+        ("DATABASE_URL", "", "is empty"),
+        ("DATABASE_URL_FILE", "/secrets/url", "set together with"),
+        ("TOKEN_BROKER_LISTEN", "canary", "not an address and port"),
+        ("TOKEN_BROKER_LISTEN", "localhost:50051", "not an address and port"),
+        ("TOKEN_BROKER_LISTEN", "0.0.0.0:50051", "beyond loopback without TLS"),
+        ("TOKEN_BROKER_LISTEN", "", "is empty"),
+        ("TOKEN_BROKER_OPS_LISTEN", "9464", "not an address and port"),
+        ("TOKEN_BROKER_OPS_LISTEN", "127.0.0.1:50051", "the same address"),
+        ("TOKEN_BROKER_UPSTREAM", "https://canary.example.com", "loopback"),
+        ("TOKEN_BROKER_UPSTREAM", "Production", "must be `production`"),
+        ("TOKEN_BROKER_UPSTREAM_BIND_ADDRESS", "eth0", "not an IP address"),
+        ("TOKEN_BROKER_UPSTREAM_PROXY", "socks5://canary", "not an http://"),
+        ("TOKEN_BROKER_UPSTREAM_PROXY_FILE", "/secrets/bad", "not an http://"),
+        ("TOKEN_BROKER_UPSTREAM_PROXY_FILE", "/nowhere", "cannot read the file"),
+        ("TOKEN_BROKER_EXPECTED_EGRESS", "192.0.2.0/40", "not a list of addresses"),
+        ("TOKEN_BROKER_NEW_TOKEN_ENDS_OLDER", "yes", "must be true or false"),
+        ("TOKEN_BROKER_REFRESH_AT", "0.95", range),
+        ("TOKEN_BROKER_REFRESH_AT", "NaN", range),
+        ("TOKEN_BROKER_MIN_ISSUE_INTERVAL", "30", "not a duration with its unit"),
+        ("TOKEN_BROKER_MIN_ISSUE_INTERVAL", "0s", "must be 100ms to 1day"),
+        ("TOKEN_BROKER_UPSTREAM_TIMEOUT", "2m", "must be 100ms to 1m"),
+        ("TOKEN_BROKER_UPSTREAM_RATE", "0", range),
+        ("TOKEN_BROKER_UPSTREAM_CONCURRENCY", "-1", range),
+        ("TOKEN_BROKER_AUDIT_SYNC", "none", "must be fsync or write"),
+        ("TOKEN_BROKER_AUDIT_RETENTION", "400d", "later release"),
+        ("TOKEN_BROKER_CHANGE_RETENTION", "always", "later release"),
+        ("TOKEN_BROKER_JOURNAL_MAX_BYTES", "8GB", "must be a size"),
+        ("TOKEN_BROKER_CALLER_RATE", "1.5", range),
+        ("TOKEN_BROKER_DEADLINE_DEFAULT", "90s", "longer than the longest deadline"),
+        ("TOKEN_BROKER_DEADLINE_MAX", "soon", "not a duration"),
+        ("TOKEN_BROKER_DRAIN", "-1s", "not a duration"),
+        ("TOKEN_BROKER_MAX_AUTHORIZATION_STALENESS", "0s", "must be 1s to"),
+        ("TOKEN_BROKER_PLAINTEXT", "1", "must be true or false"),
+        ("TOKEN_BROKER_LOG_FORMAT", "xml", "must be pretty or json"),
+        ("TOKEN_BROKER_TLS_CERT", "/cert.pem", "TLS comes in a later release"),
+        ("TOKEN_BROKER_TLS_KEY", "/key.pem", "TLS comes in a later release"),
+        ("TOKEN_BROKER_TLS_CLIENT_CA", "/ca.pem", "TLS comes in a later release"),
+        ("TOKEN_BROKER_TRUST_DOMAIN", "example.com", "TLS comes in a later release"),
+    ] {
+        let lines = lines(&sound(&[(name, value)]));
+        let [line] = lines.as_slice() else { panic!("{name}={value}: {lines:?}") };
+        let named = line.starts_with(&format!("{name} (environment): "))
+            || name == "DATABASE_URL_FILE" && line.contains(name);
+        assert!(named && line.contains(fault), "{name}={value}: {line}");
+        assert!(!line.contains(CANARY), "{line}");
+    }
+}
+
+#[test]
+fn all_faults_are_in_one_report() {
+    let mut all = sources(&[
+        ("TOKEN_BROKER_LISTEN", "here"),
+        ("TOKEN_BROKER_DEADLINE_MAX", "soon"),
+        // Would contradict the default that stands in for the malformed one: not reported.
+        ("TOKEN_BROKER_DEADLINE_DEFAULT", "90s"),
+    ]);
+    all.flags.insert("drain".into(), "long".into());
+    let table = "lisen = \"127.0.0.1:1\"\nrefresh_at = 2\ncaller_rate = { a = 1 }".parse().unwrap();
+    all.file = Some(("/etc/broker.toml".into(), table));
+    let report = lines(&all);
+    let starts: Vec<_> = report.iter().map(|line| line.split(':').next().unwrap()).collect();
+    assert_eq!(
+        starts,
+        [
+            "\"lisen\" (/etc/broker.toml)",
+            "DATABASE_URL",
+            "TOKEN_BROKER_LISTEN (environment)",
+            "TOKEN_BROKER_KEYRING_FILE",
+            "TOKEN_BROKER_UPSTREAM",
+            "refresh_at (/etc/broker.toml)",
+            "caller_rate (/etc/broker.toml)",
+            "TOKEN_BROKER_DEADLINE_MAX (environment)",
+            "--drain (flag)",
+        ]
+    );
+    let printed = Report(report).to_string();
+    assert!(printed.starts_with("9 settings are wrong\n  "), "{printed}");
+}
+
+#[test]
+fn a_flag_goes_before_the_environment_and_that_before_the_file() {
+    let mut sources = sound(&[("TOKEN_BROKER_DRAIN", "2s")]);
+    let table = "drain = \"3s\"\nplaintext = true\nexpected_egress = [\"192.0.2.1\", \"::1\"]\n";
+    sources.file = Some(("/f".into(), table.parse().unwrap()));
+    let (settings, _) = Settings::resolve(&sources).unwrap();
+    assert_eq!(settings.drain.as_secs(), 2);
+    assert!(settings.plaintext);
+    assert_eq!(settings.expected_egress.len(), 2);
+    sources.flags.insert("drain".into(), "1s".into());
+    assert_eq!(Settings::resolve(&sources).unwrap().0.drain.as_secs(), 1);
+}
+
+#[test]
+fn a_secret_is_read_from_the_file_that_its_twin_names() {
+    let mut sources = sources(&[("DATABASE_URL", "postgresql://broker@localhost/from_env")]);
+    sources.flags.insert("database_url_file".into(), "/secrets/url".into());
+    let url = database_url(&sources).unwrap();
+    assert!(url.0.expose_secret().ends_with("/from_file"));
+}
+
+#[test]
+fn no_secret_is_printed() {
+    let proxy = ("TOKEN_BROKER_UPSTREAM_PROXY", "http://user:canary@127.0.0.1:3128");
+    let (settings, _) = Settings::resolve(&sound(&[proxy])).unwrap();
+    let printed = format!("{settings:?} {settings:#?}");
+    assert!(!printed.contains(CANARY), "{printed}");
+}
+
+#[test]
+fn variables_that_are_no_settings_are_only_warned_of() {
+    let kubernetes = ("TOKEN_BROKER_PORT", "tcp://10.0.0.1:50051");
+    let (_, warnings) = Settings::resolve(&sound(&[kubernetes])).unwrap();
+    assert_eq!(warnings, ["TOKEN_BROKER_PORT (environment): no such setting; ignored"]);
+    for known in ["TOKEN_BROKER_CONFIG", "TOKEN_BROKER_BEARER_FILE", "TOKEN_BROKER_ENDPOINT"] {
+        assert!(sound(&[(known, "x")]).warnings().is_empty(), "{known}");
+    }
+}
+
+#[test]
+fn plaintext_lets_grpc_listen_beyond_loopback() {
+    let beyond = [("TOKEN_BROKER_LISTEN", "0.0.0.0:1"), ("TOKEN_BROKER_PLAINTEXT", "true")];
+    assert_eq!(lines(&sound(&beyond)), [""; 0]);
+    assert_eq!(lines(&sound(&[("TOKEN_BROKER_OPS_LISTEN", "0.0.0.0:9464")])), [""; 0]);
+}
+
+#[test]
+fn a_client_certificate_goes_with_its_key() {
+    let report = ClientSettings::resolve(&sources(&[("TOKEN_BROKER_CLIENT_CERT", "/c")]));
+    let line = report.unwrap_err().to_string();
+    assert_eq!(line, "TOKEN_BROKER_CLIENT_CERT (environment): set without its key");
+}
+
+#[test]
+fn each_setting_is_there_once() {
+    let mut keys: Vec<_> = table::all().map(|setting| setting.key).collect();
+    let count = keys.len();
+    keys.sort_unstable();
+    keys.dedup();
+    assert_eq!(keys.len(), count);
+}
+
+proptest! {
+    #[test]
+    fn no_value_of_any_setting_is_repeated_in_the_report(nth in 0_usize..64, tail in "[!-~]{0,8}") {
+        let settings: Vec<_> = table::all().collect();
+        let value = format!("{CANARY}{tail}");
+        let report = lines(&sound(&[(&settings[nth % settings.len()].env(), &value)]));
+        prop_assert!(report.iter().all(|line| !line.contains(CANARY)), "{:?}", report);
+    }
+}

@@ -1,0 +1,66 @@
+//! Signals, drain and the end.
+
+use std::process::ExitCode;
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::app::App;
+
+/// The signals that ask the process to stop.
+pub struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    /// Takes SIGINT and SIGTERM from now on.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn take() -> std::io::Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+        })
+    }
+
+    /// Waits for the next one.
+    pub async fn next(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
+
+    /// A token that is cancelled by the next signal, for a start that may take long; the signals
+    /// come back from the task that waits.
+    pub async fn during<T>(&mut self, start: impl AsyncFnOnce(CancellationToken) -> T) -> T {
+        let give_up = CancellationToken::new();
+        let started = start(give_up.clone());
+        tokio::pin!(started);
+        tokio::select! {
+            done = &mut started => return done,
+            () = self.next() => give_up.cancel(),
+        }
+        started.await
+    }
+}
+
+/// Runs `app` until a signal or a failure, then stops it; a second signal ends at once.
+pub async fn run(app: App, signals: &mut Signals) -> ExitCode {
+    let failed = tokio::select! {
+        () = signals.next() => false,
+        () = app.failed() => true,
+    };
+    info!(failed, "stopping; a second signal ends at once");
+    tokio::select! {
+        () = app.stop() => {}
+        () = signals.next() => {
+            warn!("stopped at once: calls were cut, and audit records wait for the next start");
+            return ExitCode::FAILURE;
+        }
+    }
+    if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+}
