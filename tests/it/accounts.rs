@@ -1,0 +1,239 @@
+//! What an admin's plain SQL does, within moments and without a restart.
+
+use crate::harness::{
+    broker::{World, refusal},
+    eventually,
+};
+
+#[tokio::test]
+async fn an_inserted_account_is_sealed_and_served() {
+    let world = World::new().await;
+    let bearer = world.caller("demo", &["acme*"]).await;
+    let broker = world.start().await;
+    let client = broker.client(&bearer).await;
+    assert_eq!(refusal(&client.get("acme").await.unwrap_err()), "NotFound NO_SUCH_ACCOUNT");
+
+    world.register("acme", "id-1", "SK.1").await;
+    let token = eventually("a token", async || client.get("acme").await.ok()).await;
+    assert!(world.upstream.is_live(&token.access_token));
+    assert_eq!(token.allowed_ip, "127.0.0.1");
+    assert_eq!(token.api_base_url, world.upstream.base_url());
+
+    let intake: Option<String> =
+        sqlx::query_scalar("select client_secret from accounts where name = 'acme'")
+            .fetch_one(world.database.pool())
+            .await
+            .unwrap();
+    assert_eq!(intake, None);
+    world.until_state("acme", "fresh").await;
+    assert_eq!(world.upstream.issued("id-1"), 1);
+    broker.stop().await;
+}
+
+#[tokio::test]
+async fn a_wrong_secret_shows_as_rejected_with_a_hint_and_is_tried_once_until_it_changes() {
+    let world = World::new().await;
+    let bearer = world.caller("demo", &["*"]).await;
+    let broker = world.start().await;
+    let client = broker.client(&bearer).await;
+
+    world.register("acme", "id-1", "SK.wrong").await;
+    world.until_state("acme", "rejected").await;
+    assert!(world.status("acme", "last_error").await.starts_with("61006 "));
+    assert!(world.status("acme", "hint").await.contains("client_secret"));
+    let refused = client.get("acme").await.unwrap_err();
+    assert_eq!(refusal(&refused), "FailedPrecondition CREDENTIAL_REJECTED");
+
+    // Callers, and everything that wakes the refresher, lead to no second try.
+    for _ in 0..20 {
+        client.get("acme").await.unwrap_err();
+    }
+    world.database.sql("update accounts set description = 'looked at'").await;
+    world.register("other", "id-2", "SK.2").await;
+    world.until_state("other", "fresh").await;
+    assert_eq!(world.upstream.attempts("id-1"), 1);
+
+    world.database.sql("update accounts set client_secret = 'SK.1' where name = 'acme'").await;
+    world.until_state("acme", "fresh").await;
+    client.get("acme").await.unwrap();
+    assert_eq!(world.upstream.attempts("id-1"), 2);
+    broker.stop().await;
+}
+
+#[tokio::test]
+async fn a_refused_new_secret_does_not_stop_the_one_before_it() {
+    let world = World::new().await;
+    let bearer = world.caller("demo", &["*"]).await;
+    let broker = world.start().await;
+    let client = broker.client(&bearer).await;
+    world.register("acme", "id-1", "SK.1").await;
+    world.until_state("acme", "fresh").await;
+    let first = client.get("acme").await.unwrap();
+
+    world.database.sql("update accounts set client_secret = 'SK.wrong'").await;
+    world.until_state("acme", "rejected").await;
+    assert_eq!(client.get("acme").await.unwrap().generation, first.generation);
+
+    // A reissue tries the new secret, and when that is refused again the old one goes on.
+    world.upstream.set_faults(token_broker::dev::simulator::Faults {
+        token_life: std::time::Duration::from_secs(3),
+        ..Default::default()
+    });
+    world.database.sql("update accounts set enabled = false").await;
+    world.database.sql("update tokens set expires_at = now() + interval '1 second', changed = pg_current_xact_id()").await;
+    world.database.sql("update accounts set enabled = true").await;
+    let second = eventually("a token by the old secret", async || {
+        client.get("acme").await.ok().filter(|token| token.generation > first.generation)
+    })
+    .await;
+    assert!(world.upstream.is_live(&second.access_token));
+    assert_eq!(world.status("acme", "state").await, "rejected");
+    broker.stop().await;
+}
+
+#[tokio::test]
+async fn disabling_and_deleting_take_effect_and_a_new_row_of_the_name_is_another_account() {
+    let world = World::new().await;
+    let bearer = world.caller("demo", &["*"]).await;
+    let broker = world.start().await;
+    let client = broker.client(&bearer).await;
+    world.register("acme", "id-1", "SK.1").await;
+    let first = eventually("a token", async || client.get("acme").await.ok()).await;
+
+    world.database.sql("update accounts set enabled = false").await;
+    eventually("disabled", async || {
+        let refused = client.get("acme").await.err()?;
+        (refusal(&refused) == "FailedPrecondition ACCOUNT_DISABLED").then_some(())
+    })
+    .await;
+    world.database.sql("update accounts set enabled = true").await;
+    let again = eventually("a token", async || client.get("acme").await.ok()).await;
+    assert_eq!(again.generation, first.generation);
+
+    world.database.sql("delete from accounts").await;
+    world.register("acme", "id-2", "SK.2").await;
+    let other = eventually("the other account's token", async || {
+        client.get("acme").await.ok().filter(|token| token.generation != first.generation)
+    })
+    .await;
+    assert_eq!(world.upstream.live_token("id-2"), Some(other.access_token));
+    broker.stop().await;
+}
+
+#[tokio::test]
+async fn a_transaction_that_commits_late_is_not_missed() {
+    let world = World::new().await;
+    let bearer = world.caller("demo", &["*"]).await;
+    let broker = world.start().await;
+    let client = broker.client(&bearer).await;
+
+    let mut late = world.database.pool().begin().await.unwrap();
+    sqlx::query(
+        "insert into accounts (name, client_id, client_secret) values ('late', 'id-1', 'SK.1')",
+    )
+    .execute(&mut *late)
+    .await
+    .unwrap();
+    // Others commit, and the follower moves on, while the transaction is open.
+    world.register("early", "id-2", "SK.2").await;
+    world.until_state("early", "fresh").await;
+    world.database.sql("update accounts set description = 'again' where name = 'early'").await;
+    late.commit().await.unwrap();
+    eventually("the late account's token", async || client.get("late").await.ok()).await;
+    broker.stop().await;
+}
+
+#[tokio::test]
+async fn a_lost_listening_connection_costs_moments() {
+    let world = World::new().await;
+    let bearer = world.caller("demo", &["*"]).await;
+    let broker = world.start().await;
+    let client = broker.client(&bearer).await;
+    world
+        .database
+        .sql(
+            "select pg_terminate_backend(pid) from pg_stat_activity
+             where datname = current_database() and pid <> pg_backend_pid() and query ilike 'listen%'",
+        )
+        .await;
+    world.register("acme", "id-1", "SK.1").await;
+    eventually("a token", async || client.get("acme").await.ok()).await;
+    broker.stop().await;
+}
+
+#[tokio::test]
+async fn a_value_sealed_for_another_row_or_version_does_not_open() {
+    let world = World::new().await;
+    let bearer = world.caller("demo", &["*"]).await;
+    let broker = world.start().await;
+    let client = broker.client(&bearer).await;
+    world.register("one", "id-1", "SK.1").await;
+    world.register("two", "id-2", "SK.2").await;
+    world.until_state("one", "fresh").await;
+    world.until_state("two", "fresh").await;
+
+    // Somebody with the database gives `two` the secret and the token of `one`.
+    world
+        .database
+        .sql(
+            "update accounts set sealed_secret = (select sealed_secret from accounts where name = 'one'),
+                 reissue_requested_at = now()
+             where name = 'two'",
+        )
+        .await;
+    world.until_state("two", "rejected").await;
+    assert_eq!(world.upstream.attempts("id-2"), 1, "the swapped secret was never sent");
+    broker.stop().await;
+
+    world
+        .database
+        .sql(
+            "update tokens set sealed_token = (select sealed_token from tokens t
+                 join accounts a on a.id = t.account_id where a.name = 'one')
+             where account_id = (select id from accounts where name = 'two')",
+        )
+        .await;
+    world.database.sql("update accounts set client_secret = 'SK.2' where name = 'two'").await;
+    let broker = world.start().await;
+    let client_two = broker.client(&bearer).await;
+    let token = eventually("a token of its own", async || client_two.get("two").await.ok()).await;
+    assert_eq!(world.upstream.live_token("id-2"), Some(token.access_token));
+    drop(client);
+    broker.stop().await;
+}
+
+#[tokio::test]
+async fn changes_made_by_sql_become_audit_events_with_who_made_them() {
+    let world = World::new().await;
+    // Before any broker ran, too.
+    world.register("early", "id-1", "SK.1").await;
+    let broker = world.start().await;
+    world
+        .database
+        .sql(
+            "begin; set local token_broker.actor = 'jane'; set local token_broker.reason = 'T-1';
+             insert into accounts (name, client_id, client_secret) values ('acme', 'id-2', 'SK.2');
+             commit",
+        )
+        .await;
+    world.database.sql("update accounts set enabled = false where name = 'acme'").await;
+    world.database.sql("delete from accounts where name = 'acme'").await;
+    let changes = "event like 'account\\_%' and detail->>'table' = 'accounts'
+        and (detail->>'secret') is null";
+    eventually("four changes", async || (world.audit(changes).await.len() == 4).then_some(()))
+        .await;
+    assert_eq!(
+        world.audit(changes).await,
+        [
+            "account_registered/-/early/ok/-",
+            "account_registered/-/acme/ok/-",
+            "account_changed/-/acme/ok/-",
+            "account_removed/-/acme/ok/-",
+        ]
+    );
+    let who = world
+        .audit("account = 'acme' and detail->>'actor' = 'jane' and detail->>'reason' = 'T-1'")
+        .await;
+    assert_eq!(who.len(), 1);
+    broker.stop().await;
+}

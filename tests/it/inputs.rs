@@ -1,0 +1,476 @@
+//! Bad rows: each gets one error that names the culprit and shows no secret, and nothing of it is
+//! kept; a secret that does not open concerns its own account alone.
+
+use sqlx::{AssertSqlSafe, PgPool, postgres::PgDatabaseError};
+use token_broker::{
+    account::ClientId, seal::IntakePublicKey, secret::ClientSecret, store::Database,
+};
+
+use crate::harness::{
+    broker::{World, refusal},
+    database::TestDatabase,
+    eventually,
+};
+
+/// A secret that must show up nowhere; `$CANARY` in the tables below.
+const CANARY: &str = "SK.canary-73";
+
+/// A table, a row of it that is taken, and what makes it refused: a column and its value.
+struct BadRows {
+    table: &'static str,
+    row: &'static [(&'static str, &'static str)],
+    faults: &'static [(&'static str, &'static str)],
+    /// Those that can only be told of a new row.
+    new_row_faults: &'static [(&'static str, &'static str)],
+}
+
+const ACCOUNTS: BadRows = BadRows {
+    table: "accounts",
+    row: &[("name", "'bad'"), ("client_id", "'bad-id'"), ("client_secret", "'$CANARY'")],
+    faults: &[
+        ("name", "null"),
+        ("name", "''"),
+        ("name", "'Acme'"),
+        ("name", "'a b'"),
+        ("name", "'-a'"),
+        ("name", "'é'"),
+        ("name", r"E'acme\n'"),
+        ("name", "repeat('a', 64)"),
+        ("client_id", "null"),
+        ("client_id", "''"),
+        ("client_id", "repeat('가', 21)"),
+        ("client_id", "'a b'"),
+        ("client_id", r"E'id\n'"),
+        ("client_id", r"E'a\u0085b'"),
+        ("client_id", r"E'a\u00a0b'"),
+        ("client_id", r"E'a\u3000b'"),
+        ("client_secret", "''"),
+        ("client_secret", "'$CANARY' || repeat('x', 18)"),
+        ("client_secret", "'$CANARY x'"),
+        ("client_secret", r"E'$CANARY\n\n'"),
+        ("client_secret", r"E'$CANARY\u00a0'"),
+        ("client_secret", "'sealed:$CANARY'"),
+        ("client_secret", "'sealed:v2:key:' || repeat('x', 90)"),
+        ("client_secret", "'sealed:v1:Key:' || repeat('x', 90)"),
+        ("client_secret", "'sealed:v1:key:$CANARY' || repeat('x', 90)"),
+        ("client_secret", "'sealed:v1:key:' || repeat('x', 600)"),
+        ("enabled", "null"),
+        ("provider", "null"),
+        ("provider", "'other'"),
+        ("description", "repeat('d', 1001)"),
+        ("reissue_requested_at", "'infinity'"),
+        ("created_at", "null"),
+        ("created_at", "'-infinity'"),
+    ],
+    new_row_faults: &[("client_secret", "null"), ("updated_at", "null")],
+};
+
+const CALLERS: BadRows = BadRows {
+    table: "callers",
+    row: &[("name", "'bad'")],
+    faults: &[
+        ("name", "null"),
+        ("name", "''"),
+        ("name", "'Shop'"),
+        ("name", r"E'shop\n'"),
+        ("name", "repeat('a', 64)"),
+        ("enabled", "null"),
+        ("rate_limit", "0"),
+        ("rate_limit", "-1"),
+        ("rate_limit", "1000001"),
+        ("created_at", "null"),
+    ],
+    new_row_faults: &[],
+};
+
+const BEARERS: BadRows = BadRows {
+    table: "caller_credentials",
+    row: &[
+        ("caller_id", "(select id from callers)"),
+        ("kind", "'bearer'"),
+        ("bearer_sha256", "sha256('bad')"),
+    ],
+    faults: &[
+        ("caller_id", "null"),
+        ("kind", "null"),
+        ("kind", "'basic'"),
+        ("bearer_sha256", "null"),
+        ("bearer_sha256", "'$CANARY'"),
+        ("identity", "'shop.example.org'"),
+        ("ends_at", "'infinity'"),
+        ("ends_at", "'290000-01-01'"),
+        ("revoked_at", "'-infinity'"),
+        ("created_at", "null"),
+    ],
+    new_row_faults: &[],
+};
+
+const IDENTITIES: BadRows = BadRows {
+    table: "caller_credentials",
+    row: &[("caller_id", "(select id from callers)"), ("kind", "'spiffe'")],
+    faults: &[],
+    new_row_faults: &[
+        ("identity", "null"),
+        ("identity", "'https://example.org/shop'"),
+        ("identity", "'spiffe://example.org'"),
+        ("identity", "'spiffe://Example.org/shop'"),
+        ("bearer_sha256", "sha256('bad')"),
+    ],
+};
+
+const NAMES: BadRows = BadRows {
+    table: "caller_credentials",
+    row: &[("caller_id", "(select id from callers)"), ("kind", "'dns'")],
+    faults: &[],
+    new_row_faults: &[
+        ("identity", "null"),
+        ("identity", "'Shop.example.org'"),
+        ("identity", "'shop..example.org'"),
+        ("identity", "repeat('a.', 127)"),
+    ],
+};
+
+const GRANTS: BadRows = BadRows {
+    table: "grants",
+    row: &[("caller_id", "(select id from callers)"), ("pattern", "'bad'")],
+    faults: &[
+        ("caller_id", "null"),
+        ("pattern", "null"),
+        ("pattern", "''"),
+        ("pattern", "'a**'"),
+        ("pattern", "'*a*'"),
+        ("pattern", "'Acme-*'"),
+        ("pattern", "'-a'"),
+        ("pattern", "repeat('a', 64)"),
+        ("rights", "null"),
+        ("rights", "'{}'"),
+        ("rights", "'{get,fly}'"),
+        ("rights", "'{get,null}'"),
+        ("rights", "'{{get},{list}}'"),
+        ("rights", "'[2:2]={get}'"),
+        ("ends_at", "'infinity'"),
+        ("created_at", "null"),
+    ],
+    new_row_faults: &[],
+};
+
+const TABLES: [BadRows; 6] = [ACCOUNTS, CALLERS, BEARERS, IDENTITIES, NAMES, GRANTS];
+
+/// Rows that are refused for what else is there: the statement, and what its error names.
+const CONFLICTS: [(&str, &str); 8] = [
+    (
+        "insert into accounts (name, client_id, client_secret) values ('acme', 'b', '$CANARY')",
+        "accounts_name_key",
+    ),
+    (
+        "insert into accounts (name, client_id, client_secret) values ('b', 'acme-id', '$CANARY')",
+        "accounts_provider_client_id_key",
+    ),
+    (
+        "insert into accounts (id, name, client_id, client_secret) values (9, 'b', 'b', '$CANARY')",
+        "id",
+    ),
+    ("update accounts set id = 9, client_secret = '$CANARY'", "id"),
+    ("insert into callers (name) values ('shop')", "callers_name_key"),
+    (
+        "insert into grants (caller_id, pattern) select caller_id, pattern from grants",
+        "grants_caller_id_pattern_key",
+    ),
+    ("insert into grants (caller_id, pattern) values (9, '*')", "grants_caller_id_fkey"),
+    (
+        "insert into caller_credentials (caller_id, kind, bearer_sha256) values (9, 'bearer', sha256('x'))",
+        "caller_credentials_caller_id_fkey",
+    ),
+];
+
+/// What is there before.
+const ROWS: &str = "
+    insert into accounts (name, client_id, client_secret) values ('acme', 'acme-id', 'SK.1');
+    insert into callers (name) values ('shop');
+    insert into caller_credentials (caller_id, kind, bearer_sha256)
+        select id, 'bearer', sha256('good') from callers;
+    insert into grants (caller_id, pattern) select id, 'acme' from callers;";
+
+impl BadRows {
+    /// Each statement, and what its error must begin with.
+    fn statements(&self) -> Vec<(String, String)> {
+        let inserts =
+            self.faults.iter().chain(self.new_row_faults).map(|fault| (self.insert(fault), fault));
+        let updates = self.faults.iter().map(|fault| (self.update(fault), fault));
+        inserts
+            .chain(updates)
+            .map(|(statement, (column, _))| {
+                (statement.replace("$CANARY", CANARY), format!("{}.{column} ", self.table))
+            })
+            .collect()
+    }
+
+    fn insert(&self, (column, value): &(&str, &str)) -> String {
+        let others = self.row.iter().filter(|(other, _)| other != column);
+        let (columns, values): (Vec<_>, Vec<_>) =
+            others.copied().chain([(*column, *value)]).unzip();
+        format!(
+            "insert into {} ({}) values ({})",
+            self.table,
+            columns.join(", "),
+            values.join(", ")
+        )
+    }
+
+    fn update(&self, (column, value): &(&str, &str)) -> String {
+        let secret = match (self.table, *column) {
+            ("accounts", "client_secret") => "",
+            ("accounts", _) => ", client_secret = '$CANARY'",
+            _ => "",
+        };
+        format!("update {} set {column} = {value}{secret}", self.table)
+    }
+}
+
+/// Runs every bad statement, and returns the errors' messages.
+async fn refuse_all(pool: &PgPool) -> Vec<String> {
+    run(pool, ROWS).await.unwrap();
+    let before = everything(pool).await;
+    let changes_of_ids = [
+        ("update accounts set id = default, client_secret = '$CANARY'", "accounts.id "),
+        ("update accounts set client_id = 'other'", "accounts.client_id "),
+        ("update callers set id = default", "callers.id "),
+        ("update caller_credentials set id = default", "caller_credentials.id "),
+        ("update caller_credentials set caller_id = 9", "caller_credentials.id "),
+        ("update grants set caller_id = 9", "grants.id "),
+    ];
+    let bad =
+        TABLES
+            .iter()
+            .flat_map(BadRows::statements)
+            .chain(changes_of_ids.map(|(statement, begin)| {
+                (statement.replace("$CANARY", CANARY), begin.to_owned())
+            }));
+    let mut messages = vec![];
+    for (statement, begin) in bad {
+        let error = refused(pool, &statement).await;
+        assert_eq!(error.code(), "23514", "{statement}: {}", error.message());
+        assert!(error.message().starts_with(&begin), "{statement}: {}", error.message());
+        messages.push(error.message().to_owned());
+    }
+    for (statement, culprit) in CONFLICTS {
+        let error = refused(pool, &statement.replace("$CANARY", CANARY)).await;
+        assert!(error.message().contains(culprit), "{statement}: {}", error.message());
+        messages.push(error.message().to_owned());
+    }
+    assert_eq!(everything(pool).await, before);
+    messages
+}
+
+/// The error of a statement that must have one, which must not show the secret.
+async fn refused(pool: &PgPool, statement: &str) -> Box<PgDatabaseError> {
+    let Err(error) = run(pool, statement).await else { panic!("taken: {statement}") };
+    let error = error.into_database_error().unwrap().downcast::<PgDatabaseError>();
+    for words in [Some(error.message()), error.detail(), error.hint(), error.r#where()] {
+        assert!(!words.unwrap_or_default().contains(CANARY), "{statement}: {words:?}");
+    }
+    error
+}
+
+async fn run(pool: &PgPool, statements: &str) -> sqlx::Result<()> {
+    sqlx::raw_sql(AssertSqlSafe(statements.to_owned())).execute(pool).await.map(drop)
+}
+
+/// All rows that an admin's statements may touch, as one text.
+async fn everything(pool: &PgPool) -> String {
+    sqlx::query_scalar(
+        "select concat_ws(E'\n',
+             (select string_agg(it::text, ',' order by it.id) from accounts it),
+             (select string_agg(it::text, ',' order by it.id) from callers it),
+             (select string_agg(it::text, ',' order by it.id) from caller_credentials it),
+             (select string_agg(it::text, ',' order by it.id) from grants it),
+             (select string_agg(it::text, ',' order by it.id) from changes it),
+             (select string_agg(it::text, ',' order by it.account_id) from refreshes it))",
+    )
+    .fetch_one(pool)
+    .await
+    .unwrap()
+}
+
+#[tokio::test]
+async fn a_bad_row_gets_one_error_that_names_its_fault_and_leaves_nothing() {
+    let database = TestDatabase::new().await;
+    refuse_all(database.pool()).await;
+}
+
+#[cfg(feature = "embedded-postgres")]
+#[tokio::test]
+async fn the_servers_log_shows_no_secret_of_a_refused_row() {
+    let postgres = crate::harness::database::start_own().await;
+    // Everything that a server may log of an error, but for the statement.
+    let url = postgres.url(token_broker::dev::postgres::DATABASE);
+    let database =
+        Database::new(&format!("{url}&options=-c%20log_error_verbosity%3Dverbose"), "test")
+            .unwrap();
+    database.migrate().await.unwrap();
+    let pool = database.pool(1);
+
+    let messages = refuse_all(&pool).await;
+    pool.close().await;
+
+    let log = std::fs::read_to_string(postgres.directory().join("log")).unwrap();
+    for message in &messages {
+        assert!(log.contains(message), "not logged: {message}");
+    }
+    assert!(log.contains("LOCATION:"), "the log is verbose");
+    assert!(!log.contains(CANARY), "{log}");
+    postgres.stop().await;
+}
+
+#[tokio::test]
+async fn one_trailing_newline_of_a_secret_is_trimmed() {
+    let database = TestDatabase::new().await;
+    for (n, secret) in ["SK.1", r"SK.1\n", r"SK.1\r\n"].into_iter().enumerate() {
+        database
+            .sql(&format!(
+                "insert into accounts (name, client_id, client_secret) values ('a{n}', 'id-{n}', E'{secret}')"
+            ))
+            .await;
+    }
+    let taken: Vec<String> = sqlx::query_scalar("select distinct client_secret from accounts")
+        .fetch_all(database.pool())
+        .await
+        .unwrap();
+    assert_eq!(taken, ["SK.1"]);
+}
+
+/// A row that the database takes and the broker cannot read would stop every account's sealing.
+#[tokio::test]
+async fn the_database_takes_the_client_ids_that_the_broker_can_read_and_no_others() {
+    let database = TestDatabase::new().await;
+    let ids: Vec<_> = ('\u{1}'..='\u{ffff}').map(|c| format!("a{c}b")).collect();
+    let taken: Vec<String> = sqlx::query_scalar(
+        "select id from unnest($1::text[]) with ordinality as given (id, n)
+         where token_broker_is_printable(id, 3) order by n",
+    )
+    .bind(&ids)
+    .fetch_all(database.pool())
+    .await
+    .unwrap();
+    let readable: Vec<_> = ids.into_iter().filter(|id| id.parse::<ClientId>().is_ok()).collect();
+    assert!(taken == readable, "{} taken, {} readable", taken.len(), readable.len());
+}
+
+#[tokio::test]
+async fn audit_events_and_heads_are_append_only_even_for_their_owner() {
+    let database = TestDatabase::new().await;
+    database
+        .sql(
+            "select audit_ensure_partition('2026-01-01');
+             insert into audit_events
+                 (instance, chain, seq, at, event, outcome, count, detail, prev_hash, hash)
+                 values ('i', 'c', 1, '2026-01-01 12:00Z', 'started', 'ok', 1, '{}', '', '');
+             insert into audit_heads values ('c', 1, '', now(), 'k', '')",
+        )
+        .await;
+    for table in ["audit_events", "audit_events_20260101", "audit_heads"] {
+        for statement in [
+            format!("update {table} set seq = 2"),
+            format!("delete from {table}"),
+            format!("truncate {table}"),
+        ] {
+            let error = refused(database.pool(), &statement).await;
+            assert_eq!(error.code(), "42501", "{statement}: {}", error.message());
+            assert!(error.message().starts_with(table), "{statement}: {}", error.message());
+        }
+    }
+}
+
+#[tokio::test]
+async fn rows_that_people_depend_on_cannot_be_truncated() {
+    let database = TestDatabase::new().await;
+    database.sql(ROWS).await;
+    for table in ["accounts", "callers", "caller_credentials", "grants"] {
+        let error = refused(database.pool(), &format!("truncate {table} cascade")).await;
+        assert_eq!(error.code(), "42501");
+        assert!(error.message().contains("cannot be truncated"), "{}", error.message());
+    }
+}
+
+#[tokio::test]
+async fn a_sealed_secret_that_does_not_open_concerns_its_account_alone_and_heals() {
+    let world = World::new().await;
+    let bearer = world.caller("demo", &["*"]).await;
+    let broker = world.start().await;
+    let client = broker.client(&bearer).await;
+    world.register("fine", "id-9", "SK.9").await;
+
+    let intake = world.keyring.intake_public();
+    let seal = |key: &IntakePublicKey, client_id: &str, secret: &str| {
+        key.seal(&client_id.parse().unwrap(), &ClientSecret::new(secret).unwrap()).unwrap()
+    };
+    let elsewhere = IntakePublicKey::new("elsewhere", intake.bytes()).unwrap();
+    let mut altered = seal(&intake, "id-3", "SK.3");
+    let place = altered.len() - 10;
+    let other = if &altered[place..=place] == "A" { "B" } else { "A" };
+    altered.replace_range(place..=place, other);
+    let bad = [
+        ("unknown-key", "id-1", seal(&elsewhere, "id-1", "SK.1"), "elsewhere"),
+        ("other-login", "id-2", seal(&intake, "id-1", "SK.2"), "another client id"),
+        ("altered", "id-3", altered, "altered"),
+    ];
+    for (name, client_id, sealed, why) in &bad {
+        world.register(name, client_id, sealed).await;
+        world.until_state(name, "rejected").await;
+        let error = world.status(name, "last_error").await;
+        assert!(error.contains(why) && !error.contains(&sealed[20..]), "{name}: {error}");
+        assert!(world.status(name, "hint").await.contains("seal it again"));
+        eventually("the reason", async || {
+            let refused = client.get(name).await.unwrap_err();
+            (refusal(&refused) == "FailedPrecondition CREDENTIAL_REJECTED").then_some(())
+        })
+        .await;
+        assert_eq!(world.upstream.attempts(client_id), 0);
+    }
+    world.until_state("fine", "fresh").await;
+    client.get("fine").await.unwrap();
+    let waiting: i64 =
+        sqlx::query_scalar("select count(*) from accounts where client_secret is not null")
+            .fetch_one(world.database.pool())
+            .await
+            .unwrap();
+    assert_eq!(waiting, 0, "the intake column is emptied");
+
+    for (n, (name, client_id, ..)) in bad.iter().enumerate() {
+        let plain = format!("SK.{}", n + 1);
+        let good = if n == 0 { plain } else { seal(&intake, client_id, &plain) };
+        world
+            .database
+            .sql(&format!("update accounts set client_secret = '{good}' where name = '{name}'"))
+            .await;
+        world.until_state(name, "fresh").await;
+        client.get(name).await.unwrap();
+        assert_eq!(world.upstream.attempts(client_id), 1);
+    }
+    assert_eq!(world.upstream.issued("id-9"), 1);
+    broker.stop().await;
+}
+
+#[tokio::test]
+async fn a_rotation_to_a_secret_that_does_not_open_leaves_the_one_before_it_issuing() {
+    let world = World::new().await;
+    let bearer = world.caller("demo", &["*"]).await;
+    let broker = world.start().await;
+    let client = broker.client(&bearer).await;
+    world.register("acme", "id-1", "SK.1").await;
+    let first = eventually("a token", async || client.get("acme").await.ok()).await;
+
+    let forged = format!("sealed:v1:{}:{}", world.keyring.intake_public().key_id(), "A".repeat(90));
+    world.database.sql(&format!("update accounts set client_secret = '{forged}'")).await;
+    world.until_state("acme", "rejected").await;
+    assert_eq!(client.get("acme").await.unwrap().generation, first.generation);
+
+    world.database.sql("update accounts set reissue_requested_at = now()").await;
+    let second = eventually("a token by the secret before", async || {
+        client.get("acme").await.ok().filter(|token| token.generation > first.generation)
+    })
+    .await;
+    assert!(world.upstream.is_live(&second.access_token));
+    assert_eq!(world.status("acme", "state").await, "rejected");
+    broker.stop().await;
+}

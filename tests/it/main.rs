@@ -1,0 +1,16 @@
+//! The integration tests: real Postgres, a real upstream on loopback, the real binary.
+#![cfg(test)]
+
+mod harness;
+
+mod accounts;
+mod audit;
+mod inputs;
+#[cfg(feature = "embedded-postgres")]
+mod postgres;
+mod processes;
+mod promises;
+mod refresh;
+mod roles;
+mod serving;
+mod upstream;

@@ -1,0 +1,309 @@
+//! The embedded Postgres: it answers, it is private, and it is gone with its parent.
+
+use std::{
+    env, fs,
+    io::{self, BufRead, BufReader, Read, Write},
+    os::unix::{
+        fs::{MetadataExt, PermissionsExt},
+        process::CommandExt,
+    },
+    path::Path,
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    sys::signal::{Signal, kill, killpg},
+    unistd::Pid,
+};
+use sqlx::{Connection, PgConnection, Row};
+use tempfile::TempDir;
+use token_broker::{
+    dev::postgres::{DATABASE, EmbeddedPostgres, GUARD_COMMAND, Installation, Place, StartError},
+    store::Database,
+};
+
+use crate::harness::database::start_own;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_token-broker");
+
+/// How long anything here may take on a busy machine before it counts as failed.
+const PATIENCE: Duration = Duration::from_mins(1);
+
+#[tokio::test]
+async fn it_answers_the_store_and_is_gone_when_stopped() {
+    let postgres = start_own().await;
+    let (pid, place) = (postgres.pid(), postgres.directory().to_owned());
+
+    let database = Database::new(&postgres.url(DATABASE), "test").unwrap();
+    database.migrate().await.unwrap();
+    database.check_schema().await.unwrap();
+
+    postgres.stop().await;
+    assert!(!runs(pid));
+    assert!(!place.exists());
+}
+
+#[tokio::test]
+async fn it_is_open_to_its_user_alone() {
+    let postgres = start_own().await;
+    let url = postgres.url(DATABASE);
+
+    assert_eq!(answer(&url, "show listen_addresses").await, "");
+    assert_eq!(answer(&url, "show synchronous_commit").await, "on");
+    assert_eq!(answer(&url, "show server_encoding").await, "UTF8");
+    let directory = fs::metadata(postgres.directory()).unwrap();
+    assert_eq!(directory.permissions().mode() & 0o777, 0o700);
+    assert_ne!(directory.uid(), 0, "root's server runs as another user");
+    postgres.stop().await;
+}
+
+#[tokio::test]
+async fn its_log_holds_errors_without_their_statements() {
+    let postgres = start_own().await;
+    let mut connection = PgConnection::connect(&postgres.url(DATABASE)).await.unwrap();
+
+    sqlx::raw_sql("select 'canary' from nowhere").execute(&mut connection).await.unwrap_err();
+
+    let log = fs::read_to_string(postgres.directory().join("log")).unwrap();
+    assert!(log.contains("\"nowhere\" does not exist") && !log.contains("canary"), "{log}");
+    postgres.stop().await;
+}
+
+#[tokio::test]
+async fn psql_takes_the_line_that_is_printed() {
+    let postgres = start_own().await;
+    let line = format!("{} -Atc 'select 6 * 7'", postgres.psql_line(DATABASE));
+
+    // A port in the environment must not lead elsewhere.
+    let output = Command::new("sh").args(["-c", &line]).env("PGPORT", "1").output().unwrap();
+
+    let psql_is_missing = output.status.code() == Some(127);
+    assert!(psql_is_missing || output.stdout == b"42\n", "{output:?}");
+    postgres.stop().await;
+}
+
+#[tokio::test]
+async fn two_at_once_do_not_meet() {
+    let (one, other) = tokio::join!(start_own(), start_own());
+
+    let mut connection = PgConnection::connect(&one.url(DATABASE)).await.unwrap();
+    sqlx::raw_sql("create table here ()").execute(&mut connection).await.unwrap();
+    let elsewhere = answer(&other.url(DATABASE), "select to_regclass('here') is null || ''").await;
+
+    assert_eq!(elsewhere, "true");
+    tokio::join!(one.stop(), other.stop());
+}
+
+#[tokio::test]
+async fn a_kept_directory_keeps_its_rows_and_serves_one_at_a_time() {
+    let directory = directory();
+    let place = Place::Kept(directory.path().join("a & b/kept"));
+    let program = Path::new(PROGRAM);
+
+    let postgres = EmbeddedPostgres::start(place.clone(), program).await.unwrap();
+    let mut connection = PgConnection::connect(&postgres.url(DATABASE)).await.unwrap();
+    sqlx::raw_sql("create table kept ()").execute(&mut connection).await.unwrap();
+    let refused = EmbeddedPostgres::start(place.clone(), program).await.unwrap_err().to_string();
+    assert!(refused.contains("another process uses the directory"), "{refused}");
+    postgres.stop().await;
+
+    let postgres = EmbeddedPostgres::start(place, program).await.unwrap();
+    assert_eq!(answer(&postgres.url(DATABASE), "select to_regclass('kept')::text").await, "kept");
+    assert_eq!(answer(&postgres.url(DATABASE), "show fsync").await, "on");
+    postgres.stop().await;
+}
+
+#[tokio::test]
+async fn dropping_it_ends_it() {
+    let postgres = start_own().await;
+    let (pid, place) = (postgres.pid(), postgres.directory().to_owned());
+    drop(postgres);
+    eventually("the server is gone", || !runs(pid) && !place.exists());
+}
+
+#[tokio::test]
+async fn sigkill_of_the_parent_leaves_no_process_and_no_directory() {
+    let mut parent = Command::new(env::current_exe().unwrap())
+        .args(["--exact", "postgres::child_that_holds_a_postgres", "--ignored", "--nocapture"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(parent.stdout.take().unwrap()).lines();
+    let told = lines.map(Result::unwrap).find_map(|line| {
+        let (_, told) = line.split_once("holds ")?;
+        Some(told.split(' ').map(str::to_owned).collect::<Vec<_>>())
+    });
+    let [server, guard, place] = &told.unwrap()[..] else { panic!("three words") };
+    let (server, guard) = (server.parse().unwrap(), guard.parse().unwrap());
+    assert!(runs(server) && runs(guard) && Path::new(place).exists());
+
+    parent.kill().unwrap();
+    parent.wait().unwrap();
+
+    eventually("the server is gone", || !runs(server));
+    eventually("the directory is gone", || !Path::new(place).exists());
+    eventually("the guard is gone", || !runs(guard));
+}
+
+#[tokio::test]
+#[ignore = "not a test: the parent in `sigkill_of_the_parent_leaves_no_process_and_no_directory`"]
+async fn child_that_holds_a_postgres() {
+    let postgres = start_own().await;
+    let (guard, place) = (postgres.guard_pid().unwrap(), postgres.directory().display());
+    writeln!(io::stdout(), "holds {} {guard} {place}", postgres.pid()).unwrap();
+    // Until killed; or until the test that started this was.
+    io::stdin().read_to_end(&mut Vec::new()).unwrap();
+}
+
+#[tokio::test]
+async fn signals_to_the_guard_s_group_do_not_end_it() {
+    let postgres = start_own().await;
+    let guard = number(postgres.guard_pid().unwrap());
+
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        killpg(guard, signal).unwrap();
+        assert_eq!(answer(&postgres.url(DATABASE), "select 'here'").await, "here", "{signal}");
+    }
+    let place = postgres.directory().to_owned();
+    postgres.stop().await;
+    assert!(!place.exists());
+}
+
+#[tokio::test]
+async fn a_server_that_was_killed_takes_its_guard_and_directory_along() {
+    let postgres = start_own().await;
+    let place = postgres.directory().to_owned();
+    kill(number(postgres.pid()), Signal::SIGKILL).unwrap();
+    eventually("the directory is gone", || !place.exists());
+    postgres.stop().await;
+}
+
+#[tokio::test]
+async fn what_a_killed_guard_left_is_removed_by_the_next() {
+    let postgres = start_own().await;
+    let place = postgres.directory().to_owned();
+    kill(number(postgres.guard_pid().unwrap()), Signal::SIGKILL).unwrap();
+    let orphan = postgres.pid();
+    postgres.stop().await;
+
+    start_own().await.stop().await;
+
+    assert!(!place.exists());
+    // It would end by itself, but within a minute only.
+    let _ = kill(number(orphan), Signal::SIGKILL);
+}
+
+#[tokio::test]
+async fn a_parent_that_ends_during_the_start_leaves_nothing() {
+    let installation = Installation::find_or_download().await.unwrap();
+    let directory = directory();
+    // Each stop of the start: before the directory, within initdb, and about the server's start.
+    for delay in [0, 50, 200, 400, 600, 800] {
+        let place = directory.path().join(delay.to_string());
+        let mut guard = guard("temporary", installation.binaries(), &place);
+        thread::sleep(Duration::from_millis(delay));
+        drop(guard.stdin.take());
+        assert!(guard.wait().unwrap().success());
+        assert!(!place.exists(), "ended after {delay} ms");
+    }
+}
+
+#[tokio::test]
+async fn a_guard_without_a_parent_refuses_to_run() {
+    let directory = directory();
+    let place = directory.path().join("place");
+    let output = Command::new(PROGRAM)
+        .args([GUARD_COMMAND, "temporary", "/nowhere"])
+        .arg(&place)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    assert!(!output.status.success());
+    assert_eq!(output.stdout, b"this command is for token-broker's own use\n");
+    assert!(!place.exists());
+}
+
+#[tokio::test]
+async fn a_path_too_long_for_a_socket_is_said_before_anything_is_made() {
+    let directory = directory();
+    let place = directory.path().join("long".repeat(30));
+
+    let error = EmbeddedPostgres::start(Place::Kept(place.clone()), Path::new(PROGRAM)).await;
+
+    assert!(matches!(error, Err(StartError::SocketPathTooLong { .. })), "{error:?}");
+    assert!(!place.exists());
+}
+
+#[tokio::test]
+async fn programs_that_are_missing_are_named_and_nothing_is_left() {
+    let directory = directory();
+    let place = directory.path().join("place");
+
+    let mut guard = guard("temporary", Path::new("/nowhere"), &place);
+    let mut words = String::new();
+    guard.stdout.take().unwrap().read_to_string(&mut words).unwrap();
+
+    assert!(words.starts_with("/nowhere/initdb cannot be run: "), "{words}");
+    assert!(!guard.wait().unwrap().success());
+    assert!(!place.exists());
+}
+
+#[tokio::test]
+async fn a_directory_that_is_no_database_is_refused_in_the_server_s_words() {
+    let directory = directory();
+    let place = directory.path().join("place");
+    fs::create_dir_all(place.join("data")).unwrap();
+
+    let error = EmbeddedPostgres::start(Place::Kept(place), Path::new(PROGRAM)).await.unwrap_err();
+
+    let words = error.to_string();
+    assert!(words.starts_with("the embedded postgres did not start: postgres failed\n"), "{words}");
+    assert!(words.contains("postgres"), "{words}");
+}
+
+/// Runs the guard as its parent would.
+fn guard(keeping: &str, binaries: &Path, place: &Path) -> Child {
+    Command::new(PROGRAM)
+        .args([GUARD_COMMAND, keeping])
+        .args([binaries, place])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .process_group(0)
+        .spawn()
+        .unwrap()
+}
+
+async fn answer(url: &str, question: &'static str) -> String {
+    let mut connection = PgConnection::connect(url).await.unwrap();
+    sqlx::query(question).fetch_one(&mut connection).await.unwrap().get(0)
+}
+
+/// A directory of the test's own that the server's user may enter.
+fn directory() -> TempDir {
+    let directory = tempfile::Builder::new().prefix("tb-it-").tempdir().unwrap();
+    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    directory
+}
+
+/// Does the process run? One that ended and waits for its parent to notice does not.
+fn runs(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let zombie = stat.rsplit_once(')').is_some_and(|(_, rest)| rest.starts_with(" Z"));
+    kill(number(pid), None).is_ok() && !zombie
+}
+
+fn number(pid: u32) -> Pid {
+    Pid::from_raw(i32::try_from(pid).unwrap())
+}
+
+#[track_caller]
+fn eventually(what: &str, holds: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !holds() {
+        assert!(start.elapsed() < PATIENCE, "not in time: {what}");
+        thread::sleep(Duration::from_millis(10));
+    }
+}

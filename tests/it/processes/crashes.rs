@@ -1,0 +1,174 @@
+//! Crashes and standstills under load: what was answered is recorded, once.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use nix::sys::signal::Signal;
+use sqlx::PgPool;
+use tokio_util::sync::CancellationToken;
+
+use crate::harness::{
+    broker::{Client, World},
+    eventually,
+    process::Site,
+};
+
+/// Calls again and again until `stop`; how often each generation was received.
+async fn receive(
+    client: Client,
+    received: Arc<AtomicU64>,
+    stop: CancellationToken,
+) -> BTreeMap<i64, i64> {
+    let mut generations = BTreeMap::new();
+    while !stop.is_cancelled() {
+        match client.get("acme").await {
+            Ok(token) => {
+                *generations.entry(token.generation.try_into().unwrap()).or_default() += 1;
+                received.fetch_add(1, Relaxed);
+            }
+            // Nobody is there to answer: no reason to spin.
+            Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
+        }
+    }
+    generations
+}
+
+/// How often the log says that `caller` received each generation.
+async fn recorded(pool: &PgPool, caller: &str) -> BTreeMap<i64, i64> {
+    let rows: Vec<(i64, i64)> = sqlx::query_as(
+        "select generation, sum(count)::bigint from audit_events
+         where event = 'get_token' and outcome = 'ok' and caller = $1 group by generation",
+    )
+    .bind(caller)
+    .fetch_all(pool)
+    .await
+    .unwrap();
+    rows.into_iter().collect()
+}
+
+/// The chains in which a number is missing or there twice.
+async fn flawed_chains(pool: &PgPool) -> Vec<(String, i64, i64, i64)> {
+    sqlx::query_as(
+        "select chain, count(*), count(distinct seq), max(seq) - min(seq) + 1 from audit_events
+         group by chain having count(*) <> max(seq) - min(seq) + 1 or count(*) <> count(distinct seq)",
+    )
+    .fetch_all(pool)
+    .await
+    .unwrap()
+}
+
+#[tokio::test]
+async fn every_token_received_from_a_broker_that_is_killed_again_and_again_is_recorded_once() {
+    const CALLERS: [&str; 2] = ["one", "other"];
+    const KILLS: u64 = 3;
+    let world = World::new().await;
+    world.register("acme", "id-1", "SK.1").await;
+    let bearers = [world.caller(CALLERS[0], &["*"]).await, world.caller(CALLERS[1], &["*"]).await];
+    let site = Site::new(world.database.url(), &world.upstream.base_url()).await;
+    let mut serve = site.serve().await;
+
+    let (received, stop) = (Arc::new(AtomicU64::new(0)), CancellationToken::new());
+    let mut clients = vec![];
+    for bearer in &bearers {
+        let client = Client::connect(&site.endpoint(), bearer).await;
+        clients.push(tokio::spawn(receive(client, received.clone(), stop.clone())));
+    }
+    for kill in 1..=KILLS {
+        let enough = received.load(Relaxed) + 200;
+        eventually("answers", async || (received.load(Relaxed) >= enough).then_some(())).await;
+        if kill == 2 {
+            // Tokens of more than one generation are out.
+            world.database.sql("update accounts set reissue_requested_at = now()").await;
+        }
+        serve.crash().await;
+        serve = site.serve().await;
+    }
+    let enough = received.load(Relaxed) + 200;
+    eventually("answers", async || (received.load(Relaxed) >= enough).then_some(())).await;
+    stop.cancel();
+    serve.signal(Signal::SIGTERM);
+    assert_eq!(serve.ended().await.code(), Some(0), "{}", serve.stderr());
+
+    for (caller, client) in CALLERS.into_iter().zip(clients) {
+        let (received, recorded) =
+            (client.await.unwrap(), recorded(world.database.pool(), caller).await);
+        for (generation, times) in &received {
+            let known = recorded.get(generation).copied().unwrap_or_default();
+            assert!(known >= *times, "{caller} {generation}: {known} of {times} are recorded");
+        }
+        // A killed broker may have recorded an answer of each call under way that never arrived.
+        let sum = |counts: &BTreeMap<i64, i64>| counts.values().sum::<i64>().unsigned_abs();
+        assert!(sum(&recorded) <= sum(&received) + KILLS + 1, "{received:?} {recorded:?}");
+    }
+    assert_eq!(flawed_chains(world.database.pool()).await, []);
+}
+
+#[cfg(feature = "embedded-postgres")]
+#[tokio::test]
+async fn while_postgres_stands_still_tokens_are_served_and_their_records_come_later() {
+    use token_broker::{
+        dev::{
+            postgres::DATABASE,
+            simulator::{Options, Simulator},
+        },
+        store::Database,
+    };
+
+    use crate::harness::{
+        database::start_own,
+        process::{Standstill, http},
+    };
+
+    let postgres = start_own().await;
+    let url = postgres.url(DATABASE);
+    let upstream = Simulator::start_on_loopback(Options::default()).await.unwrap();
+    upstream.add_account("id-1", "SK.1");
+    let mut site = Site::new(&url, &upstream.base_url()).await;
+    site.run(&["migrate"]).await.ok();
+    let mut serve = site.serve().await;
+    let added = ["account", "add", "acme", "--client-id", "id-1", "--wait"];
+    site.run_with_secret(&added, "SK.1").await.ok();
+    let bearer = site.run(&["caller", "add", "demo", "--bearer"]).await.ok();
+    site.run(&["caller", "grant", "demo", "*"]).await.ok();
+    site.set_by_file("TOKEN_BROKER_BEARER", &bearer);
+    let bearer = token_broker::bearer::Bearer::parse(&bearer).unwrap();
+    let client = Client::connect(&site.endpoint(), &bearer).await;
+    let first = eventually("the grant", async || client.get("acme").await.ok()).await;
+
+    let standstill = Standstill::of(postgres.pid());
+    // A call that waited for the database would fail by its deadline of 5 s. Go on until the broker
+    // itself says that it hears nothing any more.
+    let mut calls = 1;
+    eventually("a broker that knows of it", async || {
+        for _ in 0..20 {
+            assert_eq!(client.get("acme").await.unwrap().access_token, first.access_token);
+            calls += 1;
+        }
+        let (status, body) = http(site.ops, "GET", "/readyz", "").await;
+        assert_eq!(status, 200, "{body}");
+        let body: serde_json::Value = serde_json::from_str(&body).unwrap();
+        body.to_string().contains("not heard of").then_some(())
+    })
+    .await;
+    drop(standstill);
+
+    let pool = Database::new(&url, "test").unwrap().pool(1);
+    eventually("all records", async || {
+        let recorded = recorded(&pool, "demo").await.values().sum::<i64>();
+        assert!(recorded <= calls, "{recorded} records of {calls} calls");
+        (recorded == calls).then_some(())
+    })
+    .await;
+    assert_eq!(flawed_chains(&pool).await, []);
+    serve.signal(Signal::SIGTERM);
+    assert_eq!(serve.ended().await.code(), Some(0), "{}", serve.stderr());
+    assert_eq!(upstream.requests(), 1);
+    pool.close().await;
+    postgres.stop().await;
+}

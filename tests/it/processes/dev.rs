@@ -1,0 +1,280 @@
+//! `dev`: what it prints works as it is printed, and it leaves nothing.
+
+use std::{fs, net::SocketAddr, os::unix::process::ExitStatusExt, path::PathBuf, time::Duration};
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::time::sleep;
+use tokio_stream::once;
+use tonic::transport::Endpoint;
+use tonic_health::pb::{
+    HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
+};
+
+use crate::harness::{
+    eventually,
+    process::{Process, http, open_directory, processes_about, program, sh},
+};
+
+/// All the places where a `dev` could leave something.
+struct Ground(TempDir);
+
+impl Ground {
+    fn new() -> Self {
+        let ground = Self(open_directory());
+        for place in ["temporary", "state", "here"] {
+            fs::create_dir(ground.0.path().join(place)).unwrap();
+        }
+        ground
+    }
+
+    fn place(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// Starts a `dev`.
+    fn begin(&self, arguments: &[&str]) -> Process {
+        let mut command = program(&["dev"]);
+        command
+            .args(arguments)
+            .env("TMPDIR", self.place("temporary"))
+            .env("XDG_STATE_HOME", self.place("state"))
+            .current_dir(self.place("here"));
+        Process::start(command)
+    }
+
+    /// Starts a `dev` and reads what it prints.
+    async fn dev(&self, arguments: &[&str]) -> Dev {
+        let mut process = self.begin(arguments);
+        let printed = process.says("Ctrl-C ends it").await;
+        Dev { process, printed }
+    }
+
+    /// What is there: files, and the processes about them.
+    fn left(&self) -> Vec<String> {
+        let mut left = processes_about(self.0.path());
+        for place in fs::read_dir(self.0.path()).unwrap() {
+            for file in fs::read_dir(place.unwrap().path()).unwrap() {
+                left.push(file.unwrap().path().display().to_string());
+            }
+        }
+        left
+    }
+}
+
+struct Dev {
+    process: Process,
+    printed: String,
+}
+
+impl Dev {
+    /// The printed line that begins with `start` and has `part` in it.
+    fn line(&self, start: &str, part: &str) -> &str {
+        let mut lines = self.printed.lines().map(str::trim);
+        lines.find(|line| line.starts_with(start) && line.contains(part)).unwrap()
+    }
+
+    fn token_line(&self) -> &str {
+        self.line("TOKEN_BROKER_ENDPOINT=", "token get demo-master")
+    }
+
+    /// What is printed behind a name, up to the next space.
+    fn fact(&self, name: &str) -> &str {
+        self.line(name, "").split_ascii_whitespace().nth(1).unwrap()
+    }
+
+    /// The address in the URL that is printed behind a name.
+    fn address(&self, name: &str) -> SocketAddr {
+        let url = self.fact(name).strip_prefix("http://").unwrap();
+        url.split('/').next().unwrap().parse().unwrap()
+    }
+
+    /// Ctrl-C, until it is gone.
+    async fn ctrl_c(mut self) {
+        self.process.interrupt();
+        let status = self.process.ended().await;
+        assert_eq!(status.code(), Some(0), "{}", self.process.stderr());
+    }
+}
+
+#[tokio::test]
+async fn the_lines_that_dev_prints_work_as_they_are_and_ctrl_c_leaves_nothing() {
+    let ground = Ground::new();
+    let dev = ground.dev(&["--token-life", "1h"]).await;
+
+    let token = sh(dev.token_line()).await.ok();
+    assert_eq!(token.split('.').count(), 3, "a JWT: {token}");
+    if sh("command -v grpcurl").await.code == Some(0) {
+        let answer = sh(dev.line("grpcurl", "GetToken")).await.ok();
+        assert!(answer.contains(&token), "{answer}");
+    }
+
+    // A registration by plain SQL, and its token the same way.
+    sh(dev.line("psql", "'acme'")).await.ok();
+    let token_line = dev.token_line().replace("demo-master", "acme");
+    eventually("acme's token", async || {
+        let ran = sh(&token_line).await;
+        (ran.code == Some(0)).then_some(())
+    })
+    .await;
+
+    // A wrong secret shows, with what to do about it.
+    sh(dev.line("psql", "SK.wrong")).await.ok();
+    let status_line = dev.line("psql", "from account_status");
+    let status = eventually("a rejection", async || {
+        let status = sh(status_line).await.ok();
+        let row = status.lines().find(|line| line.trim_start().starts_with("typo"))?.to_owned();
+        row.contains("rejected").then_some(row)
+    })
+    .await;
+    assert!(status.contains("61006") && status.contains("client_secret"), "{status}");
+
+    let events = sh(dev.line("psql", "from audit_events")).await.ok();
+    assert!(events.contains("account_registered"), "{events}");
+    let (ready, _) = http(dev.address("operators"), "GET", "/readyz", "").await;
+    assert_eq!(ready, 200);
+
+    assert!(!ground.left().is_empty(), "the test looks at the right place");
+    dev.ctrl_c().await;
+    assert_eq!(ground.left(), [""; 0]);
+}
+
+/// Lists the services by one version of the protocol, and has one of them described.
+macro_rules! services {
+    ($version:ident, $channel:expr) => {{
+        use tonic_reflection::pb::$version::{
+            ServerReflectionRequest, server_reflection_client::ServerReflectionClient,
+            server_reflection_request::MessageRequest, server_reflection_response::MessageResponse,
+        };
+        let mut client = ServerReflectionClient::new($channel.clone());
+        let mut ask = async |request| {
+            let request =
+                ServerReflectionRequest { host: String::new(), message_request: Some(request) };
+            let answers = client.server_reflection_info(once(request)).await.unwrap();
+            answers.into_inner().message().await.unwrap().unwrap().message_response.unwrap()
+        };
+        let symbol = "token_broker.v1.TokenService".to_owned();
+        let described = ask(MessageRequest::FileContainingSymbol(symbol)).await;
+        assert!(matches!(described, MessageResponse::FileDescriptorResponse(_)), "{described:?}");
+        match ask(MessageRequest::ListServices(String::new())).await {
+            MessageResponse::ListServicesResponse(list) => {
+                list.service.into_iter().map(|service| service.name).collect::<Vec<_>>()
+            }
+            other => panic!("{other:?}"),
+        }
+    }};
+}
+
+#[tokio::test]
+async fn what_is_served_is_told_by_both_versions_of_reflection_and_by_health() {
+    let ground = Ground::new();
+    let dev = ground.dev(&[]).await;
+    let endpoint = Endpoint::from_shared(format!("http://{}", dev.fact("gRPC"))).unwrap();
+    let channel = endpoint.connect().await.unwrap();
+
+    let (v1, v1alpha) = (services!(v1, channel), services!(v1alpha, channel));
+    for services in [v1, v1alpha] {
+        for service in ["token_broker.v1.TokenService", "grpc.health.v1.Health"] {
+            assert!(services.iter().any(|it| it == service), "{service} in {services:?}");
+        }
+    }
+    for service in ["", "token_broker.v1.TokenService"] {
+        let mut health = HealthClient::new(channel.clone());
+        let answer = health.check(HealthCheckRequest { service: service.to_owned() }).await;
+        assert_eq!(answer.unwrap().into_inner().status(), ServingStatus::Serving, "{service:?}");
+    }
+    dev.ctrl_c().await;
+    assert_eq!(ground.left(), [""; 0]);
+}
+
+#[tokio::test]
+async fn sigkill_of_dev_leaves_no_postgres_and_no_directory() {
+    let ground = Ground::new();
+    let dev = ground.dev(&[]).await;
+    assert!(!ground.left().is_empty());
+
+    dev.process.crash().await;
+
+    eventually("nothing is left", async || ground.left().is_empty().then_some(())).await;
+}
+
+#[tokio::test]
+async fn ctrl_c_during_the_start_of_dev_leaves_nothing() {
+    let ground = Ground::new();
+    // Before the signals are taken, while Postgres starts, and while the broker does.
+    for delay in [0, 100, 400, 800, 1_200] {
+        let mut dev = ground.begin(&[]);
+        sleep(Duration::from_millis(delay)).await;
+        dev.interrupt();
+        let status = dev.ended().await;
+        let at_once = status.signal() == Some(Signal::SIGINT as i32);
+        assert!(status.success() || at_once, "after {delay} ms: {status}: {}", dev.stderr());
+        eventually("nothing is left", async || ground.left().is_empty().then_some(())).await;
+    }
+}
+
+#[tokio::test]
+async fn two_devs_at_once_do_not_meet() {
+    let ground = Ground::new();
+    let long_lived = ["--token-life", "1h"];
+    let (one, other) = tokio::join!(ground.dev(&long_lived), ground.dev(&long_lived));
+    assert_ne!(one.fact("gRPC"), other.fact("gRPC"));
+    assert_ne!(one.fact("operators"), other.fact("operators"));
+    assert_ne!(one.fact("upstream"), other.fact("upstream"));
+
+    sh(one.line("psql", "'acme'")).await.ok();
+    sh(one.token_line()).await.ok();
+    let token = sh(other.token_line()).await.ok();
+    let accounts = sh(other.line("psql", "from account_status")).await.ok();
+    assert!(accounts.contains("demo-master") && !accounts.contains("acme"), "{accounts}");
+
+    // The end of one is none of the other's.
+    one.ctrl_c().await;
+    assert_eq!(sh(other.token_line()).await.ok(), token);
+    other.ctrl_c().await;
+    assert_eq!(ground.left(), [""; 0]);
+}
+
+#[tokio::test]
+async fn a_dev_with_a_state_directory_goes_on_where_it_stopped() {
+    let (ground, kept) = (Ground::new(), open_directory());
+    let arguments = ["--state-dir", kept.path().to_str().unwrap(), "--token-life", "1h"];
+    let generations = async |dev: &Dev| -> Vec<u64> {
+        let mut generations = vec![];
+        for account in ["demo-master", "demo-agency"] {
+            let line = dev.token_line().replace("demo-master", account) + " --json";
+            let token: Value = serde_json::from_str(&sh(&line).await.ok()).unwrap();
+            generations.push(token["generation"].as_u64().unwrap());
+        }
+        generations
+    };
+
+    let dev = ground.dev(&arguments).await;
+    let before = generations(&dev).await;
+    let (bearer_line, upstream) = (dev.token_line().to_owned(), dev.address("upstream"));
+    dev.ctrl_c().await;
+    assert_eq!(ground.left(), [""; 0]);
+    assert_eq!(processes_about(kept.path()), [""; 0]);
+
+    let dev = ground.dev(&arguments).await;
+    assert_eq!(generations(&dev).await, before);
+    assert_eq!(dev.address("upstream"), upstream);
+    let bearer =
+        |line: &str| line.split("BEARER=").nth(1).unwrap().split(' ').next().unwrap().to_owned();
+    assert_eq!(bearer(dev.token_line()), bearer(&bearer_line));
+    let (_, counts) = http(upstream, "GET", "/simulator/counts", "").await;
+    let counts: Value = serde_json::from_str(&counts).unwrap();
+    assert_eq!(counts["requests"], 0, "{counts}");
+    dev.ctrl_c().await;
+
+    // A crash takes nothing from what is kept either.
+    let dev = ground.dev(&arguments).await;
+    dev.process.signal(Signal::SIGKILL);
+    drop(dev);
+    eventually("nothing runs", async || processes_about(kept.path()).is_empty().then_some(()))
+        .await;
+    let dev = ground.dev(&arguments).await;
+    assert_eq!(generations(&dev).await, before);
+    dev.ctrl_c().await;
+}

@@ -1,0 +1,212 @@
+//! The served token is the one that the upstream considers live, where each new token ends the one
+//! before it: through stops, kills and time-outs between an issue and its commit.
+
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use token_broker::{
+    bearer::Bearer,
+    clock::Clock,
+    dev::simulator::{Answer, Faults},
+};
+
+use crate::harness::{
+    broker::{Client, World},
+    eventually,
+    process::{Process, Site},
+};
+
+/// An account with a token, served by a process.
+struct Scene {
+    world: World,
+    site: Site,
+    bearer: Bearer,
+    serve: Process,
+    client: Client,
+}
+
+impl Scene {
+    async fn new(upstream_timeout: &str) -> Self {
+        let world = World::with(Clock::System, Faults::default()).await;
+        let bearer = world.caller("demo", &["*"]).await;
+        world.register("acme", "id-1", "SK.1").await;
+        let mut site = Site::new(world.database.url(), &world.upstream.base_url()).await;
+        site.set("TOKEN_BROKER_UPSTREAM_TIMEOUT", upstream_timeout);
+        let serve = site.serve().await;
+        let client = Client::connect(&site.endpoint(), &bearer).await;
+        let scene = Self { world, site, bearer, serve, client };
+        scene.serves_the_live_token(&scene.client).await;
+        assert_eq!(scene.world.upstream.issued("id-1"), 1);
+        scene
+    }
+
+    async fn ask_for_a_new_token(&self) {
+        self.world.database.sql("update accounts set reissue_requested_at = now()").await;
+    }
+
+    /// Waits until `requests` have reached the upstream in all.
+    async fn until_requested(&self, requests: u64) {
+        eventually("a request", async || {
+            (self.world.upstream.requests() >= requests).then_some(())
+        })
+        .await;
+    }
+
+    async fn until_issued(&self, issues: u64) {
+        eventually("an issue", async || {
+            (self.world.upstream.issued("id-1") >= issues).then_some(())
+        })
+        .await;
+    }
+
+    /// As if the time of the attempt's lease had passed.
+    async fn let_the_lease_pass(&self) {
+        self.world
+            .database
+            .sql("update refreshes set lease_until = now() - interval '1 second'")
+            .await;
+    }
+
+    /// Waits until a broker serves the live token with nothing left to do about it.
+    async fn serves_the_live_token(&self, client: &Client) {
+        eventually("the live token", async || {
+            let served = client.get("acme").await.ok()?.access_token;
+            let settled = self.world.status("acme", "state").await == "fresh";
+            (settled && self.world.upstream.live_token("id-1") == Some(served)).then_some(())
+        })
+        .await;
+    }
+
+    async fn crash(&mut self) {
+        self.serve.signal(Signal::SIGKILL);
+        self.serve.ended().await;
+    }
+
+    async fn restart(&mut self) {
+        self.serve = self.site.serve().await;
+        self.client = Client::connect(&self.site.endpoint(), &self.bearer).await;
+    }
+
+    async fn stop(mut self) {
+        self.serve.signal(Signal::SIGTERM);
+        assert_eq!(self.serve.ended().await.code(), Some(0), "{}", self.serve.stderr());
+    }
+}
+
+fn slow() -> Faults {
+    Faults { latency: Duration::from_millis(500), ..Faults::default() }
+}
+
+#[tokio::test]
+async fn a_broker_that_stood_still_past_its_lease_serves_the_live_token() {
+    // A lease lasts 20 s beyond an attempt: the shortest there is.
+    let scene = Scene::new("1s").await;
+    scene.world.upstream.set_faults(slow());
+    scene.ask_for_a_new_token().await;
+    scene.until_requested(2).await;
+
+    // The upstream's answer finds nobody until the lease is over.
+    scene.serve.signal(Signal::SIGSTOP);
+    scene.until_issued(2).await;
+    scene.world.upstream.set_faults(Faults::default());
+    eventually("the end of the lease", async || {
+        let over = "select coalesce(lease_until < clock_timestamp(), true) from refreshes";
+        let over: bool =
+            sqlx::query_scalar(over).fetch_one(scene.world.database.pool()).await.unwrap();
+        over.then_some(())
+    })
+    .await;
+    scene.serve.signal(Signal::SIGCONT);
+
+    scene.serves_the_live_token(&scene.client).await;
+    scene.stop().await;
+}
+
+#[tokio::test]
+async fn a_token_that_comes_after_another_replica_s_does_not_displace_it() {
+    let scene = Scene::new("10s").await;
+    let replica = scene.site.replica();
+    let mut second = replica.serve().await;
+    let second_client = Client::connect(&replica.endpoint(), &scene.bearer).await;
+    scene.serves_the_live_token(&second_client).await;
+    assert_eq!(scene.world.upstream.issued("id-1"), 1);
+
+    // The first has the attempt, and the second comes to it only once the first stands still.
+    second.signal(Signal::SIGSTOP);
+    scene.world.upstream.set_faults(slow());
+    scene.ask_for_a_new_token().await;
+    scene.until_requested(2).await;
+    scene.serve.signal(Signal::SIGSTOP);
+    scene.until_issued(2).await;
+    scene.world.upstream.set_faults(Faults::default());
+    scene.let_the_lease_pass().await;
+    second.signal(Signal::SIGCONT);
+    scene.until_issued(3).await;
+    scene.serves_the_live_token(&second_client).await;
+
+    // The first wakes up with a token that the second's has ended.
+    scene.serve.signal(Signal::SIGCONT);
+
+    for client in [&scene.client, &second_client, &scene.client] {
+        scene.serves_the_live_token(client).await;
+    }
+    second.signal(Signal::SIGTERM);
+    assert_eq!(second.ended().await.code(), Some(0), "{}", second.stderr());
+    scene.stop().await;
+}
+
+#[tokio::test]
+async fn a_broker_killed_while_the_answer_to_an_issue_is_on_its_way_serves_the_live_token() {
+    let mut scene = Scene::new("10s").await;
+    scene.world.upstream.script("id-1", [Answer::IssueThenHang]);
+    scene.ask_for_a_new_token().await;
+    scene.until_issued(2).await;
+
+    scene.crash().await;
+    scene.restart().await;
+    scene.let_the_lease_pass().await;
+
+    scene.serves_the_live_token(&scene.client).await;
+    assert_eq!(scene.world.upstream.issued("id-1"), 3);
+    scene.stop().await;
+}
+
+#[tokio::test]
+async fn a_broker_killed_between_the_answer_and_the_commit_serves_the_live_token() {
+    let mut scene = Scene::new("10s").await;
+    scene.world.upstream.set_faults(slow());
+    scene.ask_for_a_new_token().await;
+    scene.until_requested(2).await;
+
+    // The commit waits for this lock, and is never done.
+    let mut lock = scene.world.database.pool().begin().await.unwrap();
+    sqlx::query("select from refreshes for update").execute(&mut *lock).await.unwrap();
+    scene.world.upstream.set_faults(Faults::default());
+    eventually("the commit", async || {
+        let waiting = "select count(*) from pg_stat_activity where datname = current_database()
+            and wait_event_type = 'Lock' and query like '-- store::tokens::commit%'";
+        let waiting: i64 =
+            sqlx::query_scalar(waiting).fetch_one(scene.world.database.pool()).await.unwrap();
+        (waiting == 1).then_some(())
+    })
+    .await;
+    scene.crash().await;
+    lock.rollback().await.unwrap();
+    scene.restart().await;
+    scene.let_the_lease_pass().await;
+
+    scene.serves_the_live_token(&scene.client).await;
+    scene.stop().await;
+}
+
+#[tokio::test]
+async fn a_time_out_after_the_issue_leads_to_another_issue_that_is_served() {
+    let scene = Scene::new("200ms").await;
+    scene.world.upstream.script("id-1", [Answer::IssueThenHang]);
+    scene.ask_for_a_new_token().await;
+    scene.until_issued(2).await;
+
+    scene.serves_the_live_token(&scene.client).await;
+    assert_eq!(scene.world.upstream.issued("id-1"), 3);
+    scene.stop().await;
+}

@@ -1,0 +1,188 @@
+//! A broker's whole life from a shell: environment, files, commands, signals.
+
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::harness::{
+    database::TestDatabase,
+    eventually,
+    process::{Process, Site, http, program},
+};
+
+const SIMULATED: &str = r#"[
+    {"client_id": "acmeId", "client_secret": "SK.acme"},
+    {"client_id": "typoId", "client_secret": "SK.right"}
+]"#;
+
+/// Starts `simulate` with two accounts; the process and its base URL.
+async fn simulate(site: &std::path::Path) -> (Process, String) {
+    let accounts = site.join("accounts.json");
+    std::fs::write(&accounts, SIMULATED).unwrap();
+    let accounts = accounts.to_str().unwrap();
+    let listen = ["--listen", "127.0.0.1:0", "--accounts-file", accounts];
+    let mut command = program(&["simulate", "--token-life", "1h"]);
+    command.args(listen);
+    let mut process = Process::start(command);
+    let url = process.says("\n").await.trim().to_owned();
+    (process, url)
+}
+
+/// A database without the schema.
+async fn empty_database() -> TestDatabase {
+    let database = TestDatabase::new().await;
+    database.sql("drop schema public cascade; create schema public").await;
+    database
+}
+
+async fn is_live(upstream: &str, token: &str) -> bool {
+    let address = upstream.split('/').nth(2).unwrap().parse().unwrap();
+    let question = format!(r#"{{"token": "{token}"}}"#);
+    let (status, answer) = http(address, "POST", "/simulator/live", &question).await;
+    assert_eq!(status, 200, "{answer}");
+    serde_json::from_str::<Value>(&answer).unwrap()["live"] == true
+}
+
+#[tokio::test]
+#[expect(clippy::too_many_lines, reason = "one story, each step on the last")]
+async fn a_broker_is_set_up_used_and_stopped_by_environment_files_and_commands_alone() {
+    let database = empty_database().await;
+    let directory = tempfile::TempDir::new().unwrap();
+    let (_simulator, upstream) = simulate(directory.path()).await;
+    let mut site = Site::new(database.url(), &upstream).await;
+    site.set_by_file("DATABASE_URL", database.url());
+    site.set("TOKEN_BROKER_DRAIN", "2s");
+
+    // Without a schema there is no start, and the words say what to do.
+    let refused = site.run(&["serve"]).await.failed();
+    assert!(refused.contains("token-broker migrate"), "{refused}");
+    for _ in 0..2 {
+        site.run(&["migrate"]).await.ok();
+    }
+    let mut serve = site.serve().await;
+    assert!(site.run(&["health"]).await.ok().contains("serving"));
+
+    let bearer = site.run(&["caller", "add", "billing", "--bearer"]).await.ok();
+    site.set_by_file("TOKEN_BROKER_BEARER", &bearer);
+    site.run(&["caller", "grant", "billing", "acme*", "typo"]).await.ok();
+    let added = ["account", "add", "acme", "--client-id", "acmeId", "--wait"];
+    let told = site.run_with_secret(&added, "SK.acme").await.ok();
+    assert!(told.starts_with("acme: fresh, token until "), "{told}");
+    let added = ["account", "add", "typo", "--client-id", "typoId", "--wait"];
+    let told = site.run_with_secret(&added, "SK.wrong").await.failed();
+    assert!(told.contains("typo: rejected: 61006") && told.contains("hint: "), "{told}");
+
+    // Each of these is one call.
+    let mut calls = 0;
+    let mut get = async |arguments: &[&str]| {
+        calls += 1;
+        site.run(&[&["token", "get"], arguments].concat()).await
+    };
+    // The callers are followed by the broker on their own.
+    let token = eventually("the grant to be known", async || {
+        let ran = get(&["acme"]).await;
+        (ran.code == Some(0)).then(|| ran.ok())
+    })
+    .await;
+    assert!(is_live(&upstream, &token).await);
+    let refused = get(&["typo"]).await.failed();
+    assert!(refused.contains("CREDENTIAL_REJECTED"), "{refused}");
+    let refused = get(&["other"]).await.failed();
+    assert!(refused.contains("NOT_GRANTED"), "{refused}");
+
+    let list: Value =
+        serde_json::from_str(&site.run(&["account", "list", "--json"]).await.ok()).unwrap();
+    let states: Vec<_> = list
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|account| (account["name"].as_str().unwrap(), account["state"].as_str().unwrap()))
+        .collect();
+    assert_eq!(states, [("acme", "fresh"), ("typo", "rejected")]);
+    let findings = site.run(&["check"]).await.ok();
+    assert!(findings.contains("ok ") && !findings.contains("FAIL"), "{findings}");
+
+    let rotated = ["account", "rotate", "typo", "--wait", "--reason", "T-1"];
+    let told = site.run_with_secret(&rotated, "SK.right").await.ok();
+    assert!(told.starts_with("typo: fresh"), "{told}");
+    assert!(is_live(&upstream, &get(&["typo"]).await.ok()).await);
+
+    let generation = |json: String| {
+        serde_json::from_str::<Value>(&json).unwrap()["generation"].as_u64().unwrap()
+    };
+    let before = generation(get(&["acme", "--json"]).await.ok());
+    let mut watch = Process::start(site.command(&["token", "get", "acme", "--watch", "--json"]));
+    watch.says("access_token").await;
+    site.run(&["account", "reissue", "acme", "--wait"]).await.ok();
+    let reissued = get(&["acme", "--json"]).await.ok();
+    assert!(generation(reissued) > before);
+    site.run(&["account", "disable", "acme"]).await.ok();
+    let ended = watch.says("\"ended\"").await;
+    assert!(ended.contains("disabled"), "{ended}");
+    assert_eq!(ended.matches("access_token").count(), 2, "{ended}");
+    let refused = get(&["acme"]).await.failed();
+    assert!(refused.contains("ACCOUNT_DISABLED"), "{refused}");
+
+    let events = eventually("all calls in the log", async || {
+        let ran = site.run(&["audit", "tail", "--json", "-n", "1000"]).await.ok();
+        let events: Vec<Value> =
+            ran.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let made = events.iter().filter(|event| event["event"] == "get_token").count();
+        (made == calls).then_some(events)
+    })
+    .await;
+    for event in
+        ["started", "account_registered", "account_changed", "token_issued", "issue_failed"]
+    {
+        assert!(events.iter().any(|it| it["event"] == event), "{event}");
+    }
+    assert!(events.iter().any(|event| event["detail"]["reason"] == "T-1"));
+
+    let mut second =
+        site.command(&["serve", "--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0"]);
+    second.kill_on_drop(true);
+    let refused = crate::harness::process::run(second, "").await.failed();
+    assert!(refused.contains("is in use by another process"), "{refused}");
+
+    // The stream is still open: it does not hold the stop up beyond the drain.
+    let asked = Instant::now();
+    serve.signal(Signal::SIGTERM);
+    assert_eq!(serve.ended().await.code(), Some(0), "{}", serve.stderr());
+    let took = asked.elapsed();
+    assert!(took < Duration::from_secs(20), "{took:?}");
+    assert_eq!(watch.ended().await.code(), Some(1));
+    site.run(&["health"]).await.failed();
+
+    let recorded: i64 =
+        sqlx::query_scalar("select count(*) from audit_events where event = 'get_token'")
+            .fetch_one(database.pool())
+            .await
+            .unwrap();
+    assert_eq!(usize::try_from(recorded).unwrap(), calls);
+    let latest: String =
+        sqlx::query_scalar("select event from audit_events order by seq desc limit 1")
+            .fetch_one(database.pool())
+            .await
+            .unwrap();
+    assert_eq!(latest, "stopped");
+}
+
+#[tokio::test]
+async fn a_stop_while_the_database_is_away_is_no_failure() {
+    let mut site =
+        Site::new("postgresql://127.0.0.1:9/nobody?sslmode=disable", "http://127.0.0.1:9/api/1.1")
+            .await;
+    site.set("RUST_LOG", "info");
+    let mut serve = Process::start(site.command(&["serve"]));
+    eventually("a broker that waits", async || {
+        serve.stderr().contains("cannot be reached yet").then_some(())
+    })
+    .await;
+    assert_eq!(http(site.ops, "GET", "/readyz", "").await.0, 503);
+    assert_eq!(http(site.ops, "GET", "/livez", "").await.0, 200);
+
+    serve.signal(Signal::SIGTERM);
+
+    assert_eq!(serve.ended().await.code(), Some(0), "{}", serve.stderr());
+}

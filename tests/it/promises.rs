@@ -1,0 +1,423 @@
+//! The promises that take more than one of admins, callers, replicas and upstream to show.
+
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+use token_broker::{
+    account::AccountId,
+    app::Plan,
+    clock::Clock,
+    dev::simulator::{Answer, Faults},
+    proto::{GetTokenRequest, ReportRejectedTokenRequest, WatchTokensRequest},
+    schedule::Policy,
+    store::{
+        Database,
+        leases::{self, Claim, Claimant},
+    },
+};
+use tonic::Code;
+
+use crate::harness::{
+    broker::{World, refusal},
+    database::TestDatabase,
+    eventually,
+};
+
+impl World {
+    /// Registers `many` accounts in one statement; upstream, each has the login of its name.
+    async fn register_many(&self, many: usize) {
+        for n in 1..=many {
+            self.upstream.add_account(&format!("many-{n}"), "SK.many");
+        }
+        self.database
+            .sql(&format!(
+                "insert into accounts (name, client_id, client_secret)
+                 select 'many-' || n, 'many-' || n, 'SK.many' from generate_series(1, {many}) n"
+            ))
+            .await;
+    }
+
+    /// Waits until that many accounts have a token.
+    async fn until_tokens(&self, many: usize) {
+        eventually(&format!("{many} tokens"), async || {
+            (self.count("tokens").await == many).then_some(())
+        })
+        .await;
+    }
+
+    /// How many rows `from` has.
+    async fn count(&self, from: &str) -> usize {
+        let count: i64 =
+            sqlx::query_scalar(sqlx::AssertSqlSafe(format!("select count(*) from {from}")))
+                .fetch_one(self.database.pool())
+                .await
+                .unwrap();
+        usize::try_from(count).unwrap()
+    }
+
+    /// Waits until the upstream was asked `attempts` times for a token of `client_id`.
+    async fn until_attempts(&self, client_id: &str, attempts: u64) {
+        eventually(&format!("{attempts} attempts of {client_id}"), async || {
+            (self.upstream.attempts(client_id) >= attempts).then_some(())
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn an_answer_for_a_deleted_account_does_not_land_in_the_new_one_of_its_name() {
+    let world = World::new().await;
+    let bearer = world.caller("demo", &["*"]).await;
+    // The answer stays away until the other account is there.
+    let latency = Duration::from_secs(1);
+    world.upstream.set_faults(Faults { latency, ..Faults::default() });
+    let broker = world.start().await;
+    let client = broker.client(&bearer).await;
+    world.register("acme", "id-1", "SK.1").await;
+
+    // Nobody ends the attempt while this transaction holds its table.
+    let mut transaction = eventually("an attempt under way", async || {
+        let mut transaction = world.database.pool().begin().await.unwrap();
+        sqlx::raw_sql("lock table refreshes in exclusive mode")
+            .execute(&mut *transaction)
+            .await
+            .unwrap();
+        let open: bool = sqlx::query_scalar(
+            "select attempt_started_at is not null and attempt_ended_at is null from refreshes",
+        )
+        .fetch_one(&mut *transaction)
+        .await
+        .unwrap();
+        open.then_some(transaction)
+    })
+    .await;
+    sqlx::raw_sql(
+        "delete from accounts;
+         insert into accounts (name, client_id, client_secret) values ('acme', 'id-2', 'SK.2')",
+    )
+    .execute(&mut *transaction)
+    .await
+    .unwrap();
+    eventually("the upstream's answer", async || {
+        (world.upstream.issued("id-1") == 1).then_some(())
+    })
+    .await;
+    transaction.commit().await.unwrap();
+
+    let token = eventually("the new account's token", async || client.get("acme").await.ok()).await;
+    assert_eq!(world.upstream.live_token("id-2"), Some(token.access_token));
+    broker.stop().await;
+    assert_eq!(world.count("tokens").await, 1);
+    assert_eq!(
+        world.count("tokens natural join (select id as account_id from accounts) it").await,
+        1
+    );
+    // Both were issued, and both are on record.
+    assert_eq!(world.audit("event = 'token_issued'").await.len(), 2);
+}
+
+#[tokio::test]
+async fn the_token_of_another_generation_does_not_open() {
+    let world = World::new().await;
+    let bearer = world.caller("demo", &["*"]).await;
+    world.register("acme", "id-1", "SK.1").await;
+    let broker = world.start().await;
+    let client = broker.client(&bearer).await;
+    let first = client.get("acme").await.unwrap();
+    world.database.sql("create table kept as select sealed_token from tokens").await;
+    world.database.sql("update accounts set reissue_requested_at = now()").await;
+    let second = client
+        .get_with(GetTokenRequest {
+            account: "acme".into(),
+            newer_than_generation: first.generation,
+            ..Default::default()
+        })
+        .await
+        .unwrap();
+    broker.stop().await;
+
+    world.database.sql("update tokens set sealed_token = (select sealed_token from kept)").await;
+    let broker = world.start().await;
+    let third = broker.client(&bearer).await.get("acme").await.unwrap();
+    assert!(third.generation > second.generation);
+    assert_eq!(world.upstream.live_token("id-1"), Some(third.access_token));
+    broker.stop().await;
+}
+
+#[tokio::test]
+async fn replicas_that_seal_at_once_seal_and_issue_for_each_account_once() {
+    const MANY: usize = 60;
+    let world = World::new().await;
+    let homes: Vec<_> = (0..3).map(|_| TempDir::new().unwrap()).collect();
+    let mut brokers = vec![];
+    for home in &homes {
+        let plan = Plan { state_dir: home.path().to_owned(), ..world.plan() };
+        brokers.push(world.start_with(plan).await);
+    }
+    world.register_many(MANY).await;
+    world.until_tokens(MANY).await;
+    let registered = "event = 'account_registered'";
+    eventually("the records", async || (world.audit(registered).await.len() >= MANY).then_some(()))
+        .await;
+    for broker in brokers {
+        broker.stop().await;
+    }
+
+    assert_eq!(world.count("accounts where client_secret is not null").await, 0);
+    assert_eq!(world.count("accounts where sealed_secret is not null").await, MANY);
+    for n in 1..=MANY {
+        assert_eq!(world.upstream.issued(&format!("many-{n}")), 1, "many-{n}");
+    }
+    assert_eq!(world.audit(registered).await.len(), MANY);
+    assert_eq!(
+        world
+            .count(&format!("(select distinct account from audit_events where {registered}) it"))
+            .await,
+        MANY
+    );
+    let sealed = "event = 'account_changed' and detail->>'secret' = 'sealed'";
+    assert_eq!(world.audit(sealed).await.len(), MANY, "each was sealed by one replica");
+}
+
+#[tokio::test]
+async fn a_claim_waits_for_no_transaction_and_sees_what_it_committed() {
+    let database = TestDatabase::new().await;
+    database
+        .sql(
+            "insert into accounts (name, client_id, client_secret)
+                 values ('acme', 'id-1', 'SK.1'), ('free', 'id-2', 'SK.2');
+             update accounts set sealed_secret = 'x', client_secret = null",
+        )
+        .await;
+    let ids: Vec<i64> = sqlx::query_scalar("select id from accounts order by name")
+        .fetch_all(database.pool())
+        .await
+        .unwrap();
+    let [acme, free] = ids[..] else { panic!("{ids:?}") };
+    let claimant = Claimant {
+        instance: "ours".into(),
+        replica: 1,
+        lease: Duration::from_mins(1),
+        floor: Duration::ZERO,
+        rate: 1_000_000.0,
+        concurrency: 8,
+    };
+    let pool = Database::new(database.url(), "claimant").unwrap().pool(1);
+    let claim = async |id| leases::claim(&pool, AccountId(id), None, &claimant).await.unwrap();
+
+    // Another replica commits its token, or an admin's statement waits for the end of their day.
+    let mut open = database.pool().begin().await.unwrap();
+    sqlx::raw_sql(
+        "update refreshes set attempt_ended_at = now()
+             where account_id = (select id from accounts where name = 'acme');
+         insert into tokens (account_id, credential_version, generation, sealed_token, issued_at,
+             expires_at, fingerprint)
+             select id, 1, 1, 'x', now(), now() + interval '1 hour', '' from accounts
+             where name = 'acme'",
+    )
+    .execute(&mut *open)
+    .await
+    .unwrap();
+    assert!(matches!(claim(acme).await, Claim::Wait(_)));
+    assert!(matches!(claim(free).await, Claim::Granted(_)), "one account holds up another");
+    open.commit().await.unwrap();
+    let seen = claim(acme).await;
+    assert!(matches!(seen, Claim::NotNeeded), "{seen:?}");
+    pool.close().await;
+}
+
+#[tokio::test]
+async fn a_cold_start_keeps_to_the_upstreams_rate_and_concurrency() {
+    const MANY: usize = 300;
+    const RATE: u32 = 200;
+    const CONCURRENCY: usize = 8;
+    let world = World::new().await;
+    world.register_many(MANY).await;
+    let plan =
+        Plan { upstream_rate: f64::from(RATE), upstream_concurrency: CONCURRENCY, ..world.plan() };
+    let broker = world.start_with(plan).await;
+    world.until_tokens(MANY).await;
+    broker.stop().await;
+
+    let peak = usize::try_from(world.upstream.peak_in_flight()).unwrap();
+    assert!(peak <= CONCURRENCY, "{peak} at once");
+    for n in 1..=MANY {
+        assert_eq!(world.upstream.attempts(&format!("many-{n}")), 1, "many-{n}");
+    }
+    // What was under way when a second began may be answered in it, beside what began in it.
+    let most = u64::from(RATE) + u64::try_from(CONCURRENCY).unwrap() + 1;
+    for (second, issues) in world.upstream.issues_per_second() {
+        assert!(issues <= most, "{issues} in second {second}");
+    }
+}
+
+#[tokio::test]
+async fn two_hundred_callers_of_a_rejected_account_lead_to_one_attempt() {
+    let world = World::new().await;
+    let bearer = world.caller("demo", &["*"]).await;
+    let latency = Duration::from_millis(500);
+    world.upstream.set_faults(Faults { latency, ..Faults::default() });
+    let broker = world.start().await;
+    let client = broker.client(&bearer).await;
+    world.register("acme", "id-1", "SK.wrong").await;
+    eventually("the attempt", async || (world.upstream.requests() == 1).then_some(())).await;
+
+    let mut calls = tokio::task::JoinSet::new();
+    for _ in 0..200 {
+        let client = client.clone();
+        calls.spawn(async move { client.get("acme").await });
+    }
+    while let Some(answer) = calls.join_next().await {
+        let refused = answer.unwrap().unwrap_err();
+        assert_eq!(refusal(&refused), "FailedPrecondition CREDENTIAL_REJECTED");
+    }
+    assert_eq!(world.upstream.requests(), 1);
+
+    world.database.sql("update accounts set client_secret = 'SK.1'").await;
+    eventually("a token", async || client.get("acme").await.ok()).await;
+    assert_eq!(world.upstream.requests(), 2);
+    broker.stop().await;
+}
+
+#[tokio::test]
+async fn an_upstream_that_comes_back_is_found_by_itself_and_asked_no_faster_than_the_floor() {
+    let world = World::with(Clock::System, Faults { error_rate: 1.0, ..Faults::default() }).await;
+    let floor = Duration::from_millis(1_200);
+    let policy = Policy { min_issue_interval: floor, ..world.plan().policy };
+    let broker = world.start_with(Plan { policy, ..world.plan() }).await;
+    let began = Instant::now();
+    world.register("acme", "id-1", "SK.1").await;
+    world.until_attempts("id-1", 2).await;
+    world.until_state("acme", "unreachable").await;
+    world.upstream.set_faults(Faults::default());
+    world.until_state("acme", "fresh").await;
+    let attempts = u32::try_from(world.upstream.attempts("id-1")).unwrap();
+    assert!(began.elapsed() >= floor * (attempts - 1), "{attempts} in {:?}", began.elapsed());
+    assert_eq!(world.status("acme", "consecutive_failures").await, "0");
+    assert_eq!(world.status("acme", "last_error").await, "");
+    broker.stop().await;
+}
+
+#[tokio::test]
+async fn an_upstream_that_asks_for_a_pause_gets_it() {
+    let world = World::new().await;
+    let bearer = world.caller("demo", &["*"]).await;
+    world.upstream.script("id-1", [Answer::RateLimited { retry_after: Some("120".into()) }]);
+    let broker = world.start().await;
+    let client = broker.client(&bearer).await;
+    world.register("acme", "id-1", "SK.1").await;
+    world.until_state("acme", "unreachable").await;
+    let pause = "refreshes where error_class = 'rate_limited'
+        and next_attempt_at >= attempt_started_at + interval '120 seconds'";
+    assert_eq!(world.count(pause).await, 1);
+
+    let refused = client.get("acme").await.unwrap_err();
+    assert_eq!(refusal(&refused), "Unavailable UPSTREAM_UNAVAILABLE");
+    // Everything that wakes the refresher leads to no second attempt.
+    world.database.sql("update accounts set description = 'looked at'").await;
+    world.register("other", "id-2", "SK.2").await;
+    world.until_state("other", "fresh").await;
+    assert_eq!(world.upstream.attempts("id-1"), 1);
+    broker.stop().await;
+}
+
+#[tokio::test]
+async fn no_caller_can_force_an_issue_by_what_it_asks_for() {
+    let world = World::new().await;
+    let bearer = world.caller("demo", &["*"]).await;
+    world.register("acme", "id-1", "SK.1").await;
+    // The deadline is the broker's own: a client that sent one would keep it too.
+    let plan = Plan { default_deadline: Duration::from_millis(500), ..world.plan() };
+    let broker = world.start_with(plan).await;
+    let client = broker.client(&bearer).await;
+    world.until_state("acme", "fresh").await;
+    let token = client.get("acme").await.unwrap();
+
+    let longest = GetTokenRequest {
+        account: "acme".into(),
+        min_ttl: Some(prost_types::Duration { seconds: 315_576_000_000, nanos: 0 }),
+        ..Default::default()
+    };
+    assert_eq!(client.get_with(longest).await.unwrap().generation, token.generation);
+    for newer_than_generation in [token.generation, token.generation + 1, u64::MAX] {
+        let future =
+            GetTokenRequest { account: "acme".into(), newer_than_generation, ..Default::default() };
+        let refused = client.get_with(future).await.unwrap_err();
+        assert_eq!(refusal(&refused), "DeadlineExceeded");
+    }
+    assert_eq!(world.upstream.attempts("id-1"), 1);
+    broker.stop().await;
+}
+
+#[tokio::test]
+async fn a_stream_of_nothing_of_nonsense_or_of_too_much_is_refused() {
+    let world = World::new().await;
+    let bearer = world.caller("demo", &["*"]).await;
+    let broker = world.start().await;
+    let client = broker.client(&bearer).await;
+    let watch = async |accounts: Vec<String>| {
+        let request = client.request(WatchTokensRequest { accounts });
+        client.grpc.clone().watch_tokens(request).await.map(drop)
+    };
+    for (accounts, what) in [
+        (vec![], "none"),
+        (vec!["a**".to_owned()], "two stars"),
+        (vec!["fine".to_owned(), "Not Fine".to_owned()], "no name"),
+        (vec![String::new()], "an empty name"),
+        (vec!["a*".to_owned(); 1_001], "1001 patterns"),
+    ] {
+        assert_eq!(watch(accounts).await.unwrap_err().code(), Code::InvalidArgument, "{what}");
+    }
+    watch(vec!["a*".to_owned(); 1_000]).await.unwrap();
+    broker.stop().await;
+    let refused = "event = 'watch_tokens' and outcome = 'invalid_argument'";
+    assert_eq!(world.audit(refused).await.len(), 5);
+}
+
+#[tokio::test]
+async fn a_report_needs_the_right_to_report() {
+    let world = World::new().await;
+    let bearer = world.caller("demo", &["*"]).await;
+    world.database.sql("update grants set rights = '{get,list}'").await;
+    world.register("acme", "id-1", "SK.1").await;
+    let broker = world.start().await;
+    let client = broker.client(&bearer).await;
+    let token = client.get("acme").await.unwrap();
+    for account in ["acme", "missing"] {
+        let report = ReportRejectedTokenRequest {
+            account: account.into(),
+            generation: token.generation,
+            upstream_code: "61003".into(),
+        };
+        let refused =
+            client.grpc.clone().report_rejected_token(client.request(report)).await.unwrap_err();
+        assert_eq!(refusal(&refused), "PermissionDenied NOT_GRANTED");
+    }
+    assert_eq!(world.count("refreshes where suspect").await, 0);
+    broker.stop().await;
+}
+
+#[tokio::test]
+async fn a_token_for_an_unexpected_address_is_served_and_said_so() {
+    let world = World::new().await;
+    let bearer = world.caller("demo", &["*"]).await;
+    let plan = Plan { expected_egress: vec!["203.0.113.0/24".parse().unwrap()], ..world.plan() };
+    let broker = world.start_with(plan).await;
+    let client = broker.client(&bearer).await;
+    for (account, client_id, secret, address) in [
+        ("expected", "id-1", "SK.1", "203.0.113.9"),
+        ("unexpected", "id-2", "SK.2", "198.51.100.9"),
+    ] {
+        let allow_ip = Some(address.parse().unwrap());
+        world.upstream.set_faults(Faults { allow_ip, ..Faults::default() });
+        world.register(account, client_id, secret).await;
+        let token = eventually("a token", async || client.get(account).await.ok()).await;
+        assert_eq!(token.allowed_ip, address);
+    }
+    broker.stop().await;
+    assert_eq!(
+        world.audit("event = 'token_issued' and detail->>'egress' = 'unexpected'").await,
+        ["token_issued/-/unexpected/ok/-"]
+    );
+    assert_eq!(world.audit("event = 'token_issued'").await.len(), 2);
+}

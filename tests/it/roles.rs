@@ -1,0 +1,419 @@
+//! What each role of `deploy/roles.sql` may do, and may not.
+
+use sqlx::AssertSqlSafe;
+use token_broker::{
+    app::Plan,
+    bearer::Bearer,
+    proto::{GetTokenRequest, ReportRejectedTokenRequest, report_rejected_token_response::Outcome},
+    store::Database,
+};
+use url::Url;
+
+use crate::harness::{
+    broker::{Client, World, refusal},
+    database::TestDatabase,
+    eventually,
+};
+
+const ROLES: &str = include_str!("../../deploy/roles.sql");
+
+const RUNTIME: &str = "token_broker_runtime";
+const ACCOUNTS: &str = "token_broker_accounts";
+const ACCESS: &str = "token_broker_access";
+const AUDITOR: &str = "token_broker_auditor";
+
+/// An account, a caller with credential and grant, and an audit record.
+const ROWS: &str = "
+    insert into accounts (name, client_id, client_secret) values ('acme', 'acme-id', 'hunter2');
+    insert into callers (name) values ('shop');
+    insert into caller_credentials (caller_id, kind, bearer_sha256)
+        select id, 'bearer', sha256('x') from callers;
+    insert into grants (caller_id, pattern) select id, 'acme' from callers;
+    select audit_ensure_partition('2026-01-01');
+    insert into audit_events
+        (instance, chain, seq, at, event, outcome, count, detail, prev_hash, hash)
+        values ('i', 'c', 1, '2026-01-01 12:00Z', 'started', 'ok', 1, '{}', '', '');";
+
+async fn database_with_roles() -> TestDatabase {
+    let database = TestDatabase::new().await;
+    database.sql(ROLES).await;
+    database.sql(ROWS).await;
+    database
+}
+
+/// Runs a statement as a role, and takes it back.
+async fn attempt(database: &TestDatabase, role: &str, statement: &str) -> sqlx::Result<()> {
+    let mut transaction = database.pool().begin().await?;
+    for statement in [format!("set local role {role}"), statement.to_owned()] {
+        sqlx::raw_sql(AssertSqlSafe(statement)).execute(&mut *transaction).await?;
+    }
+    transaction.rollback().await
+}
+
+async fn may(role: &str, statements: &[&str]) {
+    let database = database_with_roles().await;
+    for statement in statements {
+        let done = attempt(&database, role, statement).await;
+        assert!(done.is_ok(), "{role} may {statement}: {}", done.unwrap_err());
+    }
+}
+
+async fn may_not(role: &str, statements: &[&str]) {
+    let database = database_with_roles().await;
+    for statement in statements {
+        let error = attempt(&database, role, statement).await.expect_err(statement);
+        let error = error.into_database_error().expect("the server refused it");
+        assert_eq!(error.code().unwrap(), "42501", "{role} may not {statement}: {error}");
+    }
+}
+
+#[tokio::test]
+async fn the_script_can_be_repeated() {
+    let database = database_with_roles().await;
+    database.sql(ROLES).await;
+}
+
+#[tokio::test]
+async fn the_script_takes_back_what_it_does_not_grant() {
+    let database = database_with_roles().await;
+    database.sql("grant select, update (name) on accounts to token_broker_auditor").await;
+    database.sql(ROLES).await;
+    for statement in ["select 1 from accounts", "update accounts set name = 'other'"] {
+        attempt(&database, AUDITOR, statement).await.expect_err(statement);
+    }
+}
+
+#[tokio::test]
+async fn runtime_does_the_work_of_the_broker() {
+    may(
+        RUNTIME,
+        &[
+            "select * from accounts",
+            "select * from accounts for update skip locked",
+            "update accounts set client_secret = null, sealed_secret = 'x'",
+            "update accounts set previous_secret = null, previous_version = null",
+            "select * from callers natural join grants",
+            "select bearer_sha256 from caller_credentials",
+            "update refreshes set lease_owner = 'me', changed = pg_current_xact_id()",
+            "insert into tokens (account_id, credential_version, generation, sealed_token, issued_at, \
+             expires_at, fingerprint) select id, 1, 1, 'x', now(), now(), 'f' from accounts \
+             on conflict (account_id) do update set generation = excluded.generation",
+            "update upstream_pace set next_slot = now()",
+            "insert into deployment (upstream) values ('staging') \
+             on conflict (single) do nothing",
+            "select credential_version from accounts where id = 1 for share",
+            "insert into intake_keys (key_id, public_key, is_primary) values ('k', 'x', true)",
+            "insert into instances (id, replica, version, key_ids, started_at, heartbeat_at) \
+             values ('i', 1, '0', '{}', now(), now())",
+            "update changes set recorder = 'i', audited_at = now()",
+            "delete from changes",
+            "insert into audit_chains (chain, instance, started_at, linked_hash, delivered_hash) \
+             values ('d', 'i', now(), '', '')",
+            "select audit_ensure_partition('2026-01-02'); insert into audit_events \
+             (instance, chain, seq, at, event, outcome, count, detail, prev_hash, hash) \
+             values ('i', 'd', 1, '2026-01-02 12:00Z', 'started', 'ok', 1, '{}', '', '')",
+            "insert into audit_heads values ('d', 1, '', now(), 'k', '')",
+            "select * from audit_events",
+            "select * from account_status",
+            "select * from _sqlx_migrations",
+            "listen token_broker_changes; notify token_broker_changes",
+        ],
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn runtime_changes_neither_audit_nor_accounts_nor_access() {
+    may_not(
+        RUNTIME,
+        &[
+            "update audit_events set outcome = 'x'",
+            "delete from audit_events",
+            "delete from audit_events_20260101",
+            "truncate audit_events",
+            "drop table audit_events_20260101",
+            "update audit_heads set seq = 2",
+            "delete from audit_heads",
+            "delete from audit_chains",
+            "insert into accounts (name, client_id, client_secret) values ('b', 'b', 'b')",
+            "update accounts set enabled = false",
+            "update accounts set client_id = 'other'",
+            "delete from accounts",
+            "insert into callers (name) values ('b')",
+            "update grants set pattern = '*'",
+            "update caller_credentials set revoked_at = null",
+            "insert into changes (table_name, operation, row_id, subject) values ('a', 'b', 1, 'c')",
+            "update changes set what = '{}'",
+            "create table mine (it text)",
+        ],
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn accounts_manages_accounts() {
+    may(
+        ACCOUNTS,
+        &[
+            "insert into accounts (name, client_id, client_secret, description) \
+             values ('b', 'b', 'b', 'new') returning id",
+            "update accounts set client_secret = 'rotated' where name = 'acme'",
+            "set local token_broker.purge_old = 'on'; \
+             update accounts set client_secret = 'purged' where name = 'acme'",
+            "update accounts set name = 'other', client_id = 'other', client_secret = 'other'",
+            "update accounts set enabled = false, description = 'off' where name = 'acme'",
+            "update accounts set reissue_requested_at = now() where name like 'ac%'",
+            "delete from accounts where name = 'acme'",
+            "select name, client_id, enabled, credential_version from accounts",
+            "select * from account_status",
+            "select key_id, public_key from intake_keys where is_primary",
+        ],
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn accounts_reads_no_secret_and_grants_no_access() {
+    may_not(
+        ACCOUNTS,
+        &[
+            "select client_secret from accounts",
+            "select sealed_secret from accounts",
+            "select previous_secret from accounts",
+            "update accounts set client_secret = 'b' returning client_secret",
+            "update accounts set sealed_secret = 'x'",
+            "update accounts set credential_version = 1",
+            "select * from tokens",
+            "select * from refreshes",
+            "select * from callers",
+            "insert into grants (caller_id, pattern) values (1, '*')",
+            "select * from caller_credentials",
+            "select * from audit_events",
+            "select * from changes",
+            "delete from changes",
+            "truncate accounts",
+        ],
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn access_manages_callers() {
+    may(
+        ACCESS,
+        &[
+            "insert into callers (name, rate_limit) values ('b', 10) returning id",
+            "update callers set enabled = false where name = 'shop'",
+            "delete from callers where name = 'shop'",
+            "insert into caller_credentials (caller_id, kind, bearer_sha256, ends_at) \
+             select id, 'bearer', sha256('y'), now() from callers returning id",
+            "insert into caller_credentials (caller_id, kind, identity) \
+             select id, 'spiffe', 'spiffe://example.org/shop' from callers",
+            "update caller_credentials set revoked_at = now() where id = 1",
+            "delete from caller_credentials",
+            "insert into grants (caller_id, pattern) select id, 'acme' from callers \
+             on conflict (caller_id, pattern) do update set rights = excluded.rights",
+            "delete from grants where pattern = 'acme'",
+            "select c.name, g.pattern from callers c join grants g on g.caller_id = c.id",
+        ],
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn access_sees_neither_accounts_nor_hashes_nor_audit() {
+    may_not(
+        ACCESS,
+        &[
+            "select bearer_sha256 from caller_credentials",
+            "select name from accounts",
+            "select * from account_status",
+            "update accounts set enabled = false",
+            "select * from tokens",
+            "select * from audit_events",
+            "select * from changes",
+            "truncate grants",
+        ],
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn auditor_reads_what_happened() {
+    may(
+        AUDITOR,
+        &[
+            "select * from audit_events where account = 'acme'",
+            "select * from audit_chains natural left join audit_heads",
+            "select subject, what, session_user_name from changes",
+            "select id, journal_chain, journal_seq from instances",
+        ],
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn auditor_writes_nothing_and_sees_neither_accounts_nor_access() {
+    may_not(
+        AUDITOR,
+        &[
+            "insert into audit_heads values ('d', 1, '', now(), 'k', '')",
+            "update audit_events set outcome = 'x'",
+            "delete from audit_events",
+            "delete from changes",
+            "update changes set audited_at = now()",
+            "select name from accounts",
+            "select * from account_status",
+            "select * from callers",
+            "select * from tokens",
+        ],
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn a_role_s_statement_is_recorded_under_the_one_who_logged_in() {
+    let database = database_with_roles().await;
+    database
+        .sql(
+            "set role token_broker_accounts; \
+             update accounts set enabled = false where name = 'acme'; reset role",
+        )
+        .await;
+    let recorded: bool = sqlx::query_scalar(
+        "select session_user_name = session_user from changes order by id desc limit 1",
+    )
+    .fetch_one(database.pool())
+    .await
+    .unwrap();
+    assert!(recorded);
+}
+
+/// Runs statements as a role, for good.
+async fn sql_as(database: &TestDatabase, role: &str, statements: &str) {
+    let mut transaction = database.pool().begin().await.unwrap();
+    for statements in [format!("set local role {role}"), statements.to_owned()] {
+        sqlx::raw_sql(AssertSqlSafe(statements)).execute(&mut *transaction).await.unwrap();
+    }
+    transaction.commit().await.unwrap();
+}
+
+/// The broker's plan with a database that it enters as the runtime role.
+fn plan_as_runtime(world: &World) -> Plan {
+    let mut url = Url::parse(world.database.url()).unwrap();
+    url.query_pairs_mut().append_pair("options", &format!("-c role={RUNTIME}"));
+    Plan { database: Database::new(url.as_str(), "token-broker").unwrap(), ..world.plan() }
+}
+
+async fn until_refused(client: &Client, expected: &str) {
+    eventually(expected, async || {
+        (refusal(&client.get("acme").await.err()?) == expected).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn the_broker_and_its_admins_need_no_more_than_their_roles() {
+    let world = World::new().await;
+    let database = &world.database;
+    database.sql(ROLES).await;
+    let bearer = Bearer::generate();
+    let hash = hex::encode(bearer.sha256());
+    sql_as(
+        database,
+        ACCESS,
+        &format!(
+            "insert into callers (name) values ('shop');
+             insert into caller_credentials (caller_id, kind, bearer_sha256)
+                 select id, 'bearer', '\\x{hash}' from callers;
+             insert into grants (caller_id, pattern) select id, 'acme' from callers"
+        ),
+    )
+    .await;
+    let register =
+        "insert into accounts (name, client_id, client_secret) values ('acme', 'id-1', 'SK.1')";
+    sql_as(database, ACCOUNTS, register).await;
+
+    // Sealed at the start, issued, served, reported, reissued.
+    let broker = world.start_with(plan_as_runtime(&world)).await;
+    let client = broker.client(&bearer).await;
+    let first = client.get("acme").await.unwrap();
+    let reported = eventually("the floor to pass", async || {
+        let report = client.request(ReportRejectedTokenRequest {
+            account: "acme".into(),
+            generation: first.generation,
+            upstream_code: "61003".into(),
+        });
+        let outcome = client.grpc.clone().report_rejected_token(report).await.unwrap();
+        Some(outcome.into_inner().outcome()).filter(|outcome| *outcome != Outcome::TooSoon)
+    })
+    .await;
+    assert_eq!(reported, Outcome::Reissuing);
+    let newer_than = async |generation| {
+        let newer = GetTokenRequest {
+            account: "acme".into(),
+            newer_than_generation: generation,
+            ..Default::default()
+        };
+        client.get_with(newer).await.unwrap()
+    };
+    let second = newer_than(first.generation).await;
+
+    // Rotated, sealed while it runs; disabled, enabled.
+    world.upstream.add_account("id-1", "SK.new");
+    sql_as(database, ACCOUNTS, "update accounts set client_secret = 'SK.new'").await;
+    let third = newer_than(second.generation).await;
+    sql_as(database, ACCOUNTS, "update accounts set enabled = false").await;
+    until_refused(&client, "FailedPrecondition ACCOUNT_DISABLED").await;
+    sql_as(database, ACCOUNTS, "update accounts set enabled = true").await;
+    eventually("a token", async || client.get("acme").await.ok()).await;
+    broker.stop().await;
+
+    let requests = world.upstream.requests();
+    let broker = world.start_with(plan_as_runtime(&world)).await;
+    let client = broker.client(&bearer).await;
+    assert_eq!(client.get("acme").await.unwrap().generation, third.generation);
+    assert_eq!(world.upstream.requests(), requests, "the token survived the restart");
+    sql_as(database, ACCOUNTS, "delete from accounts").await;
+    until_refused(&client, "NotFound NO_SUCH_ACCOUNT").await;
+    sql_as(database, ACCESS, "delete from grants").await;
+    until_refused(&client, "PermissionDenied NOT_GRANTED").await;
+    eventually("all changes to be recorded", async || {
+        let left: i64 = sqlx::query_scalar("select count(*) from changes where audited_at is null")
+            .fetch_one(database.pool())
+            .await
+            .unwrap();
+        (left == 0).then_some(())
+    })
+    .await;
+    broker.stop().await;
+
+    let grouped: Vec<String> = sqlx::query_scalar(
+        "select event || ' ' || count(*) from audit_events
+         where event not in ('get_token', 'report_rejected_token') group by event order by event",
+    )
+    .fetch_all(database.pool())
+    .await
+    .unwrap();
+    assert_eq!(
+        grouped,
+        [
+            // Sealed twice, rotated, the secret before dropped, disabled, enabled.
+            "account_changed 6",
+            "account_registered 1",
+            "account_removed 1",
+            "caller_changed 2",
+            "grant_changed 2",
+            "started 2",
+            "stopped 2",
+            "token_issued 3",
+        ]
+    );
+    let stopped: bool = sqlx::query_scalar(
+        "select stopped_at is not null and heartbeat_at is not null from instances",
+    )
+    .fetch_one(database.pool())
+    .await
+    .unwrap();
+    assert!(stopped, "the instance told of itself");
+}

@@ -1,0 +1,322 @@
+//! What callers get: tokens, refusals with their reasons, and a record of each call.
+
+use std::time::Duration;
+
+use token_broker::{
+    app::Plan,
+    bearer::Bearer,
+    clock::{Clock, ManualClock},
+    dev::simulator::{Answer, Faults},
+    proto::{
+        GetTokenRequest, ListAccountsRequest, ReportRejectedTokenRequest, WatchTokensRequest,
+        account_ended::Reason, report_rejected_token_response::Outcome,
+        watch_tokens_response::Event,
+    },
+};
+use tonic::{Code, Request};
+
+use crate::harness::{
+    broker::{World, refusal},
+    eventually,
+};
+
+#[tokio::test]
+async fn every_call_is_one_audit_event_whatever_its_outcome() {
+    let world = World::new().await;
+    let bearer = world.caller("demo", &["acme*", "gone"]).await;
+    world.register("acme", "id-1", "SK.1").await;
+    let broker = world.start().await;
+    let client = broker.client(&bearer).await;
+    let stranger = broker.client(&Bearer::generate()).await;
+
+    let token = client.get("acme").await.unwrap();
+    let refused = [
+        (client.get("").await, "InvalidArgument"),
+        (client.get("Acme!\u{0}\n").await, "InvalidArgument"),
+        (client.get(&"x".repeat(5_000)).await, "InvalidArgument"),
+        (client.get("other").await, "PermissionDenied NOT_GRANTED"),
+        (client.get("gone").await, "NotFound NO_SUCH_ACCOUNT"),
+        (stranger.get("acme").await, "Unauthenticated CREDENTIAL_REFUSED"),
+    ];
+    for (answer, expected) in refused {
+        assert_eq!(refusal(&answer.unwrap_err()), expected);
+    }
+    let bare = GetTokenRequest { account: "acme".into(), ..Default::default() };
+    let missing = client.grpc.clone().get_token(bare.clone()).await.unwrap_err();
+    assert_eq!(refusal(&missing), "Unauthenticated CREDENTIAL_MISSING");
+    let mut malformed = Request::new(bare);
+    malformed.metadata_mut().insert("authorization", "Bearer nonsense".parse().unwrap());
+    let malformed = client.grpc.clone().get_token(malformed).await.unwrap_err();
+    assert_eq!(refusal(&malformed), "Unauthenticated BEARER_MALFORMED");
+    let negative = GetTokenRequest {
+        account: "acme".into(),
+        min_ttl: Some(prost_types::Duration { seconds: -1, nanos: 0 }),
+        ..Default::default()
+    };
+    assert_eq!(client.get_with(negative).await.unwrap_err().code(), Code::InvalidArgument);
+    let huge = GetTokenRequest { account: "x".repeat(200_000), ..Default::default() };
+    assert_eq!(client.get_with(huge).await.unwrap_err().code(), Code::OutOfRange);
+    broker.stop().await;
+
+    let events = world.audit("event = 'get_token'").await;
+    let long = format!("{}…", "x".repeat(256));
+    assert_eq!(
+        events,
+        [
+            "get_token/demo/acme/ok/-".to_owned(),
+            "get_token/demo//invalid_argument/-".to_owned(),
+            "get_token/demo/Acme!\\u{0}\\u{a}/invalid_argument/-".to_owned(),
+            format!("get_token/demo/{long}/invalid_argument/-"),
+            "get_token/demo/other/permission_denied/NOT_GRANTED".to_owned(),
+            "get_token/demo/gone/not_found/NO_SUCH_ACCOUNT".to_owned(),
+            "get_token/-/-/unauthenticated/CREDENTIAL_REFUSED".to_owned(),
+            "get_token/-/-/unauthenticated/CREDENTIAL_MISSING".to_owned(),
+            "get_token/-/-/unauthenticated/BEARER_MALFORMED".to_owned(),
+            "get_token/demo/acme/invalid_argument/-".to_owned(),
+            "get_token/demo/-/out_of_range/-".to_owned(),
+        ]
+    );
+    let served: (i64, String) = sqlx::query_as(
+        "select generation, token_fingerprint from audit_events where event = 'get_token' and outcome = 'ok'",
+    )
+    .fetch_one(world.database.pool())
+    .await
+    .unwrap();
+    assert_eq!(served.0.unsigned_abs(), token.generation);
+    assert!(!served.1.is_empty() && !token.access_token.contains(&served.1));
+}
+
+#[tokio::test]
+async fn while_the_upstream_is_down_live_tokens_are_served_to_their_end_and_never_beyond() {
+    let manual = ManualClock::new(Clock::System.now());
+    let world = World::with(Clock::Manual(manual.clone()), Faults::default()).await;
+    let bearer = world.caller("demo", &["*"]).await;
+    world.register("acme", "id-1", "SK.1").await;
+    // The floor is the database's, whose clock does not move with the test's.
+    let mut plan = world.plan();
+    plan.policy.min_issue_interval = Duration::ZERO;
+    let broker = world.start_with(plan).await;
+    let client = broker.client(&bearer).await;
+    let token = client.get("acme").await.unwrap();
+    world.upstream.set_faults(Faults { error_rate: 1.0, ..Faults::default() });
+
+    let end = token.expires_at.unwrap();
+    for minutes in [30, 15, 10] {
+        manual.advance(Duration::from_mins(minutes));
+        assert_eq!(client.get("acme").await.unwrap().generation, token.generation);
+    }
+    let last = chrono::DateTime::from_timestamp(end.seconds, end.nanos.unsigned_abs()).unwrap();
+    manual.set(last - chrono::TimeDelta::milliseconds(1));
+    let served = client.get("acme").await.unwrap();
+    assert_eq!(served.generation, token.generation);
+    let reuse_for = served.reuse_for.unwrap();
+    assert!(reuse_for.seconds == 0 && reuse_for.nanos > 0 && reuse_for.nanos <= 1_000_000);
+
+    manual.set(last);
+    let refused = eventually("a typed error", async || {
+        let refused = client.get("acme").await.unwrap_err();
+        (refused.code() == Code::Unavailable).then_some(refused)
+    })
+    .await;
+    assert_eq!(refusal(&refused), "Unavailable UPSTREAM_UNAVAILABLE");
+    let pushback = refused.metadata().get("grpc-retry-pushback-ms").unwrap();
+    assert!(pushback.to_str().unwrap().parse::<u64>().unwrap() > 0);
+    broker.stop().await;
+}
+
+#[tokio::test]
+async fn a_call_for_a_token_that_is_on_its_way_waits_and_its_deadline_is_kept() {
+    let world = World::new().await;
+    let bearer = world.caller("demo", &["*"]).await;
+    world.upstream.set_faults(Faults { answer: Answer::Hang, ..Faults::default() });
+    // The deadline is the broker's own: a client that sent one would keep it too.
+    let plan = Plan { default_deadline: Duration::from_millis(500), ..world.plan() };
+    let broker = world.start_with(plan).await;
+    let client = broker.client(&bearer).await;
+    world.register("acme", "id-1", "SK.1").await;
+    eventually("the attempt", async || (world.upstream.attempts("id-1") == 1).then_some(())).await;
+    assert_eq!(refusal(&client.get("acme").await.unwrap_err()), "DeadlineExceeded");
+    let mut request =
+        client.request(GetTokenRequest { account: "acme".into(), ..Default::default() });
+    request.metadata_mut().insert("grpc-timeout", "soon".parse().unwrap());
+    let malformed = client.grpc.clone().get_token(request).await.unwrap_err();
+    assert_eq!(malformed.code(), Code::InvalidArgument);
+
+    // A caller that goes away is recorded as well, once its call has arrived.
+    let cancelled = "outcome = 'cancelled'";
+    eventually("a cancelled call", async || {
+        let request = GetTokenRequest { account: "acme".into(), ..Default::default() };
+        let mut request = client.request(request);
+        request.metadata_mut().insert("grpc-timeout", "50S".parse().unwrap());
+        let mut grpc = client.grpc.clone();
+        let call = grpc.get_token(request);
+        tokio::time::timeout(Duration::from_millis(200), call).await.unwrap_err();
+        (!world.audit(cancelled).await.is_empty()).then_some(())
+    })
+    .await;
+    broker.stop().await;
+    let events =
+        world.audit("event = 'get_token' and detail->>'field' is distinct from 'account'").await;
+    let [late, malformed, gone, ..] = &events[..] else { panic!("{events:?}") };
+    assert_eq!(late, "get_token/demo/acme/deadline_exceeded/-");
+    assert_eq!(malformed, "get_token/demo/-/invalid_argument/-");
+    assert_eq!(gone, "get_token/demo/acme/cancelled/-");
+}
+
+#[tokio::test]
+async fn a_reported_token_is_served_until_its_successor_is_there_and_reissued_once() {
+    let world = World::new().await;
+    let bearer = world.caller("demo", &["*"]).await;
+    world.register("acme", "id-1", "SK.1").await;
+    let broker = world.start().await;
+    let client = broker.client(&bearer).await;
+    let first = client.get("acme").await.unwrap();
+    let report = async |generation, code: &str| {
+        let request = client.request(ReportRejectedTokenRequest {
+            account: "acme".into(),
+            generation,
+            upstream_code: code.into(),
+        });
+        client.grpc.clone().report_rejected_token(request).await.unwrap().into_inner().outcome()
+    };
+    assert_eq!(report(first.generation, "63001").await, Outcome::NotATokenFault);
+    eventually("the floor to pass", async || {
+        (report(first.generation, "61003").await != Outcome::TooSoon).then_some(())
+    })
+    .await;
+    let newer = GetTokenRequest {
+        account: "acme".into(),
+        newer_than_generation: first.generation,
+        ..Default::default()
+    };
+    let second = client.get_with(newer).await.unwrap();
+    assert!(second.generation > first.generation);
+    assert_ne!(second.access_token, first.access_token);
+    assert_eq!(report(first.generation, "61003").await, Outcome::AlreadyReplaced);
+    assert_eq!(world.upstream.issued("id-1"), 2);
+    broker.stop().await;
+}
+
+#[tokio::test]
+async fn a_stream_carries_each_token_each_replacement_and_each_end() {
+    let world = World::new().await;
+    let bearer = world.caller("demo", &["acme*", "b"]).await;
+    world.register("acme-1", "id-1", "SK.1").await;
+    world.register("b", "id-2", "SK.2").await;
+    world.register("c", "id-3", "SK.3").await;
+    let broker = world.start().await;
+    let client = broker.client(&bearer).await;
+    let watch = |accounts: &[&str]| {
+        let accounts = accounts.iter().map(|name| (*name).to_owned()).collect();
+        client.request(WatchTokensRequest { accounts })
+    };
+    let refused = client.grpc.clone().watch_tokens(watch(&["c"])).await.unwrap_err();
+    assert_eq!(refusal(&refused), "PermissionDenied NOT_GRANTED");
+
+    let mut stream = client.grpc.clone().watch_tokens(watch(&["*"])).await.unwrap().into_inner();
+    let mut next = async || {
+        let event = stream.message().await.unwrap().expect("the stream goes on");
+        (event.account, event.event.unwrap())
+    };
+    let mut first = [next().await, next().await];
+    first.sort_by(|a, b| a.0.cmp(&b.0));
+    assert_eq!([first[0].0.as_str(), first[1].0.as_str()], ["acme-1", "b"]);
+
+    world
+        .database
+        .sql("update accounts set reissue_requested_at = now() where name = 'acme-1'")
+        .await;
+    let (name, Event::Token(replacement)) = next().await else { panic!("a token") };
+    assert_eq!(name, "acme-1");
+    let Event::Token(before) = &first[0].1 else { panic!("a token") };
+    assert!(replacement.generation > before.generation);
+
+    let ended = |event| match event {
+        (name, Event::Ended(ended)) => (name, ended.reason()),
+        (name, Event::Token(_)) => panic!("a token of {name} where an end was due"),
+    };
+    world.database.sql("delete from grants where pattern = 'b'").await;
+    assert_eq!(ended(next().await), ("b".to_owned(), Reason::NotGranted));
+    world.database.sql("update accounts set enabled = false where name = 'acme-1'").await;
+    assert_eq!(ended(next().await), ("acme-1".to_owned(), Reason::Disabled));
+    world.register("acme-2", "id-4", "SK.4").await;
+    let (name, Event::Token(_)) = next().await else { panic!("a token") };
+    assert_eq!(name, "acme-2");
+    world.database.sql("delete from accounts where name = 'acme-2'").await;
+    assert_eq!(ended(next().await), ("acme-2".to_owned(), Reason::Removed));
+
+    broker.stop().await;
+    assert!(stream.message().await.unwrap().is_none(), "a clean end");
+    let pushed = world.audit("event = 'token_pushed'").await;
+    assert_eq!(pushed.len(), 4, "{pushed:?}");
+}
+
+#[tokio::test]
+async fn accounts_are_listed_by_page_and_only_those_that_may_be_seen() {
+    let world = World::new().await;
+    let bearer = world.caller("demo", &["a*"]).await;
+    for n in 1..=5 {
+        world.register(&format!("a{n}"), &format!("id-{n}"), &format!("SK.{n}")).await;
+    }
+    world.register("b", "id-6", "SK.6").await;
+    let broker = world.start().await;
+    let client = broker.client(&bearer).await;
+    let (mut names, mut page_token) = (vec![], String::new());
+    loop {
+        let request = ListAccountsRequest { page_size: 2, page_token };
+        let page =
+            client.grpc.clone().list_accounts(client.request(request)).await.unwrap().into_inner();
+        assert!(page.accounts.len() <= 2);
+        names.extend(page.accounts.into_iter().map(|account| account.name));
+        page_token = page.next_page_token;
+        if page_token.is_empty() {
+            break;
+        }
+    }
+    assert_eq!(names, ["a1", "a2", "a3", "a4", "a5"]);
+    let bad = ListAccountsRequest { page_size: -1, page_token: String::new() };
+    let refused = client.grpc.clone().list_accounts(client.request(bad)).await.unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument);
+    broker.stop().await;
+}
+
+#[tokio::test]
+async fn a_caller_beyond_its_rate_is_told_when_to_come_back() {
+    let world = World::new().await;
+    let bearer = world.caller("demo", &["*"]).await;
+    world.database.sql("update callers set rate_limit = 1").await;
+    world.register("acme", "id-1", "SK.1").await;
+    let broker = world.start().await;
+    let client = broker.client(&bearer).await;
+    client.get("acme").await.unwrap();
+    let refused = eventually("a refusal", async || client.get("acme").await.err()).await;
+    assert_eq!(refusal(&refused), "ResourceExhausted CALLER_RATE");
+    assert!(refused.metadata().contains_key("grpc-retry-pushback-ms"));
+    broker.stop().await;
+}
+
+#[tokio::test]
+async fn grants_and_bearers_change_without_a_restart() {
+    let world = World::new().await;
+    let bearer = world.caller("demo", &["acme"]).await;
+    world.register("acme", "id-1", "SK.1").await;
+    let broker = world.start().await;
+    let client = broker.client(&bearer).await;
+    client.get("acme").await.unwrap();
+    for (statement, expected) in [
+        ("delete from grants", "PermissionDenied NOT_GRANTED"),
+        ("update callers set enabled = false", "Unauthenticated CREDENTIAL_REFUSED"),
+    ] {
+        world.database.sql(statement).await;
+        eventually(expected, async || {
+            (refusal(&client.get("acme").await.err()?) == expected).then_some(())
+        })
+        .await;
+    }
+    world.database.sql("update callers set enabled = true").await;
+    world.database.sql("insert into grants (caller_id, pattern) select id, '*' from callers").await;
+    eventually("a token", async || client.get("acme").await.ok()).await;
+    world.database.sql("update caller_credentials set revoked_at = now()").await;
+    eventually("revoked", async || client.get("acme").await.err()).await;
+    broker.stop().await;
+}

@@ -1,0 +1,566 @@
+//! Promises 16 and 17: the upstream's host is fixed, and no bad answer yields a token. No database.
+
+use std::{
+    env, io,
+    net::{IpAddr, SocketAddr, TcpListener as StdListener},
+    process::Command,
+    time::Duration,
+};
+
+use chrono::{DateTime, TimeDelta};
+use token_broker::{
+    clock::{Clock, ManualClock},
+    dev::simulator::{Answer, Faults, Options, SimulatedAccount, Simulator},
+    issue::FailureClass,
+    secret::ClientSecret,
+    token::IssuedToken,
+    upstream::{Client, IssueError, MAX_BODY, Settings, Target},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpSocket, TcpStream},
+};
+
+const ID: &str = "myMemberId";
+const SECRET: &str = "SK.canary-secret";
+/// Long enough for an answer of a busy machine.
+const PATIENT: Duration = Duration::from_secs(20);
+/// For answers that never come.
+const IMPATIENT: Duration = Duration::from_millis(300);
+/// Where the re-executed test finds its upstream.
+const CHILD_UPSTREAM: &str = "TEST_UPSTREAM_OF_CHILD";
+
+fn client_with(base_url: &str, timeout: Duration, clock: Clock) -> Client {
+    let target = base_url.parse().unwrap();
+    Client::new(Settings { target, bind_address: None, proxy: None, timeout }, clock).unwrap()
+}
+
+fn client(base_url: &str) -> Client {
+    client_with(base_url, PATIENT, Clock::System)
+}
+
+async fn issue(client: &Client) -> Result<IssuedToken, IssueError> {
+    client.issue(&ID.parse().unwrap(), &ClientSecret::new(SECRET).unwrap()).await
+}
+
+fn options() -> Options {
+    let account = SimulatedAccount {
+        client_id: ID.to_owned(),
+        client_secret: SECRET.to_owned(),
+        locked: false,
+    };
+    Options { accounts: vec![account], ..Options::default() }
+}
+
+async fn simulator() -> Simulator {
+    Simulator::start_on_loopback(options()).await.unwrap()
+}
+
+/// A listener that must never be called.
+struct Forbidden(StdListener);
+
+impl Forbidden {
+    fn listen() -> Self {
+        let listener = StdListener::bind(("127.0.0.1", 0)).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        Self(listener)
+    }
+
+    fn url(&self) -> String {
+        format!("http://{}", self.0.local_addr().unwrap())
+    }
+
+    /// A connection would have been in the listener's queue before the caller got its answer.
+    fn saw_nothing(&self) -> bool {
+        self.0.accept().is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
+    }
+}
+
+/// An upstream that answers its one request with `answer`, byte by byte what is given, and closes.
+async fn answering(answer: Vec<u8>) -> String {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let address: SocketAddr = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        read_request(&mut stream).await;
+        // A client that has seen enough may have left.
+        let _ = stream.write_all(&answer).await;
+    });
+    format!("http://{address}")
+}
+
+/// Reads head and body, so that closing does not reset what is still unread.
+async fn read_request(stream: &mut TcpStream) -> Vec<u8> {
+    let mut request = Vec::new();
+    loop {
+        let mut part = [0; 1024];
+        let n = stream.read(&mut part).await.unwrap();
+        request.extend_from_slice(&part[..n]);
+        if n == 0 || request.ends_with(b"}") {
+            return request;
+        }
+    }
+}
+
+fn http(status: &str, headers: &str, body: &[u8]) -> Vec<u8> {
+    let length = body.len();
+    let head = format!("HTTP/1.1 {status}\r\ncontent-length: {length}\r\n{headers}\r\n");
+    [head.as_bytes(), body].concat()
+}
+
+// Good paths.
+
+#[tokio::test]
+async fn a_token_is_issued_with_its_end_and_its_address() {
+    let simulator = simulator().await;
+    let before = simulator.now();
+    let issued = issue(&client(&simulator.base_url())).await.unwrap();
+    assert_eq!(simulator.live_token(ID).as_deref(), Some(issued.access_token.expose()));
+    assert_eq!(issued.allowed_ip.as_deref(), Some("127.0.0.1"));
+    // The claims drop the milliseconds, and `Date` counts whole seconds.
+    let hour = TimeDelta::hours(1);
+    assert!(issued.expires_at > before + hour - TimeDelta::seconds(2));
+    assert!(issued.expires_at <= simulator.now() + hour);
+    assert!(issued.skew_ms.unwrap() <= 0);
+}
+
+#[tokio::test]
+async fn tokens_of_one_second_differ_and_the_newer_ends_the_older() {
+    let clock = ManualClock::new(DateTime::from_timestamp_millis(1_717_135_001_944).unwrap());
+    let clock = Clock::Manual(clock);
+    let options = Options { clock: clock.clone(), ..options() };
+    let simulator = Simulator::start_on_loopback(options).await.unwrap();
+    let client = client_with(&simulator.base_url(), PATIENT, clock);
+    let first = issue(&client).await.unwrap();
+    let second = issue(&client).await.unwrap();
+    assert!(!simulator.is_live(first.access_token.expose()));
+    assert!(simulator.is_live(second.access_token.expose()));
+
+    simulator.set_faults(Faults { new_token_ends_older: false, ..simulator.faults() });
+    let third = issue(&client).await.unwrap();
+    assert!(simulator.is_live(second.access_token.expose()));
+    assert!(simulator.is_live(third.access_token.expose()));
+    assert_eq!((simulator.issued(ID), simulator.requests()), (3, 3));
+}
+
+#[tokio::test]
+async fn the_request_says_what_the_api_wants_and_no_more() {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let url = format!("http://{}/api/1.1/", listener.local_addr().unwrap());
+    let server = tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        String::from_utf8(read_request(&mut stream).await).unwrap()
+    });
+    issue(&client(&url)).await.unwrap_err();
+    let request = server.await.unwrap();
+    let (head, body) = request.split_once("\r\n\r\n").unwrap();
+    assert!(head.starts_with("POST /api/1.1/token HTTP/1.1\r\n"), "{head}");
+    assert_eq!(body, format!(r#"{{"clientId":"{ID}","clientSecret":"{SECRET}"}}"#));
+    let mut names: Vec<_> =
+        head.lines().skip(1).map(|line| line.split_once(':').unwrap().0.to_lowercase()).collect();
+    names.sort();
+    assert_eq!(names, ["accept", "content-length", "content-type", "host", "user-agent"]);
+}
+
+#[tokio::test]
+async fn a_number_as_end_is_read_too() {
+    let end = 4_000_000_000_000_i64;
+    let body = format!(r#"{{"expiresIn":{end},"accessToken":"opaque"}}"#);
+    let clock = ManualClock::new(DateTime::from_timestamp_millis(end - 60_000).unwrap());
+    let url = answering(http("200 OK", "", body.as_bytes())).await;
+    let issued = issue(&client_with(&url, PATIENT, Clock::Manual(clock))).await.unwrap();
+    assert_eq!(issued.expires_at.timestamp_millis(), end);
+    assert_eq!((issued.allowed_ip, issued.skew_ms), (None, None));
+}
+
+#[tokio::test]
+async fn an_upstream_whose_clock_is_ten_minutes_off_issues_tokens_that_end_in_time() {
+    let clock = ManualClock::new(DateTime::from_timestamp(1_717_135_001, 0).unwrap());
+    let clock = Clock::Manual(clock);
+    let simulator =
+        Simulator::start_on_loopback(Options { clock: clock.clone(), ..options() }).await.unwrap();
+    let client = client_with(&simulator.base_url(), PATIENT, clock.clone());
+    for (skew, life) in [(600, 3_600), (-600, 3_000), (0, 3_600)] {
+        simulator.set_faults(Faults { clock_skew_seconds: skew, ..Faults::default() });
+        let issued = issue(&client).await.unwrap();
+        assert_eq!(issued.skew_ms, Some(skew * 1_000));
+        assert_eq!(issued.expires_at, clock.now() + TimeDelta::seconds(life), "skew {skew}");
+    }
+}
+
+#[tokio::test]
+async fn localhost_is_this_machine() {
+    let simulator = simulator().await;
+    let url = format!("http://localhost:{}/api/1.1", simulator.address().port());
+    assert!(issue(&client(&url)).await.is_ok());
+}
+
+#[tokio::test]
+async fn the_call_comes_from_the_address_that_is_set() {
+    let simulator = simulator().await;
+    let bind_address: IpAddr = "127.0.0.2".parse().unwrap();
+    let settings = Settings {
+        target: simulator.base_url().parse().unwrap(),
+        bind_address: Some(bind_address),
+        proxy: None,
+        timeout: PATIENT,
+    };
+    let issued = issue(&Client::new(settings, Clock::System).unwrap()).await.unwrap();
+    assert_eq!(issued.allowed_ip.as_deref(), Some("127.0.0.2"));
+    assert_eq!(simulator.last_peer(), Some(bind_address));
+}
+
+// Promise 16: the upstream's host is fixed.
+
+#[test]
+fn another_host_is_refused() {
+    for host in ["http://192.0.2.1/api/1.1", "https://api.rcsbizcenter.com", "http://example.com"] {
+        assert!(host.parse::<Target>().is_err(), "{host}");
+    }
+}
+
+#[tokio::test]
+async fn a_redirect_is_not_followed_by_a_single_byte() {
+    let elsewhere = Forbidden::listen();
+    for status in ["301", "302", "303", "307", "308"] {
+        let location = format!("location: {}/token\r\n", elsewhere.url());
+        let url = answering(http(&format!("{status} Elsewhere"), &location, b"")).await;
+        let error = issue(&client(&url)).await.unwrap_err();
+        assert_eq!(error.class, FailureClass::Malformed, "{status}");
+        assert!(elsewhere.saw_nothing(), "{status}");
+    }
+}
+
+#[test]
+fn the_proxies_of_the_environment_are_not_used() {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let simulator = runtime.block_on(simulator());
+    let proxy = Forbidden::listen();
+    // Variables can be set safely for a new process only: this binary again, with one test.
+    let mut child = Command::new(env::current_exe().unwrap());
+    child.args(["--exact", "upstream::in_an_environment_with_proxies_one_token_is_issued"]);
+    child.env(CHILD_UPSTREAM, simulator.base_url());
+    for name in ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"] {
+        child.env(name, proxy.url()).env(name.to_lowercase(), proxy.url());
+    }
+    // With REQUEST_METHOD set, some clients ignore HTTP_PROXY; with NO_PROXY, all do.
+    for name in ["NO_PROXY", "no_proxy", "REQUEST_METHOD"] {
+        child.env_remove(name);
+    }
+    let output = child.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    assert_eq!(simulator.issued(ID), 1);
+    assert!(proxy.saw_nothing());
+}
+
+/// Does nothing unless the test above runs it.
+#[tokio::test]
+async fn in_an_environment_with_proxies_one_token_is_issued() {
+    if let Ok(upstream) = env::var(CHILD_UPSTREAM) {
+        issue(&client(&upstream)).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn an_explicit_proxy_is_used() {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let proxy = format!("http://{}", listener.local_addr().unwrap());
+    let upstream = Forbidden::listen();
+    let server = tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        String::from_utf8(read_request(&mut stream).await).unwrap()
+    });
+    let settings = Settings {
+        target: upstream.url().parse().unwrap(),
+        bind_address: None,
+        proxy: Some(proxy.parse().unwrap()),
+        timeout: PATIENT,
+    };
+    issue(&Client::new(settings, Clock::System).unwrap()).await.unwrap_err();
+    let expected = format!("POST {}/token HTTP/1.1\r\n", upstream.url());
+    assert!(server.await.unwrap().starts_with(&expected));
+    assert!(upstream.saw_nothing());
+}
+
+// Promise 17: no bad answer yields a token. Failures of a credential come with it.
+
+#[tokio::test]
+async fn every_misbehaviour_of_the_upstream_has_its_class() {
+    use FailureClass::{EgressRejected, Malformed, RateLimited, Rejected, Unreachable};
+    let simulator = simulator().await;
+    let (patient, impatient) = (
+        client_with(&simulator.base_url(), PATIENT, Clock::System),
+        client_with(&simulator.base_url(), IMPATIENT, Clock::System),
+    );
+    let refuse = |status, code: &str| Answer::Refuse { status, code: code.to_owned() };
+    // The answer, its class, whether a token may have been issued, and whether it was.
+    for (answer, class, may_have_issued, issued) in [
+        (Answer::Html, Malformed, true, false),
+        (Answer::Empty, Malformed, true, false),
+        (Answer::TruncatedJson, Malformed, true, true),
+        (Answer::BrokenOff, Malformed, true, true),
+        (Answer::PastExpiry, Malformed, true, true),
+        (Answer::FarFutureExpiry, Malformed, true, true),
+        (Answer::ExpiresInDuration, Malformed, true, true),
+        (Answer::HugeBody, Malformed, true, true),
+        (Answer::Redirect { to: "http://127.0.0.1:9/".into() }, Malformed, true, false),
+        (Answer::SlowDrip, Unreachable, true, true),
+        (Answer::Hang, Unreachable, true, false),
+        (Answer::IssueThenHang, Unreachable, true, true),
+        (Answer::Reset, Unreachable, true, false),
+        (Answer::IssueThenReset, Unreachable, true, true),
+        (Answer::Unavailable { status: 503 }, Unreachable, true, false),
+        (Answer::Unavailable { status: 403 }, EgressRejected, true, false),
+        (Answer::RateLimited { retry_after: None }, RateLimited, false, false),
+        (refuse(401, "61005"), Rejected, false, false),
+        (refuse(401, "61006"), Rejected, false, false),
+        (refuse(400, "64304"), Rejected, false, false),
+        (refuse(401, "61099"), EgressRejected, false, false),
+    ] {
+        let never_whole = matches!(answer, Answer::SlowDrip | Answer::Hang | Answer::IssueThenHang);
+        let client = if never_whole { &impatient } else { &patient };
+        simulator.script(ID, [answer.clone()]);
+        let before = simulator.issued(ID);
+        let error = issue(client).await.unwrap_err();
+        assert_eq!((error.class, error.may_have_issued), (class, may_have_issued), "{answer:?}");
+        assert_eq!(simulator.issued(ID) - before, u64::from(issued), "{answer:?}");
+        assert!(!format!("{error} {error:?}").contains("canary"), "{answer:?}");
+    }
+    assert!(issue(&patient).await.is_ok());
+}
+
+#[tokio::test]
+async fn raw_answers_that_are_not_one_token_yield_none() {
+    use FailureClass::{Malformed, RateLimited, Unreachable};
+    let good = br#"{"expiresIn":"4000000000000","accessToken":"canary"}"#;
+    let oversize = [&good[..good.len() - 1], &b" ".repeat(MAX_BODY)[..], b"}"].concat();
+    let chunked = |body: &str| {
+        let head = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n";
+        format!("{head}{body}").into_bytes()
+    };
+    let clock = ManualClock::new(DateTime::from_timestamp(3_999_996_400, 0).unwrap());
+    for (what, answer, class) in [
+        ("nothing", vec![], Unreachable),
+        ("not HTTP", b"canary\r\n\r\n".to_vec(), Unreachable),
+        ("half a head", b"HTTP/1.1 200 OK\r\ncontent-le".to_vec(), Unreachable),
+        ("a token with 202", http("202 Accepted", "", good), Malformed),
+        ("a token with 500", http("500 Oops", "", good), Unreachable),
+        ("a token too long", http("200 OK", "", &oversize), Malformed),
+        (
+            "less than announced",
+            b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{".into(),
+            Malformed,
+        ),
+        ("chunks without an end", chunked("5\r\n{\"exp\r\n"), Malformed),
+        ("chunks of nonsense", chunked("zz\r\n"), Malformed),
+        (
+            "a lead of the clock beyond the end",
+            http("200 OK", "date: Fri, 31 Dec 9999 23:59:59 GMT\r\n", good),
+            Malformed,
+        ),
+        (
+            "a 429 that breaks off",
+            b"HTTP/1.1 429 No\r\ncontent-length: 99\r\n\r\n{".into(),
+            RateLimited,
+        ),
+    ] {
+        let url = answering(answer).await;
+        let client = client_with(&url, PATIENT, Clock::Manual(clock.clone()));
+        let error = issue(&client).await.unwrap_err();
+        assert_eq!(error.class, class, "{what}");
+        assert!(!format!("{error} {error:?}").contains("canary"), "{what}");
+    }
+    // And the same token in a good answer is one.
+    let url = answering(http("200 OK", "", good)).await;
+    assert!(issue(&client_with(&url, PATIENT, Clock::Manual(clock))).await.is_ok());
+}
+
+#[tokio::test]
+async fn a_connection_refused_has_issued_nothing() {
+    let gone = Forbidden::listen().url();
+    let error = issue(&client(&gone)).await.unwrap_err();
+    assert_eq!((error.class, error.may_have_issued), (FailureClass::Unreachable, false));
+    assert_eq!(error.message, "the upstream cannot be reached: connection refused");
+}
+
+#[tokio::test]
+async fn a_connection_that_never_comes_about_has_issued_nothing() {
+    // A listener with a full queue: the kernel leaves further connections unanswered.
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let listener = socket.listen(1).unwrap();
+    let address = listener.local_addr().unwrap();
+    let mut queued = Vec::new();
+    let mut unanswered = 0;
+    while unanswered < 2 {
+        match tokio::time::timeout(IMPATIENT, TcpStream::connect(address)).await {
+            Ok(stream) => queued.push(stream.unwrap()),
+            Err(_) => unanswered += 1,
+        }
+    }
+    let client = client_with(&format!("http://{address}"), IMPATIENT, Clock::System);
+    let error = issue(&client).await.unwrap_err();
+    assert_eq!((error.class, error.may_have_issued), (FailureClass::Unreachable, false));
+    assert_eq!(error.message, "the upstream cannot be reached: connecting took too long");
+}
+
+#[tokio::test]
+async fn an_upstream_that_does_not_speak_tls_has_issued_nothing() {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let url = format!("https://{}", listener.local_addr().unwrap());
+    let server = tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let mut hello = [0; 1024];
+        let n = stream.read(&mut hello).await.unwrap();
+        stream.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await.unwrap();
+        hello[..n].to_vec()
+    });
+    let error = issue(&client(&url)).await.unwrap_err();
+    assert_eq!((error.class, error.may_have_issued), (FailureClass::Unreachable, false));
+    assert_eq!(error.message, "the upstream cannot be reached: the TLS handshake failed");
+    assert!(!String::from_utf8_lossy(&server.await.unwrap()).contains("canary"));
+}
+
+#[tokio::test]
+async fn credentials_and_addresses_are_refused_as_documented() {
+    let simulator = simulator().await;
+    let client = client(&simulator.base_url());
+    let attempt = async |id: &str, secret: &str| {
+        let error = client.issue(&id.parse().unwrap(), &ClientSecret::new(secret).unwrap()).await;
+        let error = error.unwrap_err();
+        (error.class, error.code.unwrap_or_default(), error.may_have_issued)
+    };
+    assert_eq!(attempt("nobody", SECRET).await, (FailureClass::Rejected, "61005".into(), false));
+    assert_eq!(attempt(ID, "wrong").await, (FailureClass::Rejected, "61006".into(), false));
+    simulator.lock_account(ID, true);
+    assert_eq!(attempt(ID, SECRET).await, (FailureClass::EgressRejected, "61091".into(), false));
+    simulator.lock_account(ID, false);
+    simulator.set_faults(Faults { allowed_addresses: Some(vec![]), ..Faults::default() });
+    assert_eq!(attempt(ID, SECRET).await, (FailureClass::EgressRejected, "61090".into(), false));
+    assert_eq!((simulator.attempts(ID), simulator.issued(ID)), (3, 0));
+}
+
+#[tokio::test]
+async fn a_rate_limit_says_how_long_to_wait() {
+    let simulator = simulator().await;
+    simulator.script(ID, [Answer::RateLimited { retry_after: Some("7".into()) }]);
+    let error = issue(&client(&simulator.base_url())).await.unwrap_err();
+    assert_eq!(error.retry_after, Some(Duration::from_secs(7)));
+}
+
+// The simulator itself.
+
+/// One request by hand: method, path, further head lines, body; the status and the body of the answer.
+async fn call(simulator: &Simulator, request: &str, head: &str, body: &str) -> (u16, String) {
+    let mut stream = TcpStream::connect(simulator.address()).await.unwrap();
+    let length = body.len();
+    let request = format!(
+        "{request} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{head}content-length: {length}\r\n\r\n{body}"
+    );
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
+}
+
+#[tokio::test]
+async fn a_token_can_be_tried_until_it_ends_or_is_replaced() {
+    let manual = ManualClock::new(DateTime::from_timestamp_millis(1_717_135_001_944).unwrap());
+    let clock = Clock::Manual(manual.clone());
+    let simulator =
+        Simulator::start_on_loopback(Options { clock: clock.clone(), ..options() }).await.unwrap();
+    let client = client_with(&simulator.base_url(), PATIENT, clock);
+    let whoami = async |head: &str| call(&simulator, "GET /api/1.1/whoami", head, "").await;
+    let bearer = |issued: &IssuedToken| {
+        format!("authorization: Bearer {}\r\n", issued.access_token.expose())
+    };
+    let first = issue(&client).await.unwrap();
+    assert_eq!(whoami(&bearer(&first)).await, (200, format!(r#"{{"userId":"{ID}"}}"#)));
+    let second = issue(&client).await.unwrap();
+    for (head, code) in [
+        (bearer(&first), "61003"),
+        ("authorization: Bearer x.y.z\r\n".into(), "61003"),
+        ("authorization: Basic eA==\r\n".into(), "61002"),
+        (String::new(), "61001"),
+    ] {
+        let (status, body) = whoami(&head).await;
+        assert!(status == 401 && body.contains(code), "{head} {body}");
+    }
+    manual.advance(Duration::from_hours(1));
+    let (status, body) = whoami(&bearer(&second)).await;
+    assert!(status == 401 && body.contains("61004"), "{body}");
+}
+
+#[tokio::test]
+async fn accounts_and_faults_are_changed_over_http_while_it_runs() {
+    let simulator = simulator().await;
+    let client = client(&simulator.base_url());
+    let (status, _) =
+        call(&simulator, "PUT /simulator/accounts/other", "", r#"{"client_secret":"SK.o"}"#).await;
+    assert_eq!(status, 204);
+    let other =
+        client.issue(&"other".parse().unwrap(), &ClientSecret::new("SK.o").unwrap()).await.unwrap();
+
+    let token = serde_json::json!({"token": other.access_token.expose()}).to_string();
+    let (_, live) = call(&simulator, "POST /simulator/live", "", &token).await;
+    assert!(live.contains(r#""live":true"#) && live.contains(r#""client_id":"other""#), "{live}");
+
+    let (status, faults) =
+        call(&simulator, "PATCH /simulator/faults", "", r#"{"token_life":"10s"}"#).await;
+    assert!(status == 200 && faults.contains(r#""token_life":"10s""#), "{faults}");
+    let (_, faults) = call(&simulator, "PUT /simulator/faults", "", r#"{"answer":"html"}"#).await;
+    assert!(faults.contains(r#""token_life":"1h""#), "{faults}");
+    assert_eq!(issue(&client).await.unwrap_err().class, FailureClass::Malformed);
+    let (status, fault) = call(&simulator, "PUT /simulator/faults", "", r#"{"answr":1}"#).await;
+    assert!(status == 400 && fault.contains("answr"), "{fault}");
+
+    let script = r#"{"script":["issue",{"rate_limited":{}}]}"#;
+    let (status, _) = call(&simulator, &format!("PUT /simulator/accounts/{ID}"), "", script).await;
+    assert_eq!(status, 204);
+    assert!(issue(&client).await.is_ok());
+    assert_eq!(issue(&client).await.unwrap_err().class, FailureClass::RateLimited);
+
+    let (_, accounts) = call(&simulator, "GET /simulator/accounts", "", "").await;
+    let accounts: serde_json::Value = serde_json::from_str(&accounts).unwrap();
+    assert_eq!(accounts[0]["client_id"], ID);
+    assert_eq!((&accounts[0]["attempts"], &accounts[0]["issued"]), (&3.into(), &1.into()));
+    let (_, counts) = call(&simulator, "GET /simulator/counts", "", "").await;
+    let counts: serde_json::Value = serde_json::from_str(&counts).unwrap();
+    assert_eq!((&counts["requests"], &counts["issued"]), (&4.into(), &2.into()));
+
+    assert_eq!(call(&simulator, "DELETE /simulator/accounts/other", "", "").await.0, 204);
+    assert!(!simulator.is_live(other.access_token.expose()));
+    assert_eq!(call(&simulator, "POST /simulator/reset", "", "").await.0, 204);
+    assert_eq!((simulator.requests(), simulator.faults()), (0, Faults::default()));
+    assert!(issue(&client).await.is_ok());
+}
+
+#[tokio::test]
+async fn a_token_is_issued_even_when_its_client_has_given_up() {
+    let simulator = simulator().await;
+    simulator.set_faults(Faults { latency: 2 * IMPATIENT, ..Faults::default() });
+    let client = client_with(&simulator.base_url(), IMPATIENT, Clock::System);
+    let error = issue(&client).await.unwrap_err();
+    assert_eq!((error.class, error.may_have_issued), (FailureClass::Unreachable, true));
+    tokio::time::timeout(PATIENT, async {
+        while simulator.issued(ID) == 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await
+    .unwrap();
+}
+
+#[tokio::test]
+async fn shutting_down_ends_what_hangs() {
+    let simulator = simulator().await;
+    simulator.set_faults(Faults { answer: Answer::Hang, ..Faults::default() });
+    let client = client(&simulator.base_url());
+    let hanging = tokio::spawn(async move { issue(&client).await });
+    while simulator.attempts(ID) == 0 {
+        tokio::task::yield_now().await;
+    }
+    simulator.shutdown().await;
+    assert_eq!(hanging.await.unwrap().unwrap_err().class, FailureClass::Unreachable);
+}
