@@ -131,12 +131,8 @@ impl Desk {
         record.trace_id = trace_id_of(request.headers());
         let draft = Draft::new(record);
 
-        let (admitted, record_within) = match self.admit(&request, method, arrived, &draft) {
-            Ok((deadline, context)) => {
-                (Ok((deadline, context)), deadline.left_for_record(RECORD_WITHIN))
-            }
-            Err(refusal) => (Err(refusal), RECORD_WITHIN),
-        };
+        let admitted = self.admit(&request, method, arrived, &draft);
+        let deadline = admitted.as_ref().map_or(Deadline::Never, |(deadline, _)| *deadline);
         // A method that panics is a call like any other: it is recorded.
         let responding = AssertUnwindSafe(respond(inner, request, admitted, &gone, &draft));
         let response = responding.catch_unwind().await.unwrap_or_else(|_| {
@@ -145,7 +141,8 @@ impl Desk {
         });
         let code = code_of(&response);
         let (record, token_ends) = draft.finish(outcome(code), arrived.elapsed());
-        let recorded = self.journal.append(record).durable(record_within).await;
+        let within = deadline.left_for_record(RECORD_WITHIN);
+        let recorded = self.journal.append(record).durable(within).await;
         let response = match recorded {
             Err(_) => Status::from(Refusal::AuditUnavailable).into_http(),
             // The wait for the record may have outlived the token.
@@ -242,4 +239,152 @@ fn code_of(response: &Response<Body>) -> Code {
         .headers()
         .get("grpc-status")
         .map_or(Code::Ok, |status| Code::from_bytes(status.as_bytes()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use tempfile::TempDir;
+    use tower::service_fn;
+
+    use super::*;
+    use crate::{
+        audit::journal::JournalSettings,
+        bearer::Bearer,
+        caller::{Caller, CallerId},
+        clock::ManualClock,
+        state_dir::StateDir,
+        store::callers::{Credential, Proof},
+        token::Token,
+    };
+
+    /// A desk with one caller, and a journal in a directory of its own.
+    struct Office {
+        desk: Arc<Desk>,
+        bearer: Bearer,
+        manual: ManualClock,
+        state_dir: StateDir,
+        _home: TempDir,
+    }
+
+    impl Office {
+        fn open() -> Self {
+            let manual = ManualClock::new(Clock::System.now());
+            let clock = Clock::Manual(manual.clone());
+            let home = TempDir::new().unwrap();
+            let state_dir = StateDir::open(home.path()).unwrap();
+            let journal =
+                Journal::open(&state_dir, JournalSettings::default(), clock.clone()).unwrap();
+            let bearer = Bearer::generate();
+            let directory = Directory::default();
+            directory.replace(vec![Credential {
+                caller: Arc::new(Caller {
+                    id: CallerId(1),
+                    name: "demo".into(),
+                    enabled: true,
+                    rate_limit: None,
+                    grants: vec![],
+                }),
+                proof: Proof::BearerSha256(bearer.sha256()),
+                ends_at: None,
+            }]);
+            let desk = Desk {
+                journal,
+                directory: Arc::new(directory),
+                rates: CallerRates::default(),
+                default_rate: 1_000,
+                default_deadline: Duration::from_mins(1),
+                longest_deadline: Duration::from_mins(1),
+                clock,
+                epoch: Instant::now(),
+                metrics: Arc::new(Metrics::new("test")),
+                calls: TaskTracker::new(),
+            };
+            Self { desk: Arc::new(desk), bearer, manual, state_dir, _home: home }
+        }
+
+        /// What becomes of a `GetToken` that `method` answers: the status, and the journal's text.
+        async fn call<F>(
+            &self,
+            method: impl Fn(CallContext) -> F + Clone + Send + 'static,
+        ) -> (Code, String)
+        where
+            F: Future<Output = ()> + Send + 'static,
+        {
+            let inner = service_fn(move |request: Request<Body>| {
+                let context = request.extensions().get::<CallContext>().unwrap().clone();
+                let answered = method(context);
+                async move {
+                    answered.await;
+                    Ok::<_, Infallible>(Response::new(Body::empty()))
+                }
+            });
+            let request = Request::builder()
+                .uri("/token_broker.v1.TokenService/GetToken")
+                .header("authorization", format!("Bearer {}", self.bearer.expose()))
+                .body(Body::empty())
+                .unwrap();
+            let response = Recorded::new(inner, self.desk.clone()).call(request).await.unwrap();
+            self.desk.journal.close().await;
+            let segments = fs::read_dir(self.state_dir.journal_dir()).unwrap();
+            let text = segments
+                .map(|segment| segment.unwrap().path())
+                .filter(|path| path.extension().is_some_and(|it| it == "jsonl"))
+                .map(|path| fs::read_to_string(path).unwrap())
+                .collect();
+            (code_of(&response), text)
+        }
+    }
+
+    #[tokio::test]
+    async fn a_token_that_ends_while_its_record_is_written_does_not_leave() {
+        let office = Office::open();
+        let mut token = Token::example(7, 1);
+        token.expires_at = office.desk.clock.now() + chrono::TimeDelta::seconds(1);
+        let manual = office.manual.clone();
+        let (code, journal) = office
+            .call(move |context| {
+                context.draft.token(&token);
+                // Time passes between the decision and the commit of the record.
+                manual.advance(Duration::from_secs(1));
+                async {}
+            })
+            .await;
+        assert_eq!(code, Code::Unavailable);
+        assert!(journal.contains("\"generation\":7"), "{journal}");
+    }
+
+    #[tokio::test]
+    async fn a_live_token_leaves_once_its_record_is_durable() {
+        let office = Office::open();
+        let mut token = Token::example(7, 1);
+        token.expires_at = office.desk.clock.now() + chrono::TimeDelta::seconds(1);
+        let (code, journal) = office
+            .call(move |context| {
+                context.draft.token(&token);
+                async {}
+            })
+            .await;
+        assert_eq!(code, Code::Ok);
+        assert!(journal.contains("\"outcome\":\"ok\""), "{journal}");
+    }
+
+    #[tokio::test]
+    async fn a_call_that_panics_is_recorded_as_internal() {
+        let office = Office::open();
+        let (code, journal) =
+            office.call(|_| async { panic!("a fault that the test is about") }).await;
+        assert_eq!(code, Code::Internal);
+        assert!(journal.contains("\"outcome\":\"internal\""), "{journal}");
+    }
+
+    #[tokio::test]
+    async fn a_call_that_cannot_be_recorded_is_not_answered() {
+        let office = Office::open();
+        office.desk.journal.close().await;
+        let (code, journal) = office.call(|_| async {}).await;
+        assert_eq!(code, Code::Unavailable);
+        assert!(!journal.contains("get_token"), "{journal}");
+    }
 }
