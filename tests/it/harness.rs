@@ -2,6 +2,7 @@
 
 pub(crate) mod broker;
 pub(crate) mod database;
+#[cfg(feature = "embedded-postgres")]
 pub(crate) mod process;
 
 use std::time::{Duration, Instant};

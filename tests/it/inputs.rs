@@ -2,9 +2,7 @@
 //! kept; a secret that does not open concerns its own account alone.
 
 use sqlx::{AssertSqlSafe, PgPool, postgres::PgDatabaseError};
-use token_broker::{
-    account::ClientId, seal::IntakePublicKey, secret::ClientSecret, store::Database,
-};
+use token_broker::{account::ClientId, seal::IntakePublicKey, secret::ClientSecret};
 
 use crate::harness::{
     broker::{World, refusal},
@@ -304,9 +302,11 @@ async fn the_servers_log_shows_no_secret_of_a_refused_row() {
     let postgres = crate::harness::database::start_own().await;
     // Everything that a server may log of an error, but for the statement.
     let url = postgres.url(token_broker::dev::postgres::DATABASE);
-    let database =
-        Database::new(&format!("{url}&options=-c%20log_error_verbosity%3Dverbose"), "test")
-            .unwrap();
+    let database = token_broker::store::Database::new(
+        &format!("{url}&options=-c%20log_error_verbosity%3Dverbose"),
+        "test",
+    )
+    .unwrap();
     database.migrate().await.unwrap();
     let pool = database.pool(1);
 

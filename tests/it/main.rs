@@ -8,6 +8,7 @@ mod audit;
 mod inputs;
 #[cfg(feature = "embedded-postgres")]
 mod postgres;
+#[cfg(feature = "embedded-postgres")]
 mod processes;
 mod promises;
 mod refresh;
