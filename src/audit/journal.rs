@@ -1,7 +1,7 @@
 //! The journal: an append that a call can wait for, durable in groups, one hash chain for each start.
 //!
 //! Callers push to [`queue`] and wait for a commit; one thread, [`writer`], numbers and hashes what
-//! is there and has it on disk at one stroke; [`recover`] is what a start finds; [`reader`] reads
+//! is there and has it on disk at one stroke; `recover` is what a start finds; [`reader`] reads
 //! back what is durable, for delivery. [`catalog`] knows the segments, [`segment`] their format.
 
 mod catalog;
