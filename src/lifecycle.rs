@@ -12,6 +12,8 @@ use crate::app::App;
 pub struct Signals {
     interrupt: Signal,
     terminate: Signal,
+    /// One came that nobody has acted on yet.
+    pending: bool,
 }
 
 impl Signals {
@@ -23,19 +25,23 @@ impl Signals {
         Ok(Self {
             interrupt: signal(SignalKind::interrupt())?,
             terminate: signal(SignalKind::terminate())?,
+            pending: false,
         })
     }
 
     /// Waits for the next one.
     pub async fn next(&mut self) {
+        if std::mem::take(&mut self.pending) {
+            return;
+        }
         tokio::select! {
             _ = self.interrupt.recv() => {}
             _ = self.terminate.recv() => {}
         }
     }
 
-    /// A token that is cancelled by the next signal, for a start that may take long; the signals
-    /// come back from the task that waits.
+    /// Does `start` with a token that the next signal cancels. A start that is over all the same, as
+    /// when the signal came at its very end, leaves the signal to [`Signals::next`].
     pub async fn during<T>(&mut self, start: impl AsyncFnOnce(CancellationToken) -> T) -> T {
         let give_up = CancellationToken::new();
         let started = start(give_up.clone());
@@ -44,6 +50,7 @@ impl Signals {
             done = &mut started => return done,
             () = self.next() => give_up.cancel(),
         }
+        self.pending = true;
         started.await
     }
 }
