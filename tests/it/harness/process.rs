@@ -155,6 +155,18 @@ impl Process {
         kill(self.pid, signal).unwrap();
     }
 
+    /// Waits until it handles SIGINT. One that comes before ends it at once, or is lost where the
+    /// tests themselves were started with SIGINT ignored, as a shell does in the background.
+    pub(crate) async fn takes_signals(&self) {
+        eventually("its signal handlers", async || {
+            let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap();
+            let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap();
+            let caught = u64::from_str_radix(caught.trim(), 16).unwrap();
+            (caught & (1 << (Signal::SIGINT as i32 - 1)) != 0).then_some(())
+        })
+        .await;
+    }
+
     /// What a terminal does at Ctrl-C.
     pub(crate) fn interrupt(&self) {
         killpg(self.pid, Signal::SIGINT).unwrap();
