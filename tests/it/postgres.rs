@@ -2,7 +2,7 @@
 
 use std::{
     env, fs,
-    io::{self, BufRead, BufReader, Read, Write},
+    io::Read,
     os::unix::{
         fs::{MetadataExt, PermissionsExt},
         process::CommandExt,
@@ -121,41 +121,6 @@ async fn dropping_it_ends_it() {
     let (pid, place) = (postgres.pid(), postgres.directory().to_owned());
     drop(postgres);
     eventually("the server is gone", || !runs(pid) && !place.exists());
-}
-
-#[tokio::test]
-async fn sigkill_of_the_parent_leaves_no_process_and_no_directory() {
-    let mut parent = Command::new(env::current_exe().unwrap())
-        .args(["--exact", "postgres::child_that_holds_a_postgres", "--ignored", "--nocapture"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let lines = BufReader::new(parent.stdout.take().unwrap()).lines();
-    let told = lines.map(Result::unwrap).find_map(|line| {
-        let (_, told) = line.split_once("holds ")?;
-        Some(told.split(' ').map(str::to_owned).collect::<Vec<_>>())
-    });
-    let [server, guard, place] = &told.unwrap()[..] else { panic!("three words") };
-    let (server, guard) = (server.parse().unwrap(), guard.parse().unwrap());
-    assert!(runs(server) && runs(guard) && Path::new(place).exists());
-
-    parent.kill().unwrap();
-    parent.wait().unwrap();
-
-    eventually("the server is gone", || !runs(server));
-    eventually("the directory is gone", || !Path::new(place).exists());
-    eventually("the guard is gone", || !runs(guard));
-}
-
-#[tokio::test]
-#[ignore = "not a test: the parent in `sigkill_of_the_parent_leaves_no_process_and_no_directory`"]
-async fn child_that_holds_a_postgres() {
-    let postgres = start_own().await;
-    let (guard, place) = (postgres.guard_pid().unwrap(), postgres.directory().display());
-    writeln!(io::stdout(), "holds {} {guard} {place}", postgres.pid()).unwrap();
-    // Until killed; or until the test that started this was.
-    io::stdin().read_to_end(&mut Vec::new()).unwrap();
 }
 
 #[tokio::test]
