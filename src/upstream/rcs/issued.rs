@@ -1,0 +1,317 @@
+//! An answer that should be a token: its end, and what its claims say.
+
+use std::net::IpAddr;
+
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use chrono::{DateTime, NaiveDateTime, TimeDelta};
+use serde::Deserialize;
+use serde_json::Value;
+use zeroize::Zeroizing;
+
+use crate::{clock::Timestamp, secret::AccessToken, token::IssuedToken, upstream::IssueError};
+
+/// The longest life that is believed. The seen one is an hour; an end beyond this is a number read
+/// wrongly, and would be served long after the token is dead.
+pub const LONGEST_LIFE: TimeDelta = TimeDelta::hours(48);
+/// Korea is nine hours ahead of UTC and has no summer time.
+const KOREA: TimeDelta = TimeDelta::hours(9);
+
+/// Reads the answer of an issue, received at `now` from an upstream whose clock is `skew` ahead.
+pub(super) fn read(
+    body: &[u8],
+    skew: Option<TimeDelta>,
+    now: Timestamp,
+) -> Result<IssuedToken, IssueError> {
+    let mut answer: Value = serde_json::from_slice(body)
+        .map_err(|_| IssueError::malformed("the upstream's answer is not whole JSON"))?;
+    let access_token = answer
+        .get_mut("accessToken")
+        .map(Value::take)
+        .and_then(|token| if let Value::String(token) = token { Some(token) } else { None })
+        .map(Zeroizing::new)
+        .ok_or_else(|| IssueError::malformed("the upstream's answer has no accessToken"))?;
+    let access_token = AccessToken::new(&access_token).map_err(|_| {
+        IssueError::malformed("the upstream's accessToken is not 1 to 8192 visible characters")
+    })?;
+    let stated_end = answer.get("expiresIn").and_then(read_end).ok_or_else(|| {
+        IssueError::malformed("the upstream's expiresIn is not a time in milliseconds since 1970")
+    })?;
+
+    let claims = Claims::of(&access_token);
+    let lead = skew.unwrap_or_default().max(TimeDelta::zero());
+    if stated_end - now > LONGEST_LIFE + lead {
+        return Err(IssueError::malformed("the upstream's token ends further ahead than 48 hours"));
+    }
+    let expires_at =
+        end_by_our_clock(stated_end, &claims, lead, now).filter(|end| *end > now).ok_or_else(
+            || IssueError::malformed("the upstream's token has already ended by our clock"),
+        )?;
+    Ok(IssuedToken {
+        access_token,
+        expires_at,
+        allowed_ip: claims.allowed_ip,
+        skew_ms: skew.map(|skew| skew.num_milliseconds()),
+    })
+}
+
+/// The earliest of what the answer says: `expiresIn` and the claims' `expireDate`, each less the
+/// lead of the upstream's clock over ours; and `now` plus the life that the claims state, which
+/// holds whatever the clocks say. A lag of the upstream's clock is not added: that side is safe.
+fn end_by_our_clock(
+    stated_end: Timestamp,
+    claims: &Claims,
+    lead: TimeDelta,
+    now: Timestamp,
+) -> Option<Timestamp> {
+    let by_upstream =
+        claims.end.map_or(stated_end, |end| end.min(stated_end)).checked_sub_signed(lead)?;
+    let by_life = claims.life.map(|life| now + life.clamp(-LONGEST_LIFE, LONGEST_LIFE));
+    Some(by_life.map_or(by_upstream, |end| end.min(by_upstream)))
+}
+
+/// `expiresIn`: whatever its name says, a moment in milliseconds since 1970, as text or number.
+fn read_end(value: &Value) -> Option<Timestamp> {
+    let ms = match value {
+        Value::String(digits) if digits.bytes().all(|b| b.is_ascii_digit()) => {
+            digits.parse().ok()?
+        }
+        Value::Number(number) => number.as_i64()?,
+        _ => return None,
+    };
+    DateTime::from_timestamp_millis(ms)
+}
+
+/// What the JWT's payload says. Unverified text: whatever cannot be read is absent, not an error.
+#[derive(Debug, Default, PartialEq)]
+struct Claims {
+    end: Option<Timestamp>,
+    /// From `createDate` to `expireDate`, which needs no clock to agree with another.
+    life: Option<TimeDelta>,
+    allowed_ip: Option<String>,
+}
+
+impl Claims {
+    fn of(token: &AccessToken) -> Self {
+        Self::read(token.expose()).unwrap_or_default()
+    }
+
+    fn read(jwt: &str) -> Option<Self> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "camelCase")]
+        struct Payload {
+            #[serde(default)]
+            create_date: Value,
+            #[serde(default)]
+            expire_date: Value,
+            #[serde(default)]
+            allow_ip: Value,
+        }
+
+        let mut parts = jwt.split('.');
+        let (_, payload, _) = (parts.next()?, parts.next()?, parts.next()?);
+        if parts.next().is_some() {
+            return None;
+        }
+        let payload = URL_SAFE_NO_PAD.decode(payload).ok()?;
+        let payload: Payload = serde_json::from_slice(&payload).ok()?;
+        let end = payload.expire_date.as_str().and_then(korea_time);
+        let start = payload.create_date.as_str().and_then(korea_time);
+        Some(Self {
+            end,
+            life: end.zip(start).map(|(end, start)| end - start),
+            allowed_ip: payload
+                .allow_ip
+                .as_str()
+                .and_then(|ip| ip.parse::<IpAddr>().ok())
+                .map(|ip| ip.to_string()),
+        })
+    }
+}
+
+/// Reads `2024-05-31 15:56:41`, a time in Korea that does not say so.
+fn korea_time(text: &str) -> Option<Timestamp> {
+    let local = NaiveDateTime::parse_from_str(text, "%Y-%m-%d %H:%M:%S").ok()?;
+    Some(local.checked_sub_signed(KOREA)?.and_utc())
+}
+
+#[cfg(test)]
+mod tests {
+    use http::{HeaderMap, StatusCode, header};
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{
+        issue::FailureClass,
+        upstream::rcs::{
+            read,
+            tests::{ISSUED_MS, SAMPLE, answer, at, headers, jwt, ok},
+        },
+    };
+
+    #[test]
+    fn the_sample_is_read_as_text_and_as_number() {
+        for expires_in in ["\"1717138601944\"", "1717138601944"] {
+            let issued = ok(&HeaderMap::new(), &answer(expires_in, &jwt(SAMPLE))).unwrap();
+            // The claims drop the milliseconds, and the earlier end counts.
+            assert_eq!(issued.expires_at, at(1_717_138_601_000));
+            assert_eq!(issued.allowed_ip.as_deref(), Some("211.169.153.170"));
+            assert_eq!(issued.skew_ms, None);
+            assert_eq!(issued.access_token.expose(), jwt(SAMPLE));
+        }
+    }
+
+    #[test]
+    fn unknown_and_doubled_fields_do_no_harm() {
+        let body = br#"{"a":{},"expiresIn":"1","expiresIn":"1717138601944","accessToken":"t"}"#;
+        assert_eq!(ok(&HeaderMap::new(), body).unwrap().expires_at, at(1_717_138_601_944));
+    }
+
+    #[test]
+    fn unreadable_claims_are_absent_and_the_token_is_still_a_token() {
+        for token in [
+            "opaque",
+            "a.b",
+            "a.!!!.c",
+            "a.b.c.d",
+            &jwt("[]"),
+            &jwt("not json"),
+            &jwt(r#"{"expireDate":7,"createDate":null,"allowIp":["1.2.3.4"]}"#),
+            &jwt(r#"{"expireDate":"2024-05-31T15:56:41Z","allowIp":"1.2.3.4; drop"}"#),
+        ] {
+            let issued = ok(&HeaderMap::new(), &answer("1717138601944", token)).unwrap();
+            assert_eq!(issued.expires_at, at(1_717_138_601_944), "{token}");
+            assert_eq!(issued.allowed_ip, None, "{token}");
+        }
+    }
+
+    #[test]
+    fn the_earlier_end_counts() {
+        let claims = jwt(r#"{"expireDate":"2024-05-31 15:00:00"}"#);
+        let issued = ok(&HeaderMap::new(), &answer("1717138601944", &claims)).unwrap();
+        assert_eq!(issued.expires_at, at(1_717_135_200_000));
+        // The claims end later than expiresIn.
+        let issued = ok(&HeaderMap::new(), &answer("1717135100000", &jwt(SAMPLE))).unwrap();
+        assert_eq!(issued.expires_at, at(1_717_135_100_000));
+    }
+
+    #[test]
+    fn a_lead_of_the_upstreams_clock_shortens_the_life_and_a_lag_does_not_lengthen_it() {
+        let body = answer("1717138601944", "t");
+        let ten_minutes_ahead = headers(&[(header::DATE, "Fri, 31 May 2024 06:06:41 GMT")]);
+        let issued = ok(&ten_minutes_ahead, &body).unwrap();
+        assert_eq!(issued.skew_ms, Some(599_056));
+        assert_eq!(issued.expires_at, at(1_717_138_601_944 - 599_056));
+        let ten_minutes_behind = headers(&[(header::DATE, "Fri, 31 May 2024 05:46:41 GMT")]);
+        let issued = ok(&ten_minutes_behind, &body).unwrap();
+        assert_eq!(issued.skew_ms, Some(-600_944));
+        assert_eq!(issued.expires_at, at(1_717_138_601_944));
+        let unreadable = headers(&[(header::DATE, "yesterday")]);
+        assert_eq!(ok(&unreadable, &body).unwrap().skew_ms, None);
+    }
+
+    #[test]
+    fn the_stated_life_holds_where_the_clocks_disagree_unseen() {
+        // Our clock is half an hour behind, and no Date says so: an hour is still an hour.
+        let now = at(ISSUED_MS - 1_800_000);
+        let body = answer("1717138601944", &jwt(SAMPLE));
+        let issued = read(StatusCode::OK, &HeaderMap::new(), &body, now).unwrap();
+        assert_eq!(issued.expires_at, now + TimeDelta::hours(1));
+    }
+
+    #[test]
+    fn an_answer_that_cannot_be_believed_yields_no_token() {
+        let cases = [
+            String::new(),
+            "null".into(),
+            "[]".into(),
+            "<html>canary</html>".into(),
+            r#"{"expiresIn":"1717138601944","accessToken":"canary"#.into(),
+            r#"{"expiresIn":"1717138601944"}"#.into(),
+            r#"{"accessToken":"canary"}"#.into(),
+            r#"{"expiresIn":"1717138601944","accessToken":["canary"]}"#.into(),
+            r#"{"expiresIn":"1717138601944","accessToken":""}"#.into(),
+            r#"{"expiresIn":"1717138601944","accessToken":"canary\r\nX: y"}"#.into(),
+            r#"{"error":{"code":"61006","message":"canary"},"status":401}"#.into(),
+        ];
+        let ends = [
+            "\"1717135001944\"",
+            "1717135001943",
+            "\"3600\"",
+            "3600",
+            "-1",
+            "0",
+            "\"\"",
+            "\" 1717138601944\"",
+            "\"+1717138601944\"",
+            "1717138601944.5",
+            "1.7e12",
+            "true",
+            "null",
+            "{}",
+            "1717138601",
+            "1717307801945",
+            "99999999999999999999",
+            "\"99999999999999999999\"",
+            "9223372036854775807",
+        ];
+        let ends = ends.map(|end| String::from_utf8(answer(end, "canary")).unwrap());
+        for body in cases.iter().chain(&ends) {
+            let error = ok(&HeaderMap::new(), body.as_bytes()).unwrap_err();
+            assert_eq!(error.class, FailureClass::Malformed, "{body}");
+            assert!(error.may_have_issued && error.code.is_none(), "{body}");
+            assert!(!format!("{error} {error:?}").contains("canary"), "{body}");
+        }
+    }
+
+    #[test]
+    fn claims_that_end_before_they_begin_yield_no_token() {
+        let claims = r#"{"createDate":"2024-05-31 15:56:41","expireDate":"2024-05-31 15:50:00"}"#;
+        let error = ok(&HeaderMap::new(), &answer("1717138601944", &jwt(claims))).unwrap_err();
+        assert_eq!(error.class, FailureClass::Malformed);
+    }
+
+    #[test]
+    fn a_life_of_48_hours_is_believed_and_no_longer_one() {
+        let end = ISSUED_MS + LONGEST_LIFE.num_milliseconds();
+        assert!(ok(&HeaderMap::new(), &answer(&end.to_string(), "t")).is_ok());
+        assert!(ok(&HeaderMap::new(), &answer(&(end + 1).to_string(), "t")).is_err());
+    }
+
+    /// Bodies that come close to the right one, with any text in each place.
+    fn near_answers() -> impl Strategy<Value = Vec<u8>> {
+        let end = prop_oneof![
+            any::<i64>().prop_map(|n| n.to_string()),
+            (ISSUED_MS - 1_000_000_000..ISSUED_MS + 1_000_000_000).prop_map(|n| n.to_string()),
+            "\\PC{0,30}".prop_map(|text| format!("{text:?}")),
+        ];
+        let date = prop_oneof![
+            "[+-]?[0-9]{1,6}-[0-9]{1,2}-[0-9]{1,2} [0-9]{1,2}:[0-9]{2}:[0-9]{2}",
+            "20[0-9]{2}-0[1-9]-[0-2][0-9] [0-1][0-9]:[0-5][0-9]:[0-5][0-9]",
+            "\\PC{0,20}",
+        ];
+        (end, date.clone(), date, "\\PC{0,20}").prop_map(|(end, created, ended, ip)| {
+            let claims = serde_json::json!(
+                {"createDate": created, "expireDate": ended, "allowIp": ip}
+            );
+            answer(&end, &jwt(&claims.to_string()))
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn no_body_yields_a_token_that_has_ended_or_lives_beyond_belief(
+            body in near_answers(), year in 1_i32..10_000, dated: bool,
+        ) {
+            let now = at(ISSUED_MS);
+            let mut given = HeaderMap::new();
+            if dated {
+                let date = format!("31 May {year:04} 05:56:41 GMT");
+                given.insert(header::DATE, date.parse().unwrap());
+            }
+            if let Ok(issued) = read(StatusCode::OK, &given, &body, now) {
+                prop_assert!(issued.expires_at > now);
+                prop_assert!(issued.expires_at <= now + LONGEST_LIFE);
+            }
+        }
+    }
+}
