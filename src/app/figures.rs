@@ -4,7 +4,7 @@ use std::sync::{Arc, atomic::Ordering};
 
 use chrono::TimeDelta;
 
-use super::World;
+use super::world::World;
 use crate::{
     issue::AccountState,
     ops::{Check, Readiness},

@@ -1,15 +1,16 @@
-//! What the settings come to.
+//! What a broker is made of, and what the settings come to.
 
-use std::{sync::Arc, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use super::Plan;
+use ipnet::IpNet;
+
 use crate::{
     audit::journal::{JournalSettings, Sync},
     clock::Clock,
     config::{AuditSync, Settings},
     schedule::Policy,
     seal::Keyring,
-    store::StoreError,
+    store::{Database, StoreError},
     upstream::Settings as UpstreamSettings,
 };
 
@@ -19,6 +20,46 @@ const CONNECTIONS: u32 = 10;
 const SEGMENT: u64 = 64 << 20;
 /// How long delivered segments are kept, for whoever ships them elsewhere too.
 const KEPT: Duration = Duration::from_hours(7 * 24);
+
+/// All that a broker is made of.
+pub struct Plan {
+    /// Where the database is.
+    pub database: Database,
+    /// How many connections refresh and following share.
+    pub connections: u32,
+    /// Whether to bring the schema up to date first.
+    pub migrate: bool,
+    /// The journal's and the instance's home.
+    pub state_dir: PathBuf,
+    /// The keys.
+    pub keyring: Arc<Keyring>,
+    /// The upstream.
+    pub upstream: UpstreamSettings,
+    /// Whether the upstream ends older tokens when it issues a new one.
+    pub ends_older: bool,
+    /// Attempts a second of all replicas together.
+    pub upstream_rate: f64,
+    /// Attempts at once of all replicas together.
+    pub upstream_concurrency: usize,
+    /// The addresses that tokens should name; empty for any.
+    pub expected_egress: Vec<IpNet>,
+    /// When tokens are replaced.
+    pub policy: Policy,
+    /// The audit journal.
+    pub journal: JournalSettings,
+    /// Calls a second of a caller that has no rate of its own.
+    pub caller_rate: u32,
+    /// The deadline of a call that brings none.
+    pub default_deadline: Duration,
+    /// The longest deadline that a call may bring.
+    pub longest_deadline: Duration,
+    /// How long connections may take to end.
+    pub drain: Duration,
+    /// How long grants are trusted without the database.
+    pub max_staleness: Duration,
+    /// Time.
+    pub clock: Clock,
+}
 
 impl Plan {
     /// The plan that `settings` ask for, with the keys of `keyring`.
