@@ -12,11 +12,12 @@ pub mod tokens;
 use std::{str::FromStr, time::Duration};
 
 use sqlx::{
-    PgPool,
+    Connection, PgPool,
     migrate::{Migrate, MigrateError, Migrator},
     postgres::{PgConnectOptions, PgPoolOptions, PgSslMode},
 };
 use thiserror::Error;
+use tokio::time::timeout;
 
 /// The migrations that this release brings.
 static MIGRATIONS: Migrator = sqlx::migrate!();
@@ -24,6 +25,9 @@ static MIGRATIONS: Migrator = sqlx::migrate!();
 /// How long a statement may take before the server ends it: a hung statement must not hold a
 /// worker.
 const STATEMENT_TIMEOUT: &str = "30s";
+
+/// How long a connection that is given back to the pool has to answer.
+const ANSWER_WITHIN: Duration = Duration::from_secs(5);
 
 /// What can go wrong with the database. No message holds a row, a parameter or a URL.
 #[derive(Debug, Error)]
@@ -92,7 +96,7 @@ const STEP_WITHIN: Duration = Duration::from_secs(10);
 /// The step's own, too.
 pub async fn within<T>(step: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
     let late = |_| Err(StoreError::Unreachable("no answer within 10 s".into()));
-    tokio::time::timeout(STEP_WITHIN, step).await.unwrap_or_else(late)
+    timeout(STEP_WITHIN, step).await.unwrap_or_else(late)
 }
 
 /// Where the database is and how it is reached, checked but not yet connected.
@@ -145,6 +149,14 @@ impl Database {
         PgPoolOptions::new()
             .max_connections(connections)
             .acquire_timeout(Duration::from_secs(5))
+            // A connection that is given back is asked whether it still answers, for which sqlx has
+            // no limit. One that fell silent would keep its place in the pool until TCP gives up.
+            .after_release(|connection, _| {
+                Box::pin(async move {
+                    let answers = timeout(ANSWER_WITHIN, connection.ping()).await;
+                    answers.unwrap_or(Err(sqlx::Error::PoolTimedOut)).map(|()| true)
+                })
+            })
             .connect_lazy_with(self.options.clone())
     }
 

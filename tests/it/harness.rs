@@ -2,8 +2,10 @@
 
 pub(crate) mod broker;
 pub(crate) mod database;
+pub(crate) mod http;
 #[cfg(feature = "embedded-postgres")]
 pub(crate) mod process;
+pub(crate) mod proxy;
 
 use std::time::{Duration, Instant};
 

@@ -6,6 +6,7 @@ mod harness;
 mod accounts;
 mod audit;
 mod inputs;
+mod outages;
 #[cfg(feature = "embedded-postgres")]
 mod postgres;
 #[cfg(feature = "embedded-postgres")]

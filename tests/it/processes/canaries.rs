@@ -20,7 +20,8 @@ use crate::harness::{
     broker::Client,
     database::start_own,
     eventually,
-    process::{Site, http, run},
+    http::http,
+    process::{Site, run},
 };
 
 /// As much as can be asked for; more than what `trace` alone turns on.

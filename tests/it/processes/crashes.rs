@@ -120,10 +120,7 @@ async fn while_postgres_stands_still_tokens_are_served_and_their_records_come_la
         store::Database,
     };
 
-    use crate::harness::{
-        database::start_own,
-        process::{Standstill, http},
-    };
+    use crate::harness::{database::start_own, http::http, process::Standstill};
 
     let postgres = start_own().await;
     let url = postgres.url(DATABASE);

@@ -14,7 +14,8 @@ use tonic_health::pb::{
 
 use crate::harness::{
     eventually,
-    process::{Process, http, open_directory, processes_about, program, sh},
+    http::http,
+    process::{Process, open_directory, processes_about, program, sh},
 };
 
 /// All the places where a `dev` could leave something.

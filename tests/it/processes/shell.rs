@@ -8,7 +8,8 @@ use serde_json::Value;
 use crate::harness::{
     database::TestDatabase,
     eventually,
-    process::{Process, Site, http, program},
+    http::http,
+    process::{Process, Site, program},
 };
 
 const SIMULATED: &str = r#"[
