@@ -25,6 +25,7 @@ use crate::{
         Database, StoreError, accounts, callers,
         changes::{self, Change, Listener},
         instances::{self, Heartbeat},
+        leases,
     },
 };
 
@@ -99,6 +100,8 @@ impl Follower {
     /// When the database cannot be read.
     pub async fn start(&self) -> Result<String, StoreError> {
         let snapshot = changes::snapshot(&self.pool).await?;
+        // The state directory is ours alone, so an earlier process of this instance is gone.
+        leases::give_back_all(&self.pool, &self.identity.instance).await?;
         self.seal_intake().await?;
         let accounts = self.loader.all().await?;
         self.load_callers().await?;

@@ -306,6 +306,27 @@ pub async fn give_back(pool: &PgPool, lease: &Lease) -> Result<(), StoreError> {
     Ok(())
 }
 
+/// Gives back what leases `instance` has from an earlier process, which must be gone. Their attempts
+/// stay without an end: they may have issued. Rows that somebody else holds keep theirs.
+///
+/// # Errors
+/// When the database cannot be reached.
+pub async fn give_back_all(pool: &PgPool, instance: &str) -> Result<(), StoreError> {
+    sqlx::query!(
+        "-- store::leases::give_back_all
+        with free as (
+            select account_id from refreshes where lease_owner = $1 for update skip locked
+        )
+        update refreshes set lease_owner = null, lease_until = null,
+            changed = pg_current_xact_id()
+        from free where refreshes.account_id = free.account_id",
+        instance,
+    )
+    .execute(pool)
+    .await?;
+    Ok(())
+}
+
 /// Marks the stored token as possibly ended: by an issue that could not be stored, or, where
 /// `reported` names its generation, by what a caller reports of it. A token of another generation
 /// than the reported one is left alone.

@@ -153,6 +153,40 @@ async fn an_attempt_without_an_end_is_issued_anew_after_its_lease() {
 }
 
 #[tokio::test]
+async fn a_restarted_replica_does_not_wait_for_the_leases_of_its_earlier_process() {
+    let world = World::new().await;
+    let bearer = world.caller("demo", &["*"]).await;
+    world.register("acme", "id-1", "SK.1").await;
+    world.register("bmce", "id-2", "SK.2").await;
+    let broker = world.start().await;
+    let client = broker.client(&bearer).await;
+    let (acme, bmce) = (client.get("acme").await.unwrap(), client.get("bmce").await.unwrap());
+    broker.stop().await;
+    // As if it had been killed during one call, and another replica during the other.
+    let instance = std::fs::read_to_string(world.state.path().join("instance")).unwrap();
+    world
+        .database
+        .sql(&format!(
+            "update refreshes set attempt_ended_at = null, lease_id = lease_id + 1,
+                 lease_until = now() + interval '1 hour',
+                 lease_owner = case when account_id = (select id from accounts where name = 'acme')
+                     then '{}' else 'another' end",
+            instance.trim()
+        ))
+        .await;
+
+    // The other's lease is one of two attempts at once; that of the process that is gone is none.
+    let broker = world.start_with(Plan { upstream_concurrency: 2, ..world.plan() }).await;
+    let client = broker.client(&bearer).await;
+    eventually("a new token", async || {
+        client.get("acme").await.ok().filter(|token| token.generation > acme.generation)
+    })
+    .await;
+    assert_eq!(client.get("bmce").await.unwrap().generation, bmce.generation);
+    broker.stop().await;
+}
+
+#[tokio::test]
 async fn malformed_answers_never_displace_a_token() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["*"]).await;
