@@ -1,6 +1,7 @@
 //! The composition of the whole: what `serve` and `dev` run, and what the tests run in process.
 
 mod figures;
+mod health;
 mod plan;
 mod world;
 
@@ -13,11 +14,11 @@ use std::{
     time::Duration,
 };
 
+use health::Health;
 pub use plan::Plan;
 use thiserror::Error;
 use tokio::{net::TcpListener, task::JoinHandle, time::timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tonic_health::{ServingStatus, server::HealthReporter};
 use tracing::{info, warn};
 use world::World;
 
@@ -28,7 +29,6 @@ use crate::{
     },
     clock::Clock,
     ops,
-    proto::token_service_server::SERVICE_NAME,
     seal::SealError,
     state_dir::{StateDir, StateDirError},
     store::StoreError,
@@ -87,7 +87,7 @@ pub struct App {
     pub ops_address: SocketAddr,
     journal: Journal,
     clock: Clock,
-    health: HealthReporter,
+    health: Health,
     ready: Arc<AtomicBool>,
     /// Ends the front door, the streams and the refresher.
     stop: CancellationToken,
@@ -158,8 +158,7 @@ impl App {
     /// journal is delivered as far as the database is there.
     pub async fn stop(self) {
         self.ready.store(false, Ordering::Relaxed);
-        self.health.set_service_status("", ServingStatus::NotServing).await;
-        self.health.set_service_status(SERVICE_NAME, ServingStatus::NotServing).await;
+        self.health.stop().await;
         self.stop.cancel();
         for task in self.serving {
             let _ = task.await;

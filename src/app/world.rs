@@ -13,10 +13,10 @@ use std::{
 use sqlx::PgPool;
 use tokio::{net::TcpListener, task::JoinHandle, time::Instant};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tonic_health::{ServingStatus, server::HealthReporter};
+use tonic_health::server::HealthReporter;
 use tracing::{error, info, warn};
 
-use super::{DELIVER_WITHIN, Plan, RECORD_WITHIN, StartError, figures};
+use super::{DELIVER_WITHIN, Plan, RECORD_WITHIN, StartError, figures, health::Health};
 use crate::{
     audit::{
         journal::Journal,
@@ -32,7 +32,6 @@ use crate::{
     limit::CallerRates,
     load::Loader,
     ops::Ops,
-    proto::token_service_server::SERVICE_NAME,
     refresh::{Issuing, Refresher, Waker},
     state_dir::StateDir,
     store::{StoreError, accounts, instances, leases::Claimant},
@@ -61,7 +60,7 @@ pub(super) struct World {
 
 /// What runs once everything was loaded.
 pub(super) struct Started {
-    pub(super) health: HealthReporter,
+    pub(super) health: Health,
     pub(super) stop: CancellationToken,
     pub(super) stop_delivery: CancellationToken,
     pub(super) serving: Vec<JoinHandle<()>>,
@@ -155,8 +154,7 @@ impl World {
         );
         let delivery =
             watch("deliver", &stop_delivery, Box::pin(shipper.run(stop_delivery.clone())));
-        health.set_service_status("", ServingStatus::Serving).await;
-        health.set_service_status(SERVICE_NAME, ServingStatus::Serving).await;
+        let health = Health::follow(health, self.journal.clone()).await;
         self.ready.store(true, Ordering::Relaxed);
         info!(grpc = ?grpc_address, "ready");
         Ok(Started { health, stop, stop_delivery, serving, following, delivery, calls, failed })
