@@ -9,7 +9,7 @@ pub use decide::{Ask, ReportOutcome};
 use decide::{Decision, decide, judge_report};
 pub use refusal::Refusal;
 use sqlx::PgPool;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep_until};
 use tracing::warn;
 
 use crate::{
@@ -19,6 +19,7 @@ use crate::{
     clock::{Clock, Timestamp},
     directory::Directory,
     issue::AccountState,
+    reach::Reach,
     refresh::Waker,
     schedule::Policy,
     store::{callers::Proof, leases},
@@ -41,6 +42,8 @@ pub struct Broker {
     pub policy: Policy,
     /// How long grants are trusted without the database.
     pub max_staleness: Duration,
+    /// Whether tokens can be issued without the database, while it is away.
+    pub reach: Arc<Reach>,
     /// Whom to wake when somebody waits.
     pub waker: Waker,
     /// Where a report is noted, for all replicas.
@@ -77,18 +80,21 @@ impl Broker {
         // Armed before the look, so that no change falls between the look and the wait.
         let mut changes = None;
         loop {
-            match decide(&slot.view(), &ask, &self.policy, self.clock.now()) {
+            let standing = self.reach.standing();
+            match decide(&slot.view(), &ask, &self.policy, standing, self.clock.now()) {
                 Decision::Serve(token) => return Ok(token),
                 Decision::Refuse(refusal) => return Err(refusal),
                 Decision::Wait => {}
             }
-            let Some(changes) = &mut changes else {
-                changes = Some(slot.changes());
+            let Some((changes, reach)) = &mut changes else {
+                changes = Some((slot.changes(), self.reach.changes()));
                 self.waker.wake(slot.id());
                 continue;
             };
-            if timeout_at(deadline, changes.changed()).await.is_err() {
-                return self.too_late(&slot, &ask);
+            tokio::select! {
+                _ = changes.changed() => {}
+                _ = reach.changed() => {}
+                () = sleep_until(deadline) => return self.too_late(&slot, &ask),
             }
         }
     }
@@ -131,9 +137,9 @@ impl Broker {
             Ok(Ok(())) => {}
             Ok(Err(error)) => {
                 warn!(%account, %error, "a report cannot be noted");
-                return Err(Refusal::Unavailable { retry_after: REPORT_WITHIN });
+                return Err(Refusal::DatabaseUnavailable { retry_after: REPORT_WITHIN });
             }
-            Err(_) => return Err(Refusal::Unavailable { retry_after: REPORT_WITHIN }),
+            Err(_) => return Err(Refusal::DatabaseUnavailable { retry_after: REPORT_WITHIN }),
         }
         self.cache.update(&slot, |view| {
             let mut view = view.clone();

@@ -4,9 +4,12 @@
 use std::{sync::Arc, time::Duration};
 
 use sqlx::PgPool;
-use tokio::{sync::Notify, time::timeout};
+use tokio::{
+    sync::Notify,
+    time::{Instant, timeout},
+};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info, warn};
+use tracing::{debug, info};
 
 use crate::{
     account::AccountId,
@@ -18,26 +21,29 @@ use crate::{
     clock::{Clock, Timestamp},
     directory::Directory,
     load::Loader,
+    reach::Reach,
     refresh::Waker,
     seal::{Keyring, SEALED_PREFIX},
     secret::ClientSecret,
     store::{
-        Database, StoreError, accounts, callers,
+        Database, StoreError,
+        accounts::{self, Intake},
+        callers,
         changes::{self, Change, Listener},
         instances::{self, Heartbeat},
-        leases,
+        leases, within,
     },
 };
 
 /// How often everything is looked at; a notification only makes it sooner. The contract promises
 /// that an admin's statement takes effect within a second.
 const POLL: Duration = Duration::from_millis(500);
-/// The longest that one look may take before the database counts as hung.
-const LOOK_WITHIN: Duration = Duration::from_secs(10);
 /// The pause before a lost listening connection is made anew.
 const LISTEN_AGAIN: Duration = Duration::from_secs(1);
 /// How often the replica tells that it lives, and when accounts were last asked for.
 const HEARTBEAT: Duration = Duration::from_secs(10);
+/// A replica that has not told so for this long is not there: three heartbeats were missed.
+const ABSENT_AFTER: Duration = Duration::from_secs(30);
 /// For how many accounts that is told at once.
 const NOTED: usize = 500;
 /// How many changes are written into the audit log at once.
@@ -63,7 +69,7 @@ pub struct Identity {
 enum Retake {
     /// Those that it took are in the journal.
     No,
-    /// Taking was cut off, by an error or a timeout: what was taken is not known.
+    /// Taking was cut off by an error: what was taken is not known.
     CutOff,
     /// Once so many records of this start, and all of earlier starts, are in Postgres.
     After(u64),
@@ -85,6 +91,8 @@ pub struct Follower {
     pub cache: Arc<Cache>,
     /// The callers.
     pub directory: Arc<Directory>,
+    /// Where it is told whether the database answers.
+    pub reach: Arc<Reach>,
     /// The refresher.
     pub waker: Waker,
     /// The audit log.
@@ -105,6 +113,8 @@ impl Follower {
         self.seal_intake().await?;
         let accounts = self.loader.all().await?;
         self.load_callers().await?;
+        // Before anything is issued, the others can know that we are there, and we of them.
+        self.tell().await?;
         info!(accounts, "accounts and callers are loaded");
         Ok(snapshot)
     }
@@ -140,26 +150,11 @@ impl Follower {
 
     /// Looks again and again. Never ends.
     async fn poll(&self, mut snapshot: String, notified: &Notify) {
-        let mut away = false;
         // What this instance took before it was stopped, and did not record, is taken again once.
         let mut retake = Retake::After(0);
         loop {
-            match timeout(LOOK_WITHIN, self.look(&mut snapshot, &mut retake)).await {
-                Ok(Ok(())) => {
-                    if std::mem::take(&mut away) {
-                        info!("the database is back");
-                    }
-                }
-                Ok(Err(error)) => {
-                    if !std::mem::replace(&mut away, true) {
-                        warn!(%error, "changes cannot be followed; serving what is known");
-                    }
-                }
-                Err(_) => {
-                    if !std::mem::replace(&mut away, true) {
-                        warn!("the database hangs; serving what is known");
-                    }
-                }
+            if let Err(error) = self.look(&mut snapshot, &mut retake).await {
+                self.reach.lost(&error.to_string());
             }
             tokio::select! {
                 () = tokio::time::sleep(POLL) => {}
@@ -175,7 +170,7 @@ impl Follower {
     /// all that the journal held has arrived in Postgres: until then `retake` has none taken.
     async fn look(&self, snapshot: &mut String, retake: &mut Retake) -> Result<(), StoreError> {
         self.seal_intake().await?;
-        let committed = changes::since(&self.pool, snapshot).await?;
+        let committed = within(changes::since(&self.pool, snapshot)).await?;
         if !committed.accounts.is_empty() {
             self.loader.these(&committed.accounts).await?;
             for id in &committed.accounts {
@@ -187,6 +182,7 @@ impl Follower {
         }
         *snapshot = committed.snapshot;
         self.directory.confirm(self.clock.now());
+        self.reach.found();
         let again = match *retake {
             Retake::No if !committed.unrecorded => return Ok(()),
             Retake::No => false,
@@ -211,38 +207,50 @@ impl Follower {
     }
 
     async fn load_callers(&self) -> Result<(), StoreError> {
-        self.directory.replace(callers::load(&self.pool).await?);
+        self.directory.replace(within(callers::load(&self.pool)).await?);
         self.directory.confirm(self.clock.now());
         Ok(())
     }
 
     async fn seal_intake(&self) -> Result<(), StoreError> {
-        let sealed = accounts::seal_intake(&self.pool, |intake| {
-            let secret = if intake.value.starts_with(SEALED_PREFIX) {
-                let opened = self.keyring.open_intake(&intake.client_id, &intake.value);
-                opened.map_err(|error| error.to_string())?
-            } else {
-                ClientSecret::new(&intake.value).map_err(|error| error.to_string())?
-            };
-            Ok(self.keyring.seal_secret(intake.id, intake.version, &secret))
-        })
-        .await?;
+        let mut sealed = 0;
+        loop {
+            let batch =
+                within(accounts::seal_intake(&self.pool, |intake| self.seal(intake))).await?;
+            if batch == 0 {
+                break;
+            }
+            sealed += batch;
+        }
         if sealed > 0 {
             info!(accounts = sealed, "secrets were sealed and the intake column emptied");
         }
         Ok(())
     }
 
+    /// Seals what an admin wrote for its row, or says why it cannot be.
+    fn seal(&self, intake: &Intake) -> Result<Vec<u8>, String> {
+        let secret = if intake.value.starts_with(SEALED_PREFIX) {
+            let opened = self.keyring.open_intake(&intake.client_id, &intake.value);
+            opened.map_err(|error| error.to_string())?
+        } else {
+            ClientSecret::new(&intake.value).map_err(|error| error.to_string())?
+        };
+        Ok(self.keyring.seal_secret(intake.id, intake.version, &secret))
+    }
+
     /// Writes changes into the audit log until there are none left.
     async fn record_changes(&self, again: bool) -> Result<(), StoreError> {
         loop {
-            let taken = changes::take(&self.pool, &self.identity.instance, again, CHANGES).await?;
+            let taken = changes::take(&self.pool, &self.identity.instance, again, CHANGES);
+            let taken = within(taken).await?;
             let more = taken.len() >= usize::try_from(CHANGES).unwrap_or(usize::MAX);
             let records: Vec<_> =
                 taken.into_iter().map(|change| self.journal.append(record(&change))).collect();
+            let until = Instant::now() + RECORD_WITHIN;
             for appended in records {
                 // A record that is not a call is kept until it can be written.
-                let _ = appended.durable(RECORD_WITHIN).await;
+                let _ = appended.durable(until.saturating_duration_since(Instant::now())).await;
             }
             // Taken again, a full batch would be the same one: the rest waits for the next start.
             if !more || again {
@@ -255,12 +263,14 @@ impl Follower {
     /// ends.
     async fn beat(&self) {
         loop {
-            self.tell().await;
             tokio::time::sleep(HEARTBEAT).await;
+            if let Err(error) = within(self.tell()).await {
+                debug!(%error, "the heartbeat cannot be told");
+            }
         }
     }
 
-    async fn tell(&self) {
+    async fn tell(&self) -> Result<(), StoreError> {
         let beat = Heartbeat {
             instance: &self.identity.instance,
             replica: self.identity.replica,
@@ -269,18 +279,12 @@ impl Follower {
             started_at: self.identity.started_at,
         };
         let (ids, moments) = self.requests_since(self.clock.now() - 2 * HEARTBEAT);
-        let told = async {
-            instances::beat(&self.pool, &beat).await?;
-            for (ids, moments) in ids.chunks(NOTED).zip(moments.chunks(NOTED)) {
-                accounts::note_requests(&self.pool, ids, moments).await?;
-            }
-            Ok::<(), StoreError>(())
-        };
-        match timeout(LOOK_WITHIN, told).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => debug!(%error, "the heartbeat cannot be told"),
-            Err(_) => debug!("the heartbeat cannot be told: the database hangs"),
+        instances::beat(&self.pool, &beat).await?;
+        self.reach.met(instances::others(&self.pool, beat.instance, ABSENT_AFTER).await?);
+        for (ids, moments) in ids.chunks(NOTED).zip(moments.chunks(NOTED)) {
+            accounts::note_requests(&self.pool, ids, moments).await?;
         }
+        Ok(())
     }
 
     /// The accounts that were asked for since `since`, and when.

@@ -8,7 +8,7 @@
 //! | 4 whole | [`config`], [`lifecycle`], [`app`], [`cli`] | settings, signals, composition, commands |
 //! | 3 faces | [`grpc`], [`ops`] | what callers and probes touch |
 //! | 2 work | [`broker`], [`refresh`], [`follow`], [`load`] | answering, issuing ahead, following changes |
-//! | 1 means | [`seal`], [`bearer`], [`cache`], [`directory`], [`limit`], [`upstream`], [`state_dir`], [`audit`], [`store`], [`telemetry`] | each outside thing, known by one of them |
+//! | 1 means | [`seal`], [`bearer`], [`cache`], [`directory`], [`limit`], [`reach`], [`upstream`], [`state_dir`], [`audit`], [`store`], [`telemetry`] | each outside thing, known by one of them |
 //! | 0 words | [`clock`], [`account`], [`caller`], [`secret`], [`token`], [`issue`], [`schedule`], [`proto`] | what is spoken of; pure decisions |
 //! | aside | [`dev`] | the embedded world of `dev` and `simulate` |
 
@@ -32,6 +32,7 @@ pub mod limit;
 pub mod load;
 pub mod ops;
 pub mod proto;
+pub mod reach;
 pub mod refresh;
 pub mod schedule;
 pub mod seal;

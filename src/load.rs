@@ -19,6 +19,9 @@ use crate::{
     token::Token,
 };
 
+/// How many accounts are loaded at once.
+const PAGE: usize = 1_000;
+
 /// Brings the cache to what the database has.
 #[derive(Debug)]
 pub struct Loader {
@@ -64,6 +67,13 @@ impl Loader {
     /// # Errors
     /// When the database cannot be read.
     pub async fn these(&self, ids: &[i64]) -> Result<(), StoreError> {
+        for page in ids.chunks(PAGE) {
+            self.page(page).await?;
+        }
+        Ok(())
+    }
+
+    async fn page(&self, ids: &[i64]) -> Result<(), StoreError> {
         let _turn = self.turn.lock().await;
         let loaded = within(accounts::load(&self.pool, ids)).await?;
         let found: BTreeSet<_> = loaded.iter().map(|loaded| loaded.account.id).collect();

@@ -14,7 +14,7 @@ use std::{str::FromStr, time::Duration};
 use sqlx::{
     Connection, PgPool,
     migrate::{Migrate, MigrateError, Migrator},
-    postgres::{PgConnectOptions, PgPoolOptions, PgSslMode},
+    postgres::{PgConnectOptions, PgPoolOptions, PgSslMode, types::PgInterval},
 };
 use thiserror::Error;
 use tokio::time::timeout;
@@ -97,6 +97,15 @@ const STEP_WITHIN: Duration = Duration::from_secs(10);
 pub async fn within<T>(step: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
     let late = |_| Err(StoreError::Unreachable("no answer within 10 s".into()));
     timeout(STEP_WITHIN, step).await.unwrap_or_else(late)
+}
+
+/// A duration as Postgres takes it.
+fn interval(duration: Duration) -> PgInterval {
+    PgInterval {
+        months: 0,
+        days: 0,
+        microseconds: i64::try_from(duration.as_micros()).unwrap_or(i64::MAX),
+    }
 }
 
 /// Where the database is and how it is reached, checked but not yet connected.

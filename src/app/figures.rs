@@ -8,13 +8,12 @@ use super::world::World;
 use crate::{
     issue::AccountState,
     ops::{Check, Readiness},
+    reach::Standing,
     telemetry::{AccountFigures, JournalFigures},
 };
 
 /// The skew before the first issue.
 pub(super) const NO_SKEW: i64 = i64::MIN;
-/// When the database was last heard of longer ago than this, it is said to be away.
-const HEARD_WITHIN: std::time::Duration = std::time::Duration::from_secs(5);
 
 /// Has the metrics read the world at each scrape.
 pub(super) fn export(world: &World) {
@@ -60,7 +59,7 @@ fn count_of(figures: &mut AccountFigures, state: AccountState) -> &mut u64 {
 /// database and the upstream are told of, but not required: live tokens are served without them.
 pub(super) fn readiness(world: &World) -> Arc<dyn Fn() -> Readiness + Send + Sync> {
     let (cache, journal, clock) = (world.cache.clone(), world.journal.clone(), world.clock.clone());
-    let (directory, ready) = (world.directory.clone(), world.ready.clone());
+    let (reach, ready) = (world.reach.clone(), world.ready.clone());
     Arc::new(move || {
         let now = clock.now();
         let (mut live, mut unreachable) = (0, 0);
@@ -72,7 +71,8 @@ pub(super) fn readiness(world: &World) -> Arc<dyn Fn() -> Readiness + Send + Syn
         let accounts = cache.len();
         let serving = ready.load(Ordering::Relaxed);
         let writable = journal.is_writable();
-        let heard = directory.is_current(now, HEARD_WITHIN);
+        let standing = reach.standing();
+        let reached = standing == Standing::Reached;
         let undelivered = journal.stats().undelivered;
         let check = |name, ok, required, detail: String| Check { name, ok, required, detail };
         Readiness {
@@ -91,13 +91,18 @@ pub(super) fn readiness(world: &World) -> Arc<dyn Fn() -> Readiness + Send + Syn
                 ),
                 check(
                     "postgres",
-                    heard,
+                    reached,
                     false,
-                    words(heard, "followed", "not heard of; serving what is known"),
+                    match standing {
+                        Standing::Reached => "followed",
+                        Standing::Alone => "does not answer; issuing goes on without it",
+                        Standing::CutOff => "does not answer; serving what is known",
+                    }
+                    .to_owned(),
                 ),
                 check(
                     "delivery",
-                    heard,
+                    reached,
                     false,
                     format!("{undelivered} audit records wait for delivery"),
                 ),

@@ -8,6 +8,7 @@ use crate::{
     cache::View,
     clock::{Timestamp, delta, until_from},
     issue::FailureClass,
+    reach::Standing,
     schedule::Policy,
     token::{Generation, Token},
 };
@@ -38,7 +39,13 @@ pub(super) enum Decision {
 
 /// Decides on a call. A live token is served whatever the account's refresh state, unless the
 /// account is disabled; a wish for a longer or newer one is waited for while there is hope.
-pub(super) fn decide(view: &View, ask: &Ask, policy: &Policy, now: Timestamp) -> Decision {
+pub(super) fn decide(
+    view: &View,
+    ask: &Ask,
+    policy: &Policy,
+    standing: Standing,
+    now: Timestamp,
+) -> Decision {
     if view.removed {
         return Decision::Refuse(Refusal::NoSuchAccount);
     }
@@ -46,7 +53,7 @@ pub(super) fn decide(view: &View, ask: &Ask, policy: &Policy, now: Timestamp) ->
         return Decision::Refuse(Refusal::AccountDisabled);
     }
     let acceptable = view.live(now).filter(|token| token.generation > ask.newer_than);
-    let hopeless = hopeless(view, now);
+    let hopeless = hopeless(view, standing, now);
     match (acceptable, hopeless) {
         (Some(token), None) if is_short(token, ask, policy, now) => Decision::Wait,
         (Some(token), _) => Decision::Serve(token.clone()),
@@ -61,14 +68,17 @@ fn is_short(token: &Token, ask: &Ask, policy: &Policy, now: Timestamp) -> bool {
 }
 
 /// Why no new token will come soon; `None` while one may.
-fn hopeless(view: &View, now: Timestamp) -> Option<Refusal> {
+fn hopeless(view: &View, standing: Standing, now: Timestamp) -> Option<Refusal> {
     let progress = &view.progress;
+    let leased = progress.lease_until.is_some_and(|until| until > now);
+    if standing == Standing::CutOff && !leased {
+        return Some(Refusal::DatabaseUnavailable { retry_after: SOON });
+    }
     let failure = progress.current_failure(view.account.credential_version)?;
     let asked = view
         .account
         .reissue_requested_at
         .is_some_and(|at| progress.attempt_started_at.is_none_or(|started| started < at));
-    let leased = progress.lease_until.is_some_and(|until| until > now);
     if asked || leased {
         return None;
     }
@@ -198,7 +208,11 @@ mod tests {
 
     /// What was decided, in a word.
     fn decided(view: &View, ask: Ask, second: i64) -> &'static str {
-        match decide(view, &ask, &POLICY, at(second)) {
+        decided_while(Standing::Reached, view, ask, second)
+    }
+
+    fn decided_while(standing: Standing, view: &View, ask: Ask, second: i64) -> &'static str {
+        match decide(view, &ask, &POLICY, standing, at(second)) {
             Decision::Serve(_) => "serve",
             Decision::Wait => "wait",
             Decision::Refuse(Refusal::NoSuchAccount) => "no such account",
@@ -206,6 +220,7 @@ mod tests {
             Decision::Refuse(Refusal::CredentialRejected { .. }) => "rejected",
             Decision::Refuse(Refusal::EgressRejected { .. }) => "egress",
             Decision::Refuse(Refusal::UpstreamUnavailable { .. }) => "unavailable",
+            Decision::Refuse(Refusal::DatabaseUnavailable { .. }) => "database",
             Decision::Refuse(_) => "another",
         }
     }
@@ -249,6 +264,20 @@ mod tests {
         let mut view = failing(FailureClass::Rejected, None);
         view.account.credential_version = CredentialVersion(2);
         assert_eq!(decided(&view, ask(), 1_000), "wait");
+    }
+
+    #[test]
+    fn who_is_cut_off_serves_what_it_has_and_waits_only_for_what_is_under_way() {
+        let cut_off = |view: &View, ask, second| decided_while(Standing::CutOff, view, ask, second);
+        let hour = Ask { min_ttl: Duration::from_hours(1), ..ask() };
+        assert_eq!(cut_off(&view(), ask(), 999), "serve");
+        assert_eq!(cut_off(&view(), hour, 999), "serve");
+        assert_eq!(cut_off(&view(), ask(), 1_000), "database");
+        assert_eq!(decided_while(Standing::Alone, &view(), ask(), 1_000), "wait");
+        let mut under_way = view();
+        under_way.progress.lease_until = Some(at(1_020));
+        assert_eq!(cut_off(&under_way, ask(), 1_000), "wait");
+        assert_eq!(cut_off(&under_way, ask(), 1_020), "database");
     }
 
     #[test]
@@ -298,6 +327,9 @@ mod tests {
         fn an_ended_token_is_never_served(
             second in 0_i64..3_000, min_ttl in 0_u64..5_000, newer_than in 0_i64..10,
             failed in proptest::option::of(0_usize..6), next in 0_i64..4_000,
+            standing in proptest::sample::select(vec![
+                Standing::Reached, Standing::Alone, Standing::CutOff,
+            ]),
         ) {
             let view = failed.map_or_else(view, |class| {
                 failing(FailureClass::ALL[class], Some(at(next)))
@@ -306,7 +338,7 @@ mod tests {
                 min_ttl: Duration::from_secs(min_ttl),
                 newer_than: Generation(newer_than),
             };
-            if let Decision::Serve(token) = decide(&view, &ask, &POLICY, at(second)) {
+            if let Decision::Serve(token) = decide(&view, &ask, &POLICY, standing, at(second)) {
                 prop_assert!(token.expires_at > at(second));
                 prop_assert!(token.generation > ask.newer_than);
             }

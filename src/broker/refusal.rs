@@ -51,12 +51,15 @@ pub enum Refusal {
         /// When it is tried next.
         retry_after: Duration,
     },
-    /// Something the answer needs is away for the moment.
-    #[error("the broker cannot do this just now")]
-    Unavailable {
+    /// What the call needs would have to be written to the database, which does not answer.
+    #[error("the broker's database does not answer")]
+    DatabaseUnavailable {
         /// When to try again.
         retry_after: Duration,
     },
+    /// The token ended while the call was recorded.
+    #[error("the token ended before it could be answered")]
+    TokenEnded,
     /// The call cannot be recorded, so it is not answered.
     #[error("the call cannot be recorded")]
     AuditUnavailable,

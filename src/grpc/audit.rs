@@ -147,8 +147,7 @@ impl Desk {
             Err(_) => Status::from(Refusal::AuditUnavailable).into_http(),
             // The wait for the record may have outlived the token.
             Ok(()) if token_ends.is_some_and(|end| end <= self.clock.now()) => {
-                Status::from(Refusal::Unavailable { retry_after: Duration::from_secs(1) })
-                    .into_http()
+                Status::from(Refusal::TokenEnded).into_http()
             }
             Ok(()) => response,
         };

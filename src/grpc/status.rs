@@ -29,7 +29,8 @@ impl Refusal {
             | Self::CredentialRejected { .. }
             | Self::EgressRejected { .. } => Code::FailedPrecondition,
             Self::UpstreamUnavailable { .. }
-            | Self::Unavailable { .. }
+            | Self::DatabaseUnavailable { .. }
+            | Self::TokenEnded
             | Self::AuditUnavailable
             | Self::GrantsStale => Code::Unavailable,
             Self::CallerRate { .. } => Code::ResourceExhausted,
@@ -52,7 +53,8 @@ impl Refusal {
             Self::CredentialRejected { .. } => Some("CREDENTIAL_REJECTED"),
             Self::EgressRejected { .. } => Some("EGRESS_REJECTED"),
             Self::UpstreamUnavailable { .. } => Some("UPSTREAM_UNAVAILABLE"),
-            Self::Unavailable { .. } => Some("UNAVAILABLE"),
+            Self::DatabaseUnavailable { .. } => Some("DATABASE_UNAVAILABLE"),
+            Self::TokenEnded => Some("TOKEN_ENDED"),
             Self::AuditUnavailable => Some("AUDIT_UNAVAILABLE"),
             Self::GrantsStale => Some("GRANTS_STALE"),
             Self::CallerRate { .. } => Some("CALLER_RATE"),
@@ -62,9 +64,9 @@ impl Refusal {
     fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::UpstreamUnavailable { retry_after }
-            | Self::Unavailable { retry_after }
+            | Self::DatabaseUnavailable { retry_after }
             | Self::CallerRate { retry_after } => Some(*retry_after),
-            Self::AuditUnavailable | Self::GrantsStale => Some(RETRY),
+            Self::TokenEnded | Self::AuditUnavailable | Self::GrantsStale => Some(RETRY),
             _ => None,
         }
     }

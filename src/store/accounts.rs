@@ -204,70 +204,66 @@ pub struct Intake {
     pub value: zeroize::Zeroizing<String>,
 }
 
-/// Seals every waiting intake value with `seal` and empties the intake column, in one transaction a
-/// batch. Rows that another replica is sealing are passed over. Returns how many were sealed.
+/// Seals up to a hundred waiting intake values with `seal` and empties the intake column, in one
+/// transaction. Rows that another replica is sealing are passed over. Returns how many were sealed:
+/// none when there are no more.
 ///
 /// A value that `seal` refuses is emptied too: the account then shows the failure until an admin
 /// writes another.
 ///
 /// # Errors
-/// When the database cannot be reached; what was sealed before stays sealed.
+/// When the database cannot be reached.
 pub async fn seal_intake(
     pool: &PgPool,
     mut seal: impl FnMut(&Intake) -> Result<Vec<u8>, String>,
 ) -> Result<usize, StoreError> {
-    let mut sealed = 0;
-    loop {
-        let mut transaction = pool.begin().await?;
-        let rows = sqlx::query!(
-            r#"-- store::accounts::seal_intake
-            select id, client_id, credential_version, client_secret as "client_secret!"
-            from accounts where client_secret is not null
-            order by id limit 100 for update skip locked"#
+    let mut transaction = pool.begin().await?;
+    let rows = sqlx::query!(
+        r#"-- store::accounts::seal_intake
+        select id, client_id, credential_version, client_secret as "client_secret!"
+        from accounts where client_secret is not null
+        order by id limit 100 for update skip locked"#
+    )
+    .fetch_all(&mut *transaction)
+    .await?;
+    let sealed = rows.len();
+    for row in rows {
+        let value = row.client_secret.into();
+        let version = CredentialVersion(row.credential_version);
+        let sealed_value = match row.client_id.parse() {
+            Ok(client_id) => seal(&Intake { id: AccountId(row.id), client_id, version, value }),
+            Err(invalid) => Err(invalid.to_string()),
+        };
+        let (secret, refused) = match sealed_value {
+            Ok(secret) => (Some(secret), None),
+            Err(refused) => (None, Some(refused)),
+        };
+        sqlx::query!(
+            "-- store::accounts::seal_intake
+            update accounts set sealed_secret = $2, client_secret = null where id = $1",
+            row.id,
+            secret,
         )
-        .fetch_all(&mut *transaction)
+        .execute(&mut *transaction)
         .await?;
-        if rows.is_empty() {
-            return Ok(sealed);
-        }
-        for row in rows {
-            let value = row.client_secret.into();
-            let version = CredentialVersion(row.credential_version);
-            let sealed_value = match row.client_id.parse() {
-                Ok(client_id) => seal(&Intake { id: AccountId(row.id), client_id, version, value }),
-                Err(invalid) => Err(invalid.to_string()),
-            };
-            let (secret, refused) = match sealed_value {
-                Ok(secret) => (Some(secret), None),
-                Err(refused) => (None, Some(refused)),
-            };
+        if let Some(refused) = refused {
             sqlx::query!(
                 "-- store::accounts::seal_intake
-                update accounts set sealed_secret = $2, client_secret = null where id = $1",
+                update refreshes set error_class = $2, error_code = null, error_message = $3,
+                    error_version = $4, consecutive_failures = consecutive_failures + 1,
+                    next_attempt_at = null, changed = pg_current_xact_id()
+                where account_id = $1",
                 row.id,
-                secret,
+                FailureClass::Intake.as_str(),
+                refused,
+                row.credential_version,
             )
             .execute(&mut *transaction)
             .await?;
-            if let Some(refused) = refused {
-                sqlx::query!(
-                    "-- store::accounts::seal_intake
-                    update refreshes set error_class = $2, error_code = null, error_message = $3,
-                        error_version = $4, consecutive_failures = consecutive_failures + 1,
-                        next_attempt_at = null, changed = pg_current_xact_id()
-                    where account_id = $1",
-                    row.id,
-                    FailureClass::Intake.as_str(),
-                    refused,
-                    row.credential_version,
-                )
-                .execute(&mut *transaction)
-                .await?;
-            }
-            sealed += 1;
         }
-        transaction.commit().await?;
     }
+    transaction.commit().await?;
+    Ok(sealed)
 }
 
 /// A sealed value with its place, to prove at start that the keyring opens what is stored.

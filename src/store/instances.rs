@@ -1,8 +1,10 @@
 //! The replicas, and what the database belongs to.
 
+use std::time::Duration;
+
 use sqlx::PgPool;
 
-use super::StoreError;
+use super::{StoreError, interval};
 use crate::clock::Timestamp;
 
 /// What a replica tells of itself.
@@ -41,6 +43,23 @@ pub async fn beat(pool: &PgPool, beat: &Heartbeat<'_>) -> Result<(), StoreError>
     .execute(pool)
     .await?;
     Ok(())
+}
+
+/// How many other replicas told within the last `within` that they live, and have not stopped since.
+///
+/// # Errors
+/// When the database cannot be reached.
+pub async fn others(pool: &PgPool, instance: &str, within: Duration) -> Result<i64, StoreError> {
+    let others = sqlx::query_scalar!(
+        r#"-- store::instances::others
+        select count(*) as "others!" from instances
+        where id <> $1 and stopped_at is null and heartbeat_at > clock_timestamp() - $2::interval"#,
+        instance,
+        interval(within),
+    )
+    .fetch_one(pool)
+    .await?;
+    Ok(others)
 }
 
 /// Tells that the replica stopped on purpose.

@@ -5,11 +5,11 @@ mod verdict;
 
 use std::time::Duration;
 
-use sqlx::{PgPool, Postgres, Transaction, postgres::types::PgInterval};
+use sqlx::{PgPool, Postgres, Transaction};
 
 use verdict::{Row, Verdict};
 
-use super::StoreError;
+use super::{StoreError, interval};
 use crate::{
     account::{AccountId, ClientId, CredentialVersion},
     clock::{Timestamp, until_from},
@@ -349,12 +349,4 @@ pub async fn suspect(
     .execute(pool)
     .await?;
     Ok(())
-}
-
-fn interval(duration: Duration) -> PgInterval {
-    PgInterval {
-        months: 0,
-        days: 0,
-        microseconds: i64::try_from(duration.as_micros()).unwrap_or(i64::MAX),
-    }
 }

@@ -1,24 +1,39 @@
 //! The database away, silent, and back.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
 use token_broker::{
-    app::Plan, audit::journal::JournalSettings, proto::token_service_server::SERVICE_NAME,
+    app::Plan,
+    audit::journal::JournalSettings,
+    clock::{Clock, ManualClock},
+    dev::simulator::Faults,
+    proto::{GetTokenRequest, token_service_server::SERVICE_NAME},
     store::Database,
 };
 use tonic::transport::Endpoint;
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
+use tonic_types::StatusExt;
 
 use crate::harness::{
-    broker::{World, refusal},
+    broker::{Broker, World, refusal},
     eventually,
     http::http,
     proxy::Proxy,
 };
 
 impl World {
+    /// As if another replica were there, and stayed.
+    async fn with_another_replica(&self) {
+        self.database
+            .sql(
+                "insert into instances (id, replica, version, key_ids, started_at, heartbeat_at)
+                 values ('i-other', 1, '0', '{}', now(), now() + interval '1 hour')",
+            )
+            .await;
+    }
+
     /// A broker that reaches its database by `proxy`.
     fn plan_by(&self, proxy: &Proxy) -> Plan {
         Plan { database: Database::new(proxy.url(), "token-broker").unwrap(), ..self.plan() }
@@ -35,16 +50,21 @@ async fn a_database_that_fell_silent_is_used_again_once_it_answers() {
     let client = broker.client(&bearer).await;
 
     proxy.fall_silent();
-    eventually("the database is not heard of", async || {
-        let (_, body) = http(broker.app.ops_address, "GET", "/readyz", "").await;
-        body.contains("not heard of").then_some(())
-    })
-    .await;
+    until_readiness_says(&broker, "does not answer").await;
     proxy.open();
 
     world.register("acme", "id-1", "SK.1").await;
     eventually("a token", async || client.get("acme").await.ok()).await;
     broker.stop().await;
+}
+
+/// Waits until `/readyz` says `words`.
+async fn until_readiness_says(broker: &Broker, words: &str) {
+    eventually(&format!("`{words}` in readiness"), async || {
+        let (_, body) = http(broker.app.ops_address, "GET", "/readyz", "").await;
+        body.contains(words).then_some(())
+    })
+    .await;
 }
 
 /// What gRPC's health service says of the token service.
@@ -95,4 +115,65 @@ async fn a_full_journal_fails_closed_shows_in_health_and_recovers_once_it_is_del
     broker.stop().await;
     let told = world.audit("event = 'get_token' and outcome = 'ok'").await.len();
     assert!(told >= answered + 2, "{told} recorded of {answered} answered");
+}
+
+#[tokio::test]
+async fn one_of_several_serves_to_the_end_without_the_database_and_then_says_so_at_once() {
+    let manual = ManualClock::new(Clock::System.now());
+    let world = World::with(Clock::Manual(manual.clone()), Faults::default()).await;
+    let proxy = Proxy::to(world.database.url()).await;
+    let bearer = world.caller("demo", &["*"]).await;
+    world.register("acme", "id-1", "SK.1").await;
+    world.with_another_replica().await;
+    let broker = world.start_with(world.plan_by(&proxy)).await;
+    let client = broker.client(&bearer).await;
+    let token = client.get("acme").await.unwrap();
+
+    proxy.cut();
+    until_readiness_says(&broker, "serving what is known").await;
+    // The other one issues, for all that is known here: a second token would end its own.
+    manual.advance(Duration::from_mins(59));
+    assert_eq!(client.get("acme").await.unwrap().generation, token.generation);
+    manual.advance(Duration::from_mins(1));
+    let refused = client.get("acme").await.unwrap_err();
+    assert_eq!(refusal(&refused), "Unavailable DATABASE_UNAVAILABLE");
+    assert!(refused.get_error_details().retry_info().is_some());
+    assert_eq!(world.upstream.requests(), 1);
+
+    proxy.open();
+    until_readiness_says(&broker, "followed").await;
+    manual.advance(Duration::from_secs(1));
+    let next = client.get("acme").await.unwrap();
+    assert!(next.generation > token.generation);
+    assert_eq!(world.upstream.requests(), 2);
+    broker.stop().await;
+}
+
+#[tokio::test]
+async fn a_call_that_waits_hears_at_once_that_the_database_is_gone() {
+    let world = World::new().await;
+    let proxy = Proxy::to(world.database.url()).await;
+    let bearer = world.caller("demo", &["*"]).await;
+    world.register("acme", "id-1", "SK.1").await;
+    world.with_another_replica().await;
+    let broker = world.start_with(world.plan_by(&proxy)).await;
+    let client = broker.client(&bearer).await;
+    let token = client.get("acme").await.unwrap();
+
+    // Nothing newer comes by itself: only the outage can end this wait before its deadline.
+    let waiting = tokio::spawn({
+        let client = client.clone();
+        async move {
+            let newer = GetTokenRequest {
+                account: "acme".into(),
+                newer_than_generation: token.generation,
+                ..Default::default()
+            };
+            client.get_with(newer).await
+        }
+    });
+    proxy.cut();
+    let refused = waiting.await.unwrap().unwrap_err();
+    assert_eq!(refusal(&refused), "Unavailable DATABASE_UNAVAILABLE");
+    broker.stop().await;
 }

@@ -150,7 +150,7 @@ async fn while_postgres_stands_still_tokens_are_served_and_their_records_come_la
         let (status, body) = http(site.ops, "GET", "/readyz", "").await;
         assert_eq!(status, 200, "{body}");
         let body: serde_json::Value = serde_json::from_str(&body).unwrap();
-        body.to_string().contains("not heard of").then_some(())
+        body.to_string().contains("does not answer").then_some(())
     })
     .await;
     drop(standstill);
