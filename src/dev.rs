@@ -96,7 +96,8 @@ async fn on_ground(
     let bearer = register(&database, &keyring, &ground.home).await?;
     let plan = plan(ground, &upstream, keyring)?;
     let (grpc, ops) = (listen(options.listen).await?, listen(OPS).await?);
-    let started = signals.during(async |give_up| App::start(plan, grpc, ops, &give_up).await).await;
+    let started =
+        signals.during(async |give_up| Box::pin(App::start(plan, grpc, ops, &give_up)).await).await;
     let app = match started {
         Ok(app) => app,
         Err(StartError::Stopped) => return Ok(ExitCode::SUCCESS),

@@ -40,7 +40,8 @@ pub(super) async fn run(global: &Global, args: ServeArgs) -> anyhow::Result<Exit
     let plan = Plan::new(&settings, keyring.into(), args.migrate)?;
     let grpc = listen(settings.listen).await?;
     let ops = listen(settings.ops_listen).await?;
-    let started = signals.during(async |give_up| App::start(plan, grpc, ops, &give_up).await).await;
+    let started =
+        signals.during(async |give_up| Box::pin(App::start(plan, grpc, ops, &give_up)).await).await;
     match started {
         Ok(app) => Ok(lifecycle::run(app, &mut signals).await),
         // Asked to stop while the database was away: that is no failure.
