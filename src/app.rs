@@ -54,6 +54,12 @@ pub enum StartError {
         "the start cannot be recorded in the audit journal: is the state directory's disk full?"
     )]
     NotRecorded,
+    /// What an earlier process noted of the tokens that it issued without the database.
+    #[error(
+        "issued-alone in the state directory, which tells for which accounts tokens were \
+        issued without the database, cannot be used: {0}"
+    )]
+    IssuedAlone(std::io::Error),
     /// The database.
     #[error(transparent)]
     Store(#[from] StoreError),

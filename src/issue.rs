@@ -6,6 +6,7 @@ use std::{fmt, str::FromStr};
 use crate::{
     account::{AccountId, AccountName, ClientId, CredentialVersion, Invalid},
     clock::Timestamp,
+    secret::SealedSecret,
     token::{Generation, Token},
 };
 
@@ -81,7 +82,32 @@ pub struct Failure {
     pub version: CredentialVersion,
 }
 
-/// An account as the database has it, without its secret.
+/// One of an account's credentials.
+#[derive(Clone, Debug)]
+pub struct Credential {
+    /// Which one.
+    pub version: CredentialVersion,
+    /// Its secret.
+    pub secret: SealedSecret,
+}
+
+/// One attempt to issue: for whom, with what, and as which generation.
+#[derive(Clone, Debug)]
+pub struct Attempt {
+    /// The account.
+    pub account: AccountId,
+    /// The login.
+    pub client_id: ClientId,
+    /// The credential to use.
+    pub credential: Credential,
+    /// Whether that is the account's current credential, and not the one before a rotation whose
+    /// new secret the upstream refuses.
+    pub current: bool,
+    /// What the new token's generation will be.
+    pub generation: Generation,
+}
+
+/// An account as the database has it.
 #[derive(Clone, Debug)]
 pub struct Account {
     /// Its row.
@@ -94,12 +120,31 @@ pub struct Account {
     pub enabled: bool,
     /// Its current credential.
     pub credential_version: CredentialVersion,
-    /// Whether that credential's secret is sealed and ready to be used.
-    pub has_secret: bool,
-    /// Whether the secret before the last rotation is still kept.
-    pub has_previous: bool,
+    /// That credential's secret, once it is sealed.
+    pub secret: Option<SealedSecret>,
+    /// The credential before the last rotation, while it is kept.
+    pub previous: Option<Credential>,
     /// A token issued before this moment is to be replaced.
     pub reissue_requested_at: Option<Timestamp>,
+}
+
+impl Account {
+    /// Whether an admin asked for a new token since the last attempt.
+    #[must_use]
+    pub fn wants_reissue(&self, progress: &Progress) -> bool {
+        self.reissue_requested_at
+            .is_some_and(|at| progress.attempt_started_at.is_none_or(|started| started < at))
+    }
+
+    /// The credential to issue with: the current one unless it is refused, else the one before.
+    #[must_use]
+    pub fn usable_credential(&self, progress: &Progress) -> Option<Credential> {
+        let failure = progress.current_failure(self.credential_version);
+        let parked = failure.is_some_and(|failure| failure.class.parks());
+        let secret = self.secret.clone().filter(|_| !parked || self.wants_reissue(progress));
+        let current = secret.map(|secret| Credential { version: self.credential_version, secret });
+        current.or_else(|| self.previous.clone())
+    }
 }
 
 #[cfg(test)]
@@ -112,8 +157,8 @@ impl Account {
             client_id: "acmeId".parse().unwrap(),
             enabled: true,
             credential_version: CredentialVersion(1),
-            has_secret: true,
-            has_previous: false,
+            secret: Some(vec![0].into()),
+            previous: None,
             reissue_requested_at: None,
         }
     }
@@ -148,6 +193,12 @@ impl Progress {
     #[must_use]
     pub fn current_failure(&self, version: CredentialVersion) -> Option<&Failure> {
         self.failure.as_ref().filter(|failure| failure.version == version)
+    }
+
+    /// Whether the stored token may have been ended by an attempt whose outcome is not known.
+    #[must_use]
+    pub fn is_doubtful(&self) -> bool {
+        self.suspect || self.attempt_open
     }
 
     fn is_due(&self, now: Timestamp) -> bool {

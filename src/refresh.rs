@@ -1,8 +1,13 @@
 //! Issues each account's token ahead of the end of the last one: due → lease → attempt → issue →
 //! record → store → cache, one account at a time, many at once.
 
+mod alone;
 mod attempt;
+mod leased;
 mod queue;
+mod show;
+mod stamps;
+mod unstored;
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -14,6 +19,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error};
+pub use unstored::Unstored;
 
 use crate::{
     account::AccountId,
@@ -72,10 +78,12 @@ impl Refresher {
     /// Runs until `stop`, then waits for the attempts that are under way: each has an upstream call
     /// out whose token must be kept.
     pub async fn run(mut self, stop: CancellationToken) {
-        for slot in self.issuing.cache.slots() {
-            self.plan(&slot, None);
-        }
-        let clock = self.issuing.clock.clone();
+        self.plan_all();
+        let issuing = self.issuing.clone();
+        let clock = &issuing.clock;
+        let settling = issuing.keep_settling();
+        tokio::pin!(settling);
+        let mut reach = issuing.reach.changes();
         loop {
             let now = clock.now();
             let next = self.next_start(now);
@@ -85,6 +93,8 @@ impl Refresher {
                 Some(ended) = self.attempts.join_next_with_id(), if !self.attempts.is_empty() => {
                     self.ended(ended);
                 }
+                _ = reach.changed() => self.plan_all(),
+                () = &mut settling => {}
                 () = clock.sleep_until(next.unwrap_or(now)), if next.is_some() => self.start(),
             }
         }
@@ -93,6 +103,13 @@ impl Refresher {
         let rest = async { while self.attempts.join_next().await.is_some() {} };
         if tokio::time::timeout(lease, rest).await.is_err() {
             error!("some attempts did not end and are left to their leases");
+        }
+        issuing.settle_all().await;
+    }
+
+    fn plan_all(&mut self) {
+        for slot in self.issuing.cache.slots() {
+            self.plan(&slot, None);
         }
     }
 
@@ -144,7 +161,7 @@ impl Refresher {
     fn plan(&mut self, slot: &Slot, not_before: Option<Timestamp>) {
         let view = slot.view();
         let token = view.token.as_deref();
-        let due = self.issuing.policy.next_attempt(&view.account, &view.progress, token);
+        let due = self.issuing.due(&view);
         self.queue.plan(
             slot.id(),
             due.map(|due| not_before.map_or(due, |not_before| due.max(not_before))),

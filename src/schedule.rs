@@ -28,6 +28,9 @@ const LONGEST_RETRY: Duration = Duration::from_mins(5);
 /// How often a refused address is tried again: seldom, since each try may count against the account.
 const PROBE: Duration = Duration::from_mins(15);
 
+/// A moment that has always passed.
+const AT_ONCE: Timestamp = DateTime::UNIX_EPOCH;
+
 /// The settings that decide when to issue.
 #[derive(Clone, Copy, Debug)]
 pub struct Policy {
@@ -57,21 +60,14 @@ impl Policy {
         progress: &Progress,
         token: Option<&Token>,
     ) -> Option<Timestamp> {
-        const AT_ONCE: Timestamp = DateTime::UNIX_EPOCH;
         let failure = progress.current_failure(account.credential_version);
-        let asked = account
-            .reissue_requested_at
-            .is_some_and(|at| progress.attempt_started_at.is_none_or(|started| started < at));
-        let parked = failure.is_some_and(|failure| failure.class.parks()) && !asked;
-        let usable = account.has_secret && !parked;
-        if !account.enabled || !(usable || account.has_previous) {
-            return None;
-        }
-        let untried = usable && progress.attempt_version != Some(account.credential_version);
+        let asked = account.wants_reissue(progress);
+        let usable = account.usable_credential(progress).filter(|_| account.enabled)?;
+        let untried = usable.version == account.credential_version
+            && progress.attempt_version != Some(usable.version);
         let scheduled = token.map_or(AT_ONCE, |token| self.refresh_due(&account.name, token));
         // An attempt without an end is made up for once its lease has run out.
-        let doubtful = progress.suspect || progress.attempt_open;
-        let due = if asked || untried || doubtful { AT_ONCE } else { scheduled };
+        let due = if asked || untried || progress.is_doubtful() { AT_ONCE } else { scheduled };
         let retry = progress.next_attempt_at.filter(|_| failure.is_some() && !asked && !untried);
         let floor = progress
             .attempt_started_at
@@ -80,11 +76,13 @@ impl Policy {
         [retry, floor, progress.lease_until].into_iter().flatten().fold(due, Timestamp::max).into()
     }
 
-    /// The moment from which `token`'s replacement goes before all others: the last 10 % of its
-    /// life, at most its last minute.
+    /// The moment from which the replacement of `token` cannot be put off: the last 10 % of its
+    /// life, at most its last minute; at once where there is none or it may be dead.
     #[must_use]
-    pub fn urgent_from(token: &Token) -> Timestamp {
-        token.expires_at - delta(token.life().mul_f64(URGENT_SHARE).min(URGENT_AT_MOST))
+    pub fn urgent_from(progress: &Progress, token: Option<&Token>) -> Timestamp {
+        token.filter(|_| !progress.is_doubtful()).map_or(AT_ONCE, |token| {
+            token.expires_at - delta(token.life().mul_f64(URGENT_SHARE).min(URGENT_AT_MOST))
+        })
     }
 
     /// What a caller may demand at most as the rest of a token's life: what one always has left
@@ -131,10 +129,14 @@ mod tests {
     use super::*;
     use crate::{
         account::CredentialVersion,
-        issue::{Failure, FailureClass},
+        issue::{Credential, Failure, FailureClass},
     };
 
     const POLICY: Policy = Policy { refresh_at: 0.75, min_issue_interval: Duration::from_secs(30) };
+
+    fn previous() -> Credential {
+        Credential { version: CredentialVersion(0), secret: vec![0].into() }
+    }
 
     fn token(life: i64) -> Token {
         Token::example(1, life)
@@ -180,7 +182,7 @@ mod tests {
     fn a_disabled_or_unsealed_account_waits_for_a_change() {
         let disabled = Account { enabled: false, ..account() };
         assert_eq!(POLICY.next_attempt(&disabled, &tried(), None), None);
-        let unsealed = Account { has_secret: false, ..account() };
+        let unsealed = Account { secret: None, ..account() };
         assert_eq!(POLICY.next_attempt(&unsealed, &Progress::default(), None), None);
     }
 
@@ -208,7 +210,7 @@ mod tests {
 
     #[test]
     fn a_refused_rotation_leaves_the_old_schedule_in_place() {
-        let rotated = Account { has_previous: true, ..account() };
+        let rotated = Account { previous: Some(previous()), ..account() };
         let parked = failed(FailureClass::Rejected, None);
         let token = token(3_600);
         let due = POLICY.next_attempt(&rotated, &parked, Some(&token));
@@ -246,8 +248,12 @@ mod tests {
 
     #[test]
     fn the_last_tenth_is_urgent_but_at_most_a_minute() {
-        assert_eq!(Policy::urgent_from(&token(3_600)).timestamp(), 3_540);
-        assert_eq!(Policy::urgent_from(&token(100)).timestamp(), 90);
+        let urgent = |token: Option<&Token>| Policy::urgent_from(&tried(), token).timestamp();
+        assert_eq!(urgent(Some(&token(3_600))), 3_540);
+        assert_eq!(urgent(Some(&token(100))), 90);
+        assert_eq!(urgent(None), 0);
+        let doubtful = Progress { suspect: true, ..tried() };
+        assert_eq!(Policy::urgent_from(&doubtful, Some(&token(100))).timestamp(), 0);
     }
 
     #[test]
@@ -268,7 +274,7 @@ mod tests {
             let (name, token) = (name.parse().unwrap(), token(life));
             let due = POLICY.refresh_due(&name, &token);
             prop_assert!(due > token.issued_at);
-            prop_assert!(due < Policy::urgent_from(&token));
+            prop_assert!(due < Policy::urgent_from(&Progress::default(), Some(&token)));
             prop_assert!(token.time_left(due) >= POLICY.longest_min_ttl(&token));
             prop_assert_eq!(due, POLICY.refresh_due(&name, &token));
         }

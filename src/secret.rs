@@ -1,6 +1,8 @@
 //! Values that must not be printed: they have no `Display`, their `Debug` says only that they are
 //! there, and their memory is cleared when they go.
 
+use std::{fmt, sync::Arc};
+
 use secrecy::{ExposeSecret, SecretString};
 
 use crate::account::{Invalid, printable};
@@ -61,6 +63,31 @@ impl AccessToken {
     #[must_use]
     pub fn expose(&self) -> &str {
         self.0.expose_secret()
+    }
+}
+
+/// A client secret as the database has it: sealed to its account and credential version. Cheap to
+/// clone; opened only for a call.
+#[derive(Clone)]
+pub struct SealedSecret(Arc<[u8]>);
+
+impl SealedSecret {
+    /// The sealed value.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl From<Vec<u8>> for SealedSecret {
+    fn from(sealed: Vec<u8>) -> Self {
+        Self(sealed.into())
+    }
+}
+
+impl fmt::Debug for SealedSecret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SealedSecret({} bytes)", self.0.len())
     }
 }
 

@@ -81,6 +81,12 @@ impl StateDir {
         digest.as_ref().iter().take(2).fold(0, |number, byte| number << 8 | u16::from(*byte))
     }
 
+    /// Where it is noted for which accounts tokens were issued without the database.
+    #[must_use]
+    pub fn issued_alone_file(&self) -> PathBuf {
+        self.path.join("issued-alone")
+    }
+
     /// Where the audit journal's segments lie.
     #[must_use]
     pub fn journal_dir(&self) -> PathBuf {

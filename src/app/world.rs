@@ -18,6 +18,7 @@ use tracing::{error, info, warn};
 
 use super::{DELIVER_WITHIN, Plan, RECORD_WITHIN, StartError, figures, health::Health};
 use crate::{
+    account::AccountId,
     audit::{
         journal::Journal,
         record::{Event, Record},
@@ -33,9 +34,13 @@ use crate::{
     load::Loader,
     ops::Ops,
     reach::Reach,
-    refresh::{Issuing, Refresher, Waker},
+    refresh::{Issuing, Refresher, Unstored, Waker},
     state_dir::StateDir,
-    store::{StoreError, accounts, instances, leases::Claimant},
+    store::{
+        StoreError, accounts, instances,
+        leases::{self, Claimant},
+        within,
+    },
     telemetry::Metrics,
     upstream::Client,
 };
@@ -124,7 +129,11 @@ impl World {
             .await
             .map_err(|_| StartError::NotRecorded)?;
 
-        let (refresher, waker) = Refresher::new(self.issuing(&plan, state_dir));
+        let unstored = Arc::new(Unstored::new(state_dir, plan.ends_older));
+        let lost = unstored.of_earlier_process().await.map_err(StartError::IssuedAlone)?;
+        until_reached(give_up, || self.suspect(&lost)).await?;
+        unstored.forget_earlier_process().await.map_err(StartError::IssuedAlone)?;
+        let (refresher, waker) = Refresher::new(self.issuing(&plan, state_dir, unstored));
         let follower = self.follower(&plan, state_dir, waker.clone());
         let snapshot = until_reached(give_up, || async { Ok(follower.start().await?) }).await?;
         let stop = CancellationToken::new();
@@ -133,12 +142,8 @@ impl World {
 
         let failed = CancellationToken::new();
         let stop_delivery = CancellationToken::new();
-        let shipper = Shipper::new(
-            self.journal.clone(),
-            plan.database.connection().clone(),
-            self.clock.clone(),
-        )
-        .drain(DELIVER_WITHIN);
+        let shipper = Shipper::new(self.journal.clone(), plan.database.connection().clone())
+            .drain(DELIVER_WITHIN);
         let watch = |name, token: &CancellationToken, task| {
             watch_over(name, task, token.clone(), failed.clone())
         };
@@ -186,7 +191,16 @@ impl World {
         Ok(())
     }
 
-    fn issuing(&self, plan: &Plan, state_dir: &StateDir) -> Issuing {
+    /// Marks the stored tokens of `accounts` as possibly ended: an earlier process issued for them
+    /// what it could not store.
+    async fn suspect(&self, accounts: &[AccountId]) -> Result<(), StartError> {
+        for account in accounts {
+            within(leases::suspect(&self.pool, *account, None)).await?;
+        }
+        Ok(())
+    }
+
+    fn issuing(&self, plan: &Plan, state_dir: &StateDir, unstored: Arc<Unstored>) -> Issuing {
         Issuing {
             cache: self.cache.clone(),
             loader: self.loader.clone(),
@@ -208,7 +222,8 @@ impl World {
             expected_egress: plan.expected_egress.clone(),
             metrics: self.metrics.clone(),
             upstream_skew_ms: self.upstream_skew_ms.clone(),
-            claims_fail: AtomicBool::new(false),
+            reach: self.reach.clone(),
+            unstored,
         }
     }
 

@@ -16,7 +16,6 @@ use crate::{
         chain::{Head, StoredEvent},
         journal::{ChainReader, Journal, LocalChain, ReadError},
     },
-    clock::Clock,
     store::{StoreError, audit},
 };
 
@@ -53,15 +52,14 @@ enum ShipError {
 pub struct Shipper {
     journal: Journal,
     connection: PgConnectOptions,
-    clock: Clock,
     drain: Duration,
 }
 
 impl Shipper {
     /// A shipper that has not begun.
     #[must_use]
-    pub fn new(journal: Journal, connection: PgConnectOptions, clock: Clock) -> Self {
-        Self { journal, connection, clock, drain: DRAIN }
+    pub fn new(journal: Journal, connection: PgConnectOptions) -> Self {
+        Self { journal, connection, drain: DRAIN }
     }
 
     /// Sets how long [`Shipper::run`] goes on once it is told to stop while records are left.
@@ -97,7 +95,11 @@ impl Shipper {
                 pause = FIRST_PAUSE;
             }
             tracing::warn!(%error, "audit delivery is interrupted");
-            self.clock.sleep(pause).await;
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                // At the end there is no time to lose.
+                () = stop.cancelled(), if !stop.is_cancelled() => {}
+            }
             pause = (2 * pause).min(LONGEST_PAUSE);
         }
     }
@@ -128,7 +130,7 @@ impl Shipper {
             tokio::select! {
                 () = self.journal.more_durable() => {}
                 () = stop.cancelled(), if !stop.is_cancelled() => {}
-                () = self.clock.sleep(STUCK_PAUSE), if any_stuck => {
+                () = tokio::time::sleep(STUCK_PAUSE), if any_stuck => {
                     for delivery in &mut deliveries {
                         delivery.stuck = false;
                     }

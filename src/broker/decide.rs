@@ -75,17 +75,13 @@ fn hopeless(view: &View, standing: Standing, now: Timestamp) -> Option<Refusal> 
         return Some(Refusal::DatabaseUnavailable { retry_after: SOON });
     }
     let failure = progress.current_failure(view.account.credential_version)?;
-    let asked = view
-        .account
-        .reissue_requested_at
-        .is_some_and(|at| progress.attempt_started_at.is_none_or(|started| started < at));
-    if asked || leased {
+    if view.account.wants_reissue(progress) || leased {
         return None;
     }
     let upstream_code = failure.code.clone();
     match failure.class {
         // The secret before a refused rotation goes on issuing.
-        class if class.parks() && view.account.has_previous => None,
+        class if class.parks() && view.account.previous.is_some() => None,
         class if class.parks() => Some(Refusal::CredentialRejected { upstream_code }),
         FailureClass::EgressRejected => Some(Refusal::EgressRejected { upstream_code }),
         _ => progress

@@ -7,7 +7,8 @@ use super::StoreError;
 use crate::{
     account::{AccountId, ClientId, CredentialVersion},
     clock::Timestamp,
-    issue::{Account, Failure, FailureClass, Progress},
+    issue::{Account, Credential, Failure, FailureClass, Progress},
+    secret::SealedSecret,
     token::Generation,
 };
 
@@ -52,8 +53,9 @@ struct Row {
     client_id: String,
     enabled: bool,
     credential_version: i64,
-    has_secret: bool,
-    has_previous: bool,
+    sealed_secret: Option<Vec<u8>>,
+    previous_secret: Option<Vec<u8>>,
+    previous_version: Option<i64>,
     reissue_requested_at: Option<Timestamp>,
     attempt_started_at: Option<Timestamp>,
     attempt_version: Option<i64>,
@@ -102,8 +104,8 @@ pub async fn load(pool: &PgPool, ids: &[i64]) -> Result<Vec<LoadedAccount>, Stor
         r#"-- store::accounts::load
         select a.id as "id!", a.name as "name!", a.client_id as "client_id!",
             a.enabled as "enabled!", a.credential_version as "credential_version!",
-            a.sealed_secret is not null as "has_secret!",
-            a.previous_secret is not null as "has_previous!",
+            a.sealed_secret as "sealed_secret?", a.previous_secret as "previous_secret?",
+            a.previous_version as "previous_version?",
             a.reissue_requested_at as "reissue_requested_at?", r.attempt_started_at as "attempt_started_at?",
             r.attempt_version as "attempt_version?",
             r.attempt_started_at is not null and r.attempt_ended_at is null as "attempt_open?",
@@ -171,8 +173,13 @@ impl Row {
                 client_id: self.client_id.parse().map_err(|_| corrupt("malformed client_id"))?,
                 enabled: self.enabled,
                 credential_version: CredentialVersion(self.credential_version),
-                has_secret: self.has_secret,
-                has_previous: self.has_previous,
+                secret: self.sealed_secret.map(SealedSecret::from),
+                previous: self.previous_version.zip(self.previous_secret).map(
+                    |(version, secret)| Credential {
+                        version: CredentialVersion(version),
+                        secret: secret.into(),
+                    },
+                ),
                 reissue_requested_at: self.reissue_requested_at,
             },
             progress: Progress {

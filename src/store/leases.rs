@@ -11,9 +11,9 @@ use verdict::{Row, Verdict};
 
 use super::{StoreError, interval};
 use crate::{
-    account::{AccountId, ClientId, CredentialVersion},
-    clock::{Timestamp, until_from},
-    issue::Failure,
+    account::{AccountId, CredentialVersion},
+    clock::until_from,
+    issue::{Attempt, Credential, Failure},
     token::Generation,
 };
 
@@ -56,23 +56,12 @@ pub enum Claim {
 /// The right to issue once for one account.
 #[derive(Clone, Debug)]
 pub struct Lease {
-    /// The account.
-    pub account: AccountId,
     /// Grows with each lease of the account: what is done under an older one is refused.
     pub id: i64,
-    /// When the attempt was stamped.
-    pub started_at: Timestamp,
-    /// What the new token's generation will be.
-    pub generation: Generation,
-    /// The login.
-    pub client_id: ClientId,
-    /// The credential to use.
-    pub version: CredentialVersion,
-    /// Whether that is the account's current credential, and not the one before a rotation whose
-    /// new secret the upstream refuses.
-    pub current: bool,
-    /// Its sealed secret.
-    pub sealed_secret: Vec<u8>,
+    /// What is to be issued.
+    pub attempt: Attempt,
+    /// The generation of the token that was stored when it was claimed.
+    pub replaces: Option<Generation>,
     /// The attempt before this one never ended: it may have issued.
     pub lost_attempt: bool,
 }
@@ -202,23 +191,20 @@ async fn stamp(
     .await?;
     let sealed_secret =
         if version == row.credential_version { row.sealed_secret } else { row.previous_secret };
-    Ok(Lease {
+    let replaces = row.generation.map(Generation);
+    let attempt = Attempt {
         account,
-        id: stamped.lease_id,
-        started_at: stamped.attempt_started_at,
-        generation: Generation::next(
-            stamped.attempt_started_at,
-            claimant.replica,
-            row.generation.map(Generation),
-        ),
         client_id: row.client_id.parse().map_err(|_| {
             StoreError::Corrupt(format!("accounts row {account}: malformed client_id"))
         })?,
-        version: CredentialVersion(version),
+        credential: Credential {
+            version: CredentialVersion(version),
+            secret: sealed_secret.unwrap_or_default().into(),
+        },
         current: version == row.credential_version,
-        sealed_secret: sealed_secret.unwrap_or_default(),
-        lost_attempt,
-    })
+        generation: Generation::next(stamped.attempt_started_at, claimant.replica, replaces),
+    };
+    Ok(Lease { id: stamped.lease_id, attempt, replaces, lost_attempt })
 }
 
 /// How a failed attempt is to be remembered.
@@ -244,14 +230,14 @@ pub async fn fail(
     attempt: &FailedAttempt,
 ) -> Result<bool, StoreError> {
     let mut transaction = pool.begin().await?;
-    if attempt.failure.class.parks() && !lease.current {
+    if attempt.failure.class.parks() && !lease.attempt.current {
         // Neither secret is of use: the older one is not tried for ever.
         sqlx::query!(
             "-- store::leases::fail
             update accounts set previous_secret = null, previous_version = null
             where id = $1 and previous_version = $2",
-            lease.account.0,
-            lease.version.0,
+            lease.attempt.account.0,
+            lease.attempt.credential.version.0,
         )
         .execute(&mut *transaction)
         .await?;
@@ -268,7 +254,7 @@ pub async fn fail(
             next_attempt_at = clock_timestamp() + $8,
             changed = pg_current_xact_id()
         where account_id = $1 and lease_id = $2",
-        lease.account.0,
+        lease.attempt.account.0,
         lease.id,
         attempt.suspect,
         attempt.failure.class.as_str(),
@@ -276,7 +262,7 @@ pub async fn fail(
         attempt.failure.message,
         attempt.failure.version.0,
         attempt.retry_after.map(interval),
-        lease.current,
+        lease.attempt.current,
     )
     .execute(&mut *transaction)
     .await?;
@@ -298,7 +284,7 @@ pub async fn give_back(pool: &PgPool, lease: &Lease) -> Result<(), StoreError> {
         update refreshes set lease_owner = null, lease_until = null,
             attempt_ended_at = clock_timestamp(), changed = pg_current_xact_id()
         where account_id = $1 and lease_id = $2",
-        lease.account.0,
+        lease.attempt.account.0,
         lease.id,
     )
     .execute(pool)

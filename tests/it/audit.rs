@@ -50,7 +50,7 @@ impl World {
 
     fn shipper(&self) -> Shipper {
         let options = self.database.connection().clone();
-        Shipper::new(self.journal.clone(), options, Clock::System).drain(AMPLE)
+        Shipper::new(self.journal.clone(), options).drain(AMPLE)
     }
 
     /// Delivers all that is durable.

@@ -177,3 +177,129 @@ async fn a_call_that_waits_hears_at_once_that_the_database_is_gone() {
     assert_eq!(refusal(&refused), "Unavailable DATABASE_UNAVAILABLE");
     broker.stop().await;
 }
+
+/// The generation of the stored token.
+async fn stored_generation(world: &World) -> u64 {
+    let generation: i64 = sqlx::query_scalar("select generation from tokens")
+        .fetch_one(world.database.pool())
+        .await
+        .unwrap();
+    generation.unsigned_abs()
+}
+
+#[tokio::test]
+async fn a_lone_replica_keeps_tokens_fresh_without_the_database_and_loses_nothing() {
+    let manual = ManualClock::new(Clock::System.now());
+    let world = World::with(Clock::Manual(manual.clone()), Faults::default()).await;
+    let proxy = Proxy::to(world.database.url()).await;
+    let bearer = world.caller("demo", &["*"]).await;
+    world.register("acme", "id-1", "SK.1").await;
+    let broker = world.start_with(world.plan_by(&proxy)).await;
+    let client = broker.client(&bearer).await;
+    let first = client.get("acme").await.unwrap();
+    let mut calls = 1;
+
+    proxy.cut();
+    until_readiness_says(&broker, "issuing goes on without it").await;
+    let mut served = first.clone();
+    for life in 1..=3 {
+        // Due, but the database may be back before it must be.
+        manual.advance(Duration::from_mins(50));
+        assert_eq!(client.get("acme").await.unwrap().generation, served.generation);
+        manual.advance(Duration::from_secs(9 * 60 + 30));
+        let next = eventually("the next token", async || {
+            calls += 1;
+            let token = client.get("acme").await.unwrap();
+            (token.generation > served.generation).then_some(token)
+        })
+        .await;
+        calls += 1;
+        assert!(world.upstream.is_live(&next.access_token));
+        assert_eq!(world.upstream.requests(), 1 + life);
+        served = next;
+    }
+    assert_eq!(stored_generation(&world).await, first.generation);
+
+    proxy.open();
+    eventually("what was issued is stored", async || {
+        (stored_generation(&world).await == served.generation).then_some(())
+    })
+    .await;
+    broker.stop().await;
+    assert_eq!(world.audit("event = 'token_issued'").await.len(), 4);
+    assert_eq!(world.audit("event = 'token_issued' and detail ? 'database'").await.len(), 3);
+    assert_eq!(world.audit("event = 'get_token'").await.len(), calls);
+
+    let broker = world.start().await;
+    let after = broker.client(&bearer).await.get("acme").await.unwrap();
+    assert_eq!(after.access_token, served.access_token);
+    assert_eq!(world.upstream.requests(), 4);
+    broker.stop().await;
+}
+
+#[tokio::test]
+async fn what_was_issued_without_the_database_and_lost_is_issued_anew_at_the_next_start() {
+    let manual = ManualClock::new(Clock::System.now());
+    let world = World::with(Clock::Manual(manual.clone()), Faults::default()).await;
+    let proxy = Proxy::to(world.database.url()).await;
+    let bearer = world.caller("demo", &["*"]).await;
+    world.register("acme", "id-1", "SK.1").await;
+    let broker = world.start_with(world.plan_by(&proxy)).await;
+    let client = broker.client(&bearer).await;
+    let stored = client.get("acme").await.unwrap();
+
+    proxy.cut();
+    until_readiness_says(&broker, "issuing goes on without it").await;
+    manual.advance(Duration::from_secs(59 * 60 + 30));
+    let lost = eventually("the next token", async || {
+        let token = client.get("acme").await.unwrap();
+        (token.generation > stored.generation).then_some(token)
+    })
+    .await;
+    broker.stop().await;
+    assert!(!world.upstream.is_live(&stored.access_token));
+    // By its times, the stored token would pass for a good one.
+    world.database.sql("update tokens set expires_at = expires_at + interval '10 hours'").await;
+
+    let broker = world.start().await;
+    let client = broker.client(&bearer).await;
+    manual.advance(Duration::from_secs(1));
+    let next = eventually("a live token", async || {
+        let token = client.get("acme").await.unwrap();
+        world.upstream.is_live(&token.access_token).then_some(token)
+    })
+    .await;
+    assert_ne!(next.access_token, lost.access_token);
+    broker.stop().await;
+}
+
+#[tokio::test]
+async fn a_token_that_came_as_the_database_went_is_served_and_stored_later() {
+    let world = World::new().await;
+    let proxy = Proxy::to(world.database.url()).await;
+    let bearer = world.caller("demo", &["*"]).await;
+    world.with_another_replica().await;
+    let broker = world.start_with(world.plan_by(&proxy)).await;
+    let client = broker.client(&bearer).await;
+    let latency = Duration::from_secs(2);
+    world.upstream.set_faults(Faults { latency, ..Faults::default() });
+    world.register("acme", "id-1", "SK.1").await;
+    eventually("a call under way", async || (world.upstream.requests() == 1).then_some(())).await;
+    proxy.cut();
+    until_readiness_says(&broker, "serving what is known").await;
+
+    let token = eventually("the token", async || client.get("acme").await.ok()).await;
+    assert_eq!(world.upstream.live_token("id-1"), Some(token.access_token));
+    proxy.open();
+    eventually("the token is stored", async || {
+        let stored: Option<i64> = sqlx::query_scalar("select generation from tokens")
+            .fetch_optional(world.database.pool())
+            .await
+            .unwrap();
+        (stored.map(i64::unsigned_abs) == Some(token.generation)).then_some(())
+    })
+    .await;
+    world.until_state("acme", "fresh").await;
+    assert_eq!(world.upstream.requests(), 1);
+    broker.stop().await;
+}
