@@ -30,10 +30,13 @@ begin
 end
 $$;
 
--- runtime: `serve`, and `keys`. It reads accounts and access, and cannot change who may do what;
--- of an account it writes only the secret's columns. Audit records it appends.
+-- runtime: `serve`, `check`, and `keys`. It reads accounts and access, and cannot change who may do
+-- what; of an account it writes only the secret's columns, and for `check --issue` the wish for a new
+-- token. Audit records it appends.
 grant select on _sqlx_migrations, account_status to token_broker_runtime;
-grant select, update (client_secret, sealed_secret, previous_secret, previous_version)
+grant
+    select,
+    update (client_secret, sealed_secret, previous_secret, previous_version, reissue_requested_at)
     on accounts to token_broker_runtime;
 grant select on callers, caller_credentials, grants to token_broker_runtime;
 grant select, insert, update on refreshes to token_broker_runtime;

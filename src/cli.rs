@@ -210,7 +210,8 @@ mod tests {
             "token-broker keys generate --out /keyring",
             "token-broker dev --state-dir /d --token-life 60s",
             "token-broker simulate --token-life 60s --allow 127.0.0.1 --error-rate 0.1",
-            "token-broker check --upstream staging",
+            "token-broker check --upstream staging --json",
+            "token-broker check --issue acme --timeout 5s",
             "token-broker completions zsh",
         ] {
             assert!(taken(line), "{line}");
@@ -226,6 +227,8 @@ mod tests {
             "token-broker caller limit billing",
             "token-broker token get acme --bearer tbk_x",
             "token-broker simulate --error-rate 2",
+            "token-broker check --issue acme-*",
+            "token-broker check --timeout 5s",
         ] {
             assert!(!taken(line), "{line}");
         }

@@ -12,7 +12,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::header;
+use http::{StatusCode, header};
 use reqwest::{Proxy, redirect};
 use thiserror::Error;
 use url::Url;
@@ -165,6 +165,18 @@ impl Client {
         }
     }
 
+    /// Looks whether a call would get through, as far as that shows without a login: connects, by
+    /// the proxy if there is one, completes TLS, and asks for the API's root, which needs no
+    /// credential and gets none. Returns the status of the answer, whatever it is.
+    ///
+    /// # Errors
+    /// [`IssueError`], whose message names the step that failed.
+    pub async fn knock(&self) -> Result<StatusCode, IssueError> {
+        let root = self.token_url.trim_end_matches("/token");
+        let answer = self.http.head(root).send().await;
+        Ok(answer.map_err(|error| self.not_answered(&error))?.status())
+    }
+
     async fn read_body(
         &self,
         response: &mut reqwest::Response,
@@ -241,8 +253,11 @@ fn connect_fault(error: &reqwest::Error) -> &'static str {
     if error.is_dns() {
         return "its name cannot be resolved";
     }
+    let mut through_proxy = false;
     let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
     while let Some(error) = cause {
+        // By its words: its type is its crate's own.
+        through_proxy |= error.to_string().starts_with("tunnel error");
         if let Some(error) = error.downcast_ref::<io::Error>() {
             if let Some(fault) = io_fault(error) {
                 return fault;
@@ -253,7 +268,11 @@ fn connect_fault(error: &reqwest::Error) -> &'static str {
             cause = error.source();
         }
     }
-    if error.is_timeout() { "connecting took too long" } else { "no connection" }
+    match (error.is_timeout(), through_proxy) {
+        (true, _) => "connecting took too long",
+        (false, true) => "the proxy does not open a way to it",
+        (false, false) => "no connection",
+    }
 }
 
 fn io_fault(error: &io::Error) -> Option<&'static str> {

@@ -1,7 +1,7 @@
 //! `account`.
 
 mod show;
-mod wait;
+pub(super) mod wait;
 
 use std::{path::PathBuf, process::ExitCode};
 

@@ -2,6 +2,7 @@
 //! and a shell.
 
 mod canaries;
+mod check;
 mod crashes;
 mod dev;
 mod live_token;

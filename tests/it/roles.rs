@@ -92,6 +92,8 @@ async fn runtime_does_the_work_of_the_broker() {
             "select * from accounts for update skip locked",
             "update accounts set client_secret = null, sealed_secret = 'x'",
             "update accounts set previous_secret = null, previous_version = null",
+            "update accounts a set reissue_requested_at = now() from account_status s \
+             where s.name = a.name returning a.name",
             "select * from callers natural join grants",
             "select bearer_sha256 from caller_credentials",
             "update refreshes set lease_owner = 'me', changed = pg_current_xact_id()",

@@ -11,7 +11,7 @@ use super::super::{
 };
 use crate::{
     account::AccountName,
-    clock::{Clock, delta},
+    clock::{Clock, Timestamp, delta},
     store::admin::{Admin, Outcome},
 };
 
@@ -41,21 +41,31 @@ impl WaitArgs {
         let mut all_issued = true;
         let end = Clock::System.now() + delta(self.timeout);
         for name in names {
-            let name: AccountName = name.parse()?;
-            loop {
-                let outcome = admin.outcome(&name).await?;
-                if let Some(issued) = verdict(&outcome) {
-                    all_issued &= issued;
-                    output::line(describe(&outcome))?;
-                    break;
-                }
-                if Clock::System.now() >= end {
-                    bail!("nothing became of it in time: {}", describe(&outcome));
-                }
-                Clock::System.sleep(PAUSE).await;
-            }
+            let (issued, outcome) = outcome_by(end, admin, &name.parse()?).await?;
+            let Some(issued) = issued else {
+                bail!("nothing became of it in time: {}", describe(&outcome));
+            };
+            all_issued &= issued;
+            output::line(describe(&outcome))?;
         }
         Ok(if all_issued { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+}
+
+/// Waits until it is known what became of the account, but not beyond `end`. With the outcome, whether
+/// a token was issued; `None` if that is open still.
+pub(in crate::cli) async fn outcome_by(
+    end: Timestamp,
+    admin: &Admin,
+    name: &AccountName,
+) -> anyhow::Result<(Option<bool>, Outcome)> {
+    loop {
+        let outcome = admin.outcome(name).await?;
+        let issued = verdict(&outcome);
+        if issued.is_some() || Clock::System.now() >= end {
+            return Ok((issued, outcome));
+        }
+        Clock::System.sleep(PAUSE).await;
     }
 }
 
@@ -67,7 +77,8 @@ fn verdict(outcome: &Outcome) -> Option<bool> {
     (outcome.failed || outcome.status.state == "disabled").then_some(false)
 }
 
-fn describe(outcome: &Outcome) -> String {
+/// What became of it: a line, and another one with what to do if something is to be done.
+pub(in crate::cli) fn describe(outcome: &Outcome) -> String {
     let status = &outcome.status;
     let state = format!("{}: {}", status.name, status.state);
     if let (true, Some(end)) = (outcome.issued, status.expires_at) {

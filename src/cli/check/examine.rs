@@ -1,10 +1,8 @@
-//! The examinations. Each makes findings; none changes anything.
+//! The examinations of what is here. Each makes findings; none changes anything.
 
-use std::{io, net::IpAddr, time::Duration};
+use std::net::IpAddr;
 
 use ipnet::IpNet;
-use tokio::net::{TcpSocket, TcpStream, lookup_host};
-use url::Url;
 
 use super::{super::time::LocalTime, Finding};
 use crate::{
@@ -25,8 +23,6 @@ const ROLES: [&str; 4] = [
 ];
 /// A token's life, in seconds, where none is known: that of the upstream's own sample.
 const USUAL_LIFE: f64 = 3_600.0;
-/// How long a connection to the upstream may take.
-const CONNECT_WITHIN: Duration = Duration::from_secs(5);
 
 /// The keyring, and what it is.
 pub(super) fn keyring(settings: &Settings) -> (Finding, Option<Keyring>) {
@@ -150,51 +146,6 @@ fn egress_finding(last: Option<LastIssue>, expected: &[IpNet]) -> Finding {
     } else {
         Finding::bad(SUBJECT, format!("{text}, which is not in TOKEN_BROKER_EXPECTED_EGRESS"))
     }
-}
-
-/// Whether the upstream, or the proxy before it, takes connections. Nothing is sent.
-pub(super) async fn way_to_upstream(settings: &Settings) -> Finding {
-    const SUBJECT: &str = "reach";
-    let proxy = settings.upstream_proxy.as_ref().map(|proxy| &proxy.0);
-    let target = Url::parse(settings.upstream.base_url()).ok();
-    let Some((host, port)) = proxy.or(target.as_ref()).and_then(host_and_port) else {
-        return Finding::bad(SUBJECT, "the upstream's URL has no host");
-    };
-    let what = if proxy.is_some() { "the proxy" } else { "the upstream" };
-    let connecting = connect(&host, port, settings.upstream_bind_address);
-    match tokio::time::timeout(CONNECT_WITHIN, connecting).await {
-        Ok(Ok(stream)) => {
-            let from = stream.local_addr().map(|from| format!(" from {}", from.ip()));
-            Finding::good(
-                SUBJECT,
-                format!("{what} at {host}:{port} takes connections{}", from.unwrap_or_default()),
-            )
-        }
-        Ok(Err(error)) => {
-            Finding::bad(SUBJECT, format!("{what} at {host}:{port} cannot be reached: {error}"))
-        }
-        Err(_) => Finding::bad(SUBJECT, format!("{what} at {host}:{port} does not answer")),
-    }
-}
-
-fn host_and_port(url: &Url) -> Option<(String, u16)> {
-    let host = url.host_str()?.trim_matches(['[', ']']).to_owned();
-    Some((host, url.port_or_known_default()?))
-}
-
-async fn connect(host: &str, port: u16, from: Option<IpAddr>) -> io::Result<TcpStream> {
-    let mut last = io::ErrorKind::NotFound.into();
-    for address in lookup_host((host, port)).await? {
-        let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
-        if let Some(from) = from.filter(|from| from.is_ipv4() == address.is_ipv4()) {
-            socket.bind((from, 0).into())?;
-        }
-        match socket.connect(address).await {
-            Ok(stream) => return Ok(stream),
-            Err(error) => last = error,
-        }
-    }
-    Err(last)
 }
 
 #[cfg(test)]
