@@ -116,7 +116,7 @@ pub struct StoredEvent {
     pub outcome: Cow<'static, str>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", with = "exact")]
     pub generation: Option<i64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub token_fingerprint: Option<String>,
@@ -303,6 +303,39 @@ fn fit_detail(detail: BTreeMap<String, String>) -> BTreeMap<String, String> {
     fitting
 }
 
+/// Integers that JSON is to carry as text, as protobuf's does: many readers cut a number beyond 2^53.
+mod exact {
+    use serde::{Deserialize, Deserializer, Serializer, de};
+
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Written {
+        Text(String),
+        Number(i64),
+    }
+
+    #[expect(clippy::ref_option, reason = "serde's signature")]
+    pub(super) fn serialize<S: Serializer>(
+        number: &Option<i64>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        match number {
+            Some(number) => serializer.collect_str(number),
+            None => serializer.serialize_none(),
+        }
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<i64>, D::Error> {
+        match Option::deserialize(deserializer)? {
+            Some(Written::Text(text)) => text.parse().map(Some).map_err(de::Error::custom),
+            Some(Written::Number(number)) => Ok(Some(number)),
+            None => Ok(None),
+        }
+    }
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use proptest::prelude::*;
@@ -374,6 +407,21 @@ pub(crate) mod tests {
             event.hash.to_string(),
             "5125a2c7a20c5ea2cda786c0ece83918d6316c673ef183f58a09915c1ef41768"
         );
+    }
+
+    #[test]
+    fn a_generation_is_text_in_json_and_read_as_a_number_too() {
+        let mut record = Record::new(DateTime::UNIX_EPOCH, Event::GetToken);
+        record.generation = Some(i64::MAX);
+        let event = StoredEvent::unplaced(record, &link());
+        let line = serde_json::to_string(&event).unwrap();
+        let (text, number) = ("\"9223372036854775807\"", "9223372036854775807");
+        assert!(line.contains(&format!("\"generation\":{text},")), "{line}");
+        let earlier: StoredEvent = serde_json::from_str(&line.replace(text, number)).unwrap();
+        assert_eq!(earlier, event);
+        for wrong in ["\"\"", "\"1.5\"", "1.5", "true", "\"9223372036854775808\""] {
+            assert!(serde_json::from_str::<StoredEvent>(&line.replace(text, wrong)).is_err());
+        }
     }
 
     #[test]

@@ -60,9 +60,19 @@ impl FromStr for Moment {
     }
 }
 
-/// What is left, to the second.
+/// What is left, as [`brief`] says it.
 pub(super) fn seconds(seconds: i64) -> String {
-    humantime::format_duration(Duration::from_secs(seconds.unsigned_abs())).to_string()
+    brief(Duration::from_secs(seconds.unsigned_abs()))
+}
+
+/// A duration in its two largest units at most: rounded up to whole seconds, or milliseconds below a
+/// second, and then cut.
+pub(super) fn brief(span: Duration) -> String {
+    let unit = if span < Duration::from_secs(1) { 1_000_000 } else { 1_000_000_000 };
+    let beyond = span.subsec_nanos() % unit;
+    let missing = Duration::from_nanos(if beyond == 0 { 0 } else { (unit - beyond).into() });
+    let whole = span.saturating_add(missing);
+    humantime::format_duration(whole).to_string().split(' ').take(2).collect::<Vec<_>>().join(" ")
 }
 
 #[cfg(test)]
@@ -86,6 +96,24 @@ mod tests {
         let shown = LocalTime(DateTime::UNIX_EPOCH).to_string();
         let parsed = DateTime::parse_from_str(&shown, "%Y-%m-%d %H:%M:%S %:z").unwrap();
         assert_eq!(parsed, DateTime::UNIX_EPOCH);
-        assert_eq!(seconds(3_661), "1h 1m 1s");
+    }
+
+    #[test]
+    fn a_duration_has_two_units_at_most_and_nothing_below_a_second_beside_one() {
+        for (span, brief_span) in [
+            (Duration::ZERO, "0s"),
+            (Duration::from_nanos(1), "1ms"),
+            (Duration::from_micros(151_003), "152ms"),
+            (Duration::from_micros(999_500), "1s"),
+            (Duration::from_micros(12_151_003), "13s"),
+            (Duration::from_secs(61), "1m 1s"),
+            (Duration::from_millis(119_001), "2m"),
+            (Duration::from_secs(3_661), "1h 1m"),
+            (Duration::from_secs(90_061), "1day 1h"),
+        ] {
+            assert_eq!(brief(span), brief_span, "{span:?}");
+        }
+        assert!(brief(Duration::MAX).split(' ').count() <= 2);
+        assert_eq!(seconds(3_661), "1h 1m");
     }
 }

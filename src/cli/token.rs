@@ -123,7 +123,8 @@ fn as_json(account: &str, token: &GetTokenResponse) -> Value {
         "access_token": token.access_token,
         "expires_at": time(token.expires_at),
         "issued_at": time(token.issued_at),
-        "generation": token.generation,
+        // Text, as protobuf's JSON has it: many readers cut a number beyond 2^53.
+        "generation": token.generation.to_string(),
         "reuse_for_seconds": seconds(token.reuse_for),
         "expires_in_seconds": seconds(token.expires_in),
         "allowed_ip": token.allowed_ip,

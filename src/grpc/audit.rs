@@ -351,7 +351,7 @@ mod tests {
             })
             .await;
         assert_eq!(code, Code::Unavailable);
-        assert!(journal.contains("\"generation\":7"), "{journal}");
+        assert!(journal.contains("\"generation\":\"7\""), "{journal}");
     }
 
     #[tokio::test]

@@ -78,11 +78,36 @@ fn summary(account: &AccountSummary) -> Value {
         "time_left_seconds": account.time_left_seconds,
         "last_issued_at": account.last_issued_at.map(LocalTime),
         "allowed_ip": account.allowed_ip,
-        "generation": account.generation,
+        "generation": account.generation.map(|generation| generation.to_string()),
         "consecutive_failures": account.consecutive_failures,
         "last_error": account.last_error,
         "next_attempt_at": account.next_attempt_at.map(LocalTime),
         "last_requested_at": account.last_requested_at.map(LocalTime),
         "hint": account.hint,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_generation_is_text_in_json_since_numbers_are_cut_beyond_2_to_the_53() {
+        let account = AccountSummary {
+            name: "acme".into(),
+            client_id: "id".into(),
+            state: "fresh".into(),
+            expires_at: None,
+            time_left_seconds: None,
+            last_issued_at: None,
+            allowed_ip: None,
+            generation: Some(i64::MAX),
+            consecutive_failures: 0,
+            last_error: None,
+            next_attempt_at: None,
+            last_requested_at: None,
+            hint: String::new(),
+        };
+        assert_eq!(summary(&account)["generation"], "9223372036854775807");
+    }
 }

@@ -10,7 +10,10 @@ use tonic::{
 };
 use tonic_types::StatusExt;
 
-use super::super::output::{self, printable};
+use super::super::{
+    output::{self, printable},
+    time::brief,
+};
 use crate::{
     config::ClientSettings,
     proto::{
@@ -141,7 +144,7 @@ impl Refusal {
         let wait = details.retry_info().and_then(|retry| retry.retry_delay);
         let hint = match (reason.as_deref(), wait) {
             (Some(reason), _) if advice(reason).is_some() => advice(reason).map(Into::into),
-            (_, Some(wait)) => Some(format!("try again in {}", humantime::format_duration(wait))),
+            (_, Some(wait)) => Some(format!("try again in {}", brief(wait))),
             (None, None) if status.code() == Code::Unavailable => {
                 Some(format!("is a broker running at {endpoint}?"))
             }
@@ -223,7 +226,7 @@ mod tests {
     #[test]
     fn a_refusal_that_passes_says_when_to_try_again() {
         let mut details = ErrorDetails::new();
-        details.set_retry_info(Some(Duration::from_secs(3)));
+        details.set_retry_info(Some(Duration::from_micros(2_151_003)));
         let told = told(Code::ResourceExhausted, details);
         assert_eq!(told, "RESOURCE_EXHAUSTED: no grant covers it\nhint: try again in 3s");
     }

@@ -241,12 +241,12 @@ async fn two_devs_at_once_do_not_meet() {
 async fn a_dev_with_a_state_directory_goes_on_where_it_stopped() {
     let (ground, kept) = (Ground::new(), open_directory());
     let arguments = ["--state-dir", kept.path().to_str().unwrap(), "--token-life", "1h"];
-    let generations = async |dev: &Dev| -> Vec<u64> {
+    let generations = async |dev: &Dev| -> Vec<String> {
         let mut generations = vec![];
         for account in ["demo-master", "demo-agency"] {
             let line = dev.token_line().replace("demo-master", account) + " --json";
             let token: Value = serde_json::from_str(&sh(&line).await.ok()).unwrap();
-            generations.push(token["generation"].as_u64().unwrap());
+            generations.push(token["generation"].as_str().unwrap().to_owned());
         }
         generations
     };

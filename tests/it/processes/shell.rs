@@ -110,7 +110,8 @@ async fn a_broker_is_set_up_used_and_stopped_by_environment_files_and_commands_a
     assert!(is_live(&upstream, &get(&["typo"]).await.ok()).await);
 
     let generation = |json: String| {
-        serde_json::from_str::<Value>(&json).unwrap()["generation"].as_u64().unwrap()
+        let token: Value = serde_json::from_str(&json).unwrap();
+        token["generation"].as_str().unwrap().parse::<u64>().unwrap()
     };
     let before = generation(get(&["acme", "--json"]).await.ok());
     let mut watch = Process::start(site.command(&["token", "get", "acme", "--watch", "--json"]));
