@@ -17,7 +17,7 @@ use tonic::{Request, Response, Status, service::Routes};
 
 use crate::{
     account::AccountName,
-    audit::journal::Journal,
+    audit::{journal::Journal, record::as_asked},
     broker::{Ask, Broker, Listed, Refusal, ReportOutcome},
     caller::AccountPattern,
     clock::Timestamp,
@@ -110,7 +110,7 @@ impl TokenService for TokenServer {
         let context = context(&request)?;
         let accounts = request.into_inner().accounts;
         let draft = &context.draft;
-        draft.account(&accounts.join(","));
+        draft.accounts(&accounts);
         let patterns = patterns(&accounts).map_err(|refusal| draft.refuse(refusal))?;
         let stream =
             watch::start(self, &context, patterns).map_err(|refusal| draft.refuse(refusal))?;
@@ -126,7 +126,7 @@ impl TokenService for TokenServer {
         let draft = &context.draft;
         draft.account(&request.account);
         draft.note("reported_generation", &request.generation.to_string());
-        draft.note("upstream_code", &request.upstream_code);
+        draft.note("upstream_code", &as_asked(&request.upstream_code));
         let answer = async {
             let account = account_name(&request.account)?;
             let ReportRejectedTokenRequest { generation, upstream_code, .. } = &request;

@@ -2,7 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use crate::{account::AccountName, clock::Timestamp, token::Generation};
+use crate::{account::AccountName, caller::AccountPattern, clock::Timestamp, token::Generation};
+
+/// What a JWT, a caller's bearer and a client secret begin with.
+const SECRETS: [&str; 3] = ["eyJ", "tbk_", "SK."];
 
 /// What kind of thing happened. The names are part of the contract; more may be added.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
@@ -145,10 +148,17 @@ impl Record {
         self
     }
 
-    /// Names the account as a caller wrote it, whatever that was.
+    /// Names the account as a caller wrote it, whatever that was: see [`as_asked`].
     #[must_use]
-    pub fn account_as_asked(mut self, name: &str) -> Self {
-        self.account = Some(clean(name));
+    pub fn account_as_asked(self, name: &str) -> Self {
+        self.accounts_as_asked([name])
+    }
+
+    /// Names accounts and patterns as a caller wrote them, with commas between them.
+    #[must_use]
+    pub fn accounts_as_asked<'a>(mut self, names: impl IntoIterator<Item = &'a str>) -> Self {
+        let names: Vec<_> = names.into_iter().map(as_asked).collect();
+        self.account = Some(clean(&names.join(",")));
         self
     }
 
@@ -173,6 +183,25 @@ impl Record {
     pub fn with(mut self, key: &str, value: impl AsRef<str>) -> Self {
         self.detail.insert(clean(key), clean(value.as_ref()));
         self
+    }
+}
+
+/// What the log keeps of a word that should be a name, a pattern or a code, and may be a secret sent by
+/// mistake. Well-formed names and patterns are kept as they are. Of anything else no more than 64
+/// characters are kept, and of what looks like a token, a bearer or a client secret, wherever in the
+/// word that begins, no more than its first 4; `…` stands for the rest.
+#[must_use]
+pub fn as_asked(word: &str) -> String {
+    const LONGEST: usize = 64;
+    const OF_A_SECRET: usize = 4;
+    if word.parse::<AccountPattern>().is_ok() {
+        return word.to_owned();
+    }
+    let secret = SECRETS.iter().filter_map(|start| word.find(start)).min();
+    let shown = secret.map_or(LONGEST, |at| word[..at].chars().count() + OF_A_SECRET);
+    match word.char_indices().nth(shown.min(LONGEST)) {
+        Some((end, _)) => format!("{}…", &word[..end]),
+        None => word.to_owned(),
     }
 }
 
@@ -212,7 +241,48 @@ mod tests {
         assert!(long.ends_with('…'));
     }
 
+    #[test]
+    fn a_secret_sent_as_a_name_is_not_kept() {
+        for (sent, kept) in [
+            ("eyJhbGciOiJIUzI1NiJ9.e30.c2ln", "eyJh…"),
+            ("tbk_0123456789ABCDEF", "tbk_…"),
+            ("SK.canary-73", "SK.c…"),
+            (" eyJhbGciOiJIUzI1NiJ9", " eyJh…"),
+            ("Bearer tbk_0123456789ABCDEF", "Bearer tbk_…"),
+            ("acme,SK.canary-73", "acme,SK.c…"),
+            ("SK.x then eyJhbGciOiJIUzI1NiJ9", "SK.x…"),
+            ("eyJ", "eyJ"),
+        ] {
+            assert_eq!(as_asked(sent), kept);
+        }
+    }
+
+    #[test]
+    fn names_and_patterns_are_kept_whole_and_of_all_else_64_characters() {
+        for name in ["acme", "tbk_prod", "acme-*", "*", &"a".repeat(63)] {
+            assert_eq!(as_asked(name), name);
+        }
+        let long = "가".repeat(65);
+        assert_eq!(as_asked(&long), "가".repeat(64) + "…");
+        assert_eq!(as_asked(&long[3..]), long[3..]);
+        let late = "가".repeat(63) + "SK.canary-73";
+        assert_eq!(as_asked(&late), "가".repeat(63) + "S…");
+        let record = Record::new(Timestamp::UNIX_EPOCH, Event::WatchTokens);
+        let record = record.accounts_as_asked(["acme-*", "SK.canary-73", "a\nb"]);
+        assert_eq!(record.account.unwrap(), "acme-*,SK.c…,a\\u{a}b");
+    }
+
     proptest! {
+        #[test]
+        fn of_a_secret_in_a_word_no_more_than_a_start_is_kept(
+            before in "[ -~가]{0,80}",
+            secret in "(eyJ|tbk_|SK\\.)[A-Z]{9}",
+        ) {
+            let kept = as_asked(&format!("{before}{secret}"));
+            prop_assert!(!kept.contains(&secret[..6]), "{kept}");
+            prop_assert!(kept.chars().count() <= 65);
+        }
+
         #[test]
         fn cleaned_text_has_no_control_characters(text in any::<String>()) {
             prop_assert!(!clean(&text).chars().any(char::is_control));

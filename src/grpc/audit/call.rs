@@ -171,6 +171,11 @@ impl Draft {
         self.record(|record| record.account_as_asked(name));
     }
 
+    /// Names the accounts and patterns as the caller wrote them.
+    pub fn accounts(&self, names: &[String]) {
+        self.record(|record| record.accounts_as_asked(names.iter().map(String::as_str)));
+    }
+
     /// Adds a detail.
     pub fn note(&self, key: &str, value: &str) {
         self.record(|record| record.with(key, value));

@@ -169,6 +169,23 @@ async fn no_secret_bearer_or_token_is_found_in_anything_that_a_broker_writes() {
     client.grpc.clone().report_rejected_token(Request::new(report.clone())).await.unwrap_err();
     client.grpc.clone().report_rejected_token(client.request(report)).await.unwrap();
 
+    // Sent by mistake in the place of a name or a code.
+    for secret in [&token.access_token, bearer.expose(), stranger.expose(), SECRET] {
+        let (mut grpc, account) = (client.grpc.clone(), secret.to_owned());
+        refusals.push(client.get(&account).await.unwrap_err());
+        let watch = WatchTokensRequest { accounts: vec!["acme".to_owned(), account.clone()] };
+        refusals.push(grpc.watch_tokens(client.request(watch)).await.unwrap_err());
+        for (account, upstream_code) in [(account.as_str(), "61003"), ("acme", &account)] {
+            let report = ReportRejectedTokenRequest {
+                account: account.to_owned(),
+                generation: token.generation,
+                upstream_code: upstream_code.to_owned(),
+            };
+            let answer = grpc.report_rejected_token(client.request(report)).await;
+            refusals.extend(answer.err());
+        }
+    }
+
     // The upstream: answers that carry a token which cannot be used, and a secret refused in it.
     for answer in [
         Answer::TruncatedJson,
@@ -214,6 +231,14 @@ async fn no_secret_bearer_or_token_is_found_in_anything_that_a_broker_writes() {
     words.extend(
         refusals.iter().map(|status| ("a status".to_owned(), format!("{status:?} {status}"))),
     );
+    let mistaken: i64 = sqlx::query_scalar(
+        "select count(*) from audit_events
+         where account ~ '(eyJ.|tbk_|SK[.]c)…$' or detail ->> 'upstream_code' ~ '…$'",
+    )
+    .fetch_one(&pool)
+    .await
+    .unwrap();
+    assert_eq!(mistaken, 4 * 4, "the calls that a secret was sent with are recorded");
     words.extend(dump(&pool).await);
     words.push(("the server's log".to_owned(), log_without_statements(&postgres)));
 
