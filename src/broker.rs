@@ -1,6 +1,7 @@
 //! The use case: who may, what is there, what to wait for. An answer never calls the upstream.
 
 mod decide;
+mod list;
 mod refusal;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
@@ -165,22 +166,7 @@ impl Broker {
     ) -> Result<(Vec<Listed>, bool), Refusal> {
         self.trust_grants()?;
         let now = self.clock.now();
-        let mut found: Vec<Arc<View>> = self
-            .cache
-            .slots()
-            .iter()
-            .map(|slot| slot.view())
-            .filter(|view| {
-                after.is_none_or(|after| view.account.name > *after)
-                    && caller.permits(Right::List, &view.account.name, now)
-            })
-            .collect();
-        let more = found.len() > limit;
-        if more {
-            found.select_nth_unstable_by(limit, |a, b| a.account.name.cmp(&b.account.name));
-            found.truncate(limit);
-        }
-        found.sort_unstable_by(|a, b| a.account.name.cmp(&b.account.name));
+        let (found, more) = list::page(&self.cache, caller, after, limit, now);
         Ok((found.iter().map(|view| self.listed(view, now)).collect(), more))
     }
 

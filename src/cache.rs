@@ -1,8 +1,13 @@
-//! The live token of each account, those who wait for one, and those who watch. Reads take no lock.
+//! The live token of each account, those who wait for one, and those who watch. Finding an account by
+//! its name or number takes no lock; lists and loads share one.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicI64, Ordering},
+use std::{
+    collections::BTreeMap,
+    ops::Bound,
+    sync::{
+        Arc, PoisonError, RwLock, RwLockWriteGuard,
+        atomic::{AtomicI64, Ordering},
+    },
 };
 
 use arc_swap::ArcSwap;
@@ -92,6 +97,8 @@ impl Slot {
 pub struct Cache {
     by_name: HashMap<AccountName, Arc<Slot>>,
     by_id: HashMap<AccountId, Arc<Slot>>,
+    /// `by_name` once more, for lists. They and the loads lock it; a call for a token never does.
+    in_order: RwLock<BTreeMap<AccountName, Arc<Slot>>>,
     changes: broadcast::Sender<Arc<Slot>>,
 }
 
@@ -100,6 +107,7 @@ impl Default for Cache {
         Self {
             by_name: HashMap::new(),
             by_id: HashMap::new(),
+            in_order: RwLock::default(),
             changes: broadcast::Sender::new(WATCH_BACKLOG),
         }
     }
@@ -122,6 +130,14 @@ impl Cache {
     #[must_use]
     pub fn slots(&self) -> Vec<Arc<Slot>> {
         self.by_id.pin().values().cloned().collect()
+    }
+
+    /// Up to `limit` accounts from `from` on, in the order of their names.
+    #[must_use]
+    pub fn in_order(&self, from: Bound<&str>, limit: usize) -> Vec<(AccountName, Arc<Slot>)> {
+        let in_order = self.in_order.read().unwrap_or_else(PoisonError::into_inner);
+        let stretch = in_order.range::<str, _>((from, Bound::Unbounded)).take(limit);
+        stretch.map(|(name, slot)| (name.clone(), slot.clone())).collect()
     }
 
     /// How many accounts there are.
@@ -162,7 +178,7 @@ impl Cache {
                 View { account: account.clone(), progress: progress.clone(), token, removed: false }
             });
             if renamed {
-                self.by_name.pin().insert(account.name, slot.clone());
+                self.know_name(account.name, slot);
             }
             return slot.clone();
         }
@@ -179,7 +195,7 @@ impl Cache {
             requested_ms: AtomicI64::new(0),
         });
         by_id.insert(slot.id, slot.clone());
-        self.by_name.pin().insert(name, slot.clone());
+        self.know_name(name, &slot);
         let _ = self.changes.send(slot.clone());
         slot
     }
@@ -208,13 +224,26 @@ impl Cache {
         }
     }
 
+    /// Has the slot found under `name`.
+    fn know_name(&self, name: AccountName, slot: &Arc<Slot>) {
+        let mut in_order = self.lock_order();
+        self.by_name.pin().insert(name.clone(), slot.clone());
+        in_order.insert(name, slot.clone());
+    }
+
     /// Forgets the slot's name, unless another account has it by now.
     fn forget_name(&self, slot: &Arc<Slot>) {
-        let by_name = self.by_name.pin();
-        let name = slot.view.load().account.name.clone();
-        if by_name.get(&name).is_some_and(|held| held.id == slot.id) {
-            by_name.remove(&name);
+        let mut in_order = self.lock_order();
+        let name = &slot.view.load().account.name;
+        if in_order.get(name).is_some_and(|held| held.id == slot.id) {
+            self.by_name.pin().remove(name);
+            in_order.remove(name);
         }
+    }
+
+    /// Held while both ways to find a name are changed, so that they stay the same.
+    fn lock_order(&self) -> RwLockWriteGuard<'_, BTreeMap<AccountName, Arc<Slot>>> {
+        self.in_order.write().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -232,6 +261,10 @@ mod tests {
 
     fn generation(slot: &Slot) -> Option<i64> {
         slot.view().token.as_ref().map(|token| token.generation.0)
+    }
+
+    fn names(cache: &Cache, from: Bound<&str>, limit: usize) -> Vec<String> {
+        cache.in_order(from, limit).iter().map(|(name, _)| name.to_string()).collect()
     }
 
     #[test]
@@ -264,6 +297,24 @@ mod tests {
         assert!(cache.named(&"acme".parse().unwrap()).is_none());
         assert!(cache.named(&"acme-eu".parse().unwrap()).is_some());
         assert_eq!(cache.len(), 1);
+        assert_eq!(names(&cache, Bound::Unbounded, 9), ["acme-eu"]);
+    }
+
+    #[test]
+    fn accounts_are_found_in_the_order_of_their_names() {
+        let cache = Cache::default();
+        for (id, name) in [(1, "c"), (2, "a"), (3, "a-1"), (4, "b"), (5, "0")] {
+            cache.put(account(id, name), Progress::default(), None);
+        }
+        cache.remove(AccountId(4));
+        // The name's new account, before the old one is known to be gone.
+        cache.put(account(6, "c"), Progress::default(), None);
+        cache.remove(AccountId(1));
+        assert_eq!(names(&cache, Bound::Unbounded, 9), ["0", "a", "a-1", "c"]);
+        assert_eq!(names(&cache, Bound::Included("a"), 2), ["a", "a-1"]);
+        assert_eq!(names(&cache, Bound::Excluded("a"), 9), ["a-1", "c"]);
+        assert_eq!(names(&cache, Bound::Excluded("c"), 9), [""; 0]);
+        assert_eq!(cache.in_order(Bound::Included("c"), 1)[0].1.id(), AccountId(6));
     }
 
     #[tokio::test]

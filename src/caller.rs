@@ -60,6 +60,15 @@ impl Caller {
                     && grant.pattern.matches(account.as_str())
             })
     }
+
+    /// From where on, in the order of names, those at or after `from` may be covered by a grant with
+    /// `right`: what lies before need not be looked at. `None` when none of them is covered.
+    #[must_use]
+    pub fn resume<'a>(&'a self, right: Right, from: &'a str, now: Timestamp) -> Option<&'a str> {
+        let grants = self.grants.iter().filter(|_| self.enabled);
+        let grants = grants.filter(|it| it.rights.contains(right) && it.is_current(now));
+        grants.filter_map(|grant| grant.pattern.resume(from)).min()
+    }
 }
 
 /// What a grant may allow.
@@ -153,6 +162,14 @@ impl AccountPattern {
                 name.strip_prefix(&*self.before).is_some_and(|rest| rest.ends_with(&**after))
             }
         }
+    }
+
+    /// From where on, in the order of names, those at or after `from` may be meant.
+    fn resume<'a>(&'a self, from: &'a str) -> Option<&'a str> {
+        if from <= &*self.before {
+            return Some(&self.before);
+        }
+        (self.after.is_some() && from.starts_with(&*self.before)).then_some(from)
     }
 
     /// The one name that is meant, unless this is a pattern.
@@ -251,6 +268,27 @@ mod tests {
             assert_eq!(parsed.matches(name), expected, "{pattern} on {name}");
             assert_eq!(parsed.to_string(), pattern);
         }
+    }
+
+    #[test]
+    fn what_no_grant_covers_is_passed_over_in_the_order_of_names() {
+        let now = DateTime::UNIX_EPOCH;
+        let caller = caller(vec![
+            grant("d-*", &[Right::List], None),
+            grant("b", &[Right::List], None),
+            grant("a", &[Right::Get], None),
+            grant("c", &[Right::List], Some(now)),
+        ]);
+        for (from, resumed) in [
+            ("", Some("b")),
+            ("b", Some("b")),
+            ("b-1", Some("d-")),
+            ("d-7", Some("d-7")),
+            ("d.", None),
+        ] {
+            assert_eq!(caller.resume(Right::List, from, now), resumed, "{from}");
+        }
+        assert_eq!(Caller { enabled: false, ..caller }.resume(Right::List, "", now), None);
     }
 
     #[test]
