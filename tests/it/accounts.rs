@@ -61,6 +61,41 @@ async fn a_wrong_secret_shows_as_rejected_with_a_hint_and_is_tried_once_until_it
 }
 
 #[tokio::test]
+async fn a_secret_that_was_emptied_before_it_was_sealed_is_asked_for_again() {
+    let world = World::new().await;
+    let broker = world.start().await;
+    // In one transaction, so that no broker comes between.
+    let empty = "update accounts set client_secret = null";
+    let register = "insert into accounts (name, client_id, client_secret)
+        values ('acme', 'id-1', 'SK.1')";
+    world.database.sql(&format!("begin; {register}; {empty}; commit")).await;
+    let status = async || [world.status("acme", "state").await, world.status("acme", "hint").await];
+    let [state, hint] = status().await;
+    assert_eq!(state, "pending");
+    assert!(hint.contains("no token can be issued: set it again"), "{hint}");
+
+    world.database.sql("update accounts set client_secret = 'SK.1'").await;
+    world.until_state("acme", "fresh").await;
+    assert_eq!(world.status("acme", "hint").await, "");
+    world.database.sql(empty).await;
+    assert_eq!(status().await, ["fresh", ""], "a sealed secret stays");
+
+    let rotate = "update accounts set client_secret = 'SK.new'";
+    world.database.sql(&format!("begin; {rotate}; {empty}; commit")).await;
+    let [state, hint] = status().await;
+    assert_eq!(state, "fresh");
+    assert!(hint.contains("the one before it goes on issuing: set it again"), "{hint}");
+
+    let purge = "set local token_broker.purge_old = 'on'";
+    world.database.sql(&format!("begin; {purge}; {rotate}; {empty}; commit")).await;
+    let [state, hint] = status().await;
+    assert_eq!(state, "fresh");
+    assert!(hint.contains("nothing replaces the live token: set it again"), "{hint}");
+    assert_eq!(world.upstream.attempts("id-1"), 1);
+    broker.stop().await;
+}
+
+#[tokio::test]
 async fn a_refused_new_secret_does_not_stop_the_one_before_it() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["*"]).await;
