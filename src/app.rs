@@ -3,6 +3,7 @@
 mod figures;
 mod health;
 mod plan;
+mod proof;
 mod world;
 
 use std::{
@@ -66,12 +67,13 @@ pub enum StartError {
     /// The upstream's client.
     #[error(transparent)]
     Upstream(#[from] SetUpError),
-    /// The keyring is not the one that sealed what is stored.
+    /// The keyring is not the one that sealed what is stored: it lacks a key, or opens nothing of
+    /// what was sealed with one.
     #[error("the keyring does not open the secret of account {account}: {error}")]
     WrongKeyring {
-        /// The account.
+        /// An account whose secret does not open.
         account: String,
-        /// What is wrong.
+        /// What is wrong with it.
         error: SealError,
     },
     /// A listener.

@@ -16,7 +16,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic_health::server::HealthReporter;
 use tracing::{error, info, warn};
 
-use super::{DELIVER_WITHIN, Plan, RECORD_WITHIN, StartError, figures, health::Health};
+use super::{DELIVER_WITHIN, Plan, RECORD_WITHIN, StartError, figures, health::Health, proof};
 use crate::{
     account::AccountId,
     audit::{
@@ -175,11 +175,7 @@ impl World {
         }
         plan.database.check_schema().await?;
         instances::belong_to(&self.pool, &plan.upstream.target.to_string()).await?;
-        for stored in accounts::sealed_samples(&self.pool).await? {
-            plan.keyring
-                .open_secret(stored.id, stored.version, &stored.sealed)
-                .map_err(|error| StartError::WrongKeyring { account: stored.name, error })?;
-        }
+        proof::prove(&plan.keyring, &accounts::sealed_samples(&self.pool).await?)?;
         let keys: Vec<_> = plan
             .keyring
             .intake_publics()

@@ -14,6 +14,8 @@ use crate::{
 
 /// How many accounts a page has at most.
 const BATCH: i64 = 1_000;
+/// How many secrets are looked at for each key, to prove that the keyring opens them.
+const SAMPLES_A_KEY: i64 = 3;
 
 /// An account with its progress and its sealed token, as one moment of the database has them.
 #[derive(Clone, Debug)]
@@ -285,7 +287,8 @@ pub struct Stored {
     pub sealed: Vec<u8>,
 }
 
-/// One sealed secret for each sealing key that is in use (the newest account's of each).
+/// The sealed secrets of a few accounts for each sealing key that is in use: the newest ones', and more
+/// than one, since a single value may be the only one at fault.
 ///
 /// # Errors
 /// When the database cannot be read.
@@ -293,10 +296,17 @@ pub async fn sealed_samples(pool: &PgPool) -> Result<Vec<Stored>, StoreError> {
     // A sealed value starts with one byte of version, one of the key id's length, and the key id.
     let rows = sqlx::query!(
         r#"-- store::accounts::sealed_samples
-        select distinct on (substring(sealed_secret from 3 for get_byte(sealed_secret, 1)))
-            id, name, credential_version, sealed_secret as "sealed_secret!"
-        from accounts where octet_length(sealed_secret) > 2
-        order by substring(sealed_secret from 3 for get_byte(sealed_secret, 1)), id desc"#
+        select id as "id!", name as "name!", credential_version as "credential_version!",
+            sealed_secret as "sealed_secret!"
+        from (
+            select id, name, credential_version, sealed_secret, row_number() over (
+                partition by substring(sealed_secret from 3 for get_byte(sealed_secret, 1))
+                order by id desc) as nth
+            from accounts where octet_length(sealed_secret) > 2
+        ) numbered
+        where nth <= $1
+        order by id"#,
+        SAMPLES_A_KEY,
     )
     .fetch_all(pool)
     .await?;

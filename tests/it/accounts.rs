@@ -197,6 +197,46 @@ async fn a_lost_listening_connection_costs_moments() {
 }
 
 #[tokio::test]
+async fn a_swapped_secret_of_the_newest_account_does_not_hold_up_the_start() {
+    let world = World::new().await;
+    let bearer = world.caller("demo", &["*"]).await;
+    let broker = world.start().await;
+    for (name, id) in [("one", 1), ("two", 2), ("three", 3)] {
+        world.register(name, &format!("id-{id}"), &format!("SK.{id}")).await;
+        world.until_state(name, "fresh").await;
+    }
+    broker.stop().await;
+    world
+        .database
+        .sql(
+            "update accounts set sealed_secret = (select sealed_secret from accounts where name = 'one'),
+                 reissue_requested_at = now()
+             where name = 'three'",
+        )
+        .await;
+
+    let broker = world.start().await;
+
+    let client = broker.client(&bearer).await;
+    for name in ["one", "two", "three"] {
+        client.get(name).await.unwrap();
+    }
+    world.until_state("three", "rejected").await;
+    let error = world.status("three", "last_error").await;
+    assert!(error.starts_with("the stored secret does not open"), "{error}");
+    assert_eq!(world.upstream.attempts("id-3"), 1, "the swapped secret was never sent");
+    assert_eq!(world.status("one", "state").await, "fresh");
+
+    world.database.sql("update accounts set client_secret = 'SK.3' where name = 'three'").await;
+    eventually("an issue by the secret that was put right", async || {
+        (world.upstream.issued("id-3") == 2).then_some(())
+    })
+    .await;
+    world.until_state("three", "fresh").await;
+    broker.stop().await;
+}
+
+#[tokio::test]
 async fn a_value_sealed_for_another_row_or_version_does_not_open() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["*"]).await;
