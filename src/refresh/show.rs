@@ -61,8 +61,9 @@ impl Issuing {
             progress.failures += 1;
             progress.suspect |= failed.suspect;
             progress.next_attempt_at = failed.retry_after.map(|pause| now + delta(pause));
-            if !attempt.current && failed.failure.class.parks() {
-                view.account.previous = None;
+            if failed.failure.class.parks() {
+                let refused = failed.failure.version;
+                view.account.previous.take_if(|previous| previous.version == refused);
             }
             if attempt.current {
                 progress.failure = Some(failed.failure.clone());

@@ -230,8 +230,8 @@ pub async fn fail(
     attempt: &FailedAttempt,
 ) -> Result<bool, StoreError> {
     let mut transaction = pool.begin().await?;
-    if attempt.failure.class.parks() && !lease.attempt.current {
-        // Neither secret is of use: the older one is not tried for ever.
+    if attempt.failure.class.parks() {
+        // One that is refused is not kept, be it that a rotation came during the attempt.
         sqlx::query!(
             "-- store::leases::fail
             update accounts set previous_secret = null, previous_version = null

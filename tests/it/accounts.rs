@@ -1,5 +1,9 @@
 //! What an admin's plain SQL does, within moments and without a restart.
 
+use std::time::Duration;
+
+use token_broker::dev::simulator::Faults;
+
 use crate::harness::{
     broker::{World, refusal},
     eventually,
@@ -107,13 +111,11 @@ async fn a_refused_new_secret_does_not_stop_the_one_before_it() {
 
     world.database.sql("update accounts set client_secret = 'SK.wrong'").await;
     world.until_state("acme", "rejected").await;
+    assert_eq!(kept(&world).await, Some(1));
     assert_eq!(client.get("acme").await.unwrap().generation, first.generation);
 
     // A reissue tries the new secret, and when that is refused again the old one goes on.
-    world.upstream.set_faults(token_broker::dev::simulator::Faults {
-        token_life: std::time::Duration::from_secs(3),
-        ..Default::default()
-    });
+    world.upstream.set_faults(Faults { token_life: Duration::from_secs(3), ..Faults::default() });
     world.database.sql("update accounts set enabled = false").await;
     world.database.sql("update tokens set expires_at = now() + interval '1 second', changed = pg_current_xact_id()").await;
     world.database.sql("update accounts set enabled = true").await;
@@ -123,6 +125,48 @@ async fn a_refused_new_secret_does_not_stop_the_one_before_it() {
     .await;
     assert!(world.upstream.is_live(&second.access_token));
     assert_eq!(world.status("acme", "state").await, "rejected");
+    broker.stop().await;
+}
+
+/// The version of the secret before the current one, if that is kept.
+async fn kept(world: &World) -> Option<i64> {
+    sqlx::query_scalar("select previous_version from accounts")
+        .fetch_one(world.database.pool())
+        .await
+        .unwrap()
+}
+
+#[tokio::test]
+async fn a_secret_that_is_refused_or_never_issued_is_not_kept_by_a_rotation() {
+    let world = World::new().await;
+    let never_sealed = "insert into accounts (name, client_id, client_secret)
+        values ('acme', 'id-1', 'SK.wrong')";
+    world.database.sql(never_sealed).await;
+    world.upstream.add_account("id-1", "SK.1");
+    let broker = world.start().await;
+    world.until_state("acme", "rejected").await;
+    let rotate = async |secret: &str| {
+        world.database.sql(&format!("update accounts set client_secret = '{secret}'")).await;
+    };
+    rotate("SK.1").await;
+    assert_eq!(kept(&world).await, None, "one that never issued");
+    world.until_state("acme", "fresh").await;
+    rotate("SK.wrong").await;
+    assert_eq!(kept(&world).await, Some(2), "one that did");
+    world.until_state("acme", "rejected").await;
+    rotate("SK.1").await;
+    assert_eq!(kept(&world).await, Some(2), "the one before, which did");
+    let issued = async || kept(&world).await.is_none().then_some(());
+    eventually("a token by the new secret", issued).await;
+
+    // Refused during the rotation: the console has another key by now.
+    world.upstream.add_account("id-1", "SK.2");
+    world.upstream.set_faults(Faults { latency: Duration::from_millis(500), ..Faults::default() });
+    world.database.sql("update accounts set reissue_requested_at = now()").await;
+    world.until_state("acme", "refreshing").await;
+    rotate("SK.wrong").await;
+    world.until_state("acme", "rejected").await;
+    assert_eq!(kept(&world).await, None, "one that is refused");
     broker.stop().await;
 }
 
