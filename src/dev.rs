@@ -269,7 +269,7 @@ fn welcome(
     let base_url = upstream.base_url();
     let life = humantime::format_duration(options.token_life);
     let bearer = bearer.expose();
-    let [(acme, acme_id, acme_secret), (typo, typo_id, _)] = SPARE;
+    let [(acme, acme_id, acme_secret), (typo, typo_id, typo_secret)] = SPARE;
     let program = env::args().next().unwrap_or_else(|| "token-broker".into());
     let end = if *kept {
         format!("Ctrl-C ends it; {} keeps what it knows.", ground.home.display())
@@ -291,11 +291,14 @@ Get a token, with grpcurl or without:
 
   TOKEN_BROKER_ENDPOINT=http://{grpc} TOKEN_BROKER_BEARER={bearer} {program} token get demo-master
 
-Register an account by plain SQL and ask for its token the same way; then one with a wrong secret:
+Register an account by plain SQL and ask for its token the same way; then one with a wrong secret, which
+the last of these puts right. (The simulated upstream knows these two logins and those of demo-….)
 
   psql '{url}' -c "insert into accounts (name, client_id, client_secret) values ('{acme}', '{acme_id}', '{acme_secret}')"
 
   psql '{url}' -c "insert into accounts (name, client_id, client_secret) values ('{typo}', '{typo_id}', 'SK.wrong')"
+
+  psql '{url}' -c "update accounts set client_secret = '{typo_secret}' where name = '{typo}'"
 
 See where the accounts stand, and who did what:
 

@@ -130,6 +130,13 @@ async fn the_lines_that_dev_prints_work_as_they_are_and_ctrl_c_leaves_nothing() 
     })
     .await;
     assert!(status.contains("61006") && status.contains("client_secret"), "{status}");
+    sh(dev.line("psql", "where name = 'typo'")).await.ok();
+    eventually("the right secret", async || {
+        let status = sh(status_line).await.ok();
+        let mut rows = status.lines().map(str::trim_start);
+        rows.find(|row| row.starts_with("typo") && row.contains("fresh")).map(drop)
+    })
+    .await;
 
     let events = sh(dev.line("psql", "from audit_events")).await.ok();
     assert!(events.contains("account_registered"), "{events}");
