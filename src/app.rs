@@ -132,22 +132,25 @@ impl App {
         let ops = tokio::spawn(ops::serve(ops, world.ops(), stop_following.clone()));
         let started = world.start(plan, &state_dir, grpc, &stop_following, give_up).await;
         match started {
-            Ok(started) => Ok(Self {
-                grpc_address,
-                ops_address,
-                journal,
-                clock: world.clock,
-                health: started.health,
-                ready: world.ready,
-                stop: started.stop,
-                stop_following,
-                stop_delivery: started.stop_delivery,
-                serving: started.serving,
-                following: vec![started.following, ops],
-                delivery: started.delivery,
-                calls: started.calls,
-                failed: started.failed,
-            }),
+            Ok(started) => {
+                info!(grpc = %grpc_address, operators = %ops_address, "ready");
+                Ok(Self {
+                    grpc_address,
+                    ops_address,
+                    journal,
+                    clock: world.clock,
+                    health: started.health,
+                    ready: world.ready,
+                    stop: started.stop,
+                    stop_following,
+                    stop_delivery: started.stop_delivery,
+                    serving: started.serving,
+                    following: vec![started.following, ops],
+                    delivery: started.delivery,
+                    calls: started.calls,
+                    failed: started.failed,
+                })
+            }
             Err(error) => {
                 stop_following.cancel();
                 let _ = ops.await;

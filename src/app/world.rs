@@ -118,7 +118,6 @@ impl World {
         give_up: &CancellationToken,
     ) -> Result<Started, StartError> {
         let started_at = self.clock.now();
-        let grpc_address = grpc.local_addr()?;
         until_reached(give_up, || self.prepare(&plan)).await?;
         let started = Record::new(started_at, Event::Started)
             .with("version", env!("CARGO_PKG_VERSION"))
@@ -164,7 +163,6 @@ impl World {
             watch("deliver", &stop_delivery, Box::pin(shipper.run(stop_delivery.clone())));
         let health = Health::follow(health, self.journal.clone()).await;
         self.ready.store(true, Ordering::Relaxed);
-        info!(grpc = ?grpc_address, "ready");
         Ok(Started { health, stop, stop_delivery, serving, following, delivery, calls, failed })
     }
 
