@@ -21,6 +21,9 @@ pub enum Invalid {
     /// Characters that are not allowed.
     #[error("{0} must match {1}")]
     Malformed(&'static str, &'static str),
+    /// None of the names that there are.
+    #[error("{0} must be {1}")]
+    Unknown(&'static str, &'static str),
 }
 
 /// An account's name: `[a-z0-9][a-z0-9._-]{0,62}`. Cheap to clone.

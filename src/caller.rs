@@ -104,7 +104,7 @@ impl FromStr for Right {
         Self::ALL
             .into_iter()
             .find(|right| right.as_str() == name)
-            .ok_or(Invalid::Malformed("right", "get, report or list"))
+            .ok_or(Invalid::Unknown("right", "get, report or list"))
     }
 }
 

@@ -65,7 +65,7 @@ impl FromStr for FailureClass {
         Self::ALL
             .into_iter()
             .find(|class| class.as_str() == name)
-            .ok_or(Invalid::Malformed("failure class", "one of this release's"))
+            .ok_or(Invalid::Unknown("failure class", "one of this release's"))
     }
 }
 
