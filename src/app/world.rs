@@ -20,6 +20,7 @@ use super::{DELIVER_WITHIN, Plan, RECORD_WITHIN, StartError, figures, health::He
 use crate::{
     account::AccountId,
     audit::{
+        fold::Folds,
         journal::Journal,
         record::{Event, Record},
         ship::Shipper,
@@ -267,6 +268,7 @@ impl World {
         };
         let desk = Desk {
             journal: self.journal.clone(),
+            folds: Folds::new(self.journal.clone(), calls.clone()),
             directory: self.directory.clone(),
             rates: CallerRates::default(),
             default_rate: plan.caller_rate,

@@ -25,7 +25,7 @@ use tracing::error;
 
 use super::{identity::identify, status::outcome};
 use crate::{
-    audit::{journal::Journal, record::Record},
+    audit::{fold::Folds, journal::Journal, record::Record},
     broker::Refusal,
     clock::Clock,
     directory::Directory,
@@ -40,6 +40,8 @@ const RECORD_WITHIN: Duration = Duration::from_secs(5);
 pub struct Desk {
     /// The audit log.
     pub journal: Journal,
+    /// Makes one record of refusals that repeat.
+    pub folds: Folds,
     /// The callers.
     pub directory: Arc<Directory>,
     /// What each caller used of its rate.
@@ -142,7 +144,11 @@ impl Desk {
         let code = code_of(&response);
         let (record, token_ends) = draft.finish(outcome(code), arrived.elapsed());
         let within = deadline.left_for_record(RECORD_WITHIN);
-        let recorded = self.journal.append(record).durable(within).await;
+        let recorded = if code == Code::Ok {
+            self.journal.append(record).durable(within).await
+        } else {
+            self.folds.recorded(record, within).await
+        };
         let response = match recorded {
             Err(_) => Status::from(Refusal::AuditUnavailable).into_http(),
             // The wait for the record may have outlived the token.
@@ -288,7 +294,9 @@ mod tests {
                 proof: Proof::BearerSha256(bearer.sha256()),
                 ends_at: None,
             }]);
+            let calls = TaskTracker::new();
             let desk = Desk {
+                folds: Folds::new(journal.clone(), calls.clone()),
                 journal,
                 directory: Arc::new(directory),
                 rates: CallerRates::default(),
@@ -298,7 +306,7 @@ mod tests {
                 clock,
                 epoch: Instant::now(),
                 metrics: Arc::new(Metrics::new("test")),
-                calls: TaskTracker::new(),
+                calls,
             };
             Self { desk: Arc::new(desk), bearer, manual, state_dir, _home: home }
         }

@@ -1,7 +1,8 @@
 //! What callers get: tokens, refusals with their reasons, and a record of each call.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use futures_util::future::join_all;
 use token_broker::{
     app::Plan,
     bearer::Bearer,
@@ -319,4 +320,39 @@ async fn grants_and_bearers_change_without_a_restart() {
     world.database.sql("update caller_credentials set revoked_at = now()").await;
     eventually("revoked", async || client.get("acme").await.err()).await;
     broker.stop().await;
+}
+
+#[tokio::test]
+async fn a_flood_of_refusals_is_counted_in_few_records_while_others_are_served() {
+    const FLOOD: i64 = 400;
+    let world = World::new().await;
+    let bearer = world.caller("demo", &["acme"]).await;
+    let broker = world.start().await;
+    let client = broker.client(&bearer).await;
+    world.register("acme", "id-1", "SK.1").await;
+    eventually("a token", async || client.get("acme").await.ok()).await;
+
+    let began = Instant::now();
+    let nobody = broker.client(&Bearer::generate()).await;
+    let flood = join_all((0..FLOOD).map(|_| nobody.get("acme")));
+    let served = async {
+        for _ in 0..20 {
+            client.get("acme").await.unwrap();
+        }
+    };
+    let (refused, ()) = tokio::join!(flood, served);
+    for answer in refused {
+        assert_eq!(refusal(&answer.unwrap_err()), "Unauthenticated CREDENTIAL_REFUSED");
+    }
+    broker.stop().await;
+
+    let counted: (i64, i64) = sqlx::query_as(
+        "select sum(count)::bigint, count(*) from audit_events where outcome = 'unauthenticated'",
+    )
+    .fetch_one(world.database.pool())
+    .await
+    .unwrap();
+    assert_eq!(counted.0, FLOOD);
+    let most = 20 + 5 * (began.elapsed().as_secs() + 1);
+    assert!(counted.1.unsigned_abs() <= most, "{counted:?}");
 }
