@@ -42,7 +42,7 @@ grant select on callers, caller_credentials, grants to token_broker_runtime;
 grant select, insert, update on refreshes to token_broker_runtime;
 grant select, insert, update, delete on tokens to token_broker_runtime;
 grant select, update on upstream_pace to token_broker_runtime;
-grant select, insert on deployment to token_broker_runtime;
+grant select, insert, update on deployment to token_broker_runtime;
 grant select, insert, update, delete on intake_keys, instances to token_broker_runtime;
 grant select, update (recorder, audited_at), delete on changes to token_broker_runtime;
 grant select, insert, update on audit_chains to token_broker_runtime;

@@ -4,6 +4,7 @@ mod figures;
 mod health;
 mod plan;
 mod proof;
+mod restored;
 mod world;
 
 use std::{
@@ -17,6 +18,7 @@ use std::{
 
 use health::Health;
 pub use plan::Plan;
+pub use restored::{Lost, Restored, Strange};
 use thiserror::Error;
 use tokio::{net::TcpListener, task::JoinHandle, time::timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -76,6 +78,12 @@ pub enum StartError {
         /// What is wrong with it.
         error: SealError,
     },
+    /// The database is not as this replica left it.
+    #[error(transparent)]
+    Restored(#[from] Restored),
+    /// The state directory does not tell which database it belongs to.
+    #[error("the file database in the state directory cannot be used: {0}")]
+    Memory(std::io::Error),
     /// A listener.
     #[error("cannot listen: {0}")]
     Listen(#[from] std::io::Error),
@@ -192,6 +200,7 @@ impl App {
         }
         self.stop_delivery.cancel();
         let _ = self.delivery.await;
+        let _ = tokio::task::spawn_blocking(move || self.journal.keep_positions()).await;
         info!("stopped");
     }
 }

@@ -34,7 +34,7 @@ use crate::{
     store::{
         Database, StoreError,
         admin::{Admin, Attribution, NewAccount, NewBearer, NewCaller, NewGrant},
-        instances,
+        deployment,
     },
     upstream,
 };
@@ -135,7 +135,7 @@ fn keyring(home: &Path) -> anyhow::Result<Keyring> {
 /// Starts the simulated upstream, on the port that a database of an earlier run belongs to.
 async fn simulate(database: &Database, token_life: Duration) -> anyhow::Result<Simulator> {
     let pool = database.pool(1);
-    let before = instances::upstream(&pool).await?;
+    let before = deployment::upstream(&pool).await?;
     pool.close().await;
     let port = before.as_deref().and_then(|url| url::Url::parse(url).ok()?.port());
     if let (Some(upstream), None) = (&before, port) {
@@ -221,6 +221,7 @@ fn plan(ground: &Ground, upstream: &Simulator, keyring: Arc<Keyring>) -> anyhow:
         database: Database::new(&ground.url, "token-broker")?,
         connections: 5,
         migrate: false,
+        accept_restored: false,
         state_dir: ground.home.clone(),
         keyring,
         upstream: upstream::Settings {

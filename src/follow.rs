@@ -9,7 +9,7 @@ use tokio::{
     time::{Instant, timeout},
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info};
+use tracing::{debug, error, info};
 
 use crate::{
     account::AccountId,
@@ -30,6 +30,7 @@ use crate::{
         accounts::{self, Intake},
         callers,
         changes::{self, Change, Listener},
+        deployment::Home,
         instances::{self, Heartbeat},
         leases, within,
     },
@@ -81,6 +82,8 @@ pub struct Follower {
     pub identity: Identity,
     /// Where to listen.
     pub database: Database,
+    /// Which database that is.
+    pub home: Home,
     /// Where to read.
     pub pool: PgPool,
     /// Opens what `account seal` sealed, and seals it for the row.
@@ -148,13 +151,18 @@ impl Follower {
         }
     }
 
-    /// Looks again and again. Never ends.
+    /// Looks again and again. Ends when the database is not the same any more.
     async fn poll(&self, mut snapshot: String, notified: &Notify) {
         // What this instance took before it was stopped, and did not record, is taken again once.
         let mut retake = Retake::After(0);
         loop {
-            if let Err(error) = self.look(&mut snapshot, &mut retake).await {
-                self.reach.lost(&error.to_string());
+            match self.look(&mut snapshot, &mut retake).await {
+                Ok(()) => {}
+                Err(error @ StoreError::Replaced(_)) => {
+                    error!(%error, "the broker ends: nothing that it knows may be true any more");
+                    return;
+                }
+                Err(error) => self.reach.lost(&error.to_string()),
             }
             tokio::select! {
                 () = tokio::time::sleep(POLL) => {}
@@ -170,7 +178,7 @@ impl Follower {
     /// all that the journal held has arrived in Postgres: until then `retake` has none taken.
     async fn look(&self, snapshot: &mut String, retake: &mut Retake) -> Result<(), StoreError> {
         self.seal_intake().await?;
-        let committed = within(changes::since(&self.pool, snapshot)).await?;
+        let committed = within(changes::since(&self.pool, snapshot, &self.home)).await?;
         if !committed.accounts.is_empty() {
             self.loader.these(&committed.accounts).await?;
             for id in &committed.accounts {

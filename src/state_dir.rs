@@ -87,6 +87,12 @@ impl StateDir {
         self.path.join("issued-alone")
     }
 
+    /// Where it is noted which database this replica had.
+    #[must_use]
+    pub fn database_file(&self) -> PathBuf {
+        self.path.join("database")
+    }
+
     /// Where the audit journal's segments lie.
     #[must_use]
     pub fn journal_dir(&self) -> PathBuf {

@@ -5,6 +5,7 @@ pub mod admin;
 pub mod audit;
 pub mod callers;
 pub mod changes;
+pub mod deployment;
 pub mod instances;
 pub mod leases;
 pub mod tokens;
@@ -53,6 +54,9 @@ pub enum StoreError {
         /// The server's message.
         message: String,
     },
+    /// The database was restored, or another one took its place, since it was last looked at.
+    #[error("the database is not the same any more: {0}")]
+    Replaced(&'static str),
     /// A value in a row cannot be what it is: somebody wrote past the triggers.
     #[error("{0}")]
     Corrupt(String),

@@ -29,6 +29,8 @@ pub struct Plan {
     pub connections: u32,
     /// Whether to bring the schema up to date first.
     pub migrate: bool,
+    /// Whether to go on with a database that is not as it was left.
+    pub accept_restored: bool,
     /// The journal's and the instance's home.
     pub state_dir: PathBuf,
     /// The keys.
@@ -70,11 +72,13 @@ impl Plan {
         settings: &Settings,
         keyring: Arc<Keyring>,
         migrate: bool,
+        accept_restored: bool,
     ) -> Result<Self, StoreError> {
         Ok(Self {
             database: settings.database_url.database("token-broker")?,
             connections: CONNECTIONS,
             migrate,
+            accept_restored,
             state_dir: settings.state_dir.clone(),
             keyring,
             upstream: UpstreamSettings {

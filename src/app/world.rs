@@ -16,7 +16,9 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic_health::server::HealthReporter;
 use tracing::{error, info, warn};
 
-use super::{DELIVER_WITHIN, Plan, RECORD_WITHIN, StartError, figures, health::Health, proof};
+use super::{
+    DELIVER_WITHIN, Plan, RECORD_WITHIN, StartError, figures, health::Health, proof, restored,
+};
 use crate::{
     account::AccountId,
     audit::{
@@ -38,7 +40,9 @@ use crate::{
     refresh::{Issuing, Refresher, Unstored, Waker},
     state_dir::StateDir,
     store::{
-        StoreError, accounts, instances,
+        StoreError, accounts,
+        deployment::Home,
+        instances,
         leases::{self, Claimant},
         within,
     },
@@ -119,7 +123,10 @@ impl World {
         give_up: &CancellationToken,
     ) -> Result<Started, StartError> {
         let started_at = self.clock.now();
-        until_reached(give_up, || self.prepare(&plan)).await?;
+        until_reached(give_up, || Self::check_schema(&plan)).await?;
+        let recognise = || restored::recognise(&self.pool, &plan, state_dir, &self.journal);
+        let recognised = until_reached(give_up, recognise).await?;
+        until_reached(give_up, || self.bring_keys(&plan)).await?;
         let started = Record::new(started_at, Event::Started)
             .with("version", env!("CARGO_PKG_VERSION"))
             .with("upstream", plan.upstream.target.to_string());
@@ -129,12 +136,16 @@ impl World {
             .await
             .map_err(|_| StartError::NotRecorded)?;
 
+        if let Some(accepted) = recognised.accepted {
+            let accepted = self.journal.append(accepted).durable(RECORD_WITHIN).await;
+            accepted.map_err(|_| StartError::NotRecorded)?;
+        }
         let unstored = Arc::new(Unstored::new(state_dir, plan.ends_older));
         let lost = unstored.of_earlier_process().await.map_err(StartError::IssuedAlone)?;
         until_reached(give_up, || self.suspect(&lost)).await?;
         unstored.forget_earlier_process().await.map_err(StartError::IssuedAlone)?;
         let (refresher, waker) = Refresher::new(self.issuing(&plan, state_dir, unstored));
-        let follower = self.follower(&plan, state_dir, waker.clone());
+        let follower = self.follower(&plan, state_dir, recognised.home, waker.clone());
         let snapshot = until_reached(give_up, || async { Ok(follower.start().await?) }).await?;
         let stop = CancellationToken::new();
         let calls = TaskTracker::new();
@@ -167,13 +178,15 @@ impl World {
         Ok(Started { health, stop, stop_delivery, serving, following, delivery, calls, failed })
     }
 
-    /// Proves that this is our database: its schema, its upstream, its keyring.
-    async fn prepare(&self, plan: &Plan) -> Result<(), StartError> {
+    async fn check_schema(plan: &Plan) -> Result<(), StartError> {
         if plan.migrate {
             plan.database.migrate().await?;
         }
-        plan.database.check_schema().await?;
-        instances::belong_to(&self.pool, &plan.upstream.target.to_string()).await?;
+        Ok(plan.database.check_schema().await?)
+    }
+
+    /// Proves that the keyring is the database's, and publishes what admins seal with.
+    async fn bring_keys(&self, plan: &Plan) -> Result<(), StartError> {
         proof::prove(&plan.keyring, &accounts::sealed_samples(&self.pool).await?)?;
         let keys: Vec<_> = plan
             .keyring
@@ -222,7 +235,7 @@ impl World {
         }
     }
 
-    fn follower(&self, plan: &Plan, state_dir: &StateDir, waker: Waker) -> Follower {
+    fn follower(&self, plan: &Plan, state_dir: &StateDir, home: Home, waker: Waker) -> Follower {
         Follower {
             identity: Identity {
                 instance: state_dir.instance().to_owned(),
@@ -231,6 +244,7 @@ impl World {
                 started_at: self.clock.now(),
             },
             database: plan.database.clone(),
+            home,
             pool: self.pool.clone(),
             keyring: plan.keyring.clone(),
             loader: self.loader.clone(),

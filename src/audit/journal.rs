@@ -19,6 +19,7 @@ mod tests;
 mod writer;
 
 use std::{
+    collections::BTreeMap,
     fmt, io,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError, atomic::Ordering},
@@ -314,15 +315,29 @@ impl Journal {
         self.0.shared.catalog().delivered_but(&self.chain().chain)
     }
 
+    /// How far each chain is known to have reached Postgres.
+    #[must_use]
+    pub fn delivered_positions(&self) -> BTreeMap<String, i64> {
+        self.0.shared.catalog().positions().clone()
+    }
+
     /// Notes that Postgres has `chain` up to `seq`: what is delivered may be deleted in time.
     pub fn delivered(&self, chain: &str, seq: i64) {
         let shared = &self.0.shared;
         let now = shared.clock.now().timestamp_millis();
         shared.counters.delivered_ms.store(now, Ordering::Relaxed);
-        if shared.catalog().delivered(chain, seq) {
+        let completed = shared.catalog().delivered(chain, seq);
+        shared.positions_unkept.store(true, Ordering::Release);
+        if completed {
             shared.positions_moved.store(true, Ordering::Release);
             self.0.writer.unpark();
         }
+    }
+
+    /// Has on disk what is known to have reached Postgres, for the next start. Once it is closed, the
+    /// journal does not do so by itself any more. Blocks on I/O.
+    pub fn keep_positions(&self) {
+        self.0.shared.keep_positions();
     }
 
     /// Returns when a commit was made since the last time it returned; for one waiter.

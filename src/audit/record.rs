@@ -38,6 +38,8 @@ pub enum Event {
     GrantChanged,
     /// Calls that were refused because the journal could not be written; `count` tells how many.
     AuditGap,
+    /// A database that is not as it was left was accepted.
+    DatabaseAccepted,
     /// The broker started.
     Started,
     /// The broker stopped.
@@ -63,6 +65,7 @@ impl Event {
             Self::CallerChanged => "caller_changed",
             Self::GrantChanged => "grant_changed",
             Self::AuditGap => "audit_gap",
+            Self::DatabaseAccepted => "database_accepted",
             Self::Started => "started",
             Self::Stopped => "stopped",
         }

@@ -25,6 +25,10 @@ pub(super) struct ServeArgs {
     /// Applies missing migrations first; without it, too old a schema is refused
     #[arg(long)]
     migrate: bool,
+    /// Goes on with a database that was restored, copied, or belongs to another deployment, and says
+    /// what went back; without it, such a database is refused
+    #[arg(long)]
+    accept_restored: bool,
     #[command(flatten)]
     settings: Flags<Broker>,
 }
@@ -37,7 +41,7 @@ pub(super) async fn run(global: &Global, args: ServeArgs) -> anyhow::Result<Exit
     }
     let mut signals = Signals::take()?;
     let keyring = Keyring::load(&settings.keyring_file)?;
-    let plan = Plan::new(&settings, keyring.into(), args.migrate)?;
+    let plan = Plan::new(&settings, keyring.into(), args.migrate, args.accept_restored)?;
     let grpc = listen(settings.listen).await?;
     let ops = listen(settings.ops_listen).await?;
     let started =

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use sqlx::{PgPool, postgres::PgListener};
 
-use super::{Database, StoreError, tokens};
+use super::{Database, StoreError, deployment::Home, tokens};
 use crate::clock::Timestamp;
 
 /// The channel on which the triggers tell of changes.
@@ -45,8 +45,9 @@ pub async fn snapshot(pool: &PgPool) -> Result<String, StoreError> {
 /// were loaded at the start and are passed over.
 ///
 /// # Errors
-/// When the database cannot be reached.
-pub async fn since(pool: &PgPool, snapshot: &str) -> Result<Committed, StoreError> {
+/// [`StoreError::Replaced`] when this is not `home` any more, or is in a state of before `snapshot`;
+/// and when the database cannot be reached.
+pub async fn since(pool: &PgPool, snapshot: &str, home: &Home) -> Result<Committed, StoreError> {
     let rows = sqlx::query!(
         r#"-- store::changes::since
         with latest as (select pg_current_snapshot() as now, $1::text::pg_snapshot as before),
@@ -55,16 +56,23 @@ pub async fn since(pool: &PgPool, snapshot: &str) -> Result<Committed, StoreErro
             union all select changed, 'accounts', account_id from tokens
             union all select changed, 'accounts', account_id from refreshes
         )
-        select distinct source, row_id, null::text as snapshot, null::boolean as unrecorded
+        select distinct source, row_id, null::text as snapshot, null::boolean as unrecorded,
+            null::boolean as elsewhere, null::boolean as earlier
         from touched, latest
         where changed >= pg_snapshot_xmin((select before from latest))
             and changed < pg_snapshot_xmax((select now from latest))
             and not pg_visible_in_snapshot(changed, before)
         union all
         select null, null, now::text,
-            exists (select from changes where audited_at is null and recorder is null)
+            exists (select from changes where audited_at is null and recorder is null),
+            not exists (select from deployment p, pg_control_system() c, pg_database d
+                where p.id = $2 and p.epoch = $3 and p.system_identifier = c.system_identifier
+                    and d.datname = current_database() and p.database_oid = d.oid::bigint),
+            pg_snapshot_xmax(now) < pg_snapshot_xmax(before)
         from latest"#,
         snapshot,
+        home.id,
+        home.epoch,
     )
     .fetch_all(pool)
     .await?;
@@ -78,6 +86,15 @@ pub async fn since(pool: &PgPool, snapshot: &str) -> Result<Committed, StoreErro
         match (row.source.as_deref(), row.row_id) {
             (Some("accounts"), Some(id)) => committed.accounts.push(id),
             (Some(_), _) => committed.access = true,
+            (None, _) if row.elsewhere.unwrap_or_default() => {
+                return Err(StoreError::Replaced(
+                    "another one is in its place, or it was accepted as \
+                    restored by another replica",
+                ));
+            }
+            (None, _) if row.earlier.unwrap_or_default() => {
+                return Err(StoreError::Replaced("it went back in time"));
+            }
             (None, _) => {
                 committed.snapshot = row.snapshot.unwrap_or(committed.snapshot);
                 committed.unrecorded = row.unrecorded.unwrap_or_default();

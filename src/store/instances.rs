@@ -1,4 +1,4 @@
-//! The replicas, and what the database belongs to.
+//! The replicas, and the keys that they publish.
 
 use std::time::Duration;
 
@@ -75,49 +75,6 @@ pub async fn stopped(pool: &PgPool, instance: &str) -> Result<(), StoreError> {
     .execute(pool)
     .await?;
     Ok(())
-}
-
-/// Makes `ours` the upstream that this database belongs to, unless it has one.
-///
-/// # Errors
-/// [`StoreError::Refused`] when the database belongs to another upstream: its tokens would be
-/// handed out as this one's.
-pub async fn belong_to(pool: &PgPool, ours: &str) -> Result<(), StoreError> {
-    sqlx::query!(
-        "-- store::instances::belong_to
-        insert into deployment (upstream) values ($1) on conflict (single) do nothing",
-        ours,
-    )
-    .execute(pool)
-    .await?;
-    let owner = upstream(pool).await?.unwrap_or_default();
-    if owner == ours {
-        return Ok(());
-    }
-    Err(StoreError::Refused(format!(
-        "this database belongs to the upstream {owner}, and the broker is set to {ours}: \
-         its accounts and tokens are not this upstream's"
-    )))
-}
-
-/// The upstream that this database belongs to, once a broker has run on it; `None` also where there
-/// is no schema yet.
-///
-/// # Errors
-/// When the database cannot be reached.
-pub async fn upstream(pool: &PgPool) -> Result<Option<String>, StoreError> {
-    /// `undefined_table`.
-    const NO_SCHEMA: &str = "42P01";
-    let upstream = sqlx::query_scalar!(
-        "-- store::instances::upstream
-        select upstream from deployment"
-    )
-    .fetch_optional(pool)
-    .await;
-    match upstream.map_err(StoreError::from) {
-        Err(StoreError::Database { code, .. }) if code == NO_SCHEMA => Ok(None),
-        upstream => upstream,
-    }
 }
 
 /// Publishes the public halves of the intake keys, for `account add` and `account seal`.

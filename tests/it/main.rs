@@ -13,6 +13,7 @@ mod postgres;
 mod processes;
 mod promises;
 mod refresh;
+mod restored;
 mod roles;
 mod serving;
 mod upstream;

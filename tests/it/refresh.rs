@@ -7,14 +7,15 @@ use std::{
 
 use tempfile::TempDir;
 use token_broker::{
-    app::{Plan, StartError},
+    app::Plan,
     dev::simulator::{Answer, Faults},
     seal::Keyring,
 };
-use tokio::net::TcpListener;
-use tokio_util::sync::CancellationToken;
 
-use crate::harness::{broker::World, eventually};
+use crate::harness::{
+    broker::{World, refused},
+    eventually,
+};
 
 fn short_lived(seconds: u64) -> Faults {
     Faults { token_life: Duration::from_secs(seconds), ..Faults::default() }
@@ -212,19 +213,6 @@ async fn malformed_answers_never_displace_a_token() {
         assert_eq!(client.get("acme").await.unwrap().generation, first.generation);
     }
     broker.stop().await;
-}
-
-/// Starts with `plan`, which must fail; the words.
-async fn refused(plan: Plan) -> String {
-    let listen = async || TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let give_up = CancellationToken::new();
-    let started =
-        token_broker::app::App::start(plan, listen().await, listen().await, &give_up).await;
-    match started {
-        Ok(_) => panic!("it started"),
-        Err(error @ StartError::Stopped) => panic!("{error}"),
-        Err(error) => error.to_string(),
-    }
 }
 
 #[tokio::test]

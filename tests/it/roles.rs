@@ -103,6 +103,8 @@ async fn runtime_does_the_work_of_the_broker() {
             "update upstream_pace set next_slot = now()",
             "insert into deployment (upstream) values ('staging') \
              on conflict (single) do nothing",
+            "update deployment set epoch = epoch + 1, system_identifier = c.system_identifier \
+             from pg_control_system() c",
             "select credential_version from accounts where id = 1 for share",
             "insert into intake_keys (key_id, public_key, is_primary) values ('k', 'x', true)",
             "insert into instances (id, replica, version, key_ids, started_at, heartbeat_at) \

@@ -1,6 +1,7 @@
 //! What callers, the writer and readers share.
 
 use std::{
+    io,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
@@ -10,7 +11,9 @@ use std::{
 
 use tokio::sync::{Notify, watch};
 
-use super::{JournalSettings, catalog::Catalog, files::Files, lost::Lost, queue::Queue};
+use super::{
+    JournalSettings, catalog::Catalog, files::Files, lost::Lost, queue::Queue, recover::DELIVERED,
+};
 use crate::{audit::chain::ChainLink, clock::Clock, state_dir::StateDir};
 
 /// A write that takes longer means that the disk hangs: the journal then counts as not writable.
@@ -35,6 +38,8 @@ pub(super) struct Shared {
     pub(super) more_durable: Notify,
     /// A delivered position completed a segment: it is time to keep the positions.
     pub(super) positions_moved: AtomicBool,
+    /// Some delivered position is not kept yet.
+    pub(super) positions_unkept: AtomicBool,
     pub(super) ended: watch::Sender<bool>,
     /// The directory stays locked until the last writer and reader have gone.
     _state_dir: Option<StateDir>,
@@ -73,6 +78,7 @@ impl Shared {
             closing: AtomicBool::new(false),
             more_durable: Notify::new(),
             positions_moved: AtomicBool::new(false),
+            positions_unkept: AtomicBool::new(false),
             ended: watch::Sender::new(false),
             _state_dir: state_dir,
         }
@@ -98,6 +104,21 @@ impl Shared {
 
     pub(super) fn is_stalled(&self) -> bool {
         stalled(self.writing_since.load(Ordering::Acquire), self.millis())
+    }
+
+    /// Keeps the delivered positions, if they changed: a start without Postgres then knows what may be
+    /// deleted, and one with it, whether Postgres went back.
+    pub(super) fn keep_positions(&self) {
+        if !self.positions_unkept.swap(false, Ordering::AcqRel) {
+            return;
+        }
+        let positions = serde_json::to_vec(self.catalog().positions());
+        let kept = positions
+            .map_err(io::Error::from)
+            .and_then(|positions| self.files.replace(DELIVERED, &positions));
+        if let Err(error) = kept {
+            tracing::warn!(%error, "the delivered positions were not kept");
+        }
     }
 
     fn millis(&self) -> u64 {

@@ -14,7 +14,6 @@ use super::{
     catalog::Segment,
     files::Appending,
     queue::{Commit, MOST_RECORDS, Taken},
-    recover::DELIVERED,
     segment::{Header, encode, name_of},
     shared::Shared,
 };
@@ -25,7 +24,7 @@ use crate::audit::{
 
 /// How long an unwritable journal is left alone before it is tried again.
 const PROBE: Duration = Duration::from_millis(500);
-/// How often an idle writer looks for segments whose time is over.
+/// How often an idle writer looks for segments whose time is over, and keeps the delivered positions.
 const HOUSEKEEPING: Duration = Duration::from_mins(1);
 
 /// Why a batch was not written.
@@ -78,6 +77,7 @@ impl Writer {
 
     /// Writes until the journal is closed.
     pub(super) fn run(mut self) {
+        let mut positions_kept = Instant::now();
         loop {
             let closing = self.shared.closing.load(Ordering::Acquire);
             let taken = self.shared.queue.take(closing);
@@ -92,7 +92,11 @@ impl Writer {
             if self.probe_at.is_none() {
                 self.remove_expired();
             }
-            self.keep_positions();
+            let moved = self.shared.positions_moved.swap(false, Ordering::AcqRel);
+            if moved || positions_kept.elapsed() >= HOUSEKEEPING {
+                positions_kept = Instant::now();
+                self.shared.keep_positions();
+            }
         }
         self.finish();
     }
@@ -298,20 +302,6 @@ impl Writer {
         Ok(())
     }
 
-    /// Keeps the delivered positions, so that a start without Postgres knows what may be deleted.
-    fn keep_positions(&self) {
-        if !self.shared.positions_moved.swap(false, Ordering::AcqRel) {
-            return;
-        }
-        let positions = serde_json::to_vec(self.shared.catalog().positions());
-        let kept = positions
-            .map_err(io::Error::from)
-            .and_then(|positions| self.shared.files.replace(DELIVERED, &positions));
-        if let Err(error) = kept {
-            tracing::warn!(%error, "the delivered positions were not kept");
-        }
-    }
-
     /// Ends the last segment, with a sync of its own where commits had none.
     fn finish(mut self) {
         if let Some(mut open) = self.segment.take() {
@@ -323,6 +313,6 @@ impl Writer {
         if !self.kept.is_empty() {
             tracing::error!(records = self.kept.len(), "audit records are lost: no disk took them");
         }
-        self.keep_positions();
+        self.shared.keep_positions();
     }
 }

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use sqlx::Row;
 use tempfile::TempDir;
 use token_broker::{
-    app::{App, Plan},
+    app::{App, Plan, StartError},
     audit::journal::{JournalSettings, Sync},
     bearer::Bearer,
     clock::Clock,
@@ -68,6 +68,7 @@ impl World {
             database: Database::new(self.database.url(), "token-broker").unwrap(),
             connections: 5,
             migrate: false,
+            accept_restored: false,
             state_dir: self.state.path().to_owned(),
             keyring: self.keyring.clone(),
             upstream: upstream::Settings {
@@ -176,6 +177,18 @@ impl World {
             .fetch_all(self.database.pool())
             .await
             .unwrap()
+    }
+}
+
+/// Starts with `plan`, which must fail; the words.
+pub(crate) async fn refused(plan: Plan) -> String {
+    let listen = async || TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let give_up = CancellationToken::new();
+    let started = App::start(plan, listen().await, listen().await, &give_up).await;
+    match started {
+        Ok(_) => panic!("it started"),
+        Err(error @ StartError::Stopped) => panic!("{error}"),
+        Err(error) => error.to_string(),
     }
 }
 

@@ -36,9 +36,23 @@ impl TestDatabase {
     /// Makes one.
     pub(crate) async fn new() -> Self {
         let server = SERVER.get_or_init(Server::start).await;
+        Self::like(server, &server.template()).await
+    }
+
+    /// Makes another one that has what this one has: a dump, restored. Ends the connections to this one.
+    pub(crate) async fn copy(&self) -> Self {
+        let end = format!(
+            "select pg_terminate_backend(pid) from pg_stat_activity where datname = '{}'",
+            self.name
+        );
+        run(&mut self.server.connect().await, &end).await;
+        Self::like(self.server, &self.name).await
+    }
+
+    async fn like(server: &'static Server, template: &str) -> Self {
         let name = format!("{}_{}", server.run, DATABASES.fetch_add(1, Relaxed));
         let mut admin = server.connect().await;
-        run(&mut admin, &format!("create database {name} template {}", server.template())).await;
+        run(&mut admin, &format!("create database {name} template {template}")).await;
         admin.close().await.unwrap();
 
         let url = server.url(&name);

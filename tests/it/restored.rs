@@ -1,0 +1,147 @@
+//! A database that is a copy, an older state, or another's is noticed, and used only if that is meant.
+
+use token_broker::{
+    app::Plan,
+    store::{StoreError, changes, deployment::Home},
+};
+
+use crate::harness::{
+    PATIENCE,
+    broker::{World, refused},
+    database::TestDatabase,
+    eventually,
+};
+
+/// What an admin sees who has the audit log count the events that match.
+async fn count(world: &World, where_: &str) -> usize {
+    world.audit(where_).await.len()
+}
+
+/// Has the database say that it is where it is, as one that was restored in its own place does.
+async fn restored_in_place(database: &TestDatabase) {
+    let here = "update deployment set database_oid =
+        (select oid::bigint from pg_database where datname = current_database())";
+    database.sql(here).await;
+}
+
+#[tokio::test]
+async fn a_copy_of_the_database_is_refused_until_it_is_accepted_and_then_the_original_is() {
+    let mut world = World::new().await;
+    let bearer = world.caller("demo", &["*"]).await;
+    world.register("acme", "id-1", "SK.1").await;
+    let broker = world.start().await;
+    let client = broker.client(&bearer).await;
+    let before = eventually("a token", async || client.get("acme").await.ok()).await;
+    broker.stop().await;
+
+    let copy = world.database.copy().await;
+    let original = std::mem::replace(&mut world.database, copy);
+    let error = refused(world.plan()).await;
+    assert!(error.contains("it lies elsewhere than when it was used last"), "{error}");
+    assert!(error.contains("start once with --accept-restored"), "{error}");
+    assert_eq!(world.upstream.issued("id-1"), 1);
+
+    let broker = world.start_with(Plan { accept_restored: true, ..world.plan() }).await;
+    let client = broker.client(&bearer).await;
+    // The original's broker may have issued since.
+    let after = eventually("a newer token", async || {
+        client.get("acme").await.ok().filter(|token| token.generation > before.generation)
+    })
+    .await;
+    assert!(world.upstream.is_live(&after.access_token));
+    broker.stop().await;
+    assert_eq!(count(&world, "event = 'database_accepted'").await, 1);
+
+    let broker = world.start().await;
+    broker.stop().await;
+    assert_eq!(count(&world, "event = 'database_accepted'").await, 1, "once is enough");
+
+    world.database = original;
+    let error = refused(world.plan()).await;
+    assert!(error.contains("a restored one was accepted in its place"), "{error}");
+}
+
+#[tokio::test]
+async fn an_older_state_of_the_database_is_refused_with_a_list_of_what_went_back() {
+    let mut world = World::new().await;
+    let bearer = world.caller("demo", &["*"]).await;
+    world.register("acme", "id-1", "SK.1").await;
+    // Another replica, which is not there when the database goes back.
+    let other = tempfile::tempdir().unwrap();
+    let replica = Plan { state_dir: other.path().to_owned(), ..world.plan() };
+    world.start_with(replica).await.stop().await;
+    world.start().await.stop().await;
+    let dump = world.database.copy().await;
+
+    let broker = world.start().await;
+    let client = broker.client(&bearer).await;
+    world.register("late", "id-2", "SK.2").await;
+    world
+        .database
+        .sql("update accounts set reissue_requested_at = now() where name = 'acme'")
+        .await;
+    eventually("a second token", async || (world.upstream.issued("id-1") == 2).then_some(())).await;
+    let before = eventually("a token", async || client.get("late").await.ok()).await;
+    let newest = client.get("acme").await.unwrap();
+    broker.stop().await;
+    let recorded = count(&world, "true").await;
+
+    world.database = dump;
+    restored_in_place(&world.database).await;
+    let error = refused(world.plan()).await;
+    assert!(error.contains("it went back in time, by "), "{error}");
+    assert!(error.contains(" account_registered late insert "), "{error}");
+    assert!(error.contains(" token_issued acme"), "{error}");
+    assert!(error.contains(" get_token"), "{error}");
+    assert!(!error.contains(&before.access_token), "{error}");
+
+    let broker = world.start_with(Plan { accept_restored: true, ..world.plan() }).await;
+    let client = broker.client(&bearer).await;
+    let after = eventually("a token", async || {
+        client.get("acme").await.ok().filter(|token| token.generation > newest.generation)
+    })
+    .await;
+    assert!(world.upstream.is_live(&after.access_token));
+    broker.stop().await;
+    // The journal has what the database forgot, and delivers it again.
+    assert!(count(&world, "true").await > recorded);
+    assert_eq!(count(&world, "event = 'account_registered' and account = 'late'").await, 1);
+    assert_eq!(
+        count(&world, "event = 'database_accepted' and detail ? 'lost_account_registered'").await,
+        1
+    );
+
+    let replica = Plan { state_dir: other.path().to_owned(), ..world.plan() };
+    world.start_with(replica).await.stop().await;
+}
+
+#[tokio::test]
+async fn a_state_directory_is_not_used_with_another_deployments_database() {
+    let world = World::new().await;
+    world.start().await.stop().await;
+    let mut foreign = World::new().await;
+    foreign.start().await.stop().await;
+    foreign.state = world.state;
+    let error = refused(foreign.plan()).await;
+    assert!(error.contains("not the one that the state directory belongs to"), "{error}");
+}
+
+#[tokio::test]
+async fn a_broker_whose_database_is_replaced_ends() {
+    let world = World::new().await;
+    let broker = world.start().await;
+    world.database.sql("update deployment set epoch = epoch + 1").await;
+    tokio::time::timeout(PATIENCE, broker.app.failed()).await.unwrap();
+    broker.stop().await;
+
+    let home: (String, i64) = sqlx::query_as("select id, epoch from deployment")
+        .fetch_one(world.database.pool())
+        .await
+        .unwrap();
+    let home = Home { id: home.0, epoch: home.1 };
+    let now = changes::snapshot(world.database.pool()).await.unwrap();
+    changes::since(world.database.pool(), &now, &home).await.unwrap();
+    let later = "99999999999:99999999999:";
+    let error = changes::since(world.database.pool(), later, &home).await.unwrap_err();
+    assert!(matches!(error, StoreError::Replaced(why) if why.contains("back in time")), "{error}");
+}
