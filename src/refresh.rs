@@ -4,14 +4,16 @@
 mod alone;
 mod attempt;
 mod leased;
+mod outage;
 mod queue;
 mod show;
 mod stamps;
 mod unstored;
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{collections::HashMap, mem, sync::Arc, time::Duration};
 
 pub use attempt::{Issuing, Outcome};
+pub use outage::Outage;
 use queue::Queue;
 use tokio::{
     sync::mpsc,
@@ -54,6 +56,8 @@ pub struct Refresher {
     pause: Duration,
     next_start: Timestamp,
     concurrency: usize,
+    /// The last end of an outage that was planned for.
+    outage_over: Option<Timestamp>,
 }
 
 impl Refresher {
@@ -71,6 +75,7 @@ impl Refresher {
             wakes,
             attempts: JoinSet::new(),
             accounts: HashMap::new(),
+            outage_over: None,
         };
         (refresher, Waker(sender))
     }
@@ -116,10 +121,13 @@ impl Refresher {
     /// When the next attempt may start; `None` while as many as may be are under way, or none is
     /// planned.
     fn next_start(&self, now: Timestamp) -> Option<Timestamp> {
-        if self.attempts.len() >= self.concurrency {
+        let canary = self.issuing.outage.next_canary();
+        let concurrency = if canary.is_some() { 1 } else { self.concurrency };
+        if self.attempts.len() >= concurrency {
             return None;
         }
-        self.queue.next(now).map(|due| due.max(self.next_start))
+        let start = self.next_start.max(canary.unwrap_or(self.next_start));
+        self.queue.next(now).map(|due| due.max(start))
     }
 
     fn start(&mut self) {
@@ -144,6 +152,11 @@ impl Refresher {
         let Some(id) = self.accounts.remove(&task) else { return };
         debug!(account = %id, ?outcome, "an attempt ended");
         self.queue.ended(id);
+        let outage_over = self.issuing.outage.over_at();
+        if mem::replace(&mut self.outage_over, outage_over) != outage_over {
+            // Whoever failed meanwhile is due now.
+            self.plan_all();
+        }
         let not_before = match outcome {
             Outcome::NotBefore(pause) => Some(self.issuing.clock.now() + delta(pause)),
             Outcome::Done => None,

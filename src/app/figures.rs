@@ -60,6 +60,7 @@ fn count_of(figures: &mut AccountFigures, state: AccountState) -> &mut u64 {
 pub(super) fn readiness(world: &World) -> Arc<dyn Fn() -> Readiness + Send + Sync> {
     let (cache, journal, clock) = (world.cache.clone(), world.journal.clone(), world.clock.clone());
     let (reach, ready) = (world.reach.clone(), world.ready.clone());
+    let outage = world.outage.clone();
     Arc::new(move || {
         let now = clock.now();
         let (mut live, mut unreachable) = (0, 0);
@@ -108,10 +109,15 @@ pub(super) fn readiness(world: &World) -> Arc<dyn Fn() -> Readiness + Send + Syn
                 ),
                 check(
                     "upstream",
-                    unreachable == 0,
+                    unreachable == 0 && !outage.is_on(),
                     false,
                     format!(
-                        "{unreachable} of {accounts} accounts cannot reach it; {live} have a live token"
+                        "{}{unreachable} of {accounts} accounts cannot reach it; {live} have a live token",
+                        if outage.is_on() {
+                            "is away: one account at a time is tried; "
+                        } else {
+                            ""
+                        },
                     ),
                 ),
             ],

@@ -37,7 +37,7 @@ use crate::{
     load::Loader,
     ops::Ops,
     reach::Reach,
-    refresh::{Issuing, Refresher, Unstored, Waker},
+    refresh::{Issuing, Outage, Refresher, Unstored, Waker},
     state_dir::StateDir,
     store::{
         StoreError, accounts,
@@ -61,6 +61,7 @@ pub(super) struct World {
     pub(super) cache: Arc<Cache>,
     pub(super) directory: Arc<Directory>,
     pub(super) reach: Arc<Reach>,
+    pub(super) outage: Arc<Outage>,
     pub(super) loader: Arc<Loader>,
     pub(super) journal: Journal,
     pub(super) metrics: Arc<Metrics>,
@@ -99,6 +100,7 @@ impl World {
             cache,
             directory: Arc::new(Directory::default()),
             reach: Arc::new(Reach::new(plan.ends_older)),
+            outage: Arc::default(),
             loader: Arc::new(loader),
             journal,
             metrics: Arc::new(Metrics::new(env!("CARGO_PKG_VERSION"))),
@@ -232,6 +234,7 @@ impl World {
             upstream_skew_ms: self.upstream_skew_ms.clone(),
             reach: self.reach.clone(),
             unstored,
+            outage: self.outage.clone(),
         }
     }
 

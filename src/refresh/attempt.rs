@@ -11,9 +11,12 @@ use std::{
 
 use ipnet::IpNet;
 use sqlx::PgPool;
-use tracing::{error, warn};
+use tracing::{error, info, warn};
 
-use super::unstored::Unstored;
+use super::{
+    outage::{Change, Outage},
+    unstored::Unstored,
+};
 
 use crate::{
     account::AccountId,
@@ -23,7 +26,7 @@ use crate::{
     },
     cache::{Cache, Slot, View},
     clock::{Clock, Timestamp},
-    issue::{Attempt, Credential, Failure, FailureClass},
+    issue::{Attempt, Credential, Failure, FailureClass, Progress},
     load::Loader,
     reach::{Reach, Standing},
     schedule::Policy,
@@ -75,6 +78,8 @@ pub struct Issuing {
     pub reach: Arc<Reach>,
     /// What was issued and is not stored yet.
     pub unstored: Arc<Unstored>,
+    /// Whether the upstream answers at all.
+    pub outage: Arc<Outage>,
 }
 
 /// What an attempt is made under.
@@ -99,13 +104,23 @@ impl Issuing {
     /// When the account is to be issued for, as things stand with the database.
     pub(super) fn due(&self, view: &View) -> Option<Timestamp> {
         let token = view.token.as_deref();
-        let due = self.policy.next_attempt(&view.account, &view.progress, token)?;
+        let due = if self.outage_over(view).is_some() {
+            let progress = Progress { next_attempt_at: None, ..view.progress.clone() };
+            self.policy.next_attempt(&view.account, &progress, token)?
+        } else {
+            self.policy.next_attempt(&view.account, &view.progress, token)?
+        };
         match self.reach.standing() {
             Standing::Reached => Some(due),
             // The database may be back before it must be.
             Standing::Alone => Some(due.max(Policy::urgent_from(&view.progress, token))),
             Standing::CutOff => None,
         }
+    }
+
+    /// How long ago the upstream's outage ended that the account waits for, if it waits for one.
+    pub(super) fn outage_over(&self, view: &View) -> Option<Duration> {
+        self.outage.is_over_for(&view.progress, self.clock.now())
     }
 
     /// Tries to replace the account's token. Never fails: what went wrong is in the account's view,
@@ -153,7 +168,14 @@ impl Issuing {
         attempt: &Attempt,
         under: Under,
     ) -> Result<Option<Arc<Token>>, IssueError> {
-        let issued = self.call(attempt).await?;
+        let issued = self.call(attempt).await;
+        let failure = issued.as_ref().err().map(|error| error.class);
+        match self.outage.ended(slot.id(), failure, self.clock.now()) {
+            Change::None => {}
+            Change::Began => warn!("the upstream is away: several accounts in a row failed alike"),
+            Change::Ended => info!("the upstream answers again"),
+        }
+        let issued = issued?;
         let token = Arc::new(Token {
             generation: attempt.generation,
             credential_version: attempt.credential.version,
@@ -271,7 +293,7 @@ impl Issuing {
             FailureClass::Rejected | FailureClass::Intake => None,
             FailureClass::EgressRejected => Some(self.policy.probe_after(name)),
             _ => {
-                let backoff = self.policy.retry_after(name, failures);
+                let backoff = self.outage.pause(self.policy.retry_after(name, failures));
                 Some(error.retry_after.map_or(backoff, |asked| asked.max(backoff)))
             }
         };

@@ -33,7 +33,9 @@ impl Issuing {
         // Not the token's generation: a load that a commit overtook leaves our newer token beside
         // older progress, which may be all that makes it due.
         let known = view.progress.stored_generation;
-        let claimed = within(leases::claim(&self.pool, slot.id(), known, &self.claimant)).await;
+        let over = self.outage_over(view);
+        let claimed = leases::claim(&self.pool, slot.id(), known, over, &self.claimant);
+        let claimed = within(claimed).await;
         let lease = match claimed {
             Ok(Claim::Granted(lease)) => *lease,
             Ok(Claim::Paced(pause)) => return Outcome::NotBefore(pause),

@@ -66,7 +66,8 @@ pub struct Lease {
     pub lost_attempt: bool,
 }
 
-/// Claims the right to replace generation `known` of `account`, and stamps the attempt.
+/// Claims the right to replace generation `known` of `account`, and stamps the attempt. A pause after a
+/// failure need not be waited out if the upstream's outage that it was for ended `outage_over` ago.
 ///
 /// # Errors
 /// When the database cannot be reached.
@@ -74,6 +75,7 @@ pub async fn claim(
     pool: &PgPool,
     account: AccountId,
     known: Option<Generation>,
+    outage_over: Option<Duration>,
     claimant: &Claimant,
 ) -> Result<Claim, StoreError> {
     let mut transaction = pool.begin().await?;
@@ -113,7 +115,7 @@ pub async fn claim(
     else {
         return Ok(Claim::NotNeeded);
     };
-    let (version, passes_floor) = match row.verdict(known, claimant.floor) {
+    let (version, passes_floor) = match row.verdict(known, outage_over, claimant.floor) {
         Verdict::Go { version, passes_floor } => (version, passes_floor),
         Verdict::Wait(wait) => return Ok(Claim::Wait(wait)),
         Verdict::NotNeeded => return Ok(Claim::NotNeeded),

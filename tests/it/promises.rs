@@ -203,7 +203,8 @@ async fn a_claim_waits_for_no_transaction_and_sees_what_it_committed() {
         concurrency: 8,
     };
     let pool = Database::new(database.url(), "claimant").unwrap().pool(1);
-    let claim = async |id| leases::claim(&pool, AccountId(id), None, &claimant).await.unwrap();
+    let claim =
+        async |id| leases::claim(&pool, AccountId(id), None, None, &claimant).await.unwrap();
 
     // Another replica commits its token, or an admin's statement waits for the end of their day.
     let mut open = database.pool().begin().await.unwrap();

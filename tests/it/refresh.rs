@@ -8,6 +8,7 @@ use std::{
 use tempfile::TempDir;
 use token_broker::{
     app::Plan,
+    clock::Clock,
     dev::simulator::{Answer, Faults},
     seal::Keyring,
 };
@@ -15,6 +16,7 @@ use token_broker::{
 use crate::harness::{
     broker::{World, refused},
     eventually,
+    http::http,
 };
 
 fn short_lived(seconds: u64) -> Faults {
@@ -24,7 +26,7 @@ fn short_lived(seconds: u64) -> Faults {
 #[tokio::test]
 async fn tokens_are_replaced_ahead_of_their_end_and_served_without_a_gap() {
     const LIFE: Duration = Duration::from_secs(10);
-    let world = World::with(token_broker::clock::Clock::System, short_lived(10)).await;
+    let world = World::with(Clock::System, short_lived(10)).await;
     let bearer = world.caller("demo", &["*"]).await;
     world.register("acme", "id-1", "SK.1").await;
     let broker = world.start().await;
@@ -235,4 +237,41 @@ async fn a_wrong_keyring_another_upstream_or_an_old_schema_is_one_clear_error() 
     world.database.sql("delete from _sqlx_migrations where version = 5").await;
     let error = refused(world.plan()).await;
     assert!(error.contains("too old") && error.contains("token-broker migrate"), "{error}");
+}
+
+#[tokio::test]
+async fn accounts_that_fail_alike_are_tried_one_at_a_time_and_all_at_once_when_the_upstream_is_back()
+ {
+    let away = Faults { answer: Answer::Reset, ..Faults::default() };
+    let world = World::with(Clock::System, away).await;
+    let ids = 1..=5;
+    for n in ids.clone() {
+        world.register(&format!("acme-{n}"), &format!("id-{n}"), &format!("SK.{n}")).await;
+    }
+    let broker = world.start().await;
+    for n in ids.clone() {
+        world.until_state(&format!("acme-{n}"), "unreachable").await;
+    }
+    let readiness = http(broker.app.ops_address, "GET", "/readyz", "").await.1;
+    assert!(readiness.contains("is away: one account at a time is tried"), "{readiness}");
+
+    // As if it had lasted for long: all but one would wait for an hour.
+    let wait = async |until: &str, of: &str| {
+        let update = format!(
+            "update refreshes set next_attempt_at = {until}, changed = pg_current_xact_id() where {of}"
+        );
+        world.database.sql(&update).await;
+    };
+    wait("now() + interval '1 hour'", "true").await;
+    world.upstream.set_faults(Faults::default());
+    wait("now()", "account_id = (select id from accounts where name = 'acme-4')").await;
+    for n in ids {
+        world.until_state(&format!("acme-{n}"), "fresh").await;
+    }
+    let readiness = http(broker.app.ops_address, "GET", "/readyz", "").await.1;
+    assert!(
+        readiness.contains("\"0 of 5 accounts cannot reach it; 5 have a live token\""),
+        "{readiness}"
+    );
+    broker.stop().await;
 }

@@ -44,8 +44,14 @@ pub(super) enum Verdict {
 
 impl Row {
     /// Decides whether the account may be issued for at `now`. `known` is the generation that the
-    /// claimant wants to replace.
-    pub(super) fn verdict(&self, known: Option<Generation>, floor: Duration) -> Verdict {
+    /// claimant wants to replace; an outage of the upstream that ended `outage_over` ago, and was what
+    /// the last attempt failed for, need not be waited out.
+    pub(super) fn verdict(
+        &self,
+        known: Option<Generation>,
+        outage_over: Option<Duration>,
+        floor: Duration,
+    ) -> Verdict {
         if !self.enabled || self.generation.map(Generation) > known {
             return Verdict::NotNeeded;
         }
@@ -67,10 +73,13 @@ impl Row {
             _ => return Verdict::NotNeeded,
         };
         let untried = self.attempt_version != Some(version);
+        let over_since = outage_over.map(|ago| self.now - delta(ago));
+        let over = self.attempt_started_at < over_since;
         if let Some(at) = self.next_attempt_at.filter(|at| *at > self.now)
             && failing
             && !asked
             && !untried
+            && !over
         {
             return Verdict::Wait(until_from(self.now, at));
         }
@@ -131,7 +140,7 @@ mod tests {
     }
 
     fn verdict(row: &Row) -> Verdict {
-        row.verdict(Some(Generation(1)), FLOOR)
+        row.verdict(Some(Generation(1)), None, FLOOR)
     }
 
     const GO: Verdict = Verdict::Go { version: 1, passes_floor: false };
@@ -221,5 +230,20 @@ mod tests {
             verdict(&Row { credential_version: 2, ..failing }),
             Verdict::Go { version: 2, passes_floor: false }
         );
+    }
+
+    #[test]
+    fn a_pause_for_an_outage_ends_with_it() {
+        let failing = Row {
+            error_class: Some("unreachable".into()),
+            error_version: Some(1),
+            attempt_started_at: Some(at(900)),
+            next_attempt_at: Some(at(1_060)),
+            ..row()
+        };
+        let over =
+            |ago| failing.verdict(Some(Generation(1)), Some(Duration::from_secs(ago)), FLOOR);
+        assert_eq!(over(99), GO);
+        assert_eq!(over(100), Verdict::Wait(Duration::from_mins(1)));
     }
 }
