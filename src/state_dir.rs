@@ -96,7 +96,19 @@ impl StateDir {
     /// Where the audit journal's segments lie.
     #[must_use]
     pub fn journal_dir(&self) -> PathBuf {
-        self.path.join("journal")
+        Self::journal_below(&self.path)
+    }
+
+    /// Where they lie below the state directory `path`.
+    #[must_use]
+    pub fn journal_below(path: &Path) -> PathBuf {
+        path.join("journal")
+    }
+
+    /// Where signed heads of the audit log are kept, so that copies can be made of them.
+    #[must_use]
+    pub fn heads_file(&self) -> PathBuf {
+        self.path.join("audit-heads.jsonl")
     }
 }
 

@@ -71,7 +71,7 @@ pub(super) fn readiness(world: &World) -> Arc<dyn Fn() -> Readiness + Send + Syn
         }
         let accounts = cache.len();
         let serving = ready.load(Ordering::Relaxed);
-        let writable = journal.is_writable();
+        let (writable, roomy) = (journal.is_writable(), journal.is_ready());
         let standing = reach.standing();
         let reached = standing == Standing::Reached;
         let undelivered = journal.stats().undelivered;
@@ -86,9 +86,14 @@ pub(super) fn readiness(world: &World) -> Arc<dyn Fn() -> Readiness + Send + Syn
                 ),
                 check(
                     "journal",
-                    writable,
+                    roomy,
                     true,
-                    words(writable, "can be written", "cannot be written: calls are refused"),
+                    match (writable, roomy) {
+                        (false, _) => "cannot be written: calls are refused",
+                        (true, false) => "is nearly full: calls are still answered",
+                        (true, true) => "can be written",
+                    }
+                    .to_owned(),
                 ),
                 check(
                     "postgres",

@@ -1,4 +1,4 @@
-//! What gRPC's health service says: serving as long as calls can be recorded.
+//! What gRPC's health service says: serving as long as calls can be recorded, and for a while yet.
 
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ pub(super) struct Health {
 impl Health {
     /// Says that the broker serves, and from now on whether the journal can be written.
     pub(super) async fn follow(reporter: HealthReporter, journal: Journal) -> Self {
-        let mut serving = journal.is_writable();
+        let mut serving = journal.is_ready();
         tell(&reporter, serving).await;
         let stop = CancellationToken::new();
         let stopped = stop.clone();
@@ -33,13 +33,13 @@ impl Health {
                     () = stopped.cancelled() => break,
                     _ = looks.tick() => {}
                 }
-                let writable = journal.is_writable();
-                if std::mem::replace(&mut serving, writable) != writable {
-                    tell(&reporter, writable).await;
-                    if writable {
-                        info!("the audit journal can be written again: serving");
+                let ready = journal.is_ready();
+                if std::mem::replace(&mut serving, ready) != ready {
+                    tell(&reporter, ready).await;
+                    if ready {
+                        info!("the audit journal can be written: serving");
                     } else {
-                        warn!("the audit journal cannot be written: not serving");
+                        warn!("the audit journal cannot be written, or not for long: not serving");
                     }
                 }
             }

@@ -4,6 +4,7 @@
 //! is there and has it on disk at one stroke; `recover` is what a start finds; [`reader`] reads
 //! back what is durable, for delivery. [`catalog`] knows the segments, [`segment`] their format.
 
+mod archive;
 mod catalog;
 #[cfg(test)]
 mod faults;
@@ -13,6 +14,7 @@ mod queue;
 mod reader;
 mod recover;
 mod segment;
+mod segments;
 mod shared;
 #[cfg(test)]
 mod tests;
@@ -32,13 +34,15 @@ use thiserror::Error;
 use tokio::task;
 
 pub use self::{
+    archive::Archive,
     catalog::LocalChain,
     reader::{ChainReader, ReadError},
 };
 use self::{
     files::{Directory, Files},
     queue::Commit,
-    recover::{link_to, recover},
+    recover::{Tail, link_to, recover},
+    segments::Segments,
     shared::{Ending, Shared},
     writer::Writer,
 };
@@ -212,11 +216,11 @@ impl Journal {
         settings: JournalSettings,
         clock: Clock,
     ) -> Result<Self, JournalError> {
-        let found = recover(&*files)?;
+        let found = recover(&*files, Tail::SetAside)?;
         let chain = new_chain(found.start).map_err(JournalError::io("."))?;
         let link = link_to(found.last.as_ref(), instance, chain, clock.now());
-        let shared =
-            Arc::new(Shared::new(files, settings, clock, link, found.catalog, state_dir.cloned()));
+        let segments = Segments::new(files, found.catalog, state_dir.cloned());
+        let shared = Arc::new(Shared::new(segments, settings, clock, link));
         let writer = Writer::start(Arc::clone(&shared)).map_err(JournalError::io("."))?;
         let ending = Ending(Arc::clone(&shared));
         let thread = thread::Builder::new().name("audit-journal".into()).spawn(move || {
@@ -250,13 +254,19 @@ impl Journal {
         Appended(pushed.commit)
     }
 
-    /// Whether a call's record would be written now; for readiness.
+    /// Whether a call's record would be written now.
     #[must_use]
     pub fn is_writable(&self) -> bool {
         let shared = &self.0.shared;
         shared.writable.load(Ordering::Acquire)
             && !shared.closing.load(Ordering::Acquire)
             && !shared.is_stalled()
+    }
+
+    /// Whether it can be written and has room for a while yet; for readiness.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        self.is_writable() && self.0.shared.roomy.load(Ordering::Acquire)
     }
 
     /// The figures.
@@ -297,6 +307,12 @@ impl Journal {
         }
     }
 
+    /// The last durable record of this start's chain; before the first, what the chain is linked to.
+    #[must_use]
+    pub fn head(&self) -> Head {
+        *self.0.shared.head()
+    }
+
     /// The chains of which there are segments, in the order of starts; the last is this start's.
     #[must_use]
     pub fn chains(&self) -> Vec<LocalChain> {
@@ -306,7 +322,7 @@ impl Journal {
     /// Reads the durable records of a chain that follow `after`.
     #[must_use]
     pub fn reader(&self, link: Arc<ChainLink>, after: Head) -> ChainReader {
-        ChainReader::new(Arc::clone(&self.0.shared), link, after)
+        ChainReader::new(Arc::clone(&self.0.shared.segments), link, after)
     }
 
     /// Whether all that earlier starts left in this journal is known to have reached Postgres.

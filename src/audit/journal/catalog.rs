@@ -27,6 +27,8 @@ pub(super) struct Segment {
 pub struct LocalChain {
     /// Whose chain, and where it starts.
     pub link: Arc<ChainLink>,
+    /// What its first record that is still there follows.
+    pub before: Head,
     /// The number of its last durable record; 0 if it is empty.
     pub last_seq: i64,
 }
@@ -88,6 +90,12 @@ impl Catalog {
         self.segments.iter().map(|segment| segment.len).sum()
     }
 
+    /// How much of that may not be deleted.
+    pub(super) fn held_bytes(&self) -> u64 {
+        let held = self.segments.iter().filter(|segment| !self.may_go(segment));
+        held.map(|segment| segment.len).sum()
+    }
+
     pub(super) fn segments(&self) -> usize {
         self.segments.len()
     }
@@ -110,10 +118,14 @@ impl Catalog {
     /// The chains, in the order of starts.
     pub(super) fn chains(&self) -> Vec<LocalChain> {
         let mut chains: Vec<LocalChain> = Vec::new();
-        for Segment { link, last_seq, .. } in &self.segments {
+        for Segment { link, before, last_seq, .. } in &self.segments {
             match chains.last_mut() {
                 Some(chain) if chain.link.chain == link.chain => chain.last_seq = *last_seq,
-                _ => chains.push(LocalChain { link: Arc::clone(link), last_seq: *last_seq }),
+                _ => chains.push(LocalChain {
+                    link: Arc::clone(link),
+                    before: *before,
+                    last_seq: *last_seq,
+                }),
             }
         }
         chains

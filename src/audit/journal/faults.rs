@@ -146,6 +146,10 @@ impl Files for Disk {
         state.files.remove(name).map(drop).ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
+    fn free(&self) -> io::Result<u64> {
+        Ok(self.state().room.map_or(u64::MAX, |room| room as u64))
+    }
+
     fn sync_dir(&self) -> io::Result<()> {
         let mut state = self.state();
         state.sync()?;

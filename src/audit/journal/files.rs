@@ -34,6 +34,8 @@ pub(super) trait Files: Send + Sync + 'static {
     fn remove(&self, name: &str) -> io::Result<()>;
     /// Has the names on disk.
     fn sync_dir(&self) -> io::Result<()>;
+    /// How many bytes the disk still takes.
+    fn free(&self) -> io::Result<u64>;
 }
 
 /// A file open for appending.
@@ -57,6 +59,11 @@ impl Directory {
             File::open(parent)?.sync_all()?;
         }
         Ok(Self { path: path.to_owned() })
+    }
+
+    /// A directory that is there, or whose absence its first use tells.
+    pub(super) fn existing(path: &Path) -> Self {
+        Self { path: path.to_owned() }
     }
 }
 
@@ -119,6 +126,11 @@ impl Files for Directory {
 
     fn sync_dir(&self) -> io::Result<()> {
         File::open(&self.path)?.sync_all()
+    }
+
+    fn free(&self) -> io::Result<u64> {
+        let disk = rustix::fs::statvfs(&self.path)?;
+        Ok(disk.f_bavail.saturating_mul(disk.f_frsize))
     }
 }
 

@@ -4,7 +4,7 @@ use std::{io, sync::Arc};
 
 use thiserror::Error;
 
-use super::{segment::decode, shared::Shared};
+use super::{segment::decode, segments::Segments};
 use crate::audit::chain::{ChainLink, Head, StoredEvent};
 
 /// How much is read at a time, unless a line is longer.
@@ -43,7 +43,7 @@ pub enum ReadError {
 
 /// Reads one chain from a position on.
 pub struct ChainReader {
-    shared: Arc<Shared>,
+    segments: Arc<Segments>,
     link: Arc<ChainLink>,
     /// The last record that was read.
     head: Head,
@@ -66,8 +66,8 @@ struct Durable {
 }
 
 impl ChainReader {
-    pub(super) fn new(shared: Arc<Shared>, link: Arc<ChainLink>, after: Head) -> Self {
-        Self { shared, link, head: after, cursor: None }
+    pub(super) fn new(segments: Arc<Segments>, link: Arc<ChainLink>, after: Head) -> Self {
+        Self { segments, link, head: after, cursor: None }
     }
 
     /// The last record that was read, or where reading began.
@@ -96,7 +96,7 @@ impl ChainReader {
     /// Where to read on; `None` if nothing more is durable.
     fn position(&mut self) -> Result<Option<(Cursor, Durable)>, ReadError> {
         let (chain, next) = (&self.link.chain, self.head.seq + 1);
-        let segment = self.shared.catalog().holding(chain, next).cloned();
+        let segment = self.segments.catalog().holding(chain, next).cloned();
         let segment =
             segment.ok_or_else(|| ReadError::Missing { chain: chain.clone(), seq: next })?;
         if segment.last_seq < next {
@@ -145,7 +145,7 @@ impl ChainReader {
         let mut wanted = CHUNK;
         loop {
             let mut chunk = self
-                .shared
+                .segments
                 .files
                 .read(&cursor.name, cursor.offset, wanted.min(left))
                 .map_err(|error| ReadError::Io { file: cursor.name.clone(), error })?;

@@ -31,12 +31,21 @@ pub(super) struct Recovered {
     pub(super) last: Option<(Arc<ChainLink>, Head)>,
 }
 
-/// Reads what `files` hold, and sets a torn tail aside.
-pub(super) fn recover(files: &dyn Files) -> Result<Recovered, JournalError> {
+/// What becomes of a tail that a crash tore.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Tail {
+    /// It is set aside, and the segment cut.
+    SetAside,
+    /// It is passed over.
+    Leave,
+}
+
+/// Reads what `files` hold, up to a torn tail.
+pub(super) fn recover(files: &dyn Files, tail: Tail) -> Result<Recovered, JournalError> {
     let listed = sorted_segments(files)?;
     let number = |file: &Listed| start_number(parse_name(&file.name)?.0);
     let start = listed.iter().filter_map(number).max().map_or(1, |last| last.saturating_add(1));
-    let found = read_headers(files, listed)?;
+    let found = read_headers(files, listed, tail)?;
     let mut links = Links::default();
     let mut segments = Vec::with_capacity(found.len());
     let mut last = None;
@@ -45,9 +54,9 @@ pub(super) fn recover(files: &dyn Files) -> Result<Recovered, JournalError> {
         let (head, len) = match found.get(nth + 1) {
             Some((next, _)) => match end_by_successor(header, next) {
                 Some(head) => (head, file.len),
-                None => read_through(files, header, file, false)?,
+                None => read_through(files, header, file, None)?,
             },
-            None => read_through(files, header, file, true)?,
+            None => read_through(files, header, file, Some(tail))?,
         };
         segments.push(Segment {
             name: file.name.clone(),
@@ -87,17 +96,18 @@ fn sorted_segments(files: &dyn Files) -> Result<Vec<Listed>, JournalError> {
     Ok(listed)
 }
 
-/// The segments with their headers. A last one that has none yet is set aside.
+/// The segments with their headers. A last one that has none yet is a torn tail.
 fn read_headers(
     files: &dyn Files,
     listed: Vec<Listed>,
+    tail: Tail,
 ) -> Result<Vec<(Header, Listed)>, JournalError> {
     let mut found = Vec::with_capacity(listed.len());
     let last = listed.len().saturating_sub(1);
     for (nth, file) in listed.into_iter().enumerate() {
         match read_header(files, &file.name)? {
             Ok(header) => found.push((header, file)),
-            Err(why) if nth == last => discard_unmade(files, &file, &why)?,
+            Err(why) if nth == last => discard_unmade(files, &file, &why, tail)?,
             Err(why) => return Err(JournalError::damaged(&file.name, 1, why)),
         }
     }
@@ -115,11 +125,19 @@ fn read_header(files: &dyn Files, name: &str) -> Result<Result<Header, String>, 
 
 /// Sets a last segment aside whose making a crash interrupted: it has no header yet, so that nothing
 /// can have been written after it.
-fn discard_unmade(files: &dyn Files, file: &Listed, why: &str) -> Result<(), JournalError> {
+fn discard_unmade(
+    files: &dyn Files,
+    file: &Listed,
+    why: &str,
+    tail: Tail,
+) -> Result<(), JournalError> {
     let bytes = read_all(files, file)?;
     if bytes.split(|b| *b == b'\n').any(|line| serde_json::from_slice::<StoredEvent>(line).is_ok())
     {
         return Err(JournalError::damaged(&file.name, 1, why.to_owned()));
+    }
+    if tail == Tail::Leave {
+        return Ok(());
     }
     tracing::warn!(file = file.name, why, "the journal's last segment has no header: set aside");
     set_aside(files, file, 0)?;
@@ -137,13 +155,12 @@ fn end_by_successor(header: &Header, next: &Header) -> Option<Head> {
     linked.then_some(Head { seq: next.link.linked_seq, hash: next.link.linked_hash })
 }
 
-/// Checks every record of a segment; its head and length. With `last`, a torn tail is set aside and
-/// cut.
+/// Checks every record of a segment; its head and length. The last segment's may be torn at its `tail`.
 fn read_through(
     files: &dyn Files,
     header: &Header,
     file: &Listed,
-    last: bool,
+    tail: Option<Tail>,
 ) -> Result<(Head, u64), JournalError> {
     let bytes = read_all(files, file)?;
     let mut head = header.head();
@@ -158,8 +175,12 @@ fn read_through(
             match decoded {
                 Ok(event) => head = event.head(),
                 Err(why)
-                    if last && head.seq >= known_synced(&bytes[good..], &header.link.chain) =>
+                    if tail.is_some()
+                        && head.seq >= known_synced(&bytes[good..], &header.link.chain) =>
                 {
+                    if tail == Some(Tail::Leave) {
+                        break;
+                    }
                     tracing::error!(
                         file = file.name,
                         line = nth + 1,

@@ -12,24 +12,34 @@ use std::{
 use tokio::sync::{Notify, watch};
 
 use super::{
-    JournalSettings, catalog::Catalog, files::Files, lost::Lost, queue::Queue, recover::DELIVERED,
+    JournalSettings, catalog::Catalog, lost::Lost, queue::Queue, recover::DELIVERED,
+    segments::Segments,
 };
-use crate::{audit::chain::ChainLink, clock::Clock, state_dir::StateDir};
+use crate::{
+    audit::chain::{ChainLink, Head},
+    clock::Clock,
+};
 
+/// The part of the journal's bytes, one in so many, that is kept for those who have not heard yet that
+/// it is nearly full.
+const RESERVE: u64 = 8;
 /// A write that takes longer means that the disk hangs: the journal then counts as not writable.
 const STALLED: Duration = Duration::from_secs(2);
 
 /// What callers, the writer and readers share.
 pub(super) struct Shared {
-    pub(super) files: Arc<dyn Files>,
+    pub(super) segments: Arc<Segments>,
     pub(super) settings: JournalSettings,
     pub(super) clock: Clock,
     pub(super) link: Arc<ChainLink>,
     pub(super) queue: Queue,
-    catalog: Mutex<Catalog>,
+    /// The last durable record of this start's chain.
+    head: Mutex<Head>,
     pub(super) lost: Lost,
     pub(super) counters: Counters,
     pub(super) writable: AtomicBool,
+    /// There is room for more than the writer is about to need.
+    pub(super) roomy: AtomicBool,
     /// When the write that is under way began, in milliseconds since `started`, plus 1; 0 if none is.
     pub(super) writing_since: AtomicU64,
     started: Instant,
@@ -41,8 +51,6 @@ pub(super) struct Shared {
     /// Some delivered position is not kept yet.
     pub(super) positions_unkept: AtomicBool,
     pub(super) ended: watch::Sender<bool>,
-    /// The directory stays locked until the last writer and reader have gone.
-    _state_dir: Option<StateDir>,
 }
 
 #[derive(Default)]
@@ -56,23 +64,22 @@ pub(super) struct Counters {
 
 impl Shared {
     pub(super) fn new(
-        files: Arc<dyn Files>,
+        segments: Arc<Segments>,
         settings: JournalSettings,
         clock: Clock,
         link: ChainLink,
-        catalog: Catalog,
-        state_dir: Option<StateDir>,
     ) -> Self {
         Self {
-            files,
+            segments,
             settings,
             clock,
+            head: Mutex::new(link.root()),
             link: Arc::new(link),
             queue: Queue::new(),
-            catalog: Mutex::new(catalog),
             lost: Lost::default(),
             counters: Counters::default(),
             writable: AtomicBool::new(true),
+            roomy: AtomicBool::new(true),
             writing_since: AtomicU64::new(0),
             started: Instant::now(),
             closing: AtomicBool::new(false),
@@ -80,13 +87,30 @@ impl Shared {
             positions_moved: AtomicBool::new(false),
             positions_unkept: AtomicBool::new(false),
             ended: watch::Sender::new(false),
-            _state_dir: state_dir,
         }
     }
 
     pub(super) fn catalog(&self) -> MutexGuard<'_, Catalog> {
+        self.segments.catalog()
+    }
+
+    /// The last durable record of this start's chain.
+    pub(super) fn head(&self) -> MutexGuard<'_, Head> {
         // Held for a look or a note; nothing panics in between.
-        self.catalog.lock().unwrap_or_else(PoisonError::into_inner)
+        self.head.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Looks how much room is left: a journal that is nearly full says so while it still takes
+    /// records, so that callers are sent elsewhere before they are refused. A disk that does not tell
+    /// is taken to have room; a write that fails will say otherwise.
+    pub(super) fn look_at_room(&self) {
+        let JournalSettings { max_bytes, segment_bytes, .. } = self.settings;
+        let free = self.segments.files.free().unwrap_or(u64::MAX);
+        let held = self.catalog().held_bytes();
+        let roomy = free >= segment_bytes && held <= max_bytes - max_bytes / RESERVE;
+        if self.roomy.swap(roomy, Ordering::AcqRel) && !roomy {
+            tracing::warn!(free, held, max_bytes, "the audit journal is nearly full");
+        }
     }
 
     pub(super) fn lose(&self, is_call: bool, count: i64) {
@@ -115,7 +139,7 @@ impl Shared {
         let positions = serde_json::to_vec(self.catalog().positions());
         let kept = positions
             .map_err(io::Error::from)
-            .and_then(|positions| self.files.replace(DELIVERED, &positions));
+            .and_then(|positions| self.segments.files.replace(DELIVERED, &positions));
         if let Err(error) = kept {
             tracing::warn!(%error, "the delivered positions were not kept");
         }

@@ -24,6 +24,8 @@ use crate::audit::{
 
 /// How long an unwritable journal is left alone before it is tried again.
 const PROBE: Duration = Duration::from_millis(500);
+/// How often a writer looks for room.
+const LOOK_FOR_ROOM: Duration = Duration::from_secs(1);
 /// How often an idle writer looks for segments whose time is over, and keeps the delivered positions.
 const HOUSEKEEPING: Duration = Duration::from_mins(1);
 
@@ -78,6 +80,7 @@ impl Writer {
     /// Writes until the journal is closed.
     pub(super) fn run(mut self) {
         let mut positions_kept = Instant::now();
+        let mut room_seen = None::<Instant>;
         loop {
             let closing = self.shared.closing.load(Ordering::Acquire);
             let taken = self.shared.queue.take(closing);
@@ -85,10 +88,11 @@ impl Writer {
             if closing {
                 break;
             }
-            thread::park_timeout(
-                self.probe_at
-                    .map_or(HOUSEKEEPING, |at| at.saturating_duration_since(Instant::now())),
-            );
+            if room_seen.is_none_or(|seen| seen.elapsed() >= LOOK_FOR_ROOM) {
+                self.shared.look_at_room();
+                room_seen = Some(Instant::now());
+            }
+            thread::park_timeout(self.rest());
             if self.probe_at.is_none() {
                 self.remove_expired();
             }
@@ -99,6 +103,15 @@ impl Writer {
             }
         }
         self.finish();
+    }
+
+    /// How long to wait for a record at most.
+    fn rest(&self) -> Duration {
+        match self.probe_at {
+            Some(at) => at.saturating_duration_since(Instant::now()),
+            None if !self.shared.roomy.load(Ordering::Acquire) => LOOK_FOR_ROOM,
+            None => HOUSEKEEPING,
+        }
     }
 
     /// Makes one batch of everything there is, or refuses it.
@@ -211,6 +224,7 @@ impl Writer {
             self.synced = head.seq;
         }
         self.shared.catalog().committed(head.seq, open.len);
+        *self.shared.head() = head;
         if full {
             self.shared.catalog().closed(self.shared.clock.now());
             self.remove_expired();
@@ -225,10 +239,10 @@ impl Writer {
     fn abandon(&self, open: &Open) {
         let cut = if open.holds_records {
             self.shared.catalog().closed(self.shared.clock.now());
-            self.shared.files.truncate(&open.name, open.len)
+            self.shared.segments.files.truncate(&open.name, open.len)
         } else {
             self.shared.catalog().removed(&open.name);
-            self.shared.files.remove(&open.name)
+            self.shared.segments.files.remove(&open.name)
         };
         if let Err(error) = cut {
             tracing::warn!(%error, segment = open.name, "an abandoned audit segment was not cut");
@@ -243,7 +257,7 @@ impl Writer {
         let file = match self.make_segment(&name, &line) {
             // Left by an abandoned try that held no record.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                self.shared.files.remove(&name)?;
+                self.shared.segments.files.remove(&name)?;
                 self.make_segment(&name, &line)?
             }
             made => made?,
@@ -261,10 +275,10 @@ impl Writer {
     }
 
     fn make_segment(&self, name: &str, header: &[u8]) -> io::Result<Box<dyn Appending>> {
-        let mut file = self.shared.files.create(name)?;
+        let mut file = self.shared.segments.files.create(name)?;
         file.append(header)?;
         file.sync()?;
-        self.shared.files.sync_dir()?;
+        self.shared.segments.files.sync_dir()?;
         Ok(file)
     }
 
@@ -295,7 +309,7 @@ impl Writer {
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
-        match self.shared.files.remove(name) {
+        match self.shared.segments.files.remove(name) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => self.shared.catalog().removed(name),
         }
