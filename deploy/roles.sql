@@ -30,7 +30,7 @@ begin
 end
 $$;
 
--- runtime: `serve`, `check`, and `keys`. It reads accounts and access, and cannot change who may do
+-- runtime: `serve`, `check`, `keys`, `audit ship` and `audit retire`. It reads accounts and access, and cannot change who may do
 -- what; of an account it writes only the secret's columns, and for `check --issue` the wish for a new
 -- token. Audit records it appends.
 grant select on _sqlx_migrations, account_status to token_broker_runtime;
@@ -46,8 +46,9 @@ grant select, insert, update on deployment to token_broker_runtime;
 grant select, insert, update, delete on intake_keys, instances to token_broker_runtime;
 grant select, update (recorder, audited_at), delete on changes to token_broker_runtime;
 grant select, insert, update on audit_chains to token_broker_runtime;
-grant select, insert on audit_events, audit_heads to token_broker_runtime;
-grant execute on function audit_ensure_partition(date) to token_broker_runtime;
+grant select, insert on audit_events, audit_heads, audit_cuts to token_broker_runtime;
+grant execute on function audit_ensure_partition(date), audit_hold(date), audit_prune(date, boolean)
+    to token_broker_runtime;
 
 -- accounts: `account …`. It writes secrets and can never read one back, sealed or not.
 grant select on account_status, intake_keys to token_broker_accounts;
@@ -84,6 +85,7 @@ grant
     delete
     on grants to token_broker_access;
 
--- auditor: `audit …`. It reads what happened and who changed what, and writes nothing.
-grant select on audit_chains, audit_events, audit_heads, changes, instances
+-- auditor: `audit tail`, `verify`, `export` and `who`. It reads what happened and who changed what, and
+-- writes nothing.
+grant select on audit_chains, audit_cuts, audit_events, audit_heads, changes, instances
     to token_broker_auditor;

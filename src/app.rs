@@ -28,6 +28,7 @@ use world::World;
 use crate::{
     audit::{
         journal::{Journal, JournalError, JournalSettings},
+        notary::Notary,
         record::{Event, Record},
     },
     clock::Clock,
@@ -114,6 +115,7 @@ pub struct App {
     serving: Vec<JoinHandle<()>>,
     following: Vec<JoinHandle<()>>,
     delivery: JoinHandle<()>,
+    notary: Arc<Notary>,
     calls: TaskTracker,
     failed: CancellationToken,
 }
@@ -153,8 +155,9 @@ impl App {
                     stop_following,
                     stop_delivery: started.stop_delivery,
                     serving: started.serving,
-                    following: vec![started.following, ops],
+                    following: started.following.into_iter().chain([ops]).collect(),
                     delivery: started.delivery,
+                    notary: started.notary,
                     calls: started.calls,
                     failed: started.failed,
                 })
@@ -198,6 +201,7 @@ impl App {
         if timeout(RECORD_WITHIN, self.journal.close()).await.is_err() {
             warn!("the journal did not close in time");
         }
+        self.notary.end().await;
         self.stop_delivery.cancel();
         let _ = self.delivery.await;
         let _ = tokio::task::spawn_blocking(move || self.journal.keep_positions()).await;

@@ -5,7 +5,12 @@
 //! disk; [`ship`] delivers it. `docs/audit-format.md` describes files and hashes for others.
 
 pub mod chain;
+pub mod export;
 pub mod fold;
 pub mod journal;
+pub mod notary;
 pub mod record;
+pub mod runs;
 pub mod ship;
+pub mod signed;
+pub mod verify;

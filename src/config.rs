@@ -99,6 +99,10 @@ pub struct Settings {
     pub upstream_rate: f64,
     pub upstream_concurrency: usize,
     pub audit_sync: AuditSync,
+    /// `None` is for ever.
+    pub audit_retention: Option<Duration>,
+    /// `None` is for ever.
+    pub change_retention: Option<Duration>,
     pub journal_max_bytes: u64,
     /// Calls a second.
     pub caller_rate: u32,
@@ -129,9 +133,6 @@ impl Settings {
     pub fn resolve(sources: &Sources) -> Result<(Self, Vec<String>), Report> {
         let settings = read(sources, |reader| {
             reader.refuse_later();
-            for kept in [&AUDIT_RETENTION, &CHANGE_RETENTION] {
-                reader.or_default(kept, parse::retention);
-            }
             let settings = Self::read(reader);
             settings.refuse_contradictions(reader);
             settings
@@ -164,6 +165,8 @@ impl Settings {
             upstream_rate: reader.or_default(&UPSTREAM_RATE, rate(0.01, 10_000.0)),
             upstream_concurrency: reader.or_default(&UPSTREAM_CONCURRENCY, number(1, 1_000)),
             audit_sync: reader.or_default(&AUDIT_SYNC, parse::audit_sync),
+            audit_retention: reader.or_default(&AUDIT_RETENTION, parse::retention),
+            change_retention: reader.or_default(&CHANGE_RETENTION, parse::retention),
             journal_max_bytes: reader.or_default(&JOURNAL_MAX_BYTES, bytes),
             caller_rate: reader.or_default(&CALLER_RATE, rate(1, 1_000_000)),
             deadline_default: reader.or_default(&DEADLINE_DEFAULT, duration(MILLISECOND, HOUR)),
@@ -185,6 +188,14 @@ impl Settings {
         }
         if self.listen.port() != 0 && self.listen == self.ops_listen {
             reader.contradiction(&OPS_LISTEN, &LISTEN, "the same address as gRPC listens on");
+        }
+        let forever = |kept: Option<Duration>| kept.unwrap_or(Duration::MAX);
+        if forever(self.change_retention) < forever(self.audit_retention) {
+            reader.contradiction(
+                &CHANGE_RETENTION,
+                &AUDIT_RETENTION,
+                "shorter than the records of calls are kept, TOKEN_BROKER_AUDIT_RETENTION",
+            );
         }
         if self.deadline_default > self.deadline_max {
             reader.contradiction(
@@ -263,6 +274,11 @@ pub fn intake_key(sources: &Sources) -> Result<Option<IntakePublicKey>, Report> 
 /// Where the keyring lies.
 pub fn keyring_file(sources: &Sources) -> Result<PathBuf, Report> {
     read(sources, |reader| reader.required(&KEYRING_FILE, "/etc/token-broker/keyring", parse::path))
+}
+
+/// Where the keyring lies, if that is said.
+pub fn known_keyring_file(sources: &Sources) -> Result<Option<PathBuf>, Report> {
+    read(sources, |reader| reader.optional(&KEYRING_FILE, parse::path))
 }
 
 /// Where gRPC listens.

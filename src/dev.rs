@@ -236,6 +236,8 @@ fn plan(ground: &Ground, upstream: &Simulator, keyring: Arc<Keyring>) -> anyhow:
         expected_egress: Vec::new(),
         policy: Policy { refresh_at: 0.75, min_issue_interval: Duration::from_secs(1) },
         journal: JournalSettings::default(),
+        audit_retention: None,
+        change_retention: None,
         caller_rate: 1_000,
         default_deadline: Duration::from_secs(5),
         longest_deadline: Duration::from_mins(1),

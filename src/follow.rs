@@ -285,6 +285,8 @@ impl Follower {
             version: env!("CARGO_PKG_VERSION"),
             key_ids: &self.identity.key_ids,
             started_at: self.identity.started_at,
+            chain: &self.journal.chain().chain,
+            seq: self.journal.head().seq,
         };
         let (ids, moments) = self.requests_since(self.clock.now() - 2 * HEARTBEAT);
         instances::beat(&self.pool, &beat).await?;
@@ -316,17 +318,20 @@ fn record(change: &Change) -> Record {
         ("accounts", "delete") => Event::AccountRemoved,
         ("accounts", _) => Event::AccountChanged,
         ("grants", _) => Event::GrantChanged,
+        ("audit_events", _) => Event::AuditPruned,
+        ("audit_chains", _) => Event::ChainRetired,
         _ => Event::CallerChanged,
     };
     let mut record = Record::new(change.at, event)
         .with("change_id", change.id.to_string())
         .with("table", &change.table)
         .with("operation", &change.operation);
-    if change.table == "accounts" {
-        record = record.account_as_asked(&change.subject);
-    } else {
-        record = record.with("caller", &change.subject);
-    }
+    record = match change.table.as_str() {
+        "accounts" => record.account_as_asked(&change.subject),
+        "audit_events" => record.with("day", &change.subject),
+        "audit_chains" => record.with("chain", &change.subject),
+        _ => record.with("caller", &change.subject),
+    };
     for (key, value) in &change.detail {
         record = record.with(key, value);
     }
@@ -361,6 +366,8 @@ mod tests {
             ("callers", "insert", "caller_changed"),
             ("caller_credentials", "delete", "caller_changed"),
             ("grants", "update", "grant_changed"),
+            ("audit_events", "prune", "audit_pruned"),
+            ("audit_chains", "retire", "chain_retired"),
         ] {
             let record = record(&change(table, operation));
             assert_eq!(record.event.as_str(), event);

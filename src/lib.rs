@@ -34,6 +34,7 @@ pub mod ops;
 pub mod proto;
 pub mod reach;
 pub mod refresh;
+pub mod retention;
 pub mod schedule;
 pub mod seal;
 pub mod secret;

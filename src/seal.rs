@@ -8,6 +8,7 @@ mod document;
 mod file;
 mod intake;
 mod keyring;
+mod verifying;
 
 use std::fmt;
 
@@ -20,6 +21,7 @@ pub use self::{
     file::KeyringError,
     intake::{IntakeError, IntakePublicKey, SEALED_PREFIX},
     keyring::{KeyId, KeyKind, KeyStatus, Keyring},
+    verifying::{SignatureError, VerifyingKeys, VerifyingKeysFault},
 };
 use crate::{
     account::{AccountId, CredentialVersion},

@@ -8,6 +8,7 @@ pub mod changes;
 pub mod deployment;
 pub mod instances;
 pub mod leases;
+pub mod retention;
 pub mod tokens;
 
 use std::{str::FromStr, time::Duration};

@@ -49,6 +49,10 @@ pub struct Plan {
     pub policy: Policy,
     /// The audit journal.
     pub journal: JournalSettings,
+    /// How long audit records are kept that are not changes; `None` for ever.
+    pub audit_retention: Option<Duration>,
+    /// How long those of changes are; no shorter.
+    pub change_retention: Option<Duration>,
     /// Calls a second of a caller that has no rate of its own.
     pub caller_rate: u32,
     /// The deadline of a call that brings none.
@@ -104,6 +108,8 @@ impl Plan {
                 max_bytes: settings.journal_max_bytes,
                 retention: KEPT,
             },
+            audit_retention: settings.audit_retention,
+            change_retention: settings.change_retention,
             caller_rate: settings.caller_rate,
             default_deadline: settings.deadline_default,
             longest_deadline: settings.deadline_max,

@@ -24,6 +24,7 @@ use crate::{
     audit::{
         fold::Folds,
         journal::Journal,
+        notary::Notary,
         record::{Event, Record},
         ship::Shipper,
     },
@@ -38,6 +39,7 @@ use crate::{
     ops::Ops,
     reach::Reach,
     refresh::{Issuing, Outage, Refresher, Unstored, Waker},
+    retention::Retention,
     state_dir::StateDir,
     store::{
         StoreError, accounts,
@@ -77,8 +79,9 @@ pub(super) struct Started {
     pub(super) stop: CancellationToken,
     pub(super) stop_delivery: CancellationToken,
     pub(super) serving: Vec<JoinHandle<()>>,
-    pub(super) following: JoinHandle<()>,
+    pub(super) following: Vec<JoinHandle<()>>,
     pub(super) delivery: JoinHandle<()>,
+    pub(super) notary: Arc<Notary>,
     pub(super) calls: TaskTracker,
     pub(super) failed: CancellationToken,
 }
@@ -155,7 +158,10 @@ impl World {
 
         let failed = CancellationToken::new();
         let stop_delivery = CancellationToken::new();
+        let notary =
+            Notary::new(self.journal.clone(), plan.keyring.clone(), self.clock.clone(), state_dir);
         let shipper = Shipper::new(self.journal.clone(), plan.database.connection().clone())
+            .notary(notary.clone())
             .drain(DELIVER_WITHIN);
         let watch = |name, token: &CancellationToken, task| {
             watch_over(name, task, token.clone(), failed.clone())
@@ -168,16 +174,34 @@ impl World {
                 Box::pin(grpc::server::serve(grpc, routes, stop.clone(), plan.drain)),
             ),
         ];
-        let following = watch(
-            "follow",
-            stop_following,
-            Box::pin(follower.run(snapshot, stop_following.clone())),
-        );
+        let following = vec![
+            watch(
+                "follow",
+                stop_following,
+                Box::pin(follower.run(snapshot, stop_following.clone())) as Pin<Box<_>>,
+            ),
+            watch(
+                "retention",
+                stop_following,
+                Box::pin(self.retention(&plan).run(stop_following.clone())),
+            ),
+            watch("notary", stop_following, Box::pin(notary.clone().run(stop_following.clone()))),
+        ];
         let delivery =
             watch("deliver", &stop_delivery, Box::pin(shipper.run(stop_delivery.clone())));
         let health = Health::follow(health, self.journal.clone()).await;
         self.ready.store(true, Ordering::Relaxed);
-        Ok(Started { health, stop, stop_delivery, serving, following, delivery, calls, failed })
+        Ok(Started {
+            health,
+            stop,
+            stop_delivery,
+            serving,
+            following,
+            delivery,
+            notary,
+            calls,
+            failed,
+        })
     }
 
     async fn check_schema(plan: &Plan) -> Result<(), StartError> {
@@ -257,6 +281,16 @@ impl World {
             waker,
             journal: self.journal.clone(),
             clock: self.clock.clone(),
+        }
+    }
+
+    fn retention(&self, plan: &Plan) -> Retention {
+        Retention {
+            pool: self.pool.clone(),
+            keyring: plan.keyring.clone(),
+            clock: self.clock.clone(),
+            calls: plan.audit_retention,
+            changes: plan.change_retention,
         }
     }
 

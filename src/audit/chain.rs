@@ -230,7 +230,7 @@ impl StoredEvent {
     }
 }
 
-fn netstring(out: &mut Vec<u8>, value: impl AsRef<[u8]>) {
+pub(super) fn netstring(out: &mut Vec<u8>, value: impl AsRef<[u8]>) {
     let value = value.as_ref();
     decimal(out, value.len());
     out.push(b':');
@@ -242,7 +242,7 @@ fn decimal(out: &mut Vec<u8>, number: impl fmt::Display) {
     write!(out, "{number}").expect("a Vec takes every byte");
 }
 
-fn integer(out: &mut Vec<u8>, number: i64) {
+pub(super) fn integer(out: &mut Vec<u8>, number: i64) {
     // The longest is i64::MIN, of 20 characters.
     let mut text = Vec::with_capacity(20);
     decimal(&mut text, number);
@@ -263,7 +263,10 @@ fn optional_integer(out: &mut Vec<u8>, value: Option<i64>) {
     }
 }
 
-fn microseconds<S: Serializer>(at: &Timestamp, serializer: S) -> Result<S::Ok, S::Error> {
+pub(super) fn microseconds<S: Serializer>(
+    at: &Timestamp,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
     serializer.serialize_str(&at.to_rfc3339_opts(SecondsFormat::Micros, true))
 }
 

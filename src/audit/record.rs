@@ -38,6 +38,10 @@ pub enum Event {
     GrantChanged,
     /// Calls that were refused because the journal could not be written; `count` tells how many.
     AuditGap,
+    /// Retention removed records whose time was over.
+    AuditPruned,
+    /// An admin said that a chain of a lost replica will not go on.
+    ChainRetired,
     /// A database that is not as it was left was accepted.
     DatabaseAccepted,
     /// The broker started.
@@ -65,6 +69,8 @@ impl Event {
             Self::CallerChanged => "caller_changed",
             Self::GrantChanged => "grant_changed",
             Self::AuditGap => "audit_gap",
+            Self::AuditPruned => "audit_pruned",
+            Self::ChainRetired => "chain_retired",
             Self::DatabaseAccepted => "database_accepted",
             Self::Started => "started",
             Self::Stopped => "stopped",

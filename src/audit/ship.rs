@@ -6,15 +6,16 @@
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
-use chrono::NaiveDate;
+use chrono::{Datelike, NaiveDate};
 use sqlx::{ConnectOptions, Connection, PgConnection, postgres::PgConnectOptions};
 use thiserror::Error;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     audit::{
-        chain::{Head, StoredEvent},
-        journal::{ChainReader, Journal, LocalChain, ReadError},
+        chain::{ChainLink, Head, StoredEvent},
+        journal::{Archive, ChainReader, Journal, LocalChain, ReadError},
+        notary::Notary,
     },
     store::{StoreError, audit},
 };
@@ -35,15 +36,27 @@ const STUCK_PAUSE: Duration = Duration::from_mins(1);
 /// How long a shipper that is told to stop goes on, unless told otherwise.
 const DRAIN: Duration = Duration::from_secs(5);
 
-/// Why a connection was given up.
+/// Why delivery does not go on.
 #[derive(Debug, Error)]
-enum ShipError {
+pub enum ShipError {
+    /// The database.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// It fell silent.
     #[error("the database did not answer within {} s", PATIENCE.as_secs())]
     Hung,
+    /// Somebody else delivers the chain, or its position is that of another history.
     #[error("the position of audit chain {0} was moved by somebody else")]
     Moved(String),
+    /// A chain cannot be read on.
+    #[error("audit chain {chain}: {error}")]
+    Unreadable {
+        /// The chain.
+        chain: String,
+        /// Why.
+        error: ReadError,
+    },
+    /// The process ends.
     #[error("reading the journal was interrupted")]
     Interrupted,
 }
@@ -52,14 +65,57 @@ enum ShipError {
 pub struct Shipper {
     journal: Journal,
     connection: PgConnectOptions,
+    notary: Option<Arc<Notary>>,
     drain: Duration,
+}
+
+/// Where chains are read from.
+trait Shelf: Sync {
+    fn chains(&self) -> Vec<LocalChain>;
+    fn reader(&self, link: Arc<ChainLink>, after: Head) -> ChainReader;
+    /// Hears how far a chain has reached Postgres.
+    fn delivered(&self, chain: &str, seq: i64);
+}
+
+impl Shelf for Journal {
+    fn chains(&self) -> Vec<LocalChain> {
+        self.chains()
+    }
+
+    fn reader(&self, link: Arc<ChainLink>, after: Head) -> ChainReader {
+        self.reader(link, after)
+    }
+
+    fn delivered(&self, chain: &str, seq: i64) {
+        self.delivered(chain, seq);
+    }
+}
+
+impl Shelf for Archive {
+    fn chains(&self) -> Vec<LocalChain> {
+        self.chains()
+    }
+
+    fn reader(&self, link: Arc<ChainLink>, after: Head) -> ChainReader {
+        self.reader(link, after)
+    }
+
+    /// A broker that starts on it asks Postgres.
+    fn delivered(&self, _chain: &str, _seq: i64) {}
 }
 
 impl Shipper {
     /// A shipper that has not begun.
     #[must_use]
     pub fn new(journal: Journal, connection: PgConnectOptions) -> Self {
-        Self { journal, connection, drain: DRAIN }
+        Self { journal, connection, notary: None, drain: DRAIN }
+    }
+
+    /// Takes the heads that `notary` signs to Postgres too.
+    #[must_use]
+    pub fn notary(mut self, notary: Arc<Notary>) -> Self {
+        self.notary = Some(notary);
+        self
     }
 
     /// Sets how long [`Shipper::run`] goes on once it is told to stop while records are left.
@@ -112,7 +168,7 @@ impl Shipper {
         delivered: &mut bool,
     ) -> Result<(), ShipError> {
         let mut session = Session {
-            journal: &self.journal,
+            shelf: &self.journal,
             connection: within(async { Ok(self.connection.connect().await?) }).await?,
             days: BTreeSet::new(),
         };
@@ -120,22 +176,34 @@ impl Shipper {
         loop {
             for delivery in &mut deliveries {
                 *delivered |= session.deliver_all(delivery).await?;
+                if let Some(notary) = &self.notary {
+                    session.keep_head(notary, delivery).await?;
+                }
             }
             if stop.is_cancelled() && self.nothing_left(&deliveries) {
                 // A server that does not hear of the end finds out by itself.
                 let _ = within(async { Ok(session.connection.close().await?) }).await;
                 return Ok(());
             }
-            let any_stuck = deliveries.iter().any(|delivery| delivery.stuck);
+            let any_stuck = deliveries.iter().any(|delivery| delivery.stuck.is_some());
             tokio::select! {
                 () = self.journal.more_durable() => {}
+                () = self.head_wanted() => {}
                 () = stop.cancelled(), if !stop.is_cancelled() => {}
                 () = tokio::time::sleep(STUCK_PAUSE), if any_stuck => {
                     for delivery in &mut deliveries {
-                        delivery.stuck = false;
+                        delivery.stuck = None;
                     }
                 }
             }
+        }
+    }
+
+    /// Returns when there may be a head to deliver.
+    async fn head_wanted(&self) {
+        match &self.notary {
+            Some(notary) => notary.wanted().await,
+            None => std::future::pending().await,
         }
     }
 
@@ -144,7 +212,7 @@ impl Shipper {
         self.journal.chains().iter().all(|chain| {
             deliveries.iter().any(|delivery| {
                 delivery.chain.link.chain == chain.link.chain
-                    && (delivery.stuck || delivery.position.seq >= chain.last_seq)
+                    && (delivery.stuck.is_some() || delivery.position.seq >= chain.last_seq)
             })
         })
     }
@@ -156,13 +224,13 @@ struct Delivery {
     position: Head,
     /// Taken while a blocking task reads.
     reader: Option<ChainReader>,
-    /// The chain cannot be read on. The others go on; it is tried again after [`STUCK_PAUSE`].
-    stuck: bool,
+    /// Why the chain cannot be read on. The others go on; it is tried again after [`STUCK_PAUSE`].
+    stuck: Option<ReadError>,
 }
 
 /// What belongs to one connection.
 struct Session<'a> {
-    journal: &'a Journal,
+    shelf: &'a dyn Shelf,
     connection: PgConnection,
     /// The days whose partitions are there. Asked for anew by each connection, since an error may
     /// mean that one was dropped.
@@ -170,10 +238,10 @@ struct Session<'a> {
 }
 
 impl Session<'_> {
-    /// Makes the journal's chains known, and takes their positions from Postgres.
+    /// Makes the chains known, and takes their positions from Postgres.
     async fn register(&mut self) -> Result<Vec<Delivery>, ShipError> {
         let mut deliveries = Vec::new();
-        for chain in self.journal.chains() {
+        for chain in self.shelf.chains() {
             let registered = audit::register_chain(&mut self.connection, &chain.link);
             let position = within(registered).await?;
             if position.seq > chain.last_seq {
@@ -184,9 +252,9 @@ impl Session<'_> {
                     "Postgres has audit records that this journal has lost"
                 );
             }
-            self.journal.delivered(&chain.link.chain, position.seq);
-            let reader = Some(self.journal.reader(Arc::clone(&chain.link), position));
-            deliveries.push(Delivery { chain, position, reader, stuck: false });
+            self.shelf.delivered(&chain.link.chain, position.seq);
+            let reader = Some(self.shelf.reader(Arc::clone(&chain.link), position));
+            deliveries.push(Delivery { chain, position, reader, stuck: None });
         }
         Ok(deliveries)
     }
@@ -194,14 +262,14 @@ impl Session<'_> {
     /// Delivers what is durable of one chain; whether there was anything.
     async fn deliver_all(&mut self, delivery: &mut Delivery) -> Result<bool, ShipError> {
         let mut any = false;
-        while !delivery.stuck {
+        while delivery.stuck.is_none() {
             let events = match read(delivery).await? {
                 Ok(events) if events.is_empty() => break,
                 Ok(events) => events,
                 Err(error) => {
                     let chain = &delivery.chain.link.chain;
                     tracing::error!(chain, %error, "an audit chain cannot be delivered on");
-                    delivery.stuck = true;
+                    delivery.stuck = Some(error);
                     break;
                 }
             };
@@ -219,8 +287,7 @@ impl Session<'_> {
         events: &[StoredEvent],
     ) -> Result<(), ShipError> {
         let Some(last) = events.last() else { return Ok(()) };
-        let days: BTreeSet<_> = events.iter().map(|event| event.at.date_naive()).collect();
-        for day in days {
+        for day in days_for(events) {
             if !self.days.contains(&day) {
                 within(audit::ensure_partition(&mut self.connection, day)).await?;
                 self.days.insert(day);
@@ -233,9 +300,61 @@ impl Session<'_> {
             return Err(ShipError::Moved(link.chain.clone()));
         }
         delivery.position = last.head();
-        self.journal.delivered(&link.chain, last.seq);
+        self.shelf.delivered(&link.chain, last.seq);
         Ok(())
     }
+
+    async fn keep_head(&mut self, notary: &Notary, delivery: &Delivery) -> Result<(), ShipError> {
+        if let Some(head) = notary.due(&delivery.chain.link.chain, delivery.position.seq) {
+            within(audit::keep_head(&mut self.connection, &head)).await?;
+            notary.kept(&head);
+        }
+        Ok(())
+    }
+}
+
+/// The days whose partitions `events` need, and the one after the last: so it is there before anybody
+/// waits for it.
+fn days_for(events: &[StoredEvent]) -> BTreeSet<NaiveDate> {
+    let mut days: BTreeSet<_> = events.iter().map(|event| event.at.date_naive()).collect();
+    let next = days.last().and_then(NaiveDate::succ_opt);
+    days.extend(next.filter(|next| next.year() <= 9999));
+    days
+}
+
+/// How far a chain of an [`Archive`] was delivered.
+#[derive(Clone, Debug)]
+pub struct Shipped {
+    /// The chain.
+    pub chain: Arc<ChainLink>,
+    /// The last record that Postgres had before.
+    pub from: i64,
+    /// The last record that it has now.
+    pub to: i64,
+}
+
+/// Delivers all that `archive` holds, over one connection.
+///
+/// # Errors
+/// When a chain cannot be read or delivered; what was delivered until then stays.
+pub async fn ship(
+    archive: &Archive,
+    connection: &PgConnectOptions,
+) -> Result<Vec<Shipped>, ShipError> {
+    let connection = within(async { Ok(connection.connect().await?) }).await?;
+    let mut session = Session { shelf: archive, connection, days: BTreeSet::new() };
+    let mut shipped = Vec::new();
+    for mut delivery in session.register().await? {
+        let from = delivery.position.seq;
+        session.deliver_all(&mut delivery).await?;
+        let Delivery { chain, position, stuck, .. } = delivery;
+        if let Some(error) = stuck {
+            return Err(ShipError::Unreadable { chain: chain.link.chain.clone(), error });
+        }
+        shipped.push(Shipped { chain: chain.link, from, to: position.seq });
+    }
+    within(async { Ok(session.connection.close().await?) }).await?;
+    Ok(shipped)
 }
 
 /// Reads on, where blocking hurts nobody.

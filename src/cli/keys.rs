@@ -13,7 +13,7 @@ use super::{
 use crate::{
     clock::Clock,
     config::{self, Flags, Keys},
-    seal::{KeyKind, Keyring},
+    seal::{KeyKind, Keyring, VerifyingKeys},
     store::admin::{Admin, InstanceSummary, PublishedKey},
 };
 
@@ -43,8 +43,15 @@ Example:
         #[arg(long)]
         json: bool,
     },
-    /// Prints the public key that admins seal secrets to
+    /// Prints the public key that admins seal secrets to, or those that audit signatures are checked with
+    #[command(after_help = "\
+Examples:
+  token-broker keys public
+  token-broker keys public --signing > audit-keys.pem")]
     Public {
+        /// The public keys of signatures, in PEM
+        #[arg(long)]
+        signing: bool,
         #[command(flatten)]
         settings: Flags<Keys>,
     },
@@ -61,8 +68,13 @@ pub(super) async fn run(global: &Global, args: KeysArgs) -> anyhow::Result<ExitC
             ));
         }
         Command::Status { settings, json } => status(global, settings.given, json).await?,
-        Command::Public { settings } => {
-            output::line(keyring(global, settings.given)?.intake_public())?;
+        Command::Public { signing, settings } => {
+            let keyring = keyring(global, settings.given)?;
+            if signing {
+                output::line(VerifyingKeys::from(&keyring))?;
+            } else {
+                output::line(keyring.intake_public())?;
+            }
         }
     }
     Ok(ExitCode::SUCCESS)

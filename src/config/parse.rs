@@ -118,12 +118,14 @@ pub(super) fn duration(
     }
 }
 
-/// How long records are kept. None is ever deleted in this release.
-pub(super) fn retention(text: &str) -> Result<(), Fault> {
+/// How long records are kept: a day at least, since whole days go; `None` for ever.
+pub(super) fn retention(text: &str) -> Result<Option<Duration>, Fault> {
+    const DAY: Duration = Duration::from_hours(24);
+    const LONGEST: Duration = Duration::from_hours(100 * 365 * 24);
     if text == "never" {
-        return Ok(());
+        return Ok(None);
     }
-    Err("deleting old records comes in a later release; unset it".into())
+    duration(DAY, LONGEST)(text).map(Some).map_err(|fault| format!("{fault}, or never"))
 }
 
 /// A size of 1 MiB at least: a number with B, KiB, MiB, GiB or TiB.

@@ -5,6 +5,7 @@
 
 mod accounts;
 mod callers;
+mod chains;
 mod overview;
 
 use sqlx::{ConnectOptions, Connection, PgPool, Postgres, Transaction};
@@ -15,6 +16,7 @@ pub use self::{
         BearerSummary, CallerDetails, CallerSummary, CredentialDetails, GrantDetails, NewBearer,
         NewCaller, NewGrant,
     },
+    chains::LastChain,
     overview::{InstanceSummary, LastIssue, Load, PublishedKey},
 };
 use super::{Database, StoreError};

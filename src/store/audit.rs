@@ -1,13 +1,19 @@
 //! The audit log in Postgres: chains and their positions, the events, and reading them.
 
+mod ledger;
+
 use std::collections::BTreeMap;
 
 use chrono::{DateTime, NaiveDate};
 use sqlx::{Connection, PgConnection, PgPool, types::Json};
 
+pub use self::ledger::Ledger;
 pub use crate::audit::chain::StoredEvent;
 use crate::{
-    audit::chain::{ChainLink, Digest, Head},
+    audit::{
+        chain::{ChainLink, Digest, Head},
+        signed::SignedHead,
+    },
     clock::Timestamp,
     store::StoreError,
 };
@@ -169,8 +175,30 @@ async fn mark_changes(connection: &mut PgConnection, ids: &[i64]) -> Result<(), 
     Ok(())
 }
 
+/// Keeps a signed head, unless it is there.
+///
+/// # Errors
+/// When the database cannot be reached.
+pub async fn keep_head(connection: &mut PgConnection, head: &SignedHead) -> Result<(), StoreError> {
+    sqlx::query!(
+        "/* store::audit::keep_head */
+        insert into audit_heads (chain, seq, hash, at, key_id, signature)
+        values ($1, $2, $3, $4, $5, $6)
+        on conflict (chain, seq) do nothing",
+        head.chain,
+        head.seq,
+        &head.hash.0,
+        head.at,
+        head.signature.key_id,
+        head.signature.signature,
+    )
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
 /// Which events to read; what is absent does not limit.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct EventFilter {
     /// The account's name.
     pub account: Option<String>,
@@ -184,6 +212,8 @@ pub struct EventFilter {
     pub since: Option<Timestamp>,
     /// Before this time.
     pub until: Option<Timestamp>,
+    /// Of tokens with one of these fingerprints. Only [`Ledger::events`] heeds it.
+    pub fingerprints: Option<Vec<String>>,
 }
 
 impl EventFilter {
@@ -278,26 +308,26 @@ pub async fn latest_events(
 }
 
 /// A row as Postgres has it.
-struct Row {
-    instance: String,
-    chain: String,
-    seq: i64,
-    at: Timestamp,
-    event: String,
-    caller: Option<String>,
-    caller_kind: Option<String>,
-    peer: Option<String>,
-    account: Option<String>,
-    outcome: String,
-    reason: Option<String>,
-    generation: Option<i64>,
-    token_fingerprint: Option<String>,
-    trace_id: Option<String>,
-    latency_us: Option<i64>,
-    count: i64,
-    detail: Json<BTreeMap<String, String>>,
-    prev_hash: Vec<u8>,
-    hash: Vec<u8>,
+pub(super) struct Row {
+    pub(super) instance: String,
+    pub(super) chain: String,
+    pub(super) seq: i64,
+    pub(super) at: Timestamp,
+    pub(super) event: String,
+    pub(super) caller: Option<String>,
+    pub(super) caller_kind: Option<String>,
+    pub(super) peer: Option<String>,
+    pub(super) account: Option<String>,
+    pub(super) outcome: String,
+    pub(super) reason: Option<String>,
+    pub(super) generation: Option<i64>,
+    pub(super) token_fingerprint: Option<String>,
+    pub(super) trace_id: Option<String>,
+    pub(super) latency_us: Option<i64>,
+    pub(super) count: i64,
+    pub(super) detail: Json<BTreeMap<String, String>>,
+    pub(super) prev_hash: Vec<u8>,
+    pub(super) hash: Vec<u8>,
 }
 
 impl TryFrom<Row> for StoredEvent {

@@ -85,6 +85,8 @@ pub async fn since(pool: &PgPool, snapshot: &str, home: &Home) -> Result<Committ
     for row in rows {
         match (row.source.as_deref(), row.row_id) {
             (Some("accounts"), Some(id)) => committed.accounts.push(id),
+            // Only to be recorded.
+            (Some("audit_events" | "audit_chains"), _) => {}
             (Some(_), _) => committed.access = true,
             (None, _) if row.elsewhere.unwrap_or_default() => {
                 return Err(StoreError::Replaced(
@@ -113,11 +115,11 @@ pub struct Change {
     pub id: i64,
     /// When it was made.
     pub at: Timestamp,
-    /// `accounts`, `callers`, `caller_credentials` or `grants`.
+    /// `accounts`, `callers`, `caller_credentials`, `grants`, `audit_events` or `audit_chains`.
     pub table: String,
-    /// `insert`, `update` or `delete`.
+    /// `insert`, `update` or `delete`; `prune` of a day's events, `retire` of a chain.
     pub operation: String,
-    /// The name of the account or caller.
+    /// The name of the account, caller or chain, or the day.
     pub subject: String,
     /// Who and what, as flat strings.
     pub detail: BTreeMap<String, String>,

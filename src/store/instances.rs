@@ -20,6 +20,10 @@ pub struct Heartbeat<'a> {
     pub key_ids: &'a [String],
     /// When it started.
     pub started_at: Timestamp,
+    /// The chain that its journal writes.
+    pub chain: &'a str,
+    /// The last durable record of that.
+    pub seq: i64,
 }
 
 /// Tells that the replica lives, by the database's clock.
@@ -29,16 +33,20 @@ pub struct Heartbeat<'a> {
 pub async fn beat(pool: &PgPool, beat: &Heartbeat<'_>) -> Result<(), StoreError> {
     sqlx::query!(
         "-- store::instances::beat
-        insert into instances (id, replica, version, key_ids, started_at, heartbeat_at)
-        values ($1, $2, $3, $4, $5, clock_timestamp())
+        insert into instances
+            (id, replica, version, key_ids, started_at, heartbeat_at, journal_chain, journal_seq)
+        values ($1, $2, $3, $4, $5, clock_timestamp(), $6, $7)
         on conflict (id) do update set replica = excluded.replica, version = excluded.version,
             key_ids = excluded.key_ids, started_at = excluded.started_at,
-            heartbeat_at = excluded.heartbeat_at, stopped_at = null",
+            heartbeat_at = excluded.heartbeat_at, stopped_at = null,
+            journal_chain = excluded.journal_chain, journal_seq = excluded.journal_seq",
         beat.instance,
         i32::from(beat.replica),
         beat.version,
         beat.key_ids,
         beat.started_at,
+        beat.chain,
+        beat.seq,
     )
     .execute(pool)
     .await?;

@@ -5,7 +5,7 @@ mod refused;
 
 use chrono::{DateTime, TimeDelta, Utc};
 use http::{HeaderMap, StatusCode, header};
-pub use issued::LONGEST_LIFE;
+pub use issued::{LONGEST_LIFE, stated_life};
 use serde::Serialize;
 use zeroize::Zeroizing;
 

@@ -2,6 +2,8 @@
 //!
 //! Each test gets the URL of a freshly migrated database of its own.
 
+mod retention;
+
 use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta};

@@ -6,4 +6,5 @@ mod check;
 mod crashes;
 mod dev;
 mod live_token;
+mod proof;
 mod shell;

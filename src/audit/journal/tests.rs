@@ -1,5 +1,6 @@
 //! What the tests of the journal share; they stand by subject in `tests/`.
 
+mod archive;
 mod damage;
 mod delivery;
 mod durable;

@@ -65,14 +65,25 @@ pub(super) struct Writer {
     kept: Vec<Unwritten>,
     /// While the journal cannot be written: when to try again.
     probe_at: Option<Instant>,
+    /// When it was looked for room, and whether anything was written since.
+    room_seen: Option<Instant>,
+    grown: bool,
 }
 
 impl Writer {
     /// A writer whose first segment is there.
     pub(super) fn start(shared: Arc<Shared>) -> io::Result<Self> {
         let head = shared.link.root();
-        let mut writer =
-            Self { shared, segment: None, head, synced: 0, kept: Vec::new(), probe_at: None };
+        let mut writer = Self {
+            shared,
+            segment: None,
+            head,
+            synced: 0,
+            kept: Vec::new(),
+            probe_at: None,
+            room_seen: None,
+            grown: false,
+        };
         writer.segment = Some(writer.open_segment()?);
         Ok(writer)
     }
@@ -80,7 +91,6 @@ impl Writer {
     /// Writes until the journal is closed.
     pub(super) fn run(mut self) {
         let mut positions_kept = Instant::now();
-        let mut room_seen = None::<Instant>;
         loop {
             let closing = self.shared.closing.load(Ordering::Acquire);
             let taken = self.shared.queue.take(closing);
@@ -88,9 +98,9 @@ impl Writer {
             if closing {
                 break;
             }
-            if room_seen.is_none_or(|seen| seen.elapsed() >= LOOK_FOR_ROOM) {
+            if self.room_seen.is_none_or(|seen| seen.elapsed() >= LOOK_FOR_ROOM) {
                 self.shared.look_at_room();
-                room_seen = Some(Instant::now());
+                (self.room_seen, self.grown) = (Some(Instant::now()), false);
             }
             thread::park_timeout(self.rest());
             if self.probe_at.is_none() {
@@ -109,7 +119,7 @@ impl Writer {
     fn rest(&self) -> Duration {
         match self.probe_at {
             Some(at) => at.saturating_duration_since(Instant::now()),
-            None if !self.shared.roomy.load(Ordering::Acquire) => LOOK_FOR_ROOM,
+            None if self.grown || !self.shared.roomy.load(Ordering::Acquire) => LOOK_FOR_ROOM,
             None => HOUSEKEEPING,
         }
     }
@@ -219,6 +229,7 @@ impl Writer {
         }
         open.len += lines.len() as u64;
         open.holds_records = true;
+        self.grown = true;
         self.head = head;
         if sync {
             self.synced = head.seq;

@@ -81,6 +81,15 @@ fn read_end(value: &Value) -> Option<Timestamp> {
     DateTime::from_timestamp_millis(ms)
 }
 
+/// From when to when a token says that it is good, by the upstream's clock; unverified, and `None` if it
+/// does not say both.
+#[must_use]
+pub fn stated_life(token: &AccessToken) -> Option<(Timestamp, Timestamp)> {
+    let Claims { end, life, .. } = Claims::of(token);
+    let end = end?;
+    Some((end.checked_sub_signed(life?)?, end))
+}
+
 /// What the JWT's payload says. Unverified text: whatever cannot be read is absent, not an error.
 #[derive(Debug, Default, PartialEq)]
 struct Claims {

@@ -88,6 +88,8 @@ impl World {
                 max_bytes: 1 << 30,
                 retention: Duration::from_hours(168),
             },
+            audit_retention: None,
+            change_retention: None,
             caller_rate: 100_000,
             default_deadline: super::PATIENCE,
             longest_deadline: super::PATIENCE,

@@ -30,6 +30,32 @@ async fn undelivered_records_fill_the_journal_and_delivery_makes_room() {
 }
 
 #[tokio::test]
+async fn a_journal_that_is_nearly_full_says_so_while_it_still_takes_records() {
+    let disk = Disk::default();
+    let limits = JournalSettings { segment_bytes: 1_500, max_bytes: 12_000, ..settings() };
+    let journal = open(&disk, limits).unwrap();
+    assert!(journal.is_ready());
+    // The disk, by others.
+    disk.state().room = Some(1_400);
+    append(&journal, call(0)).await.unwrap();
+    until(|| !journal.is_ready()).await;
+    assert!(journal.is_writable());
+    disk.state().room = None;
+    until(|| journal.is_ready()).await;
+    // The journal itself, for want of delivery.
+    let mut nth = 1;
+    while journal.stats().segments_bytes < 11_000 {
+        append(&journal, call(nth)).await.unwrap();
+        nth += 1;
+    }
+    until(|| !journal.is_ready()).await;
+    append(&journal, call(nth)).await.unwrap();
+    assert!(journal.is_writable());
+    journal.delivered(&journal.chain().chain, i64::try_from(nth + 1).unwrap());
+    until(|| journal.is_ready()).await;
+}
+
+#[tokio::test]
 async fn delivered_segments_go_when_their_time_is_over_and_others_stay() {
     let disk = Disk::default();
     let manual = ManualClock::new(DateTime::UNIX_EPOCH + TimeDelta::days(20_000));

@@ -1,0 +1,84 @@
+//! Reading what another process wrote, or still writes.
+
+use super::*;
+
+fn names(disk: &Disk) -> Vec<(String, String)> {
+    disk.texts("")
+}
+
+fn read_archive(disk: &Disk) -> Result<Vec<StoredEvent>, JournalError> {
+    let archive = Archive::open_on(Arc::new(disk.clone()), None)?;
+    let mut events = Vec::new();
+    for chain in archive.chains() {
+        let mut reader = archive.reader(Arc::clone(&chain.link), chain.before);
+        loop {
+            let more = reader.read().unwrap();
+            if more.is_empty() {
+                break;
+            }
+            events.extend(more);
+        }
+    }
+    Ok(events)
+}
+
+#[tokio::test]
+async fn an_archive_reads_all_that_is_durable_and_changes_nothing() {
+    let disk = Disk::default();
+    let limits = JournalSettings { segment_bytes: 1_500, ..settings() };
+    let journal = open(&disk, limits).unwrap();
+    for nth in 0..10 {
+        append(&journal, call(nth)).await.unwrap();
+    }
+    journal.close().await;
+    let journal = open(&disk, limits).unwrap();
+    append(&journal, call(10)).await.unwrap();
+    let expected = read_all(&journal);
+    // While it is written, and after a crash that tore its last line.
+    let before = names(&disk);
+    assert_eq!(read_archive(&disk).unwrap(), expected);
+    assert_eq!(names(&disk), before);
+    let torn = disk.after_power_loss(0);
+    let last = torn.texts(".jsonl").pop().unwrap().0;
+    torn.state().files.get_mut(&last).unwrap().bytes.extend_from_slice(b"{\"instance\":");
+    let before = names(&torn);
+    assert_eq!(read_archive(&torn).unwrap(), expected);
+    assert_eq!(names(&torn), before);
+}
+
+#[tokio::test]
+async fn an_archive_passes_over_a_segment_that_was_not_made_and_tells_of_damage() {
+    let disk = Disk::default();
+    let journal = open(&disk, settings()).unwrap();
+    for nth in 0..3 {
+        append(&journal, call(nth)).await.unwrap();
+    }
+    journal.close().await;
+    let (name, text) = disk.texts(".jsonl").remove(0);
+    let unmade = disk.after_power_loss(0);
+    let next = name.replacen("c00000001-", "c00000002-", 1);
+    unmade.state().files.insert(next, faults::Stored::default());
+    assert_eq!(read_archive(&unmade).unwrap().len(), 3);
+
+    let damaged = disk.after_power_loss(0);
+    let edited = text.replace("acme-1", "acme-X").into_bytes();
+    damaged.state().files.get_mut(&name).unwrap().bytes = edited;
+    let damage = read_archive(&damaged).unwrap_err();
+    assert!(matches!(damage, JournalError::Damaged { line: 3, .. }), "{damage}");
+}
+
+#[tokio::test]
+async fn an_archive_begins_where_the_first_segment_that_is_left_does() {
+    let disk = Disk::default();
+    let limits = JournalSettings { segment_bytes: 1_500, max_bytes: 6_000, ..settings() };
+    let journal = open(&disk, limits).unwrap();
+    for nth in 0..20 {
+        append(&journal, call(nth)).await.unwrap();
+        journal.delivered(&journal.chain().chain, i64::try_from(nth).unwrap());
+    }
+    journal.close().await;
+    let events = read_archive(&disk).unwrap();
+    let (first, last) = (events.first().unwrap(), events.last().unwrap());
+    assert!(first.seq > 1, "the first segments are gone");
+    assert_eq!((last.seq, events.len()), (20, usize::try_from(21 - first.seq).unwrap()));
+}

@@ -1,0 +1,330 @@
+//! The proof of the audit log: whether it is what was written, whole and in order.
+//!
+//! A [`Verifier`] is told what is claimed of the chains, then shown the records in any order that is
+//! nearly theirs, and says at the end what does not hold. It reads nothing itself, so that Postgres,
+//! journal files and exports are proven by the same rules. [`walk`] follows one chain.
+
+mod fault;
+mod walk;
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use serde::{Deserialize, Serialize};
+
+pub use self::fault::{Fault, Finding};
+use self::walk::Walk;
+use super::{
+    chain::{ChainLink, Digest, Head, StoredEvent, microseconds},
+    signed::{Cut, SignedHead},
+};
+use crate::{clock::Timestamp, seal::VerifyingKeys};
+
+/// How many records may wait for those before them, over all chains: some 100 MiB. With more, what
+/// has not come is missing.
+const MOST_WAITING: usize = 1 << 20;
+/// How many findings are told one by one.
+const MOST_FINDINGS: usize = 1_000;
+
+/// What is claimed of a chain by who keeps it.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub struct Claim {
+    /// The chain.
+    pub chain: String,
+    /// Whose.
+    pub instance: String,
+    /// When it was opened.
+    #[serde(serialize_with = "microseconds")]
+    pub started_at: Timestamp,
+    /// The instance's chain before it.
+    pub linked_chain: Option<String>,
+    /// The last hash of that one; zeros if there was none.
+    pub linked_hash: Digest,
+    /// The number of its last record, where that is known apart from the records.
+    pub last_seq: Option<i64>,
+    /// That record's hash.
+    pub last_hash: Option<Digest>,
+    /// What an admin said of it as its replica was lost.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retired: Option<String>,
+}
+
+impl Claim {
+    /// What a journal says of a chain, of which it tells no end.
+    #[must_use]
+    pub fn of(link: &ChainLink) -> Self {
+        Self {
+            chain: link.chain.clone(),
+            instance: link.instance.clone(),
+            started_at: link.started_at,
+            linked_chain: link.linked_chain.clone(),
+            linked_hash: link.linked_hash,
+            last_seq: None,
+            last_hash: None,
+            retired: None,
+        }
+    }
+
+    /// What its first record follows.
+    #[must_use]
+    pub fn root(&self) -> Head {
+        Head { seq: 0, hash: self.linked_hash }
+    }
+}
+
+/// How much of the log is shown.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Extent {
+    /// All of it: what is not there is missing.
+    Whole,
+    /// What a replica still keeps: chains and records that were deleted from the front are not missed.
+    Kept,
+    /// What a filter let through: each record is proven, and that it follows the one before where
+    /// that is there. What is not there is counted.
+    Part,
+}
+
+/// Proves a log.
+pub struct Verifier {
+    extent: Extent,
+    keys: Option<VerifyingKeys>,
+    walks: HashMap<String, Walk>,
+    waiting: usize,
+    findings: Findings,
+}
+
+/// What a proof says.
+#[derive(Debug)]
+pub struct Verdict {
+    /// What does not hold, by chain and number; the first thousand.
+    pub findings: Vec<Finding>,
+    /// How many there are in all.
+    pub faults: u64,
+    /// What holds and should be known.
+    pub notices: Vec<String>,
+    /// The chains, in the order of their names.
+    pub chains: Vec<ChainVerdict>,
+}
+
+/// What a proof says of a chain.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize)]
+pub struct ChainVerdict {
+    /// The chain.
+    pub chain: String,
+    /// How many of its records were seen.
+    pub records: u64,
+    /// How many retention removed.
+    pub removed: i64,
+    /// The last record that was seen.
+    pub last_seq: i64,
+    /// Its hash.
+    pub last_hash: Digest,
+    /// When its first and its last record were made, as far as they are there.
+    pub times: Option<(Timestamp, Timestamp)>,
+    /// How many signed heads of it hold.
+    pub heads: u64,
+    /// The last number that a signed head vouches for; 0 if none does.
+    pub signed_seq: i64,
+    /// How many things do not hold.
+    pub faults: u64,
+}
+
+/// Faults that were found, bounded.
+#[derive(Debug, Default)]
+struct Findings {
+    told: Vec<Finding>,
+    all: u64,
+}
+
+impl Findings {
+    fn add(&mut self, chain: &str, fault: Fault) {
+        self.all += 1;
+        if self.told.len() < MOST_FINDINGS {
+            self.told.push(Finding { chain: chain.to_owned(), fault });
+        }
+    }
+}
+
+impl Verifier {
+    /// A proof of that much of a log. Without `keys`, what is signed is taken as it is.
+    #[must_use]
+    pub fn new(extent: Extent, keys: Option<VerifyingKeys>) -> Self {
+        let (walks, findings) = (HashMap::new(), Findings::default());
+        Self { extent, keys, walks, waiting: 0, findings }
+    }
+
+    /// Tells of a chain whose first record that is there follows `root`.
+    pub fn chain(&mut self, claim: Claim, root: Head) {
+        let walk = self.walks.entry(claim.chain.clone()).or_default();
+        walk.claim(claim, root);
+    }
+
+    /// Tells of a chain's segment whose first record follows `root`; that of the first one counts, and
+    /// later ones say where an earlier one that was abandoned ends.
+    pub fn segment(&mut self, claim: Claim, root: Head) {
+        if self.walks.get(&claim.chain).is_none_or(|walk| walk.claimed().is_none()) {
+            self.chain(claim, root);
+        }
+    }
+
+    /// Tells of what retention removed.
+    pub fn cut(&mut self, cut: Cut) {
+        match self.keys.as_ref().map_or(Ok(()), |keys| cut.verify(keys)) {
+            Ok(()) => self.walks.entry(cut.chain.clone()).or_default().cut(cut),
+            Err(error) => {
+                let fault = Fault::UnprovenCut { first: cut.first_seq, last: cut.last_seq, error };
+                self.findings.add(&cut.chain, fault);
+            }
+        }
+    }
+
+    /// Tells of a head that was signed.
+    pub fn head(&mut self, head: &SignedHead) {
+        match self.keys.as_ref().map_or(Ok(()), |keys| head.verify(keys)) {
+            Ok(()) => self.unsigned_head(&head.chain, head.head()),
+            Err(error) => {
+                self.findings.add(&head.chain, Fault::UnprovenHead { seq: head.seq, error });
+            }
+        }
+    }
+
+    /// Tells of a head that is vouched for otherwise.
+    pub fn unsigned_head(&mut self, chain: &str, head: Head) {
+        let walk = self.walks.entry(chain.to_owned()).or_default();
+        if let Err(fault) = walk.vouch(head) {
+            self.findings.add(chain, fault);
+        }
+    }
+
+    /// Shows a record.
+    pub fn record(&mut self, event: &StoredEvent) {
+        self.hashed_record(event, event.computed_hash() == event.hash);
+    }
+
+    /// Shows a record of which it is known whether it has the hash that it should have.
+    pub fn hashed_record(&mut self, event: &StoredEvent, sound: bool) {
+        if !sound {
+            self.findings.add(&event.chain, Fault::Altered { seq: event.seq });
+        }
+        // Chains are few and records many: only the first record of a chain makes a name.
+        let walk = if self.walks.contains_key(&event.chain) {
+            self.walks.get_mut(&event.chain)
+        } else {
+            Some(self.walks.entry(event.chain.clone()).or_default())
+        };
+        let Some(walk) = walk else { return };
+        let before = walk.waiting();
+        walk.record(event, sound, self.extent, &mut |fault| self.findings.add(&event.chain, fault));
+        self.waiting = self.waiting + walk.waiting() - before;
+        if self.waiting >= MOST_WAITING {
+            self.give_up_waiting();
+        }
+    }
+
+    /// Goes on with what is there in the chain that waits with the most.
+    fn give_up_waiting(&mut self) {
+        let most = self.walks.iter_mut().max_by_key(|(_, walk)| walk.waiting());
+        if let Some((chain, walk)) = most {
+            self.waiting -= walk.waiting();
+            walk.drain(self.extent, &mut |fault| self.findings.add(chain, fault));
+        }
+    }
+
+    /// Says what holds.
+    #[must_use]
+    pub fn finish(mut self) -> Verdict {
+        for (chain, walk) in &mut self.walks {
+            walk.finish(self.extent, &mut |fault| self.findings.add(chain, fault));
+        }
+        let mut notices = Vec::new();
+        self.follow_links(&mut notices);
+        if self.keys.is_none() {
+            notices.push("signatures were not checked: there are no keys to check with".into());
+        }
+        if self.extent == Extent::Part {
+            let absent: u64 = self.walks.values().map(Walk::absent).sum();
+            notices.push(format!(
+                "this is a part of the log: that nothing is missing cannot be proven of it ({absent} \
+                 records between those that are there are not there)"
+            ));
+        }
+        let Findings { told: mut findings, all: faults } = self.findings;
+        findings.sort_by(|a, b| (&a.chain, a.fault.seq()).cmp(&(&b.chain, b.fault.seq())));
+        let mut by_chain = BTreeMap::<_, u64>::new();
+        for finding in &findings {
+            *by_chain.entry(finding.chain.as_str()).or_default() += 1;
+        }
+        let mut chains: Vec<_> = self
+            .walks
+            .into_iter()
+            .map(|(chain, walk)| {
+                let faults = by_chain.get(chain.as_str()).copied().unwrap_or_default();
+                walk.verdict(chain, faults)
+            })
+            .collect();
+        chains.sort_by(|a, b| a.chain.cmp(&b.chain));
+        Verdict { findings, faults, notices, chains }
+    }
+
+    /// Whether each chain begins where the one before it ended.
+    fn follow_links(&mut self, notices: &mut Vec<String>) {
+        if self.extent == Extent::Part {
+            return;
+        }
+        let ends: HashSet<_> = self.walks.values().filter_map(Walk::last_hash).collect();
+        let mut successors = BTreeMap::<&str, Vec<&str>>::new();
+        for (chain, walk) in &self.walks {
+            let Some(claim) = walk.claimed() else {
+                if self.extent == Extent::Whole {
+                    self.findings.add(chain, Fault::Unknown);
+                }
+                continue;
+            };
+            if let Some(what) = &claim.retired {
+                notices.push(format!("chain {chain} was retired: {what}"));
+            }
+            match &claim.linked_chain {
+                None if claim.linked_hash == Digest::ZERO => {}
+                None => self.findings.add(chain, Fault::NoBefore),
+                // An empty chain ends as it began, wherever it is.
+                Some(before) if ends.contains(&claim.linked_hash) => {
+                    successors.entry(before).or_default().push(chain);
+                }
+                Some(before) => {
+                    let missing = match self.walks.get(before).and_then(Walk::last) {
+                        Some(last) => Fault::EndsOtherwise { last, successor: chain.clone() },
+                        None => Fault::ChainMissing { successor: chain.clone() },
+                    };
+                    if self.extent == Extent::Whole || self.walks.contains_key(before) {
+                        self.findings.add(before, missing);
+                    }
+                }
+            }
+        }
+        for (before, mut successors) in successors {
+            if successors.len() > 1 {
+                successors.sort_unstable();
+                notices.push(format!(
+                    "the chains {} all follow {before}: its state directory was copied",
+                    successors.join(", ")
+                ));
+            }
+        }
+    }
+}
+
+impl Verdict {
+    /// Whether all holds.
+    #[must_use]
+    pub fn holds(&self) -> bool {
+        self.faults == 0
+    }
+
+    /// How many records were seen.
+    #[must_use]
+    pub fn records(&self) -> u64 {
+        self.chains.iter().map(|chain| chain.records).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests;

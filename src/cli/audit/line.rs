@@ -1,0 +1,90 @@
+//! An event as a line for eyes.
+
+use std::iter;
+
+use crate::{cli::time::LocalTime, store::audit::StoredEvent};
+
+/// A line for eyes; the hashes are left to `--json`.
+pub(super) fn describe(event: &StoredEvent) -> String {
+    let known = |name, value: Option<&str>| Some(format!("{name}={}", word(value?)));
+    let number = |name, value: Option<i64>| Some(format!("{name}={}", value?));
+    let fields = [
+        known("reason", event.reason.as_deref()),
+        known("account", event.account.as_deref()),
+        known("caller", event.caller.as_deref()),
+        known("by", event.caller_kind.as_deref()),
+        known("peer", event.peer.as_deref()),
+        number("generation", event.generation),
+        known("token", event.token_fingerprint.as_deref()),
+        number("latency_us", event.latency_us),
+        number("count", Some(event.count).filter(|count| *count != 1)),
+        known("trace", event.trace_id.as_deref()),
+    ];
+    let details =
+        event.detail.iter().map(|(name, value)| format!("{}={}", word(name), word(value)));
+    let start = format!("{}  {:<22} {:<18}", LocalTime(event.at), event.event, event.outcome);
+    let place = format!("at {}/{}#{}", event.instance, event.chain, event.seq);
+    let words: Vec<_> = iter::once(start)
+        .chain(fields.into_iter().flatten())
+        .chain(details)
+        .chain([place])
+        .collect();
+    words.join(" ")
+}
+
+/// `value`, quoted where it would not read as one word.
+fn word(value: &str) -> String {
+    let plain = |c: char| !c.is_whitespace() && !c.is_control() && !matches!(c, '"' | '=');
+    if !value.is_empty() && value.chars().all(plain) {
+        return value.to_owned();
+    }
+    format!("{value:?}")
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::collections::BTreeMap;
+
+    use chrono::{DateTime, TimeDelta};
+
+    use super::*;
+    use crate::audit::chain::Digest;
+
+    pub(in super::super) fn event(seconds: i64, seq: i64) -> StoredEvent {
+        StoredEvent {
+            instance: "host-1".into(),
+            chain: "c1".into(),
+            seq,
+            at: DateTime::UNIX_EPOCH + TimeDelta::seconds(seconds),
+            event: "get_token".into(),
+            caller: Some("billing".into()),
+            caller_kind: Some("bearer".into()),
+            peer: None,
+            account: Some("a name\nof many lines".into()),
+            outcome: "permission_denied".into(),
+            reason: Some("NOT_GRANTED".into()),
+            generation: None,
+            token_fingerprint: None,
+            trace_id: None,
+            latency_us: Some(42),
+            count: 3,
+            detail: BTreeMap::from([("method".into(), "GetToken".into())]),
+            prev_hash: Digest([0; 32]),
+            hash: Digest([0; 32]),
+        }
+    }
+
+    #[test]
+    fn an_event_is_one_line_with_all_that_is_known() {
+        let line = describe(&event(0, 7));
+        assert!(!line.contains('\n'), "{line}");
+        assert!(
+            line.ends_with(
+                "get_token              permission_denied  reason=NOT_GRANTED \
+                 account=\"a name\\nof many lines\" caller=billing by=bearer latency_us=42 count=3 \
+                 method=GetToken at host-1/c1#7"
+            ),
+            "{line}"
+        );
+    }
+}

@@ -1,0 +1,152 @@
+//! `audit who`.
+
+use std::{
+    collections::BTreeMap,
+    io::{self, IsTerminal, Read},
+    net::SocketAddr,
+    process::ExitCode,
+};
+
+use anyhow::{Context, bail};
+use chrono::TimeDelta;
+use clap::Args;
+use futures_util::TryStreamExt;
+use serde::Serialize;
+
+use crate::{
+    cli::{
+        Global,
+        output::{self, Table, or_dash},
+        time::{LocalTime, Moment},
+    },
+    clock::{Clock, Timestamp},
+    config::{self, Flags, Keys},
+    seal::Keyring,
+    secret::AccessToken,
+    store::audit::{EventFilter, Ledger, StoredEvent},
+    upstream::rcs::stated_life,
+};
+
+/// How far from a token's life its records may lie: clocks differ, and calls wait.
+const AROUND: TimeDelta = TimeDelta::minutes(15);
+
+#[derive(Args, Debug)]
+pub(super) struct WhoArgs {
+    /// From then on: RFC 3339, or so long ago, such as 24h; by itself, the token's own life
+    #[arg(long, value_name = "T")]
+    since: Option<Moment>,
+    /// Before then
+    #[arg(long, value_name = "T")]
+    until: Option<Moment>,
+    #[command(flatten)]
+    settings: Flags<Keys>,
+    /// Prints JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// One pair of hands.
+#[derive(Debug, Serialize)]
+struct Holder {
+    account: Option<String>,
+    event: String,
+    caller: Option<String>,
+    caller_kind: Option<String>,
+    /// Without the port, which differs from connection to connection.
+    host: Option<String>,
+    times: i64,
+    first: LocalTime,
+    last: LocalTime,
+}
+
+pub(super) async fn run(global: &Global, args: WhoArgs) -> anyhow::Result<ExitCode> {
+    let keyring = Keyring::load(&config::keyring_file(&global.sources(args.settings.given)?)?)?;
+    let token = read_token()?;
+    let now = Clock::System.now();
+    let (since, until) = match (&args.since, &args.until) {
+        (None, None) => life(&token),
+        (since, until) => (since.map(|it| it.before(now)), until.map(|it| it.before(now))),
+    };
+    let fingerprints = keyring.fingerprints(&token);
+    let admin = global.admin(None).await?;
+    let mut ledger = Ledger::open(admin.pool()).await?;
+    let filter =
+        EventFilter { since, until, fingerprints: Some(fingerprints), ..EventFilter::default() };
+    let mut holders = BTreeMap::new();
+    let mut events = ledger.events(&filter);
+    while let Some(event) = events.try_next().await? {
+        add(&mut holders, event);
+    }
+    let mut holders: Vec<_> = holders.into_values().collect();
+    holders.sort_by_key(|holder: &Holder| holder.first.0);
+    let found = !holders.is_empty();
+    print(&holders, args.json)?;
+    Ok(ExitCode::from(u8::from(!found)))
+}
+
+fn read_token() -> anyhow::Result<AccessToken> {
+    const LONGEST: u64 = 64 << 10;
+    if io::stdin().is_terminal() {
+        output::note("the token, then Ctrl-D:");
+    }
+    let mut text = String::new();
+    io::stdin().take(LONGEST).read_to_string(&mut text).context("standard input is no text")?;
+    match AccessToken::new(text.trim()) {
+        Ok(token) => Ok(token),
+        Err(error) => bail!("standard input holds no token: {error}"),
+    }
+}
+
+/// When the token's records can have been made, if it says when it was issued.
+fn life(token: &AccessToken) -> (Option<Timestamp>, Option<Timestamp>) {
+    let Some((issued_at, expires_at)) = stated_life(token).filter(|(from, to)| from < to) else {
+        output::note("the token does not say when it was issued: the whole log is searched");
+        return (None, None);
+    };
+    (Some(issued_at - AROUND), Some(expires_at + AROUND))
+}
+
+fn add(holders: &mut BTreeMap<[Option<String>; 5], Holder>, event: StoredEvent) {
+    let StoredEvent { at, account, caller, peer, count, .. } = event;
+    let (event, caller_kind) = (event.event.into_owned(), event.caller_kind.map(Into::into));
+    let host = peer.map(|peer| match peer.parse::<SocketAddr>() {
+        Ok(address) => address.ip().to_string(),
+        Err(_) => peer,
+    });
+    let key =
+        [account.clone(), Some(event.clone()), caller.clone(), caller_kind.clone(), host.clone()];
+    let holder = holders.entry(key).or_insert_with(|| Holder {
+        account,
+        event,
+        caller,
+        caller_kind,
+        host,
+        times: 0,
+        first: LocalTime(at),
+        last: LocalTime(at),
+    });
+    holder.times += count;
+    holder.first.0 = holder.first.0.min(at);
+    holder.last.0 = holder.last.0.max(at);
+}
+
+fn print(holders: &[Holder], as_json: bool) -> anyhow::Result<()> {
+    if as_json {
+        return output::json(&holders);
+    }
+    let mut table =
+        Table::new(["ACCOUNT", "EVENT", "CALLER", "BY", "HOST", "TIMES", "FIRST", "LAST"]);
+    for holder in holders {
+        table.row([
+            or_dash(holder.account.as_ref()),
+            holder.event.clone(),
+            or_dash(holder.caller.as_ref()),
+            or_dash(holder.caller_kind.as_ref()),
+            or_dash(holder.host.as_ref()),
+            holder.times.to_string(),
+            holder.first.to_string(),
+            holder.last.to_string(),
+        ]);
+    }
+    table.print("the log does not name this token: nobody was given it, or its records are older than what is kept")
+}

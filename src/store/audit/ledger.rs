@@ -1,0 +1,148 @@
+//! The audit log at one moment, with all that is claimed of it: what is proven and exported.
+
+use std::collections::BTreeMap;
+
+use futures_util::{Stream, StreamExt};
+use sqlx::{PgPool, Postgres, Transaction, types::Json};
+
+use super::{EventFilter, Row, StoredEvent, digest};
+use crate::{
+    audit::{
+        signed::{Cut, Signature, SignedHead},
+        verify::Claim,
+    },
+    store::StoreError,
+};
+
+/// The audit log as one snapshot shows it, however long reading it takes.
+pub struct Ledger(Transaction<'static, Postgres>);
+
+impl Ledger {
+    /// Takes a snapshot.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn open(pool: &PgPool) -> Result<Self, StoreError> {
+        let begin = "begin isolation level repeatable read, read only";
+        let mut transaction = pool.begin_with(begin).await?;
+        sqlx::query!(
+            "/* store::audit::ledger::open */
+            select set_config('statement_timeout', '0', true)"
+        )
+        .fetch_one(&mut *transaction)
+        .await?;
+        Ok(Self(transaction))
+    }
+
+    /// What the database says of each chain.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn claims(&mut self) -> Result<Vec<Claim>, StoreError> {
+        let rows = sqlx::query!(
+            "/* store::audit::ledger::claims */
+            select chain, instance, started_at, linked_chain, linked_hash, delivered_seq,
+                delivered_hash, retired
+            from audit_chains order by chain"
+        )
+        .fetch_all(&mut *self.0)
+        .await?;
+        rows.into_iter()
+            .map(|row| {
+                Ok(Claim {
+                    chain: row.chain,
+                    instance: row.instance,
+                    started_at: row.started_at,
+                    linked_chain: row.linked_chain,
+                    linked_hash: digest("linked_hash", &row.linked_hash)?,
+                    last_seq: Some(row.delivered_seq),
+                    last_hash: Some(digest("delivered_hash", &row.delivered_hash)?),
+                    retired: row.retired,
+                })
+            })
+            .collect()
+    }
+
+    /// What retention says that it removed.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn cuts(&mut self) -> Result<Vec<Cut>, StoreError> {
+        let rows = sqlx::query!(
+            "/* store::audit::ledger::cuts */
+            select chain, first_seq, prev_hash, last_seq, hash, at, key_id, signature
+            from audit_cuts order by chain, first_seq"
+        )
+        .fetch_all(&mut *self.0)
+        .await?;
+        rows.into_iter()
+            .map(|row| {
+                Ok(Cut {
+                    chain: row.chain,
+                    first_seq: row.first_seq,
+                    prev_hash: digest("prev_hash", &row.prev_hash)?,
+                    last_seq: row.last_seq,
+                    hash: digest("hash", &row.hash)?,
+                    at: row.at,
+                    signature: Signature { key_id: row.key_id, signature: row.signature },
+                })
+            })
+            .collect()
+    }
+
+    /// The signed heads.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn heads(&mut self) -> Result<Vec<SignedHead>, StoreError> {
+        let rows = sqlx::query!(
+            "/* store::audit::ledger::heads */
+            select chain, seq, hash, at, key_id, signature from audit_heads order by chain, seq"
+        )
+        .fetch_all(&mut *self.0)
+        .await?;
+        rows.into_iter()
+            .map(|row| {
+                Ok(SignedHead {
+                    chain: row.chain,
+                    seq: row.seq,
+                    hash: digest("hash", &row.hash)?,
+                    at: row.at,
+                    signature: Signature { key_id: row.key_id, signature: row.signature },
+                })
+            })
+            .collect()
+    }
+
+    /// The records that `filter` lets through, by time, which is nearly the order of each chain.
+    pub fn events<'a>(
+        &'a mut self,
+        filter: &'a EventFilter,
+    ) -> impl Stream<Item = Result<StoredEvent, StoreError>> + 'a {
+        let (since, until) = filter.times(None);
+        sqlx::query_as!(
+            Row,
+            r#"/* store::audit::ledger::events */
+            select instance, chain, seq, at, event, caller, caller_kind, peer, account, outcome,
+                reason, generation, token_fingerprint, trace_id, latency_us, count,
+                detail as "detail: Json<BTreeMap<String, String>>", prev_hash, hash
+            from audit_events
+            where at >= $1 and at < $2
+                and ($3::text is null or account = $3)
+                and ($4::text is null or caller = $4)
+                and ($5::text is null or event = $5)
+                and ($6::text is null or outcome = $6)
+                and ($7::text[] is null or token_fingerprint = any($7))
+            order by at, chain, seq"#,
+            since,
+            until,
+            filter.account.as_deref(),
+            filter.caller.as_deref(),
+            filter.event.as_deref(),
+            filter.outcome.as_deref(),
+            filter.fingerprints.as_deref(),
+        )
+        .fetch(&mut *self.0)
+        .map(|row| row?.try_into())
+    }
+}
