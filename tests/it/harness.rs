@@ -6,6 +6,8 @@ pub(crate) mod http;
 #[cfg(feature = "embedded-postgres")]
 pub(crate) mod process;
 pub(crate) mod proxy;
+#[cfg(feature = "embedded-postgres")]
+pub(crate) mod seed;
 
 use std::time::{Duration, Instant};
 

@@ -8,3 +8,4 @@ mod dev;
 mod live_token;
 mod proof;
 mod shell;
+mod turns;

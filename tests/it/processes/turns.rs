@@ -1,0 +1,246 @@
+//! Broker and Postgres are killed, stopped and ended in turns under load, as a seed has it: what was
+//! received is recorded, and what is recorded is delivered, once.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use nix::{sys::signal::Signal, unistd::Pid};
+use sqlx::PgPool;
+use token_broker::{
+    audit::{chain::StoredEvent, journal::Archive},
+    bearer::Bearer,
+    dev::{
+        postgres::{DATABASE, EmbeddedPostgres, Place},
+        simulator::{Options, Simulator},
+    },
+    store::{
+        Database,
+        audit::{EventFilter, events_after},
+    },
+};
+use tokio::{task::JoinHandle, time::timeout};
+use tokio_util::sync::CancellationToken;
+
+use crate::harness::{
+    broker::Client,
+    eventually,
+    process::{Process, Site, Standstill, open_directory},
+    seed::Seed,
+};
+
+/// How many times something is done to them.
+const TURNS: u64 = 6;
+const PROGRAM: &str = env!("CARGO_BIN_EXE_token-broker");
+
+/// What callers count.
+#[derive(Default)]
+struct Counts {
+    sent: AtomicI64,
+    answered: AtomicI64,
+}
+
+/// Calls again and again until `stop`, and hangs up on some calls before they are answered. How often
+/// each generation was received.
+async fn call(
+    client: Client,
+    mut chance: Seed,
+    counts: Arc<Counts>,
+    stop: CancellationToken,
+) -> BTreeMap<i64, i64> {
+    let mut received = BTreeMap::new();
+    while !stop.is_cancelled() {
+        let account = if chance.below(8) == 0 { "unknown" } else { "acme" };
+        let patience = match chance.below(8) {
+            0 => Duration::from_micros(chance.below(2_000)),
+            _ => Duration::from_mins(1),
+        };
+        counts.sent.fetch_add(1, Relaxed);
+        match timeout(patience, client.get(account)).await {
+            Ok(Ok(token)) => {
+                *received.entry(token.generation.try_into().unwrap()).or_default() += 1;
+                counts.answered.fetch_add(1, Relaxed);
+            }
+            Ok(Err(refused)) if refused.code() == tonic::Code::NotFound => {
+                counts.answered.fetch_add(1, Relaxed);
+            }
+            // Nobody is there to answer: no reason to spin.
+            Ok(Err(_)) => tokio::time::sleep(Duration::from_millis(5)).await,
+            Err(_) => {}
+        }
+    }
+    received
+}
+
+/// Everything that runs.
+struct World {
+    postgres: Option<EmbeddedPostgres>,
+    place: Place,
+    site: Site,
+    serve: Option<Process>,
+    counts: Arc<Counts>,
+}
+
+impl World {
+    async fn start_postgres(&mut self) {
+        // The children of one that was killed may take a moment to notice.
+        let place = self.place.clone();
+        let started = eventually("postgres again", async || {
+            EmbeddedPostgres::start(place.clone(), Path::new(PROGRAM)).await.ok()
+        });
+        self.postgres = Some(started.await);
+    }
+
+    fn postgres(&self) -> &EmbeddedPostgres {
+        self.postgres.as_ref().unwrap()
+    }
+
+    async fn take_a_turn(&mut self, chance: &mut Seed) {
+        let so_far = self.counts.answered.load(Relaxed);
+        eventually("answers", async || {
+            (self.counts.answered.load(Relaxed) >= so_far + 50).then_some(())
+        })
+        .await;
+        tokio::time::sleep(chance.millis(300)).await;
+        match chance.below(5) {
+            0 | 1 => {
+                self.serve.take().unwrap().crash().await;
+                self.serve = Some(self.site.serve().await);
+            }
+            2 => {
+                let mut serve = self.serve.take().unwrap();
+                serve.signal(Signal::SIGTERM);
+                assert_eq!(serve.ended().await.code(), Some(0), "{}", serve.stderr());
+                self.serve = Some(self.site.serve().await);
+            }
+            3 => {
+                let killed = self.postgres.take().unwrap();
+                let pid = Pid::from_raw(killed.pid().try_into().unwrap());
+                nix::sys::signal::kill(pid, Signal::SIGKILL).unwrap();
+                drop(killed);
+                tokio::time::sleep(chance.millis(500)).await;
+                self.start_postgres().await;
+            }
+            _ => {
+                let standstill = Standstill::of(self.postgres().pid());
+                tokio::time::sleep(chance.millis(1_500)).await;
+                drop(standstill);
+            }
+        }
+    }
+}
+
+/// All that the journal of the state directory holds.
+fn journaled(state: &Path) -> Vec<StoredEvent> {
+    let archive = Archive::open(state, None).unwrap();
+    let mut events = vec![];
+    for chain in archive.chains() {
+        let mut reader = archive.reader(Arc::clone(&chain.link), chain.before);
+        loop {
+            let more = reader.read().unwrap();
+            if more.is_empty() {
+                break;
+            }
+            events.extend(more);
+        }
+    }
+    events
+}
+
+async fn delivered(pool: &PgPool) -> Vec<StoredEvent> {
+    events_after(pool, &EventFilter::default(), None, i64::MAX).await.unwrap()
+}
+
+#[tokio::test]
+async fn what_is_received_is_recorded_and_delivered_once_whoever_is_killed() {
+    let mut chance = Seed::of("what_is_received_is_recorded_and_delivered_once_whoever_is_killed");
+    let directory = open_directory();
+    let place = Place::Kept(directory.path().join("pg"));
+    let postgres = EmbeddedPostgres::start(place.clone(), Path::new(PROGRAM)).await.unwrap();
+    let url = postgres.url(DATABASE);
+    let upstream = Simulator::start_on_loopback(Options::default()).await.unwrap();
+    upstream.add_account("id-1", "SK.1");
+    let site = Site::new(&url, &upstream.base_url()).await;
+    site.run(&["migrate"]).await.ok();
+    let serve = site.serve().await;
+    let added = ["account", "add", "acme", "--client-id", "id-1", "--wait"];
+    site.run_with_secret(&added, "SK.1").await.ok();
+    let state = site.directory.path().join("state");
+
+    let (counts, stop) = (Arc::new(Counts::default()), CancellationToken::new());
+    let mut callers: Vec<(String, JoinHandle<_>)> = vec![];
+    for caller in ["one", "two", "three"] {
+        let bearer = site.run(&["caller", "add", caller, "--bearer"]).await.ok();
+        site.run(&["caller", "grant", caller, "*"]).await.ok();
+        let client = Client::connect(&site.endpoint(), &Bearer::parse(&bearer).unwrap()).await;
+        eventually("the grant", async || {
+            counts.sent.fetch_add(1, Relaxed);
+            client.get("acme").await.ok()
+        })
+        .await;
+        let calling = call(client, chance.fork(), counts.clone(), stop.clone());
+        callers.push((caller.to_owned(), tokio::spawn(calling)));
+    }
+    let mut world = World { postgres: Some(postgres), place, site, serve: Some(serve), counts };
+    for _ in 0..TURNS {
+        world.take_a_turn(&mut chance).await;
+    }
+    stop.cancel();
+    let mut received = BTreeMap::new();
+    for (caller, calling) in callers {
+        received.insert(caller, calling.await.unwrap());
+    }
+    let mut serve = world.serve.take().unwrap();
+    let pool = Database::new(&url, "test").unwrap().pool(2);
+    // An order to stop is followed within limits: what they leave is delivered before it.
+    let expected = journaled(&state).len();
+    eventually("delivery", async || {
+        let there = sqlx::query_scalar::<_, i64>("select count(*) from audit_events");
+        let there = there.fetch_one(&pool).await.ok()?;
+        (usize::try_from(there).unwrap() >= expected).then_some(())
+    })
+    .await;
+    serve.signal(Signal::SIGTERM);
+    assert_eq!(serve.ended().await.code(), Some(0), "{}", serve.stderr());
+
+    // Recorded = delivered: the same records, each once.
+    let (journaled, delivered) = (journaled(&state), delivered(&pool).await);
+    assert_eq!(journaled.len(), delivered.len());
+    let places = |events: &[StoredEvent]| -> BTreeSet<_> {
+        events.iter().map(|event| (event.chain.clone(), event.seq, event.hash.0)).collect()
+    };
+    assert_eq!(places(&journaled), places(&delivered));
+    // Received ⊆ recorded ⊆ sent.
+    let calls = delivered.iter().filter(|event| event.event == "get_token");
+    let mut recorded = BTreeMap::<(&str, i64), i64>::new();
+    let mut all = 0;
+    for event in calls {
+        all += event.count;
+        if let (Some(caller), Some(generation), "ok") =
+            (&event.caller, event.generation, &*event.outcome)
+        {
+            *recorded.entry((caller, generation)).or_default() += event.count;
+        }
+    }
+    for (caller, generations) in &received {
+        for (generation, times) in generations {
+            let known = recorded.get(&(caller, *generation)).copied().unwrap_or_default();
+            assert!(known >= *times, "{caller} {generation}: {known} of {times} are recorded");
+        }
+    }
+    let (sent, answered) = (world.counts.sent.load(Relaxed), world.counts.answered.load(Relaxed));
+    assert!(answered <= all && all <= sent, "{answered} answered, {all} recorded, {sent} sent");
+    assert!(answered < sent, "nobody hung up");
+
+    let heads = state.join("audit-heads.jsonl");
+    world.site.run(&["audit", "verify", "--head", heads.to_str().unwrap()]).await.ok();
+    world.site.run(&["audit", "verify", "--journal", state.to_str().unwrap()]).await.ok();
+    pool.close().await;
+    world.postgres.take().unwrap().stop().await;
+}
