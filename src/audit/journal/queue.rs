@@ -122,6 +122,11 @@ impl Queue {
         Ok(Pushed { commit: Arc::clone(&open.commit), first: open.records.len() == 1 })
     }
 
+    /// How many records wait.
+    pub(super) fn len(&self) -> usize {
+        self.shards.iter().map(|shard| shard.lock().records.len()).sum()
+    }
+
     /// Takes everything, in the order of pushing within each shard. With `last`, nothing can be
     /// pushed any more.
     pub(super) fn take(&self, last: bool) -> Taken {
@@ -149,6 +154,12 @@ impl Shard {
         // No code panics while it holds this lock.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A commit for a record that counts as durable.
+#[cfg(feature = "bench")]
+pub(super) fn durable() -> Arc<Commit> {
+    Arc::new(Commit { state: AtomicU8::new(DURABLE), ..Commit::default() })
 }
 
 /// A commit for a record that was not taken.

@@ -24,6 +24,9 @@ use crate::audit::{
 
 /// How long an unwritable journal is left alone before it is tried again.
 const PROBE: Duration = Duration::from_millis(500);
+/// How long a batch waits for more records while they come, and how long in all.
+const GATHER: Duration = Duration::from_micros(100);
+const GATHER_AT_MOST: Duration = Duration::from_millis(1);
 /// How often a writer looks for room.
 const LOOK_FOR_ROOM: Duration = Duration::from_secs(1);
 /// How often an idle writer looks for segments whose time is over, and keeps the delivered positions.
@@ -68,6 +71,8 @@ pub(super) struct Writer {
     /// When it was looked for room, and whether anything was written since.
     room_seen: Option<Instant>,
     grown: bool,
+    /// The last batch was of several records.
+    crowded: bool,
 }
 
 impl Writer {
@@ -83,6 +88,7 @@ impl Writer {
             probe_at: None,
             room_seen: None,
             grown: false,
+            crowded: false,
         };
         writer.segment = Some(writer.open_segment()?);
         Ok(writer)
@@ -93,7 +99,11 @@ impl Writer {
         let mut positions_kept = Instant::now();
         loop {
             let closing = self.shared.closing.load(Ordering::Acquire);
+            if self.crowded && !closing {
+                self.gather();
+            }
             let taken = self.shared.queue.take(closing);
+            self.crowded = taken.records.len() > 1;
             self.step(taken, closing);
             if closing {
                 break;
@@ -113,6 +123,20 @@ impl Writer {
             }
         }
         self.finish();
+    }
+
+    /// Lets a batch grow for as long as it does. A commit for each of many calls costs more than the
+    /// calls; a call alone waits for nobody.
+    fn gather(&self) {
+        let begun = Instant::now();
+        let mut waiting = self.shared.queue.len();
+        while begun.elapsed() < GATHER_AT_MOST {
+            thread::sleep(GATHER);
+            let now = self.shared.queue.len();
+            if mem::replace(&mut waiting, now) == now {
+                return;
+            }
+        }
     }
 
     /// How long to wait for a record at most.
