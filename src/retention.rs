@@ -86,6 +86,7 @@ impl Retention {
             Err((chain, seq)) => {
                 error!(day = %day.day, chain, seq, "an audit record is not what was written: its \
                     day is kept as evidence; see `audit verify`");
+                removal.abandon().await?;
                 return Ok(true);
             }
         };

@@ -5,7 +5,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{
-    chain::{ChainLink, Digest, Head, StoredEvent, microseconds},
+    chain::{StoredEvent, microseconds},
     signed::{Cut, SignedHead},
     verify::Claim,
 };
@@ -21,8 +21,6 @@ pub enum Line {
     Record(Box<StoredEvent>),
     /// What is said of the records.
     Statement(Statement),
-    /// The header of a journal's segment, and what its first record follows.
-    Segment(Box<Claim>, Head),
 }
 
 /// A line that is no record: one object with one key, which names it.
@@ -75,10 +73,6 @@ impl Line {
             Ok(event) => return Ok(Self::Record(Box::new(event))),
             Err(error) => error,
         };
-        if let Ok(segment) = serde_json::from_slice::<Segment>(line) {
-            let (claim, root) = segment.claim();
-            return Ok(Self::Segment(Box::new(claim), root));
-        }
         match serde_json::from_slice(line) {
             Ok(Statement::AuditExport(Opening { version, .. })) if version != FORMAT => {
                 Err(format!("the format is {version}, not {FORMAT}"))
@@ -86,23 +80,6 @@ impl Line {
             Ok(statement) => Ok(Self::Statement(statement)),
             Err(_) => Err(format!("neither a record nor a statement of an export: {no_record}")),
         }
-    }
-}
-
-/// A segment's first line, as far as a proof needs it.
-#[derive(Deserialize)]
-struct Segment {
-    #[serde(rename = "journal")]
-    _journal: u32,
-    #[serde(flatten)]
-    link: ChainLink,
-    first_seq: i64,
-    prev_hash: Digest,
-}
-
-impl Segment {
-    fn claim(self) -> (Claim, Head) {
-        (Claim::of(&self.link), Head { seq: self.first_seq - 1, hash: self.prev_hash })
     }
 }
 

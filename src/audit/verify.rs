@@ -158,14 +158,6 @@ impl Verifier {
         walk.claim(claim, root);
     }
 
-    /// Tells of a chain's segment whose first record follows `root`; that of the first one counts, and
-    /// later ones say where an earlier one that was abandoned ends.
-    pub fn segment(&mut self, claim: Claim, root: Head) {
-        if self.walks.get(&claim.chain).is_none_or(|walk| walk.claimed().is_none()) {
-            self.chain(claim, root);
-        }
-    }
-
     /// Tells of what retention removed.
     pub fn cut(&mut self, cut: Cut) {
         match self.keys.as_ref().map_or(Ok(()), |keys| cut.verify(keys)) {

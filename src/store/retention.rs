@@ -158,6 +158,15 @@ impl Removal {
         Ok(())
     }
 
+    /// Leaves the day as it is. A removal that is only dropped holds it for a moment longer, and keeps
+    /// the next one from beginning.
+    ///
+    /// # Errors
+    /// When the database cannot be reached.
+    pub async fn abandon(self) -> Result<(), StoreError> {
+        Ok(self.transaction.rollback().await?)
+    }
+
     /// Removes what was shown, all of which must be cut; how many records that was.
     ///
     /// # Errors

@@ -24,7 +24,7 @@ use token_broker::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::harness::database::TestDatabase;
+use crate::harness::{database::TestDatabase, eventually};
 
 const AMPLE: Duration = Duration::from_secs(30);
 
@@ -362,4 +362,24 @@ async fn events_are_read_by_filter_and_in_pages() {
     // What serves as `audit tail --json` reads back as the same record.
     let line = serde_json::to_string(&latest[0]).unwrap();
     assert_eq!(serde_json::from_str::<StoredEvent>(&line).unwrap(), latest[0]);
+}
+
+/// A partition that somebody dropped while the shipper was connected is made again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_partition_that_is_missing_is_made_again() {
+    let own = TestDatabase::new().await;
+    let world = World::new(own.url());
+    let stop = CancellationToken::new();
+    let shipping = tokio::spawn(world.shipper().run(stop.clone()));
+    append(&world.journal, Record::new(day(0), Event::GetToken)).await;
+    eventually("delivery", async || (world.events().await.len() == 1).then_some(())).await;
+    // The shipper knows this day's to be there, since it made it ahead.
+    own.sql("drop table audit_events_20241005").await;
+    append_all(&world.journal, (0..3).map(|_| Record::new(day(1), Event::GetToken))).await;
+    world.journal.close().await;
+    stop.cancel();
+    tokio::time::timeout(AMPLE, shipping).await.unwrap().unwrap();
+    let events = world.events().await;
+    assert_eq!(events.len(), 4);
+    assert_chains_hold(&world.journal, &events);
 }

@@ -206,7 +206,6 @@ impl Proof {
             Some(Line::Statement(Statement::AuditExport(opening))) if opening.whole => {
                 Extent::Whole
             }
-            Some(Line::Segment(..)) => Extent::Kept,
             Some(_) => Extent::Part,
             None => bail!("{} is empty", file.display()),
         };
@@ -219,7 +218,6 @@ impl Proof {
                     records += 1;
                     verifier.record(&event);
                 }
-                Line::Segment(claim, root) => verifier.segment(*claim, root),
                 Line::Statement(Statement::AuditExport(_)) => {}
                 Line::Statement(Statement::Chain(claim)) => claimed(&mut verifier, claim),
                 Line::Statement(Statement::Cut(cut)) => verifier.cut(cut),

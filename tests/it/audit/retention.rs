@@ -12,7 +12,6 @@ use token_broker::{
 };
 
 use super::*;
-use crate::harness::eventually;
 
 const DAY: Duration = Duration::from_hours(24);
 

@@ -115,6 +115,9 @@ async fn no_secret_bearer_or_token_is_found_in_anything_that_a_broker_writes() {
     site.set("RUST_LOG", EVERYTHING);
     let mut canaries = Canaries([SECRET, WRONG_SECRET, NO_BEARER].map(str::to_owned).into());
     let mut words: Vec<(String, String)> = vec![];
+    let keyring = fs::read_to_string(site.directory.path().join("keyring")).unwrap();
+    let keys = keyring.lines().filter_map(|line| line.strip_prefix("key = "));
+    keys.for_each(|key| canaries.add(key.trim_matches('"')));
 
     // The commands: taken and refused secrets, bearers good, unknown and malformed.
     site.run(&["migrate"]).await.ok();
@@ -228,6 +231,23 @@ async fn no_secret_bearer_or_token_is_found_in_anything_that_a_broker_writes() {
     }
     words.push(("the log".to_owned(), logged));
     words.push(("standard output".to_owned(), serve.stdout()));
+    let state = site.directory.path().join("state");
+    for arguments in [
+        &["audit", "tail", "-n", "100000", "--json"][..],
+        &["audit", "tail", "-n", "100000"],
+        &["audit", "export"],
+        &["audit", "verify", "--json"],
+        &["audit", "verify", "--journal", state.to_str().unwrap()],
+        &["audit", "who"],
+        &["audit", "who", "--json"],
+        &["audit", "ship", state.to_str().unwrap()],
+        &["keys", "public", "--signing"],
+        &["keys", "status"],
+    ] {
+        let ran = run(site.command(arguments), &token.access_token).await;
+        assert_eq!(ran.code, Some(0), "{ran:?}");
+        words.push((arguments.join(" "), ran.stdout + &ran.stderr));
+    }
     words.extend(
         refusals.iter().map(|status| ("a status".to_owned(), format!("{status:?} {status}"))),
     );

@@ -97,6 +97,14 @@ impl World {
         self.postgres = Some(started.await);
     }
 
+    /// What an admin does meanwhile, whoever follows it.
+    async fn change_something(&self) {
+        let pool = Database::new(&self.postgres().url(DATABASE), "admin").unwrap().pool(1);
+        let change = "update accounts set description = description || '.'";
+        eventually("a change", async || sqlx::query(change).execute(&pool).await.ok()).await;
+        pool.close().await;
+    }
+
     fn postgres(&self) -> &EmbeddedPostgres {
         self.postgres.as_ref().unwrap()
     }
@@ -107,6 +115,7 @@ impl World {
             (self.counts.answered.load(Relaxed) >= so_far + 50).then_some(())
         })
         .await;
+        self.change_something().await;
         tokio::time::sleep(chance.millis(300)).await;
         match chance.below(5) {
             0 | 1 => {
@@ -191,6 +200,7 @@ async fn what_is_received_is_recorded_and_delivered_once_whoever_is_killed() {
     for _ in 0..TURNS {
         world.take_a_turn(&mut chance).await;
     }
+    world.change_something().await;
     stop.cancel();
     let mut received = BTreeMap::new();
     for (caller, calling) in callers {
@@ -201,9 +211,10 @@ async fn what_is_received_is_recorded_and_delivered_once_whoever_is_killed() {
     // An order to stop is followed within limits: what they leave is delivered before it.
     let expected = journaled(&state).len();
     eventually("delivery", async || {
-        let there = sqlx::query_scalar::<_, i64>("select count(*) from audit_events");
-        let there = there.fetch_one(&pool).await.ok()?;
-        (usize::try_from(there).unwrap() >= expected).then_some(())
+        let there = "select count(*), (select count(*) from changes where audited_at is null)
+            from audit_events";
+        let (there, unaudited): (i64, i64) = sqlx::query_as(there).fetch_one(&pool).await.ok()?;
+        (usize::try_from(there).unwrap() >= expected && unaudited == 0).then_some(())
     })
     .await;
     serve.signal(Signal::SIGTERM);
@@ -216,6 +227,15 @@ async fn what_is_received_is_recorded_and_delivered_once_whoever_is_killed() {
         events.iter().map(|event| (event.chain.clone(), event.seq, event.hash.0)).collect()
     };
     assert_eq!(places(&journaled), places(&delivered));
+    // Each change is an event, once.
+    let changes: Vec<i64> =
+        sqlx::query_scalar("select id from changes order by id").fetch_all(&pool).await.unwrap();
+    let mut told: Vec<i64> = delivered
+        .iter()
+        .filter_map(|event| Some(event.detail.get("change_id")?.parse().unwrap()))
+        .collect();
+    told.sort_unstable();
+    assert_eq!(told, changes);
     // Received ⊆ recorded ⊆ sent.
     let calls = delivered.iter().filter(|event| event.event == "get_token");
     let mut recorded = BTreeMap::<(&str, i64), i64>::new();
