@@ -12,6 +12,8 @@
 -- Triggers that write into tables their caller may not touch (`changes`, `refreshes`) run as the
 -- owner of the schema. No role may TRUNCATE, and none may UPDATE or DELETE audit events.
 
+begin;
+
 do $$
 declare
     role_name text;
@@ -89,3 +91,5 @@ grant
 -- writes nothing.
 grant select on audit_chains, audit_cuts, audit_events, audit_heads, changes, instances
     to token_broker_auditor;
+
+commit;

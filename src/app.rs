@@ -18,6 +18,7 @@ use std::{
 
 use health::Health;
 pub use plan::Plan;
+pub use proof::prove;
 pub use restored::{Lost, Restored, Strange};
 use thiserror::Error;
 use tokio::{net::TcpListener, task::JoinHandle, time::timeout};

@@ -119,7 +119,7 @@ pub async fn run(cli: Cli) -> ExitCode {
 async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     let Cli { global, command } = cli;
     match command {
-        Command::Dev(args) => dev::run(args).await,
+        Command::Dev(args) => dev::run(&global, args).await,
         Command::Serve(args) => serve::run(&global, args).await,
         Command::Migrate(flags) => migrate(&global, flags).await,
         Command::Account(args) => account::run(&global, args).await,
@@ -162,10 +162,18 @@ impl Global {
     /// The database, for changes for that reason by who runs this.
     async fn admin(&self, reason: Option<&str>) -> anyhow::Result<Admin> {
         let url = config::database_url(&self.sources(BTreeMap::new())?)?;
-        let actor = ["SUDO_USER", "USER"].into_iter().find_map(|name| env::var(name).ok());
-        let attribution = Attribution { actor, reason: reason.map(ToOwned::to_owned) };
+        let attribution =
+            Attribution { actor: Some(who_runs_this()), reason: reason.map(ToOwned::to_owned) };
         Ok(Admin::connect(&url.database(APPLICATION)?, attribution).await?)
     }
+}
+
+/// A name for the audit log; where the environment has none, as in a container, the number.
+fn who_runs_this() -> String {
+    ["SUDO_USER", "USER", "LOGNAME"]
+        .into_iter()
+        .find_map(|name| env::var(name).ok().filter(|name| !name.is_empty()))
+        .unwrap_or_else(|| format!("uid {}", rustix::process::getuid().as_raw()))
 }
 
 #[cfg(test)]

@@ -41,6 +41,7 @@ use crate::{
 
 /// Where the operators' face listens, if nobody else does.
 const OPS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9464);
+const GRPC: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 50_051);
 /// The accounts that are registered, with their logins at the simulated upstream.
 const ACCOUNTS: [(&str, &str, &str); 2] = [
     ("demo-master", "demoMaster", "SK.demo-master"),
@@ -60,8 +61,8 @@ pub struct Options {
     pub state_dir: Option<PathBuf>,
     /// The life of the simulated upstream's tokens.
     pub token_life: Duration,
-    /// Where gRPC listens; on another port when that one is taken.
-    pub listen: SocketAddr,
+    /// Where gRPC listens; if it is not said, on 50051, or another port when that one is taken.
+    pub listen: Option<SocketAddr>,
 }
 
 /// Runs the whole system until a signal. `print` gets the lines that say what to try.
@@ -95,7 +96,11 @@ async fn on_ground(
     let keyring = Arc::new(keyring(&ground.home)?);
     let bearer = register(&database, &keyring, &ground.home).await?;
     let plan = plan(ground, &upstream, keyring)?;
-    let (grpc, ops) = (listen(options.listen).await?, listen(OPS).await?);
+    let grpc = match options.listen {
+        Some(address) => bind(address).await?,
+        None => bind_near(GRPC).await?,
+    };
+    let ops = bind_near(OPS).await?;
     let started =
         signals.during(async |give_up| Box::pin(App::start(plan, grpc, ops, &give_up)).await).await;
     let app = match started {
@@ -247,16 +252,31 @@ fn plan(ground: &Ground, upstream: &Simulator, keyring: Arc<Keyring>) -> anyhow:
     })
 }
 
-/// Listens on `address`, or on another port of it when that one is taken: two `dev`s may run.
-async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
+/// Listens on `address`.
+async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
     if !address.ip().is_loopback() {
         bail!("dev listens on loopback only, not on {address}");
     }
+    TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))
+}
+
+/// Listens on `address`, or on another port of it when that one is taken: two `dev`s may run.
+async fn bind_near(address: SocketAddr) -> anyhow::Result<TcpListener> {
     match TcpListener::bind(address).await {
-        Err(error) if error.kind() == ErrorKind::AddrInUse => {
-            Ok(TcpListener::bind((address.ip(), 0)).await?)
-        }
+        Err(error) if error.kind() == ErrorKind::AddrInUse => bind((address.ip(), 0).into()).await,
         bound => bound.with_context(|| format!("cannot listen on {address}")),
+    }
+}
+
+/// This program as a shell takes it, from wherever it is run.
+fn program() -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-".contains(c);
+    match env::current_exe() {
+        Ok(path) => match path.to_str() {
+            Some(path) if path.chars().all(plain) => path.to_owned(),
+            _ => format!("'{}'", path.display().to_string().replace('\'', r"'\''")),
+        },
+        Err(_) => "token-broker".into(),
     }
 }
 
@@ -267,13 +287,13 @@ fn welcome(
     bearer: &Bearer,
     options: &Options,
 ) -> String {
-    let Ground { url, kept, .. } = ground;
+    let Ground { shown, psql, kept, .. } = ground;
     let (grpc, ops) = (app.grpc_address, app.ops_address);
     let base_url = upstream.base_url();
     let life = humantime::format_duration(options.token_life);
     let bearer = bearer.expose();
     let [(acme, acme_id, acme_secret), (typo, typo_id, typo_secret)] = SPARE;
-    let program = env::args().next().unwrap_or_else(|| "token-broker".into());
+    let program = program();
     let end = if *kept {
         format!("Ctrl-C ends it; {} keeps what it knows.", ground.home.display())
     } else {
@@ -286,7 +306,7 @@ Token Broker runs, all of it on this machine:
   gRPC       {grpc} (plaintext)
   operators  http://{ops}/readyz and http://{ops}/metrics
   upstream   {base_url} (simulated; a token lives {life})
-  database   {url}
+  database   {shown}
 
 Get a token, with grpcurl or without:
 
@@ -297,17 +317,17 @@ Get a token, with grpcurl or without:
 Register an account by plain SQL and ask for its token the same way; then one with a wrong secret, which
 the last of these puts right. (The simulated upstream knows these two logins and those of demo-….)
 
-  psql '{url}' -c "insert into accounts (name, client_id, client_secret) values ('{acme}', '{acme_id}', '{acme_secret}')"
+  psql {psql} -c "insert into accounts (name, client_id, client_secret) values ('{acme}', '{acme_id}', '{acme_secret}')"
 
-  psql '{url}' -c "insert into accounts (name, client_id, client_secret) values ('{typo}', '{typo_id}', 'SK.wrong')"
+  psql {psql} -c "insert into accounts (name, client_id, client_secret) values ('{typo}', '{typo_id}', 'SK.wrong')"
 
-  psql '{url}' -c "update accounts set client_secret = '{typo_secret}' where name = '{typo}'"
+  psql {psql} -c "update accounts set client_secret = '{typo_secret}' where name = '{typo}'"
 
 See where the accounts stand, and who did what:
 
-  psql '{url}' -c 'select name, state, time_left, last_error, hint from account_status'
+  psql {psql} -c 'select name, state, time_left, last_error, hint from account_status'
 
-  psql '{url}' -c 'select at, event, caller, account, outcome, reason from audit_events order by at desc limit 20'
+  psql {psql} -c 'select at, event, caller, account, outcome, reason from audit_events order by at desc limit 20'
 
 {end}
 "#

@@ -28,6 +28,15 @@ pub enum FailureClass {
 }
 
 impl FailureClass {
+    /// The outcome in the audit log: the gRPC status that a call would end with for it.
+    #[must_use]
+    pub fn outcome(self) -> &'static str {
+        match self {
+            Self::Rejected | Self::EgressRejected | Self::Intake => "failed_precondition",
+            _ => "unavailable",
+        }
+    }
+
     /// All of them.
     pub const ALL: [Self; 6] = [
         Self::Rejected,

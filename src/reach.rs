@@ -20,6 +20,8 @@ pub enum Standing {
 #[derive(Debug)]
 pub struct Reach {
     standing: watch::Sender<Standing>,
+    /// Whether it has answered at all.
+    answered: AtomicBool,
     /// Whether the last heartbeat met no other replica.
     lone: AtomicBool,
     /// Whether the upstream ends older tokens when it issues a new one. Where it does not, two
@@ -33,6 +35,7 @@ impl Reach {
     pub fn new(ends_older: bool) -> Self {
         Self {
             standing: watch::Sender::new(Standing::Reached),
+            answered: AtomicBool::new(false),
             lone: AtomicBool::new(false),
             ends_older,
         }
@@ -42,6 +45,12 @@ impl Reach {
     #[must_use]
     pub fn standing(&self) -> Standing {
         *self.standing.borrow()
+    }
+
+    /// Whether the database has answered since the start.
+    #[must_use]
+    pub fn has_answered(&self) -> bool {
+        self.answered.load(Ordering::Relaxed)
     }
 
     /// Wakes whenever that changes. Subscribe before looking.
@@ -71,6 +80,7 @@ impl Reach {
 
     /// The database answered.
     pub fn found(&self) {
+        self.answered.store(true, Ordering::Relaxed);
         if self.change(Standing::Reached, Standing::Alone)
             || self.change(Standing::Reached, Standing::CutOff)
         {

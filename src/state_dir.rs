@@ -21,7 +21,7 @@ pub enum StateDirError {
     #[error("{0} does not hold an instance id (i- and 16 hexadecimal digits)")]
     Malformed(PathBuf),
     /// The file system refused.
-    #[error("{path}: {error}")]
+    #[error("the state directory cannot be used: {path}: {error}")]
     Io {
         /// What could not be read or written.
         path: PathBuf,

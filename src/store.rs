@@ -14,7 +14,7 @@ pub mod tokens;
 use std::{str::FromStr, time::Duration};
 
 use sqlx::{
-    Connection, PgPool,
+    ConnectOptions, Connection, PgPool,
     migrate::{Migrate, MigrateError, Migrator},
     postgres::{PgConnectOptions, PgPoolOptions, PgSslMode, types::PgInterval},
 };
@@ -28,6 +28,8 @@ static MIGRATIONS: Migrator = sqlx::migrate!();
 /// worker.
 const STATEMENT_TIMEOUT: &str = "30s";
 
+/// `undefined_table`.
+const NO_TABLE: &str = "42P01";
 /// How long a connection that is given back to the pool has to answer.
 const ANSWER_WITHIN: Duration = Duration::from_secs(5);
 
@@ -72,6 +74,7 @@ impl From<sqlx::Error> for StoreError {
                 match code.as_str() {
                     "23514" | "23505" | "42501" => Self::Refused(message),
                     // The server goes down, starts, or has no place left.
+                    NO_TABLE => Self::Schema(format!("{message}: run `token-broker migrate`")),
                     "57P01" | "57P02" | "57P03" | "53300" => Self::Unreachable(message),
                     _ => Self::Database { code, message },
                 }
@@ -174,11 +177,20 @@ impl Database {
             .connect_lazy_with(self.options.clone())
     }
 
+    /// Connects once: a pool would try on for seconds, and then only say that no connection became free.
+    ///
+    /// # Errors
+    /// [`StoreError::Unreachable`] with the reason at once.
+    pub async fn reach(&self) -> Result<(), StoreError> {
+        Ok(self.options.connect().await?.close().await?)
+    }
+
     /// Applies the migrations that are missing.
     ///
     /// # Errors
     /// When the server cannot be reached or a migration fails.
     pub async fn migrate(&self) -> Result<(), StoreError> {
+        self.reach().await?;
         let pool = self.pool(1);
         let mut migrations = sqlx::migrate!();
         // A newer release's schema: this one runs on it.
@@ -196,6 +208,7 @@ impl Database {
     /// # Errors
     /// [`StoreError::Schema`] names what is missing and the command that brings it.
     pub async fn check_schema(&self) -> Result<(), StoreError> {
+        self.reach().await?;
         let pool = self.pool(1);
         let checked = check_schema(&pool).await;
         pool.close().await;
@@ -208,7 +221,7 @@ async fn check_schema(pool: &PgPool) -> Result<(), StoreError> {
     let applied = match connection.list_applied_migrations(&MIGRATIONS.table_name).await {
         Ok(applied) => applied,
         Err(MigrateError::Execute(sqlx::Error::Database(error)))
-            if error.code().as_deref() == Some("42P01") =>
+            if error.code().as_deref() == Some(NO_TABLE) =>
         {
             Vec::new()
         }

@@ -73,7 +73,8 @@ pub(super) fn readiness(world: &World) -> Arc<dyn Fn() -> Readiness + Send + Syn
         let serving = ready.load(Ordering::Relaxed);
         let (writable, roomy) = (journal.is_writable(), journal.is_ready());
         let standing = reach.standing();
-        let reached = standing == Standing::Reached;
+        let answered = reach.has_answered();
+        let reached = answered && standing == Standing::Reached;
         let undelivered = journal.stats().undelivered;
         let check = |name, ok, required, detail: String| Check { name, ok, required, detail };
         Readiness {
@@ -100,6 +101,7 @@ pub(super) fn readiness(world: &World) -> Arc<dyn Fn() -> Readiness + Send + Syn
                     reached,
                     false,
                     match standing {
+                        _ if !answered => "has not answered yet",
                         Standing::Reached => "followed",
                         Standing::Alone => "does not answer; issuing goes on without it",
                         Standing::CutOff => "does not answer; serving what is known",

@@ -16,7 +16,7 @@ use crate::{
 ///
 /// # Errors
 /// [`StartError::WrongKeyring`].
-pub(super) fn prove(keyring: &Keyring, samples: &[Stored]) -> Result<(), StartError> {
+pub fn prove(keyring: &Keyring, samples: &[Stored]) -> Result<(), StartError> {
     let wrong = |stored: &Stored, error| {
         Err(StartError::WrongKeyring { account: stored.name.clone(), error })
     };

@@ -129,6 +129,7 @@ impl World {
     ) -> Result<Started, StartError> {
         let started_at = self.clock.now();
         until_reached(give_up, || Self::check_schema(&plan)).await?;
+        self.reach.found();
         let recognise = || restored::recognise(&self.pool, &plan, state_dir, &self.journal);
         let recognised = until_reached(give_up, recognise).await?;
         until_reached(give_up, || self.bring_keys(&plan)).await?;

@@ -4,6 +4,7 @@ mod show;
 
 use std::process::ExitCode;
 
+use anyhow::ensure;
 use clap::{Args, Subcommand};
 
 use super::{
@@ -16,7 +17,7 @@ use crate::{
     account::AccountName,
     bearer::Bearer,
     caller::{AccountPattern, CallerKind, Right},
-    clock::Clock,
+    clock::{Clock, Timestamp},
     store::admin::{Admin, NewBearer, NewCaller, NewGrant},
 };
 
@@ -189,7 +190,7 @@ pub(super) async fn run(global: &Global, args: CallerArgs) -> anyhow::Result<Exi
         Command::List { json } => show::list(&admin.callers().await?, json)?,
         Command::Show { name, json } => show::one(&admin.caller(&name).await?, json)?,
         Command::Grant { name, patterns, rights, until } => {
-            let ends_at = until.map(|until| until.after(Clock::System.now()));
+            let ends_at = until.map(|until| ahead("--until", until)).transpose()?;
             let grant = NewGrant { patterns: &patterns, rights: &rights, ends_at };
             admin.grant(&name, &grant).await?;
             let end = ends_at.map(|end| format!(" until {}", LocalTime(end))).unwrap_or_default();
@@ -225,11 +226,19 @@ pub(super) async fn run(global: &Global, args: CallerArgs) -> anyhow::Result<Exi
     Ok(ExitCode::SUCCESS)
 }
 
+/// An end, which must lie ahead: what ends before it begins is a slip.
+fn ahead(flag: &str, end: Moment) -> anyhow::Result<Timestamp> {
+    let now = Clock::System.now();
+    let end = end.after(now);
+    ensure!(end > now, "{flag}: {} is not ahead", LocalTime(end));
+    Ok(end)
+}
+
 async fn bearer(admin: &Admin, command: BearerCommand) -> anyhow::Result<()> {
     match command {
         BearerCommand::Add { name, expires, description } => {
             let bearer = Bearer::generate();
-            let ends_at = expires.map(|expires| expires.after(Clock::System.now()));
+            let ends_at = expires.map(|expires| ahead("--expires", expires)).transpose()?;
             let new = NewBearer { sha256: bearer.sha256(), ends_at, description: &description };
             let id = admin.add_bearer(&name, new).await?;
             note(format_args!("caller {name} has a new bearer, number {id}"));

@@ -16,6 +16,7 @@ use super::output;
 use crate::{
     clock::Clock,
     dev::simulator::{Faults, Options, SimulatedAccount, Simulator},
+    lifecycle::Signals,
 };
 
 /// Runs the simulated RCS Biz Center alone, until it is stopped
@@ -53,6 +54,7 @@ fn share(text: &str) -> Result<f64, &'static str> {
 }
 
 pub(super) async fn run(args: SimulateArgs) -> anyhow::Result<ExitCode> {
+    let mut signals = Signals::take()?;
     let listener = TcpListener::bind(args.listen)
         .await
         .with_context(|| format!("cannot listen on {}", args.listen))?;
@@ -70,7 +72,9 @@ pub(super) async fn run(args: SimulateArgs) -> anyhow::Result<ExitCode> {
     };
     let simulator = Simulator::start(listener, options)?;
     output::line(simulator.base_url())?;
-    std::future::pending().await
+    signals.next().await;
+    simulator.shutdown().await;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn accounts(path: &Path) -> anyhow::Result<Vec<SimulatedAccount>> {

@@ -12,6 +12,9 @@ use anyhow::{Context, bail};
 pub(super) struct Ground {
     /// The database.
     pub(super) url: String,
+    /// The same for people's eyes, and as `psql` takes it in a shell.
+    pub(super) shown: String,
+    pub(super) psql: String,
     /// Where keyring and journal lie.
     pub(super) home: PathBuf,
     /// Whether all of it stays when `dev` ends.
@@ -40,6 +43,9 @@ impl Ground {
         make_private(&home)?;
         Ok(Self {
             url,
+            // It may hold a password.
+            shown: "$DATABASE_URL".into(),
+            psql: "\"$DATABASE_URL\"".into(),
             home,
             kept: true,
             #[cfg(feature = "embedded-postgres")]
@@ -61,8 +67,11 @@ impl Ground {
         // A temporary home lies beside the data: the guard removes both, also after a SIGKILL.
         let home = state_dir.as_deref().unwrap_or(postgres.directory()).join("broker");
         make_private(&home)?;
+        let url = postgres.url(DATABASE);
         Ok(Self {
-            url: postgres.url(DATABASE),
+            shown: url.clone(),
+            psql: format!("'{url}'"),
+            url,
             home,
             kept: state_dir.is_some(),
             postgres: Some(postgres),

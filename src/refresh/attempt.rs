@@ -281,7 +281,7 @@ impl Issuing {
             message = %error.message, "no token was issued");
         let mut record = Record::new(self.clock.now(), Event::IssueFailed)
             .account(name)
-            .outcome("failed", error.class.as_str())
+            .outcome(error.class.outcome(), error.class.as_str())
             .with("message", &error.message);
         if let Some(code) = &error.code {
             record = record.with("upstream_code", code);

@@ -8,7 +8,7 @@ mod callers;
 mod chains;
 mod overview;
 
-use sqlx::{ConnectOptions, Connection, PgPool, Postgres, Transaction};
+use sqlx::{PgPool, Postgres, Transaction};
 
 pub use self::{
     accounts::{AccountDetails, AccountSummary, NewAccount, Outcome, Rotation, Selection},
@@ -41,13 +41,12 @@ impl Admin {
     /// Connects.
     ///
     /// # Errors
-    /// [`StoreError::Unreachable`] with the reason at once: a pool would try on for seconds, and
-    /// then only say that no connection became free.
+    /// [`StoreError::Unreachable`] with the reason at once.
     pub async fn connect(
         database: &Database,
         attribution: Attribution,
     ) -> Result<Self, StoreError> {
-        database.connection().connect().await?.close().await?;
+        database.reach().await?;
         Ok(Self { pool: database.pool(1), attribution })
     }
 

@@ -136,8 +136,6 @@ pub async fn delivered(
 /// # Errors
 /// When the database cannot be reached.
 pub async fn upstream(pool: &PgPool) -> Result<Option<String>, StoreError> {
-    /// `undefined_table`.
-    const NO_SCHEMA: &str = "42P01";
     let upstream = sqlx::query_scalar!(
         "-- store::deployment::upstream
         select upstream from deployment"
@@ -145,7 +143,7 @@ pub async fn upstream(pool: &PgPool) -> Result<Option<String>, StoreError> {
     .fetch_optional(pool)
     .await;
     match upstream.map_err(StoreError::from) {
-        Err(StoreError::Database { code, .. }) if code == NO_SCHEMA => Ok(None),
+        Err(StoreError::Schema(_)) => Ok(None),
         upstream => upstream,
     }
 }

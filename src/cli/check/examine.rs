@@ -6,10 +6,11 @@ use ipnet::IpNet;
 
 use super::{super::time::LocalTime, Finding};
 use crate::{
+    app::{self, StartError},
     config::Settings,
     seal::Keyring,
     store::{
-        StoreError,
+        StoreError, accounts,
         admin::{Admin, Attribution, LastIssue, Load},
     },
 };
@@ -70,6 +71,8 @@ async fn ask(
         let ours = keyring.intake_public();
         let known = published.iter().any(|key| key.key_id == ours.key_id().as_str());
         findings.push(intake_finding(known, published.is_empty()));
+        let samples = accounts::sealed_samples(admin.pool()).await?;
+        findings.push(secrets_finding(app::prove(keyring, &samples), samples.len()));
     }
     let live = admin.instances().await?.into_iter().filter(|it| it.live).count();
     findings.push(match live {
@@ -99,6 +102,16 @@ fn deployment_finding(ours: &str, remembered: Option<&str>) -> Finding {
             "upstream",
             format!("the settings say {ours}, but the database belongs to {theirs}"),
         ),
+    }
+}
+
+fn secrets_finding(proven: Result<(), StartError>, samples: usize) -> Finding {
+    match proven {
+        Ok(()) => Finding::good(
+            "secrets",
+            format!("the keyring opens {samples} stored ones that were tried"),
+        ),
+        Err(error) => Finding::bad("secrets", error.to_string()),
     }
 }
 

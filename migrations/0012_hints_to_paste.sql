@@ -1,0 +1,72 @@
+-- A hint that names a statement names the account too: pasted as it stood, it enabled every account. And
+-- after a rotation to a refused secret it says that the one before goes on issuing.
+
+create or replace view account_status as
+with moment as (select now() as at),
+known as (
+    select a.*, r.lease_until, r.attempt_started_at, r.consecutive_failures, r.error_class,
+        r.error_code, r.error_message, r.next_attempt_at, r.last_requested_at, r.suspect,
+        t.expires_at, t.issued_at, t.allowed_ip, t.generation, moment.at,
+        coalesce(t.expires_at > moment.at, false) as live,
+        coalesce(r.lease_until > moment.at, false) as leased,
+        r.error_class is not null and r.error_version = a.credential_version as failing
+    from moment, accounts a
+    left join refreshes r on r.account_id = a.id
+    left join tokens t on t.account_id = a.id
+)
+select
+    name,
+    client_id,
+    case
+        when not enabled then 'disabled'
+        when failing and error_class in ('rejected', 'intake') then 'rejected'
+        when failing and error_class = 'egress_rejected' then 'egress_rejected'
+        when leased and live then 'refreshing'
+        when failing then 'unreachable'
+        when live and (suspect or next_attempt_at <= at) then 'refreshing'
+        when live then 'fresh'
+        when expires_at is not null then 'expired'
+        else 'pending'
+    end as state,
+    expires_at,
+    case when live then date_trunc('second', expires_at - at) end as time_left,
+    issued_at as last_issued_at,
+    allowed_ip,
+    generation,
+    coalesce(consecutive_failures, 0) as consecutive_failures,
+    case when error_class is not null then
+        concat_ws(' ', error_code, error_message)
+    end as last_error,
+    next_attempt_at,
+    last_requested_at,
+    case
+        when not enabled then
+            'enable it with: update accounts set enabled = true where name = ' || quote_literal(name)
+        when failing and error_class = 'intake' then
+            'the sealed secret does not open with the broker''s keyring: seal it again for the current intake key'
+        when failing and error_class = 'rejected' and previous_secret is not null then
+            'the upstream refuses the new client_secret, and the one before goes on issuing: set the API KEY shown in the console'
+        when failing and error_code = '61005' then
+            'the upstream does not know this client_id: correct it (with its client_secret); nothing is retried until then'
+        when failing and error_code = '61006' then
+            'the upstream refuses this client_secret: set the API KEY shown in the console; nothing is retried until then'
+        when failing and error_class = 'rejected' then
+            'the upstream refuses this credential: correct client_id or client_secret; nothing is retried until then'
+        when failing and error_class = 'egress_rejected' then
+            'the upstream refuses the account or the address we call from: check the console''s registered addresses and whether the account is locked'
+        when failing and live then
+            'the upstream does not answer as it should; the live token is served and the issue retried'
+        when failing then
+            'the upstream does not answer as it should; the issue is retried'
+        when client_secret is not null then 'waiting for a broker to seal the secret: is one running?'
+        when sealed_secret is null and previous_secret is not null then
+            'client_secret was emptied before a broker sealed it, so the one before it goes on issuing: set it again'
+        when sealed_secret is null and live then
+            'client_secret was emptied before a broker sealed it, so nothing replaces the live token: set it again'
+        when sealed_secret is null then
+            'client_secret was emptied before a broker sealed it, so no token can be issued: set it again'
+        when expires_at is null then 'the first token is on its way'
+        when not live then 'the last token ended; a new one is on its way: is a broker running?'
+        else ''
+    end as hint
+from known;
