@@ -215,6 +215,8 @@ async fn serve(
         journal: JournalSettings { sync, ..JournalSettings::default() },
         audit_retention: None,
         change_retention: None,
+        tls: None,
+        trust_domain: None,
         caller_rate: 10_000_000,
         default_deadline: Duration::from_secs(5),
         longest_deadline: Duration::from_mins(1),

@@ -37,6 +37,7 @@ use crate::{
     seal::SealError,
     state_dir::{StateDir, StateDirError},
     store::StoreError,
+    tls::TlsError,
     upstream::SetUpError,
 };
 
@@ -86,6 +87,9 @@ pub enum StartError {
     /// The state directory does not tell which database it belongs to.
     #[error("the file database in the state directory cannot be used: {0}")]
     Memory(std::io::Error),
+    /// TLS.
+    #[error("TLS cannot be served: {0}")]
+    Tls(#[from] TlsError),
     /// A listener.
     #[error("cannot listen: {0}")]
     Listen(#[from] std::io::Error),
@@ -137,11 +141,17 @@ impl App {
         let (grpc_address, ops_address) = (grpc.local_addr()?, ops.local_addr()?);
         let state_dir = StateDir::open(&plan.state_dir)?;
         let journal = open_journal(&state_dir, plan.journal, plan.clock.clone()).await?;
-        let world = World::new(&plan, &state_dir, journal.clone())?;
+        let world = match World::new(&plan, &state_dir, journal.clone()) {
+            Ok(world) => world,
+            Err(error) => {
+                journal.close().await;
+                return Err(error);
+            }
+        };
 
         let stop_following = CancellationToken::new();
         let ops = tokio::spawn(ops::serve(ops, world.ops(), stop_following.clone()));
-        let started = world.start(plan, &state_dir, grpc, &stop_following, give_up).await;
+        let started = Box::pin(world.start(plan, &state_dir, grpc, &stop_following, give_up)).await;
         match started {
             Ok(started) => {
                 info!(grpc = %grpc_address, operators = %ops_address, "ready");

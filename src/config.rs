@@ -30,9 +30,9 @@ use self::{
         CLIENT_KEY, DATABASE_URL, DEADLINE_DEFAULT, DEADLINE_MAX, DRAIN, ENDPOINT, EXPECTED_EGRESS,
         INTAKE_KEY, JOURNAL_MAX_BYTES, KEYRING_FILE, LISTEN, LOG_FORMAT,
         MAX_AUTHORIZATION_STALENESS, MIGRATE_DATABASE_URL, MIN_ISSUE_INTERVAL,
-        NEW_TOKEN_ENDS_OLDER, OPS_LISTEN, PLAINTEXT, REFRESH_AT, STATE_DIR, UPSTREAM,
-        UPSTREAM_BIND_ADDRESS, UPSTREAM_CONCURRENCY, UPSTREAM_PROXY, UPSTREAM_RATE,
-        UPSTREAM_TIMEOUT,
+        NEW_TOKEN_ENDS_OLDER, OPS_LISTEN, PLAINTEXT, REFRESH_AT, STATE_DIR, TLS_CERT,
+        TLS_CLIENT_CA, TLS_KEY, TRUST_DOMAIN, UPSTREAM, UPSTREAM_BIND_ADDRESS,
+        UPSTREAM_CONCURRENCY, UPSTREAM_PROXY, UPSTREAM_RATE, UPSTREAM_TIMEOUT,
     },
 };
 use crate::{
@@ -40,6 +40,7 @@ use crate::{
     seal::IntakePublicKey,
     store::{Database, StoreError},
     telemetry::LogFormat,
+    tls::TlsFiles,
     upstream::Target,
 };
 
@@ -111,6 +112,9 @@ pub struct Settings {
     pub drain: Duration,
     pub max_authorization_staleness: Duration,
     pub plaintext: bool,
+    /// What TLS is served with; without it, plain text.
+    pub tls: Option<TlsFiles>,
+    pub trust_domain: Option<String>,
     pub log_format: Option<LogFormat>,
 }
 
@@ -132,7 +136,6 @@ impl Settings {
     /// All that is wrong, in one report.
     pub fn resolve(sources: &Sources) -> Result<(Self, Vec<String>), Report> {
         let settings = read(sources, |reader| {
-            reader.refuse_later();
             let settings = Self::read(reader);
             settings.refuse_contradictions(reader);
             settings
@@ -175,16 +178,50 @@ impl Settings {
             max_authorization_staleness: reader
                 .or_default(&MAX_AUTHORIZATION_STALENESS, duration(1_000 * MILLISECOND, YEAR)),
             plaintext: reader.or_default(&PLAINTEXT, boolean),
+            tls: Self::read_tls(reader),
+            trust_domain: reader.optional(&TRUST_DOMAIN, parse::trust_domain),
             log_format: reader.optional(&LOG_FORMAT, parse::log_format),
         }
     }
 
+    /// Certificate and key go together, and callers' CAs with them.
+    fn read_tls(reader: &mut Reader<'_>) -> Option<TlsFiles> {
+        let cert = reader.optional(&TLS_CERT, parse::path);
+        let key = reader.optional(&TLS_KEY, parse::path);
+        let client_ca = reader.optional(&TLS_CLIENT_CA, parse::path);
+        match (cert, key) {
+            (Some(cert), Some(key)) => return Some(TlsFiles { cert, key, client_ca }),
+            (Some(_), None) => reader.contradiction(&TLS_CERT, &TLS_KEY, "set without its key"),
+            (None, Some(_)) => {
+                reader.contradiction(&TLS_KEY, &TLS_CERT, "set without its certificate");
+            }
+            (None, None) if client_ca.is_some() => {
+                let fault = "set without TOKEN_BROKER_TLS_CERT: callers' certificates need TLS";
+                reader.contradiction(&TLS_CLIENT_CA, &TLS_CERT, fault);
+            }
+            (None, None) => {}
+        }
+        None
+    }
+
     fn refuse_contradictions(&self, reader: &mut Reader<'_>) {
-        if !self.listen.ip().is_loopback() && !self.plaintext {
-            let fault = "beyond loopback without TLS, which comes in a later release; \
-                         TOKEN_BROKER_PLAINTEXT=true accepts that tokens cross the network in the \
-                         clear";
+        if !self.listen.ip().is_loopback() && !self.plaintext && self.tls.is_none() {
+            let fault = "beyond loopback without TLS; set TOKEN_BROKER_TLS_CERT and _KEY, or \
+                         TOKEN_BROKER_PLAINTEXT=true to let callers in unencrypted";
             reader.contradiction(&LISTEN, &PLAINTEXT, fault);
+        }
+        if self.plaintext && self.tls.is_some() {
+            reader.contradiction(
+                &PLAINTEXT,
+                &TLS_CERT,
+                "both plain text and TLS, TOKEN_BROKER_TLS_CERT",
+            );
+        }
+        if self.trust_domain.is_some() && self.tls.as_ref().is_none_or(|it| it.client_ca.is_none())
+        {
+            let fault =
+                "without callers' certificates, TOKEN_BROKER_TLS_CLIENT_CA, nobody is in it";
+            reader.contradiction(&TRUST_DOMAIN, &TLS_CLIENT_CA, fault);
         }
         if self.listen.port() != 0 && self.listen == self.ops_listen {
             reader.contradiction(&OPS_LISTEN, &LISTEN, "the same address as gRPC listens on");
@@ -281,9 +318,23 @@ pub fn known_keyring_file(sources: &Sources) -> Result<Option<PathBuf>, Report> 
     read(sources, |reader| reader.optional(&KEYRING_FILE, parse::path))
 }
 
-/// Where gRPC listens.
-pub fn listen(sources: &Sources) -> Result<SocketAddr, Report> {
-    read(sources, |reader| reader.or_default(&LISTEN, parse::address))
+/// Where a probe asks whether the broker serves.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Probe {
+    /// gRPC's health service, in plain text.
+    Grpc(SocketAddr),
+    /// `/readyz`, since gRPC is behind TLS.
+    Ops(SocketAddr),
+}
+
+/// Where to ask a broker with these settings.
+pub fn probe(sources: &Sources) -> Result<Probe, Report> {
+    read(sources, |reader| {
+        let grpc = reader.or_default(&LISTEN, parse::address);
+        let ops = reader.or_default(&OPS_LISTEN, parse::address);
+        let tls = reader.optional(&TLS_CERT, parse::path).is_some();
+        if tls { Probe::Ops(ops) } else { Probe::Grpc(grpc) }
+    })
 }
 
 #[cfg(test)]

@@ -243,6 +243,8 @@ fn plan(ground: &Ground, upstream: &Simulator, keyring: Arc<Keyring>) -> anyhow:
         journal: JournalSettings::default(),
         audit_retention: None,
         change_retention: None,
+        tls: None,
+        trust_domain: None,
         caller_rate: 1_000,
         default_deadline: Duration::from_secs(5),
         longest_deadline: Duration::from_mins(1),

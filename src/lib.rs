@@ -41,5 +41,6 @@ pub mod secret;
 pub mod state_dir;
 pub mod store;
 pub mod telemetry;
+pub mod tls;
 pub mod token;
 pub mod upstream;

@@ -18,7 +18,7 @@ pub(super) const NO_SKEW: i64 = i64::MIN;
 /// Has the metrics read the world at each scrape.
 pub(super) fn export(world: &World) {
     let (cache, journal, clock) = (world.cache.clone(), world.journal.clone(), world.clock.clone());
-    let skew = world.upstream_skew_ms.clone();
+    let (skew, tls) = (world.upstream_skew_ms.clone(), world.tls.clone());
     world.metrics.on_scrape(move |figures| {
         let now = clock.now();
         for slot in cache.slots() {
@@ -30,6 +30,7 @@ pub(super) fn export(world: &World) {
         }
         let skew = Some(skew.load(Ordering::Relaxed)).filter(|skew| *skew != NO_SKEW);
         figures.upstream_clock_skew = skew.map(TimeDelta::milliseconds);
+        figures.tls_not_after = tls.as_ref().map(|tls| tls.not_after());
         let stats = journal.stats();
         figures.journal = JournalFigures {
             appended: stats.appended,

@@ -11,6 +11,7 @@ use crate::{
     schedule::Policy,
     seal::Keyring,
     store::{Database, StoreError},
+    tls::TlsFiles,
     upstream::Settings as UpstreamSettings,
 };
 
@@ -53,6 +54,10 @@ pub struct Plan {
     pub audit_retention: Option<Duration>,
     /// How long those of changes are; no shorter.
     pub change_retention: Option<Duration>,
+    /// What TLS is served with; without it, plain text.
+    pub tls: Option<TlsFiles>,
+    /// Whose SPIFFE IDs count.
+    pub trust_domain: Option<Arc<str>>,
     /// Calls a second of a caller that has no rate of its own.
     pub caller_rate: u32,
     /// The deadline of a call that brings none.
@@ -110,6 +115,8 @@ impl Plan {
             },
             audit_retention: settings.audit_retention,
             change_retention: settings.change_retention,
+            tls: settings.tls.clone(),
+            trust_domain: settings.trust_domain.as_deref().map(Into::into),
             caller_rate: settings.caller_rate,
             default_deadline: settings.deadline_default,
             longest_deadline: settings.deadline_max,

@@ -33,7 +33,7 @@ use crate::{
     clock::Clock,
     directory::Directory,
     follow::{Follower, Identity},
-    grpc::{self, TokenServer, audit::Desk},
+    grpc::{self, TokenServer, audit::Desk, server::Door},
     limit::CallerRates,
     load::Loader,
     ops::Ops,
@@ -49,6 +49,7 @@ use crate::{
         within,
     },
     telemetry::Metrics,
+    tls::Tls,
     upstream::Client,
 };
 
@@ -68,6 +69,7 @@ pub(super) struct World {
     pub(super) journal: Journal,
     pub(super) metrics: Arc<Metrics>,
     pub(super) upstream: Client,
+    pub(super) tls: Option<Arc<Tls>>,
     pub(super) upstream_skew_ms: Arc<AtomicI64>,
     pub(super) ready: Arc<AtomicBool>,
     pub(super) clock: Clock,
@@ -108,6 +110,12 @@ impl World {
             journal,
             metrics: Arc::new(Metrics::new(env!("CARGO_PKG_VERSION"))),
             upstream: Client::new(plan.upstream.clone(), plan.clock.clone())?,
+            tls: plan
+                .tls
+                .clone()
+                .map(|files| Tls::load(files, plan.clock.clone()))
+                .transpose()?
+                .map(Arc::new),
             upstream_skew_ms: Arc::new(AtomicI64::new(figures::NO_SKEW)),
             ready: Arc::new(AtomicBool::new(false)),
             clock: plan.clock.clone(),
@@ -155,7 +163,10 @@ impl World {
         let snapshot = until_reached(give_up, || async { Ok(follower.start().await?) }).await?;
         let stop = CancellationToken::new();
         let calls = TaskTracker::new();
-        let (routes, health) = self.routes(&plan, waker, stop.clone(), calls.clone())?;
+        let folds = Folds::new(self.journal.clone(), calls.clone());
+        let (routes, health) =
+            self.routes(&plan, waker, stop.clone(), calls.clone(), folds.clone())?;
+        let door = Door { routes, tls: self.tls.clone(), folds, clock: self.clock.clone() };
 
         let failed = CancellationToken::new();
         let stop_delivery = CancellationToken::new();
@@ -172,10 +183,10 @@ impl World {
             watch(
                 "grpc",
                 &stop,
-                Box::pin(grpc::server::serve(grpc, routes, stop.clone(), plan.drain)),
+                Box::pin(grpc::server::serve(grpc, door, stop.clone(), plan.drain)),
             ),
         ];
-        let following = vec![
+        let mut following = vec![
             watch(
                 "follow",
                 stop_following,
@@ -188,6 +199,10 @@ impl World {
             ),
             watch("notary", stop_following, Box::pin(notary.clone().run(stop_following.clone()))),
         ];
+        if let Some(tls) = self.tls.clone() {
+            let follow = Box::pin(tls.follow(stop_following.clone()));
+            following.push(watch("tls", stop_following, follow));
+        }
         let delivery =
             watch("deliver", &stop_delivery, Box::pin(shipper.run(stop_delivery.clone())));
         let health = Health::follow(health, self.journal.clone()).await;
@@ -301,6 +316,7 @@ impl World {
         waker: Waker,
         stop: CancellationToken,
         calls: TaskTracker,
+        folds: Folds,
     ) -> Result<(tonic::service::Routes, HealthReporter), StartError> {
         let broker = Broker {
             cache: self.cache.clone(),
@@ -320,8 +336,9 @@ impl World {
         };
         let desk = Desk {
             journal: self.journal.clone(),
-            folds: Folds::new(self.journal.clone(), calls.clone()),
+            folds,
             directory: self.directory.clone(),
+            trust_domain: plan.trust_domain.clone(),
             rates: CallerRates::default(),
             default_rate: plan.caller_rate,
             default_deadline: plan.default_deadline,

@@ -22,6 +22,8 @@ pub enum Event {
     ListAccounts,
     /// A call of a method that `TokenService` does not have.
     UnknownMethod,
+    /// A TLS handshake that was refused.
+    HandshakeRefused,
     /// The upstream issued a token.
     TokenIssued,
     /// An issue was tried and failed.
@@ -61,6 +63,7 @@ impl Event {
             Self::ReportRejectedToken => "report_rejected_token",
             Self::ListAccounts => "list_accounts",
             Self::UnknownMethod => "unknown_method",
+            Self::HandshakeRefused => "handshake_refused",
             Self::TokenIssued => "token_issued",
             Self::IssueFailed => "issue_failed",
             Self::AccountRegistered => "account_registered",

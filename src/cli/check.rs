@@ -125,6 +125,7 @@ pub(super) async fn run(global: &Global, args: CheckArgs) -> anyhow::Result<Exit
     };
     let (finding, keyring) = examine::keyring(&settings);
     doctor.tell(finding)?;
+    doctor.tell(examine::tls(&settings))?;
     for finding in examine::database(&settings, keyring.as_ref()).await {
         doctor.tell(finding)?;
     }

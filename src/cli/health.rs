@@ -1,6 +1,7 @@
 //! `health`: what a container's probe runs.
 
 use std::{
+    io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     process::ExitCode,
     time::Duration,
@@ -8,14 +9,20 @@ use std::{
 
 use anyhow::bail;
 use clap::Args;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
 use tonic::transport::Endpoint;
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
 use super::{Global, output};
-use crate::config::{self, Flags, Listen};
+use crate::config::{self, Flags, Listen, Probe};
 
+/// The longest answer that is read, in bytes.
+const LONGEST_ANSWER: u64 = 16 << 10;
 /// A probe that takes longer has failed.
 const LIMIT: Duration = Duration::from_secs(3);
 
@@ -27,7 +34,35 @@ pub(super) struct HealthArgs {
 }
 
 pub(super) async fn run(global: &Global, args: HealthArgs) -> anyhow::Result<ExitCode> {
-    let address = reachable(config::listen(&global.sources(args.settings.given)?)?);
+    match config::probe(&global.sources(args.settings.given)?)? {
+        Probe::Grpc(listen) => ask_grpc(reachable(listen)).await,
+        Probe::Ops(listen) => ask_ops(reachable(listen)).await,
+    }
+}
+
+/// Behind TLS, gRPC would have to be called by a name and trusted: readiness says the same.
+async fn ask_ops(address: SocketAddr) -> anyhow::Result<ExitCode> {
+    let ask = async {
+        let mut stream = TcpStream::connect(address).await?;
+        let request =
+            format!("GET /readyz HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await?;
+        let mut answer = String::new();
+        stream.take(LONGEST_ANSWER).read_to_string(&mut answer).await?;
+        Ok::<_, io::Error>(answer)
+    };
+    match tokio::time::timeout(LIMIT, ask).await {
+        Ok(Ok(answer)) => {
+            let ready = answer.starts_with("HTTP/1.1 200");
+            output::line(if ready { "serving" } else { "not_serving" })?;
+            Ok(if ready { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
+        Ok(Err(error)) => bail!("no broker answers at {address}: {error}"),
+        Err(_) => bail!("no broker answers at {address} within {} s", LIMIT.as_secs()),
+    }
+}
+
+async fn ask_grpc(address: SocketAddr) -> anyhow::Result<ExitCode> {
     let channel =
         Endpoint::from_shared(format!("http://{address}"))?.timeout(LIMIT).connect_timeout(LIMIT);
     let answer = async {

@@ -113,8 +113,7 @@ pub(super) fn arg(setting: &Setting) -> Arg {
     let arg = Arg::new(id(setting))
         .long(setting.flag())
         .help(format!("{} [env: {env}]{default}", setting.help))
-        .value_name(value_name(setting))
-        .hide(setting.later);
+        .value_name(value_name(setting));
     if matches!(setting.default, Some("true" | "false")) {
         return arg.num_args(0..=1).default_missing_value("true");
     }

@@ -118,6 +118,15 @@ pub(super) fn duration(
     }
 }
 
+/// A SPIFFE trust domain: lower case letters, digits, dots, dashes and underscores (SPIFFE ID, section 2.1).
+pub(super) fn trust_domain(text: &str) -> Result<String, Fault> {
+    let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"._-".contains(&b);
+    if text.len() <= 255 && !text.is_empty() && text.bytes().all(plain) {
+        return Ok(text.to_owned());
+    }
+    Err("must be a trust domain such as example.com, without spiffe://".into())
+}
+
 /// How long records are kept: a day at least, since whole days go; `None` for ever.
 pub(super) fn retention(text: &str) -> Result<Option<Duration>, Fault> {
     const DAY: Duration = Duration::from_hours(24);

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use super::{
     parse::Fault,
     sources::{Report, Sources},
-    table::{self, Setting},
+    table::Setting,
 };
 
 /// What `read` makes of `sources`, unless it met a fault or the file has an unknown key.
@@ -74,15 +74,6 @@ impl Reader<'_> {
             self.fault(setting, line);
         }
         parse(example).expect("an example can be read")
-    }
-
-    /// Refuses the settings of a later release: to ignore them would be to serve without TLS.
-    pub(super) fn refuse_later(&mut self) {
-        for setting in table::all().filter(|setting| setting.later) {
-            self.optional(setting, |_| {
-                Err::<(), _>("TLS comes in a later release; unset it".into())
-            });
-        }
     }
 
     /// Refuses `setting` for `fault`, which lies between it and `other`, if both are sound so far.

@@ -13,13 +13,11 @@ pub struct Setting {
     /// A secret, or a URL that may hold a password: it has no flag for its value and is never shown,
     /// but may be read from a file.
     pub secret: bool,
-    /// Named by the contract, but no part of this release.
-    pub later: bool,
 }
 
 impl Setting {
     const fn new(key: &'static str, help: &'static str) -> Self {
-        Self { key, help, default: None, secret: false, later: false }
+        Self { key, help, default: None, secret: false }
     }
 
     const fn or(self, default: &'static str) -> Self {
@@ -28,10 +26,6 @@ impl Setting {
 
     const fn secret(self) -> Self {
         Self { secret: true, ..self }
-    }
-
-    const fn later(self) -> Self {
-        Self { later: true, ..self }
     }
 
     /// The environment variable.
@@ -164,10 +158,17 @@ pub const LOG_FORMAT: Setting = Setting::new(
     "log_format",
     "`pretty` or `json`; without it, pretty on a terminal and JSON elsewhere",
 );
-pub const TLS_CERT: Setting = Setting::new("tls_cert", "Certificate chain, PEM").later();
-pub const TLS_KEY: Setting = Setting::new("tls_key", "Its private key, PEM").later();
-pub const TLS_CLIENT_CA: Setting = Setting::new("tls_client_ca", "Callers' CA, PEM").later();
-pub const TRUST_DOMAIN: Setting = Setting::new("trust_domain", "Callers' trust domain").later();
+pub const TLS_CERT: Setting = Setting::new(
+    "tls_cert",
+    "Our certificate and what links it to its CA, PEM; read anew when it changes",
+);
+pub const TLS_KEY: Setting = Setting::new("tls_key", "Its private key, PEM");
+pub const TLS_CLIENT_CA: Setting = Setting::new(
+    "tls_client_ca",
+    "The CAs of callers' certificates, PEM; without it, bearers alone count",
+);
+pub const TRUST_DOMAIN: Setting =
+    Setting::new("trust_domain", "The SPIFFE trust domain of callers, such as example.com");
 
 pub const INTAKE_KEY: Setting = Setting::new(
     "intake_key",

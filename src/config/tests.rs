@@ -98,10 +98,11 @@ fn every_bad_setting_gets_its_one_line() {
         ("TOKEN_BROKER_MAX_AUTHORIZATION_STALENESS", "0s", "must be 1s to"),
         ("TOKEN_BROKER_PLAINTEXT", "1", "must be true or false"),
         ("TOKEN_BROKER_LOG_FORMAT", "xml", "must be pretty or json"),
-        ("TOKEN_BROKER_TLS_CERT", "/cert.pem", "TLS comes in a later release"),
-        ("TOKEN_BROKER_TLS_KEY", "/key.pem", "TLS comes in a later release"),
-        ("TOKEN_BROKER_TLS_CLIENT_CA", "/ca.pem", "TLS comes in a later release"),
-        ("TOKEN_BROKER_TRUST_DOMAIN", "example.com", "TLS comes in a later release"),
+        ("TOKEN_BROKER_TLS_CERT", "/cert.pem", "set without its key"),
+        ("TOKEN_BROKER_TLS_KEY", "/key.pem", "set without its certificate"),
+        ("TOKEN_BROKER_TLS_CLIENT_CA", "/ca.pem", "set without TOKEN_BROKER_TLS_CERT"),
+        ("TOKEN_BROKER_TRUST_DOMAIN", "example.com", "nobody is in it"),
+        ("TOKEN_BROKER_TRUST_DOMAIN", "spiffe://example.com", "must be a trust domain"),
     ] {
         let lines = lines(&sound(&[(name, value)]));
         let [line] = lines.as_slice() else { panic!("{name}={value}: {lines:?}") };
@@ -187,6 +188,18 @@ fn plaintext_lets_grpc_listen_beyond_loopback() {
     let beyond = [("TOKEN_BROKER_LISTEN", "0.0.0.0:1"), ("TOKEN_BROKER_PLAINTEXT", "true")];
     assert_eq!(lines(&sound(&beyond)), [""; 0]);
     assert_eq!(lines(&sound(&[("TOKEN_BROKER_OPS_LISTEN", "0.0.0.0:9464")])), [""; 0]);
+}
+
+#[test]
+fn tls_lets_grpc_listen_beyond_loopback_and_goes_with_no_plain_text() {
+    let tls = [("TOKEN_BROKER_TLS_CERT", "/c"), ("TOKEN_BROKER_TLS_KEY", "/k")];
+    let beyond = [&tls[..], &[("TOKEN_BROKER_LISTEN", "0.0.0.0:1")]].concat();
+    assert_eq!(lines(&sound(&beyond)), [""; 0]);
+    let both = [&tls[..], &[("TOKEN_BROKER_PLAINTEXT", "true")]].concat();
+    assert!(lines(&sound(&both))[0].contains("both plain text and TLS"));
+    let callers =
+        [("TOKEN_BROKER_TLS_CLIENT_CA", "/a"), ("TOKEN_BROKER_TRUST_DOMAIN", "a.example")];
+    assert_eq!(lines(&sound(&[&tls[..], &callers[..]].concat())), [""; 0]);
 }
 
 #[test]

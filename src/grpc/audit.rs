@@ -23,7 +23,7 @@ use tonic::{Code, Status, body::Body, server::NamedService};
 use tower::Service;
 use tracing::error;
 
-use super::{identity::identify, status::outcome};
+use super::{identity::Identifier, status::outcome};
 use crate::{
     audit::{fold::Folds, journal::Journal, record::Record},
     broker::Refusal,
@@ -44,6 +44,8 @@ pub struct Desk {
     pub folds: Folds,
     /// The callers.
     pub directory: Arc<Directory>,
+    /// Whose SPIFFE IDs count.
+    pub trust_domain: Option<Arc<str>>,
     /// What each caller used of its rate.
     pub rates: CallerRates,
     /// Calls a second of a caller that has no rate of its own.
@@ -129,7 +131,8 @@ impl Desk {
     {
         let method = method_of(request.uri().path());
         let mut record = Record::new(self.clock.now(), event_of(method));
-        record.peer = request.extensions().get::<Peer>().map(|peer| peer.0.to_string());
+        let peer = request.extensions().get::<Peer>();
+        record.peer = peer.map(|peer| peer.address.to_string());
         record.trace_id = trace_id_of(request.headers());
         let draft = Draft::new(record);
 
@@ -168,15 +171,15 @@ impl Desk {
         arrived: Instant,
         draft: &Draft,
     ) -> Result<(Deadline, CallContext), Refusal> {
-        let identified = identify(request.headers(), &self.directory, self.clock.now()).map_err(
-            |unidentified| {
-                if let Some((known, why)) = unidentified.known {
-                    draft.identified(&known);
-                    draft.note("refused", why);
-                }
-                unidentified.refusal
-            },
-        )?;
+        let finder = Identifier {
+            directory: &self.directory,
+            trust_domain: self.trust_domain.as_deref(),
+            now: self.clock.now(),
+        };
+        let certificate =
+            request.extensions().get::<Peer>().and_then(|it| it.certificate.as_deref());
+        let found = finder.identify(request.headers(), certificate);
+        let identified = found.map_err(|unidentified| draft.unidentified(unidentified))?;
         draft.identified(&identified);
         let rate = identified.caller.rate_limit.unwrap_or(self.default_rate);
         self.rates
@@ -299,6 +302,7 @@ mod tests {
                 folds: Folds::new(journal.clone(), calls.clone()),
                 journal,
                 directory: Arc::new(directory),
+                trust_domain: None,
                 rates: CallerRates::default(),
                 default_rate: 1_000,
                 default_deadline: Duration::from_mins(1),

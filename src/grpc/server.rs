@@ -1,22 +1,35 @@
 //! The front door: takes connections, bounds what each may do, and lets them go in time.
 
-use std::{io, sync::Arc, time::Duration};
+mod preface;
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use http::Request;
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     sync::Semaphore,
     task::JoinSet,
     time::timeout,
 };
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_util::sync::CancellationToken;
 use tonic::{body::Body, service::Routes};
 use tower::Service;
 use tracing::{debug, warn};
 
+use self::preface::Greeted;
 use super::audit::Peer;
+use crate::{
+    audit::{
+        fold::Folds,
+        record::{Event, Record},
+    },
+    clock::Clock,
+    tls::{Shown, Tls},
+};
 
 /// Connections at once; more wait in the listener's backlog.
 const MOST_CONNECTIONS: usize = 10_000;
@@ -26,24 +39,38 @@ const MOST_STREAMS: u32 = 1_000;
 const MOST_RESETS: usize = 100;
 /// The headers of a request, in bytes.
 const LONGEST_HEADERS: u32 = 16 * 1024;
-/// What an HTTP/2 client says first.
-const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-/// How long a new connection may take to say it: before that, nothing else would end it.
+/// How long a TLS handshake may take.
+const HANDSHAKE_WITHIN: Duration = Duration::from_secs(10);
+/// How long a client may take to say that it speaks HTTP/2: before that, nothing else would end the
+/// connection.
 const PREFACE_WITHIN: Duration = Duration::from_secs(10);
+/// How long a refused handshake's record may take; nobody waits for it.
+const RECORD_WITHIN: Duration = Duration::from_secs(5);
 /// A silent peer is asked whether it lives, and how long it may take to say so.
 const KEEPALIVE: Duration = Duration::from_secs(30);
 const KEEPALIVE_WITHIN: Duration = Duration::from_secs(20);
 /// The pause after the listener failed, as it does while no descriptors are left.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
-/// Serves `routes` until `stop`; then tells each connection to finish, and returns when all have
-/// ended or `drain` has passed.
-pub async fn serve(
-    listener: TcpListener,
-    routes: Routes,
-    stop: CancellationToken,
-    drain: Duration,
-) {
+/// What a connection ends with, if not by itself.
+type Broken = Box<dyn std::error::Error + Send + Sync>;
+
+/// What stands behind the door.
+#[derive(Clone)]
+pub struct Door {
+    /// What is served.
+    pub routes: Routes,
+    /// TLS; without it, plain text.
+    pub tls: Option<Arc<Tls>>,
+    /// Records handshakes that are refused.
+    pub folds: Folds,
+    /// Time.
+    pub clock: Clock,
+}
+
+/// Serves until `stop`; then tells each connection to finish, and returns when all have ended or
+/// `drain` has passed.
+pub async fn serve(listener: TcpListener, door: Door, stop: CancellationToken, drain: Duration) {
     let places = Arc::new(Semaphore::new(MOST_CONNECTIONS));
     let mut connections = JoinSet::new();
     loop {
@@ -54,10 +81,10 @@ pub async fn serve(
         };
         match accepted {
             Ok((stream, place)) => {
-                let (routes, stop) = (routes.clone(), stop.clone());
+                let (door, stop) = (door.clone(), stop.clone());
                 connections.spawn(async move {
                     let _place = place;
-                    if let Err(error) = converse(stream, routes, stop).await {
+                    if let Err(error) = door.let_in(stream, stop).await {
                         debug!(%error, "a connection ended");
                     }
                 });
@@ -84,52 +111,99 @@ async fn accept(
     Ok((stream, place))
 }
 
-/// Returns once the whole preface has arrived, which stays to be read.
-async fn preface(stream: &TcpStream) -> io::Result<()> {
-    /// The pause before the rest of a preface that came in pieces is looked for again.
-    const REST: Duration = Duration::from_millis(20);
-    let mut said = [0; PREFACE.len()];
-    loop {
-        let arrived = stream.peek(&mut said).await?;
-        if arrived == 0 || !PREFACE.starts_with(&said[..arrived]) {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "this is no HTTP/2 client"));
+impl Door {
+    /// Serves one connection to its end.
+    async fn let_in(&self, stream: TcpStream, stop: CancellationToken) -> Result<(), Broken> {
+        let address = stream.peer_addr()?;
+        stream.set_nodelay(true)?;
+        let Some(tls) = &self.tls else {
+            return self.converse(stream, Peer { address, certificate: None }, stop).await;
+        };
+        let handshake = TlsAcceptor::from(tls.config()).accept(stream);
+        let stream = tokio::select! {
+            () = stop.cancelled() => return Ok(()),
+            shaken = timeout(HANDSHAKE_WITHIN, handshake) => match shaken? {
+                Ok(stream) => stream,
+                Err(error) => {
+                    self.record_refused(address, &error).await;
+                    return Err(error.into());
+                }
+            },
+        };
+        let certificate = shown(&stream).map(Arc::new);
+        self.converse(stream, Peer { address, certificate }, stop).await
+    }
+
+    /// Records a handshake that the client lost. One that it only broke off, as probes do, is none.
+    async fn record_refused(&self, address: SocketAddr, error: &io::Error) {
+        let Some(fault) = error.get_ref().and_then(|it| it.downcast_ref::<rustls::Error>()) else {
+            return;
+        };
+        let mut record = Record::new(self.clock.now(), Event::HandshakeRefused)
+            .outcome("unauthenticated", reason(fault))
+            .with("fault", fault.to_string());
+        record.peer = Some(address.to_string());
+        if self.folds.recorded(record, RECORD_WITHIN).await.is_err() {
+            warn!(%address, "a refused handshake could not be recorded");
         }
-        if arrived == PREFACE.len() {
-            return Ok(());
+    }
+
+    async fn converse<S>(
+        &self,
+        stream: S,
+        peer: Peer,
+        stop: CancellationToken,
+    ) -> Result<(), Broken>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let greeted = tokio::select! {
+            () = stop.cancelled() => return Ok(()),
+            greeted = timeout(PREFACE_WITHIN, Greeted::by_client(stream)) => greeted??,
+        };
+        let routes = self.routes.clone();
+        let service = service_fn(move |request: Request<Incoming>| {
+            let mut routes = routes.clone();
+            let mut request = request.map(Body::new);
+            request.extensions_mut().insert(peer.clone());
+            async move { routes.call(request).await }
+        });
+        let mut connection = std::pin::pin!(
+            http2::Builder::new(TokioExecutor::new())
+                .timer(TokioTimer::new())
+                .max_concurrent_streams(MOST_STREAMS)
+                .max_pending_accept_reset_streams(MOST_RESETS)
+                .max_local_error_reset_streams(MOST_RESETS)
+                .max_header_list_size(LONGEST_HEADERS)
+                .keep_alive_interval(KEEPALIVE)
+                .keep_alive_timeout(KEEPALIVE_WITHIN)
+                .serve_connection(TokioIo::new(greeted), service)
+        );
+        tokio::select! {
+            ended = connection.as_mut() => return Ok(ended?),
+            () = stop.cancelled() => connection.as_mut().graceful_shutdown(),
         }
-        tokio::time::sleep(REST).await;
+        Ok(connection.await?)
     }
 }
 
-/// Serves one connection to its end.
-async fn converse(
-    stream: TcpStream,
-    routes: Routes,
-    stop: CancellationToken,
-) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-    let peer = Peer(stream.peer_addr()?);
-    stream.set_nodelay(true)?;
-    timeout(PREFACE_WITHIN, preface(&stream)).await??;
-    let service = service_fn(move |request: Request<Incoming>| {
-        let mut routes = routes.clone();
-        let mut request = request.map(Body::new);
-        request.extensions_mut().insert(peer);
-        async move { routes.call(request).await }
-    });
-    let mut connection = std::pin::pin!(
-        http2::Builder::new(TokioExecutor::new())
-            .timer(TokioTimer::new())
-            .max_concurrent_streams(MOST_STREAMS)
-            .max_pending_accept_reset_streams(MOST_RESETS)
-            .max_local_error_reset_streams(MOST_RESETS)
-            .max_header_list_size(LONGEST_HEADERS)
-            .keep_alive_interval(KEEPALIVE)
-            .keep_alive_timeout(KEEPALIVE_WITHIN)
-            .serve_connection(TokioIo::new(stream), service)
-    );
-    tokio::select! {
-        ended = connection.as_mut() => return Ok(ended?),
-        () = stop.cancelled() => connection.as_mut().graceful_shutdown(),
+/// Whom the client's certificate names, if it showed one. The handshake has verified it.
+fn shown(stream: &TlsStream<TcpStream>) -> Option<Shown> {
+    let (_, session) = stream.get_ref();
+    session.peer_certificates().and_then(|chain| chain.first()).map(Shown::of)
+}
+
+/// The reason of a refused handshake, for the audit log.
+fn reason(fault: &rustls::Error) -> &'static str {
+    use rustls::{CertificateError, Error};
+    match fault {
+        Error::InvalidCertificate(
+            CertificateError::Expired | CertificateError::ExpiredContext { .. },
+        ) => "CERTIFICATE_EXPIRED",
+        Error::InvalidCertificate(CertificateError::UnknownIssuer) => "UNKNOWN_ISSUER",
+        Error::InvalidCertificate(_) | Error::NoCertificatesPresented => "CERTIFICATE_REFUSED",
+        Error::InvalidMessage(_) | Error::InappropriateMessage { .. } => "NO_TLS",
+        Error::AlertReceived(_) => "CLIENT_ALERT",
+        _ => "HANDSHAKE_FAILED",
     }
-    Ok(connection.await?)
 }

@@ -24,6 +24,8 @@ pub struct Figures {
     pub earliest_token_end: Option<Timestamp>,
     /// How far the upstream's clock was ahead of ours at the last issue.
     pub upstream_clock_skew: Option<TimeDelta>,
+    /// When our certificate ends, in seconds since 1970.
+    pub tls_not_after: Option<i64>,
     /// The audit journal and its delivery.
     pub journal: JournalFigures,
 }
@@ -134,6 +136,10 @@ fn encode_tokens(encoder: &mut DescriptorEncoder, figures: &Figures) -> fmt::Res
     if let Some(skew) = figures.upstream_clock_skew {
         let help = "How far the upstream's clock was ahead of ours at the last issue";
         gauge(encoder, "upstream_clock_skew_seconds", help, skew.as_seconds_f64())?;
+    }
+    if let Some(end) = figures.tls_not_after {
+        let help = "When the broker's certificate ends, in seconds since 1970";
+        gauge(encoder, "tls_certificate_end_timestamp_seconds", help, end)?;
     }
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! What every test stands on.
 
 pub(crate) mod broker;
+pub(crate) mod certificates;
 pub(crate) mod database;
 pub(crate) mod http;
 #[cfg(feature = "embedded-postgres")]

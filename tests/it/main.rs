@@ -5,6 +5,7 @@ mod harness;
 
 mod accounts;
 mod audit;
+mod identity;
 mod inputs;
 mod outages;
 #[cfg(feature = "embedded-postgres")]

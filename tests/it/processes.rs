@@ -8,4 +8,5 @@ mod dev;
 mod live_token;
 mod proof;
 mod shell;
+mod tls_recipe;
 mod turns;

@@ -7,12 +7,14 @@ use ipnet::IpNet;
 use super::{super::time::LocalTime, Finding};
 use crate::{
     app::{self, StartError},
+    clock::{Clock, Timestamp},
     config::Settings,
     seal::Keyring,
     store::{
         StoreError, accounts,
         admin::{Admin, Attribution, LastIssue, Load},
     },
+    tls::Tls,
 };
 
 /// The roles that the documented script makes.
@@ -33,6 +35,22 @@ pub(super) fn keyring(settings: &Settings) -> (Finding, Option<Keyring>) {
             (Finding::good("keyring", text), Some(keyring))
         }
         Err(error) => (Finding::bad("keyring", error.to_string()), None),
+    }
+}
+
+/// What TLS would be served with.
+pub(super) fn tls(settings: &Settings) -> Finding {
+    let Some(files) = settings.tls.clone() else {
+        return Finding::doubtful("serving", "without TLS");
+    };
+    match Tls::load(files, Clock::System) {
+        Ok(tls) => {
+            let end = Timestamp::from_timestamp_secs(tls.not_after()).unwrap_or_default();
+            let text = format!("TLS; the certificate ends at {}", LocalTime(end));
+            let ended = end <= Clock::System.now();
+            if ended { Finding::bad("serving", text) } else { Finding::good("serving", text) }
+        }
+        Err(error) => Finding::bad("serving", error.to_string()),
     }
 }
 

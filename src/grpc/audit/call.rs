@@ -15,15 +15,21 @@ use crate::{
     broker::Refusal,
     caller::Caller,
     clock::Timestamp,
-    grpc::identity::Identified,
+    grpc::identity::{Identified, Unidentified},
     store::callers::Proof,
     telemetry::Method,
+    tls::Shown,
     token::Token,
 };
 
-/// The address of who is connected; an extension of each request.
-#[derive(Clone, Copy, Debug)]
-pub struct Peer(pub SocketAddr);
+/// Who is connected; an extension of each request.
+#[derive(Clone, Debug)]
+pub struct Peer {
+    /// From where.
+    pub address: SocketAddr,
+    /// Whom the verified client certificate names, if there is one.
+    pub certificate: Option<Arc<Shown>>,
+}
 
 /// What the layer hands to a method: an extension of the request.
 #[derive(Clone)]
@@ -164,6 +170,21 @@ impl Draft {
             drafted.record.caller = Some(identified.caller.name.to_string());
             drafted.record.caller_kind = Some(identified.kind.as_str());
         });
+    }
+
+    /// Notes what is known of a caller that is not admitted; what it hears.
+    pub(super) fn unidentified(&self, unidentified: Unidentified) -> Refusal {
+        let Unidentified { refusal, known, why, shown } = unidentified;
+        if let Some(known) = &known {
+            self.identified(known);
+        }
+        if let Some(why) = why {
+            self.note("refused", why);
+        }
+        if let Some(shown) = shown {
+            self.note("certificate", &shown);
+        }
+        refusal
     }
 
     /// Names the account as the caller wrote it.

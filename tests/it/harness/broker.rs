@@ -90,6 +90,8 @@ impl World {
             },
             audit_retention: None,
             change_retention: None,
+            tls: None,
+            trust_domain: None,
             caller_rate: 100_000,
             default_deadline: super::PATIENCE,
             longest_deadline: super::PATIENCE,

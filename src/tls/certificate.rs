@@ -1,0 +1,115 @@
+//! What a certificate says: whom it names, and until when.
+
+use rustls::pki_types::CertificateDer;
+use x509_parser::{certificate::X509Certificate, extensions::GeneralName, prelude::FromDer};
+
+use crate::clock::Timestamp;
+
+/// The most DNS names of a certificate that are looked up.
+const MOST_NAMES: usize = 16;
+
+/// Whom a verified client certificate names.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Shown {
+    /// Its one URI is a SPIFFE ID.
+    Spiffe {
+        /// The whole of it.
+        id: String,
+        /// Its first part.
+        trust_domain: String,
+    },
+    /// It has no URI, and these DNS names, in lower case.
+    Dns(Vec<String>),
+    /// It names nobody, for this reason.
+    Nobody(&'static str),
+}
+
+impl Shown {
+    /// Reads a certificate. A SPIFFE certificate has exactly one URI (SPIFFE X.509-SVID, section 2); one
+    /// that has URIs is never taken by its DNS names.
+    #[must_use]
+    pub fn of(certificate: &CertificateDer<'_>) -> Self {
+        let Ok((_, parsed)) = X509Certificate::from_der(certificate) else {
+            return Self::Nobody("the certificate cannot be read");
+        };
+        let Ok(Some(names)) = parsed.subject_alternative_name() else {
+            return Self::Nobody("the certificate has no subject alternative name");
+        };
+        let (mut uris, mut dns) = (Vec::new(), Vec::new());
+        for name in &names.value.general_names {
+            match name {
+                GeneralName::URI(uri) => uris.push(*uri),
+                GeneralName::DNSName(name) if dns.len() < MOST_NAMES => {
+                    dns.push(name.to_ascii_lowercase());
+                }
+                _ => {}
+            }
+        }
+        match uris[..] {
+            [] if dns.is_empty() => Self::Nobody("the certificate has neither URI nor DNS name"),
+            [] => Self::Dns(dns),
+            [uri] => spiffe(uri),
+            _ => Self::Nobody("the certificate has more than one URI"),
+        }
+    }
+}
+
+fn spiffe(uri: &str) -> Shown {
+    let Some((trust_domain, path)) =
+        uri.strip_prefix("spiffe://").and_then(|rest| rest.split_once('/'))
+    else {
+        return Shown::Nobody("the certificate's URI is no SPIFFE ID of a workload");
+    };
+    if trust_domain.is_empty() || path.is_empty() {
+        return Shown::Nobody("the certificate's URI is no SPIFFE ID of a workload");
+    }
+    Shown::Spiffe { id: uri.to_owned(), trust_domain: trust_domain.to_owned() }
+}
+
+/// When a certificate ends; `None` if it cannot be read.
+pub(super) fn not_after(certificate: &CertificateDer<'_>) -> Option<Timestamp> {
+    let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
+    Timestamp::from_timestamp_secs(parsed.validity().not_after.timestamp())
+}
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{CertificateParams, KeyPair, SanType, string::Ia5String};
+
+    use super::*;
+
+    fn certificate(names: Vec<SanType>) -> CertificateDer<'static> {
+        let mut params = CertificateParams::default();
+        params.subject_alt_names = names;
+        params.self_signed(&KeyPair::generate().unwrap()).unwrap().into()
+    }
+
+    fn ia5(text: &str) -> Ia5String {
+        text.try_into().unwrap()
+    }
+
+    #[test]
+    fn one_uri_names_a_workload_and_dns_names_count_without_one() {
+        let (uri, dns) = (|text| SanType::URI(ia5(text)), |text| SanType::DnsName(ia5(text)));
+        let id = "spiffe://example.com/billing";
+        let spiffe = Shown::Spiffe { id: id.into(), trust_domain: "example.com".into() };
+        assert_eq!(Shown::of(&certificate(vec![uri(id), dns("billing.example.com")])), spiffe);
+        let names = vec!["a.example.com".to_owned(), "b.example.com".to_owned()];
+        let several = vec![dns("A.example.com"), dns("b.example.com")];
+        assert_eq!(Shown::of(&certificate(several)), Shown::Dns(names));
+        for nobody in [
+            vec![uri(id), uri("spiffe://example.com/other")],
+            vec![uri(id), uri("https://example.com/")],
+            vec![uri("https://example.com/billing"), dns("billing.example.com")],
+            vec![uri("spiffe://example.com")],
+            vec![uri("spiffe://example.com/")],
+            vec![uri("spiffe:///billing")],
+            vec![SanType::IpAddress([127, 0, 0, 1].into())],
+            vec![],
+        ] {
+            let shown = Shown::of(&certificate(nobody));
+            assert!(matches!(shown, Shown::Nobody(_)), "{shown:?}");
+        }
+        assert!(matches!(Shown::of(&b"no certificate"[..].into()), Shown::Nobody(_)));
+    }
+}

@@ -1,0 +1,265 @@
+//! Who calls: TLS, client certificates and bearers.
+
+use std::{fs, path::Path};
+
+use token_broker::{
+    app::Plan,
+    bearer::Bearer,
+    proto::{GetTokenRequest, token_service_client::TokenServiceClient},
+};
+use tokio::{io::AsyncWriteExt, net::TcpStream};
+use tonic::{Request, Status, transport::Channel};
+
+use crate::harness::{
+    broker::{Broker, World, refusal},
+    certificates::{Authority, BROKER, Certified, connect, write},
+    eventually,
+};
+
+const DOMAIN: &str = "example.com";
+const BILLING: &str = "spiffe://example.com/billing";
+
+/// A broker with TLS, the account `acme`, and callers that are known by certificates.
+struct Secured {
+    world: World,
+    broker: Broker,
+    ours: Authority,
+    callers: Authority,
+    files: tempfile::TempDir,
+    bearer: Bearer,
+}
+
+impl Secured {
+    async fn new() -> Self {
+        let world = World::new().await;
+        world.register("acme", "id-1", "SK.1").await;
+        let bearer = world.caller("demo", &["acme"]).await;
+        for (caller, kind, identity) in
+            [("billing", "spiffe", BILLING), ("search", "dns", "search.example.com")]
+        {
+            world
+                .database
+                .sql(&format!(
+                    "insert into callers (name) values ('{caller}');
+                     insert into grants (caller_id, pattern) select id, 'acme' from callers where name = '{caller}';
+                     insert into caller_credentials (caller_id, kind, identity)
+                         select id, '{kind}', '{identity}' from callers where name = '{caller}'"
+                ))
+                .await;
+        }
+        let (ours, callers) = (Authority::new("ours"), Authority::new("callers"));
+        let files = tempfile::tempdir().unwrap();
+        let tls = write(files.path(), &ours.issue(&[BROKER]), &[&callers]);
+        let plan = Plan { tls: Some(tls), trust_domain: Some(DOMAIN.into()), ..world.plan() };
+        let broker = world.start_with(plan).await;
+        let secured = Self { world, broker, ours, callers, files, bearer };
+        secured.world.until_state("acme", "fresh").await;
+        secured
+    }
+
+    fn port(&self) -> u16 {
+        self.broker.app.grpc_address.port()
+    }
+
+    async fn channel(&self, own: Option<&Certified>) -> Result<Channel, tonic::transport::Error> {
+        connect(self.port(), &self.ours, own).await
+    }
+
+    /// What a caller with that certificate hears: its token, or why not.
+    async fn get(
+        &self,
+        own: Option<&Certified>,
+        bearer: Option<&Bearer>,
+    ) -> Result<String, String> {
+        match self.channel(own).await {
+            Ok(channel) => get(channel, bearer).await.map_err(|status| refusal(&status)),
+            Err(error) => Err(format!("no connection: {error:?}")),
+        }
+    }
+
+    async fn stop(self) -> World {
+        self.broker.stop().await;
+        self.world
+    }
+}
+
+async fn get(channel: Channel, bearer: Option<&Bearer>) -> Result<String, Status> {
+    let mut request =
+        Request::new(GetTokenRequest { account: "acme".into(), ..Default::default() });
+    if let Some(bearer) = bearer {
+        let value = format!("Bearer {}", bearer.expose()).parse().unwrap();
+        request.metadata_mut().insert("authorization", value);
+    }
+    let answer = TokenServiceClient::new(channel).get_token(request).await?;
+    Ok(answer.into_inner().access_token)
+}
+
+#[tokio::test]
+async fn a_caller_is_known_by_its_certificate_or_by_its_bearer() {
+    let secured = Secured::new().await;
+    let billing = secured.callers.issue(&[BILLING]);
+    let search = secured.callers.issue(&["other.example.com", "search.example.com"]);
+    let token = secured.get(Some(&billing), None).await.unwrap();
+    assert_eq!(secured.get(Some(&search), None).await, Ok(token.clone()));
+    assert_eq!(secured.get(None, Some(&secured.bearer)).await, Ok(token.clone()));
+    // What is sent on purpose counts.
+    assert_eq!(secured.get(Some(&billing), Some(&secured.bearer)).await, Ok(token));
+    let world = secured.stop().await;
+    let told: Vec<String> = sqlx::query_scalar(
+        "select caller || ' by ' || caller_kind from audit_events where event = 'get_token'
+         order by at, chain, seq",
+    )
+    .fetch_all(world.database.pool())
+    .await
+    .unwrap();
+    assert_eq!(told, ["billing by spiffe", "search by dns", "demo by bearer", "demo by bearer"]);
+}
+
+#[tokio::test]
+async fn who_shows_nothing_or_what_does_not_count_is_refused_and_the_log_says_why() {
+    let secured = Secured::new().await;
+    let callers = &secured.callers;
+    assert_eq!(secured.get(None, None).await, Err("Unauthenticated CREDENTIAL_MISSING".into()));
+    let stranger = Bearer::generate();
+    for (names, why) in [
+        (&[BILLING, "spiffe://example.com/other"][..], "the certificate has more than one URI"),
+        (&["spiffe://example.org/billing"], "another trust domain"),
+        (
+            &["https://example.com/billing", "search.example.com"],
+            "the certificate's URI is no SPIFFE ID",
+        ),
+        (&["unknown.example.com"], "no name is known"),
+    ] {
+        let own = callers.issue(names);
+        let refused = Err("Unauthenticated CREDENTIAL_REFUSED".to_owned());
+        assert_eq!(secured.get(Some(&own), None).await, refused, "{names:?}");
+        let why = why.replace('\'', "''");
+        let known = format!("reason = 'CREDENTIAL_REFUSED' and detail->>'refused' like '{why}%'");
+        eventually(&why, async || (!secured.world.audit(&known).await.is_empty()).then_some(()))
+            .await;
+    }
+    let billing = callers.issue(&[BILLING]);
+    let refused = secured.get(Some(&billing), Some(&stranger)).await;
+    assert_eq!(refused, Err("Unauthenticated CREDENTIAL_REFUSED".into()), "no second chance");
+    // Ended, by SQL: live within a second, on connections that are there too.
+    let channel = secured.channel(Some(&billing)).await.unwrap();
+    get(channel.clone(), None).await.unwrap();
+    secured.world.database.sql("update caller_credentials set revoked_at = now()").await;
+    eventually("revoked", async || get(channel.clone(), None).await.err()).await;
+    secured.stop().await;
+}
+
+#[tokio::test]
+async fn a_handshake_that_is_refused_is_recorded_with_its_reason() {
+    let secured = Secured::new().await;
+    let strange = Authority::new("strange").issue(&[BILLING]);
+    let expired = secured.callers.issue_expired(&[BILLING]);
+    // A client of TLS 1.3 hears of it with its first call.
+    for own in [&strange, &expired] {
+        assert!(secured.get(Some(own), None).await.is_err());
+    }
+    let mut plain = TcpStream::connect(secured.broker.app.grpc_address).await.unwrap();
+    plain.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
+    // A probe that only connects is none.
+    drop(TcpStream::connect(secured.broker.app.grpc_address).await.unwrap());
+    eventually("three records", async || {
+        let told = secured.world.audit("event = 'handshake_refused'").await;
+        (told.len() == 3).then_some(())
+    })
+    .await;
+    let world = secured.stop().await;
+    let mut told = world.audit("event = 'handshake_refused' and peer like '127.0.0.1:%'").await;
+    told.sort();
+    assert_eq!(
+        told,
+        [
+            "handshake_refused/-/-/unauthenticated/CERTIFICATE_EXPIRED",
+            "handshake_refused/-/-/unauthenticated/NO_TLS",
+            "handshake_refused/-/-/unauthenticated/UNKNOWN_ISSUER",
+        ]
+    );
+}
+
+#[tokio::test]
+async fn certificates_change_under_load_without_a_dropped_call() {
+    let secured = Secured::new().await;
+    let old = secured.callers.issue(&[BILLING]);
+    let channel = secured.channel(Some(&old)).await.unwrap();
+    let stop = tokio_util::sync::CancellationToken::new();
+    let load = {
+        let (channel, stop) = (channel.clone(), stop.clone());
+        tokio::spawn(async move {
+            let mut calls = 0;
+            while !stop.is_cancelled() {
+                get(channel.clone(), None).await.unwrap();
+                calls += 1;
+            }
+            calls
+        })
+    };
+    let path = secured.files.path();
+    for round in 0..2 {
+        // Our own and the callers' CA are replaced at once.
+        let (ours, callers) = (Authority::new("ours again"), Authority::new("callers again"));
+        write(path, &ours.issue(&[BROKER]), &[&callers]);
+        let own = callers.issue(&[BILLING]);
+        let changed = eventually("the new certificates", async || {
+            let channel = connect(secured.port(), &ours, Some(&own)).await.ok()?;
+            get(channel, None).await.ok()
+        });
+        changed.await;
+        assert!(
+            secured.get(Some(&old), None).await.is_err(),
+            "round {round}: the old CA is no more"
+        );
+
+        if round == 0 {
+            continue;
+        }
+        // What cannot be used changes nothing, however often it is looked at.
+        spoil(path, "broker.key", "no key");
+        spoil(
+            path,
+            "callers.pem",
+            "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
+        );
+        let until = tokio::time::Instant::now() + std::time::Duration::from_secs(5);
+        while tokio::time::Instant::now() < until {
+            let channel = connect(secured.port(), &ours, Some(&own)).await.unwrap();
+            get(channel, None).await.unwrap();
+            tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+        }
+    }
+    stop.cancel();
+    assert!(load.await.unwrap() > 0);
+    secured.stop().await;
+}
+
+fn spoil(directory: &Path, name: &str, text: &str) {
+    fs::write(directory.join(name), text).unwrap();
+}
+
+#[tokio::test]
+async fn tls_files_that_cannot_be_used_are_one_error_that_names_the_file() {
+    let world = World::new().await;
+    let (ours, other) = (Authority::new("ours"), Authority::new("other"));
+    let (broker, another) = (ours.issue(&[BROKER]), other.issue(&[BROKER]));
+    let directory = tempfile::tempdir().unwrap();
+    for (file, text, words) in [
+        ("broker.pem", None, "broker.pem: No such file"),
+        ("broker.pem", Some(""), "broker.pem: it holds no certificate in PEM"),
+        ("broker.pem", Some(&*broker.key), "broker.pem: it holds no certificate in PEM"),
+        ("broker.key", Some("no key"), "broker.key: it holds no private key in PEM"),
+        ("broker.key", Some(&*another.key), "cannot be used: "),
+        ("callers.pem", Some("nobody"), "callers.pem: it holds no certificate in PEM"),
+    ] {
+        let tls = write(directory.path(), &broker, &[&other]);
+        match text {
+            Some(text) => spoil(directory.path(), file, text),
+            None => fs::remove_file(directory.path().join(file)).unwrap(),
+        }
+        let error = crate::harness::broker::refused(Plan { tls: Some(tls), ..world.plan() }).await;
+        assert!(error.starts_with("TLS cannot be served: ") && error.contains(words), "{error}");
+        assert!(!error.contains("PRIVATE"), "{error}");
+    }
+}

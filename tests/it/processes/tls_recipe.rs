@@ -1,0 +1,61 @@
+//! The recipe of `docs/tls.md`, as it stands there, and what it says one gets.
+
+use nix::sys::signal::Signal;
+
+use crate::harness::{
+    broker::World,
+    eventually,
+    process::{Site, sh},
+};
+
+const TLS: &str = include_str!("../../../docs/tls.md");
+
+#[tokio::test]
+async fn certificates_of_the_documented_recipe_let_a_caller_in_over_tls() {
+    let world = World::new().await;
+    world.register("acme", "id-1", "SK.1").await;
+    let mut site = Site::new(world.database.url(), &world.upstream.base_url()).await;
+    let directory = site.directory.path().to_str().unwrap().to_owned();
+    let recipe = TLS.split("\n```sh\n").nth(1).unwrap().split("\n```\n").next().unwrap();
+    let made = sh(&format!("set -e; cd {directory}\n{recipe}")).await;
+    assert_eq!(made.code, Some(0), "{made:?}");
+
+    let port = site.grpc.port();
+    site.set("TOKEN_BROKER_LISTEN", &format!("0.0.0.0:{port}"));
+    let plain = site.run(&["serve"]).await;
+    assert_eq!(plain.code, Some(2), "{plain:?}");
+    assert!(plain.stderr.contains("beyond loopback without TLS"), "{plain:?}");
+
+    let file = |name: &str| format!("{directory}/{name}");
+    for (name, value) in [
+        ("TLS_CERT", file("broker.pem")),
+        ("TLS_KEY", file("broker.key")),
+        ("TLS_CLIENT_CA", file("callers-ca.pem")),
+        ("TRUST_DOMAIN", "example.com".into()),
+        ("ENDPOINT", format!("https://localhost:{port}")),
+        ("CA_FILE", file("broker-ca.pem")),
+        ("CLIENT_CERT", file("billing.pem")),
+        ("CLIENT_KEY", file("billing.key")),
+    ] {
+        site.set(&format!("TOKEN_BROKER_{name}"), &value);
+    }
+    let check = site.run(&["check"]).await;
+    assert!(check.stdout.contains("ok    serving     TLS; the certificate ends at "), "{check:?}");
+    let mut serve = site.serve().await;
+    assert_eq!(site.run(&["health"]).await.ok(), "serving");
+    let added = ["caller", "add", "billing", "--spiffe-id", "spiffe://example.com/billing"];
+    site.run(&added).await.ok();
+    site.run(&["caller", "grant", "billing", "acme"]).await.ok();
+    let token = eventually("a token", async || {
+        let ran = site.run(&["token", "get", "acme"]).await;
+        (ran.code == Some(0)).then(|| ran.ok())
+    })
+    .await;
+    assert!(token.starts_with("eyJ"), "{token}");
+    serve.signal(Signal::SIGTERM);
+    assert_eq!(serve.ended().await.code(), Some(0), "{}", serve.stderr());
+    assert!(
+        world.audit("caller = 'billing' and caller_kind = 'spiffe' and outcome = 'ok'").await.len()
+            == 1
+    );
+}
