@@ -160,6 +160,11 @@ impl Verifier {
 
     /// Tells of what retention removed.
     pub fn cut(&mut self, cut: Cut) {
+        if !is_number(cut.first_seq) || !is_number(cut.last_seq) || cut.last_seq < cut.first_seq {
+            return self
+                .findings
+                .add(&cut.chain, Fault::NoRun { first: cut.first_seq, last: cut.last_seq });
+        }
         match self.keys.as_ref().map_or(Ok(()), |keys| cut.verify(keys)) {
             Ok(()) => self.walks.entry(cut.chain.clone()).or_default().cut(cut),
             Err(error) => {
@@ -181,6 +186,9 @@ impl Verifier {
 
     /// Tells of a head that is vouched for otherwise.
     pub fn unsigned_head(&mut self, chain: &str, head: Head) {
+        if !is_number(head.seq) {
+            return self.findings.add(chain, Fault::NoNumber { seq: head.seq });
+        }
         let walk = self.walks.entry(chain.to_owned()).or_default();
         if let Err(fault) = walk.vouch(head) {
             self.findings.add(chain, fault);
@@ -194,6 +202,9 @@ impl Verifier {
 
     /// Shows a record of which it is known whether it has the hash that it should have.
     pub fn hashed_record(&mut self, event: &StoredEvent, sound: bool) {
+        if !is_number(event.seq) {
+            return self.findings.add(&event.chain, Fault::NoNumber { seq: event.seq });
+        }
         if !sound {
             self.findings.add(&event.chain, Fault::Altered { seq: event.seq });
         }
@@ -233,7 +244,7 @@ impl Verifier {
             notices.push("signatures were not checked: there are no keys to check with".into());
         }
         if self.extent == Extent::Part {
-            let absent: u64 = self.walks.values().map(Walk::absent).sum();
+            let absent = self.walks.values().map(Walk::absent).fold(0, u64::saturating_add);
             notices.push(format!(
                 "this is a part of the log: that nothing is missing cannot be proven of it ({absent} \
                  records between those that are there are not there)"
@@ -302,6 +313,11 @@ impl Verifier {
             }
         }
     }
+}
+
+/// Whether a record can have that number. What is to be proven may say anything.
+fn is_number(seq: i64) -> bool {
+    (1..i64::MAX).contains(&seq)
 }
 
 impl Verdict {

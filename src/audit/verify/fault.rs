@@ -31,6 +31,18 @@ pub enum Fault {
         /// Which.
         seq: i64,
     },
+    /// No record can have that number.
+    NoNumber {
+        /// Which.
+        seq: i64,
+    },
+    /// A cut that is none: no records can have been removed so.
+    NoRun {
+        /// The first record that it says was removed.
+        first: i64,
+        /// The last.
+        last: i64,
+    },
     /// Records are not there.
     Missing {
         /// The first of them.
@@ -102,13 +114,17 @@ impl Fault {
             Self::Altered { seq }
             | Self::Replaced { seq }
             | Self::Twice { seq }
+            | Self::NoNumber { seq }
+            | Self::NoRun { first: seq, .. }
             | Self::Contradicted { seq }
             | Self::BeyondPosition { seq }
             | Self::NotThePosition { seq }
             | Self::UnprovenHead { seq, .. }
             | Self::Missing { first: seq, .. }
             | Self::UnprovenCut { first: seq, .. } => *seq,
-            Self::CutShort { last, .. } | Self::EndsOtherwise { last, .. } => last + 1,
+            Self::CutShort { last, .. } | Self::EndsOtherwise { last, .. } => {
+                last.saturating_add(1)
+            }
             Self::Unknown | Self::NoBefore | Self::ChainMissing { .. } => 0,
         }
     }
@@ -120,6 +136,8 @@ impl Fault {
             Self::Altered { .. } => "altered",
             Self::Replaced { .. } => "replaced",
             Self::Twice { .. } => "twice",
+            Self::NoNumber { .. } => "no_number",
+            Self::NoRun { .. } => "no_run",
             Self::Missing { .. } => "missing",
             Self::CutShort { .. } => "cut_short",
             Self::Contradicted { .. } => "contradicted",
@@ -150,6 +168,10 @@ impl fmt::Display for Fault {
                 seq.saturating_add(1)
             ),
             Self::Twice { seq } => write!(f, "record {seq} is there more than once"),
+            Self::NoNumber { seq } => write!(f, "no record can have the number {seq}"),
+            Self::NoRun { first, last } => {
+                write!(f, "no records {first} to {last} can have been removed")
+            }
             Self::Missing { first, last } if first == last => {
                 write!(f, "record {first} is missing")
             }

@@ -334,6 +334,31 @@ fn what_never_comes_is_missing_once_too_much_waits_for_it() {
 }
 
 proptest! {
+    /// Whatever an export says of itself, it is read to its end.
+    #[test]
+    fn no_numbers_make_the_proof_hang_or_panic(
+        seqs in proptest::collection::vec(prop_oneof![any::<i64>(), -2_i64..9, Just(i64::MAX - 1)], 6),
+        cuts in proptest::collection::vec(prop_oneof![any::<i64>(), -2_i64..9], 4),
+        part in any::<bool>(),
+    ) {
+        let mut log = Log::of(6, 0);
+        for pair in cuts.chunks(2) {
+            let run = Run {
+                first_seq: pair[0],
+                prev_hash: Digest::ZERO,
+                last: Head { seq: pair[1], hash: Digest::ZERO },
+            };
+            log.cuts.push(Cut::new(&log.keyring, FIRST, run, DateTime::UNIX_EPOCH));
+            let head = Head { seq: pair[0], hash: Digest::ZERO };
+            log.heads.push(SignedHead::new(&log.keyring, FIRST, head, DateTime::UNIX_EPOCH));
+        }
+        for (event, seq) in log.events.iter_mut().zip(seqs) {
+            event.seq = seq;
+        }
+        log.claims[0].0.last_seq = Some(cuts[0]);
+        let _ = log.verdict(if part { Extent::Part } else { Extent::Whole });
+    }
+
     #[test]
     fn the_order_in_which_records_are_shown_does_not_matter(
         (first, second) in (0_i64..40, 0_i64..40),

@@ -143,7 +143,7 @@ impl Walk {
         if cut.first_seq == head.seq + 1 && cut.prev_hash != head.hash && extent != Extent::Part {
             tell(Fault::Replaced { seq: head.seq });
         }
-        self.removed += cut.last_seq - head.seq;
+        self.removed = self.removed.saturating_add(cut.last_seq - head.seq);
         let beyond = self.heads.split_off(&cut.last_seq);
         self.heads = beyond;
         // Of what was removed, later copies may wait.
@@ -196,7 +196,7 @@ impl Walk {
 
     fn miss(&mut self, first: i64, last: i64, extent: Extent, tell: Tell<'_>) {
         if extent == Extent::Part {
-            self.absent += last.abs_diff(first) + 1;
+            self.absent = self.absent.saturating_add(last.abs_diff(first) + 1);
         } else {
             tell(Fault::Missing { first, last });
         }
