@@ -217,6 +217,8 @@ async fn serve(
         change_retention: None,
         tls: None,
         trust_domain: None,
+        most_waits: 10_000,
+        grace: Duration::ZERO,
         caller_rate: 10_000_000,
         default_deadline: Duration::from_secs(5),
         longest_deadline: Duration::from_mins(1),

@@ -33,6 +33,7 @@ use crate::{
         record::{Event, Record},
     },
     clock::Clock,
+    grpc::server::Guests,
     ops,
     seal::SealError,
     state_dir::{StateDir, StateDirError},
@@ -110,6 +111,9 @@ pub struct App {
     journal: Journal,
     clock: Clock,
     health: Health,
+    guests: Arc<Guests>,
+    /// How long a stop lets callers find out.
+    grace: Duration,
     ready: Arc<AtomicBool>,
     /// Ends the front door, the streams and the refresher.
     stop: CancellationToken,
@@ -151,6 +155,7 @@ impl App {
 
         let stop_following = CancellationToken::new();
         let ops = tokio::spawn(ops::serve(ops, world.ops(), stop_following.clone()));
+        let grace = plan.grace;
         let started = Box::pin(world.start(plan, &state_dir, grpc, &stop_following, give_up)).await;
         match started {
             Ok(started) => {
@@ -161,6 +166,8 @@ impl App {
                     journal,
                     clock: world.clock,
                     health: started.health,
+                    guests: started.guests,
+                    grace,
                     ready: world.ready,
                     stop: started.stop,
                     stop_following,
@@ -192,6 +199,8 @@ impl App {
     pub async fn stop(self) {
         self.ready.store(false, Ordering::Relaxed);
         self.health.stop().await;
+        // Balancers look at health now and then: until they have, calls keep coming, and are answered.
+        let _ = timeout(self.grace, self.guests.gone()).await;
         self.stop.cancel();
         for task in self.serving {
             let _ = task.await;

@@ -10,7 +10,10 @@ pub use decide::{Ask, ReportOutcome};
 use decide::{Decision, decide, judge_report};
 pub use refusal::Refusal;
 use sqlx::PgPool;
-use tokio::time::{Instant, sleep_until};
+use tokio::{
+    sync::Semaphore,
+    time::{Instant, sleep_until},
+};
 use tracing::warn;
 
 use crate::{
@@ -27,6 +30,8 @@ use crate::{
     token::{Generation, Token},
 };
 
+/// When a call that is shed may come again: what others wait for is there by then, or is not to be had.
+const SHED_FOR: Duration = Duration::from_secs(1);
 /// How long one look at the database for a report may take.
 const REPORT_WITHIN: Duration = Duration::from_secs(2);
 
@@ -45,6 +50,8 @@ pub struct Broker {
     pub max_staleness: Duration,
     /// Whether tokens can be issued without the database, while it is away.
     pub reach: Arc<Reach>,
+    /// The calls that may wait at once. Those that find a live token never do.
+    pub waits: Arc<Semaphore>,
     /// Whom to wake when somebody waits.
     pub waker: Waker,
     /// Where a report is noted, for all replicas.
@@ -80,12 +87,17 @@ impl Broker {
         slot.note_request(self.clock.now());
         // Armed before the look, so that no change falls between the look and the wait.
         let mut changes = None;
+        let mut place = None;
         loop {
             let standing = self.reach.standing();
             match decide(&slot.view(), &ask, &self.policy, standing, self.clock.now()) {
                 Decision::Serve(token) => return Ok(token),
                 Decision::Refuse(refusal) => return Err(refusal),
                 Decision::Wait => {}
+            }
+            if place.is_none() {
+                let shed = |_| Refusal::Overloaded { retry_after: SHED_FOR };
+                place = Some(self.waits.try_acquire().map_err(shed)?);
             }
             let Some((changes, reach)) = &mut changes else {
                 changes = Some((slot.changes(), self.reach.changes()));

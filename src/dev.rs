@@ -245,6 +245,8 @@ fn plan(ground: &Ground, upstream: &Simulator, keyring: Arc<Keyring>) -> anyhow:
         change_retention: None,
         tls: None,
         trust_domain: None,
+        most_waits: 10_000,
+        grace: Duration::ZERO,
         caller_rate: 1_000,
         default_deadline: Duration::from_secs(5),
         longest_deadline: Duration::from_mins(1),

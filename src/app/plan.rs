@@ -22,6 +22,11 @@ const SEGMENT: u64 = 64 << 20;
 /// How long delivered segments are kept, for whoever ships them elsewhere too.
 const KEPT: Duration = Duration::from_hours(7 * 24);
 
+/// Calls that may wait for tokens at once: of some 20 KiB each, 200 MiB.
+const MOST_WAITS: usize = 10_000;
+/// How long callers and balancers are given to see that the broker is about to stop, at most.
+const GRACE: Duration = Duration::from_secs(5);
+
 /// All that a broker is made of.
 pub struct Plan {
     /// Where the database is.
@@ -58,6 +63,10 @@ pub struct Plan {
     pub tls: Option<TlsFiles>,
     /// Whose SPIFFE IDs count.
     pub trust_domain: Option<Arc<str>>,
+    /// Calls that may wait for tokens at once; more are shed.
+    pub most_waits: usize,
+    /// How long a stop lets callers find out, while they are still answered.
+    pub grace: Duration,
     /// Calls a second of a caller that has no rate of its own.
     pub caller_rate: u32,
     /// The deadline of a call that brings none.
@@ -117,6 +126,8 @@ impl Plan {
             change_retention: settings.change_retention,
             tls: settings.tls.clone(),
             trust_domain: settings.trust_domain.as_deref().map(Into::into),
+            most_waits: MOST_WAITS,
+            grace: GRACE.min(settings.drain / 4),
             caller_rate: settings.caller_rate,
             default_deadline: settings.deadline_default,
             longest_deadline: settings.deadline_max,

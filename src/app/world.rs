@@ -11,7 +11,7 @@ use std::{
 };
 
 use sqlx::PgPool;
-use tokio::{net::TcpListener, task::JoinHandle, time::Instant};
+use tokio::{net::TcpListener, sync::Semaphore, task::JoinHandle, time::Instant};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic_health::server::HealthReporter;
 use tracing::{error, info, warn};
@@ -33,7 +33,11 @@ use crate::{
     clock::Clock,
     directory::Directory,
     follow::{Follower, Identity},
-    grpc::{self, TokenServer, audit::Desk, server::Door},
+    grpc::{
+        self, TokenServer,
+        audit::Desk,
+        server::{Door, Guests},
+    },
     limit::CallerRates,
     load::Loader,
     ops::Ops,
@@ -78,6 +82,7 @@ pub(super) struct World {
 /// What runs once everything was loaded.
 pub(super) struct Started {
     pub(super) health: Health,
+    pub(super) guests: Arc<Guests>,
     pub(super) stop: CancellationToken,
     pub(super) stop_delivery: CancellationToken,
     pub(super) serving: Vec<JoinHandle<()>>,
@@ -166,7 +171,14 @@ impl World {
         let folds = Folds::new(self.journal.clone(), calls.clone());
         let (routes, health) =
             self.routes(&plan, waker, stop.clone(), calls.clone(), folds.clone())?;
-        let door = Door { routes, tls: self.tls.clone(), folds, clock: self.clock.clone() };
+        let guests = Arc::new(Guests::default());
+        let door = Door {
+            routes,
+            tls: self.tls.clone(),
+            guests: guests.clone(),
+            folds,
+            clock: self.clock.clone(),
+        };
 
         let failed = CancellationToken::new();
         let stop_delivery = CancellationToken::new();
@@ -209,6 +221,7 @@ impl World {
         self.ready.store(true, Ordering::Relaxed);
         Ok(Started {
             health,
+            guests,
             stop,
             stop_delivery,
             serving,
@@ -325,6 +338,7 @@ impl World {
             policy: plan.policy,
             max_staleness: plan.max_staleness,
             reach: self.reach.clone(),
+            waits: Arc::new(Semaphore::new(plan.most_waits)),
             waker,
             pool: self.pool.clone(),
         };

@@ -72,6 +72,12 @@ pub enum Refusal {
         /// When to try again.
         retry_after: Duration,
     },
+    /// Too many calls wait already.
+    #[error("too many calls wait for tokens")]
+    Overloaded {
+        /// When to try again.
+        retry_after: Duration,
+    },
     /// There was no answer before the deadline.
     #[error("no token before the deadline")]
     DeadlineExceeded,

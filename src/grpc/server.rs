@@ -1,5 +1,6 @@
 //! The front door: takes connections, bounds what each may do, and lets them go in time.
 
+mod guests;
 mod preface;
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
@@ -10,7 +11,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
-    sync::Semaphore,
+    sync::{OwnedSemaphorePermit, Semaphore},
     task::JoinSet,
     time::timeout,
 };
@@ -20,7 +21,8 @@ use tonic::{body::Body, service::Routes};
 use tower::Service;
 use tracing::{debug, warn};
 
-use self::preface::Greeted;
+pub use self::guests::Guests;
+use self::{guests::Guest, preface::Greeted};
 use super::audit::Peer;
 use crate::{
     audit::{
@@ -33,6 +35,11 @@ use crate::{
 
 /// Connections at once; more wait in the listener's backlog.
 const MOST_CONNECTIONS: usize = 10_000;
+/// Connections at once from one address: one client's fault leaves room for others.
+const MOST_OF_AN_ADDRESS: usize = MOST_CONNECTIONS / 4;
+/// The age at which a connection is told to finish, so that callers spread over replicas that came
+/// later; with up to a quarter less, so that those of one moment do not all come again at one moment.
+const AGE: Duration = Duration::from_mins(30);
 /// Streams at once on a connection.
 const MOST_STREAMS: u32 = 1_000;
 /// Streams that a client may reset before we have answered them (rapid reset).
@@ -62,6 +69,8 @@ pub struct Door {
     pub routes: Routes,
     /// TLS; without it, plain text.
     pub tls: Option<Arc<Tls>>,
+    /// Who is in.
+    pub guests: Arc<Guests>,
     /// Records handshakes that are refused.
     pub folds: Folds,
     /// Time.
@@ -80,11 +89,15 @@ pub async fn serve(listener: TcpListener, door: Door, stop: CancellationToken, d
             accepted = accept(&listener, &places) => accepted,
         };
         match accepted {
-            Ok((stream, place)) => {
+            Ok(Arrival { stream, address, place }) => {
+                let Some(guest) = door.guests.welcome(address.ip(), MOST_OF_AN_ADDRESS) else {
+                    debug!(%address, "too many connections of one address");
+                    continue;
+                };
                 let (door, stop) = (door.clone(), stop.clone());
                 connections.spawn(async move {
                     let _place = place;
-                    if let Err(error) = door.let_in(stream, stop).await {
+                    if let Err(error) = door.let_in(stream, guest, stop).await {
                         debug!(%error, "a connection ended");
                     }
                 });
@@ -102,22 +115,31 @@ pub async fn serve(listener: TcpListener, door: Door, stop: CancellationToken, d
     }
 }
 
-async fn accept(
-    listener: &TcpListener,
-    places: &Arc<Semaphore>,
-) -> io::Result<(TcpStream, tokio::sync::OwnedSemaphorePermit)> {
+/// Who stands at the door.
+struct Arrival {
+    stream: TcpStream,
+    address: SocketAddr,
+    place: OwnedSemaphorePermit,
+}
+
+async fn accept(listener: &TcpListener, places: &Arc<Semaphore>) -> io::Result<Arrival> {
     let place = places.clone().acquire_owned().await.map_err(io::Error::other)?;
-    let (stream, _) = listener.accept().await?;
-    Ok((stream, place))
+    let (stream, address) = listener.accept().await?;
+    Ok(Arrival { stream, address, place })
 }
 
 impl Door {
     /// Serves one connection to its end.
-    async fn let_in(&self, stream: TcpStream, stop: CancellationToken) -> Result<(), Broken> {
+    async fn let_in(
+        &self,
+        stream: TcpStream,
+        guest: Guest,
+        stop: CancellationToken,
+    ) -> Result<(), Broken> {
         let address = stream.peer_addr()?;
         stream.set_nodelay(true)?;
         let Some(tls) = &self.tls else {
-            return self.converse(stream, Peer { address, certificate: None }, stop).await;
+            return self.converse(stream, Peer { address, certificate: None }, guest, stop).await;
         };
         let handshake = TlsAcceptor::from(tls.config()).accept(stream);
         let stream = tokio::select! {
@@ -131,7 +153,7 @@ impl Door {
             },
         };
         let certificate = shown(&stream).map(Arc::new);
-        self.converse(stream, Peer { address, certificate }, stop).await
+        self.converse(stream, Peer { address, certificate }, guest, stop).await
     }
 
     /// Records a handshake that the client lost. One that it only broke off, as probes do, is none.
@@ -152,6 +174,7 @@ impl Door {
         &self,
         stream: S,
         peer: Peer,
+        guest: Guest,
         stop: CancellationToken,
     ) -> Result<(), Broken>
     where
@@ -181,8 +204,10 @@ impl Door {
         );
         tokio::select! {
             ended = connection.as_mut() => return Ok(ended?),
-            () = stop.cancelled() => connection.as_mut().graceful_shutdown(),
+            () = stop.cancelled() => {}
+            () = tokio::time::sleep(guest.age(AGE)) => {}
         }
+        connection.as_mut().graceful_shutdown();
         Ok(connection.await?)
     }
 }

@@ -33,7 +33,7 @@ impl Refusal {
             | Self::TokenEnded
             | Self::AuditUnavailable
             | Self::GrantsStale => Code::Unavailable,
-            Self::CallerRate { .. } => Code::ResourceExhausted,
+            Self::CallerRate { .. } | Self::Overloaded { .. } => Code::ResourceExhausted,
             Self::DeadlineExceeded => Code::DeadlineExceeded,
             Self::Cancelled => Code::Cancelled,
         }
@@ -58,6 +58,7 @@ impl Refusal {
             Self::AuditUnavailable => Some("AUDIT_UNAVAILABLE"),
             Self::GrantsStale => Some("GRANTS_STALE"),
             Self::CallerRate { .. } => Some("CALLER_RATE"),
+            Self::Overloaded { .. } => Some("OVERLOADED"),
         }
     }
 
@@ -65,7 +66,8 @@ impl Refusal {
         match self {
             Self::UpstreamUnavailable { retry_after }
             | Self::DatabaseUnavailable { retry_after }
-            | Self::CallerRate { retry_after } => Some(*retry_after),
+            | Self::CallerRate { retry_after }
+            | Self::Overloaded { retry_after } => Some(*retry_after),
             Self::TokenEnded | Self::AuditUnavailable | Self::GrantsStale => Some(RETRY),
             _ => None,
         }

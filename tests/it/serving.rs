@@ -356,3 +356,72 @@ async fn a_flood_of_refusals_is_counted_in_few_records_while_others_are_served()
     let most = 20 + 5 * (began.elapsed().as_secs() + 1);
     assert!(counted.1.unsigned_abs() <= most, "{counted:?}");
 }
+
+#[tokio::test]
+async fn calls_that_would_wait_beyond_a_bound_are_shed_and_live_tokens_are_served() {
+    let world = World::new().await;
+    let bearer = world.caller("demo", &["*"]).await;
+    let broker = world.start_with(Plan { most_waits: 2, ..world.plan() }).await;
+    let client = broker.client(&bearer).await;
+    world.register("acme", "id-1", "SK.1").await;
+    eventually("a token", async || client.get("acme").await.ok()).await;
+    world.upstream.script("id-2", [Answer::Hang]);
+    world.register("slow", "id-2", "SK.2").await;
+    eventually("an attempt", async || (world.upstream.attempts("id-2") > 0).then_some(())).await;
+
+    let waiting: Vec<tokio::task::JoinHandle<()>> = (0..2)
+        .map(|_| {
+            let client = client.clone();
+            // One that is shed comes again: a probe may have been before it.
+            tokio::spawn(async move {
+                loop {
+                    let _ = client.get("slow").await;
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+            })
+        })
+        .collect();
+    let shed = eventually("a call that is shed", async || {
+        let ask = GetTokenRequest { account: "slow".into(), ..Default::default() };
+        let mut request = client.request(ask);
+        request.set_timeout(Duration::from_millis(200));
+        let refused = client.grpc.clone().get_token(request).await.unwrap_err();
+        (refused.code() == Code::ResourceExhausted).then_some(refused)
+    })
+    .await;
+    assert_eq!(refusal(&shed), "ResourceExhausted OVERLOADED");
+    assert!(shed.metadata().contains_key("grpc-retry-pushback-ms"));
+    client.get("acme").await.unwrap();
+    for call in waiting {
+        call.abort();
+    }
+    broker.stop().await;
+}
+
+#[tokio::test]
+async fn a_stop_says_so_and_goes_on_answering_until_the_callers_have_gone() {
+    let world = World::new().await;
+    let bearer = world.caller("demo", &["*"]).await;
+    world.register("acme", "id-1", "SK.1").await;
+    let broker = world.start_with(Plan { grace: crate::harness::PATIENCE, ..world.plan() }).await;
+    let (client, grpc) = (broker.client(&bearer).await, broker.app.grpc_address);
+    eventually("a token", async || client.get("acme").await.ok()).await;
+    let stopping = tokio::spawn(broker.stop());
+    eventually("health that says it", async || {
+        let channel = tonic::transport::Endpoint::from_shared(format!("http://{grpc}")).unwrap();
+        let mut health = tonic_health::pb::health_client::HealthClient::new(channel.connect_lazy());
+        let answer = health.check(tonic_health::pb::HealthCheckRequest::default()).await.ok()?;
+        (answer.into_inner().status() == tonic_health::ServingStatus::NotServing.into())
+            .then_some(())
+    })
+    .await;
+    for _ in 0..10 {
+        client.get("acme").await.unwrap();
+    }
+    assert!(!stopping.is_finished());
+    drop(client);
+    stopping.await.unwrap();
+    let told = world.audit("event in ('get_token', 'stopped')").await;
+    assert_eq!(told.last().unwrap(), "stopped/-/-/ok/-");
+    assert!(told.len() > 10, "{told:?}");
+}

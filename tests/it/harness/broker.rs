@@ -92,6 +92,8 @@ impl World {
             change_retention: None,
             tls: None,
             trust_domain: None,
+            most_waits: 10_000,
+            grace: Duration::ZERO,
             caller_rate: 100_000,
             default_deadline: super::PATIENCE,
             longest_deadline: super::PATIENCE,

@@ -1,0 +1,118 @@
+//! Who is connected: how many, and from where.
+
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::sync::watch;
+
+/// The connections that are there.
+#[derive(Debug)]
+pub struct Guests {
+    from: Mutex<HashMap<IpAddr, usize>>,
+    all: watch::Sender<usize>,
+    /// Counts those that came, for their jitter.
+    came: AtomicU32,
+}
+
+/// A connection that is there while this lives.
+pub(super) struct Guest {
+    guests: Arc<Guests>,
+    address: IpAddr,
+    number: u32,
+}
+
+impl Default for Guests {
+    fn default() -> Self {
+        Self { from: Mutex::default(), all: watch::Sender::new(0), came: AtomicU32::new(0) }
+    }
+}
+
+impl Guests {
+    /// Counts a connection from `address`; `None` if it has `most` already.
+    pub(super) fn welcome(self: &Arc<Self>, address: IpAddr, most: usize) -> Option<Guest> {
+        let address = address.to_canonical();
+        let mut from = self.from();
+        let count = from.entry(address).or_default();
+        if *count >= most {
+            return None;
+        }
+        *count += 1;
+        self.all.send_modify(|all| *all += 1);
+        let number = self.came.fetch_add(1, Ordering::Relaxed);
+        Some(Guest { guests: Arc::clone(self), address, number })
+    }
+
+    /// Returns once nobody is connected.
+    pub async fn gone(&self) {
+        // The sender lives in this, so the wait cannot fail.
+        let _ = self.all.subscribe().wait_for(|all| *all == 0).await;
+    }
+
+    fn from(&self) -> MutexGuard<'_, HashMap<IpAddr, usize>> {
+        // No code panics while it holds this lock.
+        self.from.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Guest {
+    /// How old this connection may become, at most `limit` and up to a quarter less.
+    pub(super) fn age(&self, limit: Duration) -> Duration {
+        // Knuth's multiplicative hash: numbers that follow each other lie far apart.
+        let spread = f64::from(self.number.wrapping_mul(2_654_435_769)) / f64::from(u32::MAX);
+        limit.mul_f64(1.0 - spread / 4.0)
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let mut from = self.guests.from();
+        if let Some(count) = from.get_mut(&self.address) {
+            *count -= 1;
+            if *count == 0 {
+                from.remove(&self.address);
+            }
+        }
+        self.guests.all.send_modify(|all| *all -= 1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_address_has_so_many_and_leaves_room_for_others() {
+        let guests = Arc::new(Guests::default());
+        let (one, other): (IpAddr, IpAddr) = ([10, 0, 0, 1].into(), [10, 0, 0, 2].into());
+        let first = guests.welcome(one, 2).unwrap();
+        let second = guests.welcome("::ffff:10.0.0.1".parse().unwrap(), 2).unwrap();
+        assert!(guests.welcome(one, 2).is_none());
+        let third = guests.welcome(other, 2).unwrap();
+        drop(first);
+        assert!(guests.welcome(one, 2).is_some());
+        drop((second, third));
+        guests.gone().await;
+        assert!(guests.from().is_empty());
+    }
+
+    #[test]
+    fn connections_of_one_moment_end_at_many() {
+        let guests = Arc::new(Guests::default());
+        let limit = Duration::from_mins(30);
+        let mut ages: Vec<_> = (0..100)
+            .map(|_| guests.welcome([10, 0, 0, 1].into(), 100).unwrap())
+            .map(|guest| guest.age(limit))
+            .collect();
+        assert!(ages.iter().all(|age| (limit * 3 / 4..=limit).contains(age)));
+        ages.sort_unstable();
+        ages.dedup_by_key(|age| age.as_secs() / 10);
+        assert!(ages.len() > 30, "{}", ages.len());
+    }
+}
