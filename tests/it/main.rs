@@ -5,6 +5,7 @@ mod harness;
 
 mod accounts;
 mod audit;
+mod documents;
 mod identity;
 mod inputs;
 mod outages;
