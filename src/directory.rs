@@ -79,7 +79,8 @@ impl Directory {
     /// bearer can be made.
     ///
     /// # Errors
-    /// `None` for an unknown proof; [`Refused`] for one that has ended or whose caller is disabled.
+    /// `None` for an unknown proof; [`Refused`] for one that has ended or was revoked, or whose caller is
+    /// disabled.
     pub fn by_proof(&self, proof: &Proof, now: Timestamp) -> Result<Arc<Caller>, Option<Refused>> {
         let index = self.index.load();
         admit(index.get(proof).ok_or(None)?, now)
@@ -91,6 +92,9 @@ fn admit(credential: &Credential, now: Timestamp) -> Result<Arc<Caller>, Option<
     let refused = |why| Some(Refused { caller: caller.clone(), why });
     if !caller.enabled {
         return Err(refused("caller disabled"));
+    }
+    if credential.revoked {
+        return Err(refused("credential revoked"));
     }
     if credential.ends_at.is_some_and(|end| end <= now) {
         return Err(refused("credential ended"));
@@ -116,7 +120,7 @@ mod tests {
             grants: vec![],
         });
         let directory = Directory::default();
-        directory.replace(vec![Credential { caller, proof: PROOF, ends_at }]);
+        directory.replace(vec![Credential { caller, proof: PROOF, ends_at, revoked: false }]);
         directory
     }
 
@@ -128,6 +132,16 @@ mod tests {
         assert!(directory.by_proof(&PROOF, now).is_ok());
         assert!(matches!(directory.by_proof(&Proof::BearerSha256([8; 32]), now), Err(None)));
         assert!(matches!(directory.by_proof(&PROOF, end), Err(Some(_))));
+    }
+
+    #[test]
+    fn a_revoked_credential_is_refused_and_named_for_the_audit() {
+        let directory = directory(true, None);
+        let mut revoked = directory.index.load()[&PROOF].clone();
+        revoked.revoked = true;
+        directory.replace(vec![revoked]);
+        let refused = directory.by_proof(&PROOF, DateTime::UNIX_EPOCH).unwrap_err().unwrap();
+        assert_eq!((&*refused.caller.name, refused.why), ("demo", "credential revoked"));
     }
 
     #[test]

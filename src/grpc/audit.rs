@@ -296,6 +296,7 @@ mod tests {
                 }),
                 proof: Proof::BearerSha256(bearer.sha256()),
                 ends_at: None,
+                revoked: false,
             }]);
             let calls = TaskTracker::new();
             let desk = Desk {

@@ -150,6 +150,7 @@ mod tests {
             caller: caller.clone(),
             proof,
             ends_at: None,
+            revoked: false,
         };
         let (billing, search, old) =
             (caller(1, "billing", true), caller(2, "search", true), caller(3, "old", false));

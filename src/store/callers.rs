@@ -20,6 +20,8 @@ pub struct Credential {
     pub proof: Proof,
     /// From when on it is refused.
     pub ends_at: Option<Timestamp>,
+    /// Whether an admin took it back. It is known still, so that the log can tell whose it was.
+    pub revoked: bool,
 }
 
 /// What a caller shows.
@@ -77,8 +79,10 @@ pub async fn load(pool: &PgPool) -> Result<Vec<Credential>, StoreError> {
         .collect();
     let rows = sqlx::query!(
         "-- store::callers::load
-        select id, caller_id, kind, bearer_sha256, identity, ends_at from caller_credentials
-        where revoked_at is null"
+        select id, caller_id, kind, bearer_sha256, identity, ends_at, revoked_at
+        from caller_credentials
+        -- Of an identity that was revoked and given anew, the last one counts.
+        order by revoked_at nulls last"
     )
     .fetch_all(&mut *transaction)
     .await?;
@@ -99,7 +103,12 @@ pub async fn load(pool: &PgPool) -> Result<Vec<Credential>, StoreError> {
             error!(credential = row.id, "a malformed credential is passed over");
             continue;
         };
-        credentials.push(Credential { caller: caller.clone(), proof, ends_at: row.ends_at });
+        credentials.push(Credential {
+            caller: caller.clone(),
+            proof,
+            ends_at: row.ends_at,
+            revoked: row.revoked_at.is_some(),
+        });
     }
     Ok(credentials)
 }
