@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Proves a Token Broker audit log, independently of the broker. Python 3.8 and openssl, nothing else.
+"""Proves a Token Broker audit log, independently of the broker. Python 3.8 and OpenSSL 3, nothing else.
 
     python3 verify.py [--keys audit-keys.pem] [--heads audit-heads.jsonl] FILE...
 
@@ -24,10 +24,11 @@ def record_hash(e):
     canonical = b"".join(map(net, values + [e["count"], b"".join(net(k) + net(v) for k, v in pairs)]))
     return hashlib.sha256(b"token-broker audit event v1\n" + bytes.fromhex(e["prev_hash"]) + canonical).hexdigest()
 
-def genuine(keys, kind, values, statement):
+def genuine(keys, kind, names, it):
     if not keys: return True
+    values = [bytes.fromhex(it[n]) if "hash" in n else micros(it[n]) if n == "at" else it[n] for n in names]
     with tempfile.NamedTemporaryFile() as key, tempfile.NamedTemporaryFile() as message, tempfile.NamedTemporaryFile() as signature:
-        for file, data in ((key, keys.get(statement["key_id"], "").encode()), (signature, bytes.fromhex(statement["signature"])),
+        for file, data in ((key, keys.get(it["key_id"], "").encode()), (signature, bytes.fromhex(it["signature"])),
                            (message, b"token-broker audit %s v1\n" % kind + b"".join(map(net, values)))):
             file.write(data); file.flush()
         command = ["openssl", "pkeyutl", "-verify", "-pubin", "-inkey", key.name, "-rawin", "-in", message.name, "-sigfile", signature.name]
@@ -37,42 +38,41 @@ arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argpars
 arguments.add_argument("--keys"); arguments.add_argument("--heads"); arguments.add_argument("files", nargs="+")
 given = arguments.parse_args()
 keys = dict(re.findall(r"# (\w+)\n(-----BEGIN[^#]*)", open(given.keys).read())) if given.keys else {}
-chains, cuts, heads, records, faults = {}, {}, [], {}, []
-
-def read(line):
-    it = json.loads(line)
-    if "event" in it:
-        if record_hash(it) != it["hash"]: faults.append((it["chain"], it["seq"], "was altered"))
-        records.setdefault(it["chain"], {})[it["seq"]] = (it["prev_hash"], it["hash"])
-    elif "chain" in it and isinstance(it["chain"], dict):
-        chains[it["chain"]["chain"]] = it["chain"]
-    elif "cut" in it:
-        c = it["cut"]
-        values = [c["chain"], c["first_seq"], bytes.fromhex(c["prev_hash"]), c["last_seq"], bytes.fromhex(c["hash"]), micros(c["at"])]
-        if genuine(keys, b"cut", values, c): cuts.setdefault(c["chain"], {})[c["first_seq"]] = c
-        else: faults.append((c["chain"], c["first_seq"], "was cut by nobody"))
-    elif "head" in it or "signature" in it:
-        heads.append(it.get("head", it))
-
+chains, cuts, heads, records, faults, ends, whole = {}, {}, [], {}, [], {}, False
 for file in given.files + ([given.heads] if given.heads else []):
-    for line in open(file, encoding="utf-8", newline="\n"): read(line)
-for chain in sorted(set(records) | set(cuts) | set(chains)):
-    here, gone = records.get(chain, {}), cuts.get(chain, {})
-    root = chains[chain]["linked_hash"] if chain in chains else None
-    seq, head = (0, root) if root else (min([*here, *gone], default=1) - 1, None)
-    last = max([*here, *(c["last_seq"] for c in gone.values()), chains.get(chain, {}).get("last_seq") or 0])
-    ends = {seq: head}
+    for it in map(json.loads, open(file, encoding="utf-8", newline="\n")):
+        whole = whole or it.get("audit_export", {}).get("whole", False)
+        if "event" in it:
+            if record_hash(it) != it["hash"]: faults.append((it["chain"], it["seq"], "was altered"))
+            if it["seq"] in records.setdefault(it["chain"], {}): faults.append((it["chain"], it["seq"], "is there twice"))
+            records[it["chain"]][it["seq"]] = (it["prev_hash"], it["hash"])
+        elif isinstance(it.get("chain"), dict): chains[it["chain"]["chain"]] = it["chain"]
+        elif "cut" in it and it["cut"]["first_seq"] <= it["cut"]["last_seq"]: cuts.setdefault(it["cut"]["chain"], {})[it["cut"]["first_seq"]] = it["cut"]
+        elif "head" in it or "signature" in it: heads.append(it.get("head", it))
+for chain in sorted({*records, *cuts, *chains, *(h["chain"] for h in heads)}):
+    here, gone, claim = records.get(chain, {}), cuts.get(chain, {}), chains.get(chain, {})
+    seq, head = (0, claim["linked_hash"]) if whole and claim else (min([*here, *gone], default=1) - 1, None)
+    known, last = {seq: head}, max([*here, *(c["last_seq"] for c in gone.values()), claim.get("last_seq") or 0])
+    if whole and not claim: faults.append((chain, 0, "is of a chain that is not known"))
+    for cut in gone.values():
+        if not genuine(keys, b"cut", ("chain", "first_seq", "prev_hash", "last_seq", "hash", "at"), cut): faults.append((chain, cut["first_seq"], "was cut by nobody"))
+        faults += [(chain, n, "is there, and was removed") for n in here if cut["first_seq"] <= n <= cut["last_seq"]]
     while seq < last:
         cut = gone.get(seq + 1)
-        step = here.get(seq + 1) or (cut and (cut["prev_hash"], cut["hash"]))
-        if not step: faults.append((chain, seq + 1, "is missing")); head = None; seq += 1; continue
-        if head not in (None, step[0]): faults.append((chain, seq, "is not what its successor was written after"))
-        seq, head = (seq + 1 if seq + 1 in here else cut["last_seq"]), step[1]
-        ends[seq] = head
+        step = (cut["prev_hash"], cut["hash"]) if cut else here.get(seq + 1)
+        if step and head not in (None, step[0]): faults.append((chain, seq, "is not what its successor was written after"))
+        if not step and whole: faults.append((chain, seq + 1, "is missing"))
+        seq, head = (cut["last_seq"] if cut else seq + 1), step and step[1]
+        known[seq] = head
+    if whole and claim and (seq, head) != (claim["last_seq"], claim["last_hash"]): faults.append((chain, seq, "is not where the chain ends"))
     for h in (h for h in heads if h["chain"] == chain):
-        if not genuine(keys, b"head", [chain, h["seq"], bytes.fromhex(h["hash"]), micros(h["at"])], h): faults.append((chain, h["seq"], "has a forged head"))
-        elif h["seq"] > seq: faults.append((chain, seq + 1, "is missing: a head of %d was signed" % h["seq"]))
-        elif ends.get(h["seq"], h["hash"]) != h["hash"]: faults.append((chain, h["seq"], "is not the one whose head was signed"))
+        if not genuine(keys, b"head", ("chain", "seq", "hash", "at"), h): faults.append((chain, h["seq"], "has a forged head"))
+        if h["seq"] > seq: faults.append((chain, seq + 1, "is missing: a head of %d was signed" % h["seq"]))
+        elif (known.get(h["seq"]) or h["hash"]) != h["hash"]: faults.append((chain, h["seq"], "is not the one whose head was signed"))
+    ends[chain] = head
     print(chain, seq, head)
+for chain, claim in chains.items() if whole else ():
+    if claim["linked_hash"] != ends.get(claim["linked_chain"] or "", "0" * 64): faults.append((claim["linked_chain"] or chain, 0, "or its chain does not end where %s begins" % chain))
 for chain, seq, why in sorted(faults): print("chain %s: record %d %s" % (chain, seq, why))
+if not keys: print("signatures were not checked: give --keys", file=sys.stderr)
 sys.exit(1 if faults else 0)

@@ -75,9 +75,10 @@ begin
 end
 $$;
 
--- Removes the records of `of_day`, all or all but changes, for which this transaction has put cuts into
--- `audit_cuts`; how many there were. A day that has not been over for a day is not touched, whatever the
--- settings say.
+-- Removes the records of `of_day`, all or all but changes, for which this transaction has put as many cuts
+-- into `audit_cuts`; how many there were. It keeps a slip from removing what nobody noted. Whether the cuts are
+-- genuine it cannot tell, which `audit verify` does. A day that has not been over for a day is not touched,
+-- whatever the settings say.
 create function audit_prune(of_day date, changes_too boolean) returns bigint
 language plpgsql security definer as $$
 declare

@@ -212,7 +212,8 @@ impl App {
         }
         self.stop_following.cancel();
         for task in self.following {
-            let _ = task.await;
+            // The disk may hang, and a head's write with it.
+            let _ = timeout(RECORD_WITHIN, task).await;
         }
         let stopped = Record::new(self.clock.now(), Event::Stopped);
         if self.journal.append(stopped).durable(DELIVER_WITHIN).await.is_err() {
@@ -221,7 +222,9 @@ impl App {
         if timeout(RECORD_WITHIN, self.journal.close()).await.is_err() {
             warn!("the journal did not close in time");
         }
-        self.notary.end().await;
+        if timeout(RECORD_WITHIN, self.notary.end()).await.is_err() {
+            warn!("the last head of the audit log was not kept in time");
+        }
         self.stop_delivery.cancel();
         let _ = self.delivery.await;
         let _ = tokio::task::spawn_blocking(move || self.journal.keep_positions()).await;

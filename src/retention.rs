@@ -78,24 +78,37 @@ impl Retention {
     /// Removes what is over of `day`; `false` while another replica does.
     async fn remove(&self, day: Day, now: Timestamp) -> Result<bool, StoreError> {
         let Some(mut removal) = Removal::begin(&self.pool, day).await? else { return Ok(false) };
+        match self.cut(&mut removal, now).await {
+            Ok(Some(records)) => {
+                removal.finish().await?;
+                info!(day = %day.day, changes_too = day.changes_too, records,
+                    "audit records whose time is over are removed");
+                Ok(true)
+            }
+            kept => {
+                removal.abandon().await?;
+                kept.map(|_| true)
+            }
+        }
+    }
+
+    /// Cuts all that goes; how many records that is, or `None` where one of them is evidence.
+    async fn cut(&self, removal: &mut Removal, now: Timestamp) -> Result<Option<i64>, StoreError> {
         let mut runs = Runs::default();
         removal.records(|event| runs.add(&event)).await?;
         let records = runs.records();
-        let runs = match runs.finish() {
-            Ok(runs) => runs,
-            Err((chain, seq)) => {
-                error!(day = %day.day, chain, seq, "an audit record is not what was written: its \
-                    day is kept as evidence; see `audit verify`");
-                removal.abandon().await?;
-                return Ok(true);
+        match runs.finish() {
+            Ok(runs) => {
+                for (chain, run) in runs {
+                    removal.cut(&Cut::new(&self.keyring, &chain, run, now)).await?;
+                }
+                Ok(Some(records))
             }
-        };
-        for (chain, run) in runs {
-            removal.cut(&Cut::new(&self.keyring, &chain, run, now)).await?;
+            Err((chain, seq)) => {
+                error!(day = %removal.day(), chain, seq, "an audit record is not what was written: \
+                    its day is kept as evidence; see `audit verify`");
+                Ok(None)
+            }
         }
-        removal.finish().await?;
-        info!(day = %day.day, changes_too = day.changes_too, records,
-            "audit records whose time is over are removed");
-        Ok(true)
     }
 }

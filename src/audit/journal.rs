@@ -37,6 +37,7 @@ pub use self::{
     archive::Archive,
     catalog::LocalChain,
     reader::{ChainReader, ReadError},
+    recover::TornTail,
 };
 use self::{
     files::{Directory, Files},

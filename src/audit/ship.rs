@@ -48,14 +48,6 @@ pub enum ShipError {
     /// Somebody else delivers the chain, or its position is that of another history.
     #[error("the position of audit chain {0} was moved by somebody else")]
     Moved(String),
-    /// A chain cannot be read on.
-    #[error("audit chain {chain}: {error}")]
-    Unreadable {
-        /// The chain.
-        chain: String,
-        /// Why.
-        error: ReadError,
-    },
     /// The process ends.
     #[error("reading the journal was interrupted")]
     Interrupted,
@@ -323,7 +315,7 @@ fn days_for(events: &[StoredEvent]) -> BTreeSet<NaiveDate> {
 }
 
 /// How far a chain of an [`Archive`] was delivered.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Shipped {
     /// The chain.
     pub chain: Arc<ChainLink>,
@@ -331,12 +323,15 @@ pub struct Shipped {
     pub from: i64,
     /// The last record that it has now.
     pub to: i64,
+    /// Why it was not delivered to its end.
+    pub stuck: Option<ReadError>,
 }
 
 /// Delivers all that `archive` holds, over one connection.
 ///
 /// # Errors
-/// When a chain cannot be read or delivered; what was delivered until then stays.
+/// When a chain cannot be delivered; what was delivered until then stays. One that cannot be read on
+/// holds up no other.
 pub async fn ship(
     archive: &Archive,
     connection: &PgConnectOptions,
@@ -348,10 +343,7 @@ pub async fn ship(
         let from = delivery.position.seq;
         session.deliver_all(&mut delivery).await?;
         let Delivery { chain, position, stuck, .. } = delivery;
-        if let Some(error) = stuck {
-            return Err(ShipError::Unreadable { chain: chain.link.chain.clone(), error });
-        }
-        shipped.push(Shipped { chain: chain.link, from, to: position.seq });
+        shipped.push(Shipped { chain: chain.link, from, to: position.seq, stuck });
     }
     within(async { Ok(session.connection.close().await?) }).await?;
     Ok(shipped)

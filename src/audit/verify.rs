@@ -95,6 +95,8 @@ pub struct Verifier {
 /// What a proof says.
 #[derive(Debug)]
 pub struct Verdict {
+    /// Whether signatures were checked.
+    pub signatures_checked: bool,
     /// What does not hold, by chain and number; the first thousand.
     pub findings: Vec<Finding>,
     /// How many there are in all.
@@ -133,11 +135,16 @@ pub struct ChainVerdict {
 struct Findings {
     told: Vec<Finding>,
     all: u64,
+    by_chain: HashMap<String, u64>,
 }
 
 impl Findings {
     fn add(&mut self, chain: &str, fault: Fault) {
         self.all += 1;
+        match self.by_chain.get_mut(chain) {
+            Some(count) => *count += 1,
+            None => drop(self.by_chain.insert(chain.to_owned(), 1)),
+        }
         if self.told.len() < MOST_FINDINGS {
             self.told.push(Finding { chain: chain.to_owned(), fault });
         }
@@ -195,6 +202,11 @@ impl Verifier {
         }
     }
 
+    /// Tells that a journal's last segment ends in records that do not follow `last`.
+    pub fn torn(&mut self, chain: &str, last: i64, place: String) {
+        self.findings.add(chain, Fault::Torn { place, last });
+    }
+
     /// Shows a record.
     pub fn record(&mut self, event: &StoredEvent) {
         self.hashed_record(event, event.computed_hash() == event.hash);
@@ -228,7 +240,8 @@ impl Verifier {
         let most = self.walks.iter_mut().max_by_key(|(_, walk)| walk.waiting());
         if let Some((chain, walk)) = most {
             self.waiting -= walk.waiting();
-            walk.drain(self.extent, &mut |fault| self.findings.add(chain, fault));
+            walk.drain_half(self.extent, &mut |fault| self.findings.add(chain, fault));
+            self.waiting += walk.waiting();
         }
     }
 
@@ -240,7 +253,8 @@ impl Verifier {
         }
         let mut notices = Vec::new();
         self.follow_links(&mut notices);
-        if self.keys.is_none() {
+        let signatures_checked = self.keys.is_some();
+        if !signatures_checked {
             notices.push("signatures were not checked: there are no keys to check with".into());
         }
         if self.extent == Extent::Part {
@@ -250,62 +264,83 @@ impl Verifier {
                  records between those that are there are not there)"
             ));
         }
-        let Findings { told: mut findings, all: faults } = self.findings;
+        let Findings { told: mut findings, all: faults, by_chain } = self.findings;
         findings.sort_by(|a, b| (&a.chain, a.fault.seq()).cmp(&(&b.chain, b.fault.seq())));
-        let mut by_chain = BTreeMap::<_, u64>::new();
-        for finding in &findings {
-            *by_chain.entry(finding.chain.as_str()).or_default() += 1;
-        }
         let mut chains: Vec<_> = self
             .walks
             .into_iter()
             .map(|(chain, walk)| {
-                let faults = by_chain.get(chain.as_str()).copied().unwrap_or_default();
+                let faults = by_chain.get(&chain).copied().unwrap_or_default();
                 walk.verdict(chain, faults)
             })
             .collect();
         chains.sort_by(|a, b| a.chain.cmp(&b.chain));
-        Verdict { findings, faults, notices, chains }
+        Verdict { signatures_checked, findings, faults, notices, chains }
     }
 
     /// Whether each chain begins where the one before it ended.
     fn follow_links(&mut self, notices: &mut Vec<String>) {
-        if self.extent == Extent::Part {
-            return;
-        }
-        let ends: HashSet<_> = self.walks.values().filter_map(Walk::last_hash).collect();
-        let mut successors = BTreeMap::<&str, Vec<&str>>::new();
-        for (chain, walk) in &self.walks {
+        let mut names: Vec<_> = self.walks.keys().cloned().collect();
+        names.sort_unstable();
+        // An empty chain ends as it says that it began, which proves nothing.
+        let ends: HashSet<_> = self.walks.values().filter_map(Walk::end).collect();
+        let mut successors = BTreeMap::<String, Vec<String>>::new();
+        for chain in names {
+            let walk = &self.walks[&chain];
+            if walk.unchecked() > 0 {
+                notices.push(format!(
+                    "chain {chain}: {} signed heads are of records that are not here, and were \
+                     compared with nothing",
+                    walk.unchecked()
+                ));
+            }
+            if self.extent == Extent::Part {
+                continue;
+            }
             let Some(claim) = walk.claimed() else {
                 if self.extent == Extent::Whole {
-                    self.findings.add(chain, Fault::Unknown);
+                    let fault = if walk.is_here() { Fault::Unknown } else { Fault::NotHere };
+                    self.findings.add(&chain, fault);
                 }
                 continue;
             };
             if let Some(what) = &claim.retired {
                 notices.push(format!("chain {chain} was retired: {what}"));
             }
-            match &claim.linked_chain {
-                None if claim.linked_hash == Digest::ZERO => {}
-                None => self.findings.add(chain, Fault::NoBefore),
-                // An empty chain ends as it began, wherever it is.
-                Some(before) if ends.contains(&claim.linked_hash) => {
-                    successors.entry(before).or_default().push(chain);
+            let before = match &claim.linked_chain {
+                Some(before) => before,
+                None if claim.linked_hash == Digest::ZERO => continue,
+                None => {
+                    self.findings.add(&chain, Fault::NoBefore);
+                    continue;
                 }
-                Some(before) => {
-                    let missing = match self.walks.get(before).and_then(Walk::last) {
-                        Some(last) => Fault::EndsOtherwise { last, successor: chain.clone() },
-                        None => Fault::ChainMissing { successor: chain.clone() },
-                    };
-                    if self.extent == Extent::Whole || self.walks.contains_key(before) {
-                        self.findings.add(before, missing);
-                    }
+            };
+            // Names sort as chains were opened.
+            let known = self.walks.get(before).filter(|walk| walk.is_here() && *before < chain);
+            match known {
+                Some(known) if known.last_hash() == Some(claim.linked_hash) => {
+                    successors.entry(before.clone()).or_default().push(chain);
                 }
+                // Chains are delivered one after the other.
+                Some(_) if walk.last() == Some(0) && claim.last_seq == Some(0) => {
+                    notices.push(format!(
+                        "chain {before} is not delivered to its end: {chain}, which follows it, \
+                         has no record yet"
+                    ));
+                }
+                Some(known) => {
+                    let last = known.last().unwrap_or_default();
+                    self.findings.add(before, Fault::EndsOtherwise { last, successor: chain });
+                }
+                // One that was empty may never have been told of.
+                None if claim.linked_hash == Digest::ZERO
+                    || ends.contains(&claim.linked_hash)
+                    || self.extent == Extent::Kept => {}
+                None => self.findings.add(before, Fault::ChainMissing { successor: chain }),
             }
         }
-        for (before, mut successors) in successors {
+        for (before, successors) in successors {
             if successors.len() > 1 {
-                successors.sort_unstable();
                 notices.push(format!(
                     "the chains {} all follow {before}: its state directory was copied",
                     successors.join(", ")

@@ -106,7 +106,7 @@ pub(super) async fn run(global: &Global, args: AuditArgs) -> anyhow::Result<Exit
         Command::Verify(args) => return verify::run(global, args).await,
         Command::Export(args) => export::run(global, args).await?,
         Command::Who(args) => return who::run(global, args).await,
-        Command::Ship(args) => ship::ship(global, args).await?,
+        Command::Ship(args) => return ship::ship(global, args).await,
         Command::Retire(args) => ship::retire(global, args).await?,
     }
     Ok(ExitCode::SUCCESS)

@@ -105,6 +105,12 @@ impl Removal {
         Ok(Some(Self { transaction, day }))
     }
 
+    /// Which day it is.
+    #[must_use]
+    pub fn day(&self) -> NaiveDate {
+        self.day.day
+    }
+
     /// Shows every record that goes, by chain and number.
     ///
     /// # Errors

@@ -90,6 +90,9 @@ async fn runtime_does_the_work_of_the_broker() {
         &[
             "select * from accounts",
             "select * from accounts for update skip locked",
+            "select audit_hold('2026-01-01'); insert into audit_cuts (chain, first_seq, prev_hash, \
+             last_seq, hash, at, key_id, signature) values ('c', 1, '', 1, '', now(), 'h', ''); \
+             select audit_prune('2026-01-01', true)",
             "update accounts set client_secret = null, sealed_secret = 'x'",
             "update accounts set previous_secret = null, previous_version = null",
             "update accounts a set reissue_requested_at = now() from account_status s \
@@ -249,6 +252,7 @@ async fn auditor_reads_what_happened() {
         &[
             "select * from audit_events where account = 'acme'",
             "select * from audit_chains natural left join audit_heads",
+            "lock table audit_events in access share mode; select * from audit_cuts",
             "select subject, what, session_user_name from changes",
             "select id, journal_chain, journal_seq from instances",
         ],
@@ -265,6 +269,9 @@ async fn auditor_writes_nothing_and_sees_neither_accounts_nor_access() {
             "update audit_events set outcome = 'x'",
             "delete from audit_events",
             "delete from changes",
+            "select audit_prune('2026-01-01', true)",
+            "insert into audit_cuts (chain, first_seq, prev_hash, last_seq, hash, at, key_id, signature) \
+             values ('c', 1, '', 1, '', now(), 'h', '')",
             "update changes set audited_at = now()",
             "select name from accounts",
             "select * from account_status",

@@ -6,7 +6,7 @@ use super::{
     JournalError, LocalChain,
     files::{Directory, Files},
     reader::ChainReader,
-    recover::{Tail, recover},
+    recover::{Tail, TornTail, recover},
     segments::Segments,
 };
 use crate::{
@@ -15,8 +15,11 @@ use crate::{
 };
 
 /// The journal in a state directory, as it was when it was opened. Nothing there is changed: a torn
-/// tail, which no call was answered for, is passed over and not set aside.
-pub struct Archive(Arc<Segments>);
+/// tail is passed over, and told of.
+pub struct Archive {
+    segments: Arc<Segments>,
+    torn: Option<TornTail>,
+}
 
 impl Archive {
     /// Opens the journal below the state directory `path`, for as long as `state_dir` is held; without
@@ -33,18 +36,24 @@ impl Archive {
         state_dir: Option<StateDir>,
     ) -> Result<Self, JournalError> {
         let found = recover(&*files, Tail::Leave)?;
-        Ok(Self(Segments::new(files, found.catalog, state_dir)))
+        Ok(Self { segments: Segments::new(files, found.catalog, state_dir), torn: found.torn })
     }
 
     /// The chains of which there are segments, in the order of starts.
     #[must_use]
     pub fn chains(&self) -> Vec<LocalChain> {
-        self.0.catalog().chains()
+        self.segments.catalog().chains()
+    }
+
+    /// What the last segment ends in that does not follow.
+    #[must_use]
+    pub fn torn(&self) -> Option<&TornTail> {
+        self.torn.as_ref()
     }
 
     /// Reads the records of a chain that follow `after`.
     #[must_use]
     pub fn reader(&self, link: Arc<ChainLink>, after: Head) -> ChainReader {
-        ChainReader::new(Arc::clone(&self.0), link, after)
+        ChainReader::new(Arc::clone(&self.segments), link, after)
     }
 }

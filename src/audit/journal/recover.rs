@@ -29,6 +29,24 @@ pub(super) struct Recovered {
     pub(super) start: u32,
     /// The chain before this one, and its head.
     pub(super) last: Option<(Arc<ChainLink>, Head)>,
+    /// A tail that was left as it is.
+    pub(super) torn: Option<TornTail>,
+}
+
+/// A tail of a journal's last segment that does not follow what is before it.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct TornTail {
+    /// The chain.
+    pub chain: String,
+    /// The last record before it.
+    pub last_seq: i64,
+    /// The segment.
+    pub file: String,
+    /// The first line that does not follow, from 1.
+    pub line: usize,
+    /// How many lines of it are whole records: a crash leaves few, and an edit of one leaves all that
+    /// follow.
+    pub records: usize,
 }
 
 /// What becomes of a tail that a crash tore.
@@ -48,15 +66,15 @@ pub(super) fn recover(files: &dyn Files, tail: Tail) -> Result<Recovered, Journa
     let found = read_headers(files, listed, tail)?;
     let mut links = Links::default();
     let mut segments = Vec::with_capacity(found.len());
-    let mut last = None;
+    let (mut last, mut torn) = (None, None);
     for (nth, (header, file)) in found.iter().enumerate() {
         let link = links.of(header);
         let (head, len) = match found.get(nth + 1) {
             Some((next, _)) => match end_by_successor(header, next) {
                 Some(head) => (head, file.len),
-                None => read_through(files, header, file, None)?,
+                None => read_through(files, header, file, None, &mut torn)?,
             },
-            None => read_through(files, header, file, Some(tail))?,
+            None => read_through(files, header, file, Some(tail), &mut torn)?,
         };
         segments.push(Segment {
             name: file.name.clone(),
@@ -69,7 +87,7 @@ pub(super) fn recover(files: &dyn Files, tail: Tail) -> Result<Recovered, Journa
         last = Some((link, head));
     }
     let catalog = Catalog::new(segments, read_delivered(files));
-    Ok(Recovered { catalog, start, last })
+    Ok(Recovered { catalog, start, last, torn })
 }
 
 /// One shared link for all segments of a chain.
@@ -161,6 +179,7 @@ fn read_through(
     header: &Header,
     file: &Listed,
     tail: Option<Tail>,
+    torn: &mut Option<TornTail>,
 ) -> Result<(Head, u64), JournalError> {
     let bytes = read_all(files, file)?;
     let mut head = header.head();
@@ -179,6 +198,16 @@ fn read_through(
                         && head.seq >= known_synced(&bytes[good..], &header.link.chain) =>
                 {
                     if tail == Some(Tail::Leave) {
+                        let lines = bytes[good..].split(|b| *b == b'\n');
+                        *torn = Some(TornTail {
+                            chain: header.link.chain.clone(),
+                            last_seq: head.seq,
+                            file: file.name.clone(),
+                            line: nth + 1,
+                            records: lines
+                                .filter(|line| serde_json::from_slice::<StoredEvent>(line).is_ok())
+                                .count(),
+                        });
                         break;
                     }
                     tracing::error!(

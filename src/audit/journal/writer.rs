@@ -126,7 +126,7 @@ impl Writer {
     }
 
     /// Lets a batch grow for as long as it does. A commit for each of many calls costs more than the
-    /// calls; a call alone waits for nobody.
+    /// calls. Those that come one by one do not wait.
     fn gather(&self) {
         let begun = Instant::now();
         let mut waiting = self.shared.queue.len();

@@ -43,6 +43,18 @@ pub enum Fault {
         /// The last.
         last: i64,
     },
+    /// A record is there that retention says it removed.
+    NotRemoved {
+        /// Which.
+        seq: i64,
+    },
+    /// A journal's last segment ends in records that do not follow.
+    Torn {
+        /// Where, and how many.
+        place: String,
+        /// The last record before them.
+        last: i64,
+    },
     /// Records are not there.
     Missing {
         /// The first of them.
@@ -74,6 +86,8 @@ pub enum Fault {
     },
     /// The chain itself is not known; somebody removed its row.
     Unknown,
+    /// A head of a chain was signed, and neither its row nor a record is there.
+    NotHere,
     /// The chain says that there was none before it, and begins with the hash of one.
     NoBefore,
     /// A chain that another is linked to is not there at all.
@@ -115,6 +129,7 @@ impl Fault {
             | Self::Replaced { seq }
             | Self::Twice { seq }
             | Self::NoNumber { seq }
+            | Self::NotRemoved { seq }
             | Self::NoRun { first: seq, .. }
             | Self::Contradicted { seq }
             | Self::BeyondPosition { seq }
@@ -122,10 +137,10 @@ impl Fault {
             | Self::UnprovenHead { seq, .. }
             | Self::Missing { first: seq, .. }
             | Self::UnprovenCut { first: seq, .. } => *seq,
-            Self::CutShort { last, .. } | Self::EndsOtherwise { last, .. } => {
-                last.saturating_add(1)
-            }
-            Self::Unknown | Self::NoBefore | Self::ChainMissing { .. } => 0,
+            Self::CutShort { last, .. }
+            | Self::EndsOtherwise { last, .. }
+            | Self::Torn { last, .. } => last.saturating_add(1),
+            Self::Unknown | Self::NotHere | Self::NoBefore | Self::ChainMissing { .. } => 0,
         }
     }
 
@@ -137,6 +152,9 @@ impl Fault {
             Self::Replaced { .. } => "replaced",
             Self::Twice { .. } => "twice",
             Self::NoNumber { .. } => "no_number",
+            Self::NotRemoved { .. } => "not_removed",
+            Self::Torn { .. } => "torn",
+            Self::NotHere => "not_here",
             Self::NoRun { .. } => "no_run",
             Self::Missing { .. } => "missing",
             Self::CutShort { .. } => "cut_short",
@@ -168,6 +186,15 @@ impl fmt::Display for Fault {
                 seq.saturating_add(1)
             ),
             Self::Twice { seq } => write!(f, "record {seq} is there more than once"),
+            Self::NotRemoved { seq } => {
+                write!(f, "record {seq} is there, and retention says that it removed it")
+            }
+            Self::Torn { place, last } => write!(
+                f,
+                "what follows record {last} does not follow it ({place}): a crash tore it before \
+                 any call was answered for it, or it was altered"
+            ),
+            Self::NotHere => f.write_str("a head of it was signed, and nothing of it is here"),
             Self::NoNumber { seq } => write!(f, "no record can have the number {seq}"),
             Self::NoRun { first, last } => {
                 write!(f, "no records {first} to {last} can have been removed")

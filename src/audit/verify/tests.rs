@@ -204,7 +204,7 @@ fn a_chain_that_is_gone_is_found_by_the_one_after_it_or_by_a_head() {
     log.sign(SECOND, 5);
     log.remove(SECOND, 1..=5);
     log.claims.pop();
-    assert_eq!(log.faults(), one(SECOND, Fault::Unknown));
+    assert_eq!(log.faults(), one(SECOND, Fault::NotHere));
 }
 
 #[test]
@@ -272,14 +272,78 @@ fn what_stayed_beside_a_cut_cannot_be_changed() {
 }
 
 #[test]
-fn records_that_were_removed_and_delivered_anew_are_no_fault() {
+fn records_that_appear_where_retention_removed_them_are_found() {
     let mut log = Log::of(10, 0);
-    let again: Vec<_> = (3..=5).map(|seq| log.at(FIRST, seq).clone()).collect();
+    let mut forged = log.at(FIRST, 3).clone();
     log.prune(FIRST, 1..=6);
-    log.events.splice(0..0, again.clone());
+    forged.caller = Some("mallory".into());
+    forged.hash = forged.computed_hash();
+    log.events.push(forged);
+    let fault = one(FIRST, Fault::NotRemoved { seq: 3 });
+    assert_eq!(log.faults(), fault);
+    log.events.rotate_right(1);
+    assert_eq!(log.faults(), fault);
+}
+
+#[test]
+fn an_emptied_chain_does_not_stand_for_what_it_had() {
+    // Its row says that it always was empty, and began where it ended.
+    let mut log = Log::of(10, 5);
+    log.remove(FIRST, 1..=10);
+    let end = log.claims[1].0.linked_hash;
+    let (claim, root) = &mut log.claims[0];
+    (claim.last_seq, claim.last_hash) = (Some(0), Some(end));
+    (claim.linked_hash, claim.linked_chain) = (end, Some("c00000000-0".into()));
+    *root = claim.root();
+    assert!(!log.faults().is_empty());
+    // A made up one ends where the truncated one did.
+    let mut log = Log::of(10, 5);
+    log.remove(FIRST, 8..=10);
+    let last = log.at(FIRST, 7).hash;
+    (log.claims[0].0.last_seq, log.claims[0].0.last_hash) = (Some(7), Some(last));
+    let end = log.claims[1].0.linked_hash;
+    let made_up = Claim {
+        chain: "c00000009-0".into(),
+        linked_chain: Some(FIRST.into()),
+        linked_hash: end,
+        last_seq: Some(0),
+        last_hash: Some(end),
+        ..Claim::of(&link())
+    };
+    let root = made_up.root();
+    log.claims.push((made_up, root));
+    let successor = SECOND.into();
+    assert_eq!(log.faults(), one(FIRST, Fault::EndsOtherwise { last: 7, successor }));
+}
+
+#[test]
+fn a_chain_that_is_still_delivered_is_a_notice_and_no_fault() {
+    let mut log = Log::of(10, 0);
+    log.remove(FIRST, 8..=10);
+    let last = log.at(FIRST, 7).hash;
+    (log.claims[0].0.last_seq, log.claims[0].0.last_hash) = (Some(7), Some(last));
+    let verdict = log.verdict(Extent::Whole);
+    assert!(verdict.holds(), "{verdict:?}");
+    assert!(verdict.notices[0].contains("is not delivered to its end"), "{:?}", verdict.notices);
+}
+
+#[test]
+fn an_empty_first_chain_that_nobody_heard_of_is_not_missed() {
+    let mut log = Log::of(0, 5);
+    log.claims.remove(0);
     assert_eq!(log.faults(), []);
-    log.events.rotate_left(again.len());
-    assert_eq!(log.faults(), []);
+}
+
+#[test]
+fn faults_are_counted_for_each_chain_however_many_there_are() {
+    let mut log = Log::of(i64::try_from(MOST_FINDINGS).unwrap() + 5, 5);
+    for event in &mut log.events {
+        event.count += 1;
+    }
+    let verdict = log.verdict(Extent::Whole);
+    let faults: Vec<_> = verdict.chains.iter().map(|chain| chain.faults).collect();
+    assert_eq!(faults, [MOST_FINDINGS as u64 + 5, 5]);
+    assert_eq!(verdict.findings.len(), MOST_FINDINGS);
 }
 
 #[test]
@@ -326,6 +390,10 @@ fn what_never_comes_is_missing_once_too_much_waits_for_it() {
     }
     assert_eq!((walk.waiting(), told.len()), (3, 0));
     verifier.waiting = 3;
+    // The earlier half is not waited for any more, then the rest.
+    verifier.give_up_waiting();
+    assert_eq!((verifier.waiting, verifier.walks[FIRST].waiting()), (1, 1));
+    verifier.give_up_waiting();
     verifier.give_up_waiting();
     assert_eq!((verifier.waiting, verifier.walks[FIRST].waiting()), (0, 0));
     let missing: Vec<_> = verifier.findings.told.iter().map(|it| &it.fault).collect();

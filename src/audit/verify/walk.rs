@@ -54,7 +54,7 @@ impl Walk {
         self.claim.as_ref()
     }
 
-    /// Notes what was removed; of what came back and was removed again, the most.
+    /// Notes what was removed.
     pub(super) fn cut(&mut self, cut: Cut) {
         let known = self.cuts.get(&cut.first_seq);
         if known.is_none_or(|known| known.last_seq < cut.last_seq) {
@@ -83,6 +83,11 @@ impl Walk {
         self.head.map(|head| head.seq)
     }
 
+    /// The hash of the last record, if there is one.
+    pub(super) fn end(&self) -> Option<Digest> {
+        self.head.filter(|head| head.seq > 0).map(|head| head.hash)
+    }
+
     pub(super) fn last_hash(&self) -> Option<Digest> {
         self.head.map(|head| head.hash)
     }
@@ -97,21 +102,34 @@ impl Walk {
         self.records += 1;
         let (first, last) = self.times.unwrap_or((event.at, event.at));
         self.times = Some((first.min(event.at), last.max(event.at)));
+        // Rows, cuts and positions are of one database, and go back together: what was removed cannot
+        // have come again.
+        if self.covering(event.seq).is_some() {
+            return tell(Fault::NotRemoved { seq: event.seq });
+        }
         let link = Link { prev_hash: event.prev_hash, hash: event.hash, sound };
         match self.head {
             Some(head) if event.seq == head.seq + 1 && self.waiting.is_empty() => {
                 self.step(head, event.seq, link, tell);
             }
-            Some(head) if event.seq <= head.seq => {
-                // Delivered anew after the database went back past a removal.
-                if self.covering(event.seq).is_none() {
-                    tell(Fault::Twice { seq: event.seq });
-                }
+            Some(head) if extent == Extent::Part => self.pass(head, event.seq, link),
+            None if extent == Extent::Part => {
+                self.head = Some(Head { seq: event.seq, hash: link.hash });
             }
+            Some(head) if event.seq <= head.seq => tell(Fault::Twice { seq: event.seq }),
             _ if self.waiting.insert(event.seq, link).is_some() => {
                 tell(Fault::Twice { seq: event.seq });
             }
             _ => self.advance(extent, tell),
+        }
+    }
+
+    /// In a part of a log, goes on with a record whatever is between. One that comes late is proven by
+    /// itself alone.
+    fn pass(&mut self, head: Head, seq: i64, link: Link) {
+        if seq > head.seq {
+            self.absent = self.absent.saturating_add(seq.abs_diff(head.seq) - 1);
+            self.head = Some(Head { seq, hash: link.hash });
         }
     }
 
@@ -139,15 +157,16 @@ impl Walk {
 
     /// Goes on behind what retention removed.
     fn jump(&mut self, head: Head, cut: &Cut, extent: Extent, tell: Tell<'_>) {
-        // What was delivered anew and ends within a cut cannot be compared with it.
         if cut.first_seq == head.seq + 1 && cut.prev_hash != head.hash && extent != Extent::Part {
             tell(Fault::Replaced { seq: head.seq });
         }
         self.removed = self.removed.saturating_add(cut.last_seq - head.seq);
         let beyond = self.heads.split_off(&cut.last_seq);
         self.heads = beyond;
-        // Of what was removed, later copies may wait.
-        self.waiting = self.waiting.split_off(&(cut.last_seq + 1));
+        let after = self.waiting.split_off(&(cut.last_seq + 1));
+        for seq in std::mem::replace(&mut self.waiting, after).into_keys() {
+            tell(Fault::NotRemoved { seq });
+        }
         self.arrive(Head { seq: cut.last_seq, hash: cut.hash }, tell);
     }
 
@@ -177,6 +196,15 @@ impl Walk {
             let removed = self.next_cut().filter(|removed| removed.seq < waiting.seq);
             self.skip_to(removed.unwrap_or(waiting), extent, tell);
         }
+    }
+
+    /// Takes the earlier half of what waits: what is late is later than it will ever be again.
+    pub(super) fn drain_half(&mut self, extent: Extent, tell: Tell<'_>) {
+        let middle = self.waiting.keys().nth((self.waiting.len() / 2).max(1)).copied();
+        let later = middle.map(|middle| self.waiting.split_off(&middle)).unwrap_or_default();
+        self.drain(extent, tell);
+        self.waiting = later;
+        self.advance(extent, tell);
     }
 
     /// Goes on with the record that follows `head`, which is not there.
@@ -228,6 +256,16 @@ impl Walk {
         {
             tell(Fault::CutShort { last: last.seq, head });
         }
+    }
+
+    /// How many heads could be compared with nothing that is here.
+    pub(super) fn unchecked(&self) -> usize {
+        self.heads.len()
+    }
+
+    /// Whether anything of the chain is known but heads.
+    pub(super) fn is_here(&self) -> bool {
+        self.claim.is_some() || self.records > 0
     }
 
     pub(super) fn verdict(self, chain: String, faults: u64) -> ChainVerdict {

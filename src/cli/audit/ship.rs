@@ -1,6 +1,6 @@
 //! `audit ship` and `audit retire`: what becomes of the journal of a replica that is gone.
 
-use std::{io, path::PathBuf};
+use std::{io, path::PathBuf, process::ExitCode};
 
 use anyhow::{Context, bail};
 use clap::Args;
@@ -8,7 +8,7 @@ use tokio::task;
 
 use crate::{
     audit::{
-        journal::Archive,
+        journal::{Archive, TornTail},
         ship::{self, Shipped},
     },
     cli::{
@@ -37,7 +37,7 @@ pub(super) struct RetireArgs {
     reason: Option<String>,
 }
 
-pub(super) async fn ship(global: &Global, args: ShipArgs) -> anyhow::Result<()> {
+pub(super) async fn ship(global: &Global, args: ShipArgs) -> anyhow::Result<ExitCode> {
     let url = config::database_url(&global.sources(std::collections::BTreeMap::new())?)?;
     let database = url.database(APPLICATION)?;
     database.check_schema().await?;
@@ -45,13 +45,26 @@ pub(super) async fn ship(global: &Global, args: ShipArgs) -> anyhow::Result<()> 
     let shipped = ship::ship(&archive, database.connection()).await?;
     let mut table = Table::new(["CHAIN", "HAD", "HAS NOW"]);
     let mut delivered = 0;
-    for Shipped { chain, from, to } in &shipped {
+    let mut whole = true;
+    for Shipped { chain, from, to, stuck } in &shipped {
         delivered += to - from;
+        if let Some(error) = stuck {
+            whole = false;
+            output::note(format_args!("chain {} cannot be delivered on: {error}", chain.chain));
+        }
         table.row([chain.chain.clone(), from.to_string(), to.to_string()]);
     }
     table.print("the journal is empty")?;
     output::note(format_args!("{delivered} records were delivered"));
-    Ok(())
+    if let Some(torn) = archive.torn().filter(|torn| torn.records > 0) {
+        let TornTail { file, line, records, .. } = torn;
+        whole = false;
+        output::note(format_args!(
+            "{file}: from line {line} on, {records} records do not follow those before, and were not \
+             delivered: a crash tore them, or they were altered"
+        ));
+    }
+    Ok(ExitCode::from(u8::from(!whole)))
 }
 
 /// Opens the journal of a directory that no broker uses.

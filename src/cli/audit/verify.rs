@@ -19,7 +19,7 @@ use crate::{
     audit::{
         chain::{Digest, Head, StoredEvent},
         export::{Line, Statement},
-        journal::Archive,
+        journal::{Archive, TornTail},
         signed::SignedHead,
         verify::{Claim, Extent, Verdict, Verifier},
     },
@@ -182,6 +182,15 @@ impl Proof {
     fn of_journal(self, directory: &Path) -> anyhow::Result<Verdict> {
         let mut verifier = self.begin(Extent::Kept)?;
         let archive = Archive::open(directory, None)?;
+        // A broker that writes there may be in the middle of a line.
+        if let Some(torn) = archive.torn().filter(|torn| torn.records > 0) {
+            let TornTail { chain, last_seq, file, line, records } = torn;
+            verifier.torn(
+                chain,
+                *last_seq,
+                format!("{file}, line {line}; {records} whole records"),
+            );
+        }
         for chain in archive.chains() {
             verifier.chain(Claim::of(&chain.link), chain.before);
             let mut reader = archive.reader(chain.link, chain.before);
@@ -252,18 +261,11 @@ struct Lines {
 }
 
 fn heads_in(file: &Path) -> anyhow::Result<Vec<SignedHead>> {
-    /// A line of the broker's log.
-    #[derive(serde::Deserialize)]
-    struct Logged {
-        fields: SignedHead,
-    }
     let mut reader = open(file)?;
     let (mut heads, mut line) = (Vec::new(), Vec::new());
     while reader.read_until(b'\n', &mut line).with_context(|| file.display().to_string())? > 0 {
-        let head = serde_json::from_slice::<SignedHead>(&line);
-        let head = head.or_else(|_| serde_json::from_slice(&line).map(|it: Logged| it.fields));
         // A log says other things too.
-        heads.extend(head);
+        heads.extend(serde_json::from_slice::<SignedHead>(&line));
         line.clear();
     }
     Ok(heads)
@@ -329,7 +331,11 @@ fn print(verdict: &Verdict) -> anyhow::Result<()> {
         output::note(format_args!("note: {notice}"));
     }
     let (records, chains) = (verdict.records(), verdict.chains.len());
-    let holds = if verdict.holds() { "all of it holds" } else { "it does NOT hold" };
+    let holds = match (verdict.holds(), verdict.signatures_checked) {
+        (false, _) => "it does NOT hold",
+        (true, true) => "all of it holds",
+        (true, false) => "it holds as far as can be told without keys",
+    };
     output::note(format_args!("{records} records in {chains} chains: {holds}"));
     Ok(())
 }
@@ -342,7 +348,8 @@ fn in_json(verdict: &Verdict) -> Value {
         })
     });
     json!({
-        "holds": verdict.holds(), "records": verdict.records(), "faults": verdict.faults,
+        "holds": verdict.holds(), "signatures_checked": verdict.signatures_checked,
+        "records": verdict.records(), "faults": verdict.faults,
         "findings": findings.collect::<Vec<_>>(), "notices": verdict.notices,
         "chains": verdict.chains,
     })

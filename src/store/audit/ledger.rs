@@ -14,7 +14,7 @@ use crate::{
     store::StoreError,
 };
 
-/// The audit log as one snapshot shows it, however long reading it takes.
+/// The audit log as one snapshot shows it, however long reading it takes. Retention waits for it.
 pub struct Ledger(Transaction<'static, Postgres>);
 
 impl Ledger {
@@ -25,6 +25,12 @@ impl Ledger {
     pub async fn open(pool: &PgPool) -> Result<Self, StoreError> {
         let begin = "begin isolation level repeatable read, read only";
         let mut transaction = pool.begin_with(begin).await?;
+        // Before the snapshot is taken, so that retention removes no day that it shows.
+        sqlx::query!(
+            "/* store::audit::ledger::open */ lock table audit_events in access share mode"
+        )
+        .execute(&mut *transaction)
+        .await?;
         sqlx::query!(
             "/* store::audit::ledger::open */
             select set_config('statement_timeout', '0', true)"

@@ -6,6 +6,7 @@ use futures_util::TryStreamExt;
 use sqlx::Row;
 use token_broker::{
     audit::verify::{Extent, Verdict, Verifier},
+    clock::ManualClock,
     retention::Retention,
     seal::{Keyring, VerifyingKeys},
     store::audit::{EventFilter, Ledger},
@@ -20,6 +21,8 @@ struct Past {
     world: World,
     database: TestDatabase,
     keyring: Arc<Keyring>,
+    /// One moment for all: midnight may pass meanwhile.
+    now: Timestamp,
 }
 
 impl Past {
@@ -27,16 +30,17 @@ impl Past {
     async fn of(days: i64) -> Self {
         let database = TestDatabase::new().await;
         let world = World::new(database.url());
+        let now = Clock::System.now();
         for back in (1..=days).rev() {
             for nth in 0..7 {
-                let at = Clock::System.now() - TimeDelta::days(back);
+                let at = now - TimeDelta::days(back);
                 let event = if nth % 3 == 2 { Event::GrantChanged } else { Event::GetToken };
                 append(&world.journal, Record::new(at, event)).await;
             }
         }
         world.drain().await;
         let keyring = Keyring::generate(Clock::System.now());
-        Self { world, database, keyring: Arc::new(Keyring::parse(&keyring).unwrap()) }
+        Self { world, database, keyring: Arc::new(Keyring::parse(&keyring).unwrap()), now }
     }
 
     /// Has a broker's retention run once.
@@ -44,7 +48,7 @@ impl Past {
         let retention = Retention {
             pool: self.world.pool.clone(),
             keyring: self.keyring.clone(),
-            clock: Clock::System,
+            clock: Clock::Manual(ManualClock::new(self.now)),
             calls,
             changes,
         };
@@ -54,9 +58,10 @@ impl Past {
     /// How many records there are of each kind, by how many days they are past.
     async fn left(&self) -> Vec<(String, i64)> {
         sqlx::query(
-            "select event || ' ' || (now()::date - at::date), count(*) from audit_events
+            "select event || ' ' || ($1::timestamptz::date - at::date), count(*) from audit_events
              group by 1 order by 1",
         )
+        .bind(self.now)
         .fetch_all(&self.world.pool)
         .await
         .unwrap()
@@ -158,7 +163,7 @@ async fn calls_alone_go_where_changes_are_kept_for_ever() {
         assert!(error.contains("append-only"), "{error}");
     }
     let partition = "truncate audit_events_";
-    let day = (Clock::System.now() - TimeDelta::days(3)).format("%Y%m%d");
+    let day = (past.now - TimeDelta::days(3)).format("%Y%m%d");
     let error = past.database.try_sql(&format!("{partition}{day}")).await.unwrap_err();
     assert!(error.to_string().contains("append-only"), "{error}");
 }
@@ -181,9 +186,9 @@ async fn a_day_with_a_record_that_was_tampered_with_stays_as_evidence() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn records_that_nobody_signed_for_are_not_removed_whoever_asks() {
+async fn records_that_no_cut_tells_of_are_not_removed_whoever_asks() {
     let past = Past::of(3).await;
-    let day = |back| (Clock::System.now() - TimeDelta::days(back)).format("%Y-%m-%d").to_string();
+    let day = |back| (past.now - TimeDelta::days(back)).format("%Y-%m-%d").to_string();
     for (back, words) in [(3, "have no signed cut"), (0, "not old enough"), (1, "not old enough")] {
         let prune = format!("select audit_prune('{}', true)", day(back));
         let error = past.database.try_sql(&prune).await.unwrap_err().to_string();

@@ -203,7 +203,7 @@ async fn whatever_is_done_to_the_log_is_found_and_named() {
         (
             format!("delete from audit_events where chain = '{last}';
                 delete from audit_heads where chain = '{last}'; delete from audit_chains where chain = '{last}'"),
-            "it is not in audit_chains",
+            "a head of it was signed, and nothing of it is here",
         ),
     ] {
         let _copy = left.tampered(&tampering).await;
@@ -227,6 +227,22 @@ async fn an_export_or_a_journal_that_was_changed_or_cut_is_refused() {
     );
     if let Some(ran) = python(&[&edited]).await {
         assert!(ran.failed().contains("was altered"));
+    }
+    let without = |chain: &str| -> String {
+        export
+            .lines()
+            .filter(|line| !line.contains(chain))
+            .map(|line| format!("{line}\n"))
+            .collect()
+    };
+    let [_, last] = left.chains().await;
+    let (first_gone, last_gone) =
+        (left.file("first.jsonl", &without(&first)), left.file("last.jsonl", &without(&last)));
+    for (file, heads) in [(&first_gone, None), (&last_gone, Some(left.heads()))] {
+        let heads = heads.iter().flat_map(|heads| ["--heads", heads]);
+        if let Some(ran) = python(&heads.chain([file.as_str()]).collect::<Vec<_>>()).await {
+            ran.failed();
+        }
     }
     let lines: Vec<_> = export.lines().collect();
     let cut = left.file("cut.jsonl", &lines[..lines.len() - 1].join("\n"));
@@ -318,7 +334,7 @@ async fn the_journal_of_a_replica_that_is_gone_is_shipped_once_and_only_when_nob
     };
     let before = files();
     let shipped = site.run(&ship).await;
-    assert!(!shipped.stderr.contains("\n0 records"), "{shipped:?}");
+    assert!(!shipped.stderr.starts_with("0 records"), "{shipped:?}");
     shipped.ok();
     assert_eq!(files(), before, "nothing of it is changed");
     let again = site.run(&ship).await;
