@@ -258,6 +258,7 @@ impl Session<'_> {
             let events = match read(delivery).await? {
                 Ok(events) if events.is_empty() => break,
                 Ok(events) => events,
+                Err(ReadError::Missing { .. }) if self.skip_lost(delivery) => continue,
                 Err(error) => {
                     let chain = &delivery.chain.link.chain;
                     tracing::error!(chain, %error, "an audit chain cannot be delivered on");
@@ -271,6 +272,29 @@ impl Session<'_> {
             }
         }
         Ok(any)
+    }
+
+    /// Goes on where the journal begins, if that is behind the database's position: it went back, and what
+    /// would come next is gone. A gap in the log is told by every proof of it; to wait would fill the
+    /// journal, and lose the rest too.
+    fn skip_lost(&self, delivery: &mut Delivery) -> bool {
+        let chain = &delivery.chain.link.chain;
+        let kept = self.shelf.chains().into_iter().find(|kept| kept.link.chain == *chain);
+        let Some(kept) = kept.filter(|kept| kept.before.seq > delivery.position.seq) else {
+            return false;
+        };
+        let reader = delivery.reader.as_ref();
+        if reader.is_none_or(|reader| reader.head().seq >= kept.before.seq) {
+            return false;
+        }
+        tracing::error!(
+            chain,
+            first = delivery.position.seq + 1,
+            last = kept.before.seq,
+            "audit records that the database lost are not in the journal any more: a gap stays"
+        );
+        delivery.reader = Some(self.shelf.reader(Arc::clone(&kept.link), kept.before));
+        true
     }
 
     async fn deliver(

@@ -44,7 +44,7 @@ pub enum VerifyingKeysFault {
 }
 
 impl VerifyingKeys {
-    /// Reads keys as [`VerifyingKeys::to_string`] writes them: each in PEM, after a line `# key id`.
+    /// Reads keys as their `Display` writes them: each in PEM, after a line `# key id`.
     ///
     /// # Errors
     /// Names the line at fault.

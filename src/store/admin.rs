@@ -16,7 +16,7 @@ pub use self::{
         BearerSummary, CallerDetails, CallerSummary, CredentialDetails, GrantDetails, NewBearer,
         NewCaller, NewGrant,
     },
-    chains::LastChain,
+    chains::OpenChain,
     overview::{InstanceSummary, LastIssue, Load, PublishedKey},
 };
 use super::{Database, StoreError};

@@ -383,3 +383,33 @@ async fn a_partition_that_is_missing_is_made_again() {
     assert_eq!(events.len(), 4);
     assert_chains_hold(&world.journal, &events);
 }
+
+/// What the database lost and the journal has not any more stays a gap, and holds up nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restored_database_gets_what_the_journal_still_has() {
+    let own = TestDatabase::new().await;
+    let settings =
+        JournalSettings { segment_bytes: 8_000, max_bytes: 32_000, ..JournalSettings::default() };
+    let world = World::with(own.url(), settings);
+    for round in 0..10 {
+        append_all(&world.journal, (round * 20..(round + 1) * 20).map(call)).await;
+        world.drain().await;
+    }
+    let hash = world.events().await[9].hash.0;
+    own.sql(
+        "set session_replication_role = replica; delete from audit_events where seq > 10;
+         set session_replication_role = origin",
+    )
+    .await;
+    sqlx::query("update audit_chains set delivered_seq = 10, delivered_hash = $1")
+        .bind(&hash[..])
+        .execute(&world.pool)
+        .await
+        .unwrap();
+    append_all(&world.journal, (200..220).map(call)).await;
+    let first = world.journal.chains()[0].before.seq + 1;
+    assert!(first > 11, "the first segments went for want of room");
+    world.drain().await;
+    let seqs: Vec<_> = world.events().await.iter().map(|event| event.seq).collect();
+    assert_eq!(seqs, (1..=10).chain(first..=220).collect::<Vec<_>>());
+}

@@ -2,7 +2,7 @@
 
 use std::{io, path::PathBuf, process::ExitCode};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use clap::Args;
 use tokio::task;
 
@@ -18,7 +18,7 @@ use crate::{
     },
     config,
     state_dir::{StateDir, StateDirError},
-    store::admin::LastChain,
+    store::admin::OpenChain,
 };
 
 #[derive(Args, Debug)]
@@ -90,24 +90,31 @@ fn open(directory: &std::path::Path) -> anyhow::Result<Archive> {
 
 pub(super) async fn retire(global: &Global, args: RetireArgs) -> anyhow::Result<()> {
     let admin = global.admin(args.reason.as_deref()).await?;
-    let last = admin.last_chain(&args.instance).await?;
-    if last.live {
+    let chains = admin.open_chains(&args.instance).await?;
+    if chains.iter().any(|chain| chain.live) {
         bail!("instance {} runs: it told so within the last minute", args.instance);
     }
-    if let Some(retired) = last.retired {
-        bail!("chain {} is retired already: {retired}", last.chain);
+    let mut retired = false;
+    for chain in &chains {
+        if let Some(what) = &chain.retired {
+            output::note(format_args!("chain {} is retired already: {what}", chain.chain));
+            continue;
+        }
+        let what = what_may_be_missing(chain);
+        admin.retire(&chain.chain, &what).await?;
+        output::line(format_args!("chain {} is retired: {what}", chain.chain))?;
+        retired = true;
     }
-    let what = what_may_be_missing(&last);
-    admin.retire(&last.chain, &what).await?;
-    output::line(format_args!("chain {} is retired: {what}", last.chain))
+    ensure!(retired, "instance {} has no chain left to retire", args.instance);
+    Ok(())
 }
 
 /// What a chain that ends where it does may lack.
-fn what_may_be_missing(last: &LastChain) -> String {
-    let LastChain { delivered_seq, started_at, .. } = last;
+fn what_may_be_missing(last: &OpenChain) -> String {
+    let OpenChain { delivered_seq, started_at, .. } = last;
     let told = last.told_seq.unwrap_or(*delivered_seq);
     let missing = told - delivered_seq;
-    if last.stopped && missing == 0 {
+    if last.stopped && last.told_seq.is_some() && missing == 0 {
         return format!("it was stopped, and all {delivered_seq} records are there");
     }
     let until = match last.heartbeat_at {
@@ -130,7 +137,7 @@ mod tests {
 
     #[test]
     fn what_may_be_missing_follows_from_what_was_delivered_and_what_was_told() {
-        let last = LastChain {
+        let last = OpenChain {
             chain: "c1".into(),
             started_at: DateTime::UNIX_EPOCH,
             delivered_seq: 812,
@@ -140,17 +147,17 @@ mod tests {
             stopped: false,
             retired: None,
         };
-        let says = |last: LastChain, words: &str| {
+        let says = |last: OpenChain, words: &str| {
             let said = what_may_be_missing(&last);
             assert!(said.contains(words), "{said}");
         };
         says(last.clone(), "records after 812 may be missing; 28 records, up to 840, are missing");
         says(
-            LastChain { told_seq: None, ..last.clone() },
+            OpenChain { told_seq: None, ..last.clone() },
             "none is known to be missing; it was heard",
         );
-        says(LastChain { heartbeat_at: None, ..last.clone() }, "and not heard of");
-        let stopped = LastChain { stopped: true, told_seq: Some(812), ..last };
+        says(OpenChain { heartbeat_at: None, ..last.clone() }, "and not heard of");
+        let stopped = OpenChain { stopped: true, told_seq: Some(812), ..last };
         says(stopped, "all 812 records are there");
     }
 }

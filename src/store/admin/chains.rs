@@ -3,9 +3,9 @@
 use super::{Admin, StoreError, ensure_affected};
 use crate::clock::Timestamp;
 
-/// The last chain of an instance, and what is known of its end.
+/// A chain that may not be there to its end, and what is known of that.
 #[derive(Clone, Debug)]
-pub struct LastChain {
+pub struct OpenChain {
     /// The chain.
     pub chain: String,
     /// When it was opened.
@@ -25,14 +25,15 @@ pub struct LastChain {
 }
 
 impl Admin {
-    /// The last chain of an instance.
+    /// The chains of an instance that no other is known to go on from: the last one, and those that were
+    /// not delivered to their end, in the order in which they were opened.
     ///
     /// # Errors
     /// [`StoreError::NotFound`] when no chain is known of it.
-    pub async fn last_chain(&self, instance: &str) -> Result<LastChain, StoreError> {
-        let chain = sqlx::query_as!(
-            LastChain,
-            r#"/* store::admin::last_chain */
+    pub async fn open_chains(&self, instance: &str) -> Result<Vec<OpenChain>, StoreError> {
+        let chains = sqlx::query_as!(
+            OpenChain,
+            r#"/* store::admin::open_chains */
             select c.chain, c.started_at, c.delivered_seq, c.retired,
                 case when i.journal_chain = c.chain then i.journal_seq end as told_seq,
                 i.heartbeat_at as "heartbeat_at?",
@@ -41,16 +42,20 @@ impl Admin {
                     and i.heartbeat_at > clock_timestamp() - interval '1 minute', false) as "live!"
             from audit_chains c
             left join instances i on i.id = c.instance
-            where c.instance = $1
+            where c.instance = $1 and not exists (
+                select from audit_chains n
+                where n.linked_chain = c.chain and n.linked_hash = c.delivered_hash)
             -- Names sort as chains were opened.
-            order by c.chain desc limit 1"#,
+            order by c.chain"#,
             instance,
         )
-        .fetch_optional(&self.pool)
+        .fetch_all(&self.pool)
         .await?;
-        let unknown =
-            || StoreError::NotFound(format!("no audit chain of instance {instance} is known"));
-        chain.ok_or_else(unknown)
+        if chains.is_empty() {
+            let unknown = format!("no audit chain of instance {instance} is known");
+            return Err(StoreError::NotFound(unknown));
+        }
+        Ok(chains)
     }
 
     /// Says that nothing more will come of a chain, and what that means; it becomes an audit event.

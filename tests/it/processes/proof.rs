@@ -370,7 +370,7 @@ async fn a_lost_replica_is_retired_once_it_is_gone_and_the_log_says_what_may_be_
     let said = site.run(&retire).await.ok();
     assert!(said.contains("records, up to 40, are missing for sure"), "{said}");
     let said = site.run(&retire).await.failed();
-    assert!(said.contains("is retired already"), "{said}");
+    assert!(said.contains("is retired already") && said.contains("no chain left"), "{said}");
 
     let ran = site.run(&["audit", "verify"]).await;
     assert!(ran.stderr.contains("was retired: records after"), "{ran:?}");
