@@ -235,6 +235,8 @@ mod tests {
             "token-broker caller limit billing",
             "token-broker token get acme --bearer tbk_x",
             "token-broker simulate --error-rate 2",
+            "token-broker simulate --token-life 0s",
+            "token-broker dev --token-life 0s",
             "token-broker check --issue acme-*",
             "token-broker check --timeout 5s",
         ] {

@@ -166,13 +166,15 @@ impl Shipper {
         };
         let mut deliveries = session.register().await?;
         loop {
+            // Looked at first: what is told before the order to stop is delivered.
+            let stopping = stop.is_cancelled();
             for delivery in &mut deliveries {
                 *delivered |= session.deliver_all(delivery).await?;
                 if let Some(notary) = &self.notary {
                     session.keep_head(notary, delivery).await?;
                 }
             }
-            if stop.is_cancelled() && self.nothing_left(&deliveries) {
+            if stopping && self.nothing_left(&deliveries) {
                 // A server that does not hear of the end finds out by itself.
                 let _ = within(async { Ok(session.connection.close().await?) }).await;
                 return Ok(());
@@ -181,7 +183,7 @@ impl Shipper {
             tokio::select! {
                 () = self.journal.more_durable() => {}
                 () = self.head_wanted() => {}
-                () = stop.cancelled(), if !stop.is_cancelled() => {}
+                () = stop.cancelled(), if !stopping => {}
                 () = tokio::time::sleep(STUCK_PAUSE), if any_stuck => {
                     for delivery in &mut deliveries {
                         delivery.stuck = None;

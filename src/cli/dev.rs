@@ -5,7 +5,7 @@ use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 use anyhow::bail;
 use clap::Args;
 
-use super::{Global, output};
+use super::{Global, output, time::lasting};
 use crate::{dev, telemetry};
 
 /// Runs the whole system on this machine, with nothing to set up
@@ -19,7 +19,7 @@ pub(super) struct DevArgs {
     #[arg(long, value_name = "DIR")]
     pub(super) state_dir: Option<PathBuf>,
     /// The life of the simulated upstream's tokens
-    #[arg(long, default_value = "60s", value_parser = humantime::parse_duration)]
+    #[arg(long, default_value = "60s", value_parser = lasting)]
     pub(super) token_life: Duration,
     /// Where gRPC listens; without it, on 127.0.0.1:50051 or another port if that is taken
     #[arg(long, value_name = "ADDRESS:PORT")]

@@ -12,7 +12,7 @@ use anyhow::Context;
 use clap::Args;
 use tokio::net::TcpListener;
 
-use super::output;
+use super::{output, time::lasting};
 use crate::{
     clock::Clock,
     dev::simulator::{Faults, Options, SimulatedAccount, Simulator},
@@ -33,7 +33,7 @@ pub(super) struct SimulateArgs {
     #[arg(long, value_name = "FILE")]
     accounts_file: Option<PathBuf>,
     /// The life of a token
-    #[arg(long, default_value = "1h", value_parser = humantime::parse_duration)]
+    #[arg(long, default_value = "1h", value_parser = lasting)]
     token_life: Duration,
     /// How long each request waits before it is looked at
     #[arg(long, default_value = "0s", value_parser = humantime::parse_duration)]

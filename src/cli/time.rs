@@ -60,6 +60,14 @@ impl FromStr for Moment {
     }
 }
 
+/// A duration above zero.
+pub(super) fn lasting(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(Duration::ZERO) => Err("must be above zero".into()),
+        parsed => parsed.map_err(|error| error.to_string()),
+    }
+}
+
 /// What is left, as [`brief`] says it.
 pub(super) fn seconds(seconds: i64) -> String {
     brief(Duration::from_secs(seconds.unsigned_abs()))

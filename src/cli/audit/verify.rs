@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    io::{self, BufRead, BufReader},
+    io::{self, BufRead, BufReader, Read},
     path::{Path, PathBuf},
     process::ExitCode,
     str::FromStr,
@@ -35,6 +35,8 @@ use crate::{
 
 /// How many records go from the reader to the verifier at once.
 const BATCH: usize = 1_000;
+/// The longest line that is read, in bytes; records are some hundreds.
+const LONGEST_LINE: u64 = 1 << 20;
 /// How many such batches may wait.
 const BATCHES: usize = 16;
 
@@ -263,10 +265,9 @@ struct Lines {
 fn heads_in(file: &Path) -> anyhow::Result<Vec<SignedHead>> {
     let mut reader = open(file)?;
     let (mut heads, mut line) = (Vec::new(), Vec::new());
-    while reader.read_until(b'\n', &mut line).with_context(|| file.display().to_string())? > 0 {
+    while next_line(&mut reader, &mut line).with_context(|| file.display().to_string())? {
         // A log says other things too.
         heads.extend(serde_json::from_slice::<SignedHead>(&line));
-        line.clear();
     }
     Ok(heads)
 }
@@ -277,6 +278,16 @@ fn open(file: &Path) -> anyhow::Result<Box<dyn BufRead>> {
     }
     let opened = File::open(file).with_context(|| format!("cannot read {}", file.display()))?;
     Ok(Box::new(BufReader::with_capacity(1 << 18, opened)))
+}
+
+/// Reads a line; `false` at the end.
+fn next_line(reader: &mut impl BufRead, line: &mut Vec<u8>) -> io::Result<bool> {
+    line.clear();
+    let read = reader.take(LONGEST_LINE).read_until(b'\n', line)?;
+    if read as u64 == LONGEST_LINE && !line.ends_with(b"\n") {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "longer than a record can be"));
+    }
+    Ok(read > 0)
 }
 
 impl Lines {
@@ -292,12 +303,11 @@ impl Lines {
         if let Some(first) = self.again.take() {
             return Ok(Some(first));
         }
-        self.line.clear();
-        let read = self.reader.read_until(b'\n', &mut self.line);
-        if read.with_context(|| self.file.display().to_string())? == 0 {
+        self.read += 1;
+        let place = || format!("{}, line {}", self.file.display(), self.read);
+        if !next_line(&mut self.reader, &mut self.line).with_context(place)? {
             return Ok(None);
         }
-        self.read += 1;
         let line = Line::parse(&self.line);
         let place = |why| anyhow!("{}, line {}: {why}", self.file.display(), self.read);
         line.map(Some).map_err(place)
@@ -358,6 +368,19 @@ fn in_json(verdict: &Verdict) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_line_without_an_end_is_not_read_into_memory() {
+        let mut line = Vec::new();
+        let mut endless = BufReader::new(io::repeat(b'x'));
+        assert!(next_line(&mut endless, &mut line).is_err());
+        let mut short = &b"one\ntwo"[..];
+        for expected in [&b"one\n"[..], b"two"] {
+            assert!(next_line(&mut short, &mut line).unwrap());
+            assert_eq!(line, expected);
+        }
+        assert!(!next_line(&mut short, &mut line).unwrap());
+    }
 
     #[test]
     fn a_head_is_a_place_in_a_chain_or_a_file() {
