@@ -16,7 +16,7 @@ pub enum Refusal {
         description: String,
     },
     /// No identity was shown.
-    #[error("no credential: send `authorization: Bearer tbk_…`")]
+    #[error("no credential: send `authorization: Bearer tbk_…`, or show a client certificate")]
     CredentialMissing,
     /// What was shown is no bearer of ours.
     #[error("the authorization metadata is no well-formed bearer")]
