@@ -49,6 +49,7 @@ grant select, insert, update, delete on intake_keys, instances to token_broker_r
 grant select, update (recorder, audited_at), delete on changes to token_broker_runtime;
 grant select, insert, update on audit_chains to token_broker_runtime;
 grant select, insert on audit_events, audit_heads, audit_cuts to token_broker_runtime;
+grant select on audit_retention to token_broker_runtime;
 grant execute on function audit_ensure_partition(date), audit_hold(date), audit_prune(date, boolean)
     to token_broker_runtime;
 
@@ -89,7 +90,9 @@ grant
 
 -- auditor: `audit tail`, `verify`, `export` and `who`. It reads what happened and who changed what, and
 -- writes nothing.
-grant select on audit_chains, audit_cuts, audit_events, audit_heads, changes, instances
+grant
+    select
+    on audit_chains, audit_cuts, audit_events, audit_heads, audit_retention, changes, instances
     to token_broker_auditor;
 
 commit;

@@ -320,6 +320,7 @@ fn record(change: &Change) -> Record {
         ("grants", _) => Event::GrantChanged,
         ("audit_events", _) => Event::AuditPruned,
         ("audit_chains", _) => Event::ChainRetired,
+        ("audit_retention", _) => Event::RetentionChanged,
         _ => Event::CallerChanged,
     };
     let mut record = Record::new(change.at, event)
@@ -330,6 +331,7 @@ fn record(change: &Change) -> Record {
         "accounts" => record.account_as_asked(&change.subject),
         "audit_events" => record.with("day", &change.subject),
         "audit_chains" => record.with("chain", &change.subject),
+        "audit_retention" => record,
         _ => record.with("caller", &change.subject),
     };
     for (key, value) in &change.detail {
@@ -368,6 +370,7 @@ mod tests {
             ("grants", "update", "grant_changed"),
             ("audit_events", "prune", "audit_pruned"),
             ("audit_chains", "retire", "chain_retired"),
+            ("audit_retention", "update", "retention_changed"),
         ] {
             let record = record(&change(table, operation));
             assert_eq!(record.event.as_str(), event);

@@ -11,18 +11,20 @@ use crate::{
     clock::{Clock, Timestamp},
     seal::Keyring,
     store::{
-        StoreError,
-        retention::{Day, Removal, days_over},
+        Database, StoreError,
+        retention::{Day, Removal, days_over, least_kept},
     },
 };
 
 /// How often to look.
 const AGAIN: Duration = Duration::from_hours(1);
+/// Postgres' code for a lock that was not had in time.
+const LOCK_NOT_AVAILABLE: &str = "55P03";
 
 /// Keeps records for as long as the settings say.
 pub struct Retention {
-    /// The database.
-    pub pool: PgPool,
+    /// The database. A day may take long: it has a connection of its own.
+    pub database: Database,
     /// Signs cuts.
     pub keyring: Arc<Keyring>,
     /// Time.
@@ -52,32 +54,47 @@ impl Retention {
     /// Removes what is over by now. What cannot be removed is tried again the next time.
     pub async fn remove_all(&self) {
         // Nothing is kept shorter than calls: where these are kept for ever, all is.
-        if self.calls.is_none() {
-            return;
+        let Some(calls) = self.calls else { return };
+        let pool = self.database.pool(1);
+        if let Err(error) = self.remove_days(&pool, calls).await {
+            warn!(%error, "it cannot be told which audit records are over");
         }
+        pool.close().await;
+    }
+
+    async fn remove_days(&self, pool: &PgPool, calls: Duration) -> Result<(), StoreError> {
         let now = self.clock.now();
-        let days = match days_over(&self.pool, now, self.calls, self.changes).await {
-            Ok(days) => days,
-            Err(error) => {
-                warn!(%error, "it cannot be told which audit records are over");
-                return;
-            }
-        };
-        for day in days {
-            match self.remove(day, now).await {
+        let least = least_kept(pool).await?;
+        if !least.allows(self.calls, self.changes) {
+            warn!(
+                ?least,
+                "audit records are kept for longer than the settings say: the table \
+                audit_retention wants it so"
+            );
+        }
+        let calls = calls.max(least.calls);
+        let changes = self.changes.map(|changes| changes.max(least.changes));
+        for day in days_over(pool, now, Some(calls), changes).await? {
+            match self.remove(pool, day, now).await {
                 Ok(true) => {}
                 // Another replica is at it.
-                Ok(false) => return,
+                Ok(false) => return Ok(()),
                 Err(error) => {
                     warn!(day = %day.day, %error, "audit records that are over are not removed yet");
+                    // Whoever reads the log for long is in the way of every other day too.
+                    let StoreError::Database { code, .. } = error else { continue };
+                    if code == LOCK_NOT_AVAILABLE {
+                        return Ok(());
+                    }
                 }
             }
         }
+        Ok(())
     }
 
     /// Removes what is over of `day`; `false` while another replica does.
-    async fn remove(&self, day: Day, now: Timestamp) -> Result<bool, StoreError> {
-        let Some(mut removal) = Removal::begin(&self.pool, day).await? else { return Ok(false) };
+    async fn remove(&self, pool: &PgPool, day: Day, now: Timestamp) -> Result<bool, StoreError> {
+        let Some(mut removal) = Removal::begin(pool, day).await? else { return Ok(false) };
         match self.cut(&mut removal, now).await {
             Ok(Some(records)) => {
                 removal.finish().await?;

@@ -315,7 +315,7 @@ impl World {
 
     fn retention(&self, plan: &Plan) -> Retention {
         Retention {
-            pool: self.pool.clone(),
+            database: plan.database.clone(),
             keyring: plan.keyring.clone(),
             clock: self.clock.clone(),
             calls: plan.audit_retention,

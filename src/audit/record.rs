@@ -42,6 +42,8 @@ pub enum Event {
     AuditGap,
     /// Retention removed records whose time was over.
     AuditPruned,
+    /// The database's owner set how long records are kept at least.
+    RetentionChanged,
     /// An admin said that a chain of a lost replica will not go on.
     ChainRetired,
     /// A database that is not as it was left was accepted.
@@ -73,6 +75,7 @@ impl Event {
             Self::GrantChanged => "grant_changed",
             Self::AuditGap => "audit_gap",
             Self::AuditPruned => "audit_pruned",
+            Self::RetentionChanged => "retention_changed",
             Self::ChainRetired => "chain_retired",
             Self::DatabaseAccepted => "database_accepted",
             Self::Started => "started",

@@ -18,6 +18,41 @@ const DAY_TIMEOUT: &str = "2h";
 /// How long to wait for a table. Whoever waits has all others wait behind it.
 const LOCK_TIMEOUT: &str = "2s";
 
+/// How long records are kept at least, whatever the settings say.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct LeastKept {
+    /// All records but those of changes.
+    pub calls: Duration,
+    /// Those of changes; no shorter.
+    pub changes: Duration,
+}
+
+impl LeastKept {
+    /// Whether records may go as soon as the settings say; `None` is for ever.
+    #[must_use]
+    pub fn allows(&self, calls: Option<Duration>, changes: Option<Duration>) -> bool {
+        calls.is_none_or(|calls| calls >= self.calls)
+            && changes.is_none_or(|changes| changes >= self.changes)
+    }
+}
+
+/// What the database's owner has set as the least, and `audit_prune` keeps to.
+///
+/// # Errors
+/// When the database cannot be reached.
+pub async fn least_kept(pool: &PgPool) -> Result<LeastKept, StoreError> {
+    let row = sqlx::query!(
+        r#"/* store::retention::least_kept */
+        select ceil(extract(epoch from calls))::bigint as "calls!",
+            ceil(extract(epoch from changes))::bigint as "changes!"
+        from audit_retention"#
+    )
+    .fetch_one(pool)
+    .await?;
+    let seconds = |seconds: i64| Duration::from_secs(seconds.unsigned_abs());
+    Ok(LeastKept { calls: seconds(row.calls), changes: seconds(row.changes) })
+}
+
 /// A day of the audit log that is over.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Day {

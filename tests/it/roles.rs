@@ -90,6 +90,7 @@ async fn runtime_does_the_work_of_the_broker() {
         &[
             "select * from accounts",
             "select * from accounts for update skip locked",
+            "select * from audit_retention",
             "select audit_hold('2026-01-01'); insert into audit_cuts (chain, first_seq, prev_hash, \
              last_seq, hash, at, key_id, signature) values ('c', 1, '', 1, '', now(), 'h', ''); \
              select audit_prune('2026-01-01', true)",

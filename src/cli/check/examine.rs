@@ -13,6 +13,7 @@ use crate::{
     store::{
         StoreError, accounts,
         admin::{Admin, Attribution, LastIssue, Load},
+        retention::{self, LeastKept},
     },
     tls::Tls,
 };
@@ -97,6 +98,7 @@ async fn ask(
         0 => Finding::doubtful("brokers", "none was heard of in the last minute"),
         live => Finding::good("brokers", format!("{live} live")),
     });
+    findings.push(retention_finding(settings, retention::least_kept(admin.pool()).await?));
     findings.push(rate_finding(admin.load().await?, settings.upstream_rate, settings.refresh_at));
     findings.push(egress_finding(admin.last_issue().await?, &settings.expected_egress));
     Ok(())
@@ -143,6 +145,29 @@ fn intake_finding(known: bool, none_published: bool) -> Finding {
         "the keyring's is not among the published: do the brokers have another keyring?"
     };
     Finding::doubtful("intake key", text)
+}
+
+/// Whether the database lets records go when the settings say.
+fn retention_finding(settings: &Settings, least: LeastKept) -> Finding {
+    const SUBJECT: &str = "retention";
+    let (calls, changes) = (settings.audit_retention, settings.change_retention);
+    if !least.allows(calls, changes) {
+        let days = |kept| humantime::format_duration(kept).to_string();
+        let text = format!(
+            "the table audit_retention keeps calls for {} and changes for {} at least, which is \
+             longer than the settings say",
+            days(least.calls),
+            days(least.changes)
+        );
+        return Finding::doubtful(SUBJECT, text);
+    }
+    let told = |kept: Option<std::time::Duration>| {
+        kept.map_or("ever".to_owned(), |kept| humantime::format_duration(kept).to_string())
+    };
+    Finding::good(
+        SUBJECT,
+        format!("calls are kept for {}, changes for {}", told(calls), told(changes)),
+    )
 }
 
 /// Whether the rate can carry the accounts: N accounts of life L need N ÷ (`refresh_at` L) a second.

@@ -39,6 +39,7 @@ impl Past {
             }
         }
         world.drain().await;
+        database.sql("update audit_retention set calls = '1 day', changes = '1 day'").await;
         let keyring = Keyring::generate(Clock::System.now());
         Self { world, database, keyring: Arc::new(Keyring::parse(&keyring).unwrap()), now }
     }
@@ -46,7 +47,7 @@ impl Past {
     /// Has a broker's retention run once.
     async fn retain(&self, calls: Option<Duration>, changes: Option<Duration>) {
         let retention = Retention {
-            pool: self.world.pool.clone(),
+            database: self.world.database.clone(),
             keyring: self.keyring.clone(),
             clock: Clock::Manual(ManualClock::new(self.now)),
             calls,
@@ -118,7 +119,8 @@ async fn calls_go_before_changes_and_what_is_left_is_proven() {
 
     // It becomes an event by the row that the removal left in `changes`.
     let told: Vec<(String, String, String)> = sqlx::query_as(
-        "select operation, what->>'records', what->>'changes' from changes order by id",
+        "select operation, what->>'records', what->>'changes' from changes
+         where table_name = 'audit_events' order by id",
     )
     .fetch_all(&past.world.pool)
     .await
@@ -195,6 +197,69 @@ async fn records_that_no_cut_tells_of_are_not_removed_whoever_asks() {
         assert!(error.contains(words), "{error}");
     }
     assert_eq!(past.world.events().await.len(), 21);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_database_is_to_keep_stays_whatever_a_broker_is_told() {
+    let past = Past::of(4).await;
+    let least = async |least: &str| past.sql(&format!("update audit_retention set {least}")).await;
+    least("calls = '2 days', changes = '3 days'").await;
+    past.retain(Some(DAY), Some(DAY)).await;
+    let kept = [
+        ("get_token 1", 5),
+        ("get_token 2", 5),
+        ("grant_changed 1", 2),
+        ("grant_changed 2", 2),
+        ("grant_changed 3", 2),
+    ];
+    assert_eq!(past.left().await, days(&kept));
+    // Nor when it asks the database itself.
+    for (back, changes_too) in [(2, false), (2, true), (3, true)] {
+        let day = (past.now - TimeDelta::days(back)).format("%Y-%m-%d");
+        let prune = format!("select audit_prune('{day}', {changes_too})");
+        let error = past.database.try_sql(&prune).await.unwrap_err().to_string();
+        assert!(error.contains("not old enough"), "{error}");
+    }
+    for (statement, words) in [
+        ("delete from audit_retention", "append-only"),
+        ("truncate audit_retention", "append-only"),
+        ("insert into audit_retention default values", "audit_retention_pkey"),
+        ("update audit_retention set calls = '23 hours'", "audit_retention_at_least_a_day"),
+        ("update audit_retention set calls = '4 days'", "audit_retention_changes_as_long"),
+    ] {
+        let error = past.database.try_sql(statement).await.unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+    }
+    least("changes = '3 days', calls = '2 days'").await;
+    let told: Vec<(String, String)> = sqlx::query_as(
+        "select what->>'calls', what->>'changes' from changes
+         where table_name = 'audit_retention' order by id",
+    )
+    .fetch_all(&past.world.pool)
+    .await
+    .unwrap();
+    let row = |calls: &str, changes: &str| (calls.into(), changes.into());
+    assert_eq!(
+        told,
+        [row("30 days → 1 day", "30 days → 1 day"), row("1 day → 2 days", "1 day → 3 days")]
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn days_that_somebody_reads_for_long_go_the_next_time() {
+    let past = Past::of(5).await;
+    let mut reading = past.world.pool.begin().await.unwrap();
+    sqlx::query("select count(*) from audit_events").fetch_one(&mut *reading).await.unwrap();
+    past.retain(Some(DAY), Some(DAY)).await;
+    assert_eq!(past.world.events().await.len(), 35);
+    let cuts: i64 = sqlx::query_scalar("select count(*) from audit_cuts")
+        .fetch_one(&past.world.pool)
+        .await
+        .unwrap();
+    assert_eq!(cuts, 0, "what could not be removed has no cut");
+    drop(reading);
+    past.retain(Some(DAY), Some(DAY)).await;
+    assert_eq!(past.world.events().await.len(), 7);
 }
 
 #[tokio::test(flavor = "multi_thread")]
