@@ -23,7 +23,7 @@ use crate::{
 /// The part of the journal's bytes, one in so many, that is kept for those who have not heard yet that
 /// it is nearly full.
 const RESERVE: u64 = 8;
-/// A write that takes longer means that the disk hangs: the journal then counts as not writable.
+/// What takes longer means that the disk hangs: the journal then counts as not writable.
 const STALLED: Duration = Duration::from_secs(2);
 
 /// What callers, the writer and readers share.
@@ -40,8 +40,8 @@ pub(super) struct Shared {
     pub(super) writable: AtomicBool,
     /// There is room for more than the writer is about to need.
     pub(super) roomy: AtomicBool,
-    /// When the write that is under way began, in milliseconds since `started`, plus 1; 0 if none is.
-    pub(super) writing_since: AtomicU64,
+    /// When what is under way on the disk began, in milliseconds since `started`, plus 1; 0 if none is.
+    pub(super) touching_since: AtomicU64,
     started: Instant,
     pub(super) closing: AtomicBool,
     /// Told after each commit.
@@ -80,7 +80,7 @@ impl Shared {
             counters: Counters::default(),
             writable: AtomicBool::new(true),
             roomy: AtomicBool::new(true),
-            writing_since: AtomicU64::new(0),
+            touching_since: AtomicU64::new(0),
             started: Instant::now(),
             closing: AtomicBool::new(false),
             more_durable: Notify::new(),
@@ -118,16 +118,16 @@ impl Shared {
         self.lost.add(is_call, count);
     }
 
-    /// Runs a write so that its hanging can be seen.
-    pub(super) fn watched<T>(&self, write: impl FnOnce() -> T) -> T {
-        self.writing_since.store(self.millis() + 1, Ordering::Release);
-        let written = write();
-        self.writing_since.store(0, Ordering::Release);
-        written
+    /// Runs what touches the disk so that its hanging can be seen.
+    pub(super) fn watched<T>(&self, touch: impl FnOnce() -> T) -> T {
+        self.touching_since.store(self.millis() + 1, Ordering::Release);
+        let done = touch();
+        self.touching_since.store(0, Ordering::Release);
+        done
     }
 
     pub(super) fn is_stalled(&self) -> bool {
-        stalled(self.writing_since.load(Ordering::Acquire), self.millis())
+        stalled(self.touching_since.load(Ordering::Acquire), self.millis())
     }
 
     /// Keeps the delivered positions, if they changed: a start without Postgres then knows what may be
@@ -150,7 +150,7 @@ impl Shared {
     }
 }
 
-/// Whether a write that began at `since` (0 if none is under way) hangs at `now`.
+/// Whether what began at `since` (0 if none is under way) hangs at `now`.
 pub(super) fn stalled(since: u64, now: u64) -> bool {
     since != 0 && Duration::from_millis(now.saturating_sub(since)) > STALLED
 }

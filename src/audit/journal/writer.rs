@@ -109,17 +109,17 @@ impl Writer {
                 break;
             }
             if self.room_seen.is_none_or(|seen| seen.elapsed() >= LOOK_FOR_ROOM) {
-                self.shared.look_at_room();
+                self.shared.watched(|| self.shared.look_at_room());
                 (self.room_seen, self.grown) = (Some(Instant::now()), false);
             }
             thread::park_timeout(self.rest());
             if self.probe_at.is_none() {
-                self.remove_expired();
+                self.shared.watched(|| self.remove_expired());
             }
             let moved = self.shared.positions_moved.swap(false, Ordering::AcqRel);
             if moved || positions_kept.elapsed() >= HOUSEKEEPING {
                 positions_kept = Instant::now();
-                self.shared.keep_positions();
+                self.shared.watched(|| self.shared.keep_positions());
             }
         }
         self.finish();

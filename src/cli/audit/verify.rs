@@ -8,7 +8,7 @@ use std::{
     str::FromStr,
 };
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, anyhow, bail, ensure};
 use clap::Args;
 use futures_util::TryStreamExt;
 use serde_json::{Value, json};
@@ -37,6 +37,8 @@ use crate::{
 const BATCH: usize = 1_000;
 /// The longest line that is read, in bytes; records are some hundreds.
 const LONGEST_LINE: u64 = 1 << 20;
+/// How often a journal that changes meanwhile is read anew.
+const MOST_READINGS: usize = 10;
 /// How many such batches may wait.
 const BATCHES: usize = 16;
 
@@ -48,6 +50,9 @@ pub(super) struct VerifyArgs {
     /// Proves what `audit export` wrote, `-` for standard input, and not the database
     #[arg(long, value_name = "FILE")]
     export: Option<PathBuf>,
+    /// Demands that the export holds all that there was, and not a part
+    #[arg(long, requires = "export")]
+    whole: bool,
     /// A head that was kept elsewhere: a file of them, such as a copy of audit-heads.jsonl or the
     /// broker's JSON log, or CHAIN:SEQ:HASH. Any number of times
     #[arg(long = "head", value_name = "HEAD")]
@@ -88,12 +93,14 @@ impl FromStr for KnownHead {
 
 pub(super) async fn run(global: &Global, args: VerifyArgs) -> anyhow::Result<ExitCode> {
     let keys = keys(global, args.keys.as_deref(), args.settings)?;
-    let proof = Proof { keys, heads: args.heads };
+    let proof = Proof::new(keys, args.heads)?;
     let verdict = match (args.journal, args.export) {
         (Some(directory), _) => {
             task::spawn_blocking(move || proof.of_journal(&directory)).await??
         }
-        (None, Some(file)) => task::spawn_blocking(move || proof.of_export(&file)).await??,
+        (None, Some(file)) => {
+            task::spawn_blocking(move || proof.of_export(&file, args.whole)).await??
+        }
         (None, None) => proof.of_database(global.admin(None).await?.pool()).await?,
     };
     if args.json {
@@ -124,32 +131,41 @@ fn keys(
 /// What a proof is made with.
 struct Proof {
     keys: Option<VerifyingKeys>,
-    heads: Vec<KnownHead>,
+    given: Vec<(String, Head)>,
+    signed: Vec<SignedHead>,
 }
 
 impl Proof {
-    fn begin(&self, extent: Extent) -> anyhow::Result<Verifier> {
-        let mut verifier = Verifier::new(extent, self.keys.clone());
-        for head in &self.heads {
+    /// Reads the heads that are in files.
+    fn new(keys: Option<VerifyingKeys>, heads: Vec<KnownHead>) -> anyhow::Result<Self> {
+        let (mut given, mut signed) = (Vec::new(), Vec::new());
+        for head in heads {
             match head {
-                KnownHead::Here { chain, head } => verifier.unsigned_head(chain, *head),
+                KnownHead::Here { chain, head } => given.push((chain, head)),
                 KnownHead::In(file) => {
-                    let heads = heads_in(file)?;
-                    if heads.is_empty() {
-                        bail!("{} holds no signed head", file.display());
-                    }
-                    for head in &heads {
-                        verifier.head(head);
-                    }
+                    let heads = heads_in(&file)?;
+                    ensure!(!heads.is_empty(), "{} holds no signed head", file.display());
+                    signed.extend(heads);
                 }
             }
         }
-        Ok(verifier)
+        Ok(Self { keys, given, signed })
+    }
+
+    fn begin(&self, extent: Extent) -> Verifier {
+        let mut verifier = Verifier::new(extent, self.keys.clone());
+        for (chain, head) in &self.given {
+            verifier.unsigned_head(chain, *head);
+        }
+        for head in &self.signed {
+            verifier.head(head);
+        }
+        verifier
     }
 
     /// Reads and decodes on one thread what another hashes.
     async fn of_database(self, pool: &PgPool) -> anyhow::Result<Verdict> {
-        let mut verifier = self.begin(Extent::Whole)?;
+        let mut verifier = self.begin(Extent::Whole);
         let mut ledger = Ledger::open(pool).await?;
         for claim in ledger.claims().await? {
             claimed(&mut verifier, claim);
@@ -181,8 +197,12 @@ impl Proof {
         Ok(verifying.await?.finish())
     }
 
-    fn of_journal(self, directory: &Path) -> anyhow::Result<Verdict> {
-        let mut verifier = self.begin(Extent::Kept)?;
+    fn of_journal(&self, directory: &Path) -> anyhow::Result<Verdict> {
+        unless_twice(|| self.of_journal_now(directory))
+    }
+
+    fn of_journal_now(&self, directory: &Path) -> anyhow::Result<Verdict> {
+        let mut verifier = self.begin(Extent::Kept);
         let archive = Archive::open(directory, None)?;
         // A broker that writes there may be in the middle of a line.
         if let Some(torn) = archive.torn().filter(|torn| torn.records > 0) {
@@ -210,7 +230,7 @@ impl Proof {
         Ok(verifier.finish())
     }
 
-    fn of_export(self, file: &Path) -> anyhow::Result<Verdict> {
+    fn of_export(&self, file: &Path, whole: bool) -> anyhow::Result<Verdict> {
         let mut lines = Lines::open(file)?;
         let first = lines.next()?;
         let extent = match &first {
@@ -220,8 +240,13 @@ impl Proof {
             Some(_) => Extent::Part,
             None => bail!("{} is empty", file.display()),
         };
+        ensure!(
+            !whole || extent == Extent::Whole,
+            "{} is a part of an audit log, not the whole of one",
+            file.display()
+        );
         let has_end = matches!(first, Some(Line::Statement(Statement::AuditExport(_))));
-        let mut verifier = self.begin(extent)?;
+        let mut verifier = self.begin(extent);
         let (mut records, mut ended) = (0, !has_end);
         while let Some(line) = lines.next()? {
             match line {
@@ -246,6 +271,20 @@ impl Proof {
         }
         Ok(verifier.finish())
     }
+}
+
+/// Tries `read` again as long as it fails in another way each time, some times at most. A broker that
+/// writes to a journal removes segments that somebody has just listed, and cuts those that it abandons.
+/// Those are the oldest, which are read first: what failed has not been read for long.
+fn unless_twice<T>(read: impl Fn() -> anyhow::Result<T>) -> anyhow::Result<T> {
+    let mut last = None;
+    for _ in 0..MOST_READINGS {
+        match read() {
+            Err(error) if last.replace(error.to_string()) != Some(error.to_string()) => {}
+            done => return done,
+        }
+    }
+    read()
 }
 
 fn claimed(verifier: &mut Verifier, claim: Claim) {
@@ -380,6 +419,25 @@ mod tests {
             assert_eq!(line, expected);
         }
         assert!(!next_line(&mut short, &mut line).unwrap());
+    }
+
+    #[test]
+    fn what_fails_twice_alike_has_failed_and_what_changes_meanwhile_is_read_anew() {
+        let tries = |outcomes: &[Result<u8, &'static str>]| {
+            let tried = std::cell::Cell::new(0);
+            let read = unless_twice(|| {
+                let outcome = outcomes[tried.get()];
+                tried.set(tried.get() + 1);
+                outcome.map_err(anyhow::Error::msg)
+            });
+            (read.map_err(|error| error.to_string()), tried.get())
+        };
+        assert_eq!(tries(&[Ok(1)]), (Ok(1), 1));
+        assert_eq!(tries(&[Err("a"), Ok(1)]), (Ok(1), 2));
+        assert_eq!(tries(&[Err("a"), Err("a"), Ok(1)]), (Err("a".into()), 2));
+        assert_eq!(tries(&[Err("a"), Err("b"), Err("c"), Ok(1)]), (Ok(1), 4));
+        let ever_another = ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l"].map(Err);
+        assert_eq!(tries(&ever_another), (Err("k".into()), 11));
     }
 
     #[test]

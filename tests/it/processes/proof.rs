@@ -4,6 +4,7 @@ use std::{fs, path::Path, process::Stdio};
 
 use nix::sys::signal::Signal;
 use tokio::process::Command;
+use tokio_util::sync::CancellationToken;
 
 use crate::harness::{
     broker::{Client, World},
@@ -18,6 +19,8 @@ struct Left {
     world: World,
     site: Site,
     token: String,
+    /// What both starts logged.
+    log: String,
 }
 
 impl Left {
@@ -26,7 +29,7 @@ impl Left {
         world.register("acme", "id-1", "SK.1").await;
         let bearer = world.caller("demo", &["*"]).await;
         let site = Site::new(world.database.url(), &world.upstream.base_url()).await;
-        let mut token = String::new();
+        let (mut token, mut log) = (String::new(), String::new());
         for _ in 0..2 {
             let mut serve = site.serve().await;
             let client = Client::connect(&site.endpoint(), &bearer).await;
@@ -38,8 +41,9 @@ impl Left {
             }
             serve.signal(Signal::SIGTERM);
             assert_eq!(serve.ended().await.code(), Some(0), "{}", serve.stderr());
+            log += &serve.stderr();
         }
-        Self { world, site, token }
+        Self { world, site, token, log }
     }
 
     fn state(&self) -> std::path::PathBuf {
@@ -116,10 +120,14 @@ async fn a_log_holds_in_the_database_in_the_journal_and_in_an_export_by_two_veri
     let export = left.file("export.jsonl", &export);
     let keys = left.site.run(&["keys", "public", "--signing"]).await.ok();
     let keys = left.file("keys.pem", &keys);
-    let verified = ["--export", &export, "--keys", &keys, "--head", &heads, "--json"];
+    let verified = ["--export", &export, "--whole", "--keys", &keys, "--head", &heads, "--json"];
     let ran = left.verify(&verified).await.ok();
     let verdict: serde_json::Value = serde_json::from_str(&ran).unwrap();
     assert_eq!((&verdict["holds"], &verdict["notices"]), (&true.into(), &serde_json::json!([])));
+    // The log tells the same heads.
+    let log = left.file("broker.log", &left.log);
+    let by_log = ["--export", &export, "--keys", &keys, "--head", &log, "--json"];
+    assert_eq!(left.verify(&by_log).await.ok(), ran);
     let events = sqlx::query_scalar::<_, i64>("select count(*) from audit_events");
     let events = events.fetch_one(left.world.database.pool()).await.unwrap();
     assert_eq!(verdict["records"], events);
@@ -257,6 +265,8 @@ async fn an_export_or_a_journal_that_was_changed_or_cut_is_refused() {
     let part = left.file("part.jsonl", &part);
     let ran = left.verify(&["--export", &part]).await;
     assert!(ran.code == Some(0) && ran.stderr.contains("this is a part of the log"), "{ran:?}");
+    let said = left.verify(&["--export", &part, "--whole"]).await.failed();
+    assert!(said.contains("part.jsonl is a part of an audit log, not the whole"), "{said}");
 
     let segment = fs::read_dir(left.state().join("journal")).unwrap().map(|it| it.unwrap().path());
     let segment =
@@ -267,6 +277,65 @@ async fn an_export_or_a_journal_that_was_changed_or_cut_is_refused() {
     let said = left.verify(&["--journal", left.state().to_str().unwrap()]).await.failed();
     let name = segment.file_name().unwrap().to_str().unwrap();
     assert!(said.contains(&format!("{name}, line ")) && said.contains("hash"), "{said}");
+}
+
+/// The callers make the broker end segments and remove delivered ones all the while.
+#[tokio::test]
+async fn a_log_holds_while_its_broker_writes_it_with_and_without_a_backlog() {
+    let world = World::new().await;
+    let proxy = Proxy::to(world.database.url()).await;
+    world.register("acme", "id-1", "SK.1").await;
+    let bearer = world.caller("demo", &["*"]).await;
+    let mut site = Site::new(proxy.url(), &world.upstream.base_url()).await;
+    site.set("TOKEN_BROKER_JOURNAL_MAX_BYTES", "1MiB");
+    site.set("TOKEN_BROKER_AUDIT_SYNC", "write");
+    site.set("TOKEN_BROKER_CALLER_RATE", "100000");
+    let mut serve = site.serve().await;
+    site.set("DATABASE_URL", world.database.url());
+    let client = Client::connect(&site.endpoint(), &bearer).await;
+    eventually("a token", async || client.get("acme").await.ok()).await;
+    let stop = CancellationToken::new();
+    let calling = tokio::spawn({
+        let (stop, client) = (stop.clone(), client.clone());
+        async move {
+            while !stop.is_cancelled() {
+                let calls = (0..50).map(|_| client.get("acme"));
+                futures_util::future::join_all(calls).await;
+            }
+        }
+    });
+    let state = site.directory.path().join("state");
+    let journal = ["audit", "verify", "--journal", state.to_str().unwrap()];
+    let written = async || {
+        let verdict = [&journal[..], &["--json"]].concat();
+        let verdict: serde_json::Value =
+            serde_json::from_str(&site.run(&verdict).await.ok()).unwrap();
+        verdict["chains"][0]["last_seq"].as_i64().unwrap()
+    };
+    // A mebibyte is some two thousand records.
+    let begun = written().await;
+    eventually("segments that go", async || {
+        site.run(&["audit", "verify"]).await.ok();
+        (written().await > begun + 4_000).then_some(())
+    })
+    .await;
+
+    proxy.cut();
+    let delivered = async || {
+        let there = "select max(delivered_seq) from audit_chains";
+        sqlx::query_scalar::<_, i64>(there).fetch_one(world.database.pool()).await.unwrap()
+    };
+    eventually("a backlog", async || (written().await > delivered().await).then_some(())).await;
+    site.run(&["audit", "verify"]).await.ok();
+    stop.cancel();
+    calling.await.unwrap();
+    proxy.open();
+    serve.signal(Signal::SIGTERM);
+    assert_eq!(serve.ended().await.code(), Some(0), "{}", serve.stderr());
+    site.run(&["audit", "verify", "--head", state.join("audit-heads.jsonl").to_str().unwrap()])
+        .await
+        .ok();
+    site.run(&journal).await.ok();
 }
 
 #[tokio::test]

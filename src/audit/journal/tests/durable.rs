@@ -44,8 +44,8 @@ fn a_write_that_takes_longer_than_two_seconds_makes_the_journal_unwritable() {
     let journal = open(&Disk::default(), settings()).unwrap();
     let shared = &journal.0.shared;
     assert!(journal.is_writable());
-    shared.watched(|| assert_ne!(shared.writing_since.load(Ordering::Acquire), 0));
-    assert_eq!(shared.writing_since.load(Ordering::Acquire), 0);
+    shared.watched(|| assert_ne!(shared.touching_since.load(Ordering::Acquire), 0));
+    assert_eq!(shared.touching_since.load(Ordering::Acquire), 0);
     assert!(!stalled(0, 60_000) && !stalled(1, 2_001) && stalled(1, 2_002));
 }
 
