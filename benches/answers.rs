@@ -46,10 +46,8 @@ use token_broker::{
         WatchTokensResponse,
         token_service_server::{TokenService, TokenServiceServer},
     },
-    schedule::Policy,
     seal::Keyring,
     store::Database,
-    upstream,
 };
 use tokio::{net::TcpListener, runtime, task::JoinSet};
 use tokio_util::sync::CancellationToken;
@@ -194,37 +192,12 @@ async fn serve(
     let insert = "insert into caller_credentials (caller_id, kind, bearer_sha256)
         select id, 'bearer', $1 from callers";
     sqlx::query(insert).bind(bearer.sha256().as_slice()).execute(pool).await.unwrap();
+    let keyring = Arc::new(Keyring::parse(&Keyring::generate(Clock::System.now())).unwrap());
+    let target = upstream.base_url().parse().unwrap();
     let plan = Plan {
-        database: database.clone(),
-        connections: 5,
-        migrate: false,
-        accept_restored: false,
-        state_dir: home.to_owned(),
-        keyring: Arc::new(Keyring::parse(&Keyring::generate(Clock::System.now())).unwrap()),
-        upstream: upstream::Settings {
-            target: upstream.base_url().parse().unwrap(),
-            bind_address: None,
-            proxy: None,
-            timeout: Duration::from_secs(10),
-        },
-        ends_older: true,
-        upstream_rate: 20.0,
-        upstream_concurrency: 8,
-        expected_egress: vec![],
-        policy: Policy { refresh_at: 0.75, min_issue_interval: Duration::from_secs(1) },
         journal: JournalSettings { sync, ..JournalSettings::default() },
-        audit_retention: None,
-        change_retention: None,
-        tls: None,
-        trust_domain: None,
-        most_waits: 10_000,
-        grace: Duration::ZERO,
         caller_rate: 10_000_000,
-        default_deadline: Duration::from_secs(5),
-        longest_deadline: Duration::from_mins(1),
-        drain: Duration::from_secs(5),
-        max_staleness: Duration::from_hours(24),
-        clock: Clock::System,
+        ..Plan::local(database.clone(), target, home.to_owned(), keyring)
     };
     let listen = async || TcpListener::bind("127.0.0.1:0").await.unwrap();
     let app = App::start(plan, listen().await, listen().await, &CancellationToken::new()).await;

@@ -33,7 +33,7 @@ use crate::{
         record::{Event, Record},
     },
     clock::Clock,
-    grpc::server::Guests,
+    grpc::server::{Guests, Workers},
     ops,
     seal::SealError,
     state_dir::{StateDir, StateDirError},
@@ -91,6 +91,9 @@ pub enum StartError {
     /// TLS.
     #[error("TLS cannot be served: {0}")]
     Tls(#[from] TlsError),
+    /// The threads that serve.
+    #[error("no threads to serve with: {0}")]
+    Workers(std::io::Error),
     /// A listener.
     #[error("cannot listen: {0}")]
     Listen(#[from] std::io::Error),
@@ -112,6 +115,8 @@ pub struct App {
     clock: Clock,
     health: Health,
     guests: Arc<Guests>,
+    /// Outlive every call that was taken up.
+    workers: Arc<Workers>,
     /// How long a stop lets callers find out.
     grace: Duration,
     ready: Arc<AtomicBool>,
@@ -167,6 +172,7 @@ impl App {
                     clock: world.clock,
                     health: started.health,
                     guests: started.guests,
+                    workers: started.workers,
                     grace,
                     ready: world.ready,
                     stop: started.stop,
@@ -210,6 +216,7 @@ impl App {
         if timeout(DELIVER_WITHIN, self.calls.wait()).await.is_err() {
             warn!("some calls did not end");
         }
+        self.workers.end().await;
         self.stop_following.cancel();
         for task in self.following {
             // The disk may hang, and a head's write with it.

@@ -11,9 +11,11 @@ use decide::{Decision, decide, judge_report};
 pub use refusal::Refusal;
 use sqlx::PgPool;
 use tokio::{
+    runtime::Handle,
     sync::Semaphore,
-    time::{Instant, sleep_until},
+    time::{Instant, sleep_until, timeout},
 };
+use tokio_util::task::AbortOnDropHandle;
 use tracing::warn;
 
 use crate::{
@@ -56,6 +58,8 @@ pub struct Broker {
     pub waker: Waker,
     /// Where a report is noted, for all replicas.
     pub pool: PgPool,
+    /// Where the pool's connections live. A call may be answered on another runtime.
+    pub runtime: Handle,
 }
 
 /// An account as a caller may list it.
@@ -144,15 +148,20 @@ impl Broker {
             return Ok(outcome);
         }
         let reported = view.token.as_ref().map(|token| token.generation);
-        let note = leases::suspect(&self.pool, slot.id(), reported);
-        let noted = tokio::time::timeout(REPORT_WITHIN, note);
-        match noted.await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => {
+        let (pool, id) = (self.pool.clone(), slot.id());
+        let note = self.runtime.spawn(async move {
+            timeout(REPORT_WITHIN, leases::suspect(&pool, id, reported)).await
+        });
+        match AbortOnDropHandle::new(note).await {
+            Ok(Ok(Ok(()))) => {}
+            Ok(Ok(Err(error))) => {
                 warn!(%account, %error, "a report cannot be noted");
                 return Err(Refusal::DatabaseUnavailable { retry_after: REPORT_WITHIN });
             }
-            Err(_) => return Err(Refusal::DatabaseUnavailable { retry_after: REPORT_WITHIN }),
+            // No answer in time, or the runtime ends.
+            Ok(Err(_)) | Err(_) => {
+                return Err(Refusal::DatabaseUnavailable { retry_after: REPORT_WITHIN });
+            }
         }
         self.cache.update(&slot, |view| {
             let mut view = view.clone();

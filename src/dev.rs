@@ -24,19 +24,16 @@ use tokio::net::TcpListener;
 use crate::{
     account::AccountName,
     app::{App, Plan, StartError},
-    audit::journal::JournalSettings,
     bearer::Bearer,
     caller::Right,
     clock::Clock,
     lifecycle::{self, Signals},
-    schedule::Policy,
     seal::Keyring,
     store::{
         Database, StoreError,
         admin::{Admin, Attribution, NewAccount, NewBearer, NewCaller, NewGrant},
         deployment,
     },
-    upstream,
 };
 
 /// Where the operators' face listens, if nobody else does.
@@ -222,38 +219,8 @@ async fn register(database: &Database, keyring: &Keyring, home: &Path) -> anyhow
 }
 
 fn plan(ground: &Ground, upstream: &Simulator, keyring: Arc<Keyring>) -> anyhow::Result<Plan> {
-    Ok(Plan {
-        database: Database::new(&ground.url, "token-broker")?,
-        connections: 5,
-        migrate: false,
-        accept_restored: false,
-        state_dir: ground.home.clone(),
-        keyring,
-        upstream: upstream::Settings {
-            target: upstream.base_url().parse()?,
-            bind_address: None,
-            proxy: None,
-            timeout: Duration::from_secs(10),
-        },
-        ends_older: true,
-        upstream_rate: 20.0,
-        upstream_concurrency: 8,
-        expected_egress: Vec::new(),
-        policy: Policy { refresh_at: 0.75, min_issue_interval: Duration::from_secs(1) },
-        journal: JournalSettings::default(),
-        audit_retention: None,
-        change_retention: None,
-        tls: None,
-        trust_domain: None,
-        most_waits: 10_000,
-        grace: Duration::ZERO,
-        caller_rate: 1_000,
-        default_deadline: Duration::from_secs(5),
-        longest_deadline: Duration::from_mins(1),
-        drain: Duration::from_secs(5),
-        max_staleness: Duration::from_hours(24),
-        clock: Clock::System,
-    })
+    let database = Database::new(&ground.url, "token-broker")?;
+    Ok(Plan::local(database, upstream.base_url().parse()?, ground.home.clone(), keyring))
 }
 
 /// Listens on `address`.

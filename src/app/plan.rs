@@ -1,6 +1,6 @@
 //! What a broker is made of, and what the settings come to.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{num::NonZeroUsize, path::PathBuf, sync::Arc, thread, time::Duration};
 
 use ipnet::IpNet;
 
@@ -12,11 +12,12 @@ use crate::{
     seal::Keyring,
     store::{Database, StoreError},
     tls::TlsFiles,
-    upstream::Settings as UpstreamSettings,
+    upstream::{Settings as UpstreamSettings, Target},
 };
 
 /// Connections that refresh and following share; delivery has one of its own, and so has listening.
 const CONNECTIONS: u32 = 10;
+const LOCAL_CONNECTIONS: u32 = 5;
 /// The size at which a journal segment is ended.
 const SEGMENT: u64 = 64 << 20;
 /// How long delivered segments are kept, for whoever ships them elsewhere too.
@@ -63,6 +64,8 @@ pub struct Plan {
     pub tls: Option<TlsFiles>,
     /// Whose SPIFFE IDs count.
     pub trust_domain: Option<Arc<str>>,
+    /// How many threads serve connections.
+    pub workers: NonZeroUsize,
     /// Calls that may wait for tokens at once; more are shed.
     pub most_waits: usize,
     /// How long a stop lets callers find out, while they are still answered.
@@ -92,15 +95,15 @@ impl Plan {
         migrate: bool,
         accept_restored: bool,
     ) -> Result<Self, StoreError> {
+        let database = settings.database_url.database("token-broker")?;
+        let target = settings.upstream.clone();
+        let state_dir = settings.state_dir.clone();
         Ok(Self {
-            database: settings.database_url.database("token-broker")?,
             connections: CONNECTIONS,
             migrate,
             accept_restored,
-            state_dir: settings.state_dir.clone(),
-            keyring,
             upstream: UpstreamSettings {
-                target: settings.upstream.clone(),
+                target: target.clone(),
                 bind_address: settings.upstream_bind_address,
                 proxy: settings.upstream_proxy.clone().map(|proxy| proxy.0),
                 timeout: settings.upstream_timeout,
@@ -126,14 +129,57 @@ impl Plan {
             change_retention: settings.change_retention,
             tls: settings.tls.clone(),
             trust_domain: settings.trust_domain.as_deref().map(Into::into),
-            most_waits: MOST_WAITS,
             grace: GRACE.min(settings.drain / 4),
             caller_rate: settings.caller_rate,
             default_deadline: settings.deadline_default,
             longest_deadline: settings.deadline_max,
             drain: settings.drain,
             max_staleness: settings.max_authorization_staleness,
-            clock: Clock::System,
+            ..Self::local(database, target, state_dir, keyring)
         })
+    }
+
+    /// The plan of a broker that is alone on its machine: it serves in plain text, may issue for an account
+    /// each second, and stops at once, without giving callers time to find out.
+    #[must_use]
+    pub fn local(
+        database: Database,
+        target: Target,
+        state_dir: PathBuf,
+        keyring: Arc<Keyring>,
+    ) -> Self {
+        Self {
+            database,
+            connections: LOCAL_CONNECTIONS,
+            migrate: false,
+            accept_restored: false,
+            state_dir,
+            keyring,
+            upstream: UpstreamSettings {
+                target,
+                bind_address: None,
+                proxy: None,
+                timeout: Duration::from_secs(10),
+            },
+            ends_older: true,
+            upstream_rate: 20.0,
+            upstream_concurrency: 8,
+            expected_egress: Vec::new(),
+            policy: Policy { refresh_at: 0.75, min_issue_interval: Duration::from_secs(1) },
+            journal: JournalSettings::default(),
+            audit_retention: None,
+            change_retention: None,
+            tls: None,
+            trust_domain: None,
+            workers: thread::available_parallelism().unwrap_or(NonZeroUsize::MIN),
+            most_waits: MOST_WAITS,
+            grace: Duration::ZERO,
+            caller_rate: 1_000,
+            default_deadline: Duration::from_secs(5),
+            longest_deadline: Duration::from_mins(1),
+            drain: Duration::from_secs(5),
+            max_staleness: Duration::from_hours(24),
+            clock: Clock::System,
+        }
     }
 }

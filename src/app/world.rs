@@ -11,7 +11,7 @@ use std::{
 };
 
 use sqlx::PgPool;
-use tokio::{net::TcpListener, sync::Semaphore, task::JoinHandle, time::Instant};
+use tokio::{net::TcpListener, runtime::Handle, sync::Semaphore, task::JoinHandle, time::Instant};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic_health::server::HealthReporter;
 use tracing::{error, info, warn};
@@ -36,7 +36,7 @@ use crate::{
     grpc::{
         self, TokenServer,
         audit::Desk,
-        server::{Door, Guests},
+        server::{Door, Guests, Workers},
     },
     limit::CallerRates,
     load::Loader,
@@ -83,6 +83,7 @@ pub(super) struct World {
 pub(super) struct Started {
     pub(super) health: Health,
     pub(super) guests: Arc<Guests>,
+    pub(super) workers: Arc<Workers>,
     pub(super) stop: CancellationToken,
     pub(super) stop_delivery: CancellationToken,
     pub(super) serving: Vec<JoinHandle<()>>,
@@ -172,10 +173,12 @@ impl World {
         let (routes, health) =
             self.routes(&plan, waker, stop.clone(), calls.clone(), folds.clone())?;
         let guests = Arc::new(Guests::default());
+        let workers = Arc::new(Workers::start(plan.workers).map_err(StartError::Workers)?);
         let door = Door {
             routes,
             tls: self.tls.clone(),
             guests: guests.clone(),
+            workers: workers.clone(),
             folds,
             clock: self.clock.clone(),
         };
@@ -222,6 +225,7 @@ impl World {
         Ok(Started {
             health,
             guests,
+            workers,
             stop,
             stop_delivery,
             serving,
@@ -341,6 +345,7 @@ impl World {
             waits: Arc::new(Semaphore::new(plan.most_waits)),
             waker,
             pool: self.pool.clone(),
+            runtime: Handle::current(),
         };
         let server = TokenServer {
             broker,

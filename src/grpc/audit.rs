@@ -5,7 +5,7 @@ mod call;
 
 use std::{
     convert::Infallible,
-    future::Future,
+    future::{Future, poll_fn},
     panic::AssertUnwindSafe,
     pin::Pin,
     sync::Arc,
@@ -13,17 +13,19 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 pub use call::{CallContext, Draft, Peer};
 use call::{Deadline, deadline_of, event_of, method_of, trace_id_of};
 use futures_util::FutureExt;
 use http::{Request, Response};
-use tokio::time::Instant;
+use http_body::Body as _;
+use tokio::time::{Instant, timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Code, Status, body::Body, server::NamedService};
 use tower::Service;
 use tracing::error;
 
-use super::{identity::Identifier, status::outcome};
+use super::{LONGEST_MESSAGE, identity::Identifier, status::outcome};
 use crate::{
     audit::{fold::Folds, journal::Journal, record::Record},
     broker::Refusal,
@@ -35,6 +37,8 @@ use crate::{
 
 /// The longest that an answer waits for its record.
 const RECORD_WITHIN: Duration = Duration::from_secs(5);
+/// How long a call that is refused may take to say the rest of it.
+const HEAR_WITHIN: Duration = Duration::from_secs(1);
 
 /// What the layer needs; shared by all connections.
 pub struct Desk {
@@ -223,7 +227,10 @@ where
             request.extensions_mut().insert(context);
             deadline
         }
-        Err(refusal) => return draft.refuse(refusal).into_http(),
+        Err(refusal) => {
+            hear_out(request.into_body()).await;
+            return draft.refuse(refusal).into_http();
+        }
     };
     tokio::select! {
         biased;
@@ -234,6 +241,23 @@ where
         () = gone.cancelled() => draft.refuse(Refusal::Cancelled).into_http(),
         () = deadline.passes() => draft.refuse(Refusal::DeadlineExceeded).into_http(),
     }
+}
+
+/// Reads what a call that is refused by its headers still sends, within bounds. What comes for a stream
+/// that is over counts as its client's fault, and many of these end the connection, with all other calls on
+/// it.
+async fn hear_out(mut body: Body) {
+    let hearing = async {
+        let mut heard = 0;
+        while heard <= LONGEST_MESSAGE {
+            match poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await {
+                Some(Ok(frame)) => heard += frame.data_ref().map_or(0, Bytes::len),
+                Some(Err(_)) | None => return,
+            }
+        }
+    };
+    // Who takes longer than that is no longer heard.
+    let _ = timeout(HEAR_WITHIN, hearing).await;
 }
 
 /// Whether a call of `method` is answered with a stream, which lasts as long as its caller wants.

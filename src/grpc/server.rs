@@ -1,7 +1,11 @@
 //! The front door: takes connections, bounds what each may do, and lets them go in time.
 
+mod activity;
 mod guests;
+mod handshake;
 mod preface;
+mod socket;
+mod workers;
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -15,23 +19,21 @@ use tokio::{
     task::JoinSet,
     time::timeout,
 };
-use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tonic::{body::Body, service::Routes};
 use tower::Service;
 use tracing::{debug, warn};
 
-pub use self::guests::Guests;
-use self::{guests::Guest, preface::Greeted};
-use super::audit::Peer;
-use crate::{
-    audit::{
-        fold::Folds,
-        record::{Event, Record},
-    },
-    clock::Clock,
-    tls::{Shown, Tls},
+use self::{
+    activity::Activity,
+    guests::Guest,
+    preface::Greeted,
+    socket::{Move, Socket},
 };
+pub use self::{guests::Guests, workers::Workers};
+use super::audit::Peer;
+use crate::{audit::fold::Folds, clock::Clock, tls::Tls};
 
 /// Connections at once; more wait in the listener's backlog.
 const MOST_CONNECTIONS: usize = 10_000;
@@ -40,19 +42,26 @@ const MOST_OF_AN_ADDRESS: usize = MOST_CONNECTIONS / 4;
 /// The age at which a connection is told to finish, so that callers spread over replicas that came
 /// later; with up to a quarter less, so that those of one moment do not all come again at one moment.
 const AGE: Duration = Duration::from_mins(30);
+/// How long a connection may have no call before it is told to finish.
+const IDLE: Duration = Duration::from_mins(10);
 /// Streams at once on a connection.
 const MOST_STREAMS: u32 = 1_000;
 /// Streams that a client may reset before we have answered them (rapid reset).
 const MOST_RESETS: usize = 100;
 /// The headers of a request, in bytes.
 const LONGEST_HEADERS: u32 = 16 * 1024;
+/// What a client may send on a stream before we have taken it, in bytes: the longest request.
+const STREAM_WINDOW: u32 = 64 * 1024;
+/// The same of a connection. `h2` counts a small piece of data as 256 bytes and ends a connection for which
+/// it keeps more of them than fill half of this, so a small request in two pieces on each stream must fit.
+const CONNECTION_WINDOW: u32 = 4 * 256 * MOST_STREAMS;
+/// What of an answer waits for a client that does not read it, in bytes.
+const MOST_UNSENT: usize = 64 * 1024;
 /// How long a TLS handshake may take.
 const HANDSHAKE_WITHIN: Duration = Duration::from_secs(10);
 /// How long a client may take to say that it speaks HTTP/2: before that, nothing else would end the
 /// connection.
 const PREFACE_WITHIN: Duration = Duration::from_secs(10);
-/// How long a refused handshake's record may take; nobody waits for it.
-const RECORD_WITHIN: Duration = Duration::from_secs(5);
 /// A silent peer is asked whether it lives, and how long it may take to say so.
 const KEEPALIVE: Duration = Duration::from_secs(30);
 const KEEPALIVE_WITHIN: Duration = Duration::from_secs(20);
@@ -71,6 +80,8 @@ pub struct Door {
     pub tls: Option<Arc<Tls>>,
     /// Who is in.
     pub guests: Arc<Guests>,
+    /// Who serves them.
+    pub workers: Arc<Workers>,
     /// Records handshakes that are refused.
     pub folds: Folds,
     /// Time.
@@ -129,48 +140,38 @@ async fn accept(listener: &TcpListener, places: &Arc<Semaphore>) -> io::Result<A
 }
 
 impl Door {
-    /// Serves one connection to its end.
+    /// Serves one connection to its end. What a client must do before it is served is done here, out of
+    /// the way of those who serve.
     async fn let_in(
         &self,
         stream: TcpStream,
         guest: Guest,
         stop: CancellationToken,
     ) -> Result<(), Broken> {
-        let address = stream.peer_addr()?;
         stream.set_nodelay(true)?;
+        let address = stream.peer_addr()?;
+        let socket = Socket::new(stream);
         let Some(tls) = &self.tls else {
-            return self.converse(stream, Peer { address, certificate: None }, guest, stop).await;
+            let peer = Peer { address, certificate: None };
+            return self.seat(socket, peer, guest, stop).await;
         };
-        let handshake = TlsAcceptor::from(tls.config()).accept(stream);
+        let shaking = TlsAcceptor::from(tls.config()).accept(socket);
         let stream = tokio::select! {
             () = stop.cancelled() => return Ok(()),
-            shaken = timeout(HANDSHAKE_WITHIN, handshake) => match shaken? {
+            shaken = timeout(HANDSHAKE_WITHIN, shaking) => match shaken? {
                 Ok(stream) => stream,
                 Err(error) => {
-                    self.record_refused(address, &error).await;
+                    handshake::record_refused(&self.folds, &self.clock, address, &error).await;
                     return Err(error.into());
                 }
             },
         };
-        let certificate = shown(&stream).map(Arc::new);
-        self.converse(stream, Peer { address, certificate }, guest, stop).await
+        let certificate = handshake::shown(&stream).map(Arc::new);
+        self.seat(stream, Peer { address, certificate }, guest, stop).await
     }
 
-    /// Records a handshake that the client lost. One that it only broke off, as probes do, is none.
-    async fn record_refused(&self, address: SocketAddr, error: &io::Error) {
-        let Some(fault) = error.get_ref().and_then(|it| it.downcast_ref::<rustls::Error>()) else {
-            return;
-        };
-        let mut record = Record::new(self.clock.now(), Event::HandshakeRefused)
-            .outcome("unauthenticated", reason(fault))
-            .with("fault", fault.to_string());
-        record.peer = Some(address.to_string());
-        if self.folds.recorded(record, RECORD_WITHIN).await.is_err() {
-            warn!(%address, "a refused handshake could not be recorded");
-        }
-    }
-
-    async fn converse<S>(
+    /// Hears what the client says first, and gives it to the least busy of those who serve.
+    async fn seat<S>(
         &self,
         stream: S,
         peer: Peer,
@@ -178,57 +179,63 @@ impl Door {
         stop: CancellationToken,
     ) -> Result<(), Broken>
     where
-        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        S: Move + AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let greeted = tokio::select! {
+        let mut greeted = tokio::select! {
             () = stop.cancelled() => return Ok(()),
             greeted = timeout(PREFACE_WITHIN, Greeted::by_client(stream)) => greeted??,
         };
-        let routes = self.routes.clone();
-        let service = service_fn(move |request: Request<Incoming>| {
-            let mut routes = routes.clone();
+        let (routes, age) = (self.routes.clone(), guest.age(AGE));
+        let seat = self.workers.least_busy();
+        let served = seat.run(async move {
+            greeted.move_here()?;
+            converse(greeted, peer, routes, age, stop).await
+        });
+        served.await?
+    }
+}
+
+/// Serves the calls of a connection until it ends, is too old or idle, or `stop`.
+async fn converse<S>(
+    stream: S,
+    peer: Peer,
+    routes: Routes,
+    age: Duration,
+    stop: CancellationToken,
+) -> Result<(), Broken>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let activity = Activity::new();
+    let service = {
+        let activity = activity.clone();
+        service_fn(move |request: Request<Incoming>| {
+            let (mut routes, call) = (routes.clone(), activity.begin());
             let mut request = request.map(Body::new);
             request.extensions_mut().insert(peer.clone());
-            async move { routes.call(request).await }
-        });
-        let mut connection = std::pin::pin!(
-            http2::Builder::new(TokioExecutor::new())
-                .timer(TokioTimer::new())
-                .max_concurrent_streams(MOST_STREAMS)
-                .max_pending_accept_reset_streams(MOST_RESETS)
-                .max_local_error_reset_streams(MOST_RESETS)
-                .max_header_list_size(LONGEST_HEADERS)
-                .keep_alive_interval(KEEPALIVE)
-                .keep_alive_timeout(KEEPALIVE_WITHIN)
-                .serve_connection(TokioIo::new(greeted), service)
-        );
-        tokio::select! {
-            ended = connection.as_mut() => return Ok(ended?),
-            () = stop.cancelled() => {}
-            () = tokio::time::sleep(guest.age(AGE)) => {}
-        }
-        connection.as_mut().graceful_shutdown();
-        Ok(connection.await?)
+            async move { routes.call(request).await.map(|response| call.answer(response)) }
+        })
+    };
+    let mut connection = std::pin::pin!(
+        http2::Builder::new(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .max_concurrent_streams(MOST_STREAMS)
+            .max_pending_accept_reset_streams(MOST_RESETS)
+            .max_local_error_reset_streams(MOST_RESETS)
+            .max_header_list_size(LONGEST_HEADERS)
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_send_buf_size(MOST_UNSENT)
+            .keep_alive_interval(KEEPALIVE)
+            .keep_alive_timeout(KEEPALIVE_WITHIN)
+            .serve_connection(TokioIo::new(stream), service)
+    );
+    tokio::select! {
+        ended = connection.as_mut() => return Ok(ended?),
+        () = stop.cancelled() => {}
+        () = tokio::time::sleep(age) => {}
+        () = activity.idle(IDLE) => {}
     }
-}
-
-/// Whom the client's certificate names, if it showed one. The handshake has verified it.
-fn shown(stream: &TlsStream<TcpStream>) -> Option<Shown> {
-    let (_, session) = stream.get_ref();
-    session.peer_certificates().and_then(|chain| chain.first()).map(Shown::of)
-}
-
-/// The reason of a refused handshake, for the audit log.
-fn reason(fault: &rustls::Error) -> &'static str {
-    use rustls::{CertificateError, Error};
-    match fault {
-        Error::InvalidCertificate(
-            CertificateError::Expired | CertificateError::ExpiredContext { .. },
-        ) => "CERTIFICATE_EXPIRED",
-        Error::InvalidCertificate(CertificateError::UnknownIssuer) => "UNKNOWN_ISSUER",
-        Error::InvalidCertificate(_) | Error::NoCertificatesPresented => "CERTIFICATE_REFUSED",
-        Error::InvalidMessage(_) | Error::InappropriateMessage { .. } => "NO_TLS",
-        Error::AlertReceived(_) => "CLIENT_ALERT",
-        _ => "HANDSHAKE_FAILED",
-    }
+    connection.as_mut().graceful_shutdown();
+    Ok(connection.await?)
 }

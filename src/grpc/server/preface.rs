@@ -8,6 +8,8 @@ use std::{
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 
+use super::socket::Move;
+
 /// What an HTTP/2 client says first.
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
@@ -32,6 +34,12 @@ impl<S: AsyncRead + Unpin> Greeted<S> {
             }
         }
         Ok(Self { stream, left: PREFACE.len() })
+    }
+}
+
+impl<S: Move> Move for Greeted<S> {
+    fn move_here(&mut self) -> io::Result<()> {
+        self.stream.move_here()
     }
 }
 

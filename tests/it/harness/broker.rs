@@ -14,7 +14,6 @@ use token_broker::{
     schedule::Policy,
     seal::Keyring,
     store::Database,
-    upstream,
 };
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -64,23 +63,10 @@ impl World {
 
     /// What a broker of this world is made of; a test changes what it wants otherwise.
     pub(crate) fn plan(&self) -> Plan {
+        let database = Database::new(self.database.url(), "token-broker").unwrap();
+        let target = self.upstream.base_url().parse().unwrap();
         Plan {
-            database: Database::new(self.database.url(), "token-broker").unwrap(),
-            connections: 5,
-            migrate: false,
-            accept_restored: false,
-            state_dir: self.state.path().to_owned(),
-            keyring: self.keyring.clone(),
-            upstream: upstream::Settings {
-                target: self.upstream.base_url().parse().unwrap(),
-                bind_address: None,
-                proxy: None,
-                timeout: Duration::from_secs(10),
-            },
-            ends_older: true,
             upstream_rate: 1_000.0,
-            upstream_concurrency: 8,
-            expected_egress: vec![],
             policy: Policy { refresh_at: 0.75, min_issue_interval: Duration::from_millis(100) },
             journal: JournalSettings {
                 sync: Sync::Fsync,
@@ -88,18 +74,12 @@ impl World {
                 max_bytes: 1 << 30,
                 retention: Duration::from_hours(168),
             },
-            audit_retention: None,
-            change_retention: None,
-            tls: None,
-            trust_domain: None,
-            most_waits: 10_000,
-            grace: Duration::ZERO,
             caller_rate: 100_000,
             default_deadline: super::PATIENCE,
             longest_deadline: super::PATIENCE,
             drain: Duration::from_secs(10),
-            max_staleness: Duration::from_hours(24),
             clock: self.clock.clone(),
+            ..Plan::local(database, target, self.state.path().to_owned(), self.keyring.clone())
         }
     }
 

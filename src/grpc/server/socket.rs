@@ -1,0 +1,134 @@
+//! Streams that move from the runtime which accepted them to the one that serves them. One that stayed
+//! with the first would have each of its wake-ups cross threads.
+
+use std::{
+    io::{self, IoSlice},
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+};
+use tokio_rustls::server::TlsStream;
+
+/// A TCP stream that can move.
+#[derive(Debug)]
+pub(super) struct Socket {
+    /// Not there only if a move has failed.
+    stream: Option<TcpStream>,
+}
+
+/// What can move to the runtime that calls this.
+pub(super) trait Move {
+    /// Has the present runtime watch the stream, and the former one forget it.
+    ///
+    /// # Errors
+    /// When it cannot be watched; the stream is lost then.
+    fn move_here(&mut self) -> io::Result<()>;
+}
+
+impl Socket {
+    pub(super) fn new(stream: TcpStream) -> Self {
+        Self { stream: Some(stream) }
+    }
+
+    fn stream(&mut self) -> io::Result<&mut TcpStream> {
+        self.stream.as_mut().ok_or_else(|| io::ErrorKind::NotConnected.into())
+    }
+}
+
+impl Move for Socket {
+    fn move_here(&mut self) -> io::Result<()> {
+        if let Some(stream) = self.stream.take() {
+            self.stream = Some(TcpStream::from_std(stream.into_std()?)?);
+        }
+        Ok(())
+    }
+}
+
+impl Move for TlsStream<Socket> {
+    fn move_here(&mut self) -> io::Result<()> {
+        self.get_mut().0.move_here()
+    }
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(self.stream()?).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(self.stream()?).poll_write(context, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(self.stream()?).poll_write_vectored(context, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.as_ref().is_some_and(AsyncWrite::is_write_vectored)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(self.stream()?).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(self.stream()?).poll_shutdown(context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+    };
+
+    use super::*;
+
+    #[test]
+    fn a_stream_goes_on_where_it_moved_to_after_its_first_runtime_is_gone() {
+        let runtime =
+            || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let first = runtime();
+        let (mut client, mut socket) = first.block_on(async {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+            let mut socket = Socket::new(listener.accept().await.unwrap().0);
+            client.write_all(b"onetwo").await.unwrap();
+            let mut said = [0; 3];
+            socket.read_exact(&mut said).await.unwrap();
+            assert_eq!(&said, b"one");
+            (Socket::new(client), socket)
+        });
+        runtime().block_on(async {
+            client.move_here().unwrap();
+            socket.move_here().unwrap();
+            first.shutdown_background();
+            let mut said = [0; 3];
+            // What came before it moved, and what comes after.
+            for expected in [b"two", b"six"] {
+                socket.read_exact(&mut said).await.unwrap();
+                assert_eq!(&said, expected);
+                client.write_all(b"six").await.unwrap();
+            }
+        });
+    }
+}
