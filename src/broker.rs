@@ -12,7 +12,6 @@ pub use refusal::Refusal;
 use sqlx::PgPool;
 use tokio::{
     runtime::Handle,
-    sync::Semaphore,
     time::{Instant, sleep_until, timeout},
 };
 use tokio_util::task::AbortOnDropHandle;
@@ -21,10 +20,11 @@ use tracing::warn;
 use crate::{
     account::AccountName,
     cache::{Cache, Slot, View},
-    caller::{AccountPattern, Caller, Right},
+    caller::{AccountPattern, Caller, CallerId, Right},
     clock::{Clock, Timestamp},
     directory::Directory,
     issue::AccountState,
+    limit::{Place, Places},
     reach::Reach,
     refresh::Waker,
     schedule::Policy,
@@ -53,7 +53,9 @@ pub struct Broker {
     /// Whether tokens can be issued without the database, while it is away.
     pub reach: Arc<Reach>,
     /// The calls that may wait at once. Those that find a live token never do.
-    pub waits: Arc<Semaphore>,
+    pub waits: Arc<Places<CallerId>>,
+    /// The streams that may be open at once.
+    pub streams: Arc<Places<CallerId>>,
     /// Whom to wake when somebody waits.
     pub waker: Waker,
     /// Where a report is noted, for all replicas.
@@ -100,8 +102,7 @@ impl Broker {
                 Decision::Wait => {}
             }
             if place.is_none() {
-                let shed = |_| Refusal::Overloaded { retry_after: SHED_FOR };
-                place = Some(self.waits.try_acquire().map_err(shed)?);
+                place = Some(place_of(&self.waits, caller)?);
             }
             let Some((changes, reach)) = &mut changes else {
                 changes = Some((slot.changes(), self.reach.changes()));
@@ -114,6 +115,14 @@ impl Broker {
                 () = sleep_until(deadline) => return self.too_late(&slot, &ask),
             }
         }
+    }
+
+    /// A place for a stream of `caller`, which lasts as long as it.
+    ///
+    /// # Errors
+    /// [`Refusal::Overloaded`] when there is none.
+    pub fn stream(&self, caller: &Caller) -> Result<Place<CallerId>, Refusal> {
+        place_of(&self.streams, caller)
     }
 
     /// What to say at the deadline: a live token that is not what was asked for in time to live is
@@ -276,4 +285,8 @@ impl Broker {
             Err(Refusal::GrantsStale)
         }
     }
+}
+
+fn place_of(places: &Arc<Places<CallerId>>, caller: &Caller) -> Result<Place<CallerId>, Refusal> {
+    places.take(caller.id).ok_or(Refusal::Overloaded { retry_after: SHED_FOR })
 }

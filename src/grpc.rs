@@ -1,7 +1,9 @@
 //! The gRPC face: proto ↔ domain.
 
 pub mod audit;
+mod held;
 pub mod identity;
+mod public;
 pub mod server;
 pub mod status;
 mod watch;
@@ -11,6 +13,7 @@ use std::{sync::Arc, time::Duration};
 use audit::{CallContext, Desk, Recorded};
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use prost_types::Timestamp as ProtoTimestamp;
+use public::Public;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, service::Routes};
@@ -69,9 +72,9 @@ pub fn routes(
     };
     let service = TokenServiceServer::new(server).max_decoding_message_size(LONGEST_MESSAGE);
     let routes = Routes::new(Recorded::new(service, desk))
-        .add_service(health)
-        .add_service(descriptors().build_v1()?)
-        .add_service(descriptors().build_v1alpha()?)
+        .add_service(Public(health))
+        .add_service(Public(descriptors().build_v1()?))
+        .add_service(Public(descriptors().build_v1alpha()?))
         .prepare();
     Ok((routes, health_reporter))
 }

@@ -1,4 +1,7 @@
-//! A rate for each caller: the generic cell rate algorithm, on one atomic number a caller.
+//! A rate for each caller: the generic cell rate algorithm, on one atomic number a caller. And places for
+//! what lasts.
+
+mod places;
 
 use std::{
     sync::{
@@ -10,6 +13,7 @@ use std::{
 
 use papaya::HashMap;
 
+pub use self::places::{Place, Places};
 use crate::caller::CallerId;
 
 /// How many seconds' worth of calls may come at once.

@@ -25,6 +25,8 @@ const KEPT: Duration = Duration::from_hours(7 * 24);
 
 /// Calls that may wait for tokens at once: of some 20 KiB each, 200 MiB.
 const MOST_WAITS: usize = 10_000;
+/// Streams that may be open at once, of some 20 KiB each too.
+const MOST_STREAMS: usize = 10_000;
 /// How long callers and balancers are given to see that the broker is about to stop, at most.
 const GRACE: Duration = Duration::from_secs(5);
 
@@ -68,6 +70,8 @@ pub struct Plan {
     pub workers: NonZeroUsize,
     /// Calls that may wait for tokens at once; more are shed.
     pub most_waits: usize,
+    /// `WatchTokens` streams that may be open at once; more are shed.
+    pub most_streams: usize,
     /// How long a stop lets callers find out, while they are still answered.
     pub grace: Duration,
     /// Calls a second of a caller that has no rate of its own.
@@ -173,6 +177,7 @@ impl Plan {
             trust_domain: None,
             workers: thread::available_parallelism().unwrap_or(NonZeroUsize::MIN),
             most_waits: MOST_WAITS,
+            most_streams: MOST_STREAMS,
             grace: Duration::ZERO,
             caller_rate: 1_000,
             default_deadline: Duration::from_secs(5),

@@ -11,7 +11,7 @@ use std::{
 };
 
 use sqlx::PgPool;
-use tokio::{net::TcpListener, runtime::Handle, sync::Semaphore, task::JoinHandle, time::Instant};
+use tokio::{net::TcpListener, runtime::Handle, task::JoinHandle, time::Instant};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic_health::server::HealthReporter;
 use tracing::{error, info, warn};
@@ -38,7 +38,7 @@ use crate::{
         audit::Desk,
         server::{Door, Guests, Workers},
     },
-    limit::CallerRates,
+    limit::{CallerRates, Places},
     load::Loader,
     ops::Ops,
     reach::Reach,
@@ -59,6 +59,8 @@ use crate::{
 
 /// How much longer than an attempt a lease lasts: time to store the token.
 const LEASE_BEYOND_ATTEMPT: Duration = Duration::from_secs(20);
+/// The calls that may wait at once until it is recorded that they are refused.
+const MOST_REFUSED: usize = 10_000;
 /// The pause between two tries to reach the database at the start.
 const REACH_AGAIN: Duration = Duration::from_secs(1);
 
@@ -342,7 +344,8 @@ impl World {
             policy: plan.policy,
             max_staleness: plan.max_staleness,
             reach: self.reach.clone(),
-            waits: Arc::new(Semaphore::new(plan.most_waits)),
+            waits: Arc::new(Places::new(plan.most_waits)),
+            streams: Arc::new(Places::new(plan.most_streams)),
             waker,
             pool: self.pool.clone(),
             runtime: Handle::current(),
@@ -366,6 +369,7 @@ impl World {
             epoch: Instant::now(),
             metrics: self.metrics.clone(),
             calls,
+            refused: Arc::new(Places::new(MOST_REFUSED)),
         };
         Ok(grpc::routes(server, Arc::new(desk))?)
     }

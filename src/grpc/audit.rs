@@ -6,6 +6,7 @@ mod call;
 use std::{
     convert::Infallible,
     future::{Future, poll_fn},
+    net::IpAddr,
     panic::AssertUnwindSafe,
     pin::Pin,
     sync::Arc,
@@ -31,7 +32,7 @@ use crate::{
     broker::Refusal,
     clock::Clock,
     directory::Directory,
-    limit::CallerRates,
+    limit::{CallerRates, Places},
     telemetry::{Method, Metrics},
 };
 
@@ -66,6 +67,8 @@ pub struct Desk {
     pub metrics: Arc<Metrics>,
     /// The calls under way: their records are still to be written.
     pub calls: TaskTracker,
+    /// The calls that are refused by their headers and not answered yet, by address.
+    pub refused: Arc<Places<Option<IpAddr>>>,
 }
 
 /// A service whose every call is recorded.
@@ -140,10 +143,18 @@ impl Desk {
         record.trace_id = trace_id_of(request.headers());
         let draft = Draft::new(record);
 
-        let admitted = self.admit(&request, method, arrived, &draft);
-        let deadline = admitted.as_ref().map_or(Deadline::Never, |(deadline, _)| *deadline);
+        let (deadline, context) = match self.admit(&request, method, arrived, &draft) {
+            Ok(admitted) => admitted,
+            Err(refusal) => {
+                let status = draft.refuse(refusal);
+                let answered = self.turn_away(request, status, &draft, arrived).await;
+                self.metrics.call(method, code_of(&answered).into(), arrived.elapsed());
+                return answered;
+            }
+        };
         // A method that panics is a call like any other: it is recorded.
-        let responding = AssertUnwindSafe(respond(inner, request, admitted, &gone, &draft));
+        let responding = respond(inner, request, context, deadline, &gone, &draft);
+        let responding = AssertUnwindSafe(responding);
         let response = responding.catch_unwind().await.unwrap_or_else(|_| {
             error!(?method, "a call panicked");
             Status::internal("a fault of the broker's own").into_http()
@@ -166,6 +177,29 @@ impl Desk {
         };
         self.metrics.call(method, code_of(&response).into(), arrived.elapsed());
         response
+    }
+
+    /// Records a call that is refused by its headers, and answers it. Anybody may send these, as many as
+    /// connections have streams: only so many are heard out and wait for their record. The others are
+    /// answered at once, and counted by a record all the same.
+    async fn turn_away(
+        &self,
+        request: Request<Body>,
+        status: Status,
+        draft: &Draft,
+        arrived: Instant,
+    ) -> Response<Body> {
+        let address = request.extensions().get::<Peer>().map(|peer| peer.address.ip());
+        let place = self.refused.take(address.map(|address| address.to_canonical()));
+        if place.is_some() {
+            hear_out(request.into_body()).await;
+        }
+        let (record, _) = draft.finish(outcome(status.code()), arrived.elapsed());
+        let within = if place.is_some() { RECORD_WITHIN } else { Duration::ZERO };
+        match self.folds.recorded(record, within).await {
+            Err(_) if place.is_some() => Status::from(Refusal::AuditUnavailable).into_http(),
+            _ => status.into_http(),
+        }
     }
 
     fn admit(
@@ -215,23 +249,15 @@ impl Desk {
 async fn respond<S>(
     mut inner: S,
     mut request: Request<Body>,
-    admitted: Result<(Deadline, CallContext), Refusal>,
+    context: CallContext,
+    deadline: Deadline,
     gone: &CancellationToken,
     draft: &Draft,
 ) -> Response<Body>
 where
     S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>,
 {
-    let deadline = match admitted {
-        Ok((deadline, context)) => {
-            request.extensions_mut().insert(context);
-            deadline
-        }
-        Err(refusal) => {
-            hear_out(request.into_body()).await;
-            return draft.refuse(refusal).into_http();
-        }
-    };
+    request.extensions_mut().insert(context);
     tokio::select! {
         biased;
         answered = inner.call(request) => match answered {
@@ -336,6 +362,7 @@ mod tests {
                 epoch: Instant::now(),
                 metrics: Arc::new(Metrics::new("test")),
                 calls,
+                refused: Arc::new(Places::new(1)),
             };
             Self { desk: Arc::new(desk), bearer, manual, state_dir, _home: home }
         }
@@ -356,20 +383,38 @@ mod tests {
                     Ok::<_, Infallible>(Response::new(Body::empty()))
                 }
             });
+            let code = self.send(inner, &self.bearer, Body::empty()).await;
+            (code, self.journal().await)
+        }
+
+        async fn send<S>(&self, inner: S, bearer: &Bearer, body: Body) -> Code
+        where
+            S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>
+                + Clone
+                + Send
+                + 'static,
+            S::Future: Send,
+        {
             let request = Request::builder()
                 .uri("/token_broker.v1.TokenService/GetToken")
-                .header("authorization", format!("Bearer {}", self.bearer.expose()))
-                .body(Body::empty())
+                .header("authorization", format!("Bearer {}", bearer.expose()))
+                .body(body)
                 .unwrap();
             let response = Recorded::new(inner, self.desk.clone()).call(request).await.unwrap();
+            code_of(&response)
+        }
+
+        /// What the journal holds in the end.
+        async fn journal(&self) -> String {
+            self.desk.calls.close();
+            self.desk.calls.wait().await;
             self.desk.journal.close().await;
             let segments = fs::read_dir(self.state_dir.journal_dir()).unwrap();
-            let text = segments
+            segments
                 .map(|segment| segment.unwrap().path())
                 .filter(|path| path.extension().is_some_and(|it| it == "jsonl"))
                 .map(|path| fs::read_to_string(path).unwrap())
-                .collect();
-            (code_of(&response), text)
+                .collect()
         }
     }
 
@@ -422,5 +467,74 @@ mod tests {
         let (code, journal) = office.call(|_| async {}).await;
         assert_eq!(code, Code::Unavailable);
         assert!(!journal.contains("get_token"), "{journal}");
+    }
+
+    /// A message that is announced and never comes.
+    struct Silence;
+
+    impl http_body::Body for Silence {
+        type Data = Bytes;
+        type Error = Status;
+
+        fn poll_frame(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<http_body::Frame<Bytes>, Status>>> {
+            Poll::Pending
+        }
+    }
+
+    /// A message in pieces of 16 KiB, and how many of them were taken.
+    struct Pieces(usize, Arc<std::sync::atomic::AtomicUsize>);
+
+    impl http_body::Body for Pieces {
+        type Data = Bytes;
+        type Error = Status;
+
+        fn poll_frame(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<http_body::Frame<Bytes>, Status>>> {
+            let Some(left) = self.0.checked_sub(1) else { return Poll::Ready(None) };
+            self.0 = left;
+            self.1.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            Poll::Ready(Some(Ok(http_body::Frame::data(Bytes::from_static(&[0; 16 * 1024])))))
+        }
+    }
+
+    #[tokio::test]
+    async fn a_call_that_is_refused_by_its_headers_is_heard_out_unless_it_is_too_long() {
+        let office = Office::open();
+        let never = service_fn(|_| async { panic!("it is not admitted") });
+        for (pieces, heard) in [(3, 3), (1_000, 5)] {
+            let taken = Arc::default();
+            let message = Body::new(Pieces(pieces, Arc::clone(&taken)));
+            let code = office.send(never, &Bearer::generate(), message).await;
+            assert_eq!(code, Code::Unauthenticated);
+            assert_eq!(taken.load(std::sync::atomic::Ordering::Relaxed), heard);
+        }
+    }
+
+    #[tokio::test]
+    async fn refusals_beyond_those_that_may_wait_are_answered_at_once_and_recorded_all_the_same() {
+        let office = Office::open();
+        let never = service_fn(|_| async { panic!("it is not admitted") });
+        let stranger = Bearer::generate();
+        let waits = office.desk.refused.take(None).unwrap();
+        for _ in 0..25 {
+            let code = office.send(never, &stranger, Body::new(Silence)).await;
+            assert_eq!(code, Code::Unauthenticated);
+        }
+        drop(waits);
+        // The first that has a place waits for its message, and for the record of them all.
+        let code = office.send(never, &stranger, Body::new(Silence)).await;
+        assert_eq!(code, Code::Unauthenticated);
+        let journal = office.journal().await;
+        let counts = journal.split("\"count\":").skip(1).map(|rest| {
+            let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
+            digits.parse::<u32>().unwrap()
+        });
+        assert_eq!(counts.sum::<u32>(), 26, "{journal}");
+        assert!(journal.lines().count() < 26, "{journal}");
     }
 }

@@ -32,7 +32,7 @@ use self::{
     socket::{Move, Socket},
 };
 pub use self::{guests::Guests, workers::Workers};
-use super::audit::Peer;
+use super::{audit::Peer, held::Held, public::PublicStreams};
 use crate::{audit::fold::Folds, clock::Clock, tls::Tls};
 
 /// Connections at once; more wait in the listener's backlog.
@@ -206,14 +206,19 @@ async fn converse<S>(
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let activity = Activity::new();
+    let (activity, public) = (Activity::new(), PublicStreams::default());
     let service = {
         let activity = activity.clone();
         service_fn(move |request: Request<Incoming>| {
             let (mut routes, call) = (routes.clone(), activity.begin());
             let mut request = request.map(Body::new);
             request.extensions_mut().insert(peer.clone());
-            async move { routes.call(request).await.map(|response| call.answer(response)) }
+            request.extensions_mut().insert(public.clone());
+            async move {
+                let answer = routes.call(request).await;
+                // The call goes on until its answer has left.
+                answer.map(|response| response.map(|body| Held::new(body, call)))
+            }
         })
     };
     let mut connection = std::pin::pin!(

@@ -51,6 +51,7 @@ pub(super) fn start(
     let changes = broker.cache.changes();
     let access = broker.directory.changes();
     let slots = broker.watched(&context.caller, &patterns)?;
+    let place = broker.stream(&context.caller)?;
     let mut template = context.draft.so_far();
     template.event = Event::TokenPushed;
     let (sender, receiver) = mpsc::channel(BUFFERED);
@@ -67,6 +68,7 @@ pub(super) fn start(
     };
     let stop = server.stop.clone();
     tokio::spawn(async move {
+        let _place = place;
         tokio::select! {
             // A clean end: the caller comes again, to another replica or to the next start.
             () = stop.cancelled() => {}

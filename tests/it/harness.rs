@@ -8,6 +8,8 @@ pub(crate) mod http;
 pub(crate) mod process;
 pub(crate) mod proxy;
 #[cfg(feature = "embedded-postgres")]
+pub(crate) mod raw;
+#[cfg(feature = "embedded-postgres")]
 pub(crate) mod seed;
 
 use std::time::{Duration, Instant};

@@ -5,6 +5,7 @@ mod canaries;
 mod check;
 mod crashes;
 mod dev;
+mod floods;
 mod live_token;
 mod proof;
 mod shell;

@@ -1,14 +1,10 @@
 //! What goes on on a connection: a connection on which nothing does is let go.
 
 use std::{
-    pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    task::{Context, Poll},
     time::Duration,
 };
 
-use http::Response;
-use http_body::{Body, Frame, SizeHint};
 use tokio::time::{Instant, sleep_until};
 
 /// The calls of a connection. Cheap to clone.
@@ -70,45 +66,12 @@ impl Drop for Call {
     }
 }
 
-impl Call {
-    /// The call goes on until `response` has left.
-    pub(super) fn answer<B>(self, response: Response<B>) -> Response<Answer<B>> {
-        response.map(|body| Answer { body, _call: self })
-    }
-}
-
-/// The body of an answer, with its call.
-#[derive(Debug)]
-pub(super) struct Answer<B> {
-    body: B,
-    _call: Call,
-}
-
-impl<B: Body + Unpin> Body for Answer<B> {
-    type Data = B::Data;
-    type Error = B::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
-        Pin::new(&mut self.body).poll_frame(context)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use tonic::body::Body as TonicBody;
+    use tonic::body::Body;
 
     use super::*;
+    use crate::grpc::held::Held;
 
     #[test]
     fn a_connection_is_idle_once_its_last_answer_has_left_for_long() {
@@ -121,7 +84,7 @@ mod tests {
         let (first, second) = (activity.begin(), activity.begin());
         drop(second);
         assert_eq!(idle_at(3), begun + Duration::from_mins(13));
-        let answer = first.answer(Response::new(TonicBody::empty()));
+        let answer = Held::new(Body::empty(), first);
         assert_eq!(idle_at(15), begun + Duration::from_mins(25));
         drop(answer);
         let ended = activity.calls().since;
