@@ -13,6 +13,7 @@ def net(value):
     return b"%d:%s," % (len(data), data)
 
 def micros(at):
+    if re.search(r"\.\d{7}", at): return None  # finer than what was hashed
     epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
     return (datetime.datetime.fromisoformat(at.replace("Z", "+00:00")) - epoch) // datetime.timedelta(microseconds=1)
 

@@ -8,6 +8,7 @@ pub mod chain;
 pub mod export;
 pub mod fold;
 pub mod journal;
+mod moment;
 pub mod notary;
 pub mod record;
 pub mod runs;

@@ -30,8 +30,8 @@ use self::{
         CLIENT_KEY, DATABASE_URL, DEADLINE_DEFAULT, DEADLINE_MAX, DRAIN, ENDPOINT, EXPECTED_EGRESS,
         INTAKE_KEY, JOURNAL_MAX_BYTES, KEYRING_FILE, LISTEN, LOG_FORMAT,
         MAX_AUTHORIZATION_STALENESS, MIGRATE_DATABASE_URL, MIN_ISSUE_INTERVAL,
-        NEW_TOKEN_ENDS_OLDER, OPS_LISTEN, PLAINTEXT, REFRESH_AT, STATE_DIR, TLS_CERT,
-        TLS_CLIENT_CA, TLS_KEY, TRUST_DOMAIN, UPSTREAM, UPSTREAM_BIND_ADDRESS,
+        NEW_TOKEN_ENDS_OLDER, OPS_LISTEN, PLAINTEXT, PROXY_PROTOCOL_FROM, REFRESH_AT, STATE_DIR,
+        TLS_CERT, TLS_CLIENT_CA, TLS_KEY, TRUST_DOMAIN, UPSTREAM, UPSTREAM_BIND_ADDRESS,
         UPSTREAM_CONCURRENCY, UPSTREAM_PROXY, UPSTREAM_RATE, UPSTREAM_TIMEOUT,
     },
 };
@@ -115,6 +115,7 @@ pub struct Settings {
     /// What TLS is served with; without it, plain text.
     pub tls: Option<TlsFiles>,
     pub trust_domain: Option<String>,
+    pub proxy_protocol_from: Vec<IpNet>,
     pub log_format: Option<LogFormat>,
 }
 
@@ -180,6 +181,9 @@ impl Settings {
             plaintext: reader.or_default(&PLAINTEXT, boolean),
             tls: Self::read_tls(reader),
             trust_domain: reader.optional(&TRUST_DOMAIN, parse::trust_domain),
+            proxy_protocol_from: reader
+                .optional(&PROXY_PROTOCOL_FROM, parse::networks)
+                .unwrap_or_default(),
             log_format: reader.optional(&LOG_FORMAT, parse::log_format),
         }
     }

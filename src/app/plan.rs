@@ -64,6 +64,8 @@ pub struct Plan {
     pub change_retention: Option<Duration>,
     /// What TLS is served with; without it, plain text.
     pub tls: Option<TlsFiles>,
+    /// Whose connections begin with a header of the PROXY protocol.
+    pub balancers: Vec<IpNet>,
     /// Whose SPIFFE IDs count.
     pub trust_domain: Option<Arc<str>>,
     /// How many threads serve connections.
@@ -132,6 +134,7 @@ impl Plan {
             audit_retention: settings.audit_retention,
             change_retention: settings.change_retention,
             tls: settings.tls.clone(),
+            balancers: settings.proxy_protocol_from.clone(),
             trust_domain: settings.trust_domain.as_deref().map(Into::into),
             grace: GRACE.min(settings.drain / 4),
             caller_rate: settings.caller_rate,
@@ -174,6 +177,7 @@ impl Plan {
             audit_retention: None,
             change_retention: None,
             tls: None,
+            balancers: Vec::new(),
             trust_domain: None,
             workers: thread::available_parallelism().unwrap_or(NonZeroUsize::MIN),
             most_waits: MOST_WAITS,

@@ -178,6 +178,7 @@ impl World {
         let workers = Arc::new(Workers::start(plan.workers).map_err(StartError::Workers)?);
         let door = Door {
             routes,
+            balancers: plan.balancers.as_slice().into(),
             tls: self.tls.clone(),
             guests: guests.clone(),
             workers: workers.clone(),

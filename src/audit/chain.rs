@@ -5,16 +5,13 @@
 use std::{borrow::Cow, collections::BTreeMap, fmt, io::Write};
 
 use aws_lc_rs::digest;
-use chrono::{DateTime, SecondsFormat};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
+use super::moment;
 use crate::{audit::record::Record, clock::Timestamp};
 
 /// What separates these hashes from all others that are made with SHA-256.
 const DOMAIN: &[u8] = b"token-broker audit event v1\n";
-/// The earliest and the latest time that a record may have, in microseconds since 1970: the years
-/// 1970 to 9999, for which Postgres has partitions and everyone a calendar.
-const TIMES: (i64, i64) = (0, 253_402_300_799_999_999);
 /// The longest text in a column, in characters.
 const LONGEST_TEXT: usize = 4_096;
 /// The most pairs in `detail`.
@@ -76,7 +73,7 @@ pub struct ChainLink {
     /// digits.
     pub chain: String,
     /// When it was opened.
-    #[serde(serialize_with = "microseconds")]
+    #[serde(with = "moment")]
     pub started_at: Timestamp,
     /// The chain before it in the same state directory.
     pub linked_chain: Option<String>,
@@ -102,7 +99,7 @@ pub struct StoredEvent {
     pub chain: String,
     pub seq: i64,
     /// In whole microseconds.
-    #[serde(serialize_with = "microseconds")]
+    #[serde(with = "moment")]
     pub at: Timestamp,
     pub event: Cow<'static, str>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -141,7 +138,7 @@ impl StoredEvent {
             instance: link.instance.clone(),
             chain: link.chain.clone(),
             seq: 0,
-            at: fit_time(record.at),
+            at: moment::fit(record.at),
             event: record.event.as_str().into(),
             caller: record.caller.map(fit),
             caller_kind: record.caller_kind.map(Cow::Borrowed),
@@ -263,18 +260,6 @@ fn optional_integer(out: &mut Vec<u8>, value: Option<i64>) {
     }
 }
 
-pub(super) fn microseconds<S: Serializer>(
-    at: &Timestamp,
-    serializer: S,
-) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(&at.to_rfc3339_opts(SecondsFormat::Micros, true))
-}
-
-fn fit_time(at: Timestamp) -> Timestamp {
-    let micros = at.timestamp_micros().clamp(TIMES.0, TIMES.1);
-    DateTime::from_timestamp_micros(micros).unwrap_or_default()
-}
-
 /// What [`crate::audit::record::clean`] makes passes unchanged; this is for text that came past it.
 fn fit(text: String) -> String {
     let plain = |b: u8| (b' '..=b'~').contains(&b);
@@ -341,6 +326,7 @@ mod exact {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use chrono::DateTime;
     use proptest::prelude::*;
 
     use super::*;

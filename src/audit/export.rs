@@ -5,7 +5,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::{
-    chain::{StoredEvent, microseconds},
+    chain::StoredEvent,
+    moment,
     signed::{Cut, SignedHead},
     verify::Claim,
 };
@@ -48,7 +49,7 @@ pub struct Opening {
     /// The format's version.
     version: u32,
     /// When it was made.
-    #[serde(serialize_with = "microseconds")]
+    #[serde(with = "moment")]
     pub at: Timestamp,
     /// Whether it holds every record that there was.
     pub whole: bool,

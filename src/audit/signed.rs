@@ -4,7 +4,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::chain::{Digest, Head, integer, microseconds, netstring};
+use super::{
+    chain::{Digest, Head, integer, netstring},
+    moment,
+};
 use crate::{
     clock::Timestamp,
     seal::{Keyring, SignatureError, VerifyingKeys},
@@ -46,7 +49,7 @@ pub struct SignedHead {
     /// That record's hash.
     pub hash: Digest,
     /// When it was signed, in whole microseconds.
-    #[serde(serialize_with = "microseconds")]
+    #[serde(with = "moment")]
     pub at: Timestamp,
     /// By whom.
     #[serde(flatten)]
@@ -57,7 +60,7 @@ impl SignedHead {
     /// Signs that `chain` had `head` at `at`, which is cut to microseconds.
     #[must_use]
     pub fn new(keyring: &Keyring, chain: &str, head: Head, at: Timestamp) -> Self {
-        let at = whole_microseconds(at);
+        let at = moment::fit(at);
         let signature = Signature::new(keyring, &Self::message(chain, head, at));
         Self { chain: chain.to_owned(), seq: head.seq, hash: head.hash, at, signature }
     }
@@ -113,7 +116,7 @@ pub struct Cut {
     /// That record's hash.
     pub hash: Digest,
     /// When, in whole microseconds.
-    #[serde(serialize_with = "microseconds")]
+    #[serde(with = "moment")]
     pub at: Timestamp,
     /// By whom.
     #[serde(flatten)]
@@ -124,7 +127,7 @@ impl Cut {
     /// Signs that `run` of `chain` was removed at `at`, which is cut to microseconds.
     #[must_use]
     pub fn new(keyring: &Keyring, chain: &str, run: Run, at: Timestamp) -> Self {
-        let at = whole_microseconds(at);
+        let at = moment::fit(at);
         let signature = Signature::new(keyring, &Self::message(chain, run, at));
         let Run { first_seq, prev_hash, last: Head { seq: last_seq, hash } } = run;
         Self { chain: chain.to_owned(), first_seq, prev_hash, last_seq, hash, at, signature }
@@ -162,11 +165,6 @@ impl Cut {
         integer(&mut message, at.timestamp_micros());
         message
     }
-}
-
-/// As Postgres keeps it: what is signed must read back.
-fn whole_microseconds(at: Timestamp) -> Timestamp {
-    Timestamp::from_timestamp_micros(at.timestamp_micros()).unwrap_or(at)
 }
 
 #[cfg(test)]

@@ -14,7 +14,8 @@ use serde::{Deserialize, Serialize};
 pub use self::fault::{Fault, Finding};
 use self::walk::Walk;
 use super::{
-    chain::{ChainLink, Digest, Head, StoredEvent, microseconds},
+    chain::{ChainLink, Digest, Head, StoredEvent},
+    moment,
     signed::{Cut, SignedHead},
 };
 use crate::{clock::Timestamp, seal::VerifyingKeys};
@@ -33,7 +34,7 @@ pub struct Claim {
     /// Whose.
     pub instance: String,
     /// When it was opened.
-    #[serde(serialize_with = "microseconds")]
+    #[serde(with = "moment")]
     pub started_at: Timestamp,
     /// The instance's chain before it.
     pub linked_chain: Option<String>,

@@ -182,6 +182,10 @@ pub const CA_FILE: Setting =
 pub const CLIENT_CERT: Setting = Setting::new("client_cert", "The caller's certificate chain, PEM");
 pub const CLIENT_KEY: Setting = Setting::new("client_key", "Its private key, PEM");
 
+pub const PROXY_PROTOCOL_FROM: Setting = Setting::new(
+    "proxy_protocol_from",
+    "Addresses or CIDRs, joined by commas, of balancers that speak the PROXY protocol (1 or 2)",
+);
 /// What every command that meets the database needs.
 pub const DATABASE: &[&Setting] = &[&DATABASE_URL];
 
@@ -216,6 +220,7 @@ pub const BROKER: &[&Setting] = &[
     &TLS_KEY,
     &TLS_CLIENT_CA,
     &TRUST_DOMAIN,
+    &PROXY_PROTOCOL_FROM,
 ];
 
 /// What `token get` calls a broker by.

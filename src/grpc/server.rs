@@ -4,6 +4,7 @@ mod activity;
 mod guests;
 mod handshake;
 mod preface;
+mod proxied;
 mod socket;
 mod workers;
 
@@ -12,6 +13,7 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 use http::Request;
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use ipnet::IpNet;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
@@ -57,6 +59,8 @@ const STREAM_WINDOW: u32 = 64 * 1024;
 const CONNECTION_WINDOW: u32 = 4 * 256 * MOST_STREAMS;
 /// What of an answer waits for a client that does not read it, in bytes.
 const MOST_UNSENT: usize = 64 * 1024;
+/// How long a balancer may take to say whose connection it passes on.
+const PROXIED_WITHIN: Duration = Duration::from_secs(10);
 /// How long a TLS handshake may take.
 const HANDSHAKE_WITHIN: Duration = Duration::from_secs(10);
 /// How long a client may take to say that it speaks HTTP/2: before that, nothing else would end the
@@ -76,6 +80,8 @@ type Broken = Box<dyn std::error::Error + Send + Sync>;
 pub struct Door {
     /// What is served.
     pub routes: Routes,
+    /// Whose connections begin with a header of the PROXY protocol.
+    pub balancers: Arc<[IpNet]>,
     /// TLS; without it, plain text.
     pub tls: Option<Arc<Tls>>,
     /// Who is in.
@@ -101,15 +107,11 @@ pub async fn serve(listener: TcpListener, door: Door, stop: CancellationToken, d
         };
         match accepted {
             Ok(Arrival { stream, address, place }) => {
-                let Some(guest) = door.guests.welcome(address.ip(), MOST_OF_AN_ADDRESS) else {
-                    debug!(%address, "too many connections of one address");
-                    continue;
-                };
                 let (door, stop) = (door.clone(), stop.clone());
                 connections.spawn(async move {
                     let _place = place;
-                    if let Err(error) = door.let_in(stream, guest, stop).await {
-                        debug!(%error, "a connection ended");
+                    if let Err(error) = door.let_in(stream, address, stop).await {
+                        debug!(%address, %error, "a connection ended");
                     }
                 });
             }
@@ -145,12 +147,17 @@ impl Door {
     async fn let_in(
         &self,
         stream: TcpStream,
-        guest: Guest,
+        from: SocketAddr,
         stop: CancellationToken,
     ) -> Result<(), Broken> {
         stream.set_nodelay(true)?;
-        let address = stream.peer_addr()?;
-        let socket = Socket::new(stream);
+        let mut socket = Socket::new(stream);
+        let address = tokio::select! {
+            () = stop.cancelled() => return Ok(()),
+            address = timeout(PROXIED_WITHIN, self.client_of(&mut socket, from)) => address??,
+        };
+        let guest = self.guests.welcome(address.ip(), MOST_OF_AN_ADDRESS);
+        let guest = guest.ok_or("too many connections of one address")?;
         let Some(tls) = &self.tls else {
             let peer = Peer { address, certificate: None };
             return self.seat(socket, peer, guest, stop).await;
@@ -168,6 +175,21 @@ impl Door {
         };
         let certificate = handshake::shown(&stream).map(Arc::new);
         self.seat(stream, Peer { address, certificate }, guest, stop).await
+    }
+
+    /// Whose connection it is: that of `from`, or of whom a balancer names.
+    async fn client_of(&self, socket: &mut Socket, from: SocketAddr) -> Result<SocketAddr, Broken> {
+        let ip = from.ip().to_canonical();
+        if !self.balancers.iter().any(|network| network.contains(&ip)) {
+            return Ok(from);
+        }
+        match proxied::client_of(socket).await {
+            Ok(client) => Ok(client.unwrap_or(from)),
+            Err(error) => {
+                handshake::record_unproxied(&self.folds, &self.clock, from, &error).await;
+                Err(error.into())
+            }
+        }
     }
 
     /// Hears what the client says first, and gives it to the least busy of those who serve.

@@ -1,14 +1,22 @@
 //! Who calls: TLS, client certificates and bearers.
 
-use std::{fs, path::Path};
+use std::{fs, net::SocketAddr, path::Path};
 
 use token_broker::{
     app::Plan,
     bearer::Bearer,
     proto::{GetTokenRequest, token_service_client::TokenServiceClient},
 };
-use tokio::{io::AsyncWriteExt, net::TcpStream};
-use tonic::{Request, Status, transport::Channel};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional},
+    net::{TcpListener, TcpStream},
+    task::JoinSet,
+};
+use tokio_util::task::AbortOnDropHandle;
+use tonic::{
+    Request, Status,
+    transport::{Channel, Endpoint},
+};
 
 use crate::harness::{
     broker::{Broker, World, refusal},
@@ -262,4 +270,100 @@ async fn tls_files_that_cannot_be_used_are_one_error_that_names_the_file() {
         assert!(error.starts_with("TLS cannot be served: ") && error.contains(words), "{error}");
         assert!(!error.contains("PRIVATE"), "{error}");
     }
+}
+
+/// Passes connections on to `broker`, each after `header`.
+async fn balancer(
+    broker: SocketAddr,
+    header: &'static [u8],
+) -> (SocketAddr, AbortOnDropHandle<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let passing = tokio::spawn(async move {
+        let mut connections = JoinSet::new();
+        loop {
+            let (mut client, _) = listener.accept().await.unwrap();
+            let mut server = TcpStream::connect(broker).await.unwrap();
+            server.write_all(header).await.unwrap();
+            connections.spawn(async move {
+                let _ = copy_bidirectional(&mut client, &mut server).await;
+            });
+        }
+    });
+    (address, AbortOnDropHandle::new(passing))
+}
+
+const PROXIED: &[u8] = b"PROXY TCP4 203.0.113.9 198.51.100.1 4321 443\r\n";
+
+#[tokio::test]
+async fn behind_a_balancer_the_peer_is_who_it_names_with_tls_too() {
+    for with_tls in [false, true] {
+        let world = World::new().await;
+        world.register("acme", "id-1", "SK.1").await;
+        let bearer = world.caller("demo", &["acme"]).await;
+        let ours = Authority::new("ours");
+        let files = tempfile::tempdir().unwrap();
+        let tls = with_tls.then(|| write(files.path(), &ours.issue(&[BROKER]), &[]));
+        let balancers = vec!["127.0.0.0/8".parse().unwrap()];
+        let broker = world.start_with(Plan { tls, balancers, ..world.plan() }).await;
+        world.until_state("acme", "fresh").await;
+        let (address, _passing) = balancer(broker.app.grpc_address, PROXIED).await;
+        let channel = if with_tls {
+            connect(address.port(), &ours, None).await.unwrap()
+        } else {
+            let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
+            endpoint.connect().await.unwrap()
+        };
+        get(channel, Some(&bearer)).await.unwrap();
+
+        // Its own probe, and one who leaves out who he is.
+        let (own, _probing) = balancer(broker.app.grpc_address, b"PROXY UNKNOWN\r\n").await;
+        if !with_tls {
+            let probe = Endpoint::from_shared(format!("http://{own}")).unwrap();
+            get(probe.connect().await.unwrap(), Some(&bearer)).await.unwrap();
+        }
+        let mut direct = TcpStream::connect(broker.app.grpc_address).await.unwrap();
+        direct.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
+        // Closed or reset, with nothing said.
+        let mut said = vec![];
+        let _ = direct.read_to_end(&mut said).await;
+        assert!(said.is_empty());
+        eventually("the record", async || {
+            let told = world.audit("reason = 'NO_PROXY_HEADER' and peer like '127.0.0.1:%'").await;
+            (told.len() == 1).then_some(())
+        })
+        .await;
+        broker.stop().await;
+        let peers: Vec<String> = sqlx::query_scalar(
+            "select distinct split_part(peer, ':', 1) from audit_events where event = 'get_token'
+             order by 1",
+        )
+        .fetch_all(world.database.pool())
+        .await
+        .unwrap();
+        let expected: &[_] =
+            if with_tls { &["203.0.113.9"] } else { &["127.0.0.1", "203.0.113.9"] };
+        assert_eq!(peers, expected);
+    }
+}
+
+#[tokio::test]
+async fn nobody_else_may_say_whom_he_speaks_for() {
+    let world = World::new().await;
+    world.register("acme", "id-1", "SK.1").await;
+    let bearer = world.caller("demo", &["acme"]).await;
+    let balancers = vec!["192.0.2.0/24".parse().unwrap()];
+    let broker = world.start_with(Plan { balancers, ..world.plan() }).await;
+    world.until_state("acme", "fresh").await;
+    let (address, _passing) = balancer(broker.app.grpc_address, PROXIED).await;
+    let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
+    let heard = match endpoint.connect().await {
+        Ok(channel) => get(channel, Some(&bearer)).await.map_err(|status| status.to_string()),
+        Err(error) => Err(error.to_string()),
+    };
+    assert!(heard.is_err(), "{heard:?}");
+    // Who says nothing is served under his own address.
+    broker.client(&bearer).await.get("acme").await.unwrap();
+    broker.stop().await;
+    assert!(world.audit("peer like '203.%'").await.is_empty());
 }

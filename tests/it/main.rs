@@ -6,6 +6,7 @@ mod harness;
 mod accounts;
 mod audit;
 mod documents;
+mod fuzzed;
 mod identity;
 mod inputs;
 mod outages;

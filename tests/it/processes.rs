@@ -5,6 +5,7 @@ mod canaries;
 mod check;
 mod crashes;
 mod dev;
+mod drain;
 mod floods;
 mod live_token;
 mod proof;

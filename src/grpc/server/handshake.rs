@@ -34,9 +34,25 @@ pub(super) async fn record_refused(
     let Some(fault) = error.get_ref().and_then(|it| it.downcast_ref::<rustls::Error>()) else {
         return;
     };
+    record(folds, clock, address, reason(fault), &fault.to_string()).await;
+}
+
+/// Records a connection of a balancer that did not say whose it is. One that was only broken off is none.
+pub(super) async fn record_unproxied(
+    folds: &Folds,
+    clock: &Clock,
+    address: SocketAddr,
+    error: &io::Error,
+) {
+    if error.kind() == io::ErrorKind::InvalidData {
+        record(folds, clock, address, "NO_PROXY_HEADER", &error.to_string()).await;
+    }
+}
+
+async fn record(folds: &Folds, clock: &Clock, address: SocketAddr, reason: &str, fault: &str) {
     let mut record = Record::new(clock.now(), Event::HandshakeRefused)
-        .outcome("unauthenticated", reason(fault))
-        .with("fault", fault.to_string());
+        .outcome("unauthenticated", reason)
+        .with("fault", fault);
     record.peer = Some(address.to_string());
     if folds.recorded(record, RECORD_WITHIN).await.is_err() {
         warn!(%address, "a refused handshake could not be recorded");

@@ -236,6 +236,16 @@ async fn an_export_or_a_journal_that_was_changed_or_cut_is_refused() {
     if let Some(ran) = python(&[&edited]).await {
         assert!(ran.failed().contains("was altered"));
     }
+    // Finer than what is hashed: no other record may pass for this one.
+    let (before, after) = export.split_once("\"get_token\"").unwrap();
+    let (before, time) = before.rsplit_once("\"at\":\"").unwrap();
+    let time = time.replacen('Z', "1Z", 1);
+    let finer = left.file("finer.jsonl", &format!("{before}\"at\":\"{time}\"get_token\"{after}"));
+    let said = left.verify(&["--export", &finer]).await.failed();
+    assert!(said.contains("a time is not in whole microseconds"), "{said}");
+    if let Some(ran) = python(&[&finer]).await {
+        assert!(ran.failed().contains("was altered"));
+    }
     let without = |chain: &str| {
         export.split_inclusive('\n').filter(|line| !line.contains(chain)).collect::<String>()
     };
