@@ -28,7 +28,11 @@ use tracing::error;
 
 use super::{LONGEST_MESSAGE, identity::Identifier, status::outcome};
 use crate::{
-    audit::{fold::Folds, journal::Journal, record::Record},
+    audit::{
+        fold::Folds,
+        journal::{AuditUnavailable, Journal},
+        record::Record,
+    },
     broker::Refusal,
     clock::Clock,
     directory::Directory,
@@ -168,6 +172,10 @@ impl Desk {
             self.folds.recorded(record, within).await
         };
         let response = match recorded {
+            // The caller's time ended first: the journal is not to blame.
+            Err(AuditUnavailable::TooSlow(_)) if deadline.has_passed() => {
+                Status::from(Refusal::DeadlineExceeded).into_http()
+            }
             Err(_) => Status::from(Refusal::AuditUnavailable).into_http(),
             // The wait for the record may have outlived the token.
             Ok(()) if token_ends.is_some_and(|end| end <= self.clock.now()) => {
@@ -257,6 +265,11 @@ async fn respond<S>(
 where
     S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>,
 {
+    // A call that waited for its turn until now is not worth an answer that nobody hears.
+    if deadline.has_passed() {
+        hear_out(request.into_body()).await;
+        return draft.refuse(Refusal::DeadlineExceeded).into_http();
+    }
     request.extensions_mut().insert(context);
     tokio::select! {
         biased;

@@ -7,7 +7,6 @@ pub(crate) mod http;
 #[cfg(feature = "embedded-postgres")]
 pub(crate) mod process;
 pub(crate) mod proxy;
-#[cfg(feature = "embedded-postgres")]
 pub(crate) mod raw;
 #[cfg(feature = "embedded-postgres")]
 pub(crate) mod seed;

@@ -86,6 +86,11 @@ impl Deadline {
         }
     }
 
+    /// Whether it has.
+    pub(super) fn has_passed(self) -> bool {
+        matches!(self, Self::At(at) if at <= Instant::now())
+    }
+
     /// When a method must have its answer, so that it still arrives: a tenth of the time before the
     /// deadline, at most [`MARGIN`]; `otherwise` after `arrived` when there is none.
     pub(super) fn for_method(self, arrived: Instant, otherwise: Duration) -> Instant {
