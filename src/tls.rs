@@ -30,7 +30,7 @@ pub use self::certificate::Shown;
 use crate::clock::{Clock, Timestamp};
 
 /// How often the files are looked at.
-const LOOK: Duration = Duration::from_secs(2);
+const LOOK: Duration = Duration::from_secs(1);
 /// The end of a certificate that is nearer than this is warned of at each load.
 const ENDS_SOON: chrono::TimeDelta = chrono::TimeDelta::days(7);
 

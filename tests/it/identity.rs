@@ -1,6 +1,11 @@
 //! Who calls: TLS, client certificates and bearers.
 
-use std::{fs, net::SocketAddr, path::Path};
+use std::{
+    fs,
+    net::SocketAddr,
+    path::Path,
+    sync::{Arc, Mutex},
+};
 
 use token_broker::{
     app::Plan,
@@ -12,7 +17,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
     task::JoinSet,
 };
-use tokio_util::task::AbortOnDropHandle;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tonic::{
     Request, Status,
     transport::{Channel, Endpoint},
@@ -20,7 +25,7 @@ use tonic::{
 
 use crate::harness::{
     broker::{Broker, World, refusal},
-    certificates::{Authority, BROKER, Certified, connect, write},
+    certificates::{Authority, BROKER, Certified, connect, connect_trusting, write},
     eventually,
 };
 
@@ -193,7 +198,7 @@ async fn certificates_change_under_load_without_a_dropped_call() {
     let secured = Secured::new().await;
     let old = secured.callers.issue(&[BILLING]);
     let channel = secured.channel(Some(&old)).await.unwrap();
-    let stop = tokio_util::sync::CancellationToken::new();
+    let stop = CancellationToken::new();
     let load = {
         let (channel, stop) = (channel.clone(), stop.clone());
         tokio::spawn(async move {
@@ -240,6 +245,103 @@ async fn certificates_change_under_load_without_a_dropped_call() {
     }
     stop.cancel();
     assert!(load.await.unwrap() > 0);
+    secured.stop().await;
+}
+
+/// As one replaces what is in use: the new is let in before the old goes, each second anew. Nobody who keeps
+/// up loses a call, on connections that stay or on new ones.
+#[tokio::test]
+async fn what_lets_callers_in_changes_each_second_under_load_and_no_call_is_lost() {
+    const ROUNDS: usize = 6;
+    let secured = Secured::new().await;
+    let database = &secured.world.database;
+    // Who a caller trusts and what it shows; changed under it.
+    let authorities = |kind: &str| -> Vec<_> {
+        (0..=ROUNDS).map(|nth| Arc::new(Authority::new(&format!("{kind} {nth}")))).collect()
+    };
+    let (ours, callers) = (authorities("ours"), authorities("callers"));
+    let present = Arc::new(Mutex::new((
+        [Arc::new(Authority::new("none")), ours[0].clone()],
+        callers[0].issue(&[BILLING]),
+    )));
+    let path = secured.files.path();
+    write(path, &ours[0].issue(&[BROKER]), &[&callers[0]]);
+    let port = secured.port();
+    eventually("the first certificates", async || {
+        let ([_, trusted], own) = present.lock().unwrap().clone();
+        get(connect(port, &trusted, Some(&own)).await.ok()?, None).await.ok()
+    })
+    .await;
+
+    let stop = CancellationToken::new();
+    let mut load = JoinSet::new();
+    for reconnects in [false, true] {
+        let (present, stop) = (present.clone(), stop.clone());
+        load.spawn(async move {
+            let (mut calls, mut channel) = (0, None);
+            while !stop.is_cancelled() {
+                if reconnects || channel.is_none() {
+                    let (trusted, own) = present.lock().unwrap().clone();
+                    let trusted = [&*trusted[0], &*trusted[1]];
+                    let connected = connect_trusting(port, &trusted, Some(&own)).await;
+                    channel = Some(connected.expect("a connection"));
+                }
+                get(channel.clone().unwrap(), None).await.expect("a call");
+                calls += 1;
+            }
+            calls
+        });
+    }
+    let mut bearer = secured.bearer.clone();
+    for round in 1..=ROUNDS {
+        // Both are trusted, on both sides, and the old are still in use.
+        present.lock().unwrap().0 = [ours[round - 1].clone(), ours[round].clone()];
+        write(path, &ours[round].issue(&[BROKER]), &[&callers[round - 1], &callers[round]]);
+        // Grants are replaced in one transaction.
+        let pattern = if round % 2 == 0 { "acme" } else { "ac*" };
+        database
+            .sql(&format!(
+                "begin; delete from grants where caller_id = (select id from callers where name = 'billing');
+                 insert into grants (caller_id, pattern) select id, '{pattern}' from callers
+                     where name = 'billing'; commit"
+            ))
+            .await;
+        // A bearer follows another, which then ends.
+        let next = Bearer::generate();
+        sqlx::query(
+            "insert into caller_credentials (caller_id, kind, bearer_sha256)
+             select id, 'bearer', $1 from callers where name = 'demo'",
+        )
+        .bind(next.sha256().as_slice())
+        .execute(database.pool())
+        .await
+        .unwrap();
+        let trusted = [&*ours[round - 1], &*ours[round]];
+        let by_bearer = async |bearer: &Bearer| {
+            let channel = connect_trusting(port, &trusted, None).await.unwrap();
+            get(channel, Some(bearer)).await
+        };
+        eventually("the new bearer", async || by_bearer(&next).await.ok()).await;
+        sqlx::query("update caller_credentials set revoked_at = now() where bearer_sha256 = $1")
+            .bind(bearer.sha256().as_slice())
+            .execute(database.pool())
+            .await
+            .unwrap();
+        eventually("the old bearer's end", async || by_bearer(&bearer).await.err()).await;
+        bearer = next;
+        // The callers' new certificates are of use once the broker knows their CA.
+        let own = callers[round].issue(&[BILLING]);
+        eventually("the new CA", async || {
+            let channel = connect_trusting(port, &trusted, Some(&own)).await.ok()?;
+            get(channel, None).await.ok()
+        })
+        .await;
+        present.lock().unwrap().1 = own;
+    }
+    stop.cancel();
+    while let Some(calls) = load.join_next().await {
+        assert!(calls.unwrap() > ROUNDS);
+    }
     secured.stop().await;
 }
 

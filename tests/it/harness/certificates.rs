@@ -82,9 +82,17 @@ pub(crate) async fn connect(
     authority: &Authority,
     own: Option<&Certified>,
 ) -> Result<Channel, tonic::transport::Error> {
-    let mut tls = ClientTlsConfig::new()
-        .ca_certificate(Certificate::from_pem(authority.pem()))
-        .domain_name(BROKER);
+    connect_trusting(port, &[authority], own).await
+}
+
+/// The same, trusting several.
+pub(crate) async fn connect_trusting(
+    port: u16,
+    authorities: &[&Authority],
+    own: Option<&Certified>,
+) -> Result<Channel, tonic::transport::Error> {
+    let trusted = authorities.iter().map(|authority| Certificate::from_pem(authority.pem()));
+    let mut tls = ClientTlsConfig::new().ca_certificates(trusted).domain_name(BROKER);
     if let Some(own) = own {
         tls = tls.identity(Identity::from_pem(&own.cert, &own.key));
     }
