@@ -1,6 +1,7 @@
 //! One call: its method, its deadline, and the record that grows with it.
 
 use std::{
+    mem,
     net::SocketAddr,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -167,7 +168,7 @@ impl Draft {
     }
 
     fn record(&self, change: impl FnOnce(Record) -> Record) {
-        self.change(|drafted| drafted.record = change(drafted.record.clone()));
+        self.change(|drafted| drafted.record = change(drafted.take()));
     }
 
     pub(super) fn identified(&self, identified: &Identified) {
@@ -234,18 +235,25 @@ impl Draft {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).record.clone()
     }
 
-    /// Completes the record; with it the end of the token that the answer holds, if any.
+    /// Completes the record and gives it away; with it the end of the token that the answer holds, if any.
     pub(super) fn finish(
         &self,
         outcome: &'static str,
         latency: Duration,
     ) -> (Record, Option<Timestamp>) {
-        self.change(|drafted| {
-            drafted.record.outcome = outcome;
-            drafted.record.latency_us = i64::try_from(latency.as_micros()).ok();
-        });
-        let drafted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        (drafted.record.clone(), drafted.token_ends)
+        let mut drafted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut record = drafted.take();
+        record.outcome = outcome;
+        record.latency_us = i64::try_from(latency.as_micros()).ok();
+        (record, drafted.token_ends)
+    }
+}
+
+impl Drafted {
+    /// The record, in whose place one of the same call is left that says nothing more.
+    fn take(&mut self) -> Record {
+        let blank = Record::new(self.record.at, self.record.event);
+        mem::replace(&mut self.record, blank)
     }
 }
 
