@@ -46,7 +46,7 @@ grant select, insert, update, delete on tokens to token_broker_runtime;
 grant select, update on upstream_pace to token_broker_runtime;
 grant select, insert, update on deployment to token_broker_runtime;
 grant select, insert, update, delete on intake_keys, instances to token_broker_runtime;
-grant select, update (recorder, audited_at), delete on changes to token_broker_runtime;
+grant select, update (recorder, audited_at) on changes to token_broker_runtime;
 grant select, insert, update on audit_chains to token_broker_runtime;
 grant select, insert on audit_events, audit_heads, audit_cuts to token_broker_runtime;
 grant select on audit_retention to token_broker_runtime;

@@ -13,7 +13,7 @@ def net(value):
     return b"%d:%s," % (len(data), data)
 
 def micros(at):
-    if re.search(r"\.\d{7}", at): return None  # finer than what was hashed
+    if not re.fullmatch(r"[\d-]{10}T[\d:]{8}\.\d{6}Z", at): return None  # as no record has it
     epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
     return (datetime.datetime.fromisoformat(at.replace("Z", "+00:00")) - epoch) // datetime.timedelta(microseconds=1)
 

@@ -12,6 +12,7 @@ pub use refusal::Refusal;
 use sqlx::PgPool;
 use tokio::{
     runtime::Handle,
+    task::yield_now,
     time::{Instant, sleep_until, timeout},
 };
 use tokio_util::task::AbortOnDropHandle;
@@ -34,6 +35,8 @@ use crate::{
 
 /// When a call that is shed may come again: what others wait for is there by then, or is not to be had.
 const SHED_FOR: Duration = Duration::from_secs(1);
+/// How many times a pattern is held against a name before others on the same thread have their turn.
+const LOOKS: usize = 10_000;
 /// How long one look at the database for a report may take.
 const REPORT_WITHIN: Duration = Duration::from_secs(2);
 
@@ -218,7 +221,7 @@ impl Broker {
     /// # Errors
     /// For a plain name without a grant or without an account, as [`Broker::get_token`] has them; a
     /// pattern is silently limited to what the caller may have.
-    pub fn watched(
+    pub async fn watched(
         &self,
         caller: &Caller,
         patterns: &[AccountPattern],
@@ -237,12 +240,17 @@ impl Broker {
         }
         if !wild.is_empty() {
             let now = self.clock.now();
-            let matching = self.cache.slots().into_iter().filter(|slot| {
+            let between = LOOKS.div_ceil(wild.len());
+            for (nth, slot) in self.cache.slots().into_iter().enumerate() {
+                if nth % between == between - 1 {
+                    yield_now().await;
+                }
                 let name = &slot.view().account.name;
-                wild.iter().any(|pattern| pattern.matches(name.as_str()))
-                    && caller.permits(Right::Get, name, now)
-            });
-            named.extend(matching.map(|slot| (slot.id(), slot)));
+                let meant = wild.iter().any(|pattern| pattern.matches(name.as_str()));
+                if meant && caller.permits(Right::Get, name, now) {
+                    named.insert(slot.id(), slot.clone());
+                }
+            }
         }
         Ok(named.into_values().collect())
     }

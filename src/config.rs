@@ -182,7 +182,7 @@ impl Settings {
             tls: Self::read_tls(reader),
             trust_domain: reader.optional(&TRUST_DOMAIN, parse::trust_domain),
             proxy_protocol_from: reader
-                .optional(&PROXY_PROTOCOL_FROM, parse::networks)
+                .optional(&PROXY_PROTOCOL_FROM, parse::balancers)
                 .unwrap_or_default(),
             log_format: reader.optional(&LOG_FORMAT, parse::log_format),
         }

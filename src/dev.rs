@@ -70,6 +70,7 @@ pub async fn run(
     options: Options,
     print: impl Fn(String) -> anyhow::Result<()>,
 ) -> anyhow::Result<ExitCode> {
+    lifecycle::raise_descriptors();
     let mut signals = Signals::take()?;
     let ground = tokio::select! {
         ground = Ground::find(options.state_dir.as_deref()) => ground?,

@@ -1,6 +1,7 @@
 //! The gRPC face: proto ↔ domain.
 
 pub mod audit;
+mod connection;
 mod held;
 pub mod identity;
 mod public;
@@ -15,7 +16,6 @@ use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use prost_types::Timestamp as ProtoTimestamp;
 use public::Public;
 use tokio_stream::wrappers::ReceiverStream;
-use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, service::Routes};
 
 use crate::{
@@ -52,8 +52,6 @@ pub struct TokenServer {
     pub journal: Journal,
     /// Told with every token.
     pub api_base_url: Arc<str>,
-    /// Ends the streams.
-    pub stop: CancellationToken,
 }
 
 /// Everything that the gRPC port serves: the recorded service, health, and reflection.
@@ -71,10 +69,13 @@ pub fn routes(
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
     let service = TokenServiceServer::new(server).max_decoding_message_size(LONGEST_MESSAGE);
+    let health = health.max_decoding_message_size(public::LONGEST_REQUEST);
+    let first = descriptors().build_v1()?.max_decoding_message_size(public::LONGEST_REQUEST);
+    let second = descriptors().build_v1alpha()?.max_decoding_message_size(public::LONGEST_REQUEST);
     let routes = Routes::new(Recorded::new(service, desk))
         .add_service(Public(health))
-        .add_service(Public(descriptors().build_v1()?))
-        .add_service(Public(descriptors().build_v1alpha()?))
+        .add_service(Public(first))
+        .add_service(Public(second))
         .prepare();
     Ok((routes, health_reporter))
 }
@@ -115,8 +116,9 @@ impl TokenService for TokenServer {
         let draft = &context.draft;
         draft.accounts(&accounts);
         let patterns = patterns(&accounts).map_err(|refusal| draft.refuse(refusal))?;
-        let stream =
-            watch::start(self, &context, patterns).map_err(|refusal| draft.refuse(refusal))?;
+        let stream = watch::start(self, &context, patterns)
+            .await
+            .map_err(|refusal| draft.refuse(refusal))?;
         Ok(Response::new(stream))
     }
 
@@ -170,6 +172,12 @@ impl TokenService for TokenServer {
             next_page_token,
         }))
     }
+}
+
+/// Whether a call of `path` is answered with a stream, which lasts for as long as its client wants.
+fn is_stream(path: &str) -> bool {
+    const STREAMS: [&str; 3] = ["WatchTokens", "Watch", "ServerReflectionInfo"];
+    path.rsplit('/').next().is_some_and(|method| STREAMS.contains(&method))
 }
 
 /// What the layer put beside the request.

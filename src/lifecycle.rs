@@ -2,11 +2,20 @@
 
 use std::process::ExitCode;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::app::App;
+
+/// Lets the process have as many descriptors as the system allows: each connection takes one, and the
+/// usual limit is made for programs that know no better.
+pub fn raise_descriptors() {
+    let limit = getrlimit(Resource::Nofile);
+    // What is left is what there was.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+}
 
 /// The signals that ask the process to stop.
 pub struct Signals {

@@ -4,6 +4,7 @@
 mod places;
 
 use std::{
+    net::{IpAddr, Ipv6Addr},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -51,6 +52,18 @@ impl Cell {
         taken.map(drop).map_err(|paid_until| {
             Duration::from_nanos((paid_until.max(now) + cost).saturating_sub(now + BURST))
         })
+    }
+}
+
+/// An address as that of one origin: of IPv6 the first 64 bits, since a host has all addresses behind
+/// them.
+#[must_use]
+pub fn network_of(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => {
+            Ipv6Addr::from_bits(address.to_bits() & !u128::from(u64::MAX)).into()
+        }
+        v4 @ IpAddr::V4(_) => v4,
     }
 }
 

@@ -3,6 +3,7 @@
 use std::{num::NonZeroUsize, path::PathBuf, sync::Arc, thread, time::Duration};
 
 use ipnet::IpNet;
+use rustix::process::Resource;
 
 use crate::{
     audit::journal::{JournalSettings, Sync},
@@ -23,6 +24,8 @@ const SEGMENT: u64 = 64 << 20;
 /// How long delivered segments are kept, for whoever ships them elsewhere too.
 const KEPT: Duration = Duration::from_hours(7 * 24);
 
+/// Connections at once, if there are descriptors for them.
+const MOST_CONNECTIONS: usize = 10_000;
 /// Calls that may wait for tokens at once: of some 20 KiB each, 200 MiB.
 const MOST_WAITS: usize = 10_000;
 /// Streams that may be open at once, of some 20 KiB each too.
@@ -68,6 +71,8 @@ pub struct Plan {
     pub balancers: Vec<IpNet>,
     /// Whose SPIFFE IDs count.
     pub trust_domain: Option<Arc<str>>,
+    /// Connections at once; more wait to be accepted.
+    pub most_connections: usize,
     /// How many threads serve connections.
     pub workers: NonZeroUsize,
     /// Calls that may wait for tokens at once; more are shed.
@@ -179,6 +184,9 @@ impl Plan {
             tls: None,
             balancers: Vec::new(),
             trust_domain: None,
+            most_connections: most_connections(
+                rustix::process::getrlimit(Resource::Nofile).current,
+            ),
             workers: thread::available_parallelism().unwrap_or(NonZeroUsize::MIN),
             most_waits: MOST_WAITS,
             most_streams: MOST_STREAMS,
@@ -190,5 +198,27 @@ impl Plan {
             max_staleness: Duration::from_hours(24),
             clock: Clock::System,
         }
+    }
+}
+
+/// As many connections as the process may have descriptors for, beside its own: files, Postgres, the
+/// upstream, operators.
+fn most_connections(descriptors: Option<u64>) -> usize {
+    const OWN: usize = 256;
+    let descriptors = descriptors.and_then(|most| usize::try_from(most).ok());
+    descriptors
+        .map_or(MOST_CONNECTIONS, |most| most.saturating_sub(OWN).clamp(64, MOST_CONNECTIONS))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_leave_descriptors_for_the_broker_s_own() {
+        assert_eq!(most_connections(None), 10_000);
+        assert_eq!(most_connections(Some(u64::MAX)), 10_000);
+        assert_eq!(most_connections(Some(1_024)), 768);
+        assert_eq!(most_connections(Some(100)), 64);
     }
 }

@@ -61,6 +61,8 @@ use crate::{
 const LEASE_BEYOND_ATTEMPT: Duration = Duration::from_secs(20);
 /// The calls that may wait at once until it is recorded that they are refused.
 const MOST_REFUSED: usize = 10_000;
+/// How much longer than the longest call a connection may take that was told to finish.
+const LEAVE_BEYOND_DEADLINE: Duration = Duration::from_secs(30);
 /// The pause between two tries to reach the database at the start.
 const REACH_AGAIN: Duration = Duration::from_secs(1);
 
@@ -172,21 +174,23 @@ impl World {
         let stop = CancellationToken::new();
         let calls = TaskTracker::new();
         let folds = Folds::new(self.journal.clone(), calls.clone());
-        let (routes, health) =
-            self.routes(&plan, waker, stop.clone(), calls.clone(), folds.clone())?;
+        let (routes, health) = self.routes(&plan, waker, calls.clone(), folds.clone())?;
         let guests = Arc::new(Guests::default());
-        let workers = Arc::new(Workers::start(plan.workers).map_err(StartError::Workers)?);
+        let failed = CancellationToken::new();
+        let workers = Workers::start(plan.workers, &failed).map_err(StartError::Workers)?;
+        let workers = Arc::new(workers);
         let door = Door {
             routes,
             balancers: plan.balancers.as_slice().into(),
             tls: self.tls.clone(),
             guests: guests.clone(),
             workers: workers.clone(),
+            most: plan.most_connections,
+            leave_within: plan.longest_deadline + LEAVE_BEYOND_DEADLINE,
             folds,
             clock: self.clock.clone(),
         };
 
-        let failed = CancellationToken::new();
         let stop_delivery = CancellationToken::new();
         let notary =
             Notary::new(self.journal.clone(), plan.keyring.clone(), self.clock.clone(), state_dir);
@@ -334,7 +338,6 @@ impl World {
         &self,
         plan: &Plan,
         waker: Waker,
-        stop: CancellationToken,
         calls: TaskTracker,
         folds: Folds,
     ) -> Result<(tonic::service::Routes, HealthReporter), StartError> {
@@ -355,7 +358,6 @@ impl World {
             broker,
             journal: self.journal.clone(),
             api_base_url: plan.upstream.target.base_url().into(),
-            stop,
         };
         let desk = Desk {
             journal: self.journal.clone(),

@@ -118,7 +118,8 @@ mod tests {
         for line in ["", "{}", "x", r#"{"end":{}}"#, r#"{"chain":{"chain":"c1"}}"#] {
             assert!(Line::parse(line.as_bytes()).is_err(), "{line}");
         }
-        let newer = r#"{"audit_export":{"version":2,"at":"1970-01-01T00:00:00Z","whole":true}}"#;
+        let newer =
+            r#"{"audit_export":{"version":2,"at":"1970-01-01T00:00:00.000000Z","whole":true}}"#;
         assert_eq!(Line::parse(newer.as_bytes()), Err("the format is 2, not 1".into()));
     }
 

@@ -9,7 +9,7 @@ mod merge;
 
 use std::{
     collections::HashMap,
-    net::{IpAddr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -22,6 +22,7 @@ use super::{
     journal::{AuditUnavailable, Journal},
     record::{Event, Record},
 };
+use crate::limit::network_of;
 
 /// How many refusals of one kind are recorded one by one before any is folded.
 const AT_ONCE: u32 = 20;
@@ -208,17 +209,6 @@ impl Origin {
         }
         let peer = refusal.peer.as_deref().and_then(|peer| peer.parse::<SocketAddr>().ok());
         peer.map_or(Self::Any, |peer| Self::Address(network_of(peer.ip())))
-    }
-}
-
-/// An address as that of one origin: of IPv6 the first 64 bits, since a host has all addresses behind
-/// them.
-fn network_of(address: IpAddr) -> IpAddr {
-    match address.to_canonical() {
-        IpAddr::V6(address) => {
-            Ipv6Addr::from_bits(address.to_bits() & !u128::from(u64::MAX)).into()
-        }
-        v4 @ IpAddr::V4(_) => v4,
     }
 }
 

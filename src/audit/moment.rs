@@ -1,5 +1,7 @@
 //! Moments as they are written: in whole microseconds, of which hashes and signatures are made.
 
+use std::borrow::Cow;
+
 use chrono::{DateTime, SecondsFormat};
 use serde::{Deserialize, Deserializer, Serializer, de::Error};
 
@@ -10,16 +12,21 @@ use crate::clock::Timestamp;
 const TIMES: (i64, i64) = (0, 253_402_300_799_999_999);
 
 pub(super) fn serialize<S: Serializer>(at: &Timestamp, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(&at.to_rfc3339_opts(SecondsFormat::Micros, true))
+    serializer.serialize_str(&text(*at))
 }
 
-/// Reads a moment. One that is finer would be another than the one that is hashed.
+/// Reads a moment, as it is written and in no other way: a finer one would be another than the one that is
+/// hashed.
 pub(super) fn deserialize<'de, D: Deserializer<'de>>(reader: D) -> Result<Timestamp, D::Error> {
-    let at = Timestamp::deserialize(reader)?;
-    if at.timestamp_subsec_nanos() % 1_000 != 0 {
-        return Err(D::Error::custom("a time is not in whole microseconds"));
-    }
-    Ok(at)
+    let written = Cow::<str>::deserialize(reader)?;
+    let at: Option<Timestamp> = written.parse().ok();
+    at.filter(|at| text(*at) == written).ok_or_else(|| {
+        D::Error::custom("a time is not in whole microseconds, as 2027-03-01T00:00:00.000000Z")
+    })
+}
+
+fn text(at: Timestamp) -> String {
+    at.to_rfc3339_opts(SecondsFormat::Micros, true)
 }
 
 /// The whole microsecond of `at`, within the years that a record may have.
@@ -41,7 +48,17 @@ mod tests {
         let text = serde_json::to_string(&at).unwrap();
         assert_eq!(text, "\"2024-05-31T06:56:41.944001Z\"");
         assert_eq!(serde_json::from_str::<At>(&text).unwrap(), at);
-        let finer = serde_json::from_str::<At>("\"2024-05-31T06:56:41.9440011Z\"").unwrap_err();
-        assert!(finer.to_string().starts_with("a time is not in whole microseconds"), "{finer}");
+        for other in [
+            "2024-05-31T06:56:41.9440011Z",
+            "2024-05-31T06:56:41.944001000Z",
+            "2024-05-31T06:56:41.944Z",
+            "2024-05-31T06:56:41.944001+00:00",
+            "2024-05-31T15:56:41.944001+09:00",
+            "2024-05-31 06:56:41.944001Z",
+            "",
+        ] {
+            let refused = serde_json::from_str::<At>(&format!("\"{other}\"")).unwrap_err();
+            assert!(refused.to_string().starts_with("a time is not in whole"), "{refused}");
+        }
     }
 }

@@ -39,6 +39,7 @@ pub(super) async fn run(global: &Global, args: ServeArgs) -> anyhow::Result<Exit
     for warning in warnings {
         tracing::warn!("{warning}");
     }
+    lifecycle::raise_descriptors();
     let mut signals = Signals::take()?;
     let keyring = Keyring::load(&settings.keyring_file)?;
     let plan = Plan::new(&settings, keyring.into(), args.migrate, args.accept_restored)?;

@@ -75,6 +75,15 @@ pub(super) fn networks(text: &str) -> Result<Vec<IpNet>, Fault> {
         .map_err(|_| "not a list of addresses or CIDRs such as 192.0.2.1,198.51.100.0/24".into())
 }
 
+/// Networks that say for whom they speak, so that everybody would be too many.
+pub(super) fn balancers(text: &str) -> Result<Vec<IpNet>, Fault> {
+    let networks = networks(text)?;
+    if networks.iter().any(|network| network.prefix_len() == 0) {
+        return Err("must be the balancers' addresses, not everybody's".into());
+    }
+    Ok(networks)
+}
+
 pub(super) fn boolean(text: &str) -> Result<bool, Fault> {
     text.parse().map_err(|_| "must be true or false".into())
 }

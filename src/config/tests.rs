@@ -102,6 +102,7 @@ fn every_bad_setting_gets_its_one_line() {
         ("TOKEN_BROKER_TLS_KEY", "/key.pem", "set without its certificate"),
         ("TOKEN_BROKER_TLS_CLIENT_CA", "/ca.pem", "set without TOKEN_BROKER_TLS_CERT"),
         ("TOKEN_BROKER_PROXY_PROTOCOL_FROM", "balancer", "not a list of addresses"),
+        ("TOKEN_BROKER_PROXY_PROTOCOL_FROM", "0.0.0.0/0", "not everybody's"),
         ("TOKEN_BROKER_TRUST_DOMAIN", "example.com", "nobody is in it"),
         ("TOKEN_BROKER_TRUST_DOMAIN", "spiffe://example.com", "must be a trust domain"),
     ] {

@@ -5,7 +5,7 @@ mod call;
 
 use std::{
     convert::Infallible,
-    future::{Future, poll_fn},
+    future::Future,
     net::IpAddr,
     panic::AssertUnwindSafe,
     pin::Pin,
@@ -14,19 +14,17 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
 pub use call::{CallContext, Draft, Peer};
 use call::{Deadline, deadline_of, event_of, method_of, trace_id_of};
 use futures_util::FutureExt;
 use http::{Request, Response};
-use http_body::Body as _;
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Code, Status, body::Body, server::NamedService};
 use tower::Service;
 use tracing::error;
 
-use super::{LONGEST_MESSAGE, identity::Identifier, status::outcome};
+use super::{connection::Connection, identity::Identifier, status::outcome};
 use crate::{
     audit::{
         fold::Folds,
@@ -36,14 +34,12 @@ use crate::{
     broker::Refusal,
     clock::Clock,
     directory::Directory,
-    limit::{CallerRates, Places},
+    limit::{CallerRates, Places, network_of},
     telemetry::{Method, Metrics},
 };
 
 /// The longest that an answer waits for its record.
 const RECORD_WITHIN: Duration = Duration::from_secs(5);
-/// How long a call that is refused may take to say the rest of it.
-const HEAR_WITHIN: Duration = Duration::from_secs(1);
 
 /// What the layer needs; shared by all connections.
 pub struct Desk {
@@ -151,7 +147,10 @@ impl Desk {
             Ok(admitted) => admitted,
             Err(refusal) => {
                 let status = draft.refuse(refusal);
-                let answered = self.turn_away(request, status, &draft, arrived).await;
+                let from = peer.map(|peer| peer.address.ip());
+                // The rest of it is heard meanwhile.
+                drop(request);
+                let answered = self.turn_away(from, status, &draft, arrived).await;
                 self.metrics.call(method, code_of(&answered).into(), arrived.elapsed());
                 return answered;
             }
@@ -188,25 +187,22 @@ impl Desk {
     }
 
     /// Records a call that is refused by its headers, and answers it. Anybody may send these, as many as
-    /// connections have streams: only so many are heard out and wait for their record. The others are
-    /// answered at once, and counted by a record all the same.
+    /// connections have streams: only so many wait for their record. The others are answered while it is
+    /// on its way, unless nothing can be recorded.
     async fn turn_away(
         &self,
-        request: Request<Body>,
+        from: Option<IpAddr>,
         status: Status,
         draft: &Draft,
         arrived: Instant,
     ) -> Response<Body> {
-        let address = request.extensions().get::<Peer>().map(|peer| peer.address.ip());
-        let place = self.refused.take(address.map(|address| address.to_canonical()));
-        if place.is_some() {
-            hear_out(request.into_body()).await;
-        }
+        let place = self.refused.take(from.map(network_of));
         let (record, _) = draft.finish(outcome(status.code()), arrived.elapsed());
         let within = if place.is_some() { RECORD_WITHIN } else { Duration::ZERO };
         match self.folds.recorded(record, within).await {
-            Err(_) if place.is_some() => Status::from(Refusal::AuditUnavailable).into_http(),
-            _ => status.into_http(),
+            Ok(()) => status.into_http(),
+            Err(AuditUnavailable::TooSlow(_)) if place.is_none() => status.into_http(),
+            Err(_) => Status::from(Refusal::AuditUnavailable).into_http(),
         }
     }
 
@@ -231,25 +227,20 @@ impl Desk {
         self.rates
             .take(identified.caller.id, rate, arrived.saturating_duration_since(self.epoch))
             .map_err(|retry_after| Refusal::CallerRate { retry_after })?;
-        let asked = deadline_of(request.headers())?;
-        let deadline = match asked {
-            Some(asked) => Deadline::At(arrived + asked.min(self.longest(method))),
-            None if streams(method) => Deadline::Never,
-            None => Deadline::At(arrived + self.default_deadline),
-        };
+        let asked = deadline_of(request.headers())?.unwrap_or(self.default_deadline);
+        // A stream only begins by then: it lasts for as long as its caller wants.
+        let longest = if streams(method) { self.default_deadline } else { self.longest_deadline };
+        let deadline = Deadline(arrived + asked.min(longest));
+        let connection = request.extensions().get::<Connection>();
+        connection.inspect(|connection| connection.admitted());
         let context = CallContext {
             caller: identified.caller,
             proof: identified.proof,
-            deadline: deadline.for_method(arrived, self.default_deadline),
+            deadline: deadline.for_method(arrived),
             draft: draft.clone(),
+            leaving: connection.map(|it| it.leaving().clone()).unwrap_or_default(),
         };
         Ok((deadline, context))
-    }
-
-    /// The longest deadline that a call may bring.
-    fn longest(&self, method: Method) -> Duration {
-        const A_YEAR: Duration = Duration::from_hours(24 * 365);
-        if streams(method) { A_YEAR } else { self.longest_deadline }
     }
 }
 
@@ -267,7 +258,6 @@ where
 {
     // A call that waited for its turn until now is not worth an answer that nobody hears.
     if deadline.has_passed() {
-        hear_out(request.into_body()).await;
         return draft.refuse(Refusal::DeadlineExceeded).into_http();
     }
     request.extensions_mut().insert(context);
@@ -280,23 +270,6 @@ where
         () = gone.cancelled() => draft.refuse(Refusal::Cancelled).into_http(),
         () = deadline.passes() => draft.refuse(Refusal::DeadlineExceeded).into_http(),
     }
-}
-
-/// Reads what a call that is refused by its headers still sends, within bounds. What comes for a stream
-/// that is over counts as its client's fault, and many of these end the connection, with all other calls on
-/// it.
-async fn hear_out(mut body: Body) {
-    let hearing = async {
-        let mut heard = 0;
-        while heard <= LONGEST_MESSAGE {
-            match poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await {
-                Some(Ok(frame)) => heard += frame.data_ref().map_or(0, Bytes::len),
-                Some(Err(_)) | None => return,
-            }
-        }
-    };
-    // Who takes longer than that is no longer heard.
-    let _ = timeout(HEAR_WITHIN, hearing).await;
 }
 
 /// Whether a call of `method` is answered with a stream, which lasts as long as its caller wants.
@@ -482,52 +455,6 @@ mod tests {
         assert!(!journal.contains("get_token"), "{journal}");
     }
 
-    /// A message that is announced and never comes.
-    struct Silence;
-
-    impl http_body::Body for Silence {
-        type Data = Bytes;
-        type Error = Status;
-
-        fn poll_frame(
-            self: Pin<&mut Self>,
-            _: &mut Context<'_>,
-        ) -> Poll<Option<Result<http_body::Frame<Bytes>, Status>>> {
-            Poll::Pending
-        }
-    }
-
-    /// A message in pieces of 16 KiB, and how many of them were taken.
-    struct Pieces(usize, Arc<std::sync::atomic::AtomicUsize>);
-
-    impl http_body::Body for Pieces {
-        type Data = Bytes;
-        type Error = Status;
-
-        fn poll_frame(
-            mut self: Pin<&mut Self>,
-            _: &mut Context<'_>,
-        ) -> Poll<Option<Result<http_body::Frame<Bytes>, Status>>> {
-            let Some(left) = self.0.checked_sub(1) else { return Poll::Ready(None) };
-            self.0 = left;
-            self.1.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-            Poll::Ready(Some(Ok(http_body::Frame::data(Bytes::from_static(&[0; 16 * 1024])))))
-        }
-    }
-
-    #[tokio::test]
-    async fn a_call_that_is_refused_by_its_headers_is_heard_out_unless_it_is_too_long() {
-        let office = Office::open();
-        let never = service_fn(|_| async { panic!("it is not admitted") });
-        for (pieces, heard) in [(3, 3), (1_000, 5)] {
-            let taken = Arc::default();
-            let message = Body::new(Pieces(pieces, Arc::clone(&taken)));
-            let code = office.send(never, &Bearer::generate(), message).await;
-            assert_eq!(code, Code::Unauthenticated);
-            assert_eq!(taken.load(std::sync::atomic::Ordering::Relaxed), heard);
-        }
-    }
-
     #[tokio::test]
     async fn refusals_beyond_those_that_may_wait_are_answered_at_once_and_recorded_all_the_same() {
         let office = Office::open();
@@ -535,12 +462,12 @@ mod tests {
         let stranger = Bearer::generate();
         let waits = office.desk.refused.take(None).unwrap();
         for _ in 0..25 {
-            let code = office.send(never, &stranger, Body::new(Silence)).await;
+            let code = office.send(never, &stranger, Body::empty()).await;
             assert_eq!(code, Code::Unauthenticated);
         }
         drop(waits);
-        // The first that has a place waits for its message, and for the record of them all.
-        let code = office.send(never, &stranger, Body::new(Silence)).await;
+        // Who has a place waits for the record of them all.
+        let code = office.send(never, &stranger, Body::empty()).await;
         assert_eq!(code, Code::Unauthenticated);
         let journal = office.journal().await;
         let counts = journal.split("\"count\":").skip(1).map(|rest| {

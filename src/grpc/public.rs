@@ -4,37 +4,27 @@ use std::{
     convert::Infallible,
     future::Future,
     pin::Pin,
-    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
 
-use http::{Request, Response};
-use tokio::{sync::Semaphore, time::timeout};
+use bytes::Bytes;
+use http::{HeaderMap, Request, Response};
+use http_body::Frame;
+use tokio::{sync::OwnedSemaphorePermit, time::timeout};
+use tokio_util::sync::WaitForCancellationFutureOwned;
 use tonic::{Status, body::Body, server::NamedService};
 use tower::Service;
 
-use super::held::Held;
+use super::{connection::Connection, is_stream};
 use crate::broker::Refusal;
 
-/// Streams at once on a connection.
-const MOST_STREAMS: usize = 16;
-/// How long a call that is no stream may take, the arrival of its message included.
+/// The longest request of these services that is read, in bytes: a name.
+pub(super) const LONGEST_REQUEST: usize = 4 * 1024;
+/// How long a call may take until its answer begins, the arrival of its message included.
 const ANSWERED_WITHIN: Duration = Duration::from_secs(5);
 /// When a stream that is refused may be tried again.
 const AGAIN: Duration = Duration::from_secs(1);
-/// The methods whose calls last for as long as the client wants.
-const STREAMS: [&str; 2] = ["Watch", "ServerReflectionInfo"];
-
-/// The places for such streams of one connection; an extension of each of its requests.
-#[derive(Clone, Debug)]
-pub(super) struct PublicStreams(Arc<Semaphore>);
-
-impl Default for PublicStreams {
-    fn default() -> Self {
-        Self(Arc::new(Semaphore::new(MOST_STREAMS)))
-    }
-}
 
 /// A service that anybody may call.
 #[derive(Clone)]
@@ -58,20 +48,70 @@ where
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let method = request.uri().path().rsplit('/').next().unwrap_or_default();
-        if !STREAMS.contains(&method) {
-            let answer = timeout(ANSWERED_WITHIN, self.0.call(request));
-            return Box::pin(async move {
-                let late = |_| Ok(Status::from(Refusal::DeadlineExceeded).into_http());
-                answer.await.unwrap_or_else(late)
-            });
+        let mut stream = None;
+        if is_stream(request.uri().path()) {
+            let connection = request.extensions().get::<Connection>().cloned().unwrap_or_default();
+            let Some(place) = connection.public_stream() else {
+                let shed = Refusal::Overloaded { retry_after: AGAIN };
+                return Box::pin(async move { Ok(Status::from(shed).into_http()) });
+            };
+            stream = Some((connection, place));
         }
-        let places = request.extensions().get::<PublicStreams>().cloned().unwrap_or_default();
-        let Ok(place) = places.0.try_acquire_owned() else {
-            let shed = Refusal::Overloaded { retry_after: AGAIN };
-            return Box::pin(async move { Ok(Status::from(shed).into_http()) });
-        };
-        let answer = self.0.call(request);
-        Box::pin(async move { Ok(answer.await?.map(|body| Body::new(Held::new(body, place)))) })
+        let answer = timeout(ANSWERED_WITHIN, self.0.call(request));
+        Box::pin(async move {
+            let late = |_| Ok(Status::from(Refusal::DeadlineExceeded).into_http());
+            let answer = answer.await.unwrap_or_else(late)?;
+            Ok(match stream {
+                None => answer,
+                Some((connection, place)) => {
+                    let leaving = connection.leaving().clone().cancelled_owned();
+                    answer.map(|body| Body::new(Lasting::new(body, leaving, place)))
+                }
+            })
+        })
+    }
+}
+
+/// A stream that lasts until its connection is to end.
+struct Lasting {
+    body: Body,
+    leaving: Pin<Box<WaitForCancellationFutureOwned>>,
+    over: bool,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Lasting {
+    fn new(
+        body: Body,
+        leaving: WaitForCancellationFutureOwned,
+        place: OwnedSemaphorePermit,
+    ) -> Self {
+        Self { body, leaving: Box::pin(leaving), over: false, _place: place }
+    }
+}
+
+impl http_body::Body for Lasting {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        if self.over {
+            return Poll::Ready(None);
+        }
+        if self.leaving.as_mut().poll(context).is_pending() {
+            return Pin::new(&mut self.body).poll_frame(context);
+        }
+        self.over = true;
+        let mut trailers = HeaderMap::new();
+        let ended = Status::unavailable("the connection ends: come again");
+        let _ = ended.add_header(&mut trailers);
+        Poll::Ready(Some(Ok(Frame::trailers(trailers))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.over || self.body.is_end_stream()
     }
 }

@@ -1,6 +1,6 @@
 //! The front door: takes connections, bounds what each may do, and lets them go in time.
 
-mod activity;
+mod arriving;
 mod guests;
 mod handshake;
 mod preface;
@@ -8,7 +8,7 @@ mod proxied;
 mod socket;
 mod workers;
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use http::Request;
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
@@ -19,7 +19,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
     task::JoinSet,
-    time::timeout,
+    time::{sleep, timeout},
 };
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
@@ -28,24 +28,21 @@ use tower::Service;
 use tracing::{debug, warn};
 
 use self::{
-    activity::Activity,
+    arriving::Arriving,
     guests::Guest,
     preface::Greeted,
     socket::{Move, Socket},
 };
 pub use self::{guests::Guests, workers::Workers};
-use super::{audit::Peer, held::Held, public::PublicStreams};
+use super::{audit::Peer, connection::Connection, held::Held, is_stream};
 use crate::{audit::fold::Folds, clock::Clock, tls::Tls};
 
-/// Connections at once; more wait in the listener's backlog.
-const MOST_CONNECTIONS: usize = 10_000;
-/// Connections at once from one address: one client's fault leaves room for others.
-const MOST_OF_AN_ADDRESS: usize = MOST_CONNECTIONS / 4;
+/// One address has this share of the connections at most, one in so many: one client's fault leaves room for
+/// others.
+const SHARE_OF_AN_ADDRESS: usize = 4;
 /// The age at which a connection is told to finish, so that callers spread over replicas that came
 /// later; with up to a quarter less, so that those of one moment do not all come again at one moment.
 const AGE: Duration = Duration::from_mins(30);
-/// How long a connection may have no call before it is told to finish.
-const IDLE: Duration = Duration::from_mins(10);
 /// Streams at once on a connection.
 const MOST_STREAMS: u32 = 1_000;
 /// Streams that a client may reset before we have answered them (rapid reset).
@@ -72,6 +69,12 @@ const KEEPALIVE_WITHIN: Duration = Duration::from_secs(20);
 /// The pause after the listener failed, as it does while no descriptors are left.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
+/// How long connections that were cut may take to be gone, and how often to look.
+const GONE_WITHIN: Duration = Duration::from_secs(1);
+const GONE_AGAIN: Duration = Duration::from_millis(1);
+/// Why a connection is cut whose client takes no answers.
+const UNREAD: &str = "answers are not read";
+
 /// What a connection ends with, if not by itself.
 type Broken = Box<dyn std::error::Error + Send + Sync>;
 
@@ -88,6 +91,10 @@ pub struct Door {
     pub guests: Arc<Guests>,
     /// Who serves them.
     pub workers: Arc<Workers>,
+    /// How many may be in at once.
+    pub most: usize,
+    /// How long a connection that was told to finish may take: longer than any call.
+    pub leave_within: Duration,
     /// Records handshakes that are refused.
     pub folds: Folds,
     /// Time.
@@ -97,7 +104,7 @@ pub struct Door {
 /// Serves until `stop`; then tells each connection to finish, and returns when all have ended or
 /// `drain` has passed.
 pub async fn serve(listener: TcpListener, door: Door, stop: CancellationToken, drain: Duration) {
-    let places = Arc::new(Semaphore::new(MOST_CONNECTIONS));
+    let places = Arc::new(Semaphore::new(door.most));
     let mut connections = JoinSet::new();
     loop {
         let accepted = tokio::select! {
@@ -117,7 +124,7 @@ pub async fn serve(listener: TcpListener, door: Door, stop: CancellationToken, d
             }
             Err(error) => {
                 warn!(%error, "no connection can be accepted");
-                tokio::time::sleep(ACCEPT_AGAIN).await;
+                sleep(ACCEPT_AGAIN).await;
             }
         }
     }
@@ -125,7 +132,15 @@ pub async fn serve(listener: TcpListener, door: Door, stop: CancellationToken, d
     let finished = async { while connections.join_next().await.is_some() {} };
     if timeout(drain, finished).await.is_err() {
         warn!("some connections did not end in time and are cut");
+        connections.shutdown().await;
     }
+    // Those that were cut are gone from their threads in a moment, and begin no call that nobody waits for.
+    let gone = async {
+        while !door.workers.are_idle() {
+            sleep(GONE_AGAIN).await;
+        }
+    };
+    let _ = timeout(GONE_WITHIN, gone).await;
 }
 
 /// Who stands at the door.
@@ -156,8 +171,11 @@ impl Door {
             () = stop.cancelled() => return Ok(()),
             address = timeout(PROXIED_WITHIN, self.client_of(&mut socket, from)) => address??,
         };
-        let guest = self.guests.welcome(address.ip(), MOST_OF_AN_ADDRESS);
-        let guest = guest.ok_or("too many connections of one address")?;
+        let most = self.most / SHARE_OF_AN_ADDRESS;
+        let Some(guest) = self.guests.welcome(address.ip(), most) else {
+            self.guests.warn_of_too_many(address.ip(), most);
+            return Err("too many connections of one address".into());
+        };
         let Some(tls) = &self.tls else {
             let peer = Peer { address, certificate: None };
             return self.seat(socket, peer, guest, stop).await;
@@ -207,11 +225,10 @@ impl Door {
             () = stop.cancelled() => return Ok(()),
             greeted = timeout(PREFACE_WITHIN, Greeted::by_client(stream)) => greeted??,
         };
-        let (routes, age) = (self.routes.clone(), guest.age(AGE));
-        let seat = self.workers.least_busy();
-        let served = seat.run(async move {
+        let (routes, age, leave_within) = (self.routes.clone(), guest.age(AGE), self.leave_within);
+        let served = self.workers.least_busy().run(async move {
             greeted.move_here()?;
-            converse(greeted, peer, routes, age, stop).await
+            converse(greeted, peer, routes, age, leave_within, stop).await
         });
         served.await?
     }
@@ -223,23 +240,28 @@ async fn converse<S>(
     peer: Peer,
     routes: Routes,
     age: Duration,
+    leave_within: Duration,
     stop: CancellationToken,
 ) -> Result<(), Broken>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let (activity, public) = (Activity::new(), PublicStreams::default());
+    let line = Connection::default();
     let service = {
-        let activity = activity.clone();
+        let line = line.clone();
         service_fn(move |request: Request<Incoming>| {
-            let (mut routes, call) = (routes.clone(), activity.begin());
-            let mut request = request.map(Body::new);
+            let (mut routes, mut call) = (routes.clone(), line.begin());
+            let (streams, reflects) = (is_stream(request.uri().path()), reflects(&request));
+            let mut request = request.map(|body| Body::new(Arriving::new(body, reflects)));
             request.extensions_mut().insert(peer.clone());
-            request.extensions_mut().insert(public.clone());
+            request.extensions_mut().insert(line.clone());
             async move {
-                let answer = routes.call(request).await;
+                let answer = routes.call(request).await?;
+                if !streams {
+                    call.answered();
+                }
                 // The call goes on until its answer has left.
-                answer.map(|response| response.map(|body| Held::new(body, call)))
+                Ok::<_, Infallible>(answer.map(|body| Held::new(body, call)))
             }
         })
     };
@@ -259,10 +281,21 @@ where
     );
     tokio::select! {
         ended = connection.as_mut() => return Ok(ended?),
+        () = line.unread() => return Err(UNREAD.into()),
         () = stop.cancelled() => {}
-        () = tokio::time::sleep(age) => {}
-        () = activity.idle(IDLE) => {}
+        () = sleep(age) => {}
+        () = line.idle() => {}
     }
+    line.leaving().cancel();
     connection.as_mut().graceful_shutdown();
-    Ok(connection.await?)
+    tokio::select! {
+        ended = connection => Ok(ended?),
+        () = line.unread() => Err(UNREAD.into()),
+        () = sleep(leave_within) => Err("the last calls did not end in time".into()),
+    }
+}
+
+/// Whether it is a call of reflection, whose client sends one message after another.
+fn reflects<B>(request: &Request<B>) -> bool {
+    request.uri().path().ends_with("/ServerReflectionInfo")
 }

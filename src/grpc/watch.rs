@@ -2,9 +2,12 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use tokio::sync::{
-    broadcast::{self, error::RecvError},
-    mpsc, watch,
+use tokio::{
+    sync::{
+        broadcast::{self, error::RecvError},
+        mpsc, watch,
+    },
+    task::yield_now,
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -32,6 +35,8 @@ use crate::{
 const BUFFERED: usize = 16;
 /// How often the credential and the grants are looked at for their end, which no event tells of.
 const ENDS_AGAIN: Duration = Duration::from_secs(1);
+/// How many accounts are looked at before others on the same thread have their turn.
+const LOOKS: usize = 256;
 /// How long the record of a token may take to become durable.
 const RECORD_WITHIN: Duration = Duration::from_secs(5);
 
@@ -41,17 +46,17 @@ type Sender = mpsc::Sender<Result<WatchTokensResponse, Status>>;
 ///
 /// # Errors
 /// When a plain name among `patterns` may not be watched.
-pub(super) fn start(
+pub(super) async fn start(
     server: &TokenServer,
     context: &CallContext,
     patterns: Vec<AccountPattern>,
 ) -> Result<ReceiverStream<Result<WatchTokensResponse, Status>>, Refusal> {
     let broker = server.broker.clone();
+    let place = broker.stream(&context.caller)?;
     // Armed before the first look, so that nothing falls between the two.
     let changes = broker.cache.changes();
     let access = broker.directory.changes();
-    let slots = broker.watched(&context.caller, &patterns)?;
-    let place = broker.stream(&context.caller)?;
+    let slots = broker.watched(&context.caller, &patterns).await?;
     let mut template = context.draft.so_far();
     template.event = Event::TokenPushed;
     let (sender, receiver) = mpsc::channel(BUFFERED);
@@ -66,11 +71,11 @@ pub(super) fn start(
         template,
         sender: sender.clone(),
     };
-    let stop = server.stop.clone();
+    // A clean end: the caller comes again, to another replica or to the next start.
+    let stop = context.leaving.clone();
     tokio::spawn(async move {
         let _place = place;
         tokio::select! {
-            // A clean end: the caller comes again, to another replica or to the next start.
             () = stop.cancelled() => {}
             () = sender.closed() => {}
             () = stream.run(slots, changes, access, &stop) => {}
@@ -127,7 +132,14 @@ impl Stream {
                     Err(RecvError::Lagged(_)) => self.look_at_all().await?,
                     Err(RecvError::Closed) => return Ok(()),
                 },
-                _ = access.changed() => self.look_at_all().await?,
+                _ = access.changed() => {
+                    let before = self.caller.clone();
+                    self.admitted().await?;
+                    // Nearly all changes are about others.
+                    if *before != *self.caller {
+                        self.look_at_all().await?;
+                    }
+                }
                 _ = again.tick() => self.look_for_ends().await?,
             }
         }
@@ -146,7 +158,10 @@ impl Stream {
     }
 
     async fn look_at_all(&mut self) -> Result<(), Over> {
-        for slot in self.broker.cache.slots() {
+        for (nth, slot) in self.broker.cache.slots().into_iter().enumerate() {
+            if nth % LOOKS == LOOKS - 1 {
+                yield_now().await;
+            }
             self.consider(&slot).await?;
         }
         self.look_for_ends().await

@@ -86,7 +86,7 @@ pub async fn since(pool: &PgPool, snapshot: &str, home: &Home) -> Result<Committ
         match (row.source.as_deref(), row.row_id) {
             (Some("accounts"), Some(id)) => committed.accounts.push(id),
             // Only to be recorded.
-            (Some("audit_events" | "audit_chains"), _) => {}
+            (Some("audit_events" | "audit_chains" | "audit_retention"), _) => {}
             (Some(_), _) => committed.access = true,
             (None, _) if row.elsewhere.unwrap_or_default() => {
                 return Err(StoreError::Replaced(

@@ -43,14 +43,12 @@ impl LeastKept {
 pub async fn least_kept(pool: &PgPool) -> Result<LeastKept, StoreError> {
     let row = sqlx::query!(
         r#"/* store::retention::least_kept */
-        select ceil(extract(epoch from calls))::bigint as "calls!",
-            ceil(extract(epoch from changes))::bigint as "changes!"
-        from audit_retention"#
+        select calls_days, changes_days from audit_retention"#
     )
     .fetch_one(pool)
     .await?;
-    let seconds = |seconds: i64| Duration::from_secs(seconds.unsigned_abs());
-    Ok(LeastKept { calls: seconds(row.calls), changes: seconds(row.changes) })
+    let days = |days: i32| Duration::from_hours(24 * u64::from(days.unsigned_abs()));
+    Ok(LeastKept { calls: days(row.calls_days), changes: days(row.changes_days) })
 }
 
 /// A day of the audit log that is over.

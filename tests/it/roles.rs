@@ -114,7 +114,6 @@ async fn runtime_does_the_work_of_the_broker() {
             "insert into instances (id, replica, version, key_ids, started_at, heartbeat_at) \
              values ('i', 1, '0', '{}', now(), now())",
             "update changes set recorder = 'i', audited_at = now()",
-            "delete from changes",
             "insert into audit_chains (chain, instance, started_at, linked_hash, delivered_hash) \
              values ('d', 'i', now(), '', '')",
             "select audit_ensure_partition('2026-01-02'); insert into audit_events \
@@ -143,6 +142,12 @@ async fn runtime_changes_neither_audit_nor_accounts_nor_access() {
             "update audit_heads set seq = 2",
             "delete from audit_heads",
             "delete from audit_chains",
+            "update audit_retention set calls_days = 1",
+            "select audit_prune(current_date, true)",
+            "select audit_prune(current_date - 30, true)",
+            "select audit_prune('2026-01-01 BC', true)",
+            "select audit_hold('2026-01-01 BC')",
+            "delete from changes",
             "insert into accounts (name, client_id, client_secret) values ('b', 'b', 'b')",
             "update accounts set enabled = false",
             "update accounts set client_id = 'other'",

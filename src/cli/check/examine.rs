@@ -98,7 +98,14 @@ async fn ask(
         0 => Finding::doubtful("brokers", "none was heard of in the last minute"),
         live => Finding::good("brokers", format!("{live} live")),
     });
-    findings.push(retention_finding(settings, retention::least_kept(admin.pool()).await?));
+    findings.push(match retention::least_kept(admin.pool()).await {
+        Ok(least) => retention_finding(settings, least),
+        Err(StoreError::Refused(why)) => Finding::bad(
+            "roles",
+            format!("{why}: run deploy/roles.sql again, as after each migration"),
+        ),
+        Err(error) => return Err(error),
+    });
     findings.push(rate_finding(admin.load().await?, settings.upstream_rate, settings.refresh_at));
     findings.push(egress_finding(admin.last_issue().await?, &settings.expected_egress));
     Ok(())

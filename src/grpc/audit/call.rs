@@ -9,6 +9,7 @@ use std::{
 
 use http::HeaderMap;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 use crate::{
@@ -44,6 +45,8 @@ pub struct CallContext {
     pub deadline: Instant,
     /// The record of this call.
     pub draft: Draft,
+    /// Cancelled when the call's connection is to end, and with it a stream.
+    pub leaving: CancellationToken,
 }
 
 /// The method that a request's path names.
@@ -73,40 +76,29 @@ const MARGIN: Duration = Duration::from_millis(200);
 
 /// When a call must have been answered.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum Deadline {
-    At(Instant),
-    Never,
-}
+pub(super) struct Deadline(pub(super) Instant);
 
 impl Deadline {
     /// Returns once it has passed.
     pub(super) async fn passes(self) {
-        match self {
-            Self::At(at) => tokio::time::sleep_until(at).await,
-            Self::Never => std::future::pending().await,
-        }
+        tokio::time::sleep_until(self.0).await;
     }
 
     /// Whether it has.
     pub(super) fn has_passed(self) -> bool {
-        matches!(self, Self::At(at) if at <= Instant::now())
+        self.0 <= Instant::now()
     }
 
     /// When a method must have its answer, so that it still arrives: a tenth of the time before the
-    /// deadline, at most [`MARGIN`]; `otherwise` after `arrived` when there is none.
-    pub(super) fn for_method(self, arrived: Instant, otherwise: Duration) -> Instant {
-        match self {
-            Self::At(at) => at - (at.saturating_duration_since(arrived) / 10).min(MARGIN),
-            Self::Never => arrived + otherwise,
-        }
+    /// deadline, at most [`MARGIN`].
+    pub(super) fn for_method(self, arrived: Instant) -> Instant {
+        self.0 - (self.0.saturating_duration_since(arrived) / 10).min(MARGIN)
     }
 
-    /// How long from now the record may take.
+    /// How long from now the record may take: beyond the deadline by [`MARGIN`], so that what was answered
+    /// in the last moment is recorded as that.
     pub(super) fn left_for_record(self, longest: Duration) -> Duration {
-        match self {
-            Self::At(at) => longest.min(at.saturating_duration_since(Instant::now()) + MARGIN),
-            Self::Never => longest,
-        }
+        longest.min(self.0.saturating_duration_since(Instant::now()) + MARGIN)
     }
 }
 

@@ -10,7 +10,13 @@ use std::{
     time::Duration,
 };
 
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
+use tracing::warn;
+
+use crate::limit::network_of;
+
+/// How often it is said at most that an address has too many connections.
+const WARN_AGAIN: Duration = Duration::from_mins(1);
 
 /// The connections that are there.
 #[derive(Debug)]
@@ -19,6 +25,8 @@ pub struct Guests {
     all: watch::Sender<usize>,
     /// Counts those that came, for their jitter.
     came: AtomicU32,
+    /// When it was last said that an address has too many.
+    warned: Mutex<Option<Instant>>,
 }
 
 /// A connection that is there while this lives.
@@ -30,14 +38,19 @@ pub(super) struct Guest {
 
 impl Default for Guests {
     fn default() -> Self {
-        Self { from: Mutex::default(), all: watch::Sender::new(0), came: AtomicU32::new(0) }
+        Self {
+            from: Mutex::default(),
+            all: watch::Sender::new(0),
+            came: AtomicU32::new(0),
+            warned: Mutex::default(),
+        }
     }
 }
 
 impl Guests {
     /// Counts a connection from `address`; `None` if it has `most` already.
     pub(super) fn welcome(self: &Arc<Self>, address: IpAddr, most: usize) -> Option<Guest> {
-        let address = address.to_canonical();
+        let address = network_of(address);
         let mut from = self.from();
         let count = from.entry(address).or_default();
         if *count >= most {
@@ -47,6 +60,16 @@ impl Guests {
         self.all.send_modify(|all| *all += 1);
         let number = self.came.fetch_add(1, Ordering::Relaxed);
         Some(Guest { guests: Arc::clone(self), address, number })
+    }
+
+    /// Says, once a minute at most, that `address` has all the connections that it may have.
+    pub(super) fn warn_of_too_many(&self, address: IpAddr, most: usize) {
+        let now = Instant::now();
+        let mut warned = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
+        if warned.is_none_or(|at| now - at >= WARN_AGAIN) {
+            *warned = Some(now);
+            warn!(%address, most, "an address has as many connections as it may: more are closed");
+        }
     }
 
     /// Returns once nobody is connected.

@@ -39,7 +39,7 @@ impl Past {
             }
         }
         world.drain().await;
-        database.sql("update audit_retention set calls = '1 day', changes = '1 day'").await;
+        database.sql("update audit_retention set calls_days = 1, changes_days = 1").await;
         let keyring = Keyring::generate(Clock::System.now());
         Self { world, database, keyring: Arc::new(Keyring::parse(&keyring).unwrap()), now }
     }
@@ -203,7 +203,7 @@ async fn records_that_no_cut_tells_of_are_not_removed_whoever_asks() {
 async fn what_the_database_is_to_keep_stays_whatever_a_broker_is_told() {
     let past = Past::of(4).await;
     let least = async |least: &str| past.sql(&format!("update audit_retention set {least}")).await;
-    least("calls = '2 days', changes = '3 days'").await;
+    least("calls_days = 2, changes_days = 3").await;
     past.retain(Some(DAY), Some(DAY)).await;
     let kept = [
         ("get_token 1", 5),
@@ -213,7 +213,14 @@ async fn what_the_database_is_to_keep_stays_whatever_a_broker_is_told() {
         ("grant_changed 3", 2),
     ];
     assert_eq!(past.left().await, days(&kept));
-    // Nor when it asks the database itself.
+    // Nor when it asks the database itself, in whatever calendar.
+    for day in [past.now.format("%Y-%m-%d BC").to_string(), "-infinity".into(), "infinity".into()] {
+        for call in ["audit_prune($, true)", "audit_hold($)", "audit_ensure_partition($)"] {
+            let call = format!("select {}", call.replace('$', &format!("'{day}'")));
+            let error = past.database.try_sql(&call).await.unwrap_err().to_string();
+            assert!(error.contains("no audit record is of"), "{call}: {error}");
+        }
+    }
     for (back, changes_too) in [(2, false), (2, true), (3, true)] {
         let day = (past.now - TimeDelta::days(back)).format("%Y-%m-%d");
         let prune = format!("select audit_prune('{day}', {changes_too})");
@@ -224,25 +231,22 @@ async fn what_the_database_is_to_keep_stays_whatever_a_broker_is_told() {
         ("delete from audit_retention", "append-only"),
         ("truncate audit_retention", "append-only"),
         ("insert into audit_retention default values", "audit_retention_pkey"),
-        ("update audit_retention set calls = '23 hours'", "audit_retention_at_least_a_day"),
-        ("update audit_retention set calls = '4 days'", "audit_retention_changes_as_long"),
+        ("update audit_retention set calls_days = 0", "audit_retention_at_least_a_day"),
+        ("update audit_retention set calls_days = 4", "audit_retention_changes_as_long"),
     ] {
         let error = past.database.try_sql(statement).await.unwrap_err().to_string();
         assert!(error.contains(words), "{error}");
     }
-    least("changes = '3 days', calls = '2 days'").await;
+    least("changes_days = 3, calls_days = 2").await;
     let told: Vec<(String, String)> = sqlx::query_as(
-        "select what->>'calls', what->>'changes' from changes
+        "select what->>'calls_days', what->>'changes_days' from changes
          where table_name = 'audit_retention' order by id",
     )
     .fetch_all(&past.world.pool)
     .await
     .unwrap();
     let row = |calls: &str, changes: &str| (calls.into(), changes.into());
-    assert_eq!(
-        told,
-        [row("30 days → 1 day", "30 days → 1 day"), row("1 day → 2 days", "1 day → 3 days")]
-    );
+    assert_eq!(told, [row("30 → 1", "30 → 1"), row("1 → 2", "1 → 3")]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
