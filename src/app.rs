@@ -44,6 +44,8 @@ use crate::{
 
 /// How long the audit log may take to be delivered once everything else has ended.
 const DELIVER_WITHIN: Duration = Duration::from_secs(5);
+/// How long calls whose connections are gone may take to write their records.
+const CALLS_WITHIN: Duration = Duration::from_secs(5);
 /// How long the record of the start may take to become durable.
 const RECORD_WITHIN: Duration = Duration::from_secs(10);
 
@@ -213,7 +215,7 @@ impl App {
         }
         // Calls whose connection was cut write their records still.
         self.calls.close();
-        if timeout(DELIVER_WITHIN, self.calls.wait()).await.is_err() {
+        if timeout(CALLS_WITHIN, self.calls.wait()).await.is_err() {
             warn!("some calls did not end");
         }
         self.workers.end().await;

@@ -3,7 +3,8 @@
 //! An origin (a caller, else an address) has a few refusals of each reason recorded one by one, and
 //! then one a second. The others wait for the record that tells of them all: it is written a quarter
 //! of a second after the first of them. So no refusal is answered before it is on disk either, and
-//! who floods waits.
+//! who floods waits; but for calls that are refused by their headers while 10,000 such wait (`grpc/audit.rs`),
+//! which are answered while the record that counts them is on its way.
 
 mod merge;
 

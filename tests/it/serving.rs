@@ -16,9 +16,10 @@ use token_broker::{
     proto::{
         GetTokenRequest, ListAccountsRequest, ReportRejectedTokenRequest, WatchTokensRequest,
         account_ended::Reason, report_rejected_token_response::Outcome,
-        watch_tokens_response::Event,
+        token_service_client::TokenServiceClient, watch_tokens_response::Event,
     },
 };
+use tokio::io::AsyncReadExt;
 use tonic::{Code, Request};
 
 use crate::harness::{
@@ -491,6 +492,41 @@ async fn calls_that_would_wait_beyond_a_bound_are_shed_and_live_tokens_are_serve
         call.abort();
     }
     broker.stop().await;
+}
+
+#[tokio::test]
+async fn one_address_has_a_quarter_of_the_connections() {
+    let world = World::new().await;
+    let bearer = world.caller("demo", &["acme"]).await;
+    world.register("acme", "id-1", "SK.1").await;
+    let broker = world.start_with(Plan { most_connections: 8, ..world.plan() }).await;
+    world.until_state("acme", "fresh").await;
+    let (first, second) = (broker.client(&bearer).await, broker.client(&bearer).await);
+    first.get("acme").await.unwrap();
+    second.get("acme").await.unwrap();
+    let mut third = tokio::net::TcpStream::connect(broker.app.grpc_address).await.unwrap();
+    let closed = tokio::time::timeout(crate::harness::PATIENCE, third.read(&mut [0; 1])).await;
+    assert!(closed.unwrap().is_ok_and(|read| read == 0));
+    first.get("acme").await.unwrap();
+    drop(first);
+    // There is room again, once the first is seen to be gone.
+    let another = eventually("another connection", async || {
+        let endpoint = format!("http://{}", broker.app.grpc_address);
+        let endpoint = tonic::transport::Endpoint::from_shared(endpoint).unwrap();
+        let channel = endpoint.connect().await.ok()?;
+        let request = client_request(&bearer);
+        TokenServiceClient::new(channel).get_token(request).await.ok()
+    });
+    another.await;
+    broker.stop().await;
+}
+
+fn client_request(bearer: &Bearer) -> Request<GetTokenRequest> {
+    let mut request =
+        Request::new(GetTokenRequest { account: "acme".into(), ..Default::default() });
+    let value = format!("Bearer {}", bearer.expose()).parse().unwrap();
+    request.metadata_mut().insert("authorization", value);
+    request
 }
 
 #[tokio::test]

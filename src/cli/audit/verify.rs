@@ -37,7 +37,7 @@ use crate::{
 const BATCH: usize = 1_000;
 /// The longest line that is read, in bytes; records are some hundreds.
 const LONGEST_LINE: u64 = 1 << 20;
-/// How often a journal that changes meanwhile is read anew.
+/// How often a journal that changes meanwhile is read, before a last time.
 const MOST_READINGS: usize = 10;
 /// How many such batches may wait.
 const BATCHES: usize = 16;
@@ -275,7 +275,7 @@ impl Proof {
 
 /// Tries `read` again as long as it fails in another way each time, some times at most. A broker that
 /// writes to a journal removes segments that somebody has just listed, and cuts those that it abandons.
-/// Those are the oldest, which are read first: what failed has not been read for long.
+/// What it removes is the oldest, which is read first: what failed has not been read for long.
 fn unless_twice<T>(read: impl Fn() -> anyhow::Result<T>) -> anyhow::Result<T> {
     let mut last = None;
     for _ in 0..MOST_READINGS {

@@ -11,7 +11,7 @@ use std::{
 };
 
 use nix::sys::signal::Signal;
-use token_broker::bearer::Bearer;
+use token_broker::{bearer::Bearer, proto::WatchTokensRequest};
 use tokio::{
     io::{AsyncWriteExt, copy_bidirectional},
     net::{TcpListener, TcpStream},
@@ -162,6 +162,32 @@ async fn a_second_signal_ends_it_at_once_and_the_next_start_delivers() {
     stage.serve = stage.site.serve().await;
     stage.serve.signal(Signal::SIGTERM);
     assert_eq!(stage.serve.ended().await.code(), Some(0), "{}", stage.serve.stderr());
+    stage.verify().await;
+}
+
+#[tokio::test]
+async fn watchers_get_a_clean_end_and_hold_no_stop() {
+    // Longer than the test would wait.
+    let mut stage = Stage::new("4m").await;
+    let client = stage.client().await;
+    let watch = WatchTokensRequest { accounts: vec!["acme".into()] };
+    let tokens = client.grpc.clone().watch_tokens(client.request(watch)).await.unwrap();
+    let mut tokens = tokens.into_inner();
+    assert!(tokens.message().await.unwrap().is_some());
+    let channel = Endpoint::from_shared(stage.site.endpoint()).unwrap().connect().await.unwrap();
+    let mut health = HealthClient::new(channel);
+    let states = health.watch(HealthCheckRequest::default()).await.unwrap();
+    let mut states = states.into_inner();
+    assert_eq!(states.message().await.unwrap().unwrap().status(), ServingStatus::Serving.into());
+    stage.serve.signal(Signal::SIGTERM);
+    let told = states.message().await.unwrap().unwrap();
+    assert_eq!(told.status(), ServingStatus::NotServing.into());
+    assert_eq!(states.message().await.unwrap_err().code(), tonic::Code::Unavailable);
+    // No token is pushed any more, and no error is told.
+    assert!(tokens.message().await.unwrap().is_none());
+    assert_eq!(stage.serve.ended().await.code(), Some(0), "{}", stage.serve.stderr());
+    let said = stage.serve.stderr();
+    assert!(!said.contains("did not end in time"), "{said}");
     stage.verify().await;
 }
 

@@ -286,6 +286,52 @@ async fn streams_that_are_opened_and_left_hurt_nobody() {
 }
 
 #[tokio::test]
+async fn who_does_not_read_or_does_not_go_on_is_cut() {
+    let stage = Stage::new().await;
+    let address = stage.address();
+    let flood = "answers that nobody reads, without a credential and with one";
+    let no_window = [0, 4, 0, 0, 0, 0];
+    let mut unread = vec![];
+    let list = call("/token_broker.v1.TokenService/ListAccounts", Some(&stage.bearer));
+    for block in [call(CHECK, None), list] {
+        let mut raw = Raw::with_settings(address, &no_window).await;
+        for stream in streams(500) {
+            let asks = frame(DATA, END_STREAM, stream, &message(&[]));
+            let asked = [frame(HEADERS, END_HEADERS, stream, &block), asks].concat();
+            assert!(raw.send(&asked).await);
+        }
+        raw.until(flood, |frames| headers(frames).count() > 0).await;
+        unread.push(raw);
+    }
+    stage.victim.goes_on(flood).await;
+
+    let flood = "messages of streams that do not go on";
+    let mut begun = vec![];
+    for block in [
+        call(WATCH_HEALTH, None),
+        call("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", None),
+        call("/token_broker.v1.TokenService/WatchTokens", Some(&stage.bearer)),
+    ] {
+        let mut raw = Raw::connect(address).await;
+        let part = [&[0][..], &4_000_u32.to_be_bytes(), &[b'x'; 3_999]].concat();
+        let part = frame(DATA, NONE, 1, &part);
+        assert!(raw.send(&[frame(HEADERS, END_HEADERS, 1, &block), part].concat()).await);
+        begun.push(raw);
+    }
+    for raw in begun {
+        // The stream is over, and the connection is not.
+        let over =
+            |frame: &Frame| frame.2 == 1 && (frame.1 & END_STREAM != 0 || frame.0 == RST_STREAM);
+        raw.until(flood, |frames| frames.iter().any(over)).await;
+    }
+    for raw in unread {
+        raw.ended().await;
+    }
+    stage.recovered(flood).await;
+    stage.stop().await;
+}
+
+#[tokio::test]
 async fn what_is_too_large_or_no_http_2_at_all_is_refused_and_forgotten() {
     let stage = Stage::new().await;
     let address = stage.address();
