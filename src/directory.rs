@@ -75,8 +75,8 @@ impl Directory {
 
     /// The caller who shows `proof` at `now`.
     ///
-    /// The lookup of a bearer is by its hash: what its timing tells is about hashes, from which no
-    /// bearer can be made.
+    /// The lookup of a bearer is by its hash, and hashes are compared in constant time: what its timing tells
+    /// is about hashes, from which no bearer can be made.
     ///
     /// # Errors
     /// `None` for an unknown proof; [`Refused`] for one that has ended or was revoked, or whose caller is

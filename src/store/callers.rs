@@ -2,6 +2,7 @@
 
 use std::{collections::HashMap, sync::Arc};
 
+use aws_lc_rs::constant_time::verify_slices_are_equal;
 use sqlx::PgPool;
 use tracing::error;
 
@@ -25,12 +26,28 @@ pub struct Credential {
 }
 
 /// What a caller shows.
-#[derive(Clone, Debug, Eq, Hash, PartialEq)]
+#[expect(clippy::derived_hash_with_manual_eq, reason = "what is equal has the same hash")]
+#[derive(Clone, Debug, Eq, Hash)]
 pub enum Proof {
     /// A bearer with this SHA-256.
     BearerSha256([u8; 32]),
     /// A verified certificate with this name.
     Identity(CallerKind, String),
+}
+
+impl PartialEq for Proof {
+    /// Hashes of bearers are compared in constant time.
+    fn eq(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::BearerSha256(ours), Self::BearerSha256(theirs)) => {
+                verify_slices_are_equal(ours, theirs).is_ok()
+            }
+            (Self::Identity(kind, name), Self::Identity(their_kind, their_name)) => {
+                kind == their_kind && name == their_name
+            }
+            _ => false,
+        }
+    }
 }
 
 /// Every credential that is not revoked, with its caller and the caller's grants.

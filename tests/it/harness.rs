@@ -1,12 +1,14 @@
 //! What every test stands on.
 
 pub(crate) mod broker;
+#[cfg(feature = "embedded-postgres")]
 pub(crate) mod certificates;
 pub(crate) mod database;
 pub(crate) mod http;
 #[cfg(feature = "embedded-postgres")]
 pub(crate) mod process;
 pub(crate) mod proxy;
+#[cfg(feature = "embedded-postgres")]
 pub(crate) mod raw;
 #[cfg(feature = "embedded-postgres")]
 pub(crate) mod seed;

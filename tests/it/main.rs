@@ -7,6 +7,7 @@ mod accounts;
 mod audit;
 mod documents;
 mod fuzzed;
+#[cfg(feature = "embedded-postgres")]
 mod identity;
 mod inputs;
 mod outages;

@@ -4,6 +4,7 @@
 mod canaries;
 mod check;
 mod crashes;
+mod deadlines;
 mod dev;
 mod drain;
 mod floods;

@@ -18,6 +18,7 @@ use nix::{
     unistd::Pid,
 };
 use tempfile::TempDir;
+use token_broker::tls::TlsFiles;
 use tokio::{
     io::AsyncWriteExt,
     process::{Child, Command},
@@ -318,6 +319,20 @@ impl Site {
 
     pub(crate) fn set(&mut self, name: &str, value: &str) {
         self.settings.insert(name.to_owned(), value.to_owned());
+    }
+
+    /// Serves TLS with these files.
+    pub(crate) fn set_tls(&mut self, files: &TlsFiles) {
+        let settings = [
+            ("TLS_CERT", Some(&files.cert)),
+            ("TLS_KEY", Some(&files.key)),
+            ("TLS_CLIENT_CA", files.client_ca.as_ref()),
+        ];
+        for (name, file) in settings {
+            if let Some(file) = file {
+                self.set(&format!("TOKEN_BROKER_{name}"), file.to_str().unwrap());
+            }
+        }
     }
 
     /// Has the setting read from a file of that content; the file.

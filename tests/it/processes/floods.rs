@@ -421,8 +421,7 @@ async fn a_handshake_that_does_not_go_on_is_given_up_while_others_come_in() {
     let mut site = Site::new(world.database.url(), &world.upstream.base_url()).await;
     let ours = Authority::new("ours");
     let files = write(site.directory.path(), &ours.issue(&[BROKER]), &[]);
-    site.set("TOKEN_BROKER_TLS_CERT", files.cert.to_str().unwrap());
-    site.set("TOKEN_BROKER_TLS_KEY", files.key.to_str().unwrap());
+    site.set_tls(&files);
     let mut serve = site.serve().await;
     let before = serve.descriptors();
     // The beginning of a ClientHello, and no more.
