@@ -5,6 +5,7 @@ mod health;
 mod plan;
 mod proof;
 mod restored;
+mod supervise;
 mod world;
 
 use std::{

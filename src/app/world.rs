@@ -1,7 +1,6 @@
 //! What a broker stands on, and how it starts.
 
 use std::{
-    future::Future,
     pin::Pin,
     sync::{
         Arc,
@@ -14,10 +13,13 @@ use sqlx::PgPool;
 use tokio::{net::TcpListener, runtime::Handle, task::JoinHandle, time::Instant};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic_health::server::HealthReporter;
-use tracing::{error, info, warn};
+use tracing::info;
 
 use super::{
-    DELIVER_WITHIN, Plan, RECORD_WITHIN, StartError, figures, health::Health, proof, restored,
+    DELIVER_WITHIN, Plan, RECORD_WITHIN, StartError, figures,
+    health::Health,
+    proof, restored,
+    supervise::{until_reached, watch_over},
 };
 use crate::{
     account::AccountId,
@@ -46,7 +48,7 @@ use crate::{
     retention::Retention,
     state_dir::StateDir,
     store::{
-        StoreError, accounts,
+        accounts,
         deployment::Home,
         instances,
         leases::{self, Claimant},
@@ -63,8 +65,6 @@ const LEASE_BEYOND_ATTEMPT: Duration = Duration::from_secs(20);
 const MOST_REFUSED: usize = 10_000;
 /// How much longer than the longest call a connection may take that was told to finish.
 const LEAVE_BEYOND_DEADLINE: Duration = Duration::from_secs(30);
-/// The pause between two tries to reach the database at the start.
-const REACH_AGAIN: Duration = Duration::from_secs(1);
 
 /// What exists before the database has been reached.
 pub(super) struct World {
@@ -376,43 +376,4 @@ impl World {
         };
         Ok(grpc::routes(server, Arc::new(desk))?)
     }
-}
-
-/// Does `step` again and again while the database cannot be reached.
-async fn until_reached<T, F: Future<Output = Result<T, StartError>>>(
-    give_up: &CancellationToken,
-    step: impl Fn() -> F,
-) -> Result<T, StartError> {
-    let mut told = false;
-    loop {
-        let done = tokio::select! {
-            () = give_up.cancelled() => return Err(StartError::Stopped),
-            done = step() => done,
-        };
-        match done {
-            Err(StartError::Store(StoreError::Unreachable(why))) => {
-                if !std::mem::replace(&mut told, true) {
-                    warn!(%why, "the database cannot be reached yet; waiting for it");
-                }
-                tokio::time::sleep(REACH_AGAIN).await;
-            }
-            done => return done,
-        }
-    }
-}
-
-/// Runs `task`; if it ends before `stop`, by a panic or by itself, the whole broker has failed.
-fn watch_over(
-    name: &'static str,
-    task: Pin<Box<dyn Future<Output = ()> + Send>>,
-    stop: CancellationToken,
-    failed: CancellationToken,
-) -> JoinHandle<()> {
-    tokio::spawn(async move {
-        let ended = tokio::spawn(task).await;
-        if !stop.is_cancelled() {
-            error!(part = name, panicked = ended.is_err(), "a part of the broker has ended");
-            failed.cancel();
-        }
-    })
 }
