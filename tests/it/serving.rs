@@ -14,7 +14,7 @@ use token_broker::{
         token_service_client::TokenServiceClient, watch_tokens_response::Event,
     },
 };
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tonic::{Code, Request};
 
 use crate::harness::{
@@ -410,9 +410,13 @@ async fn one_address_has_a_quarter_of_the_connections() {
     let (first, second) = (broker.client(&bearer).await, broker.client(&bearer).await);
     first.get("acme").await.unwrap();
     second.get("acme").await.unwrap();
+    // Who is let in is told the settings first.
     let mut third = tokio::net::TcpStream::connect(broker.app.grpc_address).await.unwrap();
-    let closed = tokio::time::timeout(crate::harness::PATIENCE, third.read(&mut [0; 1])).await;
-    assert!(closed.unwrap().is_ok_and(|read| read == 0));
+    let _ = third.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await;
+    let mut told = vec![];
+    let closed = third.read_to_end(&mut told);
+    let _ = tokio::time::timeout(crate::harness::PATIENCE, closed).await.expect("it is closed");
+    assert!(told.is_empty(), "{told:?}");
     first.get("acme").await.unwrap();
     drop(first);
     // There is room again, once the first is seen to be gone.

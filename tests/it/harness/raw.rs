@@ -27,6 +27,7 @@ pub(crate) const CONTINUATION: u8 = 9;
 
 pub(crate) const NONE: u8 = 0;
 pub(crate) const END_STREAM: u8 = 1;
+const ACK: u8 = 1;
 pub(crate) const END_HEADERS: u8 = 4;
 
 /// A frame's bytes.
@@ -83,9 +84,11 @@ pub(crate) fn message(bytes: &[u8]) -> Vec<u8> {
 /// What came: kind, flags, stream, payload.
 pub(crate) type Frame = (u8, u8, u32, Vec<u8>);
 
-/// A connection on which anything can be said. What comes is read meanwhile.
+type Writing = tokio::sync::Mutex<WriteHalf<TcpStream>>;
+
+/// A connection on which anything can be said. What comes is read meanwhile, and pings are answered.
 pub(crate) struct Raw {
-    write: WriteHalf<TcpStream>,
+    write: Arc<Writing>,
     heard: Arc<Mutex<Vec<Frame>>>,
     reading: AbortOnDropHandle<()>,
 }
@@ -101,14 +104,15 @@ impl Raw {
         let (read, mut write) = split(TcpStream::connect(address).await.unwrap());
         let first = [PREFACE, &frame(SETTINGS, NONE, 0, settings)].concat();
         write.write_all(&first).await.unwrap();
-        let heard = Arc::default();
-        let reading = tokio::spawn(read_all(read, Arc::clone(&heard)));
+        let (heard, write) = (Arc::default(), Arc::new(Writing::new(write)));
+        let reading = tokio::spawn(read_all(read, Arc::clone(&write), Arc::clone(&heard)));
         Self { write, heard, reading: AbortOnDropHandle::new(reading) }
     }
 
     /// Sends `bytes`; `false` once the server has closed, or does not listen any more.
     pub(crate) async fn send(&mut self, bytes: &[u8]) -> bool {
-        timeout(PATIENCE, self.write.write_all(bytes)).await.is_ok_and(|sent| sent.is_ok())
+        let mut write = self.write.lock().await;
+        timeout(PATIENCE, write.write_all(bytes)).await.is_ok_and(|sent| sent.is_ok())
     }
 
     /// Returns once what came satisfies `enough`.
@@ -132,7 +136,11 @@ pub(crate) fn goaway(frames: &[Frame]) -> Option<(u32, String)> {
     })
 }
 
-async fn read_all(mut read: ReadHalf<TcpStream>, heard: Arc<Mutex<Vec<Frame>>>) {
+async fn read_all(
+    mut read: ReadHalf<TcpStream>,
+    write: Arc<Writing>,
+    heard: Arc<Mutex<Vec<Frame>>>,
+) {
     loop {
         let mut first = [0; 9];
         if read.read_exact(&mut first).await.is_err() {
@@ -143,6 +151,12 @@ async fn read_all(mut read: ReadHalf<TcpStream>, heard: Arc<Mutex<Vec<Frame>>>) 
         let mut payload = vec![0; len];
         if read.read_exact(&mut payload).await.is_err() {
             return;
+        }
+        // It says that it lives, unless it is busy, which says so too.
+        if (first[3], first[4]) == (PING, NONE)
+            && let Ok(mut write) = write.try_lock()
+        {
+            let _ = write.write_all(&frame(PING, ACK, 0, &payload)).await;
         }
         heard.lock().unwrap().push((first[3], first[4], stream, payload));
     }
