@@ -283,7 +283,12 @@ async fn measure(contender: &Contender, in_flight: usize, window: Duration) -> f
 async fn connect(address: SocketAddr) -> h2::client::SendRequest<Bytes> {
     let stream = tokio::net::TcpStream::connect(address).await.unwrap();
     stream.set_nodelay(true).unwrap();
-    let (send, connection) = h2::client::handshake(stream).await.unwrap();
+    let (send, connection) = h2::client::Builder::new()
+        // Answers in small pieces, as a full window makes them, count against the client's own bounds.
+        .initial_connection_window_size(8 << 20)
+        .handshake(stream)
+        .await
+        .unwrap();
     tokio::spawn(connection);
     send.ready().await.unwrap()
 }
