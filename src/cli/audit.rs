@@ -2,6 +2,7 @@
 
 mod export;
 mod line;
+mod lines;
 mod ship;
 mod tail;
 mod verify;

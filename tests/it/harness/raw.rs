@@ -120,6 +120,12 @@ impl Raw {
         eventually(what, async || enough(&self.heard.lock().unwrap()).then_some(())).await;
     }
 
+    /// The same, or once the server has closed: what it said last is lost where the client still sends.
+    pub(crate) async fn until_or_end(&self, what: &str, enough: impl Fn(&[Frame]) -> bool) {
+        let over = || self.reading.is_finished() || enough(&self.heard.lock().unwrap());
+        eventually(what, async || over().then_some(())).await;
+    }
+
     /// Everything that came until the server closed.
     pub(crate) async fn ended(mut self) -> Vec<Frame> {
         // The half that writes stays open until then.
