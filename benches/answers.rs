@@ -35,21 +35,20 @@ use nix::{
 use prost::Message;
 use sqlx::{AssertSqlSafe, PgPool};
 use token_broker::{
-    app::{App, Plan},
-    audit::journal::{JournalSettings, Sync},
-    bearer::Bearer,
-    clock::Clock,
-    dev::{
-        postgres::{DATABASE, EmbeddedPostgres, Place},
-        simulator::{Faults, Options, Simulator},
-    },
-    proto::{
+    api::proto::{
         GetTokenRequest, GetTokenResponse, ListAccountsRequest, ListAccountsResponse,
         ReportRejectedTokenRequest, ReportRejectedTokenResponse, WatchTokensRequest,
         WatchTokensResponse,
         token_service_server::{TokenService, TokenServiceServer},
     },
-    seal::Keyring,
+    app::{App, AppConfig},
+    audit::journal::{JournalSettings, SyncMode},
+    crypto::{Keyring, bearer::Bearer},
+    dev::{
+        postgres::{DATABASE, EmbeddedPostgres, Place},
+        simulator::{Faults, Options, Simulator},
+    },
+    domain::clock::Clock,
     store::Database,
 };
 use tokio::{net::TcpListener, runtime, task::JoinSet};
@@ -155,9 +154,9 @@ async fn start() -> Ground {
     let upstream = Simulator::start_on_loopback(options).await.unwrap();
     let admin = Database::new(&postgres.url(DATABASE), "bench").unwrap().pool(1);
     let (mut apps, mut contenders, mut homes) = (vec![], vec![], vec![]);
-    let kinds = [("fsync", Sync::Fsync), ("write", Sync::Write)];
+    let kinds = [("fsync", SyncMode::Fsync), ("write", SyncMode::Write)];
     #[cfg(feature = "bench")]
-    let kinds = kinds.into_iter().chain([("nothing written", Sync::Nothing)]);
+    let kinds = kinds.into_iter().chain([("nothing written", SyncMode::Nothing)]);
     let mut answer = None;
     for (nth, (name, sync)) in kinds.into_iter().enumerate() {
         let (database, id) = (format!("bench_{nth}"), format!("id-{nth}"));
@@ -181,10 +180,10 @@ async fn start() -> Ground {
         answer = Some(until_served(&first).await);
         contenders.push(first);
         match sync {
-            Sync::Fsync => contenders.push(contender("fsync, delivering", true)),
-            Sync::Write => contenders.push(contender("write, delivering", true)),
+            SyncMode::Fsync => contenders.push(contender("fsync, delivering", true)),
+            SyncMode::Write => contenders.push(contender("write, delivering", true)),
             #[cfg(feature = "bench")]
-            Sync::Nothing => {}
+            SyncMode::Nothing => {}
         }
         apps.push(app);
         homes.push(home);
@@ -211,7 +210,7 @@ async fn serve(
     home: &Path,
     upstream: &Simulator,
     client_id: &str,
-    sync: Sync,
+    sync: SyncMode,
 ) -> (App, Bearer) {
     let bearer = Bearer::generate();
     let insert =
@@ -229,10 +228,10 @@ async fn serve(
     sqlx::query(insert).bind(bearer.sha256().as_slice()).execute(pool).await.unwrap();
     let keyring = Arc::new(Keyring::parse(&Keyring::generate(Clock::System.now())).unwrap());
     let target = upstream.base_url().parse().unwrap();
-    let plan = Plan {
+    let plan = AppConfig {
         journal: JournalSettings { sync, ..JournalSettings::default() },
         caller_rate: 10_000_000,
-        ..Plan::local(database.clone(), target, home.to_owned(), keyring)
+        ..AppConfig::local(database.clone(), target, home.to_owned(), keyring)
     };
     let listen = async || TcpListener::bind("127.0.0.1:0").await.unwrap();
     let app = App::start(plan, listen().await, listen().await, &CancellationToken::new()).await;

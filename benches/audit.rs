@@ -16,18 +16,16 @@ use std::{
 };
 
 use token_broker::{
-    account::AccountName,
     audit::{
-        journal::{Journal, JournalSettings, Sync},
+        journal::{Journal, JournalSettings, SyncMode},
         record::{Event, Record},
-        ship::Shipper,
     },
-    clock::Clock,
+    crypto::Keyring,
     dev::postgres::{DATABASE, EmbeddedPostgres, Place},
-    seal::Keyring,
-    state_dir::StateDir,
+    domain::{account::AccountName, clock::Clock, token::Generation},
+    files::state_dir::StateDir,
+    services::journal_delivery::JournalDelivery,
     store::Database,
-    token::Generation,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -60,7 +58,7 @@ async fn measure(records: usize) {
 
     let home = tempfile::tempdir().unwrap();
     println!("{:<44} {:>12}", "", "records/s");
-    for (name, sync) in [("fsync", Sync::Fsync), ("write", Sync::Write)] {
+    for (name, sync) in [("fsync", SyncMode::Fsync), ("write", SyncMode::Write)] {
         let journal = open(&home.path().join(name), sync);
         let took = append(&journal, records).await;
         row(&format!("append, {IN_FLIGHT} in flight, {name}"), records, took);
@@ -69,11 +67,11 @@ async fn measure(records: usize) {
 
     // The journal of `write`, which a new start finds undelivered, as after hours without Postgres.
     let state = home.path().join("write");
-    let journal = open(&state, Sync::Fsync);
+    let journal = open(&state, SyncMode::Fsync);
     let delivered = deliver(&journal, &database).await;
     row("delivery of a backlog", records, delivered);
     journal.close().await;
-    let journal = open(&home.path().join("fsync"), Sync::Fsync);
+    let journal = open(&home.path().join("fsync"), SyncMode::Fsync);
     let (delivered, served) = tokio::join!(deliver(&journal, &database), serve_for(&journal));
     row("delivery of a backlog while serving", records, delivered);
     println!("{:<44} {:>12.0}", "  and durable appends meanwhile", served);
@@ -109,7 +107,7 @@ fn row(name: &str, records: usize, took: Duration) {
     println!("{name:<44} {rate:>12.0}");
 }
 
-fn open(path: &Path, sync: Sync) -> Journal {
+fn open(path: &Path, sync: SyncMode) -> Journal {
     let state_dir = StateDir::open(path).unwrap();
     let settings = JournalSettings { sync, ..JournalSettings::default() };
     Journal::open(&state_dir, settings, Clock::System).unwrap()
@@ -151,7 +149,7 @@ async fn append(journal: &Journal, records: usize) -> Duration {
 async fn deliver(journal: &Journal, database: &Database) -> Duration {
     let begun = Instant::now();
     let stop = CancellationToken::new();
-    let shipper = Shipper::new(journal.clone(), database.connection().clone()).drain(AMPLE);
+    let shipper = JournalDelivery::new(journal.clone(), database.connection().clone()).drain(AMPLE);
     let shipping = tokio::spawn(shipper.run(stop.clone()));
     while !journal.earlier_chains_delivered() {
         tokio::time::sleep(Duration::from_millis(5)).await;

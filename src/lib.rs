@@ -1,46 +1,28 @@
 //! Token Broker: issues, keeps fresh and serves the RCS Biz Center tokens of many accounts.
 //!
-//! A map of the crate. A file imports only from lower floors; `ARCHITECTURE.md` says why, and draws
-//! the flows.
+//! The layers of the crate, from the top. A module imports only from lower layers, and from modules of
+//! its own layer without a cycle; `tests/architecture.rs` checks it. `ARCHITECTURE.md` explains it.
 //!
-//! | floor | where | duty |
+//! | layer | modules | what they hold |
 //! |---|---|---|
-//! | 4 whole | [`config`], [`lifecycle`], [`app`], [`cli`] | settings, signals, composition, commands |
-//! | 3 faces | [`grpc`], [`ops`] | what callers and probes touch |
-//! | 2 work | [`broker`], [`refresh`], [`follow`], [`load`] | answering, issuing ahead, following changes |
-//! | 1 means | [`seal`], [`bearer`], [`cache`], [`directory`], [`limit`], [`reach`], [`upstream`], [`state_dir`], [`audit`], [`store`], [`telemetry`] | each outside thing, known by one of them |
-//! | 0 words | [`clock`], [`account`], [`caller`], [`secret`], [`token`], [`issue`], [`schedule`], [`proto`] | what is spoken of; pure decisions |
-//! | aside | [`dev`] | the embedded world of `dev` and `simulate` |
+//! | application | [`app`], [`cli`], [`config`], [`dev`], [`lifecycle`] | composition, start and stop; commands; settings; the embedded environment of `dev`; signals |
+//! | API | [`api`] | what callers and operators touch: gRPC, and HTTP for operations |
+//! | services | [`services`] | what the broker does: answering, issuing ahead, following changes, delivering the audit log |
+//! | infrastructure | [`audit`], [`crypto`], [`files`], [`store`], [`telemetry`], [`tls`], [`upstream`] | one outside thing each |
+//! | domain | [`domain`] | accounts, callers, tokens, secrets, and pure decisions about them |
 
-pub mod account;
+pub mod api;
 pub mod app;
 pub mod audit;
-pub mod bearer;
-pub mod broker;
-pub mod cache;
-pub mod caller;
 pub mod cli;
-pub mod clock;
 pub mod config;
+pub mod crypto;
 pub mod dev;
-pub mod directory;
-pub mod follow;
-pub mod grpc;
-pub mod issue;
+pub mod domain;
+pub mod files;
 pub mod lifecycle;
-pub mod limit;
-pub mod load;
-pub mod ops;
-pub mod proto;
-pub mod reach;
-pub mod refresh;
-pub mod retention;
-pub mod schedule;
-pub mod seal;
-pub mod secret;
-pub mod state_dir;
+pub mod services;
 pub mod store;
 pub mod telemetry;
 pub mod tls;
-pub mod token;
 pub mod upstream;

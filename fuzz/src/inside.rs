@@ -5,17 +5,19 @@ use std::{fs, sync::LazyLock, time::Duration};
 use chrono::DateTime;
 use tempfile::TempDir;
 use token_broker::{
-    account::{AccountId, CredentialVersion},
     audit::{
         chain::StoredEvent,
         export::Line,
         journal::{Archive, Journal, JournalSettings},
         record::{Event, Record},
     },
-    clock::Clock,
-    seal::{Keyring, Place},
-    secret::ClientSecret,
-    state_dir::StateDir,
+    crypto::{Keyring, RowBinding},
+    domain::{
+        account::{AccountId, CredentialVersion},
+        clock::Clock,
+        secret::ClientSecret,
+    },
+    files::state_dir::StateDir,
 };
 
 use super::edits::apply;
@@ -39,7 +41,7 @@ static SEALED: LazyLock<(Keyring, Vec<u8>, String)> = LazyLock::new(|| {
 /// edits of one; they are tried as a value, too.
 pub fn sealed_value(bytes: &[u8]) {
     let (keyring, sealed, intake) = &*SEALED;
-    let place = Place::client_secret(ACCOUNT, VERSION);
+    let place = RowBinding::client_secret(ACCOUNT, VERSION);
     let mut edited = sealed.clone();
     apply(&mut edited, bytes);
     for value in [&*edited, bytes] {

@@ -4,9 +4,9 @@ use chrono::{DateTime, Utc};
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 use rustls::pki_types::CertificateDer;
 use token_broker::{
-    bearer::{BEARER_LEN, Bearer},
-    caller::AccountPattern,
-    tls::Shown,
+    crypto::bearer::{BEARER_LEN, Bearer},
+    domain::caller::AccountPattern,
+    tls::PeerIdentity,
     upstream::rcs::{self, LONGEST_LIFE},
 };
 
@@ -26,13 +26,13 @@ pub fn bearer(bytes: &[u8]) {
 
 /// A certificate names at most one SPIFFE ID, which belongs to its trust domain.
 pub fn client_certificate(bytes: &[u8]) {
-    match Shown::of(&CertificateDer::from(bytes)) {
-        Shown::Spiffe { id, trust_domain } => {
+    match PeerIdentity::of(&CertificateDer::from(bytes)) {
+        PeerIdentity::Spiffe { id, trust_domain } => {
             assert!(id.starts_with(&format!("spiffe://{trust_domain}/")));
             assert!(!trust_domain.is_empty() && !trust_domain.contains('/'));
         }
-        Shown::Dns(names) => assert!(!names.is_empty() && names.len() <= 16),
-        Shown::Nobody(why) => assert!(!why.is_empty()),
+        PeerIdentity::Dns(names) => assert!(!names.is_empty() && names.len() <= 16),
+        PeerIdentity::Nobody(why) => assert!(!why.is_empty()),
     }
 }
 

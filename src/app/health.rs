@@ -7,7 +7,7 @@ use tokio_util::sync::CancellationToken;
 use tonic_health::{ServingStatus, server::HealthReporter};
 use tracing::{info, warn};
 
-use crate::{audit::journal::Journal, proto::token_service_server::SERVICE_NAME};
+use crate::{api::proto::token_service_server::SERVICE_NAME, audit::journal::Journal};
 
 /// How often the journal is looked at. A disk that hangs shows by the time that passes, so there is
 /// no moment at which it could tell.

@@ -6,7 +6,7 @@ use tracing::error;
 
 use super::StartError;
 use crate::{
-    seal::{Keyring, SealError},
+    crypto::{Keyring, SealError},
     store::accounts::Stored,
 };
 
@@ -55,9 +55,11 @@ mod tests {
 
     use super::*;
     use crate::{
-        account::{AccountId, CredentialVersion},
-        seal::Place,
-        secret::ClientSecret,
+        crypto::RowBinding,
+        domain::{
+            account::{AccountId, CredentialVersion},
+            secret::ClientSecret,
+        },
     };
 
     const VERSION: CredentialVersion = CredentialVersion(1);
@@ -88,7 +90,7 @@ mod tests {
         let [good, swapped, garbage] = [stored(&keyring, 1, 1), stored(&keyring, 2, 1), {
             Stored { sealed: b"no sealed value".to_vec(), ..stored(&keyring, 3, 3) }
         }];
-        let content = keyring.seal(&Place::client_secret(AccountId(4), VERSION), b"two words");
+        let content = keyring.seal(&RowBinding::client_secret(AccountId(4), VERSION), b"two words");
         let no_secret = Stored { sealed: content, ..stored(&keyring, 4, 4) };
         assert_eq!(refused(&keyring, &[]), None);
         assert_eq!(refused(&keyring, &[stored(&keyring, 2, 1), good]), None);

@@ -13,14 +13,14 @@ use sqlx::PgPool;
 use thiserror::Error;
 use tracing::{info, warn};
 
-use super::{Plan, StartError};
+use super::{AppConfig, StartError};
 use crate::{
     audit::{
-        chain::{Head, StoredEvent},
+        chain::{ChainHead, StoredEvent},
         journal::{Journal, LocalChain},
         record::{Event, Record},
     },
-    state_dir::StateDir,
+    files::state_dir::StateDir,
     store::deployment::{self, Deployment, Home},
 };
 
@@ -157,7 +157,7 @@ struct Memory {
 /// [`StartError::Restored`] when it is not, and that was not accepted.
 pub(super) async fn recognise(
     pool: &PgPool,
-    plan: &Plan,
+    plan: &AppConfig,
     state_dir: &StateDir,
     journal: &Journal,
 ) -> Result<Recognised, StartError> {
@@ -225,13 +225,13 @@ fn accepted_elsewhere(memory: Option<&Memory>, found: &Home) -> bool {
 }
 
 /// How many records that had reached the database it does not have any more.
-fn went_back(known: &BTreeMap<String, i64>, found: &BTreeMap<String, Head>) -> i64 {
+fn went_back(known: &BTreeMap<String, i64>, found: &BTreeMap<String, ChainHead>) -> i64 {
     let back =
         |(chain, seq): (&String, &i64)| (seq - found.get(chain).map_or(0, |head| head.seq)).max(0);
     known.iter().map(back).sum()
 }
 
-fn record(plan: &Plan, strange: &[Strange], lost: &Lost) -> Record {
+fn record(plan: &AppConfig, strange: &[Strange], lost: &Lost) -> Record {
     let mut record =
         Record::new(plan.clock.now(), Event::DatabaseAccepted).with("found", list(strange));
     for (event, count) in &lost.counts {
@@ -244,7 +244,7 @@ fn record(plan: &Plan, strange: &[Strange], lost: &Lost) -> Record {
 async fn lost(
     journal: Journal,
     chains: Vec<LocalChain>,
-    delivered: BTreeMap<String, Head>,
+    delivered: BTreeMap<String, ChainHead>,
 ) -> Lost {
     let read = move || {
         let known = journal.delivered_positions();
@@ -268,7 +268,7 @@ async fn lost(
 fn read(
     journal: &Journal,
     chain: &LocalChain,
-    from: Head,
+    from: ChainHead,
     until: i64,
     lost: &mut Lost,
 ) -> Result<(), crate::audit::journal::ReadError> {
@@ -350,7 +350,7 @@ mod tests {
     #[test]
     fn records_that_are_gone_are_counted_over_all_chains() {
         let known = [("a", 10), ("b", 20), ("c", 5)].map(|(chain, seq)| (chain.to_owned(), seq));
-        let head = |seq| Head { seq, hash: Digest::ZERO };
+        let head = |seq| ChainHead { seq, hash: Digest::ZERO };
         let found = [("a", head(7)), ("b", head(25))].map(|(chain, it)| (chain.to_owned(), it));
         assert_eq!(went_back(&known.into(), &found.into()), 3 + 5);
     }

@@ -16,42 +16,46 @@ use tonic_health::server::HealthReporter;
 use tracing::info;
 
 use super::{
-    DELIVER_WITHIN, Plan, RECORD_WITHIN, StartError, figures,
+    AppConfig, DELIVER_WITHIN, RECORD_WITHIN, StartError, gauges,
     health::Health,
     proof, restored,
     supervise::{until_reached, watch_over},
 };
 use crate::{
-    account::AccountId,
+    api::{
+        grpc::{
+            self, TokenServer,
+            audit::AuditLayer,
+            server::{ConnectionLimiter, ConnectionServer, Workers},
+        },
+        ops::Ops,
+    },
     audit::{
-        fold::Folds,
+        checkpoint_signer::CheckpointSigner,
         journal::Journal,
-        notary::Notary,
         record::{Event, Record},
-        ship::Shipper,
     },
-    broker::Broker,
-    cache::Cache,
-    clock::Clock,
-    directory::Directory,
-    follow::{Follower, Identity},
-    grpc::{
-        self, TokenServer,
-        audit::Desk,
-        server::{Door, Guests, Workers},
+    domain::{account::AccountId, clock::Clock},
+    files::state_dir::StateDir,
+    services::{
+        account_cache::AccountCache,
+        account_loader::AccountLoader,
+        caller_directory::CallerDirectory,
+        caller_rates::CallerRates,
+        change_feed::{ChangeFeed, Identity},
+        connectivity::DatabaseConnectivity,
+        journal_delivery::JournalDelivery,
+        keyed_semaphore::KeyedSemaphore,
+        refresher::{Issuing, Outage, PendingTokens, RefreshTrigger, Refresher},
+        refusal_aggregator::RefusalAggregator,
+        retention::Retention,
+        token_provider::TokenProvider,
     },
-    limit::{CallerRates, Places},
-    load::Loader,
-    ops::Ops,
-    reach::Reach,
-    refresh::{Issuing, Outage, Refresher, Unstored, Waker},
-    retention::Retention,
-    state_dir::StateDir,
     store::{
         accounts,
         deployment::Home,
         instances,
-        leases::{self, Claimant},
+        leases::{self, LeaseHolder},
         within,
     },
     telemetry::Metrics,
@@ -69,11 +73,11 @@ const LEAVE_BEYOND_DEADLINE: Duration = Duration::from_secs(30);
 /// What exists before the database has been reached.
 pub(super) struct World {
     pub(super) pool: PgPool,
-    pub(super) cache: Arc<Cache>,
-    pub(super) directory: Arc<Directory>,
-    pub(super) reach: Arc<Reach>,
+    pub(super) cache: Arc<AccountCache>,
+    pub(super) directory: Arc<CallerDirectory>,
+    pub(super) reach: Arc<DatabaseConnectivity>,
     pub(super) outage: Arc<Outage>,
-    pub(super) loader: Arc<Loader>,
+    pub(super) loader: Arc<AccountLoader>,
     pub(super) journal: Journal,
     pub(super) metrics: Arc<Metrics>,
     pub(super) upstream: Client,
@@ -86,35 +90,39 @@ pub(super) struct World {
 /// What runs once everything was loaded.
 pub(super) struct Started {
     pub(super) health: Health,
-    pub(super) guests: Arc<Guests>,
+    pub(super) guests: Arc<ConnectionLimiter>,
     pub(super) workers: Arc<Workers>,
     pub(super) stop: CancellationToken,
     pub(super) stop_delivery: CancellationToken,
     pub(super) serving: Vec<JoinHandle<()>>,
     pub(super) following: Vec<JoinHandle<()>>,
     pub(super) delivery: JoinHandle<()>,
-    pub(super) notary: Arc<Notary>,
+    pub(super) notary: Arc<CheckpointSigner>,
     pub(super) calls: TaskTracker,
     pub(super) failed: CancellationToken,
 }
 
 impl World {
     pub(super) fn new(
-        plan: &Plan,
+        plan: &AppConfig,
         state_dir: &StateDir,
         journal: Journal,
     ) -> Result<Self, StartError> {
         let pool = plan.database.pool(plan.connections);
-        let cache = Arc::new(Cache::default());
-        let loader =
-            Loader::new(pool.clone(), plan.keyring.clone(), cache.clone(), plan.clock.clone());
+        let cache = Arc::new(AccountCache::default());
+        let loader = AccountLoader::new(
+            pool.clone(),
+            plan.keyring.clone(),
+            cache.clone(),
+            plan.clock.clone(),
+        );
         info!(instance = state_dir.instance(), upstream = %plan.upstream.target,
             version = env!("CARGO_PKG_VERSION"), "starting");
         Ok(Self {
             pool,
             cache,
-            directory: Arc::new(Directory::default()),
-            reach: Arc::new(Reach::new(plan.ends_older)),
+            directory: Arc::new(CallerDirectory::default()),
+            reach: Arc::new(DatabaseConnectivity::new(plan.ends_older)),
             outage: Arc::default(),
             loader: Arc::new(loader),
             journal,
@@ -126,20 +134,20 @@ impl World {
                 .map(|files| Tls::load(files, plan.clock.clone()))
                 .transpose()?
                 .map(Arc::new),
-            upstream_skew_ms: Arc::new(AtomicI64::new(figures::NO_SKEW)),
+            upstream_skew_ms: Arc::new(AtomicI64::new(gauges::NO_SKEW)),
             ready: Arc::new(AtomicBool::new(false)),
             clock: plan.clock.clone(),
         })
     }
 
     pub(super) fn ops(&self) -> Ops {
-        figures::export(self);
-        Ops { readiness: figures::readiness(self), metrics: self.metrics.clone() }
+        gauges::export(self);
+        Ops { readiness: gauges::readiness(self), metrics: self.metrics.clone() }
     }
 
     pub(super) async fn start(
         &self,
-        plan: Plan,
+        plan: AppConfig,
         state_dir: &StateDir,
         grpc: TcpListener,
         stop_following: &CancellationToken,
@@ -164,7 +172,7 @@ impl World {
             let accepted = self.journal.append(accepted).durable(RECORD_WITHIN).await;
             accepted.map_err(|_| StartError::NotRecorded)?;
         }
-        let unstored = Arc::new(Unstored::new(state_dir, plan.ends_older));
+        let unstored = Arc::new(PendingTokens::new(state_dir, plan.ends_older));
         let lost = unstored.of_earlier_process().await.map_err(StartError::IssuedAlone)?;
         until_reached(give_up, || self.suspect(&lost)).await?;
         unstored.forget_earlier_process().await.map_err(StartError::IssuedAlone)?;
@@ -173,13 +181,13 @@ impl World {
         let snapshot = until_reached(give_up, || async { Ok(follower.start().await?) }).await?;
         let stop = CancellationToken::new();
         let calls = TaskTracker::new();
-        let folds = Folds::new(self.journal.clone(), calls.clone());
+        let folds = RefusalAggregator::new(self.journal.clone(), calls.clone());
         let (routes, health) = self.routes(&plan, waker, calls.clone(), folds.clone())?;
-        let guests = Arc::new(Guests::default());
+        let guests = Arc::new(ConnectionLimiter::default());
         let failed = CancellationToken::new();
         let workers = Workers::start(plan.workers, &failed).map_err(StartError::Workers)?;
         let workers = Arc::new(workers);
-        let door = Door {
+        let door = ConnectionServer {
             routes,
             balancers: plan.balancers.as_slice().into(),
             tls: self.tls.clone(),
@@ -192,11 +200,16 @@ impl World {
         };
 
         let stop_delivery = CancellationToken::new();
-        let notary =
-            Notary::new(self.journal.clone(), plan.keyring.clone(), self.clock.clone(), state_dir);
-        let shipper = Shipper::new(self.journal.clone(), plan.database.connection().clone())
-            .notary(notary.clone())
-            .drain(DELIVER_WITHIN);
+        let notary = CheckpointSigner::new(
+            self.journal.clone(),
+            plan.keyring.clone(),
+            self.clock.clone(),
+            state_dir,
+        );
+        let shipper =
+            JournalDelivery::new(self.journal.clone(), plan.database.connection().clone())
+                .notary(notary.clone())
+                .drain(DELIVER_WITHIN);
         let watch = |name, token: &CancellationToken, task| {
             watch_over(name, task, token.clone(), failed.clone())
         };
@@ -244,7 +257,7 @@ impl World {
         })
     }
 
-    async fn check_schema(plan: &Plan) -> Result<(), StartError> {
+    async fn check_schema(plan: &AppConfig) -> Result<(), StartError> {
         if plan.migrate {
             plan.database.migrate().await?;
         }
@@ -252,7 +265,7 @@ impl World {
     }
 
     /// Proves that the keyring is the database's, and publishes what admins seal with.
-    async fn bring_keys(&self, plan: &Plan) -> Result<(), StartError> {
+    async fn bring_keys(&self, plan: &AppConfig) -> Result<(), StartError> {
         proof::prove(&plan.keyring, &accounts::sealed_samples(&self.pool).await?)?;
         let keys: Vec<_> = plan
             .keyring
@@ -274,7 +287,12 @@ impl World {
         Ok(())
     }
 
-    fn issuing(&self, plan: &Plan, state_dir: &StateDir, unstored: Arc<Unstored>) -> Issuing {
+    fn issuing(
+        &self,
+        plan: &AppConfig,
+        state_dir: &StateDir,
+        unstored: Arc<PendingTokens>,
+    ) -> Issuing {
         Issuing {
             cache: self.cache.clone(),
             loader: self.loader.clone(),
@@ -284,7 +302,7 @@ impl World {
             journal: self.journal.clone(),
             clock: self.clock.clone(),
             policy: plan.policy,
-            claimant: Claimant {
+            claimant: LeaseHolder {
                 instance: state_dir.instance().to_owned(),
                 replica: state_dir.replica(),
                 lease: plan.upstream.timeout + LEASE_BEYOND_ATTEMPT,
@@ -302,8 +320,14 @@ impl World {
         }
     }
 
-    fn follower(&self, plan: &Plan, state_dir: &StateDir, home: Home, waker: Waker) -> Follower {
-        Follower {
+    fn follower(
+        &self,
+        plan: &AppConfig,
+        state_dir: &StateDir,
+        home: Home,
+        waker: RefreshTrigger,
+    ) -> ChangeFeed {
+        ChangeFeed {
             identity: Identity {
                 instance: state_dir.instance().to_owned(),
                 replica: state_dir.replica(),
@@ -324,7 +348,7 @@ impl World {
         }
     }
 
-    fn retention(&self, plan: &Plan) -> Retention {
+    fn retention(&self, plan: &AppConfig) -> Retention {
         Retention {
             database: plan.database.clone(),
             keyring: plan.keyring.clone(),
@@ -336,20 +360,20 @@ impl World {
 
     fn routes(
         &self,
-        plan: &Plan,
-        waker: Waker,
+        plan: &AppConfig,
+        waker: RefreshTrigger,
         calls: TaskTracker,
-        folds: Folds,
+        folds: RefusalAggregator,
     ) -> Result<(tonic::service::Routes, HealthReporter), StartError> {
-        let broker = Broker {
+        let broker = TokenProvider {
             cache: self.cache.clone(),
             directory: self.directory.clone(),
             clock: self.clock.clone(),
             policy: plan.policy,
             max_staleness: plan.max_staleness,
             reach: self.reach.clone(),
-            waits: Arc::new(Places::new(plan.most_waits)),
-            streams: Arc::new(Places::new(plan.most_streams)),
+            waits: Arc::new(KeyedSemaphore::new(plan.most_waits)),
+            streams: Arc::new(KeyedSemaphore::new(plan.most_streams)),
             waker,
             pool: self.pool.clone(),
             runtime: Handle::current(),
@@ -359,7 +383,7 @@ impl World {
             journal: self.journal.clone(),
             api_base_url: plan.upstream.target.base_url().into(),
         };
-        let desk = Desk {
+        let desk = AuditLayer {
             journal: self.journal.clone(),
             folds,
             directory: self.directory.clone(),
@@ -372,7 +396,7 @@ impl World {
             epoch: Instant::now(),
             metrics: self.metrics.clone(),
             calls,
-            refused: Arc::new(Places::new(MOST_REFUSED)),
+            refused: Arc::new(KeyedSemaphore::new(MOST_REFUSED)),
         };
         Ok(grpc::routes(server, Arc::new(desk))?)
     }

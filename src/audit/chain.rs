@@ -7,8 +7,8 @@ use std::{borrow::Cow, collections::BTreeMap, fmt, io::Write};
 use aws_lc_rs::digest;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-use super::moment;
-use crate::{audit::record::Record, clock::Timestamp};
+use super::timestamp_format;
+use crate::{audit::record::Record, domain::clock::Timestamp};
 
 /// What separates these hashes from all others that are made with SHA-256.
 const DOMAIN: &[u8] = b"token-broker audit event v1\n";
@@ -57,7 +57,7 @@ impl<'de> Deserialize<'de> for Digest {
 
 /// The last record of a chain: everything before it is proven by its hash.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Head {
+pub struct ChainHead {
     /// Its number; 0 before the first record.
     pub seq: i64,
     /// Its hash; before the first record, the hash that the chain is linked to.
@@ -73,7 +73,7 @@ pub struct ChainLink {
     /// digits.
     pub chain: String,
     /// When it was opened.
-    #[serde(with = "moment")]
+    #[serde(with = "timestamp_format")]
     pub started_at: Timestamp,
     /// The chain before it in the same state directory.
     pub linked_chain: Option<String>,
@@ -86,20 +86,20 @@ pub struct ChainLink {
 impl ChainLink {
     /// The chain's head before its first record.
     #[must_use]
-    pub fn root(&self) -> Head {
-        Head { seq: 0, hash: self.linked_hash }
+    pub fn root(&self) -> ChainHead {
+        ChainHead { seq: 0, hash: self.linked_hash }
     }
 }
 
 /// A record in its place: the columns of `audit_events`, and a line of the journal.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
-#[expect(missing_docs, reason = "`Record` documents what happened, `Head` the place")]
+#[expect(missing_docs, reason = "`Record` documents what happened, `ChainHead` the place")]
 pub struct StoredEvent {
     pub instance: String,
     pub chain: String,
     pub seq: i64,
     /// In whole microseconds.
-    #[serde(with = "moment")]
+    #[serde(with = "timestamp_format")]
     pub at: Timestamp,
     pub event: Cow<'static, str>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -138,7 +138,7 @@ impl StoredEvent {
             instance: link.instance.clone(),
             chain: link.chain.clone(),
             seq: 0,
-            at: moment::fit(record.at),
+            at: timestamp_format::fit(record.at),
             event: record.event.as_str().into(),
             caller: record.caller.map(fit),
             caller_kind: record.caller_kind.map(Cow::Borrowed),
@@ -158,7 +158,7 @@ impl StoredEvent {
     }
 
     /// Puts it right after `head`, whose successor it becomes.
-    pub fn place(&mut self, head: &mut Head) {
+    pub fn place(&mut self, head: &mut ChainHead) {
         self.seq = head.seq + 1;
         self.prev_hash = head.hash;
         self.hash = self.computed_hash();
@@ -167,8 +167,8 @@ impl StoredEvent {
 
     /// The chain's head once this is its last record.
     #[must_use]
-    pub fn head(&self) -> Head {
-        Head { seq: self.seq, hash: self.hash }
+    pub fn head(&self) -> ChainHead {
+        ChainHead { seq: self.seq, hash: self.hash }
     }
 
     /// The hash that it should have: SHA-256 over the domain, `prev_hash` and the canonical bytes.
@@ -187,7 +187,7 @@ impl StoredEvent {
     ///
     /// # Errors
     /// Says what is wrong.
-    pub fn follows(&self, head: Head) -> Result<(), &'static str> {
+    pub fn follows(&self, head: ChainHead) -> Result<(), &'static str> {
         if self.seq != head.seq + 1 {
             return Err("the number does not follow the one before");
         }

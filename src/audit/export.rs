@@ -6,11 +6,11 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     chain::StoredEvent,
-    moment,
-    signed::{Cut, SignedHead},
+    checkpoint::{PruningReceipt, SignedCheckpoint},
+    timestamp_format,
     verify::Claim,
 };
-use crate::clock::Timestamp;
+use crate::domain::clock::Timestamp;
 
 /// The version of the format.
 const FORMAT: u32 = 1;
@@ -33,9 +33,9 @@ pub enum Statement {
     /// What the database says of a chain.
     Chain(Claim),
     /// What retention removed.
-    Cut(Cut),
+    PruningReceipt(PruningReceipt),
     /// A signed head.
-    Head(SignedHead),
+    ChainHead(SignedCheckpoint),
     /// The last line: without it, the file was cut short.
     End {
         /// How many records there are.
@@ -49,7 +49,7 @@ pub struct Opening {
     /// The format's version.
     version: u32,
     /// When it was made.
-    #[serde(with = "moment")]
+    #[serde(with = "timestamp_format")]
     pub at: Timestamp,
     /// Whether it holds every record that there was.
     pub whole: bool,

@@ -49,16 +49,16 @@ use self::{
 };
 use crate::{
     audit::{
-        chain::{ChainLink, Head},
+        chain::{ChainHead, ChainLink},
         record::Record,
     },
-    clock::{Clock, Timestamp},
-    state_dir::StateDir,
+    domain::clock::{Clock, Timestamp},
+    files::state_dir::StateDir,
 };
 
 /// How much an answer may rely on.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Sync {
+pub enum SyncMode {
     /// The record is on disk: it survives the machine's loss of power.
     Fsync,
     /// The kernel has the record: it survives the process.
@@ -72,7 +72,7 @@ pub enum Sync {
 #[derive(Clone, Copy, Debug)]
 pub struct JournalSettings {
     /// What "durable" means.
-    pub sync: Sync,
+    pub sync: SyncMode,
     /// The size at which a segment is ended.
     pub segment_bytes: u64,
     /// What all segments may take. Delivered ones are deleted to keep it; when only undelivered ones
@@ -86,7 +86,7 @@ impl Default for JournalSettings {
     /// On disk before the answer; 64 MiB a segment, 8 GiB in all; delivered ones stay for 7 days.
     fn default() -> Self {
         Self {
-            sync: Sync::Fsync,
+            sync: SyncMode::Fsync,
             segment_bytes: 64 << 20,
             max_bytes: 8 << 30,
             retention: Duration::from_hours(7 * 24),
@@ -244,7 +244,7 @@ impl Journal {
     pub fn append(&self, record: Record) -> Appended {
         let Inner { shared, writer, .. } = &*self.0;
         #[cfg(feature = "bench")]
-        if shared.settings.sync == Sync::Nothing && record.event.is_call() {
+        if shared.settings.sync == SyncMode::Nothing && record.event.is_call() {
             return Appended(queue::durable());
         }
         shared.counters.appended.fetch_add(1, Ordering::Relaxed);
@@ -317,7 +317,7 @@ impl Journal {
 
     /// The last durable record of this start's chain; before the first, what the chain is linked to.
     #[must_use]
-    pub fn head(&self) -> Head {
+    pub fn head(&self) -> ChainHead {
         *self.0.shared.head()
     }
 
@@ -329,7 +329,7 @@ impl Journal {
 
     /// Reads the durable records of a chain that follow `after`.
     #[must_use]
-    pub fn reader(&self, link: Arc<ChainLink>, after: Head) -> ChainReader {
+    pub fn reader(&self, link: Arc<ChainLink>, after: ChainHead) -> ChainReader {
         ChainReader::new(Arc::clone(&self.0.shared.segments), link, after)
     }
 

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use crate::{account::AccountName, caller::AccountPattern, clock::Timestamp, token::Generation};
+use crate::domain::{
+    account::AccountName, caller::AccountPattern, clock::Timestamp, token::Generation,
+};
 
 /// What a JWT, a caller's bearer and a client secret begin with.
 const SECRETS: [&str; 3] = ["eyJ", "tbk_", "SK."];

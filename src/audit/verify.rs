@@ -14,11 +14,11 @@ use serde::{Deserialize, Serialize};
 pub use self::fault::{Fault, Finding};
 use self::walk::Walk;
 use super::{
-    chain::{ChainLink, Digest, Head, StoredEvent},
-    moment,
-    signed::{Cut, SignedHead},
+    chain::{ChainHead, ChainLink, Digest, StoredEvent},
+    checkpoint::{PruningReceipt, SignedCheckpoint},
+    timestamp_format,
 };
-use crate::{clock::Timestamp, seal::VerifyingKeys};
+use crate::{crypto::VerifyingKeys, domain::clock::Timestamp};
 
 /// How many records may wait for those before them, over all chains: some 100 MiB. With more, what
 /// has not come is missing.
@@ -34,7 +34,7 @@ pub struct Claim {
     /// Whose.
     pub instance: String,
     /// When it was opened.
-    #[serde(with = "moment")]
+    #[serde(with = "timestamp_format")]
     pub started_at: Timestamp,
     /// The instance's chain before it.
     pub linked_chain: Option<String>,
@@ -67,8 +67,8 @@ impl Claim {
 
     /// What its first record follows.
     #[must_use]
-    pub fn root(&self) -> Head {
-        Head { seq: 0, hash: self.linked_hash }
+    pub fn root(&self) -> ChainHead {
+        ChainHead { seq: 0, hash: self.linked_hash }
     }
 }
 
@@ -161,13 +161,13 @@ impl Verifier {
     }
 
     /// Tells of a chain whose first record that is there follows `root`.
-    pub fn chain(&mut self, claim: Claim, root: Head) {
+    pub fn chain(&mut self, claim: Claim, root: ChainHead) {
         let walk = self.walks.entry(claim.chain.clone()).or_default();
         walk.claim(claim, root);
     }
 
     /// Tells of what retention removed.
-    pub fn cut(&mut self, cut: Cut) {
+    pub fn cut(&mut self, cut: PruningReceipt) {
         if !is_number(cut.first_seq) || !is_number(cut.last_seq) || cut.last_seq < cut.first_seq {
             return self
                 .findings
@@ -183,7 +183,7 @@ impl Verifier {
     }
 
     /// Tells of a head that was signed.
-    pub fn head(&mut self, head: &SignedHead) {
+    pub fn head(&mut self, head: &SignedCheckpoint) {
         match self.keys.as_ref().map_or(Ok(()), |keys| head.verify(keys)) {
             Ok(()) => self.unsigned_head(&head.chain, head.head()),
             Err(error) => {
@@ -193,7 +193,7 @@ impl Verifier {
     }
 
     /// Tells of a head that is vouched for otherwise.
-    pub fn unsigned_head(&mut self, chain: &str, head: Head) {
+    pub fn unsigned_head(&mut self, chain: &str, head: ChainHead) {
         if !is_number(head.seq) {
             return self.findings.add(chain, Fault::NoNumber { seq: head.seq });
         }

@@ -11,10 +11,12 @@ use clap::{Args, Subcommand};
 use self::wait::WaitArgs;
 use super::{Global, output, prompt, sql};
 use crate::{
-    account::{AccountName, ClientId},
-    caller::AccountPattern,
     config::{self, Flags, Intake},
-    seal::IntakePublicKey,
+    crypto::IntakePublicKey,
+    domain::{
+        account::{AccountName, ClientId},
+        caller::AccountPattern,
+    },
     store::admin::{Admin, NewAccount, Rotation, Selection},
 };
 

@@ -13,7 +13,10 @@ use std::process::ExitCode;
 use clap::{Args, Subcommand};
 
 use super::{Global, time::Moment};
-use crate::{account::AccountName, clock::Timestamp, store::audit::EventFilter};
+use crate::{
+    domain::{account::AccountName, clock::Timestamp},
+    store::audit::EventFilter,
+};
 
 /// Reads the audit log and proves it
 #[derive(Args, Debug)]

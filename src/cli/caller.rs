@@ -14,10 +14,12 @@ use super::{
     time::{LocalTime, Moment},
 };
 use crate::{
-    account::AccountName,
-    bearer::Bearer,
-    caller::{AccountPattern, CallerKind, Right},
-    clock::{Clock, Timestamp},
+    crypto::bearer::Bearer,
+    domain::{
+        account::AccountName,
+        caller::{AccountPattern, CallerKind, Right},
+        clock::{Clock, Timestamp},
+    },
     store::admin::{Admin, NewBearer, NewCaller, NewGrant},
 };
 

@@ -10,8 +10,8 @@ use serde::Serialize;
 
 use super::{Global, output};
 use crate::{
-    account::AccountName,
     config::{Broker, Flags, Settings},
+    domain::account::AccountName,
 };
 
 /// Examines settings, database, keyring, rates and the way to the upstream; never logs in there,

@@ -11,9 +11,9 @@ use super::{
     time::LocalTime,
 };
 use crate::{
-    clock::Clock,
     config::{self, Flags, Keys},
-    seal::{KeyKind, Keyring, VerifyingKeys},
+    crypto::{KeyKind, Keyring, VerifyingKeys},
+    domain::clock::Clock,
     store::admin::{Admin, InstanceSummary, PublishedKey},
 };
 

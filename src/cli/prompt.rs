@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context, bail};
 use zeroize::Zeroizing;
 
-use crate::secret::ClientSecret;
+use crate::domain::secret::ClientSecret;
 
 /// More than any secret has: what is longer is another file.
 const LONGEST: u64 = 4096;

@@ -8,10 +8,10 @@ use tokio::net::TcpListener;
 
 use super::Global;
 use crate::{
-    app::{App, Plan, StartError},
+    app::{App, AppConfig, StartError},
     config::{Broker, Flags, Settings},
+    crypto::Keyring,
     lifecycle::{self, Signals},
-    seal::Keyring,
     telemetry,
 };
 
@@ -42,7 +42,7 @@ pub(super) async fn run(global: &Global, args: ServeArgs) -> anyhow::Result<Exit
     lifecycle::raise_descriptors();
     let mut signals = Signals::take()?;
     let keyring = Keyring::load(&settings.keyring_file)?;
-    let plan = Plan::new(&settings, keyring.into(), args.migrate, args.accept_restored)?;
+    let plan = AppConfig::new(&settings, keyring.into(), args.migrate, args.accept_restored)?;
     let grpc = listen(settings.listen).await?;
     let ops = listen(settings.ops_listen).await?;
     let started =

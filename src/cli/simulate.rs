@@ -14,8 +14,8 @@ use tokio::net::TcpListener;
 
 use super::{output, time::lasting};
 use crate::{
-    clock::Clock,
     dev::simulator::{Faults, Options, SimulatedAccount, Simulator},
+    domain::clock::Clock,
     lifecycle::Signals,
 };
 

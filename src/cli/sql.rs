@@ -1,6 +1,6 @@
 //! Statements for an admin to paste.
 
-use crate::account::{AccountName, ClientId};
+use crate::domain::account::{AccountName, ClientId};
 
 /// The statement that registers an account whose secret is sealed already.
 pub(super) fn insert_account(

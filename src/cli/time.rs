@@ -5,7 +5,7 @@ use std::{fmt, str::FromStr, time::Duration};
 use chrono::{DateTime, Local, SecondsFormat};
 use serde::{Serialize, Serializer};
 
-use crate::clock::{Timestamp, delta};
+use crate::domain::clock::{Timestamp, delta};
 
 /// A time in the local zone, with its offset.
 #[derive(Clone, Copy, Debug)]

@@ -12,12 +12,12 @@ use serde_json::{Value, json};
 use self::client::BrokerClient;
 use super::{Global, output, time::LocalTime};
 use crate::{
-    caller::AccountPattern,
-    config::{Client, ClientSettings, Flags},
-    proto::{
+    api::proto::{
         AccountEnded, GetTokenRequest, GetTokenResponse, WatchTokensRequest, account_ended::Reason,
         watch_tokens_response::Event,
     },
+    config::{Client, ClientSettings, Flags},
+    domain::caller::AccountPattern,
 };
 
 /// Asks a broker for tokens

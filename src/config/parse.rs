@@ -11,8 +11,7 @@ use url::Url;
 
 use super::{AuditSync, ProxyUrl};
 use crate::{
-    bearer::Bearer,
-    seal::{IntakeError, IntakePublicKey},
+    crypto::{IntakeError, IntakePublicKey, bearer::Bearer},
     telemetry::LogFormat,
     upstream::{Target, TargetError},
 };

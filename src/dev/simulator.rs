@@ -36,7 +36,7 @@ use self::{
     connection::{Listener, Peer},
     registry::Registry,
 };
-use crate::clock::{Clock, Timestamp};
+use crate::domain::clock::{Clock, Timestamp};
 
 /// How long [`Simulator::shutdown`] waits for answers under way.
 const DRAIN: Duration = Duration::from_secs(2);

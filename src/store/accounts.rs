@@ -4,10 +4,10 @@ use sqlx::PgPool;
 use tracing::error;
 
 use super::StoreError;
-use crate::{
+use crate::domain::{
     account::{AccountId, ClientId, CredentialVersion},
     clock::Timestamp,
-    issue::{Account, Credential, Failure, FailureClass, Progress},
+    refresh_state::{Account, AccountCredential, FailureClass, IssueFailure, RefreshState},
     secret::SealedSecret,
     token::Generation,
 };
@@ -23,7 +23,7 @@ pub struct LoadedAccount {
     /// The account.
     pub account: Account,
     /// Its attempts.
-    pub progress: Progress,
+    pub progress: RefreshState,
     /// Its token, if it has one.
     pub token: Option<SealedToken>,
     /// The database's clock at that moment, by which the account's and the attempts' times are.
@@ -139,7 +139,7 @@ impl Row {
         let id = self.id;
         let corrupt = |what: &str| StoreError::Corrupt(format!("accounts row {id}: {what}"));
         let failure = match (&self.error_class, self.error_version) {
-            (Some(class), Some(version)) => Some(Failure {
+            (Some(class), Some(version)) => Some(IssueFailure {
                 // A newer release may know more classes; all that may pass by itself is retried.
                 class: class.parse().unwrap_or(FailureClass::Unreachable),
                 code: self.error_code,
@@ -177,14 +177,14 @@ impl Row {
                 credential_version: CredentialVersion(self.credential_version),
                 secret: self.sealed_secret.map(SealedSecret::from),
                 previous: self.previous_version.zip(self.previous_secret).map(
-                    |(version, secret)| Credential {
+                    |(version, secret)| AccountCredential {
                         version: CredentialVersion(version),
                         secret: secret.into(),
                     },
                 ),
                 reissue_requested_at: self.reissue_requested_at,
             },
-            progress: Progress {
+            progress: RefreshState {
                 attempt_started_at: self.attempt_started_at,
                 attempt_version: self.attempt_version.map(CredentialVersion),
                 attempt_open: self.attempt_open.unwrap_or_default(),

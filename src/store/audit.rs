@@ -11,10 +11,10 @@ pub use self::ledger::Ledger;
 pub use crate::audit::chain::StoredEvent;
 use crate::{
     audit::{
-        chain::{ChainLink, Digest, Head},
-        signed::SignedHead,
+        chain::{ChainHead, ChainLink, Digest},
+        checkpoint::SignedCheckpoint,
     },
-    clock::Timestamp,
+    domain::clock::Timestamp,
     store::StoreError,
 };
 
@@ -26,7 +26,7 @@ use crate::{
 pub async fn register_chain(
     connection: &mut PgConnection,
     link: &ChainLink,
-) -> Result<Head, StoreError> {
+) -> Result<ChainHead, StoreError> {
     sqlx::query!(
         "/* store::audit::register_chain */
         insert into audit_chains
@@ -55,7 +55,7 @@ pub async fn register_chain(
             "audit chain {chain} is known with another start"
         )));
     }
-    Ok(Head { seq: row.delivered_seq, hash: digest("delivered_hash", &row.delivered_hash)? })
+    Ok(ChainHead { seq: row.delivered_seq, hash: digest("delivered_hash", &row.delivered_hash)? })
 }
 
 /// Makes the partition of a UTC day, unless it is there.
@@ -82,7 +82,7 @@ pub async fn ensure_partition(
 pub async fn deliver(
     connection: &mut PgConnection,
     link: &ChainLink,
-    after: Head,
+    after: ChainHead,
     events: &[StoredEvent],
     change_ids: &[i64],
 ) -> Result<bool, StoreError> {
@@ -103,8 +103,8 @@ pub async fn deliver(
 async fn move_position(
     connection: &mut PgConnection,
     chain: &str,
-    from: Head,
-    to: Head,
+    from: ChainHead,
+    to: ChainHead,
 ) -> Result<bool, StoreError> {
     let moved = sqlx::query!(
         "/* store::audit::move_position */
@@ -179,7 +179,10 @@ async fn mark_changes(connection: &mut PgConnection, ids: &[i64]) -> Result<(), 
 ///
 /// # Errors
 /// When the database cannot be reached.
-pub async fn keep_head(connection: &mut PgConnection, head: &SignedHead) -> Result<(), StoreError> {
+pub async fn keep_head(
+    connection: &mut PgConnection,
+    head: &SignedCheckpoint,
+) -> Result<(), StoreError> {
     sqlx::query!(
         "/* store::audit::keep_head */
         insert into audit_heads (chain, seq, hash, at, key_id, signature)

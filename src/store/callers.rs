@@ -7,18 +7,18 @@ use sqlx::PgPool;
 use tracing::error;
 
 use super::StoreError;
-use crate::{
+use crate::domain::{
     caller::{Caller, CallerId, CallerKind, Grant},
     clock::Timestamp,
 };
 
 /// One way in which a caller may show who it is.
 #[derive(Clone, Debug)]
-pub struct Credential {
+pub struct CallerCredential {
     /// Whose it is.
     pub caller: Arc<Caller>,
     /// What must be shown.
-    pub proof: Proof,
+    pub proof: CredentialKey,
     /// From when on it is refused.
     pub ends_at: Option<Timestamp>,
     /// Whether an admin took it back. It is known still, so that the log can tell whose it was.
@@ -28,14 +28,14 @@ pub struct Credential {
 /// What a caller shows.
 #[expect(clippy::derived_hash_with_manual_eq, reason = "what is equal has the same hash")]
 #[derive(Clone, Debug, Eq, Hash)]
-pub enum Proof {
+pub enum CredentialKey {
     /// A bearer with this SHA-256.
     BearerSha256([u8; 32]),
     /// A verified certificate with this name.
     Identity(CallerKind, String),
 }
 
-impl PartialEq for Proof {
+impl PartialEq for CredentialKey {
     /// Hashes of bearers are compared in constant time.
     fn eq(&self, other: &Self) -> bool {
         match (self, other) {
@@ -54,7 +54,7 @@ impl PartialEq for Proof {
 ///
 /// # Errors
 /// When the database cannot be read.
-pub async fn load(pool: &PgPool) -> Result<Vec<Credential>, StoreError> {
+pub async fn load(pool: &PgPool) -> Result<Vec<CallerCredential>, StoreError> {
     // One transaction at one snapshot: a caller and its grants belong together.
     let mut transaction =
         pool.begin_with("begin isolation level repeatable read read only").await?;
@@ -110,17 +110,17 @@ pub async fn load(pool: &PgPool) -> Result<Vec<Credential>, StoreError> {
         let Some(caller) = callers.get(&row.caller_id) else { continue };
         let proof = match (row.kind.as_str(), row.bearer_sha256, row.identity) {
             ("bearer", Some(hash), None) => {
-                <[u8; 32]>::try_from(hash).ok().map(Proof::BearerSha256)
+                <[u8; 32]>::try_from(hash).ok().map(CredentialKey::BearerSha256)
             }
-            ("spiffe", None, Some(id)) => Some(Proof::Identity(CallerKind::Spiffe, id)),
-            ("dns", None, Some(name)) => Some(Proof::Identity(CallerKind::Dns, name)),
+            ("spiffe", None, Some(id)) => Some(CredentialKey::Identity(CallerKind::Spiffe, id)),
+            ("dns", None, Some(name)) => Some(CredentialKey::Identity(CallerKind::Dns, name)),
             _ => None,
         };
         let Some(proof) = proof else {
             error!(credential = row.id, "a malformed credential is passed over");
             continue;
         };
-        credentials.push(Credential {
+        credentials.push(CallerCredential {
             caller: caller.clone(),
             proof,
             ends_at: row.ends_at,

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use sqlx::{PgPool, postgres::PgListener};
 
 use super::{Database, StoreError, deployment::Home, tokens};
-use crate::clock::Timestamp;
+use crate::domain::clock::Timestamp;
 
 /// The channel on which the triggers tell of changes.
 const CHANNEL: &str = "token_broker_changes";
@@ -185,9 +185,9 @@ pub async fn take(
 
 /// Listens for the notifications of changes and of tokens. Each only says: look now. Polling finds
 /// all of it too.
-pub struct Listener(PgListener);
+pub struct ChangeListener(PgListener);
 
-impl Listener {
+impl ChangeListener {
     /// Connects and listens.
     ///
     /// # Errors

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use sqlx::{PgPool, Postgres, Transaction};
 
 use super::StoreError;
-use crate::audit::chain::{Digest, Head};
+use crate::audit::chain::{ChainHead, Digest};
 
 /// Which database this is.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -112,7 +112,7 @@ async fn doubt_all(transaction: &mut Transaction<'_, Postgres>) -> Result<(), St
 pub async fn delivered(
     pool: &PgPool,
     chains: &[String],
-) -> Result<BTreeMap<String, Head>, StoreError> {
+) -> Result<BTreeMap<String, ChainHead>, StoreError> {
     let rows = sqlx::query!(
         "-- store::deployment::delivered
         select chain, delivered_seq, delivered_hash from audit_chains where chain = any($1)",
@@ -125,7 +125,7 @@ pub async fn delivered(
             let hash = Digest::from_bytes(&row.delivered_hash).ok_or_else(|| {
                 StoreError::Corrupt(format!("audit_chains: {} has no SHA-256", row.chain))
             })?;
-            Ok((row.chain, Head { seq: row.delivered_seq, hash }))
+            Ok((row.chain, ChainHead { seq: row.delivered_seq, hash }))
         })
         .collect()
 }

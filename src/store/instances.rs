@@ -5,7 +5,7 @@ use std::time::Duration;
 use sqlx::PgPool;
 
 use super::{StoreError, interval};
-use crate::clock::Timestamp;
+use crate::domain::clock::Timestamp;
 
 /// What a replica tells of itself.
 #[derive(Clone, Debug)]

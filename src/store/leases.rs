@@ -10,10 +10,10 @@ use sqlx::{PgPool, Postgres, Transaction};
 use verdict::{Row, Verdict};
 
 use super::{StoreError, interval};
-use crate::{
+use crate::domain::{
     account::{AccountId, CredentialVersion},
     clock::until_from,
-    issue::{Attempt, Credential, Failure},
+    refresh_state::{AccountCredential, IssueAttempt, IssueFailure},
     token::Generation,
 };
 
@@ -24,7 +24,7 @@ const FULL: Duration = Duration::from_millis(200);
 
 /// Who asks for the right to issue, and under what limits.
 #[derive(Clone, Debug)]
-pub struct Claimant {
+pub struct LeaseHolder {
     /// The instance.
     pub instance: String,
     /// Its number in generations.
@@ -59,7 +59,7 @@ pub struct Lease {
     /// Grows with each lease of the account: what is done under an older one is refused.
     pub id: i64,
     /// What is to be issued.
-    pub attempt: Attempt,
+    pub attempt: IssueAttempt,
     /// The generation of the token that was stored when it was claimed.
     pub replaces: Option<Generation>,
     /// The attempt before this one never ended: it may have issued.
@@ -76,7 +76,7 @@ pub async fn claim(
     account: AccountId,
     known: Option<Generation>,
     outage_over: Option<Duration>,
-    claimant: &Claimant,
+    claimant: &LeaseHolder,
 ) -> Result<Claim, StoreError> {
     let mut transaction = pool.begin().await?;
     // An admin's open transaction holds the row of the account it changes: nobody waits for it here.
@@ -140,7 +140,7 @@ pub async fn claim(
 /// How long the upstream's rate and concurrency make the claimant wait; `None` for not at all.
 async fn pace(
     transaction: &mut Transaction<'_, Postgres>,
-    claimant: &Claimant,
+    claimant: &LeaseHolder,
 ) -> Result<Option<Duration>, StoreError> {
     let slot = sqlx::query!(
         r#"-- store::leases::pace
@@ -168,7 +168,7 @@ async fn stamp(
     row: Row,
     version: i64,
     passes_floor: bool,
-    claimant: &Claimant,
+    claimant: &LeaseHolder,
 ) -> Result<Lease, StoreError> {
     let lost_attempt = row.attempt_started_at.is_some() && row.attempt_ended_at.is_none();
     let passes = row.passes_so_far();
@@ -194,12 +194,12 @@ async fn stamp(
     let sealed_secret =
         if version == row.credential_version { row.sealed_secret } else { row.previous_secret };
     let replaces = row.generation.map(Generation);
-    let attempt = Attempt {
+    let attempt = IssueAttempt {
         account,
         client_id: row.client_id.parse().map_err(|_| {
             StoreError::Corrupt(format!("accounts row {account}: malformed client_id"))
         })?,
-        credential: Credential {
+        credential: AccountCredential {
             version: CredentialVersion(version),
             secret: sealed_secret.unwrap_or_default().into(),
         },
@@ -213,7 +213,7 @@ async fn stamp(
 #[derive(Clone, Debug)]
 pub struct FailedAttempt {
     /// What went wrong.
-    pub failure: Failure,
+    pub failure: IssueFailure,
     /// Not before so long; `None` parks the account.
     pub retry_after: Option<Duration>,
     /// The stored token may have been ended by what this attempt issued.

@@ -11,7 +11,7 @@ use super::{
     audit::{Row, StoredEvent},
     interval,
 };
-use crate::{audit::signed::Cut, clock::Timestamp};
+use crate::{audit::checkpoint::PruningReceipt, domain::clock::Timestamp};
 
 /// How long a day may take, which may have many records. Nobody but a late delivery waits for it.
 const DAY_TIMEOUT: &str = "2h";
@@ -20,14 +20,14 @@ const LOCK_TIMEOUT: &str = "2s";
 
 /// How long records are kept at least, whatever the settings say.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct LeastKept {
+pub struct MinimumRetention {
     /// All records but those of changes.
     pub calls: Duration,
     /// Those of changes; no shorter.
     pub changes: Duration,
 }
 
-impl LeastKept {
+impl MinimumRetention {
     /// Whether records may go as soon as the settings say; `None` is for ever.
     #[must_use]
     pub fn allows(&self, calls: Option<Duration>, changes: Option<Duration>) -> bool {
@@ -40,7 +40,7 @@ impl LeastKept {
 ///
 /// # Errors
 /// When the database cannot be reached.
-pub async fn least_kept(pool: &PgPool) -> Result<LeastKept, StoreError> {
+pub async fn least_kept(pool: &PgPool) -> Result<MinimumRetention, StoreError> {
     let row = sqlx::query!(
         r#"/* store::retention::least_kept */
         select calls_days, changes_days from audit_retention"#
@@ -48,7 +48,7 @@ pub async fn least_kept(pool: &PgPool) -> Result<LeastKept, StoreError> {
     .fetch_one(pool)
     .await?;
     let days = |days: i32| Duration::from_hours(24 * u64::from(days.unsigned_abs()));
-    Ok(LeastKept { calls: days(row.calls_days), changes: days(row.changes_days) })
+    Ok(MinimumRetention { calls: days(row.calls_days), changes: days(row.changes_days) })
 }
 
 /// A day of the audit log that is over.
@@ -177,7 +177,7 @@ impl Removal {
     ///
     /// # Errors
     /// When the database cannot be reached.
-    pub async fn cut(&mut self, cut: &Cut) -> Result<(), StoreError> {
+    pub async fn cut(&mut self, cut: &PruningReceipt) -> Result<(), StoreError> {
         sqlx::query!(
             "/* store::retention::cut */
             insert into audit_cuts

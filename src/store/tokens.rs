@@ -6,10 +6,12 @@ use sqlx::{PgPool, Postgres, Transaction};
 
 use super::{StoreError, interval};
 use crate::{
-    account::{AccountId, CredentialVersion},
-    clock::Timestamp,
+    domain::{
+        account::{AccountId, CredentialVersion},
+        clock::Timestamp,
+        token::Generation,
+    },
     store::leases::Lease,
-    token::Generation,
 };
 
 /// The channel on which replicas tell one another that tokens or attempts changed.
@@ -109,7 +111,7 @@ pub enum Adoption {
 
 /// A token that was issued while the database was away.
 #[derive(Clone, Debug)]
-pub struct Foundling {
+pub struct OrphanedToken {
     /// The token.
     pub token: NewToken,
     /// How long ago its attempt began.
@@ -132,11 +134,11 @@ pub struct Foundling {
 /// When the database cannot be reached; whether the token was stored is then unknown.
 pub async fn adopt(
     pool: &PgPool,
-    foundling: &Foundling,
+    foundling: &OrphanedToken,
     instance: &str,
     ends_older: bool,
 ) -> Result<Adoption, StoreError> {
-    let Foundling { token, replaces, .. } = foundling;
+    let OrphanedToken { token, replaces, .. } = foundling;
     let mut transaction = pool.begin().await?;
     let issuer = issuer(&mut transaction, token).await?;
     let Some(found) = sqlx::query!(

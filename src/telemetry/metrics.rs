@@ -9,10 +9,10 @@ use prometheus_client::{
 };
 
 use super::{
-    figures::{Figures, Sources},
+    gauges::{Gauges, Sources},
     latency::Latencies,
 };
-use crate::issue::FailureClass;
+use crate::domain::refresh_state::FailureClass;
 
 /// The media type of [`Metrics::encode`]'s text.
 pub const METRICS_CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -165,7 +165,7 @@ impl Metrics {
     }
 
     /// Lets `read` fill in what it knows at each scrape. It must not block.
-    pub fn on_scrape(&self, read: impl Fn(&mut Figures) + Send + Sync + 'static) {
+    pub fn on_scrape(&self, read: impl Fn(&mut Gauges) + Send + Sync + 'static) {
         self.sources.add(Box::new(read));
     }
 
@@ -199,7 +199,7 @@ mod tests {
     use chrono::{DateTime, TimeDelta};
 
     use super::*;
-    use crate::telemetry::JournalFigures;
+    use crate::telemetry::JournalGauges;
 
     fn lines(metrics: &Metrics) -> Vec<String> {
         metrics.encode().lines().map(str::to_owned).collect()
@@ -285,7 +285,7 @@ mod tests {
             figures.upstream_clock_skew = Some(TimeDelta::milliseconds(-1500));
         });
         metrics.on_scrape(|figures| {
-            figures.journal = JournalFigures {
+            figures.journal = JournalGauges {
                 appended: 5,
                 durable: 4,
                 failed: 1,

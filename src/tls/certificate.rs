@@ -3,14 +3,14 @@
 use rustls::pki_types::CertificateDer;
 use x509_parser::{certificate::X509Certificate, extensions::GeneralName, prelude::FromDer};
 
-use crate::clock::Timestamp;
+use crate::domain::clock::Timestamp;
 
 /// The most DNS names of a certificate that are looked up.
 const MOST_NAMES: usize = 16;
 
 /// Whom a verified client certificate names.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub enum Shown {
+pub enum PeerIdentity {
     /// Its one URI is a SPIFFE ID.
     Spiffe {
         /// The whole of it.
@@ -24,7 +24,7 @@ pub enum Shown {
     Nobody(&'static str),
 }
 
-impl Shown {
+impl PeerIdentity {
     /// Reads a certificate. A SPIFFE certificate has exactly one URI (SPIFFE X.509-SVID, section 2); one
     /// that has URIs is never taken by its DNS names.
     #[must_use]
@@ -54,16 +54,16 @@ impl Shown {
     }
 }
 
-fn spiffe(uri: &str) -> Shown {
+fn spiffe(uri: &str) -> PeerIdentity {
     let Some((trust_domain, path)) =
         uri.strip_prefix("spiffe://").and_then(|rest| rest.split_once('/'))
     else {
-        return Shown::Nobody("the certificate's URI is no SPIFFE ID of a workload");
+        return PeerIdentity::Nobody("the certificate's URI is no SPIFFE ID of a workload");
     };
     if trust_domain.is_empty() || path.is_empty() {
-        return Shown::Nobody("the certificate's URI is no SPIFFE ID of a workload");
+        return PeerIdentity::Nobody("the certificate's URI is no SPIFFE ID of a workload");
     }
-    Shown::Spiffe { id: uri.to_owned(), trust_domain: trust_domain.to_owned() }
+    PeerIdentity::Spiffe { id: uri.to_owned(), trust_domain: trust_domain.to_owned() }
 }
 
 /// When a certificate ends; `None` if it cannot be read.
@@ -92,11 +92,14 @@ mod tests {
     fn one_uri_names_a_workload_and_dns_names_count_without_one() {
         let (uri, dns) = (|text| SanType::URI(ia5(text)), |text| SanType::DnsName(ia5(text)));
         let id = "spiffe://example.com/billing";
-        let spiffe = Shown::Spiffe { id: id.into(), trust_domain: "example.com".into() };
-        assert_eq!(Shown::of(&certificate(vec![uri(id), dns("billing.example.com")])), spiffe);
+        let spiffe = PeerIdentity::Spiffe { id: id.into(), trust_domain: "example.com".into() };
+        assert_eq!(
+            PeerIdentity::of(&certificate(vec![uri(id), dns("billing.example.com")])),
+            spiffe
+        );
         let names = vec!["a.example.com".to_owned(), "b.example.com".to_owned()];
         let several = vec![dns("A.example.com"), dns("b.example.com")];
-        assert_eq!(Shown::of(&certificate(several)), Shown::Dns(names));
+        assert_eq!(PeerIdentity::of(&certificate(several)), PeerIdentity::Dns(names));
         for nobody in [
             vec![uri(id), uri("spiffe://example.com/other")],
             vec![uri(id), uri("https://example.com/")],
@@ -107,9 +110,9 @@ mod tests {
             vec![SanType::IpAddress([127, 0, 0, 1].into())],
             vec![],
         ] {
-            let shown = Shown::of(&certificate(nobody));
-            assert!(matches!(shown, Shown::Nobody(_)), "{shown:?}");
+            let shown = PeerIdentity::of(&certificate(nobody));
+            assert!(matches!(shown, PeerIdentity::Nobody(_)), "{shown:?}");
         }
-        assert!(matches!(Shown::of(&b"no certificate"[..].into()), Shown::Nobody(_)));
+        assert!(matches!(PeerIdentity::of(&b"no certificate"[..].into()), PeerIdentity::Nobody(_)));
     }
 }

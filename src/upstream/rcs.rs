@@ -10,7 +10,9 @@ use serde::Serialize;
 use zeroize::Zeroizing;
 
 use super::IssueError;
-use crate::{account::ClientId, clock::Timestamp, secret::ClientSecret, token::IssuedToken};
+use crate::domain::{
+    account::ClientId, clock::Timestamp, secret::ClientSecret, token::IssuedToken,
+};
 
 /// The body of the one call, in memory that is cleared when it goes.
 #[must_use]

@@ -13,10 +13,10 @@ use token_broker::{
         chain::StoredEvent,
         journal::{Journal, JournalSettings},
         record::{Event, Record},
-        ship::{CHANGE_ID, Shipper},
     },
-    clock::{Clock, Timestamp},
-    state_dir::StateDir,
+    domain::clock::{Clock, Timestamp},
+    files::state_dir::StateDir,
+    services::journal_delivery::{CHANGE_ID, JournalDelivery},
     store::{
         Database,
         audit::{EventFilter, events_after, latest_events, register_chain},
@@ -50,9 +50,9 @@ impl World {
         Self { pool: database.pool(2), database, journal, state_dir, _dir: dir }
     }
 
-    fn shipper(&self) -> Shipper {
+    fn shipper(&self) -> JournalDelivery {
         let options = self.database.connection().clone();
-        Shipper::new(self.journal.clone(), options).drain(AMPLE)
+        JournalDelivery::new(self.journal.clone(), options).drain(AMPLE)
     }
 
     /// Delivers all that is durable.

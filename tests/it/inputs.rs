@@ -2,7 +2,10 @@
 //! kept; a secret that does not open concerns its own account alone.
 
 use sqlx::{AssertSqlSafe, PgPool, postgres::PgDatabaseError};
-use token_broker::{account::ClientId, seal::IntakePublicKey, secret::ClientSecret};
+use token_broker::{
+    crypto::IntakePublicKey,
+    domain::{account::ClientId, secret::ClientSecret},
+};
 
 use crate::harness::{
     broker::{World, refusal},

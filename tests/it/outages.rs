@@ -3,11 +3,11 @@
 use std::{net::SocketAddr, time::Duration};
 
 use token_broker::{
-    app::Plan,
+    api::proto::{GetTokenRequest, token_service_server::SERVICE_NAME},
+    app::AppConfig,
     audit::journal::JournalSettings,
-    clock::{Clock, ManualClock},
     dev::simulator::Faults,
-    proto::{GetTokenRequest, token_service_server::SERVICE_NAME},
+    domain::clock::{Clock, ManualClock},
     store::Database,
 };
 use tonic::transport::Endpoint;
@@ -35,8 +35,8 @@ impl World {
     }
 
     /// A broker that reaches its database by `proxy`.
-    fn plan_by(&self, proxy: &Proxy) -> Plan {
-        Plan { database: Database::new(proxy.url(), "token-broker").unwrap(), ..self.plan() }
+    fn plan_by(&self, proxy: &Proxy) -> AppConfig {
+        AppConfig { database: Database::new(proxy.url(), "token-broker").unwrap(), ..self.plan() }
     }
 }
 
@@ -46,7 +46,7 @@ async fn a_database_that_fell_silent_is_used_again_once_it_answers() {
     let proxy = Proxy::to(world.database.url()).await;
     let bearer = world.caller("demo", &["*"]).await;
     // One connection: a single step that never gave its own back would end all use of the database.
-    let broker = world.start_with(Plan { connections: 1, ..world.plan_by(&proxy) }).await;
+    let broker = world.start_with(AppConfig { connections: 1, ..world.plan_by(&proxy) }).await;
     let client = broker.client(&bearer).await;
 
     proxy.fall_silent();

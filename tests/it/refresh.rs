@@ -7,10 +7,10 @@ use std::{
 
 use tempfile::TempDir;
 use token_broker::{
-    app::Plan,
-    clock::Clock,
+    app::AppConfig,
+    crypto::Keyring,
     dev::simulator::{Answer, Faults},
-    seal::Keyring,
+    domain::clock::Clock,
 };
 
 use crate::harness::{
@@ -81,7 +81,7 @@ async fn three_replicas_issue_once_for_each_account() {
     let homes: Vec<_> = (0..3).map(|_| TempDir::new().unwrap()).collect();
     let mut brokers = vec![];
     for home in &homes {
-        let plan = Plan { state_dir: home.path().to_owned(), ..world.plan() };
+        let plan = AppConfig { state_dir: home.path().to_owned(), ..world.plan() };
         brokers.push(world.start_with(plan).await);
     }
     let mut calls = tokio::task::JoinSet::new();
@@ -179,7 +179,7 @@ async fn a_restarted_replica_does_not_wait_for_the_leases_of_its_earlier_process
         .await;
 
     // The other's lease is one of two attempts at once; that of the process that is gone is none.
-    let broker = world.start_with(Plan { upstream_concurrency: 2, ..world.plan() }).await;
+    let broker = world.start_with(AppConfig { upstream_concurrency: 2, ..world.plan() }).await;
     let client = broker.client(&bearer).await;
     eventually("a new token", async || {
         client.get("acme").await.ok().filter(|token| token.generation > acme.generation)
@@ -195,7 +195,7 @@ async fn malformed_answers_never_displace_a_token() {
     let bearer = world.caller("demo", &["*"]).await;
     world.register("acme", "id-1", "SK.1").await;
     // Where new tokens do not end older ones, nothing makes the stored one suspect.
-    let plan = Plan { ends_older: false, ..world.plan() };
+    let plan = AppConfig { ends_older: false, ..world.plan() };
     let broker = world.start_with(plan).await;
     let client = broker.client(&bearer).await;
     let first = client.get("acme").await.unwrap();
@@ -226,7 +226,7 @@ async fn a_wrong_keyring_another_upstream_or_an_old_schema_is_one_clear_error() 
     broker.stop().await;
 
     let other = Keyring::parse(&Keyring::generate(world.clock.now())).unwrap();
-    let error = refused(Plan { keyring: other.into(), ..world.plan() }).await;
+    let error = refused(AppConfig { keyring: other.into(), ..world.plan() }).await;
     assert!(error.starts_with("the keyring does not open the secret of account acme"), "{error}");
 
     let mut plan = world.plan();

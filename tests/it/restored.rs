@@ -1,7 +1,7 @@
 //! A database that is a copy, an older state, or another's is noticed, and used only if that is meant.
 
 use token_broker::{
-    app::Plan,
+    app::AppConfig,
     store::{StoreError, changes, deployment::Home},
 };
 
@@ -41,7 +41,7 @@ async fn a_copy_of_the_database_is_refused_until_it_is_accepted_and_then_the_ori
     assert!(error.contains("start once with --accept-restored"), "{error}");
     assert_eq!(world.upstream.issued("id-1"), 1);
 
-    let broker = world.start_with(Plan { accept_restored: true, ..world.plan() }).await;
+    let broker = world.start_with(AppConfig { accept_restored: true, ..world.plan() }).await;
     let client = broker.client(&bearer).await;
     // The original's broker may have issued since.
     let after = eventually("a newer token", async || {
@@ -68,7 +68,7 @@ async fn an_older_state_of_the_database_is_refused_with_a_list_of_what_went_back
     world.register("acme", "id-1", "SK.1").await;
     // Another replica, which is not there when the database goes back.
     let other = tempfile::tempdir().unwrap();
-    let replica = Plan { state_dir: other.path().to_owned(), ..world.plan() };
+    let replica = AppConfig { state_dir: other.path().to_owned(), ..world.plan() };
     world.start_with(replica).await.stop().await;
     world.start().await.stop().await;
     let dump = world.database.copy().await;
@@ -95,7 +95,7 @@ async fn an_older_state_of_the_database_is_refused_with_a_list_of_what_went_back
     assert!(error.contains(" get_token"), "{error}");
     assert!(!error.contains(&before.access_token), "{error}");
 
-    let broker = world.start_with(Plan { accept_restored: true, ..world.plan() }).await;
+    let broker = world.start_with(AppConfig { accept_restored: true, ..world.plan() }).await;
     let client = broker.client(&bearer).await;
     let after = eventually("a token", async || {
         client.get("acme").await.ok().filter(|token| token.generation > newest.generation)
@@ -111,7 +111,7 @@ async fn an_older_state_of_the_database_is_refused_with_a_list_of_what_went_back
         1
     );
 
-    let replica = Plan { state_dir: other.path().to_owned(), ..world.plan() };
+    let replica = AppConfig { state_dir: other.path().to_owned(), ..world.plan() };
     world.start_with(replica).await.stop().await;
 }
 

@@ -2,9 +2,11 @@
 
 use sqlx::AssertSqlSafe;
 use token_broker::{
-    app::Plan,
-    bearer::Bearer,
-    proto::{GetTokenRequest, ReportRejectedTokenRequest, report_rejected_token_response::Outcome},
+    api::proto::{
+        GetTokenRequest, ReportRejectedTokenRequest, report_rejected_token_response::Outcome,
+    },
+    app::AppConfig,
+    crypto::bearer::Bearer,
     store::Database,
 };
 use url::Url;
@@ -316,10 +318,10 @@ async fn sql_as(database: &TestDatabase, role: &str, statements: &str) {
 }
 
 /// The broker's plan with a database that it enters as the runtime role.
-fn plan_as_runtime(world: &World) -> Plan {
+fn plan_as_runtime(world: &World) -> AppConfig {
     let mut url = Url::parse(world.database.url()).unwrap();
     url.query_pairs_mut().append_pair("options", &format!("-c role={RUNTIME}"));
-    Plan { database: Database::new(url.as_str(), "token-broker").unwrap(), ..world.plan() }
+    AppConfig { database: Database::new(url.as_str(), "token-broker").unwrap(), ..world.plan() }
 }
 
 async fn until_refused(client: &Client, expected: &str) {

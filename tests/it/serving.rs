@@ -4,15 +4,15 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use token_broker::{
-    app::Plan,
-    bearer::Bearer,
-    clock::{Clock, ManualClock},
-    dev::simulator::{Answer, Faults},
-    proto::{
+    api::proto::{
         GetTokenRequest, ListAccountsRequest, ReportRejectedTokenRequest, WatchTokensRequest,
         account_ended::Reason, report_rejected_token_response::Outcome,
         token_service_client::TokenServiceClient, watch_tokens_response::Event,
     },
+    app::AppConfig,
+    crypto::bearer::Bearer,
+    dev::simulator::{Answer, Faults},
+    domain::clock::{Clock, ManualClock},
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tonic::{Code, Request};
@@ -132,7 +132,7 @@ async fn a_call_for_a_token_that_is_on_its_way_waits_and_its_deadline_is_kept() 
     let bearer = world.caller("demo", &["*"]).await;
     world.upstream.set_faults(Faults { answer: Answer::Hang, ..Faults::default() });
     // The deadline is the broker's own: a client that sent one would keep it too.
-    let plan = Plan { default_deadline: Duration::from_millis(500), ..world.plan() };
+    let plan = AppConfig { default_deadline: Duration::from_millis(500), ..world.plan() };
     let broker = world.start_with(plan).await;
     let client = broker.client(&bearer).await;
     world.register("acme", "id-1", "SK.1").await;
@@ -363,7 +363,7 @@ async fn a_flood_of_refusals_is_counted_in_few_records_while_others_are_served()
 async fn calls_that_would_wait_beyond_a_bound_are_shed_and_live_tokens_are_served() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["*"]).await;
-    let broker = world.start_with(Plan { most_waits: 2, ..world.plan() }).await;
+    let broker = world.start_with(AppConfig { most_waits: 2, ..world.plan() }).await;
     let client = broker.client(&bearer).await;
     world.register("acme", "id-1", "SK.1").await;
     eventually("a token", async || client.get("acme").await.ok()).await;
@@ -405,7 +405,7 @@ async fn one_address_has_a_quarter_of_the_connections() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["acme"]).await;
     world.register("acme", "id-1", "SK.1").await;
-    let broker = world.start_with(Plan { most_connections: 8, ..world.plan() }).await;
+    let broker = world.start_with(AppConfig { most_connections: 8, ..world.plan() }).await;
     world.until_state("acme", "fresh").await;
     let (first, second) = (broker.client(&bearer).await, broker.client(&bearer).await);
     first.get("acme").await.unwrap();
@@ -444,7 +444,8 @@ async fn a_stop_says_so_and_goes_on_answering_until_the_callers_have_gone() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["*"]).await;
     world.register("acme", "id-1", "SK.1").await;
-    let broker = world.start_with(Plan { grace: crate::harness::PATIENCE, ..world.plan() }).await;
+    let broker =
+        world.start_with(AppConfig { grace: crate::harness::PATIENCE, ..world.plan() }).await;
     let (client, grpc) = (broker.client(&bearer).await, broker.app.grpc_address);
     eventually("a token", async || client.get("acme").await.ok()).await;
     let stopping = tokio::spawn(broker.stop());

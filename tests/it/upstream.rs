@@ -9,11 +9,13 @@ use std::{
 
 use chrono::{DateTime, TimeDelta};
 use token_broker::{
-    clock::{Clock, ManualClock},
     dev::simulator::{Answer, Faults, Options, SimulatedAccount, Simulator},
-    issue::FailureClass,
-    secret::ClientSecret,
-    token::IssuedToken,
+    domain::{
+        clock::{Clock, ManualClock},
+        refresh_state::FailureClass,
+        secret::ClientSecret,
+        token::IssuedToken,
+    },
     upstream::{Client, IssueError, MAX_BODY, Settings, Target},
 };
 use tokio::{

@@ -10,8 +10,8 @@ use super::{
     segments::Segments,
 };
 use crate::{
-    audit::chain::{ChainLink, Head},
-    state_dir::StateDir,
+    audit::chain::{ChainHead, ChainLink},
+    files::state_dir::StateDir,
 };
 
 /// The journal in a state directory, as it was when it was opened. Nothing there is changed: a torn
@@ -53,7 +53,7 @@ impl Archive {
 
     /// Reads the records of a chain that follow `after`.
     #[must_use]
-    pub fn reader(&self, link: Arc<ChainLink>, after: Head) -> ChainReader {
+    pub fn reader(&self, link: Arc<ChainLink>, after: ChainHead) -> ChainReader {
         ChainReader::new(Arc::clone(&self.segments), link, after)
     }
 }

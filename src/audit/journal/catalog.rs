@@ -3,8 +3,8 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use crate::{
-    audit::chain::{ChainLink, Head},
-    clock::{Timestamp, delta},
+    audit::chain::{ChainHead, ChainLink},
+    domain::clock::{Timestamp, delta},
 };
 
 /// A file of the journal.
@@ -13,7 +13,7 @@ pub(super) struct Segment {
     pub(super) name: String,
     pub(super) link: Arc<ChainLink>,
     /// The chain's head before the segment's first record.
-    pub(super) before: Head,
+    pub(super) before: ChainHead,
     /// The number of its last durable record; that of `before` while it is empty.
     pub(super) last_seq: i64,
     /// How many of its bytes are durable.
@@ -28,7 +28,7 @@ pub struct LocalChain {
     /// Whose chain, and where it starts.
     pub link: Arc<ChainLink>,
     /// What its first record that is still there follows.
-    pub before: Head,
+    pub before: ChainHead,
     /// The number of its last durable record; 0 if it is empty.
     pub last_seq: i64,
 }

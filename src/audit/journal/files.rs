@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::clock::Timestamp;
+use crate::domain::clock::Timestamp;
 
 /// A file in the directory.
 #[derive(Clone, Debug)]

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 
 use crate::{
     audit::record::{Event, Record},
-    clock::Timestamp,
+    domain::clock::Timestamp,
 };
 
 /// What was dropped since the last gap record.

@@ -5,7 +5,7 @@ use std::{io, sync::Arc};
 use thiserror::Error;
 
 use super::{segment::decode, segments::Segments};
-use crate::audit::chain::{ChainLink, Head, StoredEvent};
+use crate::audit::chain::{ChainHead, ChainLink, StoredEvent};
 
 /// How much is read at a time, unless a line is longer.
 const CHUNK: usize = 1 << 20;
@@ -46,7 +46,7 @@ pub struct ChainReader {
     segments: Arc<Segments>,
     link: Arc<ChainLink>,
     /// The last record that was read.
-    head: Head,
+    head: ChainHead,
     cursor: Option<Cursor>,
 }
 
@@ -56,7 +56,7 @@ struct Cursor {
     offset: u64,
     /// How many lines lie before.
     lines: usize,
-    head: Head,
+    head: ChainHead,
 }
 
 /// The part of a segment that may be read.
@@ -66,13 +66,13 @@ struct Durable {
 }
 
 impl ChainReader {
-    pub(super) fn new(segments: Arc<Segments>, link: Arc<ChainLink>, after: Head) -> Self {
+    pub(super) fn new(segments: Arc<Segments>, link: Arc<ChainLink>, after: ChainHead) -> Self {
         Self { segments, link, head: after, cursor: None }
     }
 
     /// The last record that was read, or where reading began.
     #[must_use]
-    pub fn head(&self) -> Head {
+    pub fn head(&self) -> ChainHead {
         self.head
     }
 
@@ -162,7 +162,7 @@ impl ChainReader {
     }
 
     /// Where reading began, the chain must hold the record that it began after.
-    fn check(&self, cursor: &Cursor, head: Head) -> Result<(), ReadError> {
+    fn check(&self, cursor: &Cursor, head: ChainHead) -> Result<(), ReadError> {
         if head.seq == self.head.seq && head.hash != self.head.hash {
             return Err(cursor.damaged("what was delivered is not what this journal holds".into()));
         }

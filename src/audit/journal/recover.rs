@@ -13,8 +13,8 @@ use super::{
     segment::{Header, decode, parse_name, start_number, synced},
 };
 use crate::{
-    audit::chain::{ChainLink, Digest, Head, StoredEvent},
-    clock::Timestamp,
+    audit::chain::{ChainHead, ChainLink, Digest, StoredEvent},
+    domain::clock::Timestamp,
 };
 
 /// Where the delivered positions are kept from start to start.
@@ -28,7 +28,7 @@ pub(super) struct Recovered {
     /// The number of this start.
     pub(super) start: u32,
     /// The chain before this one, and its head.
-    pub(super) last: Option<(Arc<ChainLink>, Head)>,
+    pub(super) last: Option<(Arc<ChainLink>, ChainHead)>,
     /// A tail that was left as it is.
     pub(super) torn: Option<TornTail>,
 }
@@ -165,12 +165,12 @@ fn discard_unmade(
 /// The head at a segment's end as its successor's header tells it: the next segment of the chain, or
 /// the first of the chain that is linked to it. Anything in the file past that was abandoned after
 /// an error and written anew to the successor.
-fn end_by_successor(header: &Header, next: &Header) -> Option<Head> {
+fn end_by_successor(header: &Header, next: &Header) -> Option<ChainHead> {
     if next.link.chain == header.link.chain {
         return Some(next.head());
     }
     let linked = next.link.linked_chain.as_deref() == Some(&*header.link.chain);
-    linked.then_some(Head { seq: next.link.linked_seq, hash: next.link.linked_hash })
+    linked.then_some(ChainHead { seq: next.link.linked_seq, hash: next.link.linked_hash })
 }
 
 /// Checks every record of a segment; its head and length. The last segment's may be torn at its `tail`.
@@ -180,7 +180,7 @@ fn read_through(
     file: &Listed,
     tail: Option<Tail>,
     torn: &mut Option<TornTail>,
-) -> Result<(Head, u64), JournalError> {
+) -> Result<(ChainHead, u64), JournalError> {
     let bytes = read_all(files, file)?;
     let mut head = header.head();
     let mut good = 0;
@@ -261,7 +261,7 @@ fn read_delivered(files: &dyn Files) -> BTreeMap<String, i64> {
 
 /// The link of a new chain.
 pub(super) fn link_to(
-    last: Option<&(Arc<ChainLink>, Head)>,
+    last: Option<&(Arc<ChainLink>, ChainHead)>,
     instance: &str,
     chain: String,
     started_at: Timestamp,

@@ -4,7 +4,7 @@ use std::io::Write;
 
 use serde::{Deserialize, Serialize};
 
-use crate::audit::chain::{ChainLink, Digest, Head, StoredEvent};
+use crate::audit::chain::{ChainHead, ChainLink, Digest, StoredEvent};
 
 /// The version of the files' format.
 const FORMAT: u32 = 1;
@@ -23,13 +23,13 @@ pub(super) struct Header {
 }
 
 impl Header {
-    pub(super) fn new(link: &ChainLink, head: Head) -> Self {
+    pub(super) fn new(link: &ChainLink, head: ChainHead) -> Self {
         Self { journal: FORMAT, link: link.clone(), first_seq: head.seq + 1, prev_hash: head.hash }
     }
 
     /// The chain's head before the segment's first record.
-    pub(super) fn head(&self) -> Head {
-        Head { seq: self.first_seq - 1, hash: self.prev_hash }
+    pub(super) fn head(&self) -> ChainHead {
+        ChainHead { seq: self.first_seq - 1, hash: self.prev_hash }
     }
 
     pub(super) fn line(&self) -> Vec<u8> {
@@ -79,7 +79,7 @@ pub(super) fn encode(event: &StoredEvent, synced: i64, out: &mut Vec<u8>) {
 }
 
 /// Reads a record's line and checks that it follows `head` in `chain`.
-pub(super) fn decode(line: &[u8], chain: &str, head: Head) -> Result<StoredEvent, String> {
+pub(super) fn decode(line: &[u8], chain: &str, head: ChainHead) -> Result<StoredEvent, String> {
     let event: StoredEvent = serde_json::from_slice(line).map_err(|error| error.to_string())?;
     if event.chain != chain {
         return Err("the record belongs to another chain".into());
@@ -119,7 +119,7 @@ mod tests {
 
     #[test]
     fn a_header_is_refused_under_another_name() {
-        let header = Header::new(&link(), Head { seq: 11, hash: Digest([7; 32]) });
+        let header = Header::new(&link(), ChainHead { seq: 11, hash: Digest([7; 32]) });
         let name = name_of(&link().chain, 12);
         let read = Header::parse(&name, &header.line()).unwrap();
         assert_eq!((read.head(), &read.link), (header.head(), &link()));

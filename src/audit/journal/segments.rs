@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{catalog::Catalog, files::Files};
-use crate::state_dir::StateDir;
+use crate::files::state_dir::StateDir;
 
 /// The files of a journal and what is known of them.
 pub(super) struct Segments {

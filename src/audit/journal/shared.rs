@@ -16,8 +16,8 @@ use super::{
     segments::Segments,
 };
 use crate::{
-    audit::chain::{ChainLink, Head},
-    clock::Clock,
+    audit::chain::{ChainHead, ChainLink},
+    domain::clock::Clock,
 };
 
 /// The part of the journal's bytes, one in so many, that is kept for those who have not heard yet that
@@ -34,7 +34,7 @@ pub(super) struct Shared {
     pub(super) link: Arc<ChainLink>,
     pub(super) queue: Queue,
     /// The last durable record of this start's chain.
-    head: Mutex<Head>,
+    head: Mutex<ChainHead>,
     pub(super) lost: Lost,
     pub(super) counters: Counters,
     pub(super) writable: AtomicBool,
@@ -95,7 +95,7 @@ impl Shared {
     }
 
     /// The last durable record of this start's chain.
-    pub(super) fn head(&self) -> MutexGuard<'_, Head> {
+    pub(super) fn head(&self) -> MutexGuard<'_, ChainHead> {
         // Held for a look or a note; nothing panics in between.
         self.head.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -10,7 +10,7 @@ use std::{
 use thiserror::Error;
 
 use super::{
-    Sync,
+    SyncMode,
     catalog::Segment,
     files::Appending,
     queue::{Commit, MOST_RECORDS, Taken},
@@ -18,7 +18,7 @@ use super::{
     shared::Shared,
 };
 use crate::audit::{
-    chain::{Head, StoredEvent},
+    chain::{ChainHead, StoredEvent},
     record::Record,
 };
 
@@ -61,8 +61,8 @@ pub(super) struct Writer {
     shared: Arc<Shared>,
     segment: Option<Open>,
     /// The last durable record.
-    head: Head,
-    /// The last number that is on disk for sure; with [`Sync::Write`], `head` is ahead of it.
+    head: ChainHead,
+    /// The last number that is on disk for sure; with [`SyncMode::Write`], `head` is ahead of it.
     synced: i64,
     /// What waits for the journal to be writable again, in order; no calls.
     kept: Vec<Unwritten>,
@@ -242,9 +242,9 @@ impl Writer {
     }
 
     /// Appends `lines`, which end at `head`, to `open`; abandons it on an error.
-    fn commit(&mut self, mut open: Open, lines: &[u8], head: Head) -> io::Result<()> {
+    fn commit(&mut self, mut open: Open, lines: &[u8], head: ChainHead) -> io::Result<()> {
         let full = open.len + lines.len() as u64 >= self.shared.settings.segment_bytes;
-        let sync = self.shared.settings.sync == Sync::Fsync || full;
+        let sync = self.shared.settings.sync == SyncMode::Fsync || full;
         let appended = open.file.append(lines);
         let written = if sync { appended.and_then(|()| open.file.sync()) } else { appended };
         if let Err(error) = written {

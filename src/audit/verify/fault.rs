@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::seal::SignatureError;
+use crate::crypto::SignatureError;
 
 /// Something that does not hold.
 #[derive(Clone, Debug, Eq, PartialEq)]

@@ -5,18 +5,18 @@ use super::*;
 use crate::{
     audit::{
         chain::{ChainLink, tests::link},
+        checkpoint::PrunedRun,
         record::{Event, Record},
-        signed::Run,
     },
-    seal::Keyring,
+    crypto::Keyring,
 };
 
 /// Two chains of an instance, the second linked to the first, with what is claimed of both.
 struct Log {
     keyring: Keyring,
-    claims: Vec<(Claim, Head)>,
-    cuts: Vec<Cut>,
-    heads: Vec<SignedHead>,
+    claims: Vec<(Claim, ChainHead)>,
+    cuts: Vec<PruningReceipt>,
+    heads: Vec<SignedCheckpoint>,
     events: Vec<StoredEvent>,
 }
 
@@ -41,7 +41,7 @@ impl Log {
         log
     }
 
-    fn append(&mut self, link: &ChainLink, records: i64) -> Head {
+    fn append(&mut self, link: &ChainLink, records: i64) -> ChainHead {
         let mut head = link.root();
         for nth in 0..records {
             let at = DateTime::UNIX_EPOCH + TimeDelta::seconds(nth);
@@ -73,14 +73,14 @@ impl Log {
 
     fn sign(&mut self, chain: &str, seq: i64) {
         let head = self.at(chain, seq).head();
-        self.heads.push(SignedHead::new(&self.keyring, chain, head, DateTime::UNIX_EPOCH));
+        self.heads.push(SignedCheckpoint::new(&self.keyring, chain, head, DateTime::UNIX_EPOCH));
     }
 
     /// Removes records as retention does.
     fn prune(&mut self, chain: &str, range: std::ops::RangeInclusive<i64>) {
         let (first, last) = (self.at(chain, *range.start()).clone(), self.at(chain, *range.end()));
-        let run = Run { first_seq: first.seq, prev_hash: first.prev_hash, last: last.head() };
-        self.cuts.push(Cut::new(&self.keyring, chain, run, DateTime::UNIX_EPOCH));
+        let run = PrunedRun { first_seq: first.seq, prev_hash: first.prev_hash, last: last.head() };
+        self.cuts.push(PruningReceipt::new(&self.keyring, chain, run, DateTime::UNIX_EPOCH));
         self.remove(chain, range);
     }
 
@@ -411,14 +411,14 @@ proptest! {
     ) {
         let mut log = Log::of(6, 0);
         for pair in cuts.chunks(2) {
-            let run = Run {
+            let run = PrunedRun {
                 first_seq: pair[0],
                 prev_hash: Digest::ZERO,
-                last: Head { seq: pair[1], hash: Digest::ZERO },
+                last: ChainHead { seq: pair[1], hash: Digest::ZERO },
             };
-            log.cuts.push(Cut::new(&log.keyring, FIRST, run, DateTime::UNIX_EPOCH));
-            let head = Head { seq: pair[0], hash: Digest::ZERO };
-            log.heads.push(SignedHead::new(&log.keyring, FIRST, head, DateTime::UNIX_EPOCH));
+            log.cuts.push(PruningReceipt::new(&log.keyring, FIRST, run, DateTime::UNIX_EPOCH));
+            let head = ChainHead { seq: pair[0], hash: Digest::ZERO };
+            log.heads.push(SignedCheckpoint::new(&log.keyring, FIRST, head, DateTime::UNIX_EPOCH));
         }
         for (event, seq) in log.events.iter_mut().zip(seqs) {
             event.seq = seq;

@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use super::{ChainVerdict, Claim, Extent, fault::Fault};
 use crate::{
     audit::{
-        chain::{Digest, Head, StoredEvent},
-        signed::Cut,
+        chain::{ChainHead, Digest, StoredEvent},
+        checkpoint::PruningReceipt,
     },
-    clock::Timestamp,
+    domain::clock::Timestamp,
 };
 
 /// Hears of what does not hold.
@@ -19,11 +19,11 @@ pub(super) type Tell<'a> = &'a mut dyn FnMut(Fault);
 pub(super) struct Walk {
     claim: Option<Claim>,
     /// By the number of the first record.
-    cuts: BTreeMap<i64, Cut>,
+    cuts: BTreeMap<i64, PruningReceipt>,
     /// What signed heads say, until it was compared.
     heads: BTreeMap<i64, Digest>,
     /// The last record that follows all before it; `None` while it is not known where to begin.
-    head: Option<Head>,
+    head: Option<ChainHead>,
     /// Records that came before the ones they follow.
     waiting: BTreeMap<i64, Link>,
     records: u64,
@@ -45,7 +45,7 @@ struct Link {
 }
 
 impl Walk {
-    pub(super) fn claim(&mut self, claim: Claim, root: Head) {
+    pub(super) fn claim(&mut self, claim: Claim, root: ChainHead) {
         self.claim = Some(claim);
         self.head = Some(root);
     }
@@ -55,7 +55,7 @@ impl Walk {
     }
 
     /// Notes what was removed.
-    pub(super) fn cut(&mut self, cut: Cut) {
+    pub(super) fn cut(&mut self, cut: PruningReceipt) {
         let known = self.cuts.get(&cut.first_seq);
         if known.is_none_or(|known| known.last_seq < cut.last_seq) {
             self.cuts.insert(cut.first_seq, cut);
@@ -63,7 +63,7 @@ impl Walk {
     }
 
     /// Notes what the hash of a record must be.
-    pub(super) fn vouch(&mut self, head: Head) -> Result<(), Fault> {
+    pub(super) fn vouch(&mut self, head: ChainHead) -> Result<(), Fault> {
         match self.heads.insert(head.seq, head.hash) {
             Some(other) if other != head.hash => Err(Fault::Contradicted { seq: head.seq }),
             _ => Ok(()),
@@ -114,7 +114,7 @@ impl Walk {
             }
             Some(head) if extent == Extent::Part => self.pass(head, event.seq, link),
             None if extent == Extent::Part => {
-                self.head = Some(Head { seq: event.seq, hash: link.hash });
+                self.head = Some(ChainHead { seq: event.seq, hash: link.hash });
             }
             Some(head) if event.seq <= head.seq => tell(Fault::Twice { seq: event.seq }),
             _ if self.waiting.insert(event.seq, link).is_some() => {
@@ -126,10 +126,10 @@ impl Walk {
 
     /// In a part of a log, goes on with a record whatever is between. One that comes late is proven by
     /// itself alone.
-    fn pass(&mut self, head: Head, seq: i64, link: Link) {
+    fn pass(&mut self, head: ChainHead, seq: i64, link: Link) {
         if seq > head.seq {
             self.absent = self.absent.saturating_add(seq.abs_diff(head.seq) - 1);
-            self.head = Some(Head { seq, hash: link.hash });
+            self.head = Some(ChainHead { seq, hash: link.hash });
         }
     }
 
@@ -147,16 +147,16 @@ impl Walk {
         }
     }
 
-    fn step(&mut self, head: Head, seq: i64, link: Link, tell: Tell<'_>) {
+    fn step(&mut self, head: ChainHead, seq: i64, link: Link, tell: Tell<'_>) {
         // What was altered itself says nothing of the one before.
         if link.prev_hash != head.hash && link.sound {
             tell(Fault::Replaced { seq: head.seq });
         }
-        self.arrive(Head { seq, hash: link.hash }, tell);
+        self.arrive(ChainHead { seq, hash: link.hash }, tell);
     }
 
     /// Goes on behind what retention removed.
-    fn jump(&mut self, head: Head, cut: &Cut, extent: Extent, tell: Tell<'_>) {
+    fn jump(&mut self, head: ChainHead, cut: &PruningReceipt, extent: Extent, tell: Tell<'_>) {
         if cut.first_seq == head.seq + 1 && cut.prev_hash != head.hash && extent != Extent::Part {
             tell(Fault::Replaced { seq: head.seq });
         }
@@ -167,10 +167,10 @@ impl Walk {
         for seq in std::mem::replace(&mut self.waiting, after).into_keys() {
             tell(Fault::NotRemoved { seq });
         }
-        self.arrive(Head { seq: cut.last_seq, hash: cut.hash }, tell);
+        self.arrive(ChainHead { seq: cut.last_seq, hash: cut.hash }, tell);
     }
 
-    fn arrive(&mut self, head: Head, tell: Tell<'_>) {
+    fn arrive(&mut self, head: ChainHead, tell: Tell<'_>) {
         self.head = Some(head);
         if let Some(vouched) = self.heads.remove(&head.seq) {
             if vouched == head.hash {
@@ -183,7 +183,7 @@ impl Walk {
     }
 
     /// The cut that says that record `seq` was removed.
-    fn covering(&self, seq: i64) -> Option<&Cut> {
+    fn covering(&self, seq: i64) -> Option<&PruningReceipt> {
         let (_, cut) = self.cuts.range(..=seq).next_back()?;
         (cut.last_seq >= seq).then_some(cut)
     }
@@ -192,7 +192,7 @@ impl Walk {
     pub(super) fn drain(&mut self, extent: Extent, tell: Tell<'_>) {
         self.advance(extent, tell);
         while let Some((&first, &link)) = self.waiting.first_key_value() {
-            let waiting = Head { seq: first - 1, hash: link.prev_hash };
+            let waiting = ChainHead { seq: first - 1, hash: link.prev_hash };
             let removed = self.next_cut().filter(|removed| removed.seq < waiting.seq);
             self.skip_to(removed.unwrap_or(waiting), extent, tell);
         }
@@ -208,7 +208,7 @@ impl Walk {
     }
 
     /// Goes on with the record that follows `head`, which is not there.
-    fn skip_to(&mut self, head: Head, extent: Extent, tell: Tell<'_>) {
+    fn skip_to(&mut self, head: ChainHead, extent: Extent, tell: Tell<'_>) {
         if let Some(before) = self.head.replace(head) {
             self.miss(before.seq + 1, head.seq, extent, tell);
         }
@@ -216,10 +216,10 @@ impl Walk {
     }
 
     /// What comes before the next removed record.
-    fn next_cut(&self) -> Option<Head> {
+    fn next_cut(&self) -> Option<ChainHead> {
         let from = self.head.map_or(i64::MIN, |head| head.seq + 1);
         let (first, cut) = self.cuts.range(from..).next()?;
-        Some(Head { seq: first - 1, hash: cut.prev_hash })
+        Some(ChainHead { seq: first - 1, hash: cut.prev_hash })
     }
 
     fn miss(&mut self, first: i64, last: i64, extent: Extent, tell: Tell<'_>) {
@@ -269,7 +269,7 @@ impl Walk {
     }
 
     pub(super) fn verdict(self, chain: String, faults: u64) -> ChainVerdict {
-        let last = self.head.unwrap_or(Head { seq: 0, hash: Digest::ZERO });
+        let last = self.head.unwrap_or(ChainHead { seq: 0, hash: Digest::ZERO });
         ChainVerdict {
             chain,
             records: self.records,

@@ -10,8 +10,10 @@ use super::super::{
     time::LocalTime,
 };
 use crate::{
-    account::AccountName,
-    clock::{Clock, Timestamp, delta},
+    domain::{
+        account::AccountName,
+        clock::{Clock, Timestamp, delta},
+    },
     store::admin::{Admin, Outcome},
 };
 

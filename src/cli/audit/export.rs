@@ -10,7 +10,7 @@ use super::FilterArgs;
 use crate::{
     audit::export::{Opening, Statement},
     cli::{Global, output},
-    clock::Clock,
+    domain::clock::Clock,
     store::audit::{EventFilter, Ledger},
 };
 
@@ -32,10 +32,10 @@ pub(super) async fn run(global: &Global, args: ExportArgs) -> anyhow::Result<()>
         lines.line(&Statement::Chain(claim))?;
     }
     for cut in ledger.cuts().await? {
-        lines.line(&Statement::Cut(cut))?;
+        lines.line(&Statement::PruningReceipt(cut))?;
     }
     for head in ledger.heads().await? {
-        lines.line(&Statement::Head(head))?;
+        lines.line(&Statement::ChainHead(head))?;
     }
     let mut records = 0;
     let mut events = ledger.events(&filter);

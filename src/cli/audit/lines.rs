@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, anyhow};
 
-use crate::audit::{export::Line, signed::SignedHead};
+use crate::audit::{checkpoint::SignedCheckpoint, export::Line};
 
 /// The longest line that is read, in bytes; records are some hundreds.
 const LONGEST_LINE: u64 = 1 << 20;
@@ -22,12 +22,12 @@ pub(super) struct Lines {
     again: Option<Line>,
 }
 
-pub(super) fn heads_in(file: &Path) -> anyhow::Result<Vec<SignedHead>> {
+pub(super) fn heads_in(file: &Path) -> anyhow::Result<Vec<SignedCheckpoint>> {
     let mut reader = open(file)?;
     let (mut heads, mut line) = (Vec::new(), Vec::new());
     while next_line(&mut reader, &mut line).with_context(|| file.display().to_string())? {
         // A log says other things too.
-        heads.extend(serde_json::from_slice::<SignedHead>(&line));
+        heads.extend(serde_json::from_slice::<SignedCheckpoint>(&line));
     }
     Ok(heads)
 }

@@ -7,17 +7,15 @@ use clap::Args;
 use tokio::task;
 
 use crate::{
-    audit::{
-        journal::{Archive, TornTail},
-        ship::{self, Shipped},
-    },
+    audit::journal::{Archive, TornTail},
     cli::{
         APPLICATION, Global,
         output::{self, Table},
         time::LocalTime,
     },
     config,
-    state_dir::{StateDir, StateDirError},
+    files::state_dir::{StateDir, StateDirError},
+    services::journal_delivery::{self, Shipped},
     store::admin::OpenChain,
 };
 
@@ -42,7 +40,7 @@ pub(super) async fn ship(global: &Global, args: ShipArgs) -> anyhow::Result<Exit
     let database = url.database(APPLICATION)?;
     database.check_schema().await?;
     let archive = task::spawn_blocking(move || open(&args.directory)).await??;
-    let shipped = ship::ship(&archive, database.connection()).await?;
+    let shipped = journal_delivery::ship(&archive, database.connection()).await?;
     let mut table = Table::new(["CHAIN", "HAD", "HAS NOW"]);
     let mut delivered = 0;
     let mut whole = true;

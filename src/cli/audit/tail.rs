@@ -8,7 +8,7 @@ use sqlx::PgPool;
 use super::{FilterArgs, line::describe};
 use crate::{
     cli::{Global, output},
-    clock::{Clock, Timestamp, delta},
+    domain::clock::{Clock, Timestamp, delta},
     store::audit::{EventFilter, StoredEvent, events_after, latest_events},
 };
 

@@ -16,10 +16,10 @@ use tokio::{sync::mpsc, task};
 use super::lines::{Lines, heads_in};
 use crate::{
     audit::{
-        chain::{Digest, Head, StoredEvent},
+        chain::{ChainHead, Digest, StoredEvent},
+        checkpoint::SignedCheckpoint,
         export::{Line, Statement},
         journal::{Archive, TornTail},
-        signed::SignedHead,
         verify::{Claim, Extent, Verdict, Verifier},
     },
     cli::{
@@ -28,7 +28,7 @@ use crate::{
         time::LocalTime,
     },
     config::{self, Flags, Keys},
-    seal::{Keyring, VerifyingKeys},
+    crypto::{Keyring, VerifyingKeys},
     store::audit::{EventFilter, Ledger},
 };
 
@@ -68,7 +68,7 @@ pub(super) struct VerifyArgs {
 /// A head, or where heads are.
 #[derive(Clone, Debug, PartialEq)]
 enum KnownHead {
-    Here { chain: String, head: Head },
+    Here { chain: String, head: ChainHead },
     In(PathBuf),
 }
 
@@ -83,7 +83,7 @@ impl FromStr for KnownHead {
         let (chain, seq) = place.rsplit_once(':').ok_or_else(malformed)?;
         let mut bytes = [0; 32];
         hex::decode_to_slice(hash, &mut bytes).map_err(|_| malformed())?;
-        let head = Head { seq: seq.parse().map_err(|_| malformed())?, hash: Digest(bytes) };
+        let head = ChainHead { seq: seq.parse().map_err(|_| malformed())?, hash: Digest(bytes) };
         Ok(Self::Here { chain: chain.to_owned(), head })
     }
 }
@@ -128,8 +128,8 @@ fn keys(
 /// What a proof is made with.
 struct Proof {
     keys: Option<VerifyingKeys>,
-    given: Vec<(String, Head)>,
-    signed: Vec<SignedHead>,
+    given: Vec<(String, ChainHead)>,
+    signed: Vec<SignedCheckpoint>,
 }
 
 impl Proof {
@@ -253,8 +253,8 @@ impl Proof {
                 }
                 Line::Statement(Statement::AuditExport(_)) => {}
                 Line::Statement(Statement::Chain(claim)) => claimed(&mut verifier, claim),
-                Line::Statement(Statement::Cut(cut)) => verifier.cut(cut),
-                Line::Statement(Statement::Head(head)) => verifier.head(&head),
+                Line::Statement(Statement::PruningReceipt(cut)) => verifier.cut(cut),
+                Line::Statement(Statement::ChainHead(head)) => verifier.head(&head),
                 Line::Statement(Statement::End { records: told }) if told == records => {
                     ended = true;
                 }
@@ -367,7 +367,7 @@ mod tests {
     fn a_head_is_a_place_in_a_chain_or_a_file() {
         let hash = "ab".repeat(32);
         let parse = |text: &str| text.parse::<KnownHead>();
-        let head = Head { seq: 12, hash: Digest([0xab; 32]) };
+        let head = ChainHead { seq: 12, hash: Digest([0xab; 32]) };
         let here = KnownHead::Here { chain: "c00000001-0123456789abcdef".into(), head };
         assert_eq!(parse(&format!("c00000001-0123456789abcdef:12:{hash}")), Ok(here));
         assert_eq!(parse("/a:b/heads"), Ok(KnownHead::In("/a:b/heads".into())));

@@ -19,10 +19,12 @@ use crate::{
         output::{self, Table, or_dash},
         time::{LocalTime, Moment},
     },
-    clock::{Clock, Timestamp},
     config::{self, Flags, Keys},
-    seal::Keyring,
-    secret::AccessToken,
+    crypto::Keyring,
+    domain::{
+        clock::{Clock, Timestamp},
+        secret::AccessToken,
+    },
     store::audit::{EventFilter, Ledger, StoredEvent},
     upstream::rcs::stated_life,
 };

@@ -7,13 +7,13 @@ use ipnet::IpNet;
 use super::{super::time::LocalTime, Finding};
 use crate::{
     app::{self, StartError},
-    clock::{Clock, Timestamp},
     config::Settings,
-    seal::Keyring,
+    crypto::Keyring,
+    domain::clock::{Clock, Timestamp},
     store::{
         StoreError, accounts,
         admin::{Admin, Attribution, LastIssue, Load},
-        retention::{self, LeastKept},
+        retention::{self, MinimumRetention},
     },
     tls::Tls,
 };
@@ -155,7 +155,7 @@ fn intake_finding(known: bool, none_published: bool) -> Finding {
 }
 
 /// Whether the database lets records go when the settings say.
-fn retention_finding(settings: &Settings, least: LeastKept) -> Finding {
+fn retention_finding(settings: &Settings, least: MinimumRetention) -> Finding {
     const SUBJECT: &str = "retention";
     let (calls, changes) = (settings.audit_retention, settings.change_retention);
     if !least.allows(calls, changes) {

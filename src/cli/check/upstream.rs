@@ -18,9 +18,11 @@ use super::{
     Finding,
 };
 use crate::{
-    account::AccountName,
-    clock::{Clock, delta},
     config::Settings,
+    domain::{
+        account::AccountName,
+        clock::{Clock, delta},
+    },
     store::admin::Selection,
     upstream::{self, Client},
 };

@@ -15,11 +15,11 @@ use super::super::{
     time::brief,
 };
 use crate::{
-    config::ClientSettings,
-    proto::{
+    api::proto::{
         GetTokenRequest, GetTokenResponse, WatchTokensRequest, WatchTokensResponse,
         token_service_client::TokenServiceClient,
     },
+    config::ClientSettings,
 };
 
 const CONNECT_WITHIN: Duration = Duration::from_secs(10);

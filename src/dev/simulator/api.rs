@@ -21,7 +21,7 @@ use super::{
     faults::{Answer, status},
     registry::{Issued, Refusal, Registry},
 };
-use crate::{account::MAX_CLIENT_ID, clock::Timestamp, secret::MAX_CLIENT_SECRET};
+use crate::domain::{account::MAX_CLIENT_ID, clock::Timestamp, secret::MAX_CLIENT_SECRET};
 
 /// The pause between two bytes of [`Answer::SlowDrip`].
 const DRIP: Duration = Duration::from_millis(100);

@@ -7,7 +7,7 @@ use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use chrono::{NaiveDateTime, TimeDelta};
 use serde::{Deserialize, Serialize};
 
-use crate::clock::Timestamp;
+use crate::domain::clock::Timestamp;
 
 /// `{"alg":"HS256"}`, as in the real ones: no `typ`, no `kid`.
 const HEADER: &str = "eyJhbGciOiJIUzI1NiJ9";

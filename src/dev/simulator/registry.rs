@@ -12,7 +12,7 @@ use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
 use super::{Options, SimulatedAccount, faults::Answer, faults::Faults, jwt::Claims};
-use crate::clock::{Clock, Timestamp, delta};
+use crate::domain::clock::{Clock, Timestamp, delta};
 
 /// How many seconds of issues are kept.
 const SECONDS_KEPT: usize = 86_400;

@@ -1,7 +1,7 @@
 //! Accounts, as an admin sees and changes them.
 
 use super::{Admin, StoreError, ensure_affected, violates};
-use crate::{
+use crate::domain::{
     account::{AccountName, ClientId},
     caller::AccountPattern,
     clock::Timestamp,

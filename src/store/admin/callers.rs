@@ -3,7 +3,7 @@
 use sqlx::{Postgres, Transaction};
 
 use super::{Admin, StoreError, ensure_affected, violates};
-use crate::{
+use crate::domain::{
     account::AccountName,
     caller::{AccountPattern, CallerKind, Right},
     clock::Timestamp,

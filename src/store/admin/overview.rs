@@ -1,7 +1,7 @@
 //! What the doctor and `keys` ask of the database.
 
 use super::{Admin, StoreError};
-use crate::{clock::Timestamp, seal::IntakePublicKey};
+use crate::{crypto::IntakePublicKey, domain::clock::Timestamp};
 
 /// How many tokens have to be issued.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -8,7 +8,7 @@ use sqlx::{PgPool, Postgres, Transaction, types::Json};
 use super::{EventFilter, Row, StoredEvent, digest};
 use crate::{
     audit::{
-        signed::{Cut, Signature, SignedHead},
+        checkpoint::{PruningReceipt, Signature, SignedCheckpoint},
         verify::Claim,
     },
     store::StoreError,
@@ -73,7 +73,7 @@ impl Ledger {
     ///
     /// # Errors
     /// When the database cannot be reached.
-    pub async fn cuts(&mut self) -> Result<Vec<Cut>, StoreError> {
+    pub async fn cuts(&mut self) -> Result<Vec<PruningReceipt>, StoreError> {
         let rows = sqlx::query!(
             "/* store::audit::ledger::cuts */
             select chain, first_seq, prev_hash, last_seq, hash, at, key_id, signature
@@ -83,7 +83,7 @@ impl Ledger {
         .await?;
         rows.into_iter()
             .map(|row| {
-                Ok(Cut {
+                Ok(PruningReceipt {
                     chain: row.chain,
                     first_seq: row.first_seq,
                     prev_hash: digest("prev_hash", &row.prev_hash)?,
@@ -100,7 +100,7 @@ impl Ledger {
     ///
     /// # Errors
     /// When the database cannot be reached.
-    pub async fn heads(&mut self) -> Result<Vec<SignedHead>, StoreError> {
+    pub async fn heads(&mut self) -> Result<Vec<SignedCheckpoint>, StoreError> {
         let rows = sqlx::query!(
             "/* store::audit::ledger::heads */
             select chain, seq, hash, at, key_id, signature from audit_heads order by chain, seq"
@@ -109,7 +109,7 @@ impl Ledger {
         .await?;
         rows.into_iter()
             .map(|row| {
-                Ok(SignedHead {
+                Ok(SignedCheckpoint {
                     chain: row.chain,
                     seq: row.seq,
                     hash: digest("hash", &row.hash)?,

@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use crate::{
+use crate::domain::{
     clock::{Timestamp, delta, until_from},
-    issue::FailureClass,
+    refresh_state::FailureClass,
     token::Generation,
 };
 

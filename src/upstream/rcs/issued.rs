@@ -8,7 +8,10 @@ use serde::Deserialize;
 use serde_json::Value;
 use zeroize::Zeroizing;
 
-use crate::{clock::Timestamp, secret::AccessToken, token::IssuedToken, upstream::IssueError};
+use crate::{
+    domain::{clock::Timestamp, secret::AccessToken, token::IssuedToken},
+    upstream::IssueError,
+};
 
 /// The longest life that is believed. The seen one is an hour; an end beyond this is a number read
 /// wrongly, and would be served long after the token is dead.
@@ -150,7 +153,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        issue::FailureClass,
+        domain::refresh_state::FailureClass,
         upstream::rcs::{
             read,
             tests::{ISSUED_MS, SAMPLE, answer, at, headers, jwt, ok},

@@ -6,7 +6,10 @@ use http::{HeaderMap, StatusCode, header};
 use serde_json::Value;
 
 use super::http_date;
-use crate::{clock::Timestamp, issue::FailureClass, upstream::IssueError};
+use crate::{
+    domain::{clock::Timestamp, refresh_state::FailureClass},
+    upstream::IssueError,
+};
 
 /// The limits of what a `Retry-After` may ask for.
 const SHORTEST_RETRY: Duration = Duration::from_secs(1);

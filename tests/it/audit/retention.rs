@@ -6,9 +6,9 @@ use futures_util::TryStreamExt;
 use sqlx::Row;
 use token_broker::{
     audit::verify::{Extent, Verdict, Verifier},
-    clock::ManualClock,
-    retention::Retention,
-    seal::{Keyring, VerifyingKeys},
+    crypto::{Keyring, VerifyingKeys},
+    domain::clock::ManualClock,
+    services::retention::Retention,
     store::audit::{EventFilter, Ledger},
 };
 

@@ -5,14 +5,12 @@ use std::{sync::Arc, time::Duration};
 use sqlx::Row;
 use tempfile::TempDir;
 use token_broker::{
-    app::{App, Plan, StartError},
-    audit::journal::{JournalSettings, Sync},
-    bearer::Bearer,
-    clock::Clock,
+    api::proto::{GetTokenRequest, GetTokenResponse, token_service_client::TokenServiceClient},
+    app::{App, AppConfig, StartError},
+    audit::journal::{JournalSettings, SyncMode},
+    crypto::{Keyring, bearer::Bearer},
     dev::simulator::{Faults, Options, Simulator},
-    proto::{GetTokenRequest, GetTokenResponse, token_service_client::TokenServiceClient},
-    schedule::Policy,
-    seal::Keyring,
+    domain::{clock::Clock, refresh_policy::RefreshPolicy},
     store::Database,
 };
 use tokio::net::TcpListener;
@@ -62,14 +60,17 @@ impl World {
     }
 
     /// What a broker of this world is made of; a test changes what it wants otherwise.
-    pub(crate) fn plan(&self) -> Plan {
+    pub(crate) fn plan(&self) -> AppConfig {
         let database = Database::new(self.database.url(), "token-broker").unwrap();
         let target = self.upstream.base_url().parse().unwrap();
-        Plan {
+        AppConfig {
             upstream_rate: 1_000.0,
-            policy: Policy { refresh_at: 0.75, min_issue_interval: Duration::from_millis(100) },
+            policy: RefreshPolicy {
+                refresh_at: 0.75,
+                min_issue_interval: Duration::from_millis(100),
+            },
             journal: JournalSettings {
-                sync: Sync::Fsync,
+                sync: SyncMode::Fsync,
                 segment_bytes: 1 << 20,
                 max_bytes: 1 << 30,
                 retention: Duration::from_hours(168),
@@ -79,7 +80,7 @@ impl World {
             longest_deadline: super::PATIENCE,
             drain: Duration::from_secs(10),
             clock: self.clock.clone(),
-            ..Plan::local(database, target, self.state.path().to_owned(), self.keyring.clone())
+            ..AppConfig::local(database, target, self.state.path().to_owned(), self.keyring.clone())
         }
     }
 
@@ -87,7 +88,7 @@ impl World {
         self.start_with(self.plan()).await
     }
 
-    pub(crate) async fn start_with(&self, plan: Plan) -> Broker {
+    pub(crate) async fn start_with(&self, plan: AppConfig) -> Broker {
         let listen = async || TcpListener::bind("127.0.0.1:0").await.unwrap();
         let app = App::start(plan, listen().await, listen().await, &CancellationToken::new())
             .await
@@ -167,7 +168,7 @@ impl World {
 }
 
 /// Starts with `plan`, which must fail; the words.
-pub(crate) async fn refused(plan: Plan) -> String {
+pub(crate) async fn refused(plan: AppConfig) -> String {
     let listen = async || TcpListener::bind("127.0.0.1:0").await.unwrap();
     let give_up = CancellationToken::new();
     let started = App::start(plan, listen().await, listen().await, &give_up).await;

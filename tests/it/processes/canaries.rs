@@ -6,12 +6,12 @@ use std::{collections::BTreeSet, fs, path::Path};
 use nix::sys::signal::Signal;
 use sqlx::{AssertSqlSafe, Connection, PgConnection, PgPool};
 use token_broker::{
-    bearer::Bearer,
+    api::proto::{ReportRejectedTokenRequest, WatchTokensRequest},
+    crypto::bearer::Bearer,
     dev::{
         postgres::{DATABASE, EmbeddedPostgres},
         simulator::{Answer, Options, Simulator},
     },
-    proto::{ReportRejectedTokenRequest, WatchTokensRequest},
     store::Database,
 };
 use tonic::{Request, Status};
@@ -157,7 +157,7 @@ async fn no_secret_bearer_or_token_is_found_in_anything_that_a_broker_writes() {
     refusals.push(client.get("wrong").await.unwrap_err());
     refusals
         .push(Client::connect(&site.endpoint(), &stranger).await.get("acme").await.unwrap_err());
-    let mut malformed = client.request(token_broker::proto::GetTokenRequest::default());
+    let mut malformed = client.request(token_broker::api::proto::GetTokenRequest::default());
     malformed.metadata_mut().insert("authorization", NO_BEARER.parse().unwrap());
     refusals.push(client.grpc.clone().get_token(malformed).await.unwrap_err());
     let watch = WatchTokensRequest { accounts: vec!["acme".to_owned()] };

@@ -134,7 +134,7 @@ async fn while_postgres_stands_still_tokens_are_served_and_their_records_come_la
     let bearer = site.run(&["caller", "add", "demo", "--bearer"]).await.ok();
     site.run(&["caller", "grant", "demo", "*"]).await.ok();
     site.set_by_file("TOKEN_BROKER_BEARER", &bearer);
-    let bearer = token_broker::bearer::Bearer::parse(&bearer).unwrap();
+    let bearer = token_broker::crypto::bearer::Bearer::parse(&bearer).unwrap();
     let client = Client::connect(&site.endpoint(), &bearer).await;
     let first = eventually("the grant", async || client.get("acme").await.ok()).await;
 

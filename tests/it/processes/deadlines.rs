@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use nix::sys::signal::Signal;
 use prost::Message;
-use token_broker::{bearer::Bearer, dev::simulator::Answer, proto::GetTokenRequest};
+use token_broker::{api::proto::GetTokenRequest, crypto::bearer::Bearer, dev::simulator::Answer};
 use tonic::Code;
 
 use crate::harness::{broker::World, eventually, process::Site, raw};

@@ -11,7 +11,7 @@ use std::{
 };
 
 use nix::sys::signal::Signal;
-use token_broker::{bearer::Bearer, proto::WatchTokensRequest};
+use token_broker::{api::proto::WatchTokensRequest, crypto::bearer::Bearer};
 use tokio::{
     io::{AsyncWriteExt, copy_bidirectional},
     net::{TcpListener, TcpStream},

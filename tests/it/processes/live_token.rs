@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use token_broker::{
-    bearer::Bearer,
-    clock::Clock,
+    crypto::bearer::Bearer,
     dev::simulator::{Answer, Faults},
+    domain::clock::Clock,
 };
 
 use crate::harness::{

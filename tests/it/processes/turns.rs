@@ -15,7 +15,7 @@ use nix::{sys::signal::Signal, unistd::Pid};
 use sqlx::PgPool;
 use token_broker::{
     audit::{chain::StoredEvent, journal::Archive},
-    bearer::Bearer,
+    crypto::bearer::Bearer,
     dev::{
         postgres::{DATABASE, EmbeddedPostgres, Place},
         simulator::{Options, Simulator},

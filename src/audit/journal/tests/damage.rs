@@ -93,7 +93,7 @@ async fn a_position_that_this_journal_never_had_is_noticed() {
     let link = Arc::clone(&journal.chains()[0].link);
     let mut reader = journal.reader(Arc::clone(&link), events[1].head());
     assert_eq!(reader.read().unwrap(), events[2..]);
-    let foreign = Head { seq: 2, hash: events[0].hash };
+    let foreign = ChainHead { seq: 2, hash: events[0].hash };
     let refused = journal.reader(link, foreign).read().unwrap_err();
     assert!(matches!(refused, ReadError::Damaged { .. }), "{refused}");
 }

@@ -3,7 +3,7 @@
 use chrono::TimeDelta;
 
 use super::*;
-use crate::clock::ManualClock;
+use crate::domain::clock::ManualClock;
 
 #[tokio::test]
 async fn undelivered_records_fill_the_journal_and_delivery_makes_room() {

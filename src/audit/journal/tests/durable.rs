@@ -64,7 +64,7 @@ async fn nothing_durable_is_lost_and_nothing_answered_is_missing_after_power_los
 #[tokio::test]
 async fn unsynced_bytes_may_be_lost_with_write_but_never_tear_the_journal() {
     let disk = Disk::default();
-    let journal = open(&disk, JournalSettings { sync: Sync::Write, ..settings() }).unwrap();
+    let journal = open(&disk, JournalSettings { sync: SyncMode::Write, ..settings() }).unwrap();
     for nth in 0..30 {
         append(&journal, call(nth)).await.unwrap();
     }

@@ -25,7 +25,7 @@ async fn what_was_appended_reads_back_in_order_from_real_files() {
 async fn each_start_opens_a_chain_linked_to_the_head_before_it() {
     let dir = tempfile::tempdir().unwrap();
     let state_dir = StateDir::open(dir.path()).unwrap();
-    let mut last: Option<(String, Head)> = None;
+    let mut last: Option<(String, ChainHead)> = None;
     for start in 0..4 {
         let journal = Journal::open(&state_dir, settings(), Clock::System).unwrap();
         let link = journal.chain().clone();

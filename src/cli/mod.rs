@@ -1,0 +1,246 @@
+//! The command line: one file a command group. `run` returns the exit code: 0 done, 1 failed, 2 wrong
+//! usage, wrong settings included.
+
+mod account;
+mod audit;
+mod caller;
+mod check;
+mod dev;
+mod health;
+mod keys;
+mod output;
+mod prompt;
+mod serve;
+mod simulate;
+mod sql;
+mod time;
+mod token;
+
+use std::{collections::BTreeMap, env, path::PathBuf, process::ExitCode};
+
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
+
+use self::output::Closed;
+use crate::{
+    api::proto,
+    config::{self, Flags, Migrate, Report, Sources},
+    store::admin::{Admin, Attribution},
+};
+
+/// How the database knows the command line.
+const APPLICATION: &str = "token-broker admin";
+
+/// Issues, keeps fresh and serves the RCS Biz Center tokens of many accounts over gRPC, and audits
+/// every call.
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    max_term_width = 100,
+    after_help = "\
+Settings come from flags, then the environment, then the TOML file of --config.
+Exit codes: 0 done, 1 failed, 2 wrong usage or settings.
+
+Examples:
+  token-broker dev                      everything on this machine, nothing to set up
+  token-broker account add acme --client-id myMemberId
+  token-broker caller add billing --bearer > billing.bearer
+  token-broker caller grant billing 'acme-*'
+  TOKEN=$(token-broker token get acme)"
+)]
+pub struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// What every command takes.
+#[derive(Args, Debug)]
+struct Global {
+    #[arg(
+        long,
+        global = true,
+        value_name = "PATH",
+        help = "A TOML file of settings: their names in lower case [env: TOKEN_BROKER_CONFIG]"
+    )]
+    config: Option<PathBuf>,
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        help = "A file that holds the database's URL [env: DATABASE_URL or DATABASE_URL_FILE]"
+    )]
+    database_url_file: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Dev(dev::DevArgs),
+    Serve(serve::ServeArgs),
+    /// Applies the migrations that the database lacks
+    Migrate(Flags<Migrate>),
+    Account(account::AccountArgs),
+    Caller(caller::CallerArgs),
+    Token(token::TokenArgs),
+    Audit(audit::AuditArgs),
+    Keys(keys::KeysArgs),
+    Simulate(simulate::SimulateArgs),
+    Check(check::CheckArgs),
+    Health(health::HealthArgs),
+    /// Prints a completion script for a shell
+    #[command(after_help = "\
+Example:
+  token-broker completions bash > /etc/bash_completion.d/token-broker")]
+    Completions {
+        /// Which shell
+        shell: Shell,
+    },
+    /// Prints the .proto that callers compile
+    #[command(after_help = "\
+Example:
+  token-broker proto > token_broker.proto")]
+    Proto,
+}
+
+/// Does what the command line says, and tells errors on standard error.
+pub async fn run(cli: Cli) -> ExitCode {
+    match dispatch(cli).await {
+        Ok(code) => code,
+        // Whoever reads has read enough.
+        Err(error) if error.is::<Closed>() => ExitCode::SUCCESS,
+        Err(error) => {
+            output::note(format_args!("error: {error:#}"));
+            ExitCode::from(if error.is::<Report>() { 2 } else { 1 })
+        }
+    }
+}
+
+async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
+    let Cli { global, command } = cli;
+    match command {
+        Command::Dev(args) => dev::run(&global, args).await,
+        Command::Serve(args) => serve::run(&global, args).await,
+        Command::Migrate(flags) => migrate(&global, flags).await,
+        Command::Account(args) => account::run(&global, args).await,
+        Command::Caller(args) => caller::run(&global, args).await,
+        Command::Token(args) => token::run(&global, args).await,
+        Command::Audit(args) => audit::run(&global, args).await,
+        Command::Keys(args) => keys::run(&global, args).await,
+        Command::Simulate(args) => simulate::run(args).await,
+        Command::Check(args) => check::run(&global, args).await,
+        Command::Health(args) => health::run(&global, args).await,
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "token-broker", &mut script);
+            output::bytes(&script)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Proto => {
+            output::bytes(proto::SOURCE.as_bytes())?;
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+async fn migrate(global: &Global, flags: Flags<Migrate>) -> anyhow::Result<ExitCode> {
+    let sources = global.sources(flags.given)?;
+    config::migrate_database_url(&sources)?.database(APPLICATION)?.migrate().await?;
+    output::note("the schema is up to date");
+    Ok(ExitCode::SUCCESS)
+}
+
+impl Global {
+    /// The settings' sources, with the flags of a command.
+    fn sources(&self, mut flags: BTreeMap<String, String>) -> Result<Sources, Report> {
+        if let Some(file) = &self.database_url_file {
+            flags.insert(config::table::DATABASE_URL.file_key(), file.clone());
+        }
+        Sources::of_process(flags, self.config.clone())
+    }
+
+    /// The database, for changes for that reason by who runs this.
+    async fn admin(&self, reason: Option<&str>) -> anyhow::Result<Admin> {
+        let url = config::database_url(&self.sources(BTreeMap::new())?)?;
+        let attribution =
+            Attribution { actor: Some(who_runs_this()), reason: reason.map(ToOwned::to_owned) };
+        Ok(Admin::connect(&url.database(APPLICATION)?, attribution).await?)
+    }
+}
+
+/// A name for the audit log; where the environment has none, as in a container, the number.
+fn who_runs_this() -> String {
+    ["SUDO_USER", "USER", "LOGNAME"]
+        .into_iter()
+        .find_map(|name| env::var(name).ok().filter(|name| !name.is_empty()))
+        .unwrap_or_else(|| format!("uid {}", rustix::process::getuid().as_raw()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn serve_has_a_flag_for_each_setting_and_none_for_a_secrets_value() {
+        let mut command = Cli::command();
+        command.build();
+        let serve = command.find_subcommand("serve").unwrap();
+        let flags: Vec<_> = serve.get_arguments().filter_map(|arg| arg.get_long()).collect();
+        for setting in config::table::DATABASE.iter().chain(config::table::BROKER) {
+            assert!(flags.contains(&setting.flag().as_str()), "{}", setting.key);
+        }
+        assert!(!flags.contains(&"database-url") && !flags.contains(&"upstream-proxy"));
+        let help = command.find_subcommand_mut("serve").unwrap().render_long_help().to_string();
+        assert!(help.contains("[env: TOKEN_BROKER_LISTEN] [default: 127.0.0.1:50051]"), "{help}");
+    }
+
+    #[test]
+    fn command_lines_are_taken_or_refused_as_the_contract_says() {
+        let taken = |line: &str| Cli::try_parse_from(line.split(' ')).is_ok();
+        for line in [
+            "token-broker serve --migrate --plaintext --listen 0.0.0.0:50051 --new-token-ends-older false",
+            "token-broker account add acme --client-id id --wait --reason T-1 --config /c",
+            "token-broker account rotate acme --purge-old",
+            "token-broker account reissue acme-* --state rejected",
+            "token-broker account list --json",
+            "token-broker caller add billing --bearer --dns billing.example.com --rate-limit 10",
+            "token-broker caller grant billing acme-* demo --rights get,list --until 90d",
+            "token-broker caller bearer add billing --expires 2027-01-01T00:00:00+09:00",
+            "token-broker caller bearer revoke 3",
+            "token-broker token get acme --min-ttl 60s --json",
+            "token-broker token get acme-* --watch",
+            "token-broker audit tail -n 5 --follow --account acme --since 1h",
+            "token-broker keys generate --out /keyring",
+            "token-broker dev --state-dir /d --token-life 60s",
+            "token-broker simulate --token-life 60s --allow 127.0.0.1 --error-rate 0.1",
+            "token-broker check --upstream staging --json",
+            "token-broker check --issue acme --timeout 5s",
+            "token-broker completions zsh",
+        ] {
+            assert!(taken(line), "{line}");
+        }
+        for line in [
+            "token-broker",
+            "token-broker account add Acme --client-id id",
+            "token-broker account add acme --client-id 123456789012345678901",
+            "token-broker account add acme --client-id id --client-secret SK.x",
+            "token-broker account reissue",
+            "token-broker caller grant billing",
+            "token-broker caller grant billing acme --rights write",
+            "token-broker caller limit billing",
+            "token-broker token get acme --bearer tbk_x",
+            "token-broker simulate --error-rate 2",
+            "token-broker simulate --token-life 0s",
+            "token-broker dev --token-life 0s",
+            "token-broker check --issue acme-*",
+            "token-broker check --timeout 5s",
+        ] {
+            assert!(!taken(line), "{line}");
+        }
+    }
+}

@@ -1,0 +1,307 @@
+//! What a keyring file holds: its text, read into keys and written from them.
+
+use std::{io, path::PathBuf};
+
+use base64::{Engine, engine::general_purpose::STANDARD};
+use chrono::SecondsFormat;
+use serde::{Deserialize, Deserializer};
+use thiserror::Error;
+use zeroize::Zeroizing;
+
+use super::{
+    intake::IntakeKeyPair,
+    keyring::{
+        self, KEY_LEN, KeyId, KeyKind, KeyStatus, Keyring, Ring, fingerprint_key, sealing_key,
+        signing_key,
+    },
+};
+use crate::domain::clock::Timestamp;
+
+/// The format that this release reads and writes.
+const VERSION: i64 = 1;
+
+/// What can be wrong with a keyring.
+#[derive(Debug, Error)]
+pub enum KeyringFault {
+    /// The file cannot be opened or read.
+    #[error("it cannot be read: {0}")]
+    Read(io::Error),
+    /// The file cannot be created or written.
+    #[error("it cannot be written: {0}")]
+    Write(io::Error),
+    /// A keyring is never overwritten: what its keys sealed would be lost.
+    #[error("it exists already, and a keyring is never overwritten")]
+    Exists,
+    /// Another edit has the file beside it, or was cut off and left it behind.
+    #[error("it is being edited; if by nobody, remove {}", .0.display())]
+    BeingEdited(PathBuf),
+    /// A directory, a pipe or a device.
+    #[error("it is not a regular file")]
+    NotAFile,
+    /// The mode lets in others than the owner.
+    #[error("its mode {0:04o} lets others than its owner in: chmod 600, or root's with mode 440")]
+    Exposed(u32),
+    /// Too much, or no UTF-8.
+    #[error("it is not a keyring file")]
+    NotAKeyring,
+    /// No TOML, or a field that is unknown, missing or of the wrong type.
+    #[error(
+        "line {0} is not what a keyring holds: version, and [[key]] entries with id, kind, \
+         primary, created_at and key"
+    )]
+    Line(usize),
+    /// Written for another release.
+    #[error("version {0} is not the version {VERSION} that this release reads")]
+    Version(i64),
+    /// Something in one entry.
+    #[error("key {nth} ({id}): {what}")]
+    Entry {
+        /// Which entry, from 1.
+        nth: usize,
+        /// Its name, or a stand-in if that is what is wrong.
+        id: String,
+        /// What is wrong with it.
+        what: &'static str,
+    },
+    /// There is no such key to promote.
+    #[error("it has no key {0}")]
+    NoSuchKey(KeyId),
+    /// None or several of the keys of one kind are primary.
+    #[error("exactly one {0} key must have primary = true")]
+    Primary(KeyKind),
+}
+
+/// The file as TOML has it.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Document {
+    version: i64,
+    #[serde(default, rename = "key")]
+    entries: Vec<Entry>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Entry {
+    id: String,
+    kind: String,
+    #[serde(default)]
+    primary: bool,
+    created_at: Timestamp,
+    #[serde(deserialize_with = "zeroizing")]
+    key: Zeroizing<String>,
+}
+
+fn zeroizing<'de, D: Deserializer<'de>>(text: D) -> Result<Zeroizing<String>, D::Error> {
+    String::deserialize(text).map(Zeroizing::new)
+}
+
+impl Keyring {
+    /// A new keyring's text, with one key of each kind, all primary and generated `now`.
+    #[must_use]
+    pub fn generate(now: Timestamp) -> Zeroizing<String> {
+        render(&KeyKind::ALL.map(|kind| new_key(kind, true, now)))
+    }
+
+    /// The keyring that `text` holds.
+    ///
+    /// # Errors
+    /// Names the line or the entry at fault.
+    pub fn parse(text: &str) -> Result<Self, KeyringFault> {
+        Self::from_keys(&parse_keys(text)?)
+    }
+
+    /// The keyring of those keys.
+    pub(super) fn from_keys(keys: &[Key]) -> Result<Self, KeyringFault> {
+        Ok(Self {
+            sealing: ring(keys, KeyKind::Sealing, sealing_key)?,
+            intake: ring(keys, KeyKind::Intake, IntakeKeyPair::new)?,
+            fingerprint: ring(keys, KeyKind::Fingerprint, fingerprint_key)?,
+            signing: ring(keys, KeyKind::Signing, signing_key)?,
+            status: keys.iter().map(|(status, _)| status.clone()).collect(),
+        })
+    }
+}
+
+/// A new random key.
+pub(super) fn new_key(kind: KeyKind, primary: bool, now: Timestamp) -> Key {
+    let status = KeyStatus { id: KeyId::generate(kind), kind, primary, created_at: now };
+    (status, Zeroizing::new(keyring::random()))
+}
+
+/// The keys in `text`, each of them whole and no two of one name.
+pub(super) fn parse_keys(text: &str) -> Result<Vec<Key>, KeyringFault> {
+    let document: Document = toml::from_str(text).map_err(|error| {
+        // The error's own words quote the line, and with it a key.
+        let start = error.span().map_or(0, |span| span.start);
+        let before = text.get(..start).unwrap_or_default();
+        KeyringFault::Line(1 + before.matches('\n').count())
+    })?;
+    if document.version != VERSION {
+        return Err(KeyringFault::Version(document.version));
+    }
+    check_entries(document.entries)
+}
+
+/// The text of a keyring of those keys.
+pub(super) fn render(keys: &[Key]) -> Zeroizing<String> {
+    const HEAD: &str = "\
+        # The keyring of a token broker. Whoever reads it can open every sealed secret; without\n\
+        # it nobody can. Keep a copy apart from the database's backups: docs/keys.md.\n\
+        version = 1\n";
+    // Never grown, so that no copy is left behind in memory.
+    let mut text = Zeroizing::new(String::with_capacity(HEAD.len() + 256 * keys.len()));
+    text.push_str(HEAD);
+    for (status, key) in keys {
+        let key = Zeroizing::new(STANDARD.encode(key.as_slice()));
+        let created_at = status.created_at.to_rfc3339_opts(SecondsFormat::Secs, true);
+        for part in [
+            "\n[[key]]\nid = \"",
+            status.id.as_str(),
+            "\"\nkind = \"",
+            status.kind.as_str(),
+            "\"\nprimary = ",
+            if status.primary { "true" } else { "false" },
+            "\ncreated_at = \"",
+            &created_at,
+            "\"\nkey = \"",
+            &key,
+            "\"\n",
+        ] {
+            text.push_str(part);
+        }
+    }
+    text
+}
+
+/// A key as the file has it: what may be told, and what may not.
+pub(super) type Key = (KeyStatus, Zeroizing<[u8; KEY_LEN]>);
+
+fn check_entries(entries: Vec<Entry>) -> Result<Vec<Key>, KeyringFault> {
+    let mut keys: Vec<Key> = Vec::with_capacity(entries.len());
+    for (index, entry) in entries.into_iter().enumerate() {
+        let nth = index + 1;
+        let (status, key) = check_entry(nth, &entry)?;
+        if keys.iter().any(|(other, _)| other.id == status.id) {
+            let what = "another key has this id";
+            return Err(KeyringFault::Entry { nth, id: entry.id, what });
+        }
+        keys.push((status, key));
+    }
+    Ok(keys)
+}
+
+fn check_entry(nth: usize, entry: &Entry) -> Result<Key, KeyringFault> {
+    let id: KeyId = entry.id.parse().map_err(|_| KeyringFault::Entry {
+        nth,
+        // It is not shown: a key pasted into the wrong line would be.
+        id: "unnamed".to_owned(),
+        what: "id must match [a-z0-9]{1,32}",
+    })?;
+    let refuse = |what| KeyringFault::Entry { nth, id: id.to_string(), what };
+    let kind = KeyKind::from_name(&entry.kind)
+        .ok_or_else(|| refuse("kind must be sealing, intake, fingerprint or signing"))?;
+    let key = decode(&entry.key).ok_or_else(|| refuse("key must be 32 bytes in base64"))?;
+    let status =
+        KeyStatus { id: id.clone(), kind, primary: entry.primary, created_at: entry.created_at };
+    Ok((status, key))
+}
+
+fn decode(key: &str) -> Option<Zeroizing<[u8; KEY_LEN]>> {
+    let bytes = Zeroizing::new(STANDARD.decode(key).ok()?);
+    let mut array = Zeroizing::new([0; KEY_LEN]);
+    (bytes.len() == KEY_LEN).then(|| array.copy_from_slice(&bytes))?;
+    Some(array)
+}
+
+/// The keys of `kind`, each made by `make`.
+fn ring<K>(
+    keys: &[Key],
+    kind: KeyKind,
+    make: impl Fn(&[u8; KEY_LEN]) -> K,
+) -> Result<Ring<K>, KeyringFault> {
+    let of_kind: Vec<&Key> = keys.iter().filter(|(status, _)| status.kind == kind).collect();
+    let mut primaries = of_kind.iter().enumerate().filter(|(_, (status, _))| status.primary);
+    let (Some((primary, _)), None) = (primaries.next(), primaries.next()) else {
+        return Err(KeyringFault::Primary(kind));
+    };
+    let keys = of_kind.iter().map(|(status, key)| (status.id.clone(), make(key))).collect();
+    Ok(Ring::new(keys, primary))
+}
+
+#[cfg(test)]
+mod tests {
+    use chrono::DateTime;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn text() -> String {
+        Keyring::generate(DateTime::UNIX_EPOCH).to_string()
+    }
+
+    fn refusal(text: &str) -> String {
+        Keyring::parse(text).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_new_keyring_has_one_primary_key_of_each_kind() {
+        let keyring = Keyring::parse(&text()).unwrap();
+        let kinds: Vec<KeyKind> = keyring.status().iter().map(|key| key.kind).collect();
+        assert_eq!(kinds, KeyKind::ALL);
+        assert!(keyring.status().iter().all(|key| key.primary));
+        assert!(keyring.status().iter().all(|key| key.created_at == DateTime::UNIX_EPOCH));
+    }
+
+    #[test]
+    fn a_fault_is_named_with_its_entry_and_without_the_key() {
+        let good = text();
+        let id = Keyring::parse(&good).unwrap().key_ids()[1].to_string();
+        let key_line = good.lines().rfind(|line| line.starts_with("key = ")).unwrap();
+        let key = key_line.trim_start_matches("key = ").trim_matches('"');
+        for (bad, fault) in [
+            (good.replace("\"intake\"", "\"intak\""), format!("key 2 ({id}): kind must be")),
+            (good.replace(key, &key[4..]), "key must be 32 bytes in base64".to_owned()),
+            (good.replace(key, "====????"), "key must be 32 bytes in base64".to_owned()),
+            (good.replace(&id, "I-1"), "key 2 (unnamed): id must match".to_owned()),
+            (good.replace("version = 1", "version = 2"), "version 2 is not".to_owned()),
+            (format!("{good}\n{}", entry_of(&good, 2)), "another key has this id".to_owned()),
+            (
+                good.replace("kind = \"signing\"", "kind = \"sealing\""),
+                "one sealing key".to_owned(),
+            ),
+            (entry_free(&good), "one sealing key must have primary = true".to_owned()),
+            (good.replace(key_line, &format!("secret = \"{key}\"")), "line ".to_owned()),
+            (good.replace(key_line, &format!("key = {key}")), "line ".to_owned()),
+            (good.replace("primary = true", &format!("primary = \"{key}\"")), "line ".to_owned()),
+            (String::new(), "line 1 ".to_owned()),
+        ] {
+            let refusal = refusal(&bad);
+            assert!(refusal.contains(&fault), "{refusal} does not say: {fault}");
+            assert!(!refusal.contains(&key[4..]), "{refusal}");
+        }
+    }
+
+    #[test]
+    fn a_line_at_fault_is_counted_from_one() {
+        let bad = text().replacen("primary = true", "primary = maybe", 1);
+        let line = bad.lines().position(|line| line == "primary = maybe").unwrap() + 1;
+        assert!(refusal(&bad).starts_with(&format!("line {line} ")));
+    }
+
+    /// The `nth` entry of `text`, from 1.
+    fn entry_of(text: &str, nth: usize) -> String {
+        format!("[[key]]{}", text.split("[[key]]").nth(nth).unwrap())
+    }
+
+    fn entry_free(text: &str) -> String {
+        text.split("[[key]]").next().unwrap().to_owned()
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_refused_without_panic(text in "(version = 1\n)?\\PC{0,200}") {
+            prop_assert!(Keyring::parse(&text).is_err());
+        }
+    }
+}

@@ -1,0 +1,322 @@
+//! The keyring file: who may read it, and how it is made and changed.
+
+use std::{
+    ffi::OsString,
+    fs::{self, File, OpenOptions, Permissions},
+    io::{self, Read, Write},
+    os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown},
+    path::{Path, PathBuf},
+};
+
+use thiserror::Error;
+use zeroize::Zeroizing;
+
+use super::{
+    keyring::{KeyId, KeyKind, Keyring},
+    keyring_document::{Key, KeyringFault, new_key, parse_keys, render},
+};
+use crate::domain::clock::Timestamp;
+
+/// More than any keyring has; what is larger is another file.
+const MAX_LEN: u64 = 1 << 20;
+
+/// A keyring file that was refused, and why. No message holds a key.
+#[derive(Debug, Error)]
+#[error("keyring {}: {fault}", path.display())]
+pub struct KeyringError {
+    /// The file.
+    pub path: PathBuf,
+    /// What is wrong with it.
+    pub fault: KeyringFault,
+}
+
+impl KeyringError {
+    fn at(path: &Path) -> impl FnOnce(KeyringFault) -> Self {
+        |fault| Self { path: path.to_owned(), fault }
+    }
+}
+
+impl Keyring {
+    /// Writes a new keyring to `path`, readable by its owner alone, and waits until it is on disk.
+    ///
+    /// # Errors
+    /// [`KeyringFault::Exists`] if there is anything at `path`; [`KeyringFault::Write`].
+    pub fn create_file(path: &Path, now: Timestamp) -> Result<(), KeyringError> {
+        create(path, &Self::generate(now)).map_err(KeyringError::at(path))
+    }
+
+    /// Reads the keyring at `path`.
+    ///
+    /// # Errors
+    /// Refuses a file that others than its owner may read (its group may, if root owns it), and
+    /// one that is not a whole keyring.
+    pub fn load(path: &Path) -> Result<Self, KeyringError> {
+        open_guarded(path)
+            .and_then(read)
+            .and_then(|text| Self::parse(&text))
+            .map_err(KeyringError::at(path))
+    }
+
+    /// Adds a new key of `kind` to the file at `path`, not yet primary, so that every replica can
+    /// have it before the first value is made with it.
+    pub fn add_to_file(path: &Path, kind: KeyKind, now: Timestamp) -> Result<KeyId, KeyringError> {
+        edit(path, |keys| {
+            let key = new_key(kind, false, now);
+            let id = key.0.id.clone();
+            keys.push(key);
+            Ok(id)
+        })
+        .map_err(KeyringError::at(path))
+    }
+
+    /// Makes the key `id` the primary of its kind in the file at `path`.
+    ///
+    /// # Errors
+    /// [`KeyringFault::NoSuchKey`], besides those of reading and writing.
+    pub fn promote_in_file(path: &Path, id: &KeyId) -> Result<(), KeyringError> {
+        edit(path, |keys| {
+            let kind = keys
+                .iter()
+                .find_map(|(status, _)| (status.id == *id).then_some(status.kind))
+                .ok_or_else(|| KeyringFault::NoSuchKey(id.clone()))?;
+            for (status, _) in keys.iter_mut().filter(|(status, _)| status.kind == kind) {
+                status.primary = status.id == *id;
+            }
+            Ok(())
+        })
+        .map_err(KeyringError::at(path))
+    }
+}
+
+fn create(path: &Path, text: &str) -> Result<(), KeyringFault> {
+    let mut file = create_private(path, KeyringFault::Exists)?;
+    file.write_all(text.as_bytes())
+        .and_then(|()| file.sync_all())
+        .and_then(|()| sync_parent(path))
+        .map_err(KeyringFault::Write)
+}
+
+fn create_private(path: &Path, if_exists: KeyringFault) -> Result<File, KeyringFault> {
+    OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(|error| {
+        match error.kind() {
+            io::ErrorKind::AlreadyExists => if_exists,
+            _ => KeyringFault::Write(error),
+        }
+    })
+}
+
+/// Makes a new file's name durable, not its content alone.
+fn sync_parent(path: &Path) -> io::Result<()> {
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    File::open(parent.unwrap_or(Path::new(".")))?.sync_all()
+}
+
+/// Changes the keys at `path` as `change` says, at once and as a whole: a reader sees the old file
+/// or the new one, which keeps its owner and its mode.
+fn edit<T>(
+    path: &Path,
+    change: impl FnOnce(&mut Vec<Key>) -> Result<T, KeyringFault>,
+) -> Result<T, KeyringFault> {
+    // Behind a symbolic link, so that it is the file that is replaced, not the link.
+    let path = fs::canonicalize(path).map_err(KeyringFault::Read)?;
+    let beside = beside(&path);
+    // It keeps out other edits until it takes the file's place.
+    let new = create_private(&beside, KeyringFault::BeingEdited(beside.clone()))?;
+    let changed = rewrite(&path, new, change).and_then(|outcome| {
+        fs::rename(&beside, &path)
+            .and_then(|()| sync_parent(&path))
+            .map(|()| outcome)
+            .map_err(KeyringFault::Write)
+    });
+    if changed.is_err() {
+        // Already renamed or not, it is of no use any more; the fault is told by `changed`.
+        let _ = fs::remove_file(&beside);
+    }
+    changed
+}
+
+/// Where a changed keyring is written before it takes its place.
+fn beside(path: &Path) -> PathBuf {
+    let mut name = OsString::from(".");
+    name.push(path.file_name().unwrap_or_default());
+    name.push(".new");
+    path.with_file_name(name)
+}
+
+/// Writes the changed keys of the file at `path` into `new`.
+fn rewrite<T>(
+    path: &Path,
+    mut new: File,
+    change: impl FnOnce(&mut Vec<Key>) -> Result<T, KeyringFault>,
+) -> Result<T, KeyringFault> {
+    let old = open_guarded(path)?;
+    let metadata = old.metadata().map_err(KeyringFault::Read)?;
+    let mut keys = parse_keys(&read(old)?)?;
+    let outcome = change(&mut keys)?;
+    let text = render(&keys);
+    Keyring::parse(&text)?;
+    fchown(&new, Some(metadata.uid()), Some(metadata.gid()))
+        .and_then(|()| new.set_permissions(Permissions::from_mode(metadata.mode() & 0o777)))
+        .and_then(|()| new.write_all(text.as_bytes()))
+        .and_then(|()| new.sync_all())
+        .map_err(KeyringFault::Write)?;
+    Ok(outcome)
+}
+
+/// Opens the file, if nobody but those who should can read it.
+fn open_guarded(path: &Path) -> Result<File, KeyringFault> {
+    let file = File::open(path).map_err(KeyringFault::Read)?;
+    // Of the open file, not of the path: nobody can swap it in between.
+    let metadata = file.metadata().map_err(KeyringFault::Read)?;
+    if !metadata.is_file() {
+        return Err(KeyringFault::NotAFile);
+    }
+    let mode = metadata.mode() & 0o7777;
+    if is_exposed(mode, metadata.uid()) {
+        return Err(KeyringFault::Exposed(mode));
+    }
+    Ok(file)
+}
+
+fn read(file: File) -> Result<Zeroizing<String>, KeyringFault> {
+    let mut text = Zeroizing::new(String::with_capacity(8192));
+    let read =
+        file.take(MAX_LEN + 1).read_to_string(&mut text).map_err(|error| match error.kind() {
+            io::ErrorKind::InvalidData => KeyringFault::NotAKeyring,
+            _ => KeyringFault::Read(error),
+        })?;
+    if read as u64 > MAX_LEN {
+        return Err(KeyringFault::NotAKeyring);
+    }
+    Ok(text)
+}
+
+/// Whether a file of that mode and owner is open to others than it should be.
+///
+/// Kubernetes gives a secret's files to root, with group read for the pod's `fsGroup`.
+fn is_exposed(mode: u32, owner: u32) -> bool {
+    const ROOT: u32 = 0;
+    let allowed = if owner == ROOT { 0o740 } else { 0o700 };
+    mode & 0o777 & !allowed != 0
+}
+
+#[cfg(test)]
+mod tests {
+    use chrono::DateTime;
+    use tempfile::TempDir;
+
+    use super::*;
+
+    /// A new keyring in a directory of its own.
+    fn keyring_file() -> (TempDir, PathBuf) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("keyring.toml");
+        Keyring::create_file(&path, DateTime::UNIX_EPOCH).unwrap();
+        (directory, path)
+    }
+
+    fn primary_of(path: &Path, kind: KeyKind) -> KeyId {
+        let keyring = Keyring::load(path).unwrap();
+        let primary = keyring.status().iter().find(|key| key.kind == kind && key.primary);
+        primary.unwrap().id.clone()
+    }
+
+    #[test]
+    fn a_new_file_is_private_loads_and_is_never_overwritten() {
+        let (_directory, path) = keyring_file();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        let ids = Keyring::load(&path).unwrap().key_ids();
+        let again = Keyring::create_file(&path, DateTime::UNIX_EPOCH).unwrap_err();
+        assert!(matches!(again.fault, KeyringFault::Exists));
+        assert_eq!(Keyring::load(&path).unwrap().key_ids(), ids);
+    }
+
+    #[test]
+    fn a_file_that_others_may_read_is_refused_by_name() {
+        let (_directory, path) = keyring_file();
+        fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
+        let error = Keyring::load(&path).unwrap_err().to_string();
+        assert!(error.contains("keyring.toml: its mode 0644"), "{error}");
+    }
+
+    #[test]
+    fn the_group_may_read_only_what_root_owns() {
+        for (mode, owner, exposed) in [
+            (0o600, 1000, false),
+            (0o400, 0, false),
+            (0o440, 0, false),
+            (0o640, 0, false),
+            (0o440, 1000, true),
+            (0o660, 0, true),
+            (0o444, 0, true),
+            (0o602, 1000, true),
+        ] {
+            assert_eq!(is_exposed(mode, owner), exposed, "{mode:o} of {owner}");
+        }
+    }
+
+    #[test]
+    fn a_missing_file_or_a_directory_is_refused_by_name() {
+        let directory = tempfile::tempdir().unwrap();
+        let missing = directory.path().join("none.toml");
+        let error = Keyring::load(&missing).unwrap_err().to_string();
+        assert!(error.contains("none.toml: it cannot be read"), "{error}");
+        let error = Keyring::load(directory.path()).unwrap_err();
+        assert!(matches!(error.fault, KeyringFault::NotAFile));
+    }
+
+    #[test]
+    fn an_added_key_makes_nothing_until_it_is_promoted() {
+        let (_directory, path) = keyring_file();
+        let old = primary_of(&path, KeyKind::Sealing);
+        let new = Keyring::add_to_file(&path, KeyKind::Sealing, DateTime::UNIX_EPOCH).unwrap();
+        assert_eq!(primary_of(&path, KeyKind::Sealing), old);
+        let others = primary_of(&path, KeyKind::Intake);
+        Keyring::promote_in_file(&path, &new).unwrap();
+        assert_eq!(primary_of(&path, KeyKind::Sealing), new);
+        assert_eq!(primary_of(&path, KeyKind::Intake), others);
+        assert!(Keyring::load(&path).unwrap().key_ids().contains(&old));
+    }
+
+    #[test]
+    fn an_edit_keeps_every_key_and_the_mode_and_leaves_nothing_behind() {
+        let (directory, path) = keyring_file();
+        fs::set_permissions(&path, Permissions::from_mode(0o400)).unwrap();
+        let before = parse_keys(&fs::read_to_string(&path).unwrap()).unwrap();
+        Keyring::add_to_file(&path, KeyKind::Signing, DateTime::UNIX_EPOCH).unwrap();
+        let after = parse_keys(&fs::read_to_string(&path).unwrap()).unwrap();
+        assert!(before == after[..4], "the keys that were there are unchanged");
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o400);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn an_edit_behind_a_link_replaces_the_file_and_keeps_the_link() {
+        let (directory, path) = keyring_file();
+        let link = directory.path().join("link.toml");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        let id = Keyring::add_to_file(&link, KeyKind::Intake, DateTime::UNIX_EPOCH).unwrap();
+        assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+        assert!(Keyring::load(&path).unwrap().key_ids().contains(&id));
+    }
+
+    #[test]
+    fn a_refused_edit_changes_nothing() {
+        let (directory, path) = keyring_file();
+        let before = fs::read_to_string(&path).unwrap();
+        let error = Keyring::promote_in_file(&path, &"s0".parse().unwrap()).unwrap_err();
+        assert!(error.to_string().ends_with("keyring.toml: it has no key s0"), "{error}");
+        assert_eq!(fs::read_to_string(&path).unwrap(), before);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn two_edits_at_once_are_refused() {
+        let (directory, path) = keyring_file();
+        let other = directory.path().join(".keyring.toml.new");
+        fs::write(&other, "").unwrap();
+        let error = Keyring::add_to_file(&path, KeyKind::Sealing, DateTime::UNIX_EPOCH);
+        assert!(matches!(error.unwrap_err().fault, KeyringFault::BeingEdited(_)));
+        assert!(other.exists(), "the other edit's file is left alone");
+    }
+}

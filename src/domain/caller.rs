@@ -1,0 +1,312 @@
+//! Callers, and who may have what.
+
+use std::{fmt, str::FromStr, sync::Arc};
+
+use crate::domain::{
+    account::{AccountName, Invalid, MAX_NAME},
+    clock::Timestamp,
+};
+
+/// A caller's row number; never reused.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub struct CallerId(pub i64);
+
+/// How a caller showed who it is.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub enum CallerKind {
+    /// A bearer of the broker's own.
+    Bearer,
+    /// A SPIFFE ID in a verified client certificate.
+    Spiffe,
+    /// A DNS name in a verified client certificate.
+    Dns,
+}
+
+impl CallerKind {
+    /// The name in the database and in the audit log.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Bearer => "bearer",
+            Self::Spiffe => "spiffe",
+            Self::Dns => "dns",
+        }
+    }
+}
+
+/// A service that may ask for tokens, with all that decides what it may have.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Caller {
+    /// Its row.
+    pub id: CallerId,
+    /// Its name, for people and the audit log.
+    pub name: Arc<str>,
+    /// A disabled caller is refused as if unknown.
+    pub enabled: bool,
+    /// Calls a second; `None` means the broker's default.
+    pub rate_limit: Option<u32>,
+    /// What it may have.
+    pub grants: Vec<Grant>,
+}
+
+impl Caller {
+    /// Whether a grant gives `right` on `account` at `now`. Default deny.
+    #[must_use]
+    pub fn permits(&self, right: Right, account: &AccountName, now: Timestamp) -> bool {
+        self.enabled
+            && self.grants.iter().any(|grant| {
+                grant.rights.contains(right)
+                    && grant.is_current(now)
+                    && grant.pattern.matches(account.as_str())
+            })
+    }
+
+    /// From where on, in the order of names, those at or after `from` may be covered by a grant with
+    /// `right`: what lies before need not be looked at. `None` when none of them is covered.
+    #[must_use]
+    pub fn resume<'a>(&'a self, right: Right, from: &'a str, now: Timestamp) -> Option<&'a str> {
+        let grants = self.grants.iter().filter(|_| self.enabled);
+        let grants = grants.filter(|it| it.rights.contains(right) && it.is_current(now));
+        grants.filter_map(|grant| grant.pattern.resume(from)).min()
+    }
+}
+
+/// What a grant may allow.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+pub enum Right {
+    /// To get and watch tokens.
+    Get,
+    /// To report a token that the upstream refused.
+    Report,
+    /// To see the account in lists.
+    List,
+}
+
+impl Right {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Get, Self::Report, Self::List];
+
+    /// The name in the database.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Get => "get",
+            Self::Report => "report",
+            Self::List => "list",
+        }
+    }
+}
+
+impl FromStr for Right {
+    type Err = Invalid;
+
+    fn from_str(name: &str) -> Result<Self, Invalid> {
+        Self::ALL
+            .into_iter()
+            .find(|right| right.as_str() == name)
+            .ok_or(Invalid::Unknown("right", "get, report or list"))
+    }
+}
+
+/// A set of rights.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Rights(u8);
+
+impl Rights {
+    /// Whether `right` is among them.
+    #[must_use]
+    pub fn contains(self, right: Right) -> bool {
+        self.0 & (1 << right as u8) != 0
+    }
+}
+
+impl FromIterator<Right> for Rights {
+    fn from_iter<I: IntoIterator<Item = Right>>(rights: I) -> Self {
+        Self(rights.into_iter().fold(0, |set, right| set | 1 << right as u8))
+    }
+}
+
+/// Accounts, rights and an end.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Grant {
+    /// Which accounts.
+    pub pattern: AccountPattern,
+    /// What may be done with them.
+    pub rights: Rights,
+    /// Until when; the end itself is outside.
+    pub ends_at: Option<Timestamp>,
+}
+
+impl Grant {
+    fn is_current(&self, now: Timestamp) -> bool {
+        self.ends_at.is_none_or(|end| now < end)
+    }
+}
+
+/// An account's name, or a pattern whose one `*` stands for any run of characters, also an empty
+/// one. At most 63 characters.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct AccountPattern {
+    before: Box<str>,
+    /// What follows the `*`; `None` for a plain name.
+    after: Option<Box<str>>,
+}
+
+impl AccountPattern {
+    /// Whether `name` is meant.
+    #[must_use]
+    pub fn matches(&self, name: &str) -> bool {
+        match &self.after {
+            None => *self.before == *name,
+            Some(after) => {
+                name.strip_prefix(&*self.before).is_some_and(|rest| rest.ends_with(&**after))
+            }
+        }
+    }
+
+    /// From where on, in the order of names, those at or after `from` may be meant.
+    fn resume<'a>(&'a self, from: &'a str) -> Option<&'a str> {
+        if from <= &*self.before {
+            return Some(&self.before);
+        }
+        (self.after.is_some() && from.starts_with(&*self.before)).then_some(from)
+    }
+
+    /// The one name that is meant, unless this is a pattern.
+    #[must_use]
+    pub fn as_name(&self) -> Option<AccountName> {
+        if self.after.is_some() {
+            return None;
+        }
+        self.before.parse().ok()
+    }
+}
+
+impl FromStr for AccountPattern {
+    type Err = Invalid;
+
+    fn from_str(pattern: &str) -> Result<Self, Invalid> {
+        const RULE: &str = "an account name in which one * may stand for any characters";
+        let Some((before, after)) = pattern.split_once('*') else {
+            let name: AccountName = pattern.parse()?;
+            return Ok(Self { before: name.as_str().into(), after: None });
+        };
+        if pattern.len() > MAX_NAME {
+            return Err(Invalid::TooLong("account pattern", MAX_NAME));
+        }
+        let plain =
+            |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '.' | '_' | '-');
+        if !before.chars().chain(after.chars()).all(plain) || before.starts_with(['.', '_', '-']) {
+            return Err(Invalid::Malformed("account pattern", RULE));
+        }
+        Ok(Self { before: before.into(), after: Some(after.into()) })
+    }
+}
+
+impl fmt::Display for AccountPattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.before)?;
+        self.after.as_ref().map_or(Ok(()), |after| write!(f, "*{after}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use chrono::{DateTime, TimeDelta};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn caller(grants: Vec<Grant>) -> Caller {
+        Caller { id: CallerId(1), name: "demo".into(), enabled: true, rate_limit: None, grants }
+    }
+
+    fn grant(pattern: &str, rights: &[Right], ends_at: Option<Timestamp>) -> Grant {
+        Grant {
+            pattern: pattern.parse().unwrap(),
+            rights: rights.iter().copied().collect(),
+            ends_at,
+        }
+    }
+
+    #[test]
+    fn nothing_is_permitted_without_a_grant() {
+        let now = DateTime::UNIX_EPOCH;
+        let acme = "acme".parse().unwrap();
+        for right in Right::ALL {
+            assert!(!caller(vec![]).permits(right, &acme, now));
+        }
+    }
+
+    #[test]
+    fn a_grant_permits_its_rights_on_its_accounts_until_its_end() {
+        let now = DateTime::UNIX_EPOCH;
+        let end = now + TimeDelta::seconds(1);
+        let caller = caller(vec![grant("acme-*", &[Right::Get], Some(end))]);
+        let (acme, other) = ("acme-1".parse().unwrap(), "other".parse().unwrap());
+        assert!(caller.permits(Right::Get, &acme, now));
+        assert!(!caller.permits(Right::Report, &acme, now));
+        assert!(!caller.permits(Right::Get, &other, now));
+        assert!(!caller.permits(Right::Get, &acme, end));
+        assert!(!Caller { enabled: false, ..caller }.permits(Right::Get, &acme, now));
+    }
+
+    #[test]
+    fn one_star_stands_for_any_run_of_characters() {
+        for (pattern, name, expected) in [
+            ("acme", "acme", true),
+            ("acme", "acme-1", false),
+            ("acme-*", "acme-", true),
+            ("acme-*", "acme", false),
+            ("*", "anything", true),
+            ("*-prod", "acme-prod", true),
+            ("a*a", "a", false),
+            ("a*a", "aa", true),
+            ("acme-*-eu", "acme-1-eu", true),
+        ] {
+            let parsed: AccountPattern = pattern.parse().unwrap();
+            assert_eq!(parsed.matches(name), expected, "{pattern} on {name}");
+            assert_eq!(parsed.to_string(), pattern);
+        }
+    }
+
+    #[test]
+    fn what_no_grant_covers_is_passed_over_in_the_order_of_names() {
+        let now = DateTime::UNIX_EPOCH;
+        let caller = caller(vec![
+            grant("d-*", &[Right::List], None),
+            grant("b", &[Right::List], None),
+            grant("a", &[Right::Get], None),
+            grant("c", &[Right::List], Some(now)),
+        ]);
+        for (from, resumed) in [
+            ("", Some("b")),
+            ("b", Some("b")),
+            ("b-1", Some("d-")),
+            ("d-7", Some("d-7")),
+            ("d.", None),
+        ] {
+            assert_eq!(caller.resume(Right::List, from, now), resumed, "{from}");
+        }
+        assert_eq!(Caller { enabled: false, ..caller }.resume(Right::List, "", now), None);
+    }
+
+    #[test]
+    fn malformed_patterns_are_refused() {
+        for pattern in ["", "a**", "*a*", "A*", "-*", "a b*", &format!("{}*", "a".repeat(63))] {
+            assert!(pattern.parse::<AccountPattern>().is_err(), "{pattern}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_name_matches_every_pattern_made_by_cutting_a_piece_out_of_it(
+            name in "[a-z0-9][a-z0-9._-]{0,40}", cut in 1_usize..40, kept in 0_usize..40,
+        ) {
+            let cut = cut.min(name.len());
+            let kept = kept.min(name.len() - cut);
+            let pattern = format!("{}*{}", &name[..cut], &name[name.len() - kept..]);
+            prop_assert!(pattern.parse::<AccountPattern>().unwrap().matches(&name));
+        }
+    }
+}

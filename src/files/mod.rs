@@ -1,0 +1,3 @@
+//! Files that outlive the process.
+
+pub mod state_dir;

@@ -1,0 +1,98 @@
+//! Logs and metrics.
+//!
+//! **What is never logged**: client secrets, tokens, bearers, keys; bodies of the upstream; values
+//! of headers; parameters of SQL statements; URLs with a password. Their types do not print, and
+//! the crates that see them on the wire do not log below `info`, whatever `RUST_LOG` says.
+
+mod gauges;
+mod latency;
+mod metrics;
+
+use std::{
+    env,
+    io::{self, IsTerminal},
+};
+
+use thiserror::Error;
+use tracing_subscriber::{
+    EnvFilter, Layer, filter::ParseError, layer::SubscriberExt, util::SubscriberInitExt,
+};
+
+pub use self::{
+    gauges::{AccountGauges, Gauges, JournalGauges},
+    metrics::{IssueResult, METRICS_CONTENT_TYPE, Method, Metrics},
+};
+
+/// What is logged unless `RUST_LOG` says otherwise: of sqlx not the server's mere notices.
+const DEFAULT_FILTER: &str = "info,sqlx=warn";
+/// Kept at `info` even under `RUST_LOG=trace`: these crates see headers, with the bearers and
+/// tokens in them.
+const WIRE: [&str; 5] = ["h2=info", "hyper=info", "hyper_util=info", "reqwest=info", "tonic=info"];
+
+/// How a log line looks.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum LogFormat {
+    /// For eyes.
+    Pretty,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Why logging could not be set up.
+#[derive(Debug, Error)]
+pub enum LogsError {
+    /// `RUST_LOG` is not a list of directives.
+    #[error("RUST_LOG is malformed: {0}")]
+    Filter(#[from] ParseError),
+    /// Something else in this process logs already.
+    #[error("logging is set up already")]
+    SetUp,
+}
+
+/// Starts to log to standard error, as `RUST_LOG` says; pretty on a terminal and JSON elsewhere,
+/// unless a format is given.
+pub fn init_logs(format: Option<LogFormat>) -> Result<(), LogsError> {
+    let filter = filter(env::var("RUST_LOG").ok().as_deref())?;
+    let on_terminal = io::stderr().is_terminal();
+    let format = format.unwrap_or(if on_terminal { LogFormat::Pretty } else { LogFormat::Json });
+    let lines = tracing_subscriber::fmt::layer().with_writer(io::stderr);
+    let lines = match format {
+        LogFormat::Pretty => lines.with_ansi(on_terminal).boxed(),
+        LogFormat::Json => lines.json().flatten_event(true).with_span_list(false).boxed(),
+    };
+    tracing_subscriber::registry().with(filter).with(lines).try_init().map_err(|_| LogsError::SetUp)
+}
+
+/// The filter that `directives`, or the default, make, with the wire's own crates held back.
+fn filter(directives: Option<&str>) -> Result<EnvFilter, ParseError> {
+    let directives = directives.filter(|given| !given.is_empty()).unwrap_or(DEFAULT_FILTER);
+    WIRE.iter().try_fold(EnvFilter::builder().parse(directives)?, |filter, directive| {
+        Ok(filter.add_directive(directive.parse()?))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_wires_crates_stay_quiet_whatever_is_asked() {
+        for asked in ["trace", "h2=trace,hyper=debug", "debug"] {
+            let filter = filter(Some(asked)).unwrap().to_string();
+            assert!(filter.contains("h2=info") && filter.contains("hyper=info"), "{filter}");
+            assert!(!filter.contains("h2=trace") && !filter.contains("hyper=debug"), "{filter}");
+        }
+    }
+
+    #[test]
+    fn without_rust_log_the_default_holds() {
+        for unset in [None, Some("")] {
+            assert!(filter(unset).unwrap().to_string().contains("sqlx=warn"));
+        }
+    }
+
+    #[test]
+    fn a_malformed_filter_is_refused() {
+        assert!(filter(Some("token_broker=loud")).is_err());
+    }
+}

@@ -1,0 +1,329 @@
+//! The upstream: one fixed host, one call, and the classes of its failures.
+//!
+//! Nothing is logged here, and no message quotes the upstream: an answer may echo what it was sent.
+
+pub mod rcs;
+mod target;
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{StatusCode, header};
+use reqwest::{Proxy, redirect};
+use thiserror::Error;
+use url::Url;
+use zeroize::Zeroizing;
+
+pub use self::target::{LoopbackUrl, Target, TargetError};
+use crate::domain::{
+    account::ClientId, clock::Clock, refresh_state::FailureClass, secret::ClientSecret,
+    token::IssuedToken,
+};
+
+/// The longest answer that is read, in bytes; the seen ones have about 350.
+pub const MAX_BODY: usize = 64 * 1024;
+
+/// How the upstream is called.
+#[derive(Clone)]
+pub struct Settings {
+    /// Whom to call.
+    pub target: Target,
+    /// The local address to call from, where a machine has several and one is registered.
+    pub bind_address: Option<IpAddr>,
+    /// An explicit forward proxy, `http` or `https`; may hold its user and password. The proxies of
+    /// the environment are never used.
+    pub proxy: Option<Url>,
+    /// The limit of one attempt, connecting included. Connecting may take half of it, so that an
+    /// attempt that gets no connection is known to have sent nothing.
+    pub timeout: Duration,
+}
+
+/// Why there can be no client. No message holds a URL: a proxy's may hold a password.
+#[derive(Debug, Error)]
+pub enum SetUpError {
+    /// The proxy is of a kind that is not spoken.
+    #[error("the upstream's proxy must be an http:// or https:// URL with a host")]
+    Proxy,
+    /// The proxy would carry to another machine what was meant for this one.
+    #[error("the upstream is on loopback, so its proxy must be on loopback too")]
+    ProxyLeavesLoopback,
+    /// TLS has nothing to stand on, as without the system's root certificates.
+    #[error(
+        "the upstream's client cannot be set up: are the system's root certificates installed?"
+    )]
+    Tls,
+}
+
+/// A failed issue.
+#[derive(Clone, Debug, Eq, Error, PartialEq)]
+#[error("{message}")]
+pub struct IssueError {
+    /// What it means for the account.
+    pub class: FailureClass,
+    /// The upstream's error code: 1 to 16 ASCII letters and digits.
+    pub code: Option<String>,
+    /// What happened, in our words.
+    pub message: String,
+    /// How long the upstream asks to be left alone: a second to an hour.
+    pub retry_after: Option<Duration>,
+    /// Whether the upstream may have issued a token that we did not get, which may have ended the
+    /// one before it. False only where it is certain that it has not.
+    pub may_have_issued: bool,
+}
+
+impl IssueError {
+    /// No answer came, though the request may have arrived.
+    fn unanswered(message: impl Into<String>) -> Self {
+        Self {
+            class: FailureClass::Unreachable,
+            code: None,
+            message: message.into(),
+            retry_after: None,
+            may_have_issued: true,
+        }
+    }
+
+    /// Nothing was sent.
+    fn unsent(message: impl Into<String>) -> Self {
+        Self { may_have_issued: false, ..Self::unanswered(message) }
+    }
+
+    /// An answer that cannot be believed, though a token may have been issued with it.
+    fn malformed(message: impl Into<String>) -> Self {
+        Self { class: FailureClass::Malformed, ..Self::unanswered(message) }
+    }
+}
+
+/// Issues tokens. Cheap to clone; clones share their connections.
+#[derive(Clone)]
+pub struct Client {
+    http: reqwest::Client,
+    token_url: String,
+    timeout: Duration,
+    clock: Clock,
+}
+
+impl Client {
+    /// A client that calls `settings.target` and no other host, whatever it answers and whatever
+    /// the environment says. It connects when first used.
+    ///
+    /// # Errors
+    /// When the proxy cannot be used, or TLS has no root certificates.
+    pub fn new(settings: Settings, clock: Clock) -> Result<Self, SetUpError> {
+        let Settings { target, bind_address, proxy, timeout } = settings;
+        let mut http = builder(timeout).https_only(!target.is_loopback());
+        if target.is_loopback() {
+            // `localhost` is this machine whatever the resolver says. Port 0: the URL's.
+            let localhost: [IpAddr; 2] = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+            http = http.resolve_to_addrs("localhost", &localhost.map(|ip| SocketAddr::new(ip, 0)));
+        }
+        let tls = target.base_url().starts_with("https://")
+            || proxy.as_ref().is_some_and(|proxy| proxy.scheme() == "https");
+        if !tls {
+            // No root certificates are needed then, and a bare container has none.
+            http = http.tls_certs_only([]);
+        }
+        if let Some(proxy) = proxy {
+            http = http.proxy(forward_proxy(&proxy, &target)?);
+        }
+        Ok(Self {
+            http: http.local_address(bind_address).build().map_err(|_| SetUpError::Tls)?,
+            token_url: format!("{}/token", target.base_url()),
+            timeout,
+            clock,
+        })
+    }
+
+    /// Asks for a new token: one request, never repeated here.
+    ///
+    /// # Errors
+    /// [`IssueError`], whose class says what may be tried next.
+    pub async fn issue(
+        &self,
+        id: &ClientId,
+        secret: &ClientSecret,
+    ) -> Result<IssuedToken, IssueError> {
+        let mut response = self
+            .http
+            .post(&self.token_url)
+            .header(header::CONTENT_TYPE, "application/json")
+            .header(header::ACCEPT, "application/json")
+            .body(Bytes::from_owner(rcs::request_body(id, secret)))
+            .send()
+            .await
+            .map_err(|error| self.not_answered(&error))?;
+        // `Date` was written just before this moment; the body may take its time.
+        let now = self.clock.now();
+        match self.read_body(&mut response).await {
+            Ok(body) => rcs::read(response.status(), response.headers(), &body, now),
+            Err(error) if response.status().is_success() => Err(error),
+            // What the status says is enough to act on.
+            Err(_) => rcs::read(response.status(), response.headers(), &[], now),
+        }
+    }
+
+    /// Looks whether a call would get through, as far as that shows without a login: connects, by
+    /// the proxy if there is one, completes TLS, and asks for the API's root, which needs no
+    /// credential and gets none. Returns the status of the answer, whatever it is.
+    ///
+    /// # Errors
+    /// [`IssueError`], whose message names the step that failed.
+    pub async fn knock(&self) -> Result<StatusCode, IssueError> {
+        let root = self.token_url.trim_end_matches("/token");
+        let answer = self.http.head(root).send().await;
+        Ok(answer.map_err(|error| self.not_answered(&error))?.status())
+    }
+
+    async fn read_body(
+        &self,
+        response: &mut reqwest::Response,
+    ) -> Result<Zeroizing<Vec<u8>>, IssueError> {
+        // Never grows, which would leave copies of a token behind.
+        let mut body = Zeroizing::new(Vec::with_capacity(MAX_BODY));
+        loop {
+            match response.chunk().await {
+                Ok(None) => return Ok(body),
+                Ok(Some(chunk)) if body.len() + chunk.len() > MAX_BODY => {
+                    return Err(IssueError::malformed(
+                        "the upstream's answer is longer than 64 KiB",
+                    ));
+                }
+                Ok(Some(chunk)) => body.extend_from_slice(&chunk),
+                Err(error) if error.is_timeout() => {
+                    return Err(IssueError::unanswered(self.timed_out()));
+                }
+                Err(_) => {
+                    return Err(IssueError::malformed("the upstream's answer broke off"));
+                }
+            }
+        }
+    }
+
+    fn not_answered(&self, error: &reqwest::Error) -> IssueError {
+        if error.is_connect() {
+            return IssueError::unsent(format!(
+                "the upstream cannot be reached: {}",
+                connect_fault(error)
+            ));
+        }
+        if error.is_builder() {
+            return IssueError::unsent("the upstream's request cannot be built");
+        }
+        if error.is_timeout() {
+            return IssueError::unanswered(self.timed_out());
+        }
+        IssueError::unanswered("the upstream ended the connection without an answer")
+    }
+
+    fn timed_out(&self) -> String {
+        let limit = humantime::format_duration(self.timeout);
+        format!("the upstream did not answer within {limit}")
+    }
+}
+
+/// The settings that every client of the upstream has; reqwest's own are none of them.
+#[expect(clippy::disallowed_methods, reason = "the one home of the upstream's client")]
+fn builder(timeout: Duration) -> reqwest::ClientBuilder {
+    reqwest::Client::builder()
+        .user_agent(concat!("token-broker/", env!("CARGO_PKG_VERSION")))
+        .http1_only()
+        .redirect(redirect::Policy::none())
+        .retry(reqwest::retry::never())
+        .referer(false)
+        .no_proxy()
+        .timeout(timeout)
+        .connect_timeout(timeout / 2)
+}
+
+fn forward_proxy(proxy: &Url, target: &Target) -> Result<Proxy, SetUpError> {
+    if !matches!(proxy.scheme(), "http" | "https") || !proxy.has_host() {
+        return Err(SetUpError::Proxy);
+    }
+    if target.is_loopback() && !target::is_loopback(proxy) {
+        return Err(SetUpError::ProxyLeavesLoopback);
+    }
+    Proxy::all(proxy.clone()).map_err(|_| SetUpError::Proxy)
+}
+
+/// Why no connection came about, from the causes that an operator can act on.
+fn connect_fault(error: &reqwest::Error) -> &'static str {
+    if error.is_dns() {
+        return "its name cannot be resolved";
+    }
+    let mut through_proxy = false;
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        // By its words: its type is its crate's own.
+        through_proxy |= error.to_string().starts_with("tunnel error");
+        if let Some(error) = error.downcast_ref::<io::Error>() {
+            if let Some(fault) = io_fault(error) {
+                return fault;
+            }
+            // An I/O error's source skips the error that it wraps.
+            cause = error.get_ref().map(|inner| inner as _);
+        } else {
+            cause = error.source();
+        }
+    }
+    match (error.is_timeout(), through_proxy) {
+        (true, _) => "connecting took too long",
+        (false, true) => "the proxy does not open a way to it",
+        (false, false) => "no connection",
+    }
+}
+
+fn io_fault(error: &io::Error) -> Option<&'static str> {
+    let tls = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    match (tls, error.kind()) {
+        (Some(rustls::Error::InvalidCertificate(_)), _) => Some("its certificate is not accepted"),
+        (Some(_), _) => Some("the TLS handshake failed"),
+        (None, io::ErrorKind::ConnectionRefused) => Some("connection refused"),
+        (None, io::ErrorKind::ConnectionReset) => Some("connection reset"),
+        (None, io::ErrorKind::AddrNotAvailable) => {
+            Some("the local address to call from is not this machine's")
+        }
+        (None, io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable) => {
+            Some("no route to it")
+        }
+        (None, _) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settings(target: &str, proxy: Option<&str>) -> Settings {
+        Settings {
+            target: target.parse().unwrap(),
+            bind_address: None,
+            proxy: proxy.map(|url| url.parse().unwrap()),
+            timeout: Duration::from_secs(1),
+        }
+    }
+
+    #[test]
+    fn a_proxy_is_of_a_kind_that_is_spoken_and_stays_where_the_target_is() {
+        let client = |target, proxy| Client::new(settings(target, Some(proxy)), Clock::System);
+        let loopback = "http://127.0.0.1:9";
+        assert!(client(loopback, "http://127.0.0.1:3128").is_ok());
+        assert!(matches!(client(loopback, "socks5://127.0.0.1:1"), Err(SetUpError::Proxy)));
+        assert!(matches!(
+            client(loopback, "http://canary:canary@proxy.example:3128"),
+            Err(SetUpError::ProxyLeavesLoopback)
+        ));
+    }
+
+    #[test]
+    fn the_known_hosts_are_called_at_their_token_path() {
+        for target in ["production", "staging"] {
+            let client = Client::new(settings(target, None), Clock::System).unwrap();
+            assert!(client.token_url.starts_with("https://api"), "{}", client.token_url);
+            assert!(client.token_url.ends_with(".rcsbizcenter.com/api/1.1/token"));
+        }
+    }
+}
