@@ -42,7 +42,8 @@ use token_broker::{
         token_service_server::{TokenService, TokenServiceServer},
     },
     app::{App, AppConfig},
-    audit::journal::{JournalSettings, SyncMode},
+    audit::journal::SyncMode,
+    config::DatabaseUrl,
     crypto::{Keyring, bearer::Bearer},
     dev::{
         postgres::{DATABASE, EmbeddedPostgres, Place},
@@ -163,11 +164,12 @@ async fn start() -> Ground {
         upstream.add_account(&id, "SK.1");
         let create = AssertSqlSafe(format!("create database {database}"));
         sqlx::raw_sql(create).execute(&admin).await.unwrap();
-        let database = Database::new(&postgres.url(&database), "bench").unwrap();
+        let url = postgres.url(&database);
+        let database = Database::new(&url, "bench").unwrap();
         database.migrate().await.unwrap();
         let pool = database.pool(1);
         let home = tempfile::tempdir().unwrap();
-        let (app, bearer) = serve(&database, &pool, home.path(), &upstream, &id, sync).await;
+        let (app, bearer) = serve(&url, &pool, home.path(), &upstream, &id, sync).await;
         let contender = |name, delivering| Contender {
             name,
             address: app.grpc_address,
@@ -205,7 +207,7 @@ async fn start() -> Ground {
 }
 
 async fn serve(
-    database: &Database,
+    database_url: &str,
     pool: &PgPool,
     home: &Path,
     upstream: &Simulator,
@@ -228,11 +230,10 @@ async fn serve(
     sqlx::query(insert).bind(bearer.sha256().as_slice()).execute(pool).await.unwrap();
     let keyring = Arc::new(Keyring::parse(&Keyring::generate(Clock::System.now())).unwrap());
     let target = upstream.base_url().parse().unwrap();
-    let plan = AppConfig {
-        journal: JournalSettings { sync, ..JournalSettings::default() },
-        caller_rate: 10_000_000,
-        ..AppConfig::local(database.clone(), target, home.to_owned(), keyring)
-    };
+    let database_url = DatabaseUrl::new(database_url).unwrap();
+    let mut plan = AppConfig::local(database_url, target, home.to_owned(), keyring);
+    plan.settings.audit_sync = sync;
+    plan.settings.caller_rate = 10_000_000;
     let listen = async || TcpListener::bind("127.0.0.1:0").await.unwrap();
     let app = App::start(plan, listen().await, listen().await, &CancellationToken::new()).await;
     (app.unwrap(), bearer)

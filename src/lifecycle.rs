@@ -1,4 +1,4 @@
-//! Signals, drain and the end.
+//! Signals of the process, and the run of a broker from its start to its stop.
 
 use std::process::ExitCode;
 
@@ -9,24 +9,24 @@ use tracing::{info, warn};
 
 use crate::app::App;
 
-/// Lets the process have as many descriptors as the system allows: each connection takes one, and the
-/// usual limit is made for programs that know no better.
-pub fn raise_descriptors() {
+/// Raises the process's limit of open files to the most that the system allows. Each connection takes a
+/// descriptor, and the usual limit of 1,024 exists for programs that use `select`.
+pub fn raise_descriptor_limit() {
     let limit = getrlimit(Resource::Nofile);
-    // What is left is what there was.
+    // If the system refuses, the present limit stays, and fewer connections are accepted.
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
 }
 
-/// The signals that ask the process to stop.
+/// SIGINT and SIGTERM, which ask the process to stop.
 pub struct Signals {
     interrupt: Signal,
     terminate: Signal,
-    /// One came that nobody has acted on yet.
+    /// Whether a signal arrived that [`Signals::next`] has not returned yet.
     pending: bool,
 }
 
 impl Signals {
-    /// Takes SIGINT and SIGTERM from now on.
+    /// Handles SIGINT and SIGTERM from now on, so that they no longer end the process.
     ///
     /// # Errors
     /// When the system refuses.
@@ -38,7 +38,7 @@ impl Signals {
         })
     }
 
-    /// Waits for the next one.
+    /// Waits for the next signal. Cancel safe: no signal is lost.
     pub async fn next(&mut self) {
         if std::mem::take(&mut self.pending) {
             return;
@@ -49,8 +49,9 @@ impl Signals {
         }
     }
 
-    /// Does `start` with a token that the next signal cancels. A start that is over all the same, as
-    /// when the signal came at its very end, leaves the signal to [`Signals::next`].
+    /// Runs `start` with a token that the next signal cancels, and returns its result. The next call of
+    /// [`Signals::next`] returns that signal again, in case `start` succeeded all the same because the
+    /// signal came at its very end.
     pub async fn during<T>(&mut self, start: impl AsyncFnOnce(CancellationToken) -> T) -> T {
         let give_up = CancellationToken::new();
         let started = start(give_up.clone());
@@ -64,7 +65,8 @@ impl Signals {
     }
 }
 
-/// Runs `app` until a signal or a failure, then stops it; a second signal ends at once.
+/// Waits until a signal arrives or a task of `app` fails, and then stops `app`. A second signal ends the
+/// stop at once. The exit code is a failure if a task failed or the stop was cut short.
 pub async fn run(app: App, signals: &mut Signals) -> ExitCode {
     let failed = tokio::select! {
         () = signals.next() => false,
@@ -74,7 +76,7 @@ pub async fn run(app: App, signals: &mut Signals) -> ExitCode {
     tokio::select! {
         () = app.stop() => {}
         () = signals.next() => {
-            warn!("stopped at once: calls were cut, and audit records wait for the next start");
+            warn!("stopped at once: calls were cut off, and audit records wait for the next start");
             return ExitCode::FAILURE;
         }
     }

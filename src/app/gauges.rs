@@ -1,25 +1,25 @@
-//! What the broker tells of itself: readiness, and the gauges that are read at each scrape.
+//! The gauges that are read at each scrape of `/metrics`.
+//!
+//! To add a metric that this process counts, add it to `telemetry::Metrics`; to add one that is read at
+//! each scrape, add a field to `telemetry::Gauges`, export it there and fill it in here. Either way, add
+//! a row to the table in `docs/operations.md`: a test compares it with what is exported.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::sync::atomic::Ordering;
 
 use chrono::TimeDelta;
 
-use super::world::World;
+use super::components::{Components, UNKNOWN_SKEW};
 use crate::{
-    api::ops::{Check, Readiness},
     domain::refresh_state::AccountState,
-    services::connectivity::Connectivity,
     telemetry::{AccountGauges, JournalGauges},
 };
 
-/// The skew before the first issue.
-pub(super) const NO_SKEW: i64 = i64::MIN;
-
-/// Has the metrics read the world at each scrape.
-pub(super) fn export(world: &World) {
-    let (cache, journal, clock) = (world.cache.clone(), world.journal.clone(), world.clock.clone());
-    let (skew, tls) = (world.upstream_skew_ms.clone(), world.tls.clone());
-    world.metrics.on_scrape(move |gauges| {
+/// Makes `/metrics` read the gauges from `components` at each scrape.
+pub(super) fn export(components: &Components) {
+    let (cache, journal) = (components.cache.clone(), components.journal.clone());
+    let (skew, tls) = (components.upstream_skew_ms.clone(), components.tls.clone());
+    let clock = components.clock.clone();
+    components.metrics.on_scrape(move |gauges| {
         let now = clock.now();
         for slot in cache.slots() {
             let view = slot.view();
@@ -28,7 +28,7 @@ pub(super) fn export(world: &World) {
             gauges.earliest_token_end =
                 [gauges.earliest_token_end, end].into_iter().flatten().min();
         }
-        let skew = Some(skew.load(Ordering::Relaxed)).filter(|skew| *skew != NO_SKEW);
+        let skew = Some(skew.load(Ordering::Relaxed)).filter(|skew| *skew != UNKNOWN_SKEW);
         gauges.upstream_clock_skew = skew.map(TimeDelta::milliseconds);
         gauges.tls_not_after = tls.as_ref().map(|tls| tls.not_after());
         let stats = journal.stats();
@@ -54,85 +54,4 @@ fn count_of(gauges: &mut AccountGauges, state: AccountState) -> &mut u64 {
         AccountState::Unreachable => &mut gauges.unreachable,
         AccountState::Disabled => &mut gauges.disabled,
     }
-}
-
-/// Tells how things stand: ready is a journal that can be written and everything loaded once. The
-/// database and the upstream are told of, but not required: live tokens are served without them.
-pub(super) fn readiness(world: &World) -> Arc<dyn Fn() -> Readiness + Send + Sync> {
-    let (cache, journal, clock) = (world.cache.clone(), world.journal.clone(), world.clock.clone());
-    let (reach, ready) = (world.reach.clone(), world.ready.clone());
-    let outage = world.outage.clone();
-    Arc::new(move || {
-        let now = clock.now();
-        let (mut live, mut unreachable) = (0, 0);
-        for slot in cache.slots() {
-            let view = slot.view();
-            live += usize::from(view.live(now).is_some());
-            unreachable += usize::from(view.state(now) == AccountState::Unreachable);
-        }
-        let accounts = cache.len();
-        let serving = ready.load(Ordering::Relaxed);
-        let (writable, roomy) = (journal.is_writable(), journal.is_ready());
-        let standing = reach.standing();
-        let answered = reach.has_answered();
-        let reached = answered && standing == Connectivity::Connected;
-        let undelivered = journal.stats().undelivered;
-        let check = |name, ok, required, detail: String| Check { name, ok, required, detail };
-        Readiness {
-            checks: vec![
-                check(
-                    "serving",
-                    serving,
-                    true,
-                    words(serving, "accounts and callers are loaded", "starting or stopping"),
-                ),
-                check(
-                    "journal",
-                    roomy,
-                    true,
-                    match (writable, roomy) {
-                        (false, _) => "cannot be written: calls are refused",
-                        (true, false) => "is nearly full: calls are still answered",
-                        (true, true) => "can be written",
-                    }
-                    .to_owned(),
-                ),
-                check(
-                    "postgres",
-                    reached,
-                    false,
-                    match standing {
-                        _ if !answered => "has not answered yet",
-                        Connectivity::Connected => "followed",
-                        Connectivity::SoleReplica => "does not answer; issuing goes on without it",
-                        Connectivity::Partitioned => "does not answer; serving what is known",
-                    }
-                    .to_owned(),
-                ),
-                check(
-                    "delivery",
-                    reached,
-                    false,
-                    format!("{undelivered} audit records wait for delivery"),
-                ),
-                check(
-                    "upstream",
-                    unreachable == 0 && !outage.is_on(),
-                    false,
-                    format!(
-                        "{}{unreachable} of {accounts} accounts cannot reach it; {live} have a live token",
-                        if outage.is_on() {
-                            "is away: one account at a time is tried; "
-                        } else {
-                            ""
-                        },
-                    ),
-                ),
-            ],
-        }
-    })
-}
-
-fn words(ok: bool, yes: &str, no: &str) -> String {
-    if ok { yes } else { no }.to_owned()
 }

@@ -1,255 +1,150 @@
-//! The composition of the whole: what `serve` and `dev` run, and what the tests run in process.
+//! Builds a broker from its settings, starts it and stops it, in the same way for `serve`, `dev`, tests
+//! and benches.
+//!
+//! The start, in order ([`App::start`]):
+//! 1. lock the state directory and open the audit journal;
+//! 2. create the [components](components) that need no database, and serve `/livez`, `/readyz` and
+//!    `/metrics`, so that operators can see a broker that waits for its database;
+//! 3. [prepare](prepare): migrate or check the schema, check that the database and the keyring belong
+//!    together, and record the start;
+//! 4. load accounts and callers, start all [tasks](running), and report `SERVING`.
+//!
+//! The stop, in order ([`App::stop`]):
+//! 1. report `NOT_SERVING`, and go on answering calls for the shutdown notice;
+//! 2. stop gRPC, which drains the connections, and the refresher;
+//! 3. wait until the remaining calls have appended their records;
+//! 4. stop the change feed, retention, checkpoints and HTTP;
+//! 5. record the stop, close the journal, and deliver what it has while the database answers.
+//!
+//! What an operator sees when the journal's disk is full is in [readiness]; how to add a setting is in
+//! [`config`](crate::config), and how to add a metric in [gauges].
 
 mod app_config;
+mod components;
+mod database_identity;
+mod database_mismatch;
+mod error;
 mod gauges;
-mod health;
-mod proof;
-mod restored;
+mod grpc_health;
+mod keyring_check;
+mod prepare;
+mod readiness;
+mod running;
 mod supervise;
-mod world;
+mod wiring;
 
-use std::{
-    net::SocketAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
+use std::net::SocketAddr;
+
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tracing::info;
+
+pub use self::{
+    app_config::AppConfig,
+    database_mismatch::{DatabaseMismatch, Difference, LostRecords},
+    error::StartError,
+    keyring_check::{WrongKeyring, check_keyring},
 };
-
-pub use app_config::AppConfig;
-use health::Health;
-pub use proof::prove;
-pub use restored::{Lost, Restored, Strange};
-use thiserror::Error;
-use tokio::{net::TcpListener, task::JoinHandle, time::timeout};
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tracing::{info, warn};
-use world::World;
-
+use self::{
+    components::Components,
+    prepare::prepare,
+    running::{Group, RunningServices},
+};
 use crate::{
-    api::{
-        grpc::server::{ConnectionLimiter, Workers},
-        ops,
-    },
-    audit::{
-        checkpoint_signer::CheckpointSigner,
-        journal::{Journal, JournalError, JournalSettings},
-        record::{Event, Record},
-    },
-    crypto::SealError,
-    domain::clock::Clock,
-    files::state_dir::{StateDir, StateDirError},
-    store::StoreError,
-    tls::TlsError,
-    upstream::SetUpError,
+    api::ops::{self, Ops},
+    audit::journal::Journal,
+    files::state_dir::StateDir,
 };
 
-/// How long the audit log may take to be delivered once everything else has ended.
-const DELIVER_WITHIN: Duration = Duration::from_secs(5);
-/// How long calls whose connections are gone may take to write their records.
-const CALLS_WITHIN: Duration = Duration::from_secs(5);
-/// How long the record of the start may take to become durable.
-const RECORD_WITHIN: Duration = Duration::from_secs(10);
-
-/// Why a broker cannot start. Each names what to put right.
-#[derive(Debug, Error)]
-pub enum StartError {
-    /// The state directory.
-    #[error(transparent)]
-    StateDir(#[from] StateDirError),
-    /// The journal.
-    #[error(transparent)]
-    Journal(#[from] JournalError),
-    /// The record of the start was not written.
-    #[error(
-        "the start cannot be recorded in the audit journal: is the state directory's disk full?"
-    )]
-    NotRecorded,
-    /// What an earlier process noted of the tokens that it issued without the database.
-    #[error(
-        "issued-alone in the state directory, which tells for which accounts tokens were \
-        issued without the database, cannot be used: {0}"
-    )]
-    IssuedAlone(std::io::Error),
-    /// The database.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    /// The upstream's client.
-    #[error(transparent)]
-    Upstream(#[from] SetUpError),
-    /// The keyring is not the one that sealed what is stored: it lacks a key, or opens nothing of
-    /// what was sealed with one.
-    #[error("the keyring does not open the secret of account {account}: {error}")]
-    WrongKeyring {
-        /// An account whose secret does not open.
-        account: String,
-        /// What is wrong with it.
-        error: SealError,
-    },
-    /// The database is not as this replica left it.
-    #[error(transparent)]
-    Restored(#[from] Restored),
-    /// The state directory does not tell which database it belongs to.
-    #[error("the file database in the state directory cannot be used: {0}")]
-    Memory(std::io::Error),
-    /// TLS.
-    #[error("TLS cannot be served: {0}")]
-    Tls(#[from] TlsError),
-    /// The threads that serve.
-    #[error("no threads to serve with: {0}")]
-    Workers(std::io::Error),
-    /// A listener.
-    #[error("cannot listen: {0}")]
-    Listen(#[from] std::io::Error),
-    /// The build.
-    #[error("the service cannot be described: {0}")]
-    Descriptors(#[from] tonic_reflection::server::Error),
-    /// A signal came before the start was over.
-    #[error("stopped before the start was over")]
-    Stopped,
-}
-
-/// A broker that runs.
+/// A running broker.
+#[must_use = "a broker that is dropped is not stopped in order"]
 pub struct App {
-    /// Where gRPC is served.
+    /// The address of gRPC.
     pub grpc_address: SocketAddr,
-    /// Where operators look.
+    /// The address of HTTP for operations.
     pub ops_address: SocketAddr,
-    journal: Journal,
-    clock: Clock,
-    health: Health,
-    guests: Arc<ConnectionLimiter>,
-    /// Outlive every call that was taken up.
-    workers: Arc<Workers>,
-    /// How long a stop lets callers find out.
-    grace: Duration,
-    ready: Arc<AtomicBool>,
-    /// Ends the front door, the streams and the refresher.
-    stop: CancellationToken,
-    /// Ends following and the operators' face, once nobody is served any more.
-    stop_following: CancellationToken,
-    /// Ends delivery, once the journal is closed.
-    stop_delivery: CancellationToken,
-    serving: Vec<JoinHandle<()>>,
-    following: Vec<JoinHandle<()>>,
-    delivery: JoinHandle<()>,
-    notary: Arc<CheckpointSigner>,
-    calls: TaskTracker,
-    failed: CancellationToken,
+    components: Components,
+    services: RunningServices,
 }
 
 impl App {
-    /// Starts a broker that serves gRPC on `grpc` and operators on `ops`. Returns once it is ready;
-    /// a database that cannot be reached yet is waited for, with `/readyz` telling so, until
-    /// `give_up`.
+    /// Starts a broker that serves gRPC on `grpc` and HTTP for operations on `ops`, and returns once it
+    /// serves calls. Waits while the database does not answer, until `give_up` is cancelled; `/readyz`
+    /// says so meanwhile.
+    ///
+    /// Dropping the future leaves the HTTP server running: cancel `give_up` instead.
     ///
     /// # Errors
-    /// See [`StartError`]; nothing is left running then.
+    /// See [`StartError`]. Everything that had been started is stopped again.
     pub async fn start(
-        plan: AppConfig,
+        config: AppConfig,
         grpc: TcpListener,
         ops: TcpListener,
         give_up: &CancellationToken,
     ) -> Result<Self, StartError> {
-        let (grpc_address, ops_address) = (grpc.local_addr()?, ops.local_addr()?);
-        let state_dir = StateDir::open(&plan.state_dir)?;
-        let journal = open_journal(&state_dir, plan.journal, plan.clock.clone()).await?;
-        let world = match World::new(&plan, &state_dir, journal.clone()) {
-            Ok(world) => world,
+        let grpc_address = grpc.local_addr().map_err(StartError::Listen)?;
+        let ops_address = ops.local_addr().map_err(StartError::Listen)?;
+        let state_dir = StateDir::open(&config.settings.state_dir)?;
+        let journal = open_journal(&state_dir, &config).await?;
+        let components = match Components::new(&config, &state_dir, journal.clone()) {
+            Ok(components) => components,
             Err(error) => {
                 journal.close().await;
                 return Err(error);
             }
         };
+        gauges::export(&components);
+        let mut background = Group::default();
+        let served =
+            Ops { readiness: readiness::checks(&components), metrics: components.metrics.clone() };
+        background.adopt(tokio::spawn(ops::serve(ops, served, background.stop_token())));
 
-        let stop_following = CancellationToken::new();
-        let ops = tokio::spawn(ops::serve(ops, world.ops(), stop_following.clone()));
-        let grace = plan.grace;
-        let started = Box::pin(world.start(plan, &state_dir, grpc, &stop_following, give_up)).await;
+        let started = Box::pin(async {
+            let prepared = prepare(&components, &config, &state_dir, give_up).await?;
+            RunningServices::start(
+                &components,
+                &config,
+                &state_dir,
+                prepared,
+                grpc,
+                &mut background,
+                give_up,
+            )
+            .await
+        })
+        .await;
         match started {
-            Ok(started) => {
-                info!(grpc = %grpc_address, operators = %ops_address, "ready");
-                Ok(Self {
-                    grpc_address,
-                    ops_address,
-                    journal,
-                    clock: world.clock,
-                    health: started.health,
-                    guests: started.guests,
-                    workers: started.workers,
-                    grace,
-                    ready: world.ready,
-                    stop: started.stop,
-                    stop_following,
-                    stop_delivery: started.stop_delivery,
-                    serving: started.serving,
-                    following: started.following.into_iter().chain([ops]).collect(),
-                    delivery: started.delivery,
-                    notary: started.notary,
-                    calls: started.calls,
-                    failed: started.failed,
-                })
+            Ok(services) => {
+                info!(grpc = %grpc_address, ops = %ops_address, "ready");
+                Ok(Self { grpc_address, ops_address, components, services })
             }
             Err(error) => {
-                stop_following.cancel();
-                let _ = ops.await;
+                background.stop().await;
                 journal.close().await;
                 Err(error)
             }
         }
     }
 
-    /// Returns when a part of the broker has ended by itself, which is a bug: stop the process.
+    /// Returns once a task of the broker has ended by itself, which is a bug or, for the change feed,
+    /// means that the database was replaced. Stop the broker then.
     pub async fn failed(&self) {
-        self.failed.cancelled().await;
+        self.services.failed().await;
     }
 
-    /// Stops in order: health tells it, connections and attempts end, the stop is recorded, and the
-    /// journal is delivered as far as the database is there.
+    /// Stops the broker in the order that the [module](self) documents. Takes at most the shutdown
+    /// notice and the drain, and then some seconds each for the records, the disk and the delivery.
+    ///
+    /// Dropping the future leaves tasks running, and records undelivered until the next start.
     pub async fn stop(self) {
-        self.ready.store(false, Ordering::Relaxed);
-        self.health.stop().await;
-        // Balancers look at health now and then: until they have, calls keep coming, and are answered.
-        let _ = timeout(self.grace, self.guests.gone()).await;
-        self.stop.cancel();
-        for task in self.serving {
-            let _ = task.await;
-        }
-        // Calls whose connection was cut write their records still.
-        self.calls.close();
-        if timeout(CALLS_WITHIN, self.calls.wait()).await.is_err() {
-            warn!("some calls did not end");
-        }
-        self.workers.end().await;
-        self.stop_following.cancel();
-        for task in self.following {
-            // The disk may hang, and a head's write with it.
-            let _ = timeout(RECORD_WITHIN, task).await;
-        }
-        let stopped = Record::new(self.clock.now(), Event::Stopped);
-        if self.journal.append(stopped).durable(DELIVER_WITHIN).await.is_err() {
-            warn!("the stop could not be recorded");
-        }
-        if timeout(RECORD_WITHIN, self.journal.close()).await.is_err() {
-            warn!("the journal did not close in time");
-        }
-        if timeout(RECORD_WITHIN, self.notary.end()).await.is_err() {
-            warn!("the last head of the audit log was not kept in time");
-        }
-        self.stop_delivery.cancel();
-        let _ = self.delivery.await;
-        let _ = tokio::task::spawn_blocking(move || self.journal.keep_positions()).await;
-        info!("stopped");
+        self.services.stop(self.components).await;
     }
 }
 
-async fn open_journal(
-    state_dir: &StateDir,
-    settings: JournalSettings,
-    clock: Clock,
-) -> Result<Journal, StartError> {
+/// Opens the journal, on a thread for blocking work: the segments are read and checked.
+async fn open_journal(state_dir: &StateDir, config: &AppConfig) -> Result<Journal, StartError> {
     let state_dir = state_dir.clone();
+    let (settings, clock) = (config.journal(), config.clock.clone());
     let opened =
         tokio::task::spawn_blocking(move || Journal::open(&state_dir, settings, clock)).await;
     match opened {

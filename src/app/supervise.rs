@@ -1,4 +1,4 @@
-//! What a start waits for, and what the parts of a broker are watched for.
+//! Waiting for the database at the start, and watching the tasks of a running broker.
 
 use std::{future::Future, pin::Pin, time::Duration};
 
@@ -6,46 +6,55 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, warn};
 
-use super::StartError;
+use super::error::StartError;
 use crate::store::StoreError;
 
-/// The pause between two tries to reach the database at the start.
-const REACH_AGAIN: Duration = Duration::from_secs(1);
+/// The pause between two attempts to reach the database at the start.
+const RETRY_PAUSE: Duration = Duration::from_secs(1);
 
-/// Does `step` again and again while the database cannot be reached.
-pub(super) async fn until_reached<T, F: Future<Output = Result<T, StartError>>>(
+/// Repeats `step` while the database cannot be reached, and returns its result otherwise. A step that
+/// is in progress when `give_up` is cancelled is dropped.
+///
+/// # Errors
+/// The step's own error, unless it is that the database cannot be reached, and
+/// [`StartError::Stopped`] once `give_up` is cancelled.
+pub(super) async fn until_reachable<T, F: Future<Output = Result<T, StartError>>>(
     give_up: &CancellationToken,
     step: impl Fn() -> F,
 ) -> Result<T, StartError> {
-    let mut told = false;
+    let mut warned = false;
     loop {
-        let done = tokio::select! {
+        let result = tokio::select! {
             () = give_up.cancelled() => return Err(StartError::Stopped),
-            done = step() => done,
+            result = step() => result,
         };
-        match done {
+        match result {
             Err(StartError::Store(StoreError::Unreachable(why))) => {
-                if !std::mem::replace(&mut told, true) {
+                if !std::mem::replace(&mut warned, true) {
                     warn!(%why, "the database cannot be reached yet; waiting for it");
                 }
-                tokio::time::sleep(REACH_AGAIN).await;
+                tokio::time::sleep(RETRY_PAUSE).await;
             }
-            done => return done,
+            result => return result,
         }
     }
 }
 
-/// Runs `task`; if it ends before `stop`, by a panic or by itself, the whole broker has failed.
-pub(super) fn watch_over(
+/// A task of the broker, before it is started.
+pub(super) type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// Starts `task`. If it ends or panics before `stop` is cancelled, which is a bug, cancels `failed`, so
+/// that the process ends.
+pub(super) fn supervise(
     name: &'static str,
-    task: Pin<Box<dyn Future<Output = ()> + Send>>,
+    task: Task,
     stop: CancellationToken,
     failed: CancellationToken,
 ) -> JoinHandle<()> {
     tokio::spawn(async move {
         let ended = tokio::spawn(task).await;
         if !stop.is_cancelled() {
-            error!(part = name, panicked = ended.is_err(), "a part of the broker has ended");
+            error!(task = name, panicked = ended.is_err(), "a task of the broker has ended");
             failed.cancel();
         }
     })

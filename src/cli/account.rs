@@ -1,4 +1,4 @@
-//! `account`.
+//! The command `account`.
 
 mod show;
 pub(super) mod wait;
@@ -11,11 +11,12 @@ use clap::{Args, Subcommand};
 use self::wait::WaitArgs;
 use super::{Global, output, prompt, sql};
 use crate::{
-    config::{self, Flags, Intake},
+    config::{self, Flags, IntakeKeyFlag},
     crypto::IntakePublicKey,
     domain::{
         account::{AccountName, ClientId},
         caller::AccountPattern,
+        refresh_state::AccountState,
     },
     store::admin::{Admin, NewAccount, Rotation, Selection},
 };
@@ -25,7 +26,7 @@ use crate::{
 pub(super) struct AccountArgs {
     #[command(subcommand)]
     command: Command,
-    /// Why; goes into the audit log, with the name of who runs this
+    /// The reason, for the audit log, which also gets the name of the user who runs this
     #[arg(long, global = true, value_name = "TEXT")]
     reason: Option<String>,
 }
@@ -43,7 +44,7 @@ Examples:
         #[command(flatten)]
         wait: WaitArgs,
     },
-    /// Prints the INSERT that registers an account, its API KEY sealed for the broker alone
+    /// Prints an INSERT that registers an account, with its API KEY sealed for the broker
     #[command(after_help = "\
 Example:
   token-broker account seal acme --client-id myMemberId > acme.sql")]
@@ -53,15 +54,15 @@ Example:
     },
     /// Lists all accounts
     List {
-        /// Prints JSON
+        /// Print JSON
         #[arg(long)]
         json: bool,
     },
-    /// Shows an account, and what to do about it
+    /// Shows an account, with a hint if something must be done
     Show {
-        /// Which
+        /// The account's name
         name: AccountName,
-        /// Prints JSON
+        /// Print JSON
         #[arg(long)]
         json: bool,
     },
@@ -71,12 +72,12 @@ Examples:
   token-broker account rotate acme --wait
   token-broker account rotate acme --purge-old --reason 'leaked, TICKET-7'")]
     Rotate {
-        /// Which
+        /// The account's name
         name: AccountName,
-        /// Another login for the account, to which the API KEY belongs
+        /// The account's new ID, if the API KEY belongs to another one
         #[arg(long, value_name = "ID")]
         client_id: Option<ClientId>,
-        /// Drops the old API KEY at once: for leaks
+        /// Delete the old API KEY at once, because it leaked
         #[arg(long)]
         purge_old: bool,
         #[command(flatten)]
@@ -84,61 +85,49 @@ Examples:
         #[command(flatten)]
         wait: WaitArgs,
     },
-    /// Asks for new tokens now
+    /// Requests new tokens now
     #[command(after_help = "\
 Examples:
   token-broker account reissue acme --wait
   token-broker account reissue --state unreachable")]
     Reissue {
-        /// Of which accounts: a name, or a pattern such as 'acme-*'
+        /// The accounts: a name, or a pattern such as 'acme-*'
         #[arg(required_unless_present = "state")]
         pattern: Option<AccountPattern>,
-        /// Of those in this state
-        #[arg(long, value_parser = STATES)]
+        /// Only accounts in this state
+        #[arg(long, value_parser = AccountState::ALL.map(AccountState::as_str))]
         state: Option<String>,
         #[command(flatten)]
         wait: WaitArgs,
     },
     /// Enables an account
     Enable {
-        /// Which
+        /// The account's name
         name: AccountName,
     },
     /// Disables an account: its token is no longer served, at once
     Disable {
-        /// Which
+        /// The account's name
         name: AccountName,
     },
     /// Removes an account with its token
     Remove {
-        /// Which
+        /// The account's name
         name: AccountName,
-        /// Does not ask
+        /// Do not ask for confirmation
         #[arg(long)]
         yes: bool,
     },
 }
 
-/// The states of `account_status`.
-const STATES: [&str; 8] = [
-    "fresh",
-    "refreshing",
-    "expired",
-    "rejected",
-    "egress_rejected",
-    "unreachable",
-    "disabled",
-    "pending",
-];
-
 #[derive(Args, Debug)]
 struct NewArgs {
-    /// Its name: [a-z0-9][a-z0-9._-]{0,62}
+    /// The account's name: [a-z0-9][a-z0-9._-]{0,62}
     name: AccountName,
-    /// Its ID at the console, 1 to 20 characters
+    /// The account's ID in the console, 1 to 20 characters
     #[arg(long, value_name = "ID")]
     client_id: ClientId,
-    /// For people
+    /// A description for people
     #[arg(long, default_value = "", value_name = "TEXT")]
     description: String,
     #[command(flatten)]
@@ -147,11 +136,11 @@ struct NewArgs {
 
 #[derive(Args, Debug)]
 struct SecretArgs {
-    /// Takes the API KEY from a file instead of standard input
+    /// Read the API KEY from a file instead of standard input
     #[arg(long, value_name = "FILE")]
     secret_file: Option<PathBuf>,
     #[command(flatten)]
-    intake: Flags<Intake>,
+    intake: Flags<IntakeKeyFlag>,
 }
 
 pub(super) async fn run(global: &Global, args: AccountArgs) -> anyhow::Result<ExitCode> {
@@ -159,7 +148,7 @@ pub(super) async fn run(global: &Global, args: AccountArgs) -> anyhow::Result<Ex
     match args.command {
         Command::Add { account, wait } => add(global, &open().await?, &account, &wait).await,
         Command::Seal { account } => {
-            let key = match given_key(global, &account.secret)? {
+            let key = match configured_key(global, &account.secret)? {
                 Some(key) => key,
                 None => open().await?.intake_key().await?,
             };
@@ -191,18 +180,18 @@ pub(super) async fn run(global: &Global, args: AccountArgs) -> anyhow::Result<Ex
             };
             admin.rotate(&rotation).await?;
             output::note(format_args!("account {name} has a new credential"));
-            wait.until_known(&admin, &[name.to_string()]).await
+            wait.print_outcomes(&admin, &[name.to_string()]).await
         }
         Command::Reissue { pattern, state, wait } => {
             let admin = open().await?;
             let names = admin.reissue(&Selection { pattern, state }).await?;
             if names.is_empty() {
-                bail!("no enabled account fits");
+                bail!("no enabled account matches");
             }
             for name in &names {
                 output::line(name)?;
             }
-            wait.until_known(&admin, &names).await
+            wait.print_outcomes(&admin, &names).await
         }
         Command::Enable { name } => {
             open().await?.enable_account(&name, true).await?;
@@ -236,27 +225,28 @@ async fn add(
     let sealed_secret = &seal(&key, name, client_id, secret)?;
     admin.add_account(&NewAccount { name, client_id, sealed_secret, description }).await?;
     output::note(format_args!("account {name} is registered"));
-    wait.until_known(admin, &[name.to_string()]).await
+    wait.print_outcomes(admin, &[name.to_string()]).await
 }
 
-/// The key that was given on the command line or in the settings.
-fn given_key(global: &Global, args: &SecretArgs) -> anyhow::Result<Option<IntakePublicKey>> {
+/// Returns the public key that the settings name, if they do.
+fn configured_key(global: &Global, args: &SecretArgs) -> anyhow::Result<Option<IntakePublicKey>> {
     Ok(config::intake_key(&global.sources(args.intake.given.clone())?)?)
 }
 
-/// That key, or else the one that the brokers published. It is asked for before the secret, so that
-/// nobody types one in vain.
+/// Returns the public key of the settings, or else the one that the brokers published. Callers get it
+/// before they prompt for the secret, so that nobody types a secret that cannot be sealed.
 async fn intake_key(
     global: &Global,
     admin: &Admin,
     args: &SecretArgs,
 ) -> anyhow::Result<IntakePublicKey> {
-    match given_key(global, args)? {
+    match configured_key(global, args)? {
         Some(key) => Ok(key),
         None => Ok(admin.intake_key().await?),
     }
 }
 
+/// Prompts for the account's API KEY and seals it.
 fn seal(
     key: &IntakePublicKey,
     name: &AccountName,

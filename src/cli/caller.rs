@@ -1,4 +1,4 @@
-//! `caller`.
+//! The command `caller`.
 
 mod show;
 
@@ -23,12 +23,12 @@ use crate::{
     store::admin::{Admin, NewBearer, NewCaller, NewGrant},
 };
 
-/// Registers callers, and says what they may use
+/// Registers callers and grants them accounts
 #[derive(Args, Debug)]
 pub(super) struct CallerArgs {
     #[command(subcommand)]
     command: Command,
-    /// Why; goes into the audit log, with the name of who runs this
+    /// The reason, for the audit log, which also gets the name of the user who runs this
     #[arg(long, global = true, value_name = "TEXT")]
     reason: Option<String>,
 }
@@ -41,90 +41,90 @@ Examples:
   token-broker caller add billing --bearer > billing.bearer
   token-broker caller add billing --spiffe-id spiffe://example.com/billing")]
     Add {
-        /// Its name: [a-z0-9][a-z0-9._-]{0,62}
+        /// The caller's name: [a-z0-9][a-z0-9._-]{0,62}
         name: AccountName,
-        /// Makes a bearer and prints it, once and alone on standard output
+        /// Create a bearer and print it, once, as the only output
         #[arg(long)]
         bearer: bool,
-        /// A SPIFFE ID of its certificates
+        /// A SPIFFE ID in the caller's certificates
         #[arg(long, value_name = "URI")]
         spiffe_id: Vec<String>,
-        /// A DNS name of its certificates
+        /// A DNS name in the caller's certificates
         #[arg(long, value_name = "NAME")]
         dns: Vec<String>,
         /// Calls a second, instead of the broker's default
         #[arg(long, value_name = "N", value_parser = rate_limit())]
         rate_limit: Option<i32>,
-        /// For people
+        /// A description for people
         #[arg(long, default_value = "", value_name = "TEXT")]
         description: String,
     },
     /// Lists all callers
     List {
-        /// Prints JSON
+        /// Print JSON
         #[arg(long)]
         json: bool,
     },
     /// Shows a caller with its credentials and grants
     Show {
-        /// Which
+        /// The caller's name
         name: AccountName,
-        /// Prints JSON
+        /// Print JSON
         #[arg(long)]
         json: bool,
     },
-    /// Lets a caller use accounts; replaces its grants on the same patterns
+    /// Grants a caller the use of accounts; replaces its grants on the same patterns
     #[command(after_help = "\
 Examples:
   token-broker caller grant billing acme 'acme-*'
   token-broker caller grant audit '*' --rights list --until 90d")]
     Grant {
-        /// Which caller
+        /// The caller's name
         name: AccountName,
-        /// Which accounts: names, or patterns in which one * stands for any characters
+        /// The accounts: names, or patterns in which one * stands for any characters
         #[arg(required = true, value_name = "PATTERN")]
         patterns: Vec<AccountPattern>,
-        /// What it may do
+        /// What the caller may do
         #[arg(long, value_delimiter = ',', default_value = "get,report,list")]
         rights: Vec<Right>,
-        /// Until when: RFC 3339, or so long from now, such as 90d
+        /// The end: an RFC 3339 time, or a duration from now, such as 90d
         #[arg(long, value_name = "T")]
         until: Option<Moment>,
     },
-    /// Takes grants away
+    /// Removes grants of a caller
     Ungrant {
-        /// Which caller
+        /// The caller's name
         name: AccountName,
-        /// Their patterns, as they were granted
+        /// The patterns of the grants, as they were granted
         #[arg(required = true, value_name = "PATTERN")]
         patterns: Vec<AccountPattern>,
     },
-    /// Sets a caller's rate
+    /// Sets how many calls a second a caller may make
     Limit {
-        /// Which
+        /// The caller's name
         name: AccountName,
         /// Calls a second
         #[arg(value_parser = rate_limit(), required_unless_present = "default")]
         rate_limit: Option<i32>,
-        /// The broker's default
+        /// Use the broker's default
         #[arg(long, conflicts_with = "rate_limit")]
         default: bool,
     },
     /// Enables a caller
     Enable {
-        /// Which
+        /// The caller's name
         name: AccountName,
     },
-    /// Disables a caller: it is refused as if unknown, at once
+    /// Disables a caller: it is refused like an unknown one, at once
     Disable {
-        /// Which
+        /// The caller's name
         name: AccountName,
     },
     /// Removes a caller with its credentials and grants
     Remove {
-        /// Which
+        /// The caller's name
         name: AccountName,
-        /// Does not ask
+        /// Do not ask for confirmation
         #[arg(long)]
         yes: bool,
     },
@@ -135,31 +135,31 @@ Examples:
 
 #[derive(Debug, Subcommand)]
 enum BearerCommand {
-    /// Makes another bearer and prints it, once and alone on standard output; the others stay
+    /// Creates another bearer and prints it, once, as the only output; the others stay valid
     #[command(after_help = "\
 Example:
   token-broker caller bearer add billing --expires 90d > billing.bearer")]
     Add {
-        /// Whose
+        /// The caller's name
         name: AccountName,
-        /// Until when: RFC 3339, or so long from now, such as 90d
+        /// The end: an RFC 3339 time, or a duration from now, such as 90d
         #[arg(long, value_name = "T")]
         expires: Option<Moment>,
-        /// For people
+        /// A description for people
         #[arg(long, default_value = "", value_name = "TEXT")]
         description: String,
     },
-    /// Lists bearers: their numbers and times
+    /// Lists bearers with their numbers and times, never the bearers themselves
     List {
-        /// Of this caller alone
+        /// Only those of this caller
         name: Option<AccountName>,
-        /// Prints JSON
+        /// Print JSON
         #[arg(long)]
         json: bool,
     },
-    /// Ends a bearer now
+    /// Revokes a bearer, at once
     Revoke {
-        /// Its number, as `bearer list` shows it
+        /// The bearer's number, as `bearer list` shows it
         id: i64,
     },
 }
@@ -186,13 +186,13 @@ pub(super) async fn run(global: &Global, args: CallerArgs) -> anyhow::Result<Exi
             admin.add_caller(&caller).await?;
             note(format_args!("caller {name} is registered; it has no grants yet"));
             if let Some(bearer) = bearer {
-                hand_over(&bearer)?;
+                print_bearer(&bearer)?;
             }
         }
         Command::List { json } => show::list(&admin.callers().await?, json)?,
         Command::Show { name, json } => show::one(&admin.caller(&name).await?, json)?,
         Command::Grant { name, patterns, rights, until } => {
-            let ends_at = until.map(|until| ahead("--until", until)).transpose()?;
+            let ends_at = until.map(|until| future_time("--until", until)).transpose()?;
             let grant = NewGrant { patterns: &patterns, rights: &rights, ends_at };
             admin.grant(&name, &grant).await?;
             let end = ends_at.map(|end| format!(" until {}", LocalTime(end))).unwrap_or_default();
@@ -228,11 +228,11 @@ pub(super) async fn run(global: &Global, args: CallerArgs) -> anyhow::Result<Exi
     Ok(ExitCode::SUCCESS)
 }
 
-/// An end, which must lie ahead: what ends before it begins is a slip.
-fn ahead(flag: &str, end: Moment) -> anyhow::Result<Timestamp> {
+/// Returns the time of `end`, which must be in the future: otherwise it is a mistake.
+fn future_time(flag: &str, end: Moment) -> anyhow::Result<Timestamp> {
     let now = Clock::System.now();
     let end = end.after(now);
-    ensure!(end > now, "{flag}: {} is not ahead", LocalTime(end));
+    ensure!(end > now, "{flag}: {} is not in the future", LocalTime(end));
     Ok(end)
 }
 
@@ -240,11 +240,11 @@ async fn bearer(admin: &Admin, command: BearerCommand) -> anyhow::Result<()> {
     match command {
         BearerCommand::Add { name, expires, description } => {
             let bearer = Bearer::generate();
-            let ends_at = expires.map(|expires| ahead("--expires", expires)).transpose()?;
+            let ends_at = expires.map(|expires| future_time("--expires", expires)).transpose()?;
             let new = NewBearer { sha256: bearer.sha256(), ends_at, description: &description };
             let id = admin.add_bearer(&name, new).await?;
             note(format_args!("caller {name} has a new bearer, number {id}"));
-            hand_over(&bearer)
+            print_bearer(&bearer)
         }
         BearerCommand::List { name, json } => {
             if let Some(name) = &name {
@@ -260,9 +260,9 @@ async fn bearer(admin: &Admin, command: BearerCommand) -> anyhow::Result<()> {
     }
 }
 
-/// Prints a new bearer; nobody can print it again.
-fn hand_over(bearer: &Bearer) -> anyhow::Result<()> {
-    note("keep the bearer now: it is shown this once");
+/// Prints a new bearer. It cannot be printed again, because only its hash is stored.
+fn print_bearer(bearer: &Bearer) -> anyhow::Result<()> {
+    note("keep the bearer now: it is shown only once");
     output::line(bearer.expose())
 }
 

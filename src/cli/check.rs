@@ -1,139 +1,95 @@
-//! `check`: a doctor.
+//! The command `check`: checks an installation before or while it runs.
 
-mod examine;
+mod installation;
+mod result;
 mod upstream;
 
 use std::{process::ExitCode, time::Duration};
 
 use clap::Args;
-use serde::Serialize;
 
+use self::result::{CheckResult, Severity};
 use super::{Global, output};
 use crate::{
-    config::{Broker, Flags, Settings},
+    config::{BrokerFlags, Flags, Settings},
     domain::account::AccountName,
 };
 
-/// Examines settings, database, keyring, rates and the way to the upstream; never logs in there,
-/// unless --issue asks for it
+/// Checks settings, database, keyring, rates and the connection to the upstream; requests no token from
+/// the upstream, except with --issue
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Takes the settings that `serve` takes. Exit code 1 if anything fails.
 
 Examples:
   token-broker check
-  token-broker check --issue acme    # proves the whole way, at the cost of acme's present token")]
+  token-broker check --issue acme    # tests all of it, and may end acme's present token")]
 pub(super) struct CheckArgs {
-    /// Has the brokers that run issue a new token of this account, and waits for it
+    /// Make the running brokers issue a new token for this account, and wait for it
     #[arg(long, value_name = "ACCOUNT")]
     issue: Option<AccountName>,
-    /// How long to wait for that token at most
+    /// The longest time to wait for that token
     #[arg(long, value_name = "DURATION", default_value = "60s",
           value_parser = humantime::parse_duration, requires = "issue")]
     timeout: Duration,
-    /// Prints JSON, once all is known
+    /// Print JSON, once all checks are done
     #[arg(long)]
     json: bool,
     #[command(flatten)]
-    settings: Flags<Broker>,
+    settings: Flags<BrokerFlags>,
 }
 
-/// What came of one examination.
-#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
-enum Verdict {
-    #[serde(rename = "ok")]
-    Good,
-    #[serde(rename = "warn")]
-    Doubtful,
-    #[serde(rename = "fail")]
-    Bad,
-}
-
-/// One line of the doctor's.
-#[derive(Debug, Serialize)]
-struct Finding {
-    subject: &'static str,
-    verdict: Verdict,
-    text: String,
-}
-
-impl Finding {
-    fn good(subject: &'static str, text: impl Into<String>) -> Self {
-        Self { subject, verdict: Verdict::Good, text: text.into() }
-    }
-
-    fn doubtful(subject: &'static str, text: impl Into<String>) -> Self {
-        Self { subject, verdict: Verdict::Doubtful, text: text.into() }
-    }
-
-    fn bad(subject: &'static str, text: impl Into<String>) -> Self {
-        Self { subject, verdict: Verdict::Bad, text: text.into() }
-    }
-}
-
-/// Prints findings as they come, or keeps them for the end.
-struct Doctor {
+/// Prints results as they arrive, or with `--json` all of them at the end.
+struct Printer {
     json: bool,
-    findings: Vec<Finding>,
+    results: Vec<CheckResult>,
 }
 
-impl Doctor {
-    fn tell(&mut self, finding: Finding) -> anyhow::Result<()> {
-        let printed = if self.json { Ok(()) } else { print(&finding) };
-        self.findings.push(finding);
+impl Printer {
+    fn add(&mut self, result: CheckResult) -> anyhow::Result<()> {
+        let printed = if self.json { Ok(()) } else { result.print() };
+        self.results.push(result);
         printed
     }
 
-    fn conclude(self) -> anyhow::Result<ExitCode> {
+    /// Returns the exit code, which is a failure if any check failed.
+    fn finish(self) -> anyhow::Result<ExitCode> {
         if self.json {
-            output::json(&self.findings)?;
+            output::json(&self.results)?;
         }
-        let failed = self.findings.iter().any(|finding| finding.verdict == Verdict::Bad);
+        let failed = self.results.iter().any(|result| result.severity == Severity::Failure);
         Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
     }
 }
 
-fn print(finding: &Finding) -> anyhow::Result<()> {
-    let verdict = match finding.verdict {
-        Verdict::Good => "ok",
-        Verdict::Doubtful => "warn",
-        Verdict::Bad => "FAIL",
-    };
-    output::line(format_args!(
-        "{verdict:<4}  {:<10}  {}",
-        finding.subject,
-        output::printable(&finding.text)
-    ))
-}
-
 pub(super) async fn run(global: &Global, args: CheckArgs) -> anyhow::Result<ExitCode> {
-    let mut doctor = Doctor { json: args.json, findings: vec![] };
+    let mut printer = Printer { json: args.json, results: vec![] };
     let settings = match global.sources(args.settings.given).and_then(|it| Settings::resolve(&it)) {
         Ok((settings, warnings)) => {
             for warning in warnings {
-                doctor.tell(Finding::doubtful("settings", warning))?;
+                printer.add(CheckResult::warning("settings", warning))?;
             }
-            doctor.tell(Finding::good("settings", "complete"))?;
+            printer.add(CheckResult::ok("settings", "complete"))?;
             settings
         }
-        Err(report) => {
-            for line in report.0 {
-                doctor.tell(Finding::bad("settings", line))?;
+        Err(invalid) => {
+            for line in invalid.0 {
+                printer.add(CheckResult::failure("settings", line))?;
             }
-            return doctor.conclude();
+            return printer.finish();
         }
     };
-    let (finding, keyring) = examine::keyring(&settings);
-    doctor.tell(finding)?;
-    doctor.tell(examine::tls(&settings))?;
-    for finding in examine::database(&settings, keyring.as_ref()).await {
-        doctor.tell(finding)?;
+    let (result, keyring) = installation::keyring(&settings);
+    printer.add(result)?;
+    printer.add(installation::tls(&settings))?;
+    for result in installation::database(&settings, keyring.as_ref()).await {
+        printer.add(result)?;
     }
-    for finding in upstream::way(&settings).await {
-        doctor.tell(finding)?;
+    for result in upstream::connection(&settings).await {
+        printer.add(result)?;
     }
     if let Some(account) = &args.issue {
-        doctor.tell(upstream::trial(global, account, args.timeout).await)?;
+        printer.add(upstream::issue(global, account, args.timeout).await)?;
     }
-    doctor.conclude()
+    printer.finish()
 }

@@ -1,27 +1,27 @@
-//! `dev`.
+//! The command `dev`.
 
 use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::bail;
 use clap::Args;
 
-use super::{Global, output, time::lasting};
+use super::{Global, output, time::positive_duration};
 use crate::{dev, telemetry};
 
 /// Runs the whole system on this machine, with nothing to set up
 ///
-/// Its own Postgres, a simulated upstream whose tokens live shortly, the accounts demo-master and
-/// demo-agency, and the caller demo. Ctrl-C leaves nothing behind. With `DATABASE_URL` in the environment it
-/// uses that database instead, in which all of it stays.
+/// Starts a Postgres, a simulated upstream whose tokens are short-lived, and a broker with the accounts
+/// demo-master and demo-agency and the caller demo. Ctrl-C ends and deletes all of it. With
+/// `DATABASE_URL` in the environment it uses that database instead, and keeps what it wrote there.
 #[derive(Args, Debug)]
 pub(super) struct DevArgs {
-    /// Keeps database, keyring and journal there
+    /// Keep the database, the keyring and the journal in this directory
     #[arg(long, value_name = "DIR")]
     pub(super) state_dir: Option<PathBuf>,
-    /// The life of the simulated upstream's tokens
-    #[arg(long, default_value = "60s", value_parser = lasting)]
+    /// The lifetime of the simulated upstream's tokens
+    #[arg(long, default_value = "60s", value_parser = positive_duration)]
     pub(super) token_life: Duration,
-    /// Where gRPC listens; without it, on 127.0.0.1:50051 or another port if that is taken
+    /// The address of gRPC; without it 127.0.0.1:50051, or another port if that one is in use
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub(super) listen: Option<SocketAddr>,
 }

@@ -1,4 +1,4 @@
-//! `health`: what a container's probe runs.
+//! The command `health`, for the probes of container platforms.
 
 use std::{
     io,
@@ -19,70 +19,73 @@ use tonic_health::pb::{
 };
 
 use super::{Global, output};
-use crate::config::{self, Flags, Listen, Probe};
+use crate::config::{self, Flags, HealthEndpoint, ListenFlag};
 
-/// The longest answer that is read, in bytes.
-const LONGEST_ANSWER: u64 = 16 << 10;
-/// A probe that takes longer has failed.
-const LIMIT: Duration = Duration::from_secs(3);
+/// The most bytes that are read of the answer of `/readyz`.
+const MAX_ANSWER_BYTES: u64 = 16 << 10;
+/// How long a probe may take.
+const TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Asks the broker on this machine whether it serves: exit code 0 or 1
 #[derive(Args, Debug)]
 pub(super) struct HealthArgs {
     #[command(flatten)]
-    settings: Flags<Listen>,
+    settings: Flags<ListenFlag>,
 }
 
 pub(super) async fn run(global: &Global, args: HealthArgs) -> anyhow::Result<ExitCode> {
-    match config::probe(&global.sources(args.settings.given)?)? {
-        Probe::Grpc(listen) => ask_grpc(reachable(listen)).await,
-        Probe::Ops(listen) => ask_ops(reachable(listen)).await,
+    match config::health_endpoint(&global.sources(args.settings.given)?)? {
+        HealthEndpoint::Grpc(listen) => ask_grpc(local_address(listen)).await,
+        HealthEndpoint::Readyz(listen) => ask_readyz(local_address(listen)).await,
     }
 }
 
-/// Behind TLS, gRPC would have to be called by a name and trusted: readiness says the same.
-async fn ask_ops(address: SocketAddr) -> anyhow::Result<ExitCode> {
+/// Prints what `/readyz` says. It answers with 200 under the conditions under which gRPC's health service
+/// says `SERVING`.
+async fn ask_readyz(address: SocketAddr) -> anyhow::Result<ExitCode> {
     let ask = async {
         let mut stream = TcpStream::connect(address).await?;
         let request =
             format!("GET /readyz HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n");
         stream.write_all(request.as_bytes()).await?;
         let mut answer = String::new();
-        stream.take(LONGEST_ANSWER).read_to_string(&mut answer).await?;
+        stream.take(MAX_ANSWER_BYTES).read_to_string(&mut answer).await?;
         Ok::<_, io::Error>(answer)
     };
-    match tokio::time::timeout(LIMIT, ask).await {
+    match tokio::time::timeout(TIMEOUT, ask).await {
         Ok(Ok(answer)) => {
             let ready = answer.starts_with("HTTP/1.1 200");
             output::line(if ready { "serving" } else { "not_serving" })?;
             Ok(if ready { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
         Ok(Err(error)) => bail!("no broker answers at {address}: {error}"),
-        Err(_) => bail!("no broker answers at {address} within {} s", LIMIT.as_secs()),
+        Err(_) => bail!("no broker answers at {address} within {} s", TIMEOUT.as_secs()),
     }
 }
 
+/// Prints what gRPC's health service says.
 async fn ask_grpc(address: SocketAddr) -> anyhow::Result<ExitCode> {
-    let channel =
-        Endpoint::from_shared(format!("http://{address}"))?.timeout(LIMIT).connect_timeout(LIMIT);
+    let channel = Endpoint::from_shared(format!("http://{address}"))?
+        .timeout(TIMEOUT)
+        .connect_timeout(TIMEOUT);
     let answer = async {
         let channel = channel.connect().await?;
         HealthClient::new(channel).check(HealthCheckRequest::default()).await.map_err(Into::into)
     };
-    let status = match tokio::time::timeout(LIMIT, answer).await {
+    let status = match tokio::time::timeout(TIMEOUT, answer).await {
         Ok(Ok(answer)) => answer.into_inner().status(),
         Ok(Err(error)) => {
             let error: anyhow::Error = error;
             return Err(error.context(format!("no broker answers at {address}")));
         }
-        Err(_) => bail!("no broker answers at {address} within {} s", LIMIT.as_secs()),
+        Err(_) => bail!("no broker answers at {address} within {} s", TIMEOUT.as_secs()),
     };
     output::line(status.as_str_name().to_lowercase())?;
     Ok(if status == ServingStatus::Serving { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// The address to call for what listens on `listen`.
-fn reachable(mut listen: SocketAddr) -> SocketAddr {
+/// Returns the address at which a server that listens on `listen` can be called from this machine.
+fn local_address(mut listen: SocketAddr) -> SocketAddr {
     match listen.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => listen.set_ip(Ipv4Addr::LOCALHOST.into()),
         IpAddr::V6(ip) if ip.is_unspecified() => listen.set_ip(Ipv6Addr::LOCALHOST.into()),
@@ -96,11 +99,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_listens_everywhere_is_called_on_loopback() {
+    fn a_server_that_listens_on_all_addresses_is_called_on_loopback() {
         for (listen, called) in
             [("0.0.0.0:1", "127.0.0.1:1"), ("[::]:1", "[::1]:1"), ("192.0.2.1:1", "192.0.2.1:1")]
         {
-            assert_eq!(reachable(listen.parse().unwrap()), called.parse().unwrap());
+            assert_eq!(local_address(listen.parse().unwrap()), called.parse().unwrap());
         }
     }
 }

@@ -1,4 +1,4 @@
-//! `keys`.
+//! The command `keys`.
 
 use std::{collections::BTreeMap, path::PathBuf, process::ExitCode};
 
@@ -11,13 +11,13 @@ use super::{
     time::LocalTime,
 };
 use crate::{
-    config::{self, Flags, Keys},
+    config::{self, Flags, KeyringFlag},
     crypto::{KeyKind, Keyring, VerifyingKeys},
     domain::clock::Clock,
     store::admin::{Admin, InstanceSummary, PublishedKey},
 };
 
-/// Makes and shows the keyring
+/// Creates and shows the keyring
 #[derive(Args, Debug)]
 pub(super) struct KeysArgs {
     #[command(subcommand)]
@@ -26,7 +26,7 @@ pub(super) struct KeysArgs {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Writes a new keyring, readable by its owner alone; never overwrites a file
+    /// Writes a new keyring that only its owner can read; never overwrites a file
     #[command(after_help = "\
 Example:
   token-broker keys generate --out /etc/token-broker/keyring")]
@@ -35,25 +35,25 @@ Example:
         #[arg(long, value_name = "FILE")]
         out: PathBuf,
     },
-    /// Shows which keys there are, and which brokers have them
+    /// Shows the keys of the keyring, and how many brokers have loaded each of them
     Status {
         #[command(flatten)]
-        settings: Flags<Keys>,
-        /// Prints JSON
+        settings: Flags<KeyringFlag>,
+        /// Print JSON
         #[arg(long)]
         json: bool,
     },
-    /// Prints the public key that admins seal secrets to, or those that audit signatures are checked with
+    /// Prints the public key that admins seal secrets to, or those that verify audit signatures
     #[command(after_help = "\
 Examples:
   token-broker keys public
   token-broker keys public --signing > audit-keys.pem")]
     Public {
-        /// The public keys of signatures, in PEM
+        /// Print the public keys of signatures, in PEM
         #[arg(long)]
         signing: bool,
         #[command(flatten)]
-        settings: Flags<Keys>,
+        settings: Flags<KeyringFlag>,
     },
 }
 
@@ -97,7 +97,9 @@ async fn status(
     let (instances, published) = match database {
         Ok((instances, published)) => (Some(instances), Some(published)),
         Err(error) => {
-            output::note(format_args!("warning: what brokers have is unknown: {error:#}"));
+            output::note(format_args!(
+                "warning: it is unknown which keys the brokers have: {error:#}"
+            ));
             (None, None)
         }
     };
@@ -131,21 +133,22 @@ async fn status(
         table.row([
             key.id.to_string(),
             key.kind.to_string(),
-            yes(key.primary),
+            yes_or_no(key.primary),
             LocalTime(key.created_at).to_string(),
             output::or_dash(holders.map(|(with, all)| format!("{with} of {all}"))),
-            output::or_dash(published.map(yes)),
+            output::or_dash(published.map(yes_or_no)),
         ]);
     }
     table.print("the keyring is empty")
 }
 
+/// Returns the brokers that are live, and the public keys that the database has.
 async fn database(admin: &Admin) -> anyhow::Result<(Vec<InstanceSummary>, Vec<PublishedKey>)> {
     let mut instances = admin.instances().await?;
     instances.retain(|instance| instance.live);
     Ok((instances, admin.published_keys().await?))
 }
 
-fn yes(yes: bool) -> String {
+fn yes_or_no(yes: bool) -> String {
     if yes { "yes" } else { "no" }.into()
 }

@@ -1,11 +1,12 @@
-//! The command line: one file a command group. `run` returns the exit code: 0 done, 1 failed, 2 wrong
-//! usage, wrong settings included.
+//! The command line: one file for each group of commands. The exit code is 0 for success, 1 for a
+//! failure, and 2 for wrong usage or invalid settings.
 
 mod account;
 mod audit;
 mod caller;
 mod check;
 mod dev;
+mod global;
 mod health;
 mod keys;
 mod output;
@@ -16,20 +17,19 @@ mod sql;
 mod time;
 mod token;
 
-use std::{collections::BTreeMap, env, path::PathBuf, process::ExitCode};
+use std::process::ExitCode;
 
-use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
-use self::output::Closed;
+use self::{
+    global::{APPLICATION_NAME, Global},
+    output::Closed,
+};
 use crate::{
     api::proto,
-    config::{self, Flags, Migrate, Report, Sources},
-    store::admin::{Admin, Attribution},
+    config::{self, Flags, InvalidSettings, MigrateFlag},
 };
-
-/// How the database knows the command line.
-const APPLICATION: &str = "token-broker admin";
 
 /// Issues, keeps fresh and serves the RCS Biz Center tokens of many accounts over gRPC, and audits
 /// every call.
@@ -55,31 +55,12 @@ pub struct Cli {
     command: Command,
 }
 
-/// What every command takes.
-#[derive(Args, Debug)]
-struct Global {
-    #[arg(
-        long,
-        global = true,
-        value_name = "PATH",
-        help = "A TOML file of settings: their names in lower case [env: TOKEN_BROKER_CONFIG]"
-    )]
-    config: Option<PathBuf>,
-    #[arg(
-        long,
-        global = true,
-        value_name = "FILE",
-        help = "A file that holds the database's URL [env: DATABASE_URL or DATABASE_URL_FILE]"
-    )]
-    database_url_file: Option<String>,
-}
-
 #[derive(Debug, Subcommand)]
 enum Command {
     Dev(dev::DevArgs),
     Serve(serve::ServeArgs),
     /// Applies the migrations that the database lacks
-    Migrate(Flags<Migrate>),
+    Migrate(Flags<MigrateFlag>),
     Account(account::AccountArgs),
     Caller(caller::CallerArgs),
     Token(token::TokenArgs),
@@ -93,7 +74,7 @@ enum Command {
 Example:
   token-broker completions bash > /etc/bash_completion.d/token-broker")]
     Completions {
-        /// Which shell
+        /// The shell
         shell: Shell,
     },
     /// Prints the .proto that callers compile
@@ -103,15 +84,15 @@ Example:
     Proto,
 }
 
-/// Does what the command line says, and tells errors on standard error.
+/// Runs the command. Prints its error, if any, on standard error, and returns the exit code.
 pub async fn run(cli: Cli) -> ExitCode {
     match dispatch(cli).await {
         Ok(code) => code,
-        // Whoever reads has read enough.
+        // The reader of the output, such as `head`, needs no more of it.
         Err(error) if error.is::<Closed>() => ExitCode::SUCCESS,
         Err(error) => {
             output::note(format_args!("error: {error:#}"));
-            ExitCode::from(if error.is::<Report>() { 2 } else { 1 })
+            ExitCode::from(if error.is::<InvalidSettings>() { 2 } else { 1 })
         }
     }
 }
@@ -143,37 +124,11 @@ async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     }
 }
 
-async fn migrate(global: &Global, flags: Flags<Migrate>) -> anyhow::Result<ExitCode> {
+async fn migrate(global: &Global, flags: Flags<MigrateFlag>) -> anyhow::Result<ExitCode> {
     let sources = global.sources(flags.given)?;
-    config::migrate_database_url(&sources)?.database(APPLICATION)?.migrate().await?;
+    config::migrate_database_url(&sources)?.database(APPLICATION_NAME)?.migrate().await?;
     output::note("the schema is up to date");
     Ok(ExitCode::SUCCESS)
-}
-
-impl Global {
-    /// The settings' sources, with the flags of a command.
-    fn sources(&self, mut flags: BTreeMap<String, String>) -> Result<Sources, Report> {
-        if let Some(file) = &self.database_url_file {
-            flags.insert(config::table::DATABASE_URL.file_key(), file.clone());
-        }
-        Sources::of_process(flags, self.config.clone())
-    }
-
-    /// The database, for changes for that reason by who runs this.
-    async fn admin(&self, reason: Option<&str>) -> anyhow::Result<Admin> {
-        let url = config::database_url(&self.sources(BTreeMap::new())?)?;
-        let attribution =
-            Attribution { actor: Some(who_runs_this()), reason: reason.map(ToOwned::to_owned) };
-        Ok(Admin::connect(&url.database(APPLICATION)?, attribution).await?)
-    }
-}
-
-/// A name for the audit log; where the environment has none, as in a container, the number.
-fn who_runs_this() -> String {
-    ["SUDO_USER", "USER", "LOGNAME"]
-        .into_iter()
-        .find_map(|name| env::var(name).ok().filter(|name| !name.is_empty()))
-        .unwrap_or_else(|| format!("uid {}", rustix::process::getuid().as_raw()))
 }
 
 #[cfg(test)]
@@ -181,12 +136,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_command_line_is_sound() {
+    fn the_command_line_definition_is_consistent() {
         Cli::command().debug_assert();
     }
 
     #[test]
-    fn serve_has_a_flag_for_each_setting_and_none_for_a_secrets_value() {
+    fn serve_has_a_flag_for_each_setting_but_not_for_the_value_of_a_secret() {
         let mut command = Cli::command();
         command.build();
         let serve = command.find_subcommand("serve").unwrap();
@@ -200,8 +155,8 @@ mod tests {
     }
 
     #[test]
-    fn command_lines_are_taken_or_refused_as_the_contract_says() {
-        let taken = |line: &str| Cli::try_parse_from(line.split(' ')).is_ok();
+    fn documented_command_lines_are_accepted_and_malformed_ones_are_refused() {
+        let accepted = |line: &str| Cli::try_parse_from(line.split(' ')).is_ok();
         for line in [
             "token-broker serve --migrate --plaintext --listen 0.0.0.0:50051 --new-token-ends-older false",
             "token-broker account add acme --client-id id --wait --reason T-1 --config /c",
@@ -222,7 +177,7 @@ mod tests {
             "token-broker check --issue acme --timeout 5s",
             "token-broker completions zsh",
         ] {
-            assert!(taken(line), "{line}");
+            assert!(accepted(line), "{line}");
         }
         for line in [
             "token-broker",
@@ -240,7 +195,7 @@ mod tests {
             "token-broker check --issue acme-*",
             "token-broker check --timeout 5s",
         ] {
-            assert!(!taken(line), "{line}");
+            assert!(!accepted(line), "{line}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The one place that prints: results to standard output, all else to standard error.
+//! The only module that prints: results to standard output, everything else to standard error.
 
 use std::{
     fmt::{self, Display},
@@ -8,64 +8,67 @@ use std::{
 use serde::Serialize;
 use thiserror::Error;
 
-/// Whoever read standard output has closed it, as `head` does.
+/// The reader of standard output has closed it, as `head` does.
 #[derive(Debug, Error)]
 #[error("standard output is closed")]
 pub(super) struct Closed;
 
-/// Prints a line.
+/// Prints a line to standard output.
+///
+/// # Errors
+/// [`Closed`] when nobody reads standard output any more.
 pub(super) fn line(text: impl Display) -> anyhow::Result<()> {
     bytes(format!("{text}\n").as_bytes())
 }
 
-/// Prints as it is.
+/// Prints `bytes` to standard output as they are.
 pub(super) fn bytes(bytes: &[u8]) -> anyhow::Result<()> {
     let mut stdout = io::stdout().lock();
-    told(stdout.write_all(bytes).and_then(|()| stdout.flush()))
+    check_written(stdout.write_all(bytes).and_then(|()| stdout.flush()))
 }
 
-/// What came of writing to standard output, where that nobody reads on is [`Closed`].
-pub(super) fn told(written: io::Result<()>) -> anyhow::Result<()> {
+/// Returns the result of writing to standard output, with a broken pipe as [`Closed`].
+pub(super) fn check_written(written: io::Result<()>) -> anyhow::Result<()> {
     match written {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(Closed.into()),
         written => Ok(written?),
     }
 }
 
-/// Prints a value as JSON.
+/// Prints a value as indented JSON to standard output.
 pub(super) fn json(value: &impl Serialize) -> anyhow::Result<()> {
     line(serde_json::to_string_pretty(value)?)
 }
 
-/// Tells the one who runs this; lost if nobody can hear it.
+/// Prints a line for the user to standard error. A failure is ignored: there is nobody to tell.
 pub(super) fn note(text: impl Display) {
     let _ = writeln!(io::stderr().lock(), "{text}");
 }
 
-/// Columns without lines between them, the same on a terminal and in a pipe.
+/// A table of aligned columns without lines between them, the same on a terminal and in a pipe.
 pub(super) struct Table(comfy_table::Table);
 
 impl Table {
-    /// A table with these columns.
+    /// Returns an empty table with these column names.
     pub(super) fn new<const N: usize>(header: [&str; N]) -> Self {
         let mut table = Self::headless();
         table.0.set_header(header);
         table
     }
 
-    /// Pairs of a name and a value.
+    /// Returns an empty table without column names, for pairs of a name and a value.
     pub(super) fn headless() -> Self {
         let mut table = comfy_table::Table::new();
         table.load_preset(comfy_table::presets::NOTHING);
         Self(table)
     }
 
-    /// Adds a row.
+    /// Adds a row. Control characters in the cells are escaped.
     pub(super) fn row<const N: usize>(&mut self, cells: [String; N]) {
         self.0.add_row(cells.map(|cell| printable(&cell)));
     }
 
-    /// Prints the table; says `empty` to the one who runs this if it has no rows.
+    /// Prints the table, or `empty` to standard error if it has no rows.
     pub(super) fn print(&self, empty: &str) -> anyhow::Result<()> {
         if self.0.is_empty() {
             note(empty);
@@ -77,18 +80,19 @@ impl Table {
 
 impl Display for Table {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // The padding at both ends is of no use.
+        // `comfy_table` pads each line at both ends.
         let bare = |line: String| line.strip_prefix(' ').unwrap_or(&line).trim_end().to_owned();
         f.write_str(&self.0.lines().map(bare).collect::<Vec<_>>().join("\n"))
     }
 }
 
-/// What is absent.
+/// Returns the text of `value`, or `-` if there is none.
 pub(super) fn or_dash(value: Option<impl Display>) -> String {
     value.map_or_else(|| "-".into(), |value| value.to_string())
 }
 
-/// `text` without what would move a terminal's cursor: others wrote it.
+/// Returns `text` with its control characters escaped. Others wrote it, and it must not move the
+/// terminal's cursor.
 pub(super) fn printable(text: &str) -> String {
     text.chars()
         .flat_map(|c| {
@@ -106,7 +110,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_table_is_aligned_columns_and_nothing_else() {
+    fn a_table_has_aligned_columns_and_no_lines() {
         let mut table = Table::new(["NAME", "STATE", "NOTE"]);
         table.row(["acme".into(), "fresh".into(), String::new()]);
         table.row([String::new(), "rejected".into(), "61006\u{1b}[2J".into()]);

@@ -1,4 +1,4 @@
-//! What is asked of the one who runs this.
+//! Input from the user: API KEYs and confirmations.
 
 use std::{
     fs::File,
@@ -11,17 +11,18 @@ use zeroize::Zeroizing;
 
 use crate::domain::secret::ClientSecret;
 
-/// More than any secret has: what is longer is another file.
-const LONGEST: u64 = 4096;
+/// The most bytes that are read for a secret. A longer file is not a secret.
+const MAX_SECRET_BYTES: u64 = 4096;
 
-/// Takes an API KEY from `file`; else, hidden, from the terminal; else from standard input.
-pub(super) fn client_secret(file: Option<&Path>, of: &str) -> anyhow::Result<ClientSecret> {
+/// Reads an API KEY from `file`, if there is one; or else from the terminal without an echo, if standard
+/// input is one; or else from standard input. The prompt names `owner`. Blocks until it has been read.
+pub(super) fn client_secret(file: Option<&Path>, owner: &str) -> anyhow::Result<ClientSecret> {
     let text = match file {
         Some(path) => File::open(path)
             .and_then(read)
             .with_context(|| format!("cannot read {}", path.display()))?,
         None if io::stdin().is_terminal() => {
-            Zeroizing::new(rpassword::prompt_password(format!("API KEY of {of}: "))?)
+            Zeroizing::new(rpassword::prompt_password(format!("API KEY of {owner}: "))?)
         }
         None => read(io::stdin().lock()).context("cannot read the secret from standard input")?,
     };
@@ -30,11 +31,14 @@ pub(super) fn client_secret(file: Option<&Path>, of: &str) -> anyhow::Result<Cli
 
 fn read(from: impl Read) -> io::Result<Zeroizing<String>> {
     let mut text = Zeroizing::new(String::with_capacity(64));
-    from.take(LONGEST).read_to_string(&mut text)?;
+    from.take(MAX_SECRET_BYTES).read_to_string(&mut text)?;
     Ok(text)
 }
 
-/// Has the removal of `what` confirmed by its name, unless `yes` did so.
+/// Asks the user to confirm the removal of `what` by typing its name, unless `yes` is set.
+///
+/// # Errors
+/// When the user types another name, or standard input is not a terminal.
 pub(super) fn confirm_removal(what: &str, name: &str, yes: bool) -> anyhow::Result<()> {
     if yes {
         return Ok(());

@@ -1,4 +1,4 @@
-//! `serve`.
+//! The command `serve`.
 
 use std::{net::SocketAddr, process::ExitCode};
 
@@ -9,7 +9,7 @@ use tokio::net::TcpListener;
 use super::Global;
 use crate::{
     app::{App, AppConfig, StartError},
-    config::{Broker, Flags, Settings},
+    config::{BrokerFlags, Flags, Settings},
     crypto::Keyring,
     lifecycle::{self, Signals},
     telemetry,
@@ -22,15 +22,15 @@ Example:
   DATABASE_URL=postgresql://broker@db/broker TOKEN_BROKER_UPSTREAM=production \\
   TOKEN_BROKER_KEYRING_FILE=/etc/token-broker/keyring token-broker serve")]
 pub(super) struct ServeArgs {
-    /// Applies missing migrations first; without it, too old a schema is refused
+    /// Apply missing migrations first; without it, a schema that is too old is refused
     #[arg(long)]
     migrate: bool,
-    /// Goes on with a database that was restored, copied, or belongs to another deployment, and says
-    /// what went back; without it, such a database is refused
+    /// Accept a database that was restored, copied, or belongs to another deployment, and log what it
+    /// has lost; without it, such a database is refused
     #[arg(long)]
     accept_restored: bool,
     #[command(flatten)]
-    settings: Flags<Broker>,
+    settings: Flags<BrokerFlags>,
 }
 
 pub(super) async fn run(global: &Global, args: ServeArgs) -> anyhow::Result<ExitCode> {
@@ -39,17 +39,22 @@ pub(super) async fn run(global: &Global, args: ServeArgs) -> anyhow::Result<Exit
     for warning in warnings {
         tracing::warn!("{warning}");
     }
-    lifecycle::raise_descriptors();
+    lifecycle::raise_descriptor_limit();
     let mut signals = Signals::take()?;
     let keyring = Keyring::load(&settings.keyring_file)?;
-    let plan = AppConfig::new(&settings, keyring.into(), args.migrate, args.accept_restored)?;
     let grpc = listen(settings.listen).await?;
     let ops = listen(settings.ops_listen).await?;
-    let started =
-        signals.during(async |give_up| Box::pin(App::start(plan, grpc, ops, &give_up)).await).await;
+    let config = AppConfig {
+        migrate: args.migrate,
+        accept_restored: args.accept_restored,
+        ..AppConfig::new(settings, keyring.into())
+    };
+    let started = signals
+        .during(async |give_up| Box::pin(App::start(config, grpc, ops, &give_up)).await)
+        .await;
     match started {
         Ok(app) => Ok(lifecycle::run(app, &mut signals).await),
-        // Asked to stop while the database was away: that is no failure.
+        // A signal came before the database answered. That is not a failure.
         Err(StartError::Stopped) => Ok(ExitCode::SUCCESS),
         Err(error) => Err(error.into()),
     }

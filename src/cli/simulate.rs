@@ -1,4 +1,4 @@
-//! `simulate`.
+//! The command `simulate`.
 
 use std::{
     fs,
@@ -12,7 +12,7 @@ use anyhow::Context;
 use clap::Args;
 use tokio::net::TcpListener;
 
-use super::{output, time::lasting};
+use super::{output, time::positive_duration};
 use crate::{
     dev::simulator::{Faults, Options, SimulatedAccount, Simulator},
     domain::clock::Clock,
@@ -26,22 +26,22 @@ Examples:
   token-broker simulate --accounts-file accounts.json --token-life 60s
   where accounts.json is [{\"client_id\": \"demo\", \"client_secret\": \"SK.demo\"}]")]
 pub(super) struct SimulateArgs {
-    /// Where it listens
+    /// The address to listen on
     #[arg(long, default_value = "127.0.0.1:8080", value_name = "ADDRESS:PORT")]
     listen: SocketAddr,
-    /// JSON: a list of objects with `client_id` and `client_secret`
+    /// A JSON file: a list of objects with `client_id` and `client_secret`
     #[arg(long, value_name = "FILE")]
     accounts_file: Option<PathBuf>,
-    /// The life of a token
-    #[arg(long, default_value = "1h", value_parser = lasting)]
+    /// The lifetime of a token
+    #[arg(long, default_value = "1h", value_parser = positive_duration)]
     token_life: Duration,
-    /// How long each request waits before it is looked at
+    /// How long each request waits before it is handled
     #[arg(long, default_value = "0s", value_parser = humantime::parse_duration)]
     latency: Duration,
-    /// An address that may ask for tokens; all, when none is given
+    /// An address that may request tokens; without it, every address may
     #[arg(long, value_name = "ADDRESS")]
     allow: Vec<IpAddr>,
-    /// The share of requests that get a 503, 0 to 1
+    /// The share of requests that are answered with 503, 0 to 1
     #[arg(long, default_value = "0", value_parser = share)]
     error_rate: f64,
     /// Whether a new token ends the older ones of its account
@@ -80,7 +80,7 @@ pub(super) async fn run(args: SimulateArgs) -> anyhow::Result<ExitCode> {
 fn accounts(path: &Path) -> anyhow::Result<Vec<SimulatedAccount>> {
     let text = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
     serde_json::from_slice(&text).map_err(|error| {
-        // The error's own words may quote a secret.
+        // The message of `error` may quote a secret.
         anyhow::anyhow!(
             "{}, line {}: not a list of objects with client_id and client_secret",
             path.display(),

@@ -1,8 +1,8 @@
-//! Statements for an admin to paste.
+//! SQL statements that an admin can run elsewhere.
 
 use crate::domain::account::{AccountName, ClientId};
 
-/// The statement that registers an account whose secret is sealed already.
+/// Returns the statement that registers an account whose secret is sealed already.
 pub(super) fn insert_account(
     name: &AccountName,
     client_id: &ClientId,
@@ -19,7 +19,7 @@ pub(super) fn insert_account(
     )
 }
 
-/// `text` as a literal that means the same whatever `standard_conforming_strings` is.
+/// Returns `text` as a string literal that does not depend on `standard_conforming_strings`.
 fn quote(text: &str) -> String {
     let doubled = text.replace('\'', "''");
     if text.contains('\\') {
@@ -44,7 +44,7 @@ mod tests {
         assert_eq!(quote(r"\'"), r"E'\\'''");
     }
 
-    /// Reads a literal as Postgres does; `None` if it ends before the text does.
+    /// Parses a literal as Postgres does. Returns `None` if the literal ends before the text does.
     fn unquote(literal: &str) -> Option<String> {
         let (body, escapes) = match literal.strip_prefix('E') {
             Some(body) => (body, true),
@@ -64,7 +64,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_literal_means_the_text_that_it_was_made_of(text in r"[a-z'\\\n]{0,12}|\PC*") {
+        fn a_quoted_text_is_parsed_back_to_itself(text in r"[a-z'\\\n]{0,12}|\PC*") {
             prop_assert_eq!(unquote(&quote(&text)), Some(text));
         }
     }

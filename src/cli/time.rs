@@ -1,4 +1,4 @@
-//! Times as people write and read them.
+//! Times and durations in the command line and in the output.
 
 use std::{fmt, str::FromStr, time::Duration};
 
@@ -7,7 +7,7 @@ use serde::{Serialize, Serializer};
 
 use crate::domain::clock::{Timestamp, delta};
 
-/// A time in the local zone, with its offset.
+/// A time that is printed in the local time zone with its offset.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct LocalTime(pub(super) Timestamp);
 
@@ -24,27 +24,27 @@ impl Serialize for LocalTime {
     }
 }
 
-/// A time as it was given: RFC 3339, or so far from now.
+/// A time as the user gave it: in RFC 3339, or as a distance from now.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Moment {
     At(Timestamp),
-    Away(Duration),
+    Distance(Duration),
 }
 
 impl Moment {
-    /// The time, where a duration means from `now` on.
+    /// Returns the time, with a distance counted forwards from `now`.
     pub(super) fn after(self, now: Timestamp) -> Timestamp {
         match self {
             Self::At(at) => at,
-            Self::Away(away) => now + delta(away),
+            Self::Distance(distance) => now + delta(distance),
         }
     }
 
-    /// The time, where a duration means before `now`.
+    /// Returns the time, with a distance counted backwards from `now`.
     pub(super) fn before(self, now: Timestamp) -> Timestamp {
         match self {
             Self::At(at) => at,
-            Self::Away(away) => now - delta(away),
+            Self::Distance(distance) => now - delta(distance),
         }
     }
 }
@@ -55,26 +55,26 @@ impl FromStr for Moment {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         DateTime::parse_from_rfc3339(text)
             .map(|at| Self::At(at.to_utc()))
-            .or_else(|_| humantime::parse_duration(text).map(Self::Away))
+            .or_else(|_| humantime::parse_duration(text).map(Self::Distance))
             .map_err(|_| "neither RFC 3339, such as 2027-01-31T09:00:00+09:00, nor a duration, such as 90d")
     }
 }
 
-/// A duration above zero.
-pub(super) fn lasting(text: &str) -> Result<Duration, String> {
+/// Parses a duration above zero.
+pub(super) fn positive_duration(text: &str) -> Result<Duration, String> {
     match humantime::parse_duration(text) {
         Ok(Duration::ZERO) => Err("must be above zero".into()),
         parsed => parsed.map_err(|error| error.to_string()),
     }
 }
 
-/// What is left, as [`brief`] says it.
+/// Formats a number of seconds as [`brief`] does.
 pub(super) fn seconds(seconds: i64) -> String {
     brief(Duration::from_secs(seconds.unsigned_abs()))
 }
 
-/// A duration in its two largest units at most: rounded up to whole seconds, or milliseconds below a
-/// second, and then cut.
+/// Formats a duration in at most two units. It is rounded up to whole seconds, or to whole milliseconds
+/// below a second, and then units below the two largest are dropped.
 pub(super) fn brief(span: Duration) -> String {
     let unit = if span < Duration::from_secs(1) { 1_000_000 } else { 1_000_000_000 };
     let beyond = span.subsec_nanos() % unit;
@@ -100,14 +100,14 @@ mod tests {
     }
 
     #[test]
-    fn a_time_is_shown_with_its_offset() {
+    fn a_time_is_printed_with_its_offset() {
         let shown = LocalTime(DateTime::UNIX_EPOCH).to_string();
         let parsed = DateTime::parse_from_str(&shown, "%Y-%m-%d %H:%M:%S %:z").unwrap();
         assert_eq!(parsed, DateTime::UNIX_EPOCH);
     }
 
     #[test]
-    fn a_duration_has_two_units_at_most_and_nothing_below_a_second_beside_one() {
+    fn a_duration_has_at_most_two_units_and_no_fractions_of_seconds_from_one_second_on() {
         for (span, brief_span) in [
             (Duration::ZERO, "0s"),
             (Duration::from_nanos(1), "1ms"),

@@ -1,4 +1,4 @@
-//! `token`: a caller's side, from the shell.
+//! The command `token`: a client of a broker.
 
 mod client;
 
@@ -16,11 +16,11 @@ use crate::{
         AccountEnded, GetTokenRequest, GetTokenResponse, WatchTokensRequest, account_ended::Reason,
         watch_tokens_response::Event,
     },
-    config::{Client, ClientSettings, Flags},
+    config::{ClientFlags, ClientSettings, Flags},
     domain::caller::AccountPattern,
 };
 
-/// Asks a broker for tokens
+/// Gets tokens from a broker
 #[derive(Args, Debug)]
 pub(super) struct TokenArgs {
     #[command(subcommand)]
@@ -29,7 +29,7 @@ pub(super) struct TokenArgs {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Prints an account's token, alone on standard output
+    /// Prints an account's token as the only output
     #[command(after_help = "\
 The caller's bearer comes from TOKEN_BROKER_BEARER, TOKEN_BROKER_BEARER_FILE or --bearer-file.
 
@@ -41,24 +41,24 @@ Examples:
 
 #[derive(Args, Debug)]
 struct GetArgs {
-    /// Which account; with --watch also a pattern such as 'acme-*'
+    /// The account's name; with --watch also a pattern such as 'acme-*'
     account: AccountPattern,
-    /// How long the token must live at least
+    /// The shortest time for which the token must still be valid
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration,
           conflicts_with = "watch")]
     min_ttl: Option<Duration>,
-    /// Prints all that the broker says, as JSON
+    /// Print all of the broker's answer, as JSON
     #[arg(long)]
     json: bool,
-    /// Prints each new token as it comes, a line each
+    /// Print each new token as it arrives, one a line
     #[arg(long)]
     watch: bool,
-    /// How long to wait for the token
+    /// The longest time to wait for the token
     #[arg(long, value_name = "DURATION", default_value = "30s",
           value_parser = humantime::parse_duration, conflicts_with = "watch")]
     timeout: Duration,
     #[command(flatten)]
-    settings: Flags<Client>,
+    settings: Flags<ClientFlags>,
 }
 
 pub(super) async fn run(global: &Global, args: TokenArgs) -> anyhow::Result<ExitCode> {
@@ -70,7 +70,7 @@ pub(super) async fn run(global: &Global, args: TokenArgs) -> anyhow::Result<Exit
 
 async fn get(mut client: BrokerClient, args: &GetArgs) -> anyhow::Result<ExitCode> {
     let Some(account) = args.account.as_name() else {
-        bail!("a pattern stands for many accounts: say --watch");
+        bail!("a pattern stands for many accounts: use --watch");
     };
     let min_ttl = args.min_ttl.map(prost_types::Duration::try_from).transpose();
     let request = GetTokenRequest {
@@ -123,7 +123,7 @@ fn as_json(account: &str, token: &GetTokenResponse) -> Value {
         "access_token": token.access_token,
         "expires_at": time(token.expires_at),
         "issued_at": time(token.issued_at),
-        // Text, as protobuf's JSON has it: many readers cut a number beyond 2^53.
+        // A string, as in protobuf's JSON: many parsers round numbers beyond 2^53.
         "generation": token.generation.to_string(),
         "reuse_for_seconds": seconds(token.reuse_for),
         "expires_in_seconds": seconds(token.expires_in),

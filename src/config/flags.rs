@@ -1,4 +1,5 @@
-//! Flags made from the table, so that no setting lacks one and each help text names its variable.
+//! Command line flags that are derived from the table, so that every setting has one and its help text
+//! names its environment variable.
 
 use std::{collections::BTreeMap, marker::PhantomData};
 
@@ -6,71 +7,71 @@ use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
 
 use super::table::{self, Setting};
 
-/// The settings that a command takes as flags.
-pub trait Group {
-    /// Which.
+/// The settings that a command accepts as flags.
+pub trait FlagGroup {
+    /// The settings, in the order in which the help lists them.
     const SETTINGS: &'static [&'static Setting];
-    /// Their heading in the help.
+    /// The heading above them in the help.
     const HEADING: &'static str = "Settings";
 }
 
-/// What `serve` and `check` take.
+/// The flags of `serve` and `check`.
 #[derive(Clone, Copy, Debug)]
-pub struct Broker;
+pub struct BrokerFlags;
 
-impl Group for Broker {
+impl FlagGroup for BrokerFlags {
     const SETTINGS: &'static [&'static Setting] = table::BROKER;
 }
 
-/// What calls a broker.
+/// The flags of `token get`.
 #[derive(Clone, Copy, Debug)]
-pub struct Client;
+pub struct ClientFlags;
 
-impl Group for Client {
+impl FlagGroup for ClientFlags {
     const SETTINGS: &'static [&'static Setting] = table::CLIENT;
 }
 
-/// The intake key alone.
+/// The flag for the public key that secrets are sealed to.
 #[derive(Clone, Copy, Debug)]
-pub struct Intake;
+pub struct IntakeKeyFlag;
 
-impl Group for Intake {
+impl FlagGroup for IntakeKeyFlag {
     const SETTINGS: &'static [&'static Setting] = &[&table::INTAKE_KEY];
 }
 
-/// The keyring alone.
+/// The flag for the keyring's path.
 #[derive(Clone, Copy, Debug)]
-pub struct Keys;
+pub struct KeyringFlag;
 
-impl Group for Keys {
+impl FlagGroup for KeyringFlag {
     const SETTINGS: &'static [&'static Setting] = &[&table::KEYRING_FILE];
 }
 
-/// The address of gRPC alone.
+/// The flag for gRPC's address.
 #[derive(Clone, Copy, Debug)]
-pub struct Listen;
+pub struct ListenFlag;
 
-impl Group for Listen {
+impl FlagGroup for ListenFlag {
     const SETTINGS: &'static [&'static Setting] = &[&table::LISTEN];
 }
 
-/// The database's URL for `migrate`, beside the one that every command takes.
+/// The flag for `migrate`'s own database URL, beside `--database-url-file`, which every command has.
 #[derive(Clone, Copy, Debug)]
-pub struct Migrate;
+pub struct MigrateFlag;
 
-impl Group for Migrate {
+impl FlagGroup for MigrateFlag {
     const SETTINGS: &'static [&'static Setting] = &[&table::MIGRATE_DATABASE_URL];
 }
 
-/// The flags of a group that were given, by key, or by [`Setting::file_key`] for secrets.
+/// The flags of the group `G` that were given.
 #[derive(Clone, Debug)]
 pub struct Flags<G> {
-    /// The values as given.
+    /// The values as given, by [`Setting::key`], or for secrets by [`Setting::file_key`].
     pub given: BTreeMap<String, String>,
     group: PhantomData<G>,
 }
 
-impl<G: Group> FromArgMatches for Flags<G> {
+impl<G: FlagGroup> FromArgMatches for Flags<G> {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
         let given = G::SETTINGS
             .iter()
@@ -86,7 +87,7 @@ impl<G: Group> FromArgMatches for Flags<G> {
     }
 }
 
-impl<G: Group> Args for Flags<G> {
+impl<G: FlagGroup> Args for Flags<G> {
     fn augment_args(command: Command) -> Command {
         G::SETTINGS
             .iter()
@@ -102,19 +103,20 @@ fn id(setting: &Setting) -> String {
     if setting.secret { setting.file_key() } else { setting.key.to_owned() }
 }
 
-/// The flag of `setting`. Clap itself reads no variable: its help would print their values.
-pub(super) fn arg(setting: &Setting) -> Arg {
+/// Returns the flag of `setting`. It is not tied to the environment variable by clap, because clap's
+/// help prints the variable's present value.
+fn arg(setting: &Setting) -> Arg {
     let env = if setting.secret {
         format!("{} or {}", setting.env(), setting.file_env())
     } else {
         setting.env()
     };
-    let default = setting.default.map(|text| format!(" [default: {text}]")).unwrap_or_default();
+    let default = setting.default().map(|text| format!(" [default: {text}]")).unwrap_or_default();
     let arg = Arg::new(id(setting))
         .long(setting.flag())
         .help(format!("{} [env: {env}]{default}", setting.help))
         .value_name(value_name(setting));
-    if matches!(setting.default, Some("true" | "false")) {
+    if matches!(setting.default(), Some("true" | "false")) {
         return arg.num_args(0..=1).default_missing_value("true");
     }
     arg

@@ -1,4 +1,5 @@
-//! How values are read. Errors say what was expected and never quote the value: it may be a secret.
+//! Parsers of the values. Their errors say what was expected and never quote the value, which may be a
+//! secret.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -9,14 +10,15 @@ use std::{
 use ipnet::IpNet;
 use url::Url;
 
-use super::{AuditSync, ProxyUrl};
+use super::urls::ProxyUrl;
 use crate::{
+    audit::journal::SyncMode,
     crypto::{IntakeError, IntakePublicKey, bearer::Bearer},
     telemetry::LogFormat,
     upstream::{Target, TargetError},
 };
 
-/// What was expected.
+/// What is wrong with a value, or what was expected instead.
 pub(super) type Fault = String;
 
 pub(super) fn address(text: &str) -> Result<SocketAddr, Fault> {
@@ -27,7 +29,7 @@ pub(super) fn ip(text: &str) -> Result<IpAddr, Fault> {
     text.parse().map_err(|_| "not an IP address".into())
 }
 
-#[expect(clippy::unnecessary_wraps, reason = "one of a family")]
+#[expect(clippy::unnecessary_wraps, reason = "the other parsers can fail")]
 pub(super) fn path(text: &str) -> Result<PathBuf, Fault> {
     Ok(text.into())
 }
@@ -40,12 +42,12 @@ pub(super) fn proxy(text: &str) -> Result<ProxyUrl, Fault> {
     http_url(text).map(ProxyUrl)
 }
 
-/// A URL to which paths are appended: without a path, query or user of its own.
+/// Parses a URL to which paths are appended: it must not have a path, a query or a user of its own.
 pub(super) fn endpoint(text: &str) -> Result<Url, Fault> {
     let url = http_url(text)?;
     let bare = url.path() == "/" && url.query().is_none() && url.fragment().is_none();
     if !bare || !url.username().is_empty() || url.password().is_some() {
-        return Err("must be a scheme, a host and a port alone".into());
+        return Err("must be a scheme, a host and a port, and nothing else".into());
     }
     Ok(url)
 }
@@ -65,7 +67,7 @@ pub(super) fn intake_key(text: &str) -> Result<IntakePublicKey, Fault> {
     text.parse().map_err(|error: IntakeError| error.to_string())
 }
 
-/// Addresses and CIDRs, joined by commas or white space.
+/// Parses addresses and CIDRs that are joined by commas or white space.
 pub(super) fn networks(text: &str) -> Result<Vec<IpNet>, Fault> {
     text.split([',', ' ', '\n'])
         .filter(|part| !part.is_empty())
@@ -74,11 +76,12 @@ pub(super) fn networks(text: &str) -> Result<Vec<IpNet>, Fault> {
         .map_err(|_| "not a list of addresses or CIDRs such as 192.0.2.1,198.51.100.0/24".into())
 }
 
-/// Networks that say for whom they speak, so that everybody would be too many.
-pub(super) fn balancers(text: &str) -> Result<Vec<IpNet>, Fault> {
+/// Parses the networks of load balancers. These are trusted to name the address of the client, so a
+/// network of all addresses is refused.
+pub(super) fn load_balancers(text: &str) -> Result<Vec<IpNet>, Fault> {
     let networks = networks(text)?;
     if networks.iter().any(|network| network.prefix_len() == 0) {
-        return Err("must be the balancers' addresses, not everybody's".into());
+        return Err("must be the load balancers' addresses, not all addresses".into());
     }
     Ok(networks)
 }
@@ -87,7 +90,7 @@ pub(super) fn boolean(text: &str) -> Result<bool, Fault> {
     text.parse().map_err(|_| "must be true or false".into())
 }
 
-/// A number from `least` to `most`.
+/// Returns a parser of numbers from `least` to `most`.
 pub(super) fn number<T>(least: T, most: T) -> impl Fn(&str) -> Result<T, Fault>
 where
     T: std::str::FromStr + PartialOrd + std::fmt::Display,
@@ -100,7 +103,7 @@ where
     }
 }
 
-/// As [`number`], where `/s` may follow.
+/// Returns a parser as [`number`] does, of numbers that `/s` may follow.
 pub(super) fn rate<T>(least: T, most: T) -> impl Fn(&str) -> Result<T, Fault>
 where
     T: std::str::FromStr + PartialOrd + std::fmt::Display,
@@ -109,7 +112,7 @@ where
     move |text| number(text.strip_suffix("/s").unwrap_or(text))
 }
 
-/// A duration with its unit, from `least` to `most`.
+/// Returns a parser of durations with a unit, from `least` to `most`.
 pub(super) fn duration(
     least: Duration,
     most: Duration,
@@ -126,7 +129,8 @@ pub(super) fn duration(
     }
 }
 
-/// A SPIFFE trust domain: lower case letters, digits, dots, dashes and underscores (SPIFFE ID, section 2.1).
+/// Parses a SPIFFE trust domain: 1 to 255 lower case letters, digits, dots, dashes and underscores
+/// (SPIFFE ID specification, section 2.1).
 pub(super) fn trust_domain(text: &str) -> Result<String, Fault> {
     let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"._-".contains(&b);
     if text.len() <= 255 && !text.is_empty() && text.bytes().all(plain) {
@@ -135,7 +139,8 @@ pub(super) fn trust_domain(text: &str) -> Result<String, Fault> {
     Err("must be a trust domain such as example.com, without spiffe://".into())
 }
 
-/// How long records are kept: a day at least, since whole days go; `None` for ever.
+/// Parses how long audit records are kept. This is at least a day, because the records of a whole UTC
+/// day are deleted at once. `None` means without limit.
 pub(super) fn retention(text: &str) -> Result<Option<Duration>, Fault> {
     const DAY: Duration = Duration::from_hours(24);
     const LONGEST: Duration = Duration::from_hours(100 * 365 * 24);
@@ -145,7 +150,7 @@ pub(super) fn retention(text: &str) -> Result<Option<Duration>, Fault> {
     duration(DAY, LONGEST)(text).map(Some).map_err(|fault| format!("{fault}, or never"))
 }
 
-/// A size of 1 MiB at least: a number with B, KiB, MiB, GiB or TiB.
+/// Parses a size of at least 1 MiB: a number of bytes, or one with the unit B, KiB, MiB, GiB or TiB.
 pub(super) fn bytes(text: &str) -> Result<u64, Fault> {
     const UNITS: [(&str, u32); 5] = [("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10), ("B", 0)];
     const LEAST: u64 = 1 << 20;
@@ -162,10 +167,10 @@ pub(super) fn bytes(text: &str) -> Result<u64, Fault> {
         .ok_or_else(|| "must be a size of 1MiB at least, such as 512MiB or 8GiB".into())
 }
 
-pub(super) fn audit_sync(text: &str) -> Result<AuditSync, Fault> {
+pub(super) fn audit_sync(text: &str) -> Result<SyncMode, Fault> {
     match text {
-        "fsync" => Ok(AuditSync::Fsync),
-        "write" => Ok(AuditSync::Write),
+        "fsync" => Ok(SyncMode::Fsync),
+        "write" => Ok(SyncMode::Write),
         _ => Err("must be fsync or write".into()),
     }
 }
@@ -224,7 +229,7 @@ mod tests {
         }
 
         #[test]
-        fn no_text_breaks_a_reader(text in any::<String>()) {
+        fn no_text_makes_a_parser_panic(text in any::<String>()) {
             let _ = (bytes(&text), networks(&text), retention(&text), proxy(&text), address(&text));
         }
     }

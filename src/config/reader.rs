@@ -1,64 +1,75 @@
-//! Reads settings one after another and keeps all faults, so that one report has them all.
+//! Reads settings one after another and collects all faults, so that one report lists them all.
 
 use std::collections::BTreeSet;
 
 use super::{
     parse::Fault,
-    sources::{Report, Sources},
-    table::Setting,
+    sources::{InvalidSettings, Sources},
+    table::{Setting, WhenUnset},
 };
 
-/// What `read` makes of `sources`, unless it met a fault or the file has an unknown key.
+/// Returns what `read` makes of `sources`.
+///
+/// # Errors
+/// When `read` met a fault, or the file has an unknown key.
 pub(super) fn read<T>(
     sources: &Sources,
     read: impl FnOnce(&mut Reader<'_>) -> T,
-) -> Result<T, Report> {
-    let mut reader =
-        Reader { sources, faults: sources.unknown_keys(), faulty: BTreeSet::default() };
+) -> Result<T, InvalidSettings> {
+    let mut reader = Reader { faults: sources.unknown_keys(), ..Reader::new(sources) };
     let value = read(&mut reader);
-    if reader.faults.is_empty() { Ok(value) } else { Err(Report(reader.faults)) }
+    if reader.faults.is_empty() { Ok(value) } else { Err(InvalidSettings(reader.faults)) }
 }
 
-/// Reads on after a fault: a stand-in takes the value's place, and [`read`] never lets it out.
+/// Goes on after a fault, with a default or an example in place of the missing value, so that it can
+/// check the other settings. [`read`] returns no value if there was a fault.
 pub(super) struct Reader<'a> {
     sources: &'a Sources,
+    /// The lines of the report.
     faults: Vec<String>,
+    /// The keys of the settings that a fault was reported for.
     faulty: BTreeSet<&'static str>,
 }
 
-impl Reader<'_> {
-    /// The value, if one was given.
+impl<'a> Reader<'a> {
+    pub(super) fn new(sources: &'a Sources) -> Self {
+        Self { sources, faults: Vec::new(), faulty: BTreeSet::new() }
+    }
+
+    /// Returns the value, if one is given.
     pub(super) fn optional<T>(
         &mut self,
         setting: &'static Setting,
         parse: impl Fn(&str) -> Result<T, Fault>,
     ) -> Option<T> {
-        let found = match self.sources.find(setting) {
-            Ok(found) => found?,
+        let given = match self.sources.find(setting) {
+            Ok(given) => given?,
             Err(line) => {
                 self.fault(setting, line);
                 return None;
             }
         };
         let parsed =
-            if found.value.is_empty() { Err("is empty".into()) } else { parse(&found.value) };
-        parsed.map_err(|fault| self.fault(setting, found.wrong(&fault))).ok()
+            if given.value.is_empty() { Err("is empty".into()) } else { parse(&given.value) };
+        parsed.map_err(|fault| self.fault(setting, given.fault_line(&fault))).ok()
     }
 
-    /// The value, or the table's default.
+    /// Returns the value, or the table's default.
     pub(super) fn or_default<T>(
         &mut self,
         setting: &'static Setting,
         parse: impl Fn(&str) -> Result<T, Fault>,
     ) -> T {
-        self.optional(setting, &parse).unwrap_or_else(|| stand_in(setting, parse))
+        self.optional(setting, &parse).unwrap_or_else(|| {
+            let default = setting.default().expect("the table has a default for this setting");
+            parse(default).expect("the table's defaults are valid")
+        })
     }
 
-    /// The value, which must be given.
+    /// Returns the value, which must be given.
     pub(super) fn required<T>(
         &mut self,
         setting: &'static Setting,
-        example: &'static str,
         parse: impl Fn(&str) -> Result<T, Fault>,
     ) -> T {
         if let Some(value) = self.optional(setting, &parse) {
@@ -73,10 +84,14 @@ impl Reader<'_> {
             );
             self.fault(setting, line);
         }
-        parse(example).expect("an example can be read")
+        let WhenUnset::Required { example } = setting.when_unset else {
+            unreachable!("the table says that this setting is required")
+        };
+        parse(example).expect("the table's examples are valid")
     }
 
-    /// Refuses `setting` for `fault`, which lies between it and `other`, if both are sound so far.
+    /// Reports `fault` of `setting`, which contradicts `other`, unless either of them has a fault
+    /// already: then a default or an example takes its place, and the contradiction may not exist.
     pub(super) fn contradiction(
         &mut self,
         setting: &'static Setting,
@@ -87,7 +102,7 @@ impl Reader<'_> {
             return;
         }
         let line = match self.sources.find(setting) {
-            Ok(Some(found)) => found.wrong(fault),
+            Ok(Some(given)) => given.fault_line(fault),
             _ => format!("{} (default): {fault}", setting.env()),
         };
         self.fault(setting, line);
@@ -97,9 +112,4 @@ impl Reader<'_> {
         self.faulty.insert(setting.key);
         self.faults.push(line);
     }
-}
-
-fn stand_in<T>(setting: &Setting, parse: impl Fn(&str) -> Result<T, Fault>) -> T {
-    let default = setting.default.expect("the setting has a default");
-    parse(default).expect("a default can be read")
 }

@@ -1,4 +1,5 @@
-//! Where values come from: flags, the environment, the file; the first that has a setting wins.
+//! The sources of values: flags, the environment and the TOML file. The first one that has a setting
+//! decides.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -11,11 +12,11 @@ use zeroize::Zeroizing;
 
 use super::table::{self, CONFIG_ENV, ENV_PREFIX, Setting};
 
-/// All that is wrong with the settings, a line each; no line holds a value.
+/// Everything that is wrong with the settings, one line each. No line contains a value.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Report(pub Vec<String>);
+pub struct InvalidSettings(pub Vec<String>);
 
-impl fmt::Display for Report {
+impl fmt::Display for InvalidSettings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0.as_slice() {
             [line] => f.write_str(line),
@@ -27,28 +28,31 @@ impl fmt::Display for Report {
     }
 }
 
-impl std::error::Error for Report {}
+impl std::error::Error for InvalidSettings {}
 
-/// The values as they were given, not yet read.
+/// The values as they were given, not parsed yet.
 #[derive(Clone)]
 pub struct Sources {
-    /// By key, or by [`Setting::file_key`] for secrets.
+    /// The flags, by [`Setting::key`], or for secrets by [`Setting::file_key`].
     pub flags: BTreeMap<String, String>,
-    /// The environment.
+    /// The environment variables, by name.
     pub env: BTreeMap<String, String>,
-    /// The settings' file and where it lies.
+    /// The path and the content of the TOML file.
     pub file: Option<(PathBuf, Table)>,
-    /// Reads the file that a `…_FILE` names.
+    /// Reads the file that a setting named `…_file` names. Tests replace it.
     pub read_file: fn(&Path) -> io::Result<String>,
 }
 
 impl Sources {
-    /// What `flags`, this process's environment, and the file at `config` or at
-    /// `TOKEN_BROKER_CONFIG` say.
+    /// Returns the values of `flags`, of this process's environment, and of the file at `config`, or
+    /// else at `TOKEN_BROKER_CONFIG`. Blocks while it reads the file.
+    ///
+    /// # Errors
+    /// When the file cannot be read or is not TOML, or when one of the broker's variables is not UTF-8.
     pub fn of_process(
         flags: BTreeMap<String, String>,
         config: Option<PathBuf>,
-    ) -> Result<Self, Report> {
+    ) -> Result<Self, InvalidSettings> {
         let env = environment()?;
         let file = match config.or_else(|| env.get(CONFIG_ENV).map(PathBuf::from)) {
             Some(path) => {
@@ -60,8 +64,18 @@ impl Sources {
         Ok(Self { flags, env, file, read_file: |path| fs::read_to_string(path) })
     }
 
-    /// The variables that look like the broker's and are none: a typing error, or what Kubernetes
-    /// sets for a service called `token-broker`.
+    /// Returns sources without any value.
+    pub(super) fn empty() -> Self {
+        Self {
+            flags: BTreeMap::new(),
+            env: BTreeMap::new(),
+            file: None,
+            read_file: |_| Err(io::ErrorKind::NotFound.into()),
+        }
+    }
+
+    /// Returns a line for each environment variable that has the broker's prefix and is not a setting:
+    /// a typing error, or one that Kubernetes sets for a service called `token-broker`.
     #[must_use]
     pub fn warnings(&self) -> Vec<String> {
         let known: BTreeSet<_> = table::all()
@@ -76,7 +90,7 @@ impl Sources {
             .collect()
     }
 
-    /// A line for each key of the file that is no setting.
+    /// Returns a line for each key of the file that is not a setting.
     pub(super) fn unknown_keys(&self) -> Vec<String> {
         let known: BTreeSet<_> = table::all()
             .flat_map(|setting| {
@@ -92,32 +106,37 @@ impl Sources {
             .collect()
     }
 
-    /// The value of `setting` in the first source that has one.
-    pub(super) fn find(&self, setting: &Setting) -> Result<Option<Found>, String> {
+    /// Returns the value of `setting` in the first source that has one.
+    ///
+    /// # Errors
+    /// A line of the report, when a source has both the value and a file for it, when that file cannot
+    /// be read, or when the value is a date or a table.
+    pub(super) fn find(&self, setting: &Setting) -> Result<Option<GivenValue>, String> {
         for source in [Source::Flags, Source::Environment, Source::File] {
-            let direct = self.get(source, setting, Which::Value)?;
-            let twin = if setting.secret { self.get(source, setting, Which::File)? } else { None };
-            match (direct, twin) {
+            let inline = self.get(source, setting, Form::Inline)?;
+            let path = if setting.secret { self.get(source, setting, Form::Path)? } else { None };
+            match (inline, path) {
                 (None, None) => {}
                 (Some(value), None) => return Ok(Some(value)),
                 (None, Some(path)) => return self.read(path).map(Some),
                 (Some(value), Some(path)) => {
-                    return Err(value.wrong(&format!("set together with {}", path.name)));
+                    return Err(value.fault_line(&format!("set together with {}", path.name)));
                 }
             }
         }
         Ok(None)
     }
 
-    fn read(&self, path: Found) -> Result<Found, String> {
+    /// Replaces a path by the content of its file, without one newline at the end.
+    fn read(&self, path: GivenValue) -> Result<GivenValue, String> {
         match (self.read_file)(Path::new(path.value.as_str())) {
             Ok(text) => {
                 let text = Zeroizing::new(text);
                 let text = text.strip_suffix('\n').unwrap_or(&text);
                 let text = text.strip_suffix('\r').unwrap_or(text);
-                Ok(Found { value: Zeroizing::new(text.to_owned()), ..path })
+                Ok(GivenValue { value: Zeroizing::new(text.to_owned()), ..path })
             }
-            Err(error) => Err(path.wrong(&format!("cannot read the file: {error}"))),
+            Err(error) => Err(path.fault_line(&format!("cannot read the file: {error}"))),
         }
     }
 
@@ -125,37 +144,37 @@ impl Sources {
         &self,
         source: Source,
         setting: &Setting,
-        which: Which,
-    ) -> Result<Option<Found>, String> {
-        let key = match which {
-            Which::Value => setting.key.to_owned(),
-            Which::File => setting.file_key(),
+        form: Form,
+    ) -> Result<Option<GivenValue>, String> {
+        let key = match form {
+            Form::Inline => setting.key.to_owned(),
+            Form::Path => setting.file_key(),
         };
-        let found = |name, place, value: String| {
-            Ok(Some(Found { name, place, value: Zeroizing::new(value) }))
+        let given = |name, origin, value: String| {
+            Ok(Some(GivenValue { name, origin, value: Zeroizing::new(value) }))
         };
         match source {
             Source::Flags => match self.flags.get(&key) {
-                Some(value) => found(format!("--{}", setting.flag()), "flag".into(), value.clone()),
+                Some(value) => given(format!("--{}", setting.flag()), "flag".into(), value.clone()),
                 None => Ok(None),
             },
             Source::Environment => {
-                let name = match which {
-                    Which::Value => setting.env(),
-                    Which::File => setting.file_env(),
+                let name = match form {
+                    Form::Inline => setting.env(),
+                    Form::Path => setting.file_env(),
                 };
                 match self.env.get(&name) {
-                    Some(value) => found(name, "environment".into(), value.clone()),
+                    Some(value) => given(name, "environment".into(), value.clone()),
                     None => Ok(None),
                 }
             }
             Source::File => {
                 let Some((path, table)) = &self.file else { return Ok(None) };
                 let Some(value) = table.get(&key) else { return Ok(None) };
-                let place = path.display().to_string();
-                match plain(value) {
-                    Some(value) => found(key, place, value),
-                    None => Err(format!("{key} ({place}): not a text, number, true or false")),
+                let origin = path.display().to_string();
+                match text_of(value) {
+                    Some(value) => given(key, origin, value),
+                    None => Err(format!("{key} ({origin}): not a text, number, true or false")),
                 }
             }
         }
@@ -169,28 +188,31 @@ enum Source {
     File,
 }
 
+/// How a source gives a value: itself, or by the path of a file that contains it.
 #[derive(Clone, Copy)]
-enum Which {
-    Value,
-    File,
+enum Form {
+    Inline,
+    Path,
 }
 
-/// A value, the name under which it was given, and where.
-pub(super) struct Found {
+/// A value, with the name under which it was given and the source.
+pub(super) struct GivenValue {
     name: String,
-    place: String,
+    /// `flag`, `environment`, or the path of the TOML file.
+    origin: String,
     pub(super) value: Zeroizing<String>,
 }
 
-impl Found {
-    /// The report's line that says so.
-    pub(super) fn wrong(&self, fault: &str) -> String {
-        format!("{} ({}): {fault}", self.name, self.place)
+impl GivenValue {
+    /// Returns the report's line for `fault`.
+    pub(super) fn fault_line(&self, fault: &str) -> String {
+        format!("{} ({}): {fault}", self.name, self.origin)
     }
 }
 
-/// A value of the file as a flag would give it; the texts of a list are joined by commas.
-fn plain(value: &Value) -> Option<String> {
+/// Returns a value of the TOML file as it would be written in an environment variable: the texts of a
+/// list are joined by commas.
+fn text_of(value: &Value) -> Option<String> {
     match value {
         Value::String(text) => Some(text.clone()),
         Value::Integer(number) => Some(number.to_string()),
@@ -204,8 +226,9 @@ fn plain(value: &Value) -> Option<String> {
     }
 }
 
-/// The environment, without what is not the broker's and no text.
-fn environment() -> Result<BTreeMap<String, String>, Report> {
+/// Returns the environment. Variables that are not UTF-8 are left out, but are an error if they may be
+/// settings of the broker.
+fn environment() -> Result<BTreeMap<String, String>, InvalidSettings> {
     let mut texts = BTreeMap::new();
     let mut faults = Vec::new();
     for (name, value) in env::vars_os() {
@@ -219,15 +242,15 @@ fn environment() -> Result<BTreeMap<String, String>, Report> {
             _ => {}
         }
     }
-    if faults.is_empty() { Ok(texts) } else { Err(Report(faults)) }
+    if faults.is_empty() { Ok(texts) } else { Err(InvalidSettings(faults)) }
 }
 
-fn read_table(path: &Path) -> Result<Table, Report> {
-    let wrong = |fault: String| Report(vec![format!("{}: {fault}", path.display())]);
+fn read_table(path: &Path) -> Result<Table, InvalidSettings> {
+    let wrong = |fault: String| InvalidSettings(vec![format!("{}: {fault}", path.display())]);
     let text = fs::read_to_string(path)
         .map_err(|error| wrong(format!("cannot read the settings: {error}")))?;
     text.parse().map_err(|error: toml::de::Error| {
-        // The error's own words quote the line, which may hold a secret.
+        // The message of `error` quotes the line, which may contain a secret.
         let before = text.get(..error.span().map_or(0, |span| span.start)).unwrap_or_default();
         wrong(format!("line {} is not TOML", 1 + before.matches('\n').count()))
     })

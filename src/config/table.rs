@@ -1,56 +1,94 @@
-//! The table of all settings: what each is called, what it means, and what holds without it.
-#![expect(missing_docs, reason = "each setting says in its help what it means")]
+//! The table of all settings: the name, the meaning and the default of each one.
+//!
+//! Flags, environment variables, keys of the TOML file, help texts and defaults are all derived from
+//! this table. A test compares it with the table in `docs/operations.md`.
+#![expect(missing_docs, reason = "the help text of each setting says what it means")]
 
-/// One setting. Its key is its name in the file; flag and environment name follow from it.
+/// One setting. The key is its name in the TOML file; the names of its flag and of its environment
+/// variable are derived from the key.
 #[derive(Debug, Eq, PartialEq)]
 pub struct Setting {
     /// The name in the TOML file: lower case, words joined by `_`.
     pub key: &'static str,
-    /// What it means, with its unit.
+    /// The help text: what the setting means, with its unit.
     pub help: &'static str,
-    /// What holds when nothing is said.
-    pub default: Option<&'static str>,
-    /// A secret, or a URL that may hold a password: it has no flag for its value and is never shown,
-    /// but may be read from a file.
+    /// What applies when no source gives a value.
+    pub when_unset: WhenUnset,
+    /// Whether the value is a secret, or a URL that may contain a password. Such a setting has no
+    /// flag for its value and is never printed, but its value may be read from a file.
     pub secret: bool,
+}
+
+/// What applies when no source gives a value for a setting.
+#[derive(Debug, Eq, PartialEq)]
+pub enum WhenUnset {
+    /// The setting is required: resolving fails.
+    Required {
+        /// A valid value. It stands in for the missing one while the other settings are checked.
+        example: &'static str,
+    },
+    /// This value applies, written as in an environment variable.
+    Default(&'static str),
+    /// The value of this other setting applies.
+    UseSetting(&'static Setting),
+    /// The setting has no value.
+    NoValue,
 }
 
 impl Setting {
     const fn new(key: &'static str, help: &'static str) -> Self {
-        Self { key, help, default: None, secret: false }
+        Self { key, help, when_unset: WhenUnset::NoValue, secret: false }
+    }
+
+    const fn required(self, example: &'static str) -> Self {
+        Self { when_unset: WhenUnset::Required { example }, ..self }
     }
 
     const fn or(self, default: &'static str) -> Self {
-        Self { default: Some(default), ..self }
+        Self { when_unset: WhenUnset::Default(default), ..self }
+    }
+
+    const fn or_setting(self, other: &'static Setting) -> Self {
+        Self { when_unset: WhenUnset::UseSetting(other), ..self }
     }
 
     const fn secret(self) -> Self {
         Self { secret: true, ..self }
     }
 
-    /// The environment variable.
+    /// Returns the default, if the setting has one of its own.
+    #[must_use]
+    pub fn default(&self) -> Option<&'static str> {
+        match self.when_unset {
+            WhenUnset::Default(default) => Some(default),
+            _ => None,
+        }
+    }
+
+    /// Returns the name of the environment variable.
     #[must_use]
     pub fn env(&self) -> String {
-        // Known under this name to every tool around Postgres.
+        // The tools around Postgres know the database's URL under this name, without the prefix.
         if self.key == DATABASE_URL.key {
             return "DATABASE_URL".into();
         }
         format!("{ENV_PREFIX}{}", self.key.to_uppercase())
     }
 
-    /// The key, in the file, of the file that holds the value.
+    /// Returns the key, in the TOML file, that names the file which contains the value.
     #[must_use]
     pub fn file_key(&self) -> String {
         format!("{}_file", self.key)
     }
 
-    /// The environment variable that names the file that holds the value.
+    /// Returns the name of the environment variable that names the file which contains the value.
     #[must_use]
     pub fn file_env(&self) -> String {
         format!("{}_FILE", self.env())
     }
 
-    /// The flag, without its dashes: of a secret, the one that names the file that holds it.
+    /// Returns the name of the flag without its dashes. The flag of a secret names the file which
+    /// contains the value.
     #[must_use]
     pub fn flag(&self) -> String {
         let key = self.key.replace('_', "-");
@@ -58,9 +96,9 @@ impl Setting {
     }
 }
 
-/// What the names of the broker's environment variables begin with.
+/// The prefix of the broker's environment variables.
 pub const ENV_PREFIX: &str = "TOKEN_BROKER_";
-/// Names the settings' file.
+/// The environment variable that names the TOML file. The flag `--config` takes precedence over it.
 pub const CONFIG_ENV: &str = "TOKEN_BROKER_CONFIG";
 
 pub const DATABASE_URL: Setting = Setting::new(
@@ -68,11 +106,14 @@ pub const DATABASE_URL: Setting = Setting::new(
     "Postgres: postgresql://user@host/database; off loopback by verified TLS unless sslmode says \
      otherwise",
 )
+.required("postgresql://localhost/broker")
 .secret();
 pub const MIGRATE_DATABASE_URL: Setting = Setting::new(
     "migrate_database_url",
-    "For `migrate`, where the owner of the tables is another role than the broker's",
+    "The database's URL for `migrate`, where another role than the broker's owns the tables; \
+     without it, DATABASE_URL",
 )
+.or_setting(&DATABASE_URL)
 .secret();
 pub const LISTEN: Setting =
     Setting::new("listen", "Address and port of gRPC").or("127.0.0.1:50051");
@@ -81,17 +122,19 @@ pub const OPS_LISTEN: Setting =
         .or("127.0.0.1:9464");
 pub const STATE_DIR: Setting = Setting::new(
     "state_dir",
-    "Directory of the audit journal and the instance's id; for one process at a time",
+    "Directory of the audit journal and the instance's id; one process at a time may use it",
 )
 .or("/var/lib/token-broker");
 pub const KEYRING_FILE: Setting = Setting::new(
     "keyring_file",
     "The keyring, as `keys generate` writes it; refused if others may read it",
-);
+)
+.required("/etc/token-broker/keyring");
 pub const UPSTREAM: Setting = Setting::new(
     "upstream",
     "`production`, `staging`, or the loopback URL of a simulator; any other host is refused",
-);
+)
+.required("staging");
 pub const UPSTREAM_BIND_ADDRESS: Setting =
     Setting::new("upstream_bind_address", "Local address to call the upstream from");
 pub const UPSTREAM_PROXY: Setting = Setting::new(
@@ -101,95 +144,111 @@ pub const UPSTREAM_PROXY: Setting = Setting::new(
 .secret();
 pub const EXPECTED_EGRESS: Setting = Setting::new(
     "expected_egress",
-    "Addresses or CIDRs, joined by commas, that tokens' allowIp is compared with",
+    "Addresses or CIDRs, joined by commas, with which each token's allowIp is compared",
 );
 pub const NEW_TOKEN_ENDS_OLDER: Setting =
-    Setting::new("new_token_ends_older", "Whether a new token ends an account's older ones")
+    Setting::new("new_token_ends_older", "Whether a new token ends its account's older tokens")
         .or("true");
 pub const REFRESH_AT: Setting =
     Setting::new("refresh_at", "Share of a token's life after which it is replaced, 0.1 to 0.9")
         .or("0.75");
-pub const MIN_ISSUE_INTERVAL: Setting =
-    Setting::new("min_issue_interval", "Least time between two issues of one account").or("30s");
+pub const MIN_ISSUE_INTERVAL: Setting = Setting::new(
+    "min_issue_interval",
+    "Least time between two attempts to issue a token of one account",
+)
+.or("30s");
 pub const UPSTREAM_TIMEOUT: Setting =
-    Setting::new("upstream_timeout", "Limit of one call of the upstream, 100ms to 60s").or("10s");
+    Setting::new("upstream_timeout", "Time limit of one call to the upstream, 100ms to 60s")
+        .or("10s");
 pub const UPSTREAM_RATE: Setting =
-    Setting::new("upstream_rate", "Calls of the upstream a second, of all replicas together")
+    Setting::new("upstream_rate", "Calls to the upstream a second, of all replicas together")
         .or("20");
 pub const UPSTREAM_CONCURRENCY: Setting = Setting::new(
     "upstream_concurrency",
-    "Calls of the upstream at one time, of all replicas together",
+    "Calls to the upstream at one time, of all replicas together",
 )
 .or("8");
 pub const AUDIT_SYNC: Setting = Setting::new(
     "audit_sync",
-    "Before an answer leaves, its record is on disk (`fsync`) or with the kernel (`write`)",
+    "Before an answer is sent, its record is on disk (`fsync`) or handed to the kernel (`write`)",
 )
 .or("fsync");
 pub const AUDIT_RETENTION: Setting = Setting::new(
     "audit_retention",
-    "How long records of calls are kept: `400d`, or `never` to end",
+    "How long audit records of calls are kept, such as `400d`; `never` means without limit",
 )
 .or("never");
 pub const CHANGE_RETENTION: Setting = Setting::new(
     "change_retention",
-    "How long records of changes to accounts, callers, grants and keys are kept",
+    "How long audit records of changes to accounts, callers, grants and keys are kept",
 )
 .or("never");
 pub const JOURNAL_MAX_BYTES: Setting =
-    Setting::new("journal_max_bytes", "Size of the audit journal, at least 1MiB").or("8GiB");
+    Setting::new("journal_max_bytes", "Largest size of the audit journal, at least 1MiB")
+        .or("8GiB");
 pub const CALLER_RATE: Setting =
-    Setting::new("caller_rate", "Calls a second of each caller without a limit of its own")
+    Setting::new("caller_rate", "Calls a second of each caller that has no limit of its own")
         .or("1000");
 pub const DEADLINE_DEFAULT: Setting =
-    Setting::new("deadline_default", "Limit of a call that brings no deadline").or("5s");
+    Setting::new("deadline_default", "Deadline of a call that brings none").or("5s");
 pub const DEADLINE_MAX: Setting =
-    Setting::new("deadline_max", "The longest deadline that a call gets").or("60s");
+    Setting::new("deadline_max", "Longest deadline of a call; a longer one is shortened to it")
+        .or("60s");
 pub const DRAIN: Setting =
-    Setting::new("drain", "How long a stop waits for the calls under way").or("20s");
+    Setting::new("drain", "How long a stop waits for the calls in progress").or("20s");
 pub const MAX_AUTHORIZATION_STALENESS: Setting = Setting::new(
     "max_authorization_staleness",
-    "How long grants are trusted while the database is away",
+    "How long grants are trusted while the database does not answer",
 )
 .or("24h");
 pub const PLAINTEXT: Setting =
-    Setting::new("plaintext", "Lets gRPC listen beyond loopback without TLS").or("false");
+    Setting::new("plaintext", "Allows gRPC to listen beyond loopback without TLS").or("false");
 pub const LOG_FORMAT: Setting = Setting::new(
     "log_format",
     "`pretty` or `json`; without it, pretty on a terminal and JSON elsewhere",
 );
 pub const TLS_CERT: Setting = Setting::new(
     "tls_cert",
-    "Our certificate and what links it to its CA, PEM; read anew when it changes",
+    "The broker's certificate and its chain up to the CA, PEM; reloaded when it changes",
 );
-pub const TLS_KEY: Setting = Setting::new("tls_key", "Its private key, PEM");
+pub const TLS_KEY: Setting = Setting::new(
+    "tls_key",
+    "The private key of the broker's certificate, PEM; reloaded when it changes",
+);
 pub const TLS_CLIENT_CA: Setting = Setting::new(
     "tls_client_ca",
-    "The CAs of callers' certificates, PEM; without it, bearers alone count",
+    "The CAs of callers' certificates, PEM; without it, only bearers identify callers",
 );
-pub const TRUST_DOMAIN: Setting =
-    Setting::new("trust_domain", "The SPIFFE trust domain of callers, such as example.com");
+pub const TRUST_DOMAIN: Setting = Setting::new(
+    "trust_domain",
+    "The SPIFFE trust domain of callers, such as example.com; without it, no SPIFFE ID counts",
+);
+pub const PROXY_PROTOCOL_FROM: Setting = Setting::new(
+    "proxy_protocol_from",
+    "Addresses or CIDRs, joined by commas, of load balancers that send the PROXY protocol (1 or 2)",
+);
 
 pub const INTAKE_KEY: Setting = Setting::new(
     "intake_key",
-    "The public key to seal a secret to, as `keys public` prints it; without it, the database's",
+    "The public key that secrets are sealed to, as `keys public` prints it; without it, the one in \
+     the database",
 );
 pub const ENDPOINT: Setting =
-    Setting::new("endpoint", "The broker, http:// or https://").or("http://127.0.0.1:50051");
+    Setting::new("endpoint", "The URL of the broker, http:// or https://")
+        .or("http://127.0.0.1:50051");
 pub const BEARER: Setting = Setting::new("bearer", "The caller's bearer, tbk_…").secret();
-pub const CA_FILE: Setting =
-    Setting::new("ca_file", "The CA of the broker's certificate, PEM; else the system's");
-pub const CLIENT_CERT: Setting = Setting::new("client_cert", "The caller's certificate chain, PEM");
-pub const CLIENT_KEY: Setting = Setting::new("client_key", "Its private key, PEM");
-
-pub const PROXY_PROTOCOL_FROM: Setting = Setting::new(
-    "proxy_protocol_from",
-    "Addresses or CIDRs, joined by commas, of balancers that speak the PROXY protocol (1 or 2)",
+pub const CA_FILE: Setting = Setting::new(
+    "ca_file",
+    "The CA of the broker's certificate, PEM; without it, the system's CAs",
 );
-/// What every command that meets the database needs.
+pub const CLIENT_CERT: Setting = Setting::new("client_cert", "The caller's certificate chain, PEM");
+pub const CLIENT_KEY: Setting =
+    Setting::new("client_key", "The private key of the caller's certificate, PEM");
+
+/// The setting that every command which uses the database reads.
 pub const DATABASE: &[&Setting] = &[&DATABASE_URL];
 
-/// What `serve` runs by, beside [`DATABASE`].
+/// The settings of `serve` and `check`, beside [`DATABASE`].
 pub const BROKER: &[&Setting] = &[
     &LISTEN,
     &OPS_LISTEN,
@@ -223,13 +282,13 @@ pub const BROKER: &[&Setting] = &[
     &PROXY_PROTOCOL_FROM,
 ];
 
-/// What `token get` calls a broker by.
+/// The settings of `token get`.
 pub const CLIENT: &[&Setting] = &[&ENDPOINT, &BEARER, &CA_FILE, &CLIENT_CERT, &CLIENT_KEY];
 
-/// What single commands take beside.
+/// The settings of single admin commands, beside [`DATABASE`].
 pub const ADMIN: &[&Setting] = &[&MIGRATE_DATABASE_URL, &INTAKE_KEY];
 
-/// Every setting there is.
+/// Returns every setting.
 pub fn all() -> impl Iterator<Item = &'static Setting> {
     [DATABASE, BROKER, CLIENT, ADMIN].into_iter().flatten().copied()
 }

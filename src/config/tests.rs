@@ -1,8 +1,9 @@
-use std::{collections::BTreeMap, io, path::Path};
+use std::{collections::BTreeMap, io, path::Path, time::Duration};
 
 use proptest::prelude::*;
 
 use super::*;
+use crate::audit::journal::SyncMode;
 
 const CANARY: &str = "canary";
 
@@ -23,8 +24,8 @@ fn sources(env: &[(&str, &str)]) -> Sources {
     }
 }
 
-/// Sources that can be resolved, changed by `env`.
-fn sound(env: &[(&str, &str)]) -> Sources {
+/// Sources that have every required setting, with the variables of `env` added or replaced.
+fn valid_sources(env: &[(&str, &str)]) -> Sources {
     let mut sources = sources(&[
         ("DATABASE_URL", "postgresql://broker:canary@localhost/broker"),
         ("TOKEN_BROKER_KEYRING_FILE", "/keyring"),
@@ -41,8 +42,8 @@ fn lines(sources: &Sources) -> Vec<String> {
 }
 
 #[test]
-fn the_defaults_are_those_of_the_contract() {
-    let (settings, warnings) = Settings::resolve(&sound(&[])).unwrap();
+fn the_documented_defaults_apply() {
+    let (settings, warnings) = Settings::resolve(&valid_sources(&[])).unwrap();
     assert!(warnings.is_empty());
     assert_eq!(settings.listen.to_string(), "127.0.0.1:50051");
     assert_eq!(settings.ops_listen.to_string(), "127.0.0.1:9464");
@@ -51,11 +52,11 @@ fn the_defaults_are_those_of_the_contract() {
     assert_eq!(settings.min_issue_interval.as_secs(), 30);
     assert_eq!(settings.upstream_timeout.as_secs(), 10);
     assert_eq!((settings.upstream_concurrency, settings.caller_rate), (8, 1_000));
-    assert_eq!(settings.audit_sync, AuditSync::Fsync);
+    assert_eq!(settings.audit_sync, SyncMode::Fsync);
     assert_eq!(settings.journal_max_bytes, 8 << 30);
     let (default, longest) = (settings.deadline_default, settings.deadline_max);
     assert_eq!((default.as_secs(), longest.as_secs(), settings.drain.as_secs()), (5, 60, 20));
-    assert_eq!(settings.max_authorization_staleness, 24 * HOUR);
+    assert_eq!(settings.max_authorization_staleness, Duration::from_hours(24));
 }
 
 #[test]
@@ -89,7 +90,7 @@ fn every_bad_setting_gets_its_one_line() {
         ("TOKEN_BROKER_AUDIT_SYNC", "none", "must be fsync or write"),
         ("TOKEN_BROKER_AUDIT_RETENTION", "23h", "must be 1day to"),
         ("TOKEN_BROKER_AUDIT_RETENTION", "400", "or never"),
-        ("TOKEN_BROKER_CHANGE_RETENTION", "400d", "shorter than the records of calls are kept"),
+        ("TOKEN_BROKER_CHANGE_RETENTION", "400d", "shorter than the retention of call records"),
         ("TOKEN_BROKER_JOURNAL_MAX_BYTES", "8GB", "must be a size"),
         ("TOKEN_BROKER_CALLER_RATE", "1.5", range),
         ("TOKEN_BROKER_DEADLINE_DEFAULT", "90s", "longer than the longest deadline"),
@@ -102,11 +103,11 @@ fn every_bad_setting_gets_its_one_line() {
         ("TOKEN_BROKER_TLS_KEY", "/key.pem", "set without its certificate"),
         ("TOKEN_BROKER_TLS_CLIENT_CA", "/ca.pem", "set without TOKEN_BROKER_TLS_CERT"),
         ("TOKEN_BROKER_PROXY_PROTOCOL_FROM", "balancer", "not a list of addresses"),
-        ("TOKEN_BROKER_PROXY_PROTOCOL_FROM", "0.0.0.0/0", "not everybody's"),
-        ("TOKEN_BROKER_TRUST_DOMAIN", "example.com", "nobody is in it"),
+        ("TOKEN_BROKER_PROXY_PROTOCOL_FROM", "0.0.0.0/0", "not all addresses"),
+        ("TOKEN_BROKER_TRUST_DOMAIN", "example.com", "set without TOKEN_BROKER_TLS_CLIENT_CA"),
         ("TOKEN_BROKER_TRUST_DOMAIN", "spiffe://example.com", "must be a trust domain"),
     ] {
-        let lines = lines(&sound(&[(name, value)]));
+        let lines = lines(&valid_sources(&[(name, value)]));
         let [line] = lines.as_slice() else { panic!("{name}={value}: {lines:?}") };
         let named = line.starts_with(&format!("{name} (environment): "))
             || name == "DATABASE_URL_FILE" && line.contains(name);
@@ -120,7 +121,8 @@ fn all_faults_are_in_one_report() {
     let mut all = sources(&[
         ("TOKEN_BROKER_LISTEN", "here"),
         ("TOKEN_BROKER_DEADLINE_MAX", "soon"),
-        // Would contradict the default that stands in for the malformed one: not reported.
+        // Contradicts the default of DEADLINE_MAX, which stands in for the malformed value: this
+        // must not be reported.
         ("TOKEN_BROKER_DEADLINE_DEFAULT", "90s"),
     ]);
     all.flags.insert("drain".into(), "long".into());
@@ -142,13 +144,13 @@ fn all_faults_are_in_one_report() {
             "--drain (flag)",
         ]
     );
-    let printed = Report(report).to_string();
+    let printed = InvalidSettings(report).to_string();
     assert!(printed.starts_with("9 settings are wrong\n  "), "{printed}");
 }
 
 #[test]
-fn a_flag_goes_before_the_environment_and_that_before_the_file() {
-    let mut sources = sound(&[("TOKEN_BROKER_DRAIN", "2s")]);
+fn flags_take_precedence_over_the_environment_and_that_over_the_file() {
+    let mut sources = valid_sources(&[("TOKEN_BROKER_DRAIN", "2s")]);
     let table = "drain = \"3s\"\nplaintext = true\nexpected_egress = [\"192.0.2.1\", \"::1\"]\n";
     sources.file = Some(("/f".into(), table.parse().unwrap()));
     let (settings, _) = Settings::resolve(&sources).unwrap();
@@ -160,59 +162,71 @@ fn a_flag_goes_before_the_environment_and_that_before_the_file() {
 }
 
 #[test]
-fn a_secret_is_read_from_the_file_that_its_twin_names() {
+fn a_secret_is_read_from_the_file_that_its_file_setting_names() {
     let mut sources = sources(&[("DATABASE_URL", "postgresql://broker@localhost/from_env")]);
     sources.flags.insert("database_url_file".into(), "/secrets/url".into());
     let url = database_url(&sources).unwrap();
-    assert!(url.0.expose_secret().ends_with("/from_file"));
+    assert!(url.expose().ends_with("/from_file"));
 }
 
 #[test]
-fn no_secret_is_printed() {
+fn debug_output_contains_no_secret() {
     let proxy = ("TOKEN_BROKER_UPSTREAM_PROXY", "http://user:canary@127.0.0.1:3128");
-    let (settings, _) = Settings::resolve(&sound(&[proxy])).unwrap();
+    let (settings, _) = Settings::resolve(&valid_sources(&[proxy])).unwrap();
     let printed = format!("{settings:?} {settings:#?}");
     assert!(!printed.contains(CANARY), "{printed}");
 }
 
 #[test]
-fn variables_that_are_no_settings_are_only_warned_of() {
+fn unknown_variables_with_the_prefix_cause_warnings_only() {
     let kubernetes = ("TOKEN_BROKER_PORT", "tcp://10.0.0.1:50051");
-    let (_, warnings) = Settings::resolve(&sound(&[kubernetes])).unwrap();
+    let (_, warnings) = Settings::resolve(&valid_sources(&[kubernetes])).unwrap();
     assert_eq!(warnings, ["TOKEN_BROKER_PORT (environment): no such setting; ignored"]);
     for known in ["TOKEN_BROKER_CONFIG", "TOKEN_BROKER_BEARER_FILE", "TOKEN_BROKER_ENDPOINT"] {
-        assert!(sound(&[(known, "x")]).warnings().is_empty(), "{known}");
+        assert!(valid_sources(&[(known, "x")]).warnings().is_empty(), "{known}");
     }
 }
 
 #[test]
-fn plaintext_lets_grpc_listen_beyond_loopback() {
+fn plaintext_allows_grpc_to_listen_beyond_loopback() {
     let beyond = [("TOKEN_BROKER_LISTEN", "0.0.0.0:1"), ("TOKEN_BROKER_PLAINTEXT", "true")];
-    assert_eq!(lines(&sound(&beyond)), [""; 0]);
-    assert_eq!(lines(&sound(&[("TOKEN_BROKER_OPS_LISTEN", "0.0.0.0:9464")])), [""; 0]);
+    assert_eq!(lines(&valid_sources(&beyond)), [""; 0]);
+    assert_eq!(lines(&valid_sources(&[("TOKEN_BROKER_OPS_LISTEN", "0.0.0.0:9464")])), [""; 0]);
 }
 
 #[test]
-fn tls_lets_grpc_listen_beyond_loopback_and_goes_with_no_plain_text() {
+fn tls_allows_grpc_to_listen_beyond_loopback_and_excludes_plaintext() {
     let tls = [("TOKEN_BROKER_TLS_CERT", "/c"), ("TOKEN_BROKER_TLS_KEY", "/k")];
     let beyond = [&tls[..], &[("TOKEN_BROKER_LISTEN", "0.0.0.0:1")]].concat();
-    assert_eq!(lines(&sound(&beyond)), [""; 0]);
+    assert_eq!(lines(&valid_sources(&beyond)), [""; 0]);
     let both = [&tls[..], &[("TOKEN_BROKER_PLAINTEXT", "true")]].concat();
-    assert!(lines(&sound(&both))[0].contains("both plain text and TLS"));
+    assert!(lines(&valid_sources(&both))[0].contains("set to true although TLS is configured"));
     let callers =
         [("TOKEN_BROKER_TLS_CLIENT_CA", "/a"), ("TOKEN_BROKER_TRUST_DOMAIN", "a.example")];
-    assert_eq!(lines(&sound(&[&tls[..], &callers[..]].concat())), [""; 0]);
+    assert_eq!(lines(&valid_sources(&[&tls[..], &callers[..]].concat())), [""; 0]);
 }
 
 #[test]
-fn a_client_certificate_goes_with_its_key() {
+fn a_client_certificate_needs_its_key() {
     let report = ClientSettings::resolve(&sources(&[("TOKEN_BROKER_CLIENT_CERT", "/c")]));
     let line = report.unwrap_err().to_string();
     assert_eq!(line, "TOKEN_BROKER_CLIENT_CERT (environment): set without its key");
 }
 
 #[test]
-fn each_setting_is_there_once() {
+fn settings_with_defaults_are_those_of_a_file_with_only_the_required_ones() {
+    let (resolved, _) = Settings::resolve(&valid_sources(&[])).unwrap();
+    let built = Settings::with_defaults(
+        resolved.database_url.clone(),
+        resolved.keyring_file.clone(),
+        resolved.upstream.clone(),
+        resolved.state_dir.clone(),
+    );
+    assert_eq!(format!("{built:?}"), format!("{resolved:?}"));
+}
+
+#[test]
+fn each_key_is_in_the_table_once() {
     let mut keys: Vec<_> = table::all().map(|setting| setting.key).collect();
     let count = keys.len();
     keys.sort_unstable();
@@ -222,10 +236,10 @@ fn each_setting_is_there_once() {
 
 proptest! {
     #[test]
-    fn no_value_of_any_setting_is_repeated_in_the_report(nth in 0_usize..64, tail in "[!-~]{0,8}") {
+    fn the_report_repeats_no_value(nth in 0_usize..64, tail in "[!-~]{0,8}") {
         let settings: Vec<_> = table::all().collect();
         let value = format!("{CANARY}{tail}");
-        let report = lines(&sound(&[(&settings[nth % settings.len()].env(), &value)]));
+        let report = lines(&valid_sources(&[(&settings[nth % settings.len()].env(), &value)]));
         prop_assert!(report.iter().all(|line| !line.contains(CANARY)), "{:?}", report);
     }
 }

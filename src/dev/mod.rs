@@ -23,6 +23,7 @@ use tokio::net::TcpListener;
 
 use crate::{
     app::{App, AppConfig, StartError},
+    config::DatabaseUrl,
     crypto::{Keyring, bearer::Bearer},
     domain::{account::AccountName, caller::Right, clock::Clock},
     lifecycle::{self, Signals},
@@ -67,7 +68,7 @@ pub async fn run(
     options: Options,
     print: impl Fn(String) -> anyhow::Result<()>,
 ) -> anyhow::Result<ExitCode> {
-    lifecycle::raise_descriptors();
+    lifecycle::raise_descriptor_limit();
     let mut signals = Signals::take()?;
     let ground = tokio::select! {
         ground = Ground::find(options.state_dir.as_deref()) => ground?,
@@ -101,7 +102,7 @@ async fn on_ground(
     let app = match started {
         Ok(app) => app,
         Err(StartError::Stopped) => return Ok(ExitCode::SUCCESS),
-        Err(error @ StartError::WrongKeyring { .. }) => {
+        Err(error @ StartError::WrongKeyring(_)) => {
             return Err(error).with_context(|| {
                 format!(
                     "this database was used with a keyring other than {}'s",
@@ -217,7 +218,7 @@ async fn register(database: &Database, keyring: &Keyring, home: &Path) -> anyhow
 }
 
 fn plan(ground: &Ground, upstream: &Simulator, keyring: Arc<Keyring>) -> anyhow::Result<AppConfig> {
-    let database = Database::new(&ground.url, "token-broker")?;
+    let database = DatabaseUrl::new(&ground.url).map_err(anyhow::Error::msg)?;
     Ok(AppConfig::local(database, upstream.base_url().parse()?, ground.home.clone(), keyring))
 }
 

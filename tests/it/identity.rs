@@ -11,7 +11,6 @@ use std::{
 use nix::sys::signal::Signal;
 use token_broker::{
     api::proto::{GetTokenRequest, token_service_client::TokenServiceClient},
-    app::AppConfig,
     crypto::bearer::Bearer,
 };
 use tokio::{
@@ -384,8 +383,9 @@ async fn tls_files_that_cannot_be_used_are_one_error_that_names_the_file() {
             Some(text) => spoil(directory.path(), file, text),
             None => fs::remove_file(directory.path().join(file)).unwrap(),
         }
-        let error =
-            crate::harness::broker::refused(AppConfig { tls: Some(tls), ..world.plan() }).await;
+        let mut plan = world.plan();
+        plan.settings.tls = Some(tls);
+        let error = crate::harness::broker::refused(plan).await;
         assert!(error.starts_with("TLS cannot be served: ") && error.contains(words), "{error}");
         assert!(!error.contains("PRIVATE"), "{error}");
     }
@@ -424,7 +424,9 @@ async fn behind_a_balancer_the_peer_is_who_it_names_with_tls_too() {
         let files = tempfile::tempdir().unwrap();
         let tls = with_tls.then(|| write(files.path(), &ours.issue(&[BROKER]), &[]));
         let balancers = vec!["127.0.0.0/8".parse().unwrap()];
-        let broker = world.start_with(AppConfig { tls, balancers, ..world.plan() }).await;
+        let mut plan = world.plan();
+        (plan.settings.tls, plan.settings.proxy_protocol_from) = (tls, balancers);
+        let broker = world.start_with(plan).await;
         world.until_state("acme", "fresh").await;
         let (address, _passing) = balancer(broker.app.grpc_address, PROXIED).await;
         let channel = if with_tls {
@@ -472,7 +474,9 @@ async fn nobody_else_may_say_whom_he_speaks_for() {
     world.register("acme", "id-1", "SK.1").await;
     let bearer = world.caller("demo", &["acme"]).await;
     let balancers = vec!["192.0.2.0/24".parse().unwrap()];
-    let broker = world.start_with(AppConfig { balancers, ..world.plan() }).await;
+    let mut plan = world.plan();
+    plan.settings.proxy_protocol_from = balancers;
+    let broker = world.start_with(plan).await;
     world.until_state("acme", "fresh").await;
     let (address, _passing) = balancer(broker.app.grpc_address, PROXIED).await;
     let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();

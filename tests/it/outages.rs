@@ -5,10 +5,9 @@ use std::{net::SocketAddr, time::Duration};
 use token_broker::{
     api::proto::{GetTokenRequest, token_service_server::SERVICE_NAME},
     app::AppConfig,
-    audit::journal::JournalSettings,
+    config::DatabaseUrl,
     dev::simulator::Faults,
     domain::clock::{Clock, ManualClock},
-    store::Database,
 };
 use tonic::transport::Endpoint;
 use tonic_health::pb::{
@@ -36,7 +35,9 @@ impl World {
 
     /// A broker that reaches its database by `proxy`.
     fn plan_by(&self, proxy: &Proxy) -> AppConfig {
-        AppConfig { database: Database::new(proxy.url(), "token-broker").unwrap(), ..self.plan() }
+        let mut plan = self.plan();
+        plan.settings.database_url = DatabaseUrl::new(proxy.url()).unwrap();
+        plan
     }
 }
 
@@ -46,7 +47,7 @@ async fn a_database_that_fell_silent_is_used_again_once_it_answers() {
     let proxy = Proxy::to(world.database.url()).await;
     let bearer = world.caller("demo", &["*"]).await;
     // One connection: a single step that never gave its own back would end all use of the database.
-    let broker = world.start_with(AppConfig { connections: 1, ..world.plan_by(&proxy) }).await;
+    let broker = world.start_with(AppConfig { pool_connections: 1, ..world.plan_by(&proxy) }).await;
     let client = broker.client(&bearer).await;
 
     proxy.fall_silent();
@@ -82,7 +83,8 @@ async fn a_full_journal_fails_closed_shows_in_health_and_recovers_once_it_is_del
     let bearer = world.caller("demo", &["*"]).await;
     world.register("acme", "id-1", "SK.1").await;
     let mut plan = world.plan_by(&proxy);
-    plan.journal = JournalSettings { segment_bytes: 4 << 10, max_bytes: 32 << 10, ..plan.journal };
+    plan.journal_segment_bytes = 4 << 10;
+    plan.settings.journal_max_bytes = 32 << 10;
     let broker = world.start_with(plan).await;
     let (grpc, ops) = (broker.app.grpc_address, broker.app.ops_address);
     let client = broker.client(&bearer).await;
@@ -141,7 +143,7 @@ async fn one_of_several_serves_to_the_end_without_the_database_and_then_says_so_
     assert_eq!(world.upstream.requests(), 1);
 
     proxy.open();
-    until_readiness_says(&broker, "followed").await;
+    until_readiness_says(&broker, "\"answers\"").await;
     manual.advance(Duration::from_secs(1));
     let next = client.get("acme").await.unwrap();
     assert!(next.generation > token.generation);

@@ -5,9 +5,8 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use token_broker::{
     api::proto::{GetTokenRequest, ReportRejectedTokenRequest, WatchTokensRequest},
-    app::AppConfig,
     dev::simulator::{Answer, Faults},
-    domain::{account::AccountId, clock::Clock, refresh_policy::RefreshPolicy},
+    domain::{account::AccountId, clock::Clock},
     store::{
         Database,
         leases::{self, Claim, LeaseHolder},
@@ -149,7 +148,8 @@ async fn replicas_that_seal_at_once_seal_and_issue_for_each_account_once() {
     let homes: Vec<_> = (0..3).map(|_| TempDir::new().unwrap()).collect();
     let mut brokers = vec![];
     for home in &homes {
-        let plan = AppConfig { state_dir: home.path().to_owned(), ..world.plan() };
+        let mut plan = world.plan();
+        plan.settings.state_dir = home.path().to_owned();
         brokers.push(world.start_with(plan).await);
     }
     world.register_many(MANY).await;
@@ -232,11 +232,9 @@ async fn a_cold_start_keeps_to_the_upstreams_rate_and_concurrency() {
     const CONCURRENCY: usize = 8;
     let world = World::new().await;
     world.register_many(MANY).await;
-    let plan = AppConfig {
-        upstream_rate: f64::from(RATE),
-        upstream_concurrency: CONCURRENCY,
-        ..world.plan()
-    };
+    let mut plan = world.plan();
+    plan.settings.upstream_rate = f64::from(RATE);
+    plan.settings.upstream_concurrency = CONCURRENCY;
     let broker = world.start_with(plan).await;
     world.until_tokens(MANY).await;
     broker.stop().await;
@@ -285,8 +283,9 @@ async fn two_hundred_callers_of_a_rejected_account_lead_to_one_attempt() {
 async fn an_upstream_that_comes_back_is_found_by_itself_and_asked_no_faster_than_the_floor() {
     let world = World::with(Clock::System, Faults { error_rate: 1.0, ..Faults::default() }).await;
     let floor = Duration::from_millis(1_200);
-    let policy = RefreshPolicy { min_issue_interval: floor, ..world.plan().policy };
-    let broker = world.start_with(AppConfig { policy, ..world.plan() }).await;
+    let mut plan = world.plan();
+    plan.settings.min_issue_interval = floor;
+    let broker = world.start_with(plan).await;
     let began = Instant::now();
     world.register("acme", "id-1", "SK.1").await;
     world.until_attempts("id-1", 2).await;
@@ -329,7 +328,8 @@ async fn no_caller_can_force_an_issue_by_what_it_asks_for() {
     let bearer = world.caller("demo", &["*"]).await;
     world.register("acme", "id-1", "SK.1").await;
     // The deadline is the broker's own: a client that sent one would keep it too.
-    let plan = AppConfig { default_deadline: Duration::from_millis(500), ..world.plan() };
+    let mut plan = world.plan();
+    plan.settings.deadline_default = Duration::from_millis(500);
     let broker = world.start_with(plan).await;
     let client = broker.client(&bearer).await;
     world.until_state("acme", "fresh").await;
@@ -403,8 +403,8 @@ async fn a_report_needs_the_right_to_report() {
 async fn a_token_for_an_unexpected_address_is_served_and_said_so() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["*"]).await;
-    let plan =
-        AppConfig { expected_egress: vec!["203.0.113.0/24".parse().unwrap()], ..world.plan() };
+    let mut plan = world.plan();
+    plan.settings.expected_egress = vec!["203.0.113.0/24".parse().unwrap()];
     let broker = world.start_with(plan).await;
     let client = broker.client(&bearer).await;
     for (account, client_id, secret, address) in [

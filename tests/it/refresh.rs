@@ -81,7 +81,8 @@ async fn three_replicas_issue_once_for_each_account() {
     let homes: Vec<_> = (0..3).map(|_| TempDir::new().unwrap()).collect();
     let mut brokers = vec![];
     for home in &homes {
-        let plan = AppConfig { state_dir: home.path().to_owned(), ..world.plan() };
+        let mut plan = world.plan();
+        plan.settings.state_dir = home.path().to_owned();
         brokers.push(world.start_with(plan).await);
     }
     let mut calls = tokio::task::JoinSet::new();
@@ -179,7 +180,9 @@ async fn a_restarted_replica_does_not_wait_for_the_leases_of_its_earlier_process
         .await;
 
     // The other's lease is one of two attempts at once; that of the process that is gone is none.
-    let broker = world.start_with(AppConfig { upstream_concurrency: 2, ..world.plan() }).await;
+    let mut plan = world.plan();
+    plan.settings.upstream_concurrency = 2;
+    let broker = world.start_with(plan).await;
     let client = broker.client(&bearer).await;
     eventually("a new token", async || {
         client.get("acme").await.ok().filter(|token| token.generation > acme.generation)
@@ -195,7 +198,8 @@ async fn malformed_answers_never_displace_a_token() {
     let bearer = world.caller("demo", &["*"]).await;
     world.register("acme", "id-1", "SK.1").await;
     // Where new tokens do not end older ones, nothing makes the stored one suspect.
-    let plan = AppConfig { ends_older: false, ..world.plan() };
+    let mut plan = world.plan();
+    plan.settings.new_token_ends_older = false;
     let broker = world.start_with(plan).await;
     let client = broker.client(&bearer).await;
     let first = client.get("acme").await.unwrap();
@@ -230,7 +234,7 @@ async fn a_wrong_keyring_another_upstream_or_an_old_schema_is_one_clear_error() 
     assert!(error.starts_with("the keyring does not open the secret of account acme"), "{error}");
 
     let mut plan = world.plan();
-    plan.upstream.target = "http://127.0.0.1:9/api/1.1".parse().unwrap();
+    plan.settings.upstream = "http://127.0.0.1:9/api/1.1".parse().unwrap();
     let error = refused(plan).await;
     assert!(error.contains("belongs to the upstream"), "{error}");
 

@@ -68,7 +68,8 @@ async fn an_older_state_of_the_database_is_refused_with_a_list_of_what_went_back
     world.register("acme", "id-1", "SK.1").await;
     // Another replica, which is not there when the database goes back.
     let other = tempfile::tempdir().unwrap();
-    let replica = AppConfig { state_dir: other.path().to_owned(), ..world.plan() };
+    let mut replica = world.plan();
+    replica.settings.state_dir = other.path().to_owned();
     world.start_with(replica).await.stop().await;
     world.start().await.stop().await;
     let dump = world.database.copy().await;
@@ -111,7 +112,8 @@ async fn an_older_state_of_the_database_is_refused_with_a_list_of_what_went_back
         1
     );
 
-    let replica = AppConfig { state_dir: other.path().to_owned(), ..world.plan() };
+    let mut replica = world.plan();
+    replica.settings.state_dir = other.path().to_owned();
     world.start_with(replica).await.stop().await;
 }
 

@@ -6,8 +6,8 @@ use token_broker::{
         GetTokenRequest, ReportRejectedTokenRequest, report_rejected_token_response::Outcome,
     },
     app::AppConfig,
+    config::DatabaseUrl,
     crypto::bearer::Bearer,
-    store::Database,
 };
 use url::Url;
 
@@ -321,7 +321,9 @@ async fn sql_as(database: &TestDatabase, role: &str, statements: &str) {
 fn plan_as_runtime(world: &World) -> AppConfig {
     let mut url = Url::parse(world.database.url()).unwrap();
     url.query_pairs_mut().append_pair("options", &format!("-c role={RUNTIME}"));
-    AppConfig { database: Database::new(url.as_str(), "token-broker").unwrap(), ..world.plan() }
+    let mut plan = world.plan();
+    plan.settings.database_url = DatabaseUrl::new(url.as_str()).unwrap();
+    plan
 }
 
 async fn until_refused(client: &Client, expected: &str) {

@@ -96,7 +96,7 @@ async fn while_the_upstream_is_down_live_tokens_are_served_to_their_end_and_neve
     world.register("acme", "id-1", "SK.1").await;
     // The floor is the database's, whose clock does not move with the test's.
     let mut plan = world.plan();
-    plan.policy.min_issue_interval = Duration::ZERO;
+    plan.settings.min_issue_interval = Duration::ZERO;
     let broker = world.start_with(plan).await;
     let client = broker.client(&bearer).await;
     let token = client.get("acme").await.unwrap();
@@ -132,7 +132,8 @@ async fn a_call_for_a_token_that_is_on_its_way_waits_and_its_deadline_is_kept() 
     let bearer = world.caller("demo", &["*"]).await;
     world.upstream.set_faults(Faults { answer: Answer::Hang, ..Faults::default() });
     // The deadline is the broker's own: a client that sent one would keep it too.
-    let plan = AppConfig { default_deadline: Duration::from_millis(500), ..world.plan() };
+    let mut plan = world.plan();
+    plan.settings.deadline_default = Duration::from_millis(500);
     let broker = world.start_with(plan).await;
     let client = broker.client(&bearer).await;
     world.register("acme", "id-1", "SK.1").await;
@@ -363,7 +364,7 @@ async fn a_flood_of_refusals_is_counted_in_few_records_while_others_are_served()
 async fn calls_that_would_wait_beyond_a_bound_are_shed_and_live_tokens_are_served() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["*"]).await;
-    let broker = world.start_with(AppConfig { most_waits: 2, ..world.plan() }).await;
+    let broker = world.start_with(AppConfig { max_waiting_calls: 2, ..world.plan() }).await;
     let client = broker.client(&bearer).await;
     world.register("acme", "id-1", "SK.1").await;
     eventually("a token", async || client.get("acme").await.ok()).await;
@@ -405,7 +406,7 @@ async fn one_address_has_a_quarter_of_the_connections() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["acme"]).await;
     world.register("acme", "id-1", "SK.1").await;
-    let broker = world.start_with(AppConfig { most_connections: 8, ..world.plan() }).await;
+    let broker = world.start_with(AppConfig { max_connections: 8, ..world.plan() }).await;
     world.until_state("acme", "fresh").await;
     let (first, second) = (broker.client(&bearer).await, broker.client(&bearer).await);
     first.get("acme").await.unwrap();
@@ -444,8 +445,9 @@ async fn a_stop_says_so_and_goes_on_answering_until_the_callers_have_gone() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["*"]).await;
     world.register("acme", "id-1", "SK.1").await;
-    let broker =
-        world.start_with(AppConfig { grace: crate::harness::PATIENCE, ..world.plan() }).await;
+    let broker = world
+        .start_with(AppConfig { shutdown_notice: crate::harness::PATIENCE, ..world.plan() })
+        .await;
     let (client, grpc) = (broker.client(&bearer).await, broker.app.grpc_address);
     eventually("a token", async || client.get("acme").await.ok()).await;
     let stopping = tokio::spawn(broker.stop());

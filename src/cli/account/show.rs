@@ -1,4 +1,4 @@
-//! Accounts on paper.
+//! Prints accounts, as tables and as JSON.
 
 use serde_json::{Value, json};
 
@@ -8,7 +8,7 @@ use super::super::{
 };
 use crate::store::admin::{AccountDetails, AccountSummary};
 
-/// Prints a list.
+/// Prints `accounts`, one a line.
 pub(super) fn list(accounts: &[AccountSummary], as_json: bool) -> anyhow::Result<()> {
     if as_json {
         return output::json(&accounts.iter().map(summary).collect::<Vec<_>>());
@@ -28,7 +28,7 @@ pub(super) fn list(accounts: &[AccountSummary], as_json: bool) -> anyhow::Result
     table.print("no accounts yet: token-broker account add NAME --client-id ID")
 }
 
-/// Prints one account.
+/// Prints all that is known of one account.
 pub(super) fn one(account: &AccountDetails, as_json: bool) -> anyhow::Result<()> {
     let status = &account.status;
     if as_json {
@@ -92,7 +92,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_generation_is_text_in_json_since_numbers_are_cut_beyond_2_to_the_53() {
+    fn a_generation_is_a_string_in_json_because_many_parsers_round_numbers_beyond_2_to_the_53() {
         let account = AccountSummary {
             name: "acme".into(),
             client_id: "id".into(),

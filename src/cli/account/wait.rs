@@ -1,4 +1,4 @@
-//! `--wait`: what becomes of a change.
+//! The flag `--wait`: waits for the outcome of a change.
 
 use std::{iter, process::ExitCode, time::Duration};
 
@@ -17,22 +17,25 @@ use crate::{
     store::admin::{Admin, Outcome},
 };
 
-/// How often the database is asked.
-const PAUSE: Duration = Duration::from_millis(300);
+/// The pause between two queries for the outcome.
+const POLL_INTERVAL: Duration = Duration::from_millis(300);
 
 #[derive(Args, Debug)]
 pub(super) struct WaitArgs {
-    /// Waits for the outcome and shows it; exit code 1 if it is a failure
+    /// Wait for the outcome and print it; exit code 1 if it is a failure
     #[arg(long)]
     wait: bool,
-    /// How long to wait at most
+    /// The longest time to wait
     #[arg(long, default_value = "60s", value_parser = humantime::parse_duration, requires = "wait")]
     timeout: Duration,
 }
 
 impl WaitArgs {
-    /// Waits, if told to, until it is known what became of each account.
-    pub(super) async fn until_known(
+    /// With `--wait`, waits for the outcome of each account and prints it.
+    ///
+    /// # Errors
+    /// When an outcome is not known in time.
+    pub(super) async fn print_outcomes(
         &self,
         admin: &Admin,
         names: &[String],
@@ -45,7 +48,7 @@ impl WaitArgs {
         for name in names {
             let (issued, outcome) = outcome_by(end, admin, &name.parse()?).await?;
             let Some(issued) = issued else {
-                bail!("nothing became of it in time: {}", describe(&outcome));
+                bail!("no outcome in time: {}", describe(&outcome));
             };
             all_issued &= issued;
             output::line(describe(&outcome))?;
@@ -54,8 +57,8 @@ impl WaitArgs {
     }
 }
 
-/// Waits until it is known what became of the account, but not beyond `end`. With the outcome, whether
-/// a token was issued; `None` if that is open still.
+/// Waits for the outcome of the account's change, but not beyond `end`. Also returns whether a token was
+/// issued, or `None` if that is not known yet.
 pub(in crate::cli) async fn outcome_by(
     end: Timestamp,
     admin: &Admin,
@@ -63,23 +66,23 @@ pub(in crate::cli) async fn outcome_by(
 ) -> anyhow::Result<(Option<bool>, Outcome)> {
     loop {
         let outcome = admin.outcome(name).await?;
-        let issued = verdict(&outcome);
+        let issued = is_issued(&outcome);
         if issued.is_some() || Clock::System.now() >= end {
             return Ok((issued, outcome));
         }
-        Clock::System.sleep(PAUSE).await;
+        Clock::System.sleep(POLL_INTERVAL).await;
     }
 }
 
-/// Whether a token was issued; `None` while that is open.
-fn verdict(outcome: &Outcome) -> Option<bool> {
+/// Returns whether a token was issued, or `None` while that is not known.
+fn is_issued(outcome: &Outcome) -> Option<bool> {
     if outcome.issued {
         return Some(true);
     }
     (outcome.failed || outcome.status.state == "disabled").then_some(false)
 }
 
-/// What became of it: a line, and another one with what to do if something is to be done.
+/// Describes the outcome in one line, followed by a line with a hint if something must be done.
 pub(in crate::cli) fn describe(outcome: &Outcome) -> String {
     let status = &outcome.status;
     let state = format!("{}: {}", status.name, status.state);
@@ -118,17 +121,17 @@ mod tests {
     }
 
     #[test]
-    fn an_outcome_is_open_until_a_token_or_a_failure() {
-        assert_eq!(verdict(&outcome("pending", false, false)), None);
-        assert_eq!(verdict(&outcome("fresh", true, false)), Some(true));
-        assert_eq!(verdict(&outcome("rejected", false, true)), Some(false));
-        assert_eq!(verdict(&outcome("disabled", false, false)), Some(false));
+    fn an_outcome_is_unknown_until_there_is_a_token_or_a_failure() {
+        assert_eq!(is_issued(&outcome("pending", false, false)), None);
+        assert_eq!(is_issued(&outcome("fresh", true, false)), Some(true));
+        assert_eq!(is_issued(&outcome("rejected", false, true)), Some(false));
+        assert_eq!(is_issued(&outcome("disabled", false, false)), Some(false));
     }
 
     #[test]
-    fn a_failure_is_told_with_what_to_do() {
-        let told = describe(&outcome("rejected", false, true));
-        assert_eq!(told, "acme: rejected: 61006 Invalid\\u{a}secret\nhint: set the API KEY");
+    fn a_failure_is_described_with_its_hint() {
+        let text = describe(&outcome("rejected", false, true));
+        assert_eq!(text, "acme: rejected: 61006 Invalid\\u{a}secret\nhint: set the API KEY");
         assert!(describe(&outcome("fresh", true, false)).starts_with("acme: fresh, token until"));
     }
 }

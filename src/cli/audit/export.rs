@@ -55,10 +55,10 @@ struct Lines<W: Write>(BufWriter<W>);
 impl<W: Write> Lines<W> {
     fn line(&mut self, value: &impl Serialize) -> anyhow::Result<()> {
         let line = serde_json::to_vec(value)?;
-        output::told(self.0.write_all(&line).and_then(|()| self.0.write_all(b"\n")))
+        output::check_written(self.0.write_all(&line).and_then(|()| self.0.write_all(b"\n")))
     }
 
     fn end(mut self) -> anyhow::Result<()> {
-        output::told(self.0.flush())
+        output::check_written(self.0.flush())
     }
 }

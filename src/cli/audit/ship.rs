@@ -9,7 +9,7 @@ use tokio::task;
 use crate::{
     audit::journal::{Archive, TornTail},
     cli::{
-        APPLICATION, Global,
+        APPLICATION_NAME, Global,
         output::{self, Table},
         time::LocalTime,
     },
@@ -37,7 +37,7 @@ pub(super) struct RetireArgs {
 
 pub(super) async fn ship(global: &Global, args: ShipArgs) -> anyhow::Result<ExitCode> {
     let url = config::database_url(&global.sources(std::collections::BTreeMap::new())?)?;
-    let database = url.database(APPLICATION)?;
+    let database = url.database(APPLICATION_NAME)?;
     database.check_schema().await?;
     let archive = task::spawn_blocking(move || open(&args.directory)).await??;
     let shipped = journal_delivery::ship(&archive, database.connection()).await?;

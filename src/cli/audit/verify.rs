@@ -27,7 +27,7 @@ use crate::{
         output::{self, Table, or_dash},
         time::LocalTime,
     },
-    config::{self, Flags, Keys},
+    config::{self, Flags, KeyringFlag},
     crypto::{Keyring, VerifyingKeys},
     store::audit::{EventFilter, Ledger},
 };
@@ -59,7 +59,7 @@ pub(super) struct VerifyArgs {
     #[arg(long, value_name = "FILE")]
     keys: Option<PathBuf>,
     #[command(flatten)]
-    settings: Flags<Keys>,
+    settings: Flags<KeyringFlag>,
     /// Prints JSON
     #[arg(long)]
     json: bool,
@@ -112,7 +112,7 @@ pub(super) async fn run(global: &Global, args: VerifyArgs) -> anyhow::Result<Exi
 fn keys(
     global: &Global,
     file: Option<&Path>,
-    settings: Flags<Keys>,
+    settings: Flags<KeyringFlag>,
 ) -> anyhow::Result<Option<VerifyingKeys>> {
     if let Some(file) = file {
         let text = std::fs::read_to_string(file)

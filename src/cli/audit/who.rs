@@ -19,7 +19,7 @@ use crate::{
         output::{self, Table, or_dash},
         time::{LocalTime, Moment},
     },
-    config::{self, Flags, Keys},
+    config::{self, Flags, KeyringFlag},
     crypto::Keyring,
     domain::{
         clock::{Clock, Timestamp},
@@ -41,7 +41,7 @@ pub(super) struct WhoArgs {
     #[arg(long, value_name = "T")]
     until: Option<Moment>,
     #[command(flatten)]
-    settings: Flags<Keys>,
+    settings: Flags<KeyringFlag>,
     /// Prints JSON
     #[arg(long)]
     json: bool,

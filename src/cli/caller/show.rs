@@ -1,4 +1,4 @@
-//! Callers on paper.
+//! Prints callers, as tables and as JSON.
 
 use serde_json::{Value, json};
 
@@ -10,7 +10,7 @@ use crate::store::admin::{
     BearerSummary, CallerDetails, CallerSummary, CredentialDetails, GrantDetails,
 };
 
-/// Prints a list.
+/// Prints `callers`, one a line.
 pub(super) fn list(callers: &[CallerSummary], as_json: bool) -> anyhow::Result<()> {
     if as_json {
         return output::json(&callers.iter().map(summary).collect::<Vec<_>>());
@@ -30,7 +30,7 @@ pub(super) fn list(callers: &[CallerSummary], as_json: bool) -> anyhow::Result<(
     table.print("no callers yet: token-broker caller add NAME --bearer")
 }
 
-/// Prints one caller.
+/// Prints one caller with its credentials and grants.
 pub(super) fn one(caller: &CallerDetails, as_json: bool) -> anyhow::Result<()> {
     if as_json {
         let mut value = summary(&caller.summary);
@@ -64,7 +64,8 @@ pub(super) fn one(caller: &CallerDetails, as_json: bool) -> anyhow::Result<()> {
     grants.print("no grants: token-broker caller grant NAME PATTERN")
 }
 
-/// Prints bearers, of which only numbers and times are known.
+/// Prints the numbers and times of `bearers`. The bearers themselves are not known: only their hashes
+/// are stored.
 pub(super) fn bearers(bearers: &[BearerSummary], as_json: bool) -> anyhow::Result<()> {
     if as_json {
         let rows: Vec<_> = bearers

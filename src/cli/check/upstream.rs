@@ -1,4 +1,4 @@
-//! The way to the upstream, and a trial of it.
+//! Checks of the connection to the upstream, and a test issue.
 
 use std::{
     io,
@@ -15,7 +15,7 @@ use super::{
         Global,
         account::wait::{describe, outcome_by},
     },
-    Finding,
+    result::CheckResult,
 };
 use crate::{
     config::Settings,
@@ -24,27 +24,28 @@ use crate::{
         clock::{Clock, delta},
     },
     store::admin::Selection,
-    upstream::{self, Client},
+    upstream::Client,
 };
 
-/// How long a connection to the upstream may take.
-const CONNECT_WITHIN: Duration = Duration::from_secs(5);
+/// How long connecting to the upstream may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Whether the upstream, or the proxy before it, takes connections, and whether TLS comes about with
-/// it. No credential is sent.
-pub(super) async fn way(settings: &Settings) -> Vec<Finding> {
+/// Checks that the upstream, or the proxy before it, accepts connections, and that TLS with the upstream
+/// works. No credential is sent.
+pub(super) async fn connection(settings: &Settings) -> Vec<CheckResult> {
     const SUBJECT: &str = "reach";
-    let reached = match reach(settings).await {
-        Ok(reached) => Finding::good(SUBJECT, reached),
-        Err(fault) => return vec![Finding::bad(SUBJECT, fault)],
+    let mut results = match connect_to_first_host(settings).await {
+        Ok(text) => vec![CheckResult::ok(SUBJECT, text)],
+        Err(fault) => return vec![CheckResult::failure(SUBJECT, fault)],
     };
-    let https = settings.upstream.base_url().starts_with("https://");
-    let secured = if https { Some(secured(settings).await) } else { None };
-    [reached].into_iter().chain(secured).collect()
+    if settings.upstream.base_url().starts_with("https://") {
+        results.push(tls(settings).await);
+    }
+    results
 }
 
-/// The first step: a connection to the first host on the way.
-async fn reach(settings: &Settings) -> Result<String, String> {
+/// Connects to the proxy if there is one, or else to the upstream.
+async fn connect_to_first_host(settings: &Settings) -> Result<String, String> {
     let proxy = settings.upstream_proxy.as_ref().map(|proxy| &proxy.0);
     let target = Url::parse(settings.upstream.base_url()).ok();
     let (host, port) = proxy
@@ -53,47 +54,42 @@ async fn reach(settings: &Settings) -> Result<String, String> {
         .ok_or("the upstream's URL has no host")?;
     let what = if proxy.is_some() { "the proxy" } else { "the upstream" };
     let connecting = connect(&host, port, settings.upstream_bind_address);
-    match tokio::time::timeout(CONNECT_WITHIN, connecting).await {
+    match tokio::time::timeout(CONNECT_TIMEOUT, connecting).await {
         Ok(Ok(from)) => Ok(format!("{what} at {host}:{port} takes connections from {}", from.ip())),
         Ok(Err(error)) => Err(format!("{what} at {host}:{port} cannot be reached: {error}")),
         Err(_) => Err(format!("{what} at {host}:{port} does not answer")),
     }
 }
 
-/// The second: TLS with the upstream itself, its certificate checked as for every call.
-async fn secured(settings: &Settings) -> Finding {
+/// Performs the TLS handshake with the upstream itself. Its certificate is checked as for every call.
+async fn tls(settings: &Settings) -> CheckResult {
     const SUBJECT: &str = "tls";
-    let client = Client::new(
-        upstream::Settings {
-            target: settings.upstream.clone(),
-            bind_address: settings.upstream_bind_address,
-            proxy: settings.upstream_proxy.clone().map(|proxy| proxy.0),
-            timeout: settings.upstream_timeout,
-        },
-        Clock::System,
-    );
-    match client {
-        Err(error) => Finding::bad(SUBJECT, error.to_string()),
+    match Client::new(settings.upstream_client(), Clock::System) {
+        Err(error) => CheckResult::failure(SUBJECT, error.to_string()),
         Ok(client) => match client.knock().await {
-            Ok(status) => Finding::good(
+            Ok(status) => CheckResult::ok(
                 SUBJECT,
                 format!("the upstream's certificate is accepted; it answers, with {status}"),
             ),
-            Err(error) => Finding::bad(SUBJECT, error.to_string()),
+            Err(error) => CheckResult::failure(SUBJECT, error.to_string()),
         },
     }
 }
 
-/// Has the brokers issue a new token of `account`, and tells what became of it.
-pub(super) async fn trial(global: &Global, account: &AccountName, within: Duration) -> Finding {
+/// Requests a new token for `account` from the running brokers, and waits for the outcome.
+pub(super) async fn issue(global: &Global, account: &AccountName, within: Duration) -> CheckResult {
     const SUBJECT: &str = "issue";
-    match issue(global, account, within).await {
-        Ok(issued) => Finding::good(SUBJECT, issued),
-        Err(error) => Finding::bad(SUBJECT, format!("{error:#}")),
+    match request_issue(global, account, within).await {
+        Ok(issued) => CheckResult::ok(SUBJECT, issued),
+        Err(error) => CheckResult::failure(SUBJECT, format!("{error:#}")),
     }
 }
 
-async fn issue(global: &Global, account: &AccountName, within: Duration) -> anyhow::Result<String> {
+async fn request_issue(
+    global: &Global,
+    account: &AccountName,
+    within: Duration,
+) -> anyhow::Result<String> {
     let admin = global.admin(Some("check --issue")).await?;
     let pattern = Some(account.as_str().parse()?);
     if admin.reissue(&Selection { pattern, state: None }).await?.is_empty() {
@@ -101,13 +97,13 @@ async fn issue(global: &Global, account: &AccountName, within: Duration) -> anyh
     }
     let end = Clock::System.now() + delta(within);
     let (issued, outcome) = outcome_by(end, &admin, account).await?;
-    let told = describe(&outcome).replace('\n', "; ");
+    let text = describe(&outcome).replace('\n', "; ");
     match issued {
-        Some(true) => Ok(told),
-        Some(false) => bail!(told),
+        Some(true) => Ok(text),
+        Some(false) => bail!(text),
         None => {
             let within = humantime::format_duration(within);
-            bail!("no broker issued within {within}: is one running? {told}")
+            bail!("no broker issued within {within}: is one running? {text}")
         }
     }
 }
@@ -117,6 +113,8 @@ fn host_and_port(url: &Url) -> Option<(String, u16)> {
     Some((host, url.port_or_known_default()?))
 }
 
+/// Connects to one of the host's addresses, tried in order, from the local address `from` if it is of the
+/// same family. Returns the local address of the connection.
 async fn connect(host: &str, port: u16, from: Option<IpAddr>) -> io::Result<SocketAddr> {
     let mut last = io::ErrorKind::NotFound.into();
     for address in lookup_host((host, port)).await? {

@@ -1,4 +1,4 @@
-//! A broker's client: who calls, over what, and what refusals mean.
+//! A client of the broker's gRPC service that turns its errors into advice.
 
 use std::{fmt, fs, path::Path, time::Duration};
 
@@ -15,18 +15,22 @@ use super::super::{
     time::brief,
 };
 use crate::{
-    api::proto::{
-        GetTokenRequest, GetTokenResponse, WatchTokensRequest, WatchTokensResponse,
-        token_service_client::TokenServiceClient,
+    api::{
+        grpc::status::outcome,
+        proto::{
+            GetTokenRequest, GetTokenResponse, WatchTokensRequest, WatchTokensResponse,
+            token_service_client::TokenServiceClient,
+        },
     },
     config::ClientSettings,
 };
 
-const CONNECT_WITHIN: Duration = Duration::from_secs(10);
-/// So that a watch notices a broker that is gone without a word.
-const KEEPALIVE: Duration = Duration::from_secs(20);
+/// How long connecting may take, and how long the answer to a keepalive ping.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often a ping is sent, so that a watch notices when the broker's machine is gone.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
 
-/// Calls one broker as one caller.
+/// A connection to one broker as one caller.
 pub(super) struct BrokerClient {
     client: TokenServiceClient<Channel>,
     authorization: Option<MetadataValue<Ascii>>,
@@ -34,17 +38,17 @@ pub(super) struct BrokerClient {
 }
 
 impl BrokerClient {
-    /// A client that connects at its first call.
+    /// Returns a client that connects when it is first called.
     pub(super) fn new(settings: &ClientSettings) -> anyhow::Result<Self> {
         let url = &settings.endpoint;
         let mut endpoint = Endpoint::from_shared(url.to_string())?
-            .connect_timeout(CONNECT_WITHIN)
-            .http2_keep_alive_interval(KEEPALIVE)
-            .keep_alive_timeout(CONNECT_WITHIN);
+            .connect_timeout(CONNECT_TIMEOUT)
+            .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
+            .keep_alive_timeout(CONNECT_TIMEOUT);
         if url.scheme() == "https" {
             endpoint = endpoint.tls_config(tls(settings)?)?;
         } else if settings.bearer.is_some() && !is_loopback(url) {
-            output::note("warning: the bearer and the token cross the network in the clear");
+            output::note("warning: the bearer and the token are sent unencrypted");
         }
         let authorization = settings.bearer.as_ref().map(|bearer| {
             MetadataValue::try_from(format!("Bearer {}", bearer.expose())).map(|mut value| {
@@ -59,34 +63,34 @@ impl BrokerClient {
         })
     }
 
-    /// Gets a token, waiting so long at most.
+    /// Gets a token. `timeout` becomes the deadline of the call.
     pub(super) async fn get_token(
         &mut self,
         message: GetTokenRequest,
         timeout: Duration,
-    ) -> Result<GetTokenResponse, Refusal> {
+    ) -> Result<GetTokenResponse, CallError> {
         let mut request = self.request(message);
         request.set_timeout(timeout);
         let answer = self.client.get_token(request).await;
-        answer.map(tonic::Response::into_inner).map_err(|status| self.refusal(&status))
+        answer.map(tonic::Response::into_inner).map_err(|status| self.error(&status))
     }
 
-    /// Starts a stream of tokens.
+    /// Starts a watch.
     pub(super) async fn watch_tokens(
         &mut self,
         message: WatchTokensRequest,
-    ) -> Result<Streaming<WatchTokensResponse>, Refusal> {
+    ) -> Result<Streaming<WatchTokensResponse>, CallError> {
         let request = self.request(message);
         let answer = self.client.watch_tokens(request).await;
-        answer.map(tonic::Response::into_inner).map_err(|status| self.refusal(&status))
+        answer.map(tonic::Response::into_inner).map_err(|status| self.error(&status))
     }
 
-    /// The stream's next message.
+    /// Waits for the next message of a watch. Returns `None` when the broker has ended it.
     pub(super) async fn next(
         &self,
         stream: &mut Streaming<WatchTokensResponse>,
-    ) -> Result<Option<WatchTokensResponse>, Refusal> {
-        stream.message().await.map_err(|status| self.refusal(&status))
+    ) -> Result<Option<WatchTokensResponse>, CallError> {
+        stream.message().await.map_err(|status| self.error(&status))
     }
 
     fn request<T>(&self, message: T) -> Request<T> {
@@ -97,8 +101,8 @@ impl BrokerClient {
         request
     }
 
-    fn refusal(&self, status: &Status) -> Refusal {
-        Refusal::new(status, &self.endpoint)
+    fn error(&self, status: &Status) -> CallError {
+        CallError::new(status, &self.endpoint)
     }
 }
 
@@ -127,16 +131,16 @@ fn is_loopback(url: &url::Url) -> bool {
     }
 }
 
-/// Why there is no token, and what to do.
+/// Why a call failed, with a hint.
 #[derive(Debug, Eq, PartialEq)]
-pub(super) struct Refusal {
+pub(super) struct CallError {
     code: String,
     reason: Option<String>,
     message: String,
     hint: Option<String>,
 }
 
-impl Refusal {
+impl CallError {
     fn new(status: &Status, endpoint: &str) -> Self {
         let details = status.get_error_details();
         let info = details.error_info().filter(|info| info.domain == "token-broker");
@@ -150,11 +154,16 @@ impl Refusal {
             }
             _ => None,
         };
-        Self { code: name(status.code()), reason, message: status.message().to_owned(), hint }
+        Self {
+            code: outcome(status.code()).to_uppercase(),
+            reason,
+            message: status.message().to_owned(),
+            hint,
+        }
     }
 }
 
-impl fmt::Display for Refusal {
+impl fmt::Display for CallError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.code)?;
         if let Some(reason) = &self.reason {
@@ -165,19 +174,21 @@ impl fmt::Display for Refusal {
     }
 }
 
-impl std::error::Error for Refusal {}
+impl std::error::Error for CallError {}
 
-/// What an admin or the caller can do about a refusal for that reason.
+/// Returns what an admin or the caller can do about the error with this reason.
 fn advice(reason: &str) -> Option<&'static str> {
     Some(match reason {
         "CREDENTIAL_MISSING" => "set TOKEN_BROKER_BEARER_FILE to the file that holds your bearer",
-        "BEARER_MALFORMED" => "the bearer is cut or mistyped: it has 53 characters, tbk_ included",
+        "BEARER_MALFORMED" => {
+            "the bearer is incomplete or mistyped: it has 53 characters, with tbk_"
+        }
         "CREDENTIAL_REFUSED" => {
-            "the bearer is unknown, ended or revoked: an admin makes another with \
+            "the bearer is unknown, expired or revoked: an admin creates another with \
              `caller bearer add`"
         }
         "NOT_GRANTED" => "an admin grants it with `caller grant CALLER ACCOUNT`",
-        "NO_SUCH_ACCOUNT" => "`account list` shows the accounts that there are",
+        "NO_SUCH_ACCOUNT" => "`account list` shows the registered accounts",
         "ACCOUNT_DISABLED" => "an admin enables it with `account enable`",
         "CREDENTIAL_REJECTED" => {
             "the upstream refuses the account's API KEY: an admin replaces it with `account rotate`"
@@ -189,51 +200,42 @@ fn advice(reason: &str) -> Option<&'static str> {
     })
 }
 
-/// The code's name as gRPC spells it.
-fn name(code: Code) -> String {
-    let mut name = String::new();
-    for c in format!("{code:?}").chars() {
-        if c.is_uppercase() && !name.is_empty() {
-            name.push('_');
-        }
-        name.push(c.to_ascii_uppercase());
-    }
-    name
-}
-
 #[cfg(test)]
 mod tests {
     use tonic_types::ErrorDetails;
 
     use super::*;
 
-    fn told(code: Code, details: ErrorDetails) -> String {
+    fn printed(code: Code, details: ErrorDetails) -> String {
         let status = Status::with_error_details(code, "no grant covers it", details);
-        Refusal::new(&status, "http://127.0.0.1:50051/").to_string()
+        CallError::new(&status, "http://127.0.0.1:50051/").to_string()
     }
 
     #[test]
-    fn a_refusal_is_told_with_its_status_its_reason_and_what_to_do() {
+    fn an_error_is_printed_with_its_status_its_reason_and_a_hint() {
         let mut details = ErrorDetails::new();
         details.set_error_info("NOT_GRANTED", "token-broker", [("a".into(), "b".into())]);
         assert_eq!(
-            told(Code::PermissionDenied, details),
+            printed(Code::PermissionDenied, details),
             "PERMISSION_DENIED (NOT_GRANTED): no grant covers it\n\
              hint: an admin grants it with `caller grant CALLER ACCOUNT`"
         );
     }
 
     #[test]
-    fn a_refusal_that_passes_says_when_to_try_again() {
+    fn an_error_with_a_retry_delay_says_when_to_try_again() {
         let mut details = ErrorDetails::new();
         details.set_retry_info(Some(Duration::from_micros(2_151_003)));
-        let told = told(Code::ResourceExhausted, details);
-        assert_eq!(told, "RESOURCE_EXHAUSTED: no grant covers it\nhint: try again in 3s");
+        let printed = printed(Code::ResourceExhausted, details);
+        assert_eq!(printed, "RESOURCE_EXHAUSTED: no grant covers it\nhint: try again in 3s");
     }
 
     #[test]
-    fn a_broker_that_is_not_there_is_asked_for() {
-        let told = told(Code::Unavailable, ErrorDetails::new());
-        assert!(told.ends_with("hint: is a broker running at http://127.0.0.1:50051/?"), "{told}");
+    fn an_unreachable_broker_leads_to_a_question_about_its_address() {
+        let printed = printed(Code::Unavailable, ErrorDetails::new());
+        assert!(
+            printed.ends_with("hint: is a broker running at http://127.0.0.1:50051/?"),
+            "{printed}"
+        );
     }
 }

@@ -7,11 +7,10 @@ use tempfile::TempDir;
 use token_broker::{
     api::proto::{GetTokenRequest, GetTokenResponse, token_service_client::TokenServiceClient},
     app::{App, AppConfig, StartError},
-    audit::journal::{JournalSettings, SyncMode},
+    config::{DatabaseUrl, Settings},
     crypto::{Keyring, bearer::Bearer},
     dev::simulator::{Faults, Options, Simulator},
-    domain::{clock::Clock, refresh_policy::RefreshPolicy},
-    store::Database,
+    domain::clock::Clock,
 };
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -61,26 +60,24 @@ impl World {
 
     /// What a broker of this world is made of; a test changes what it wants otherwise.
     pub(crate) fn plan(&self) -> AppConfig {
-        let database = Database::new(self.database.url(), "token-broker").unwrap();
+        let database = DatabaseUrl::new(self.database.url()).unwrap();
         let target = self.upstream.base_url().parse().unwrap();
+        let (state, keyring) = (self.state.path().to_owned(), self.keyring.clone());
+        let local = AppConfig::local(database, target, state, keyring);
         AppConfig {
-            upstream_rate: 1_000.0,
-            policy: RefreshPolicy {
-                refresh_at: 0.75,
-                min_issue_interval: Duration::from_millis(100),
-            },
-            journal: JournalSettings {
-                sync: SyncMode::Fsync,
-                segment_bytes: 1 << 20,
-                max_bytes: 1 << 30,
-                retention: Duration::from_hours(168),
-            },
-            caller_rate: 100_000,
-            default_deadline: super::PATIENCE,
-            longest_deadline: super::PATIENCE,
-            drain: Duration::from_secs(10),
+            journal_segment_bytes: 1 << 20,
             clock: self.clock.clone(),
-            ..AppConfig::local(database, target, self.state.path().to_owned(), self.keyring.clone())
+            settings: Settings {
+                upstream_rate: 1_000.0,
+                min_issue_interval: Duration::from_millis(100),
+                journal_max_bytes: 1 << 30,
+                caller_rate: 100_000,
+                deadline_default: super::PATIENCE,
+                deadline_max: super::PATIENCE,
+                drain: Duration::from_secs(10),
+                ..local.settings
+            },
+            ..local
         }
     }
 
@@ -175,7 +172,7 @@ pub(crate) async fn refused(plan: AppConfig) -> String {
     match started {
         Ok(_) => panic!("it started"),
         Err(error @ StartError::Stopped) => panic!("{error}"),
-        Err(error) => error.to_string(),
+        Err(error) => format!("{:#}", anyhow::Error::from(error)),
     }
 }
 

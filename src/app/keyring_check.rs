@@ -1,46 +1,57 @@
-//! Whether the keyring is the one that sealed what is stored.
+//! Checks that the keyring is the one that sealed the stored secrets.
 
 use std::collections::BTreeMap;
 
+use thiserror::Error;
 use tracing::error;
 
-use super::StartError;
 use crate::{
     crypto::{Keyring, SealError},
     store::accounts::Stored,
 };
 
-/// Opens `samples`. A key that the keyring lacks, or one that opens none of its samples, means that
-/// this is another keyring. A value that does not open where others of its key do is its own account's
-/// trouble: that is told here, and shown by the account once it is issued for.
+/// The keyring is not the one that sealed the stored secrets: it lacks a key, or opens nothing that was
+/// sealed with one of its keys.
+#[derive(Debug, Error)]
+#[error("the keyring does not open the secret of account {account}")]
+pub struct WrongKeyring {
+    /// The name of an account whose secret does not open.
+    pub account: String,
+    /// Why it does not open.
+    #[source]
+    pub error: SealError,
+}
+
+/// Opens `samples`, some stored secrets of each key.
+///
+/// A single value that does not open, while others of the same key do, concerns only its own account.
+/// It is logged here, and the account shows it when its next token is issued.
 ///
 /// # Errors
-/// [`StartError::WrongKeyring`].
-pub fn prove(keyring: &Keyring, samples: &[Stored]) -> Result<(), StartError> {
-    let wrong = |stored: &Stored, error| {
-        Err(StartError::WrongKeyring { account: stored.name.clone(), error })
-    };
-    // Of each key, the first value that it did not open, unless it opened one.
-    let mut unproven = BTreeMap::new();
+/// When the keyring lacks the key of a sample, or has a key that opens none of its samples.
+pub fn check_keyring(keyring: &Keyring, samples: &[Stored]) -> Result<(), WrongKeyring> {
+    let wrong = |stored: &Stored, error| Err(WrongKeyring { account: stored.name.clone(), error });
+    // For each key the first sample that it did not open, or `None` once it opened one.
+    let mut unopened = BTreeMap::new();
     let mut faults = Vec::new();
     for stored in samples {
         let opened = keyring.open_secret(stored.id, stored.version, &stored.sealed);
         let fault = opened.err();
         faults.extend(fault.clone().map(|fault| (stored, fault)));
-        // What names no key proves nothing of one.
+        // A value that names no key says nothing about any key.
         let Ok(key) = Keyring::sealed_with(&stored.sealed) else { continue };
         match fault {
             Some(fault @ SealError::UnknownKey(_)) => return wrong(stored, fault),
             Some(fault @ SealError::Forged) => {
-                unproven.entry(key).or_insert(Some((stored, fault)));
+                unopened.entry(key).or_insert(Some((stored, fault)));
             }
-            // It opens, even if what it holds is no secret.
+            // The key opens the value. It is the right key even if the content is not a secret.
             _ => {
-                unproven.insert(key, None);
+                unopened.insert(key, None);
             }
         }
     }
-    if let Some((stored, fault)) = unproven.into_values().flatten().next() {
+    if let Some((stored, fault)) = unopened.into_values().flatten().next() {
         return wrong(stored, fault);
     }
     for (stored, error) in faults {
@@ -75,17 +86,13 @@ mod tests {
         Stored { id: AccountId(id), name: format!("acme-{id}"), version: VERSION, sealed }
     }
 
-    /// The account that the refusal names.
+    /// The account that the error names.
     fn refused(keyring: &Keyring, samples: &[Stored]) -> Option<String> {
-        match prove(keyring, samples) {
-            Ok(()) => None,
-            Err(StartError::WrongKeyring { account, .. }) => Some(account),
-            Err(other) => panic!("{other}"),
-        }
+        check_keyring(keyring, samples).err().map(|error| error.account)
     }
 
     #[test]
-    fn one_value_that_does_not_open_beside_others_that_do_is_no_wrong_keyring() {
+    fn a_keyring_that_opens_some_values_of_each_of_its_keys_is_accepted() {
         let keyring = keyring();
         let [good, swapped, garbage] = [stored(&keyring, 1, 1), stored(&keyring, 2, 1), {
             Stored { sealed: b"no sealed value".to_vec(), ..stored(&keyring, 3, 3) }
@@ -100,14 +107,14 @@ mod tests {
     }
 
     #[test]
-    fn a_key_that_opens_none_of_its_values_is_another_one_of_that_name() {
+    fn a_key_that_opens_none_of_its_values_is_refused() {
         let keyring = keyring();
         let values = [stored(&keyring, 1, 2), stored(&keyring, 3, 2), stored(&keyring, 4, 2)];
         assert_eq!(refused(&keyring, &values).as_deref(), Some("acme-1"));
     }
 
     #[test]
-    fn a_key_that_the_keyring_lacks_is_named_whatever_else_opens() {
+    fn a_keyring_that_lacks_a_key_is_refused_even_if_other_values_open() {
         let (ours, theirs) = (keyring(), keyring());
         let values = [stored(&ours, 1, 1), stored(&theirs, 2, 2)];
         assert_eq!(refused(&ours, &values).as_deref(), Some("acme-2"));

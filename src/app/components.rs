@@ -1,0 +1,92 @@
+//! The components of a broker that exist before the database has answered. They share state: everything
+//! else is built from them.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, AtomicI64},
+};
+
+use sqlx::PgPool;
+use tracing::info;
+
+use super::{app_config::AppConfig, error::StartError};
+use crate::{
+    audit::journal::Journal,
+    domain::clock::Clock,
+    files::state_dir::StateDir,
+    services::{
+        account_cache::AccountCache, account_loader::AccountLoader,
+        caller_directory::CallerDirectory, connectivity::DatabaseConnectivity, refresher::Outage,
+    },
+    store::Database,
+    telemetry::Metrics,
+    tls::Tls,
+    upstream::Client,
+};
+
+/// The name of the broker's connections in `pg_stat_activity`.
+const APPLICATION_NAME: &str = "token-broker";
+/// The value of [`Components::upstream_skew_ms`] before the first issue.
+pub(super) const UNKNOWN_SKEW: i64 = i64::MIN;
+
+pub(super) struct Components {
+    pub(super) database: Database,
+    /// The pool that refreshing and the change feed share.
+    pub(super) pool: PgPool,
+    pub(super) cache: Arc<AccountCache>,
+    pub(super) directory: Arc<CallerDirectory>,
+    pub(super) connectivity: Arc<DatabaseConnectivity>,
+    pub(super) outage: Arc<Outage>,
+    pub(super) loader: Arc<AccountLoader>,
+    pub(super) journal: Journal,
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) upstream: Client,
+    pub(super) tls: Option<Arc<Tls>>,
+    /// How many milliseconds the upstream's clock was ahead at the last issue.
+    pub(super) upstream_skew_ms: Arc<AtomicI64>,
+    /// Whether calls are served: between the end of the start and the beginning of the stop.
+    pub(super) serving: Arc<AtomicBool>,
+    pub(super) clock: Clock,
+}
+
+impl Components {
+    /// Creates the components. Reads the TLS files, and connects to nothing.
+    ///
+    /// # Errors
+    /// When the TLS files, the database's URL or the upstream's settings cannot be used.
+    pub(super) fn new(
+        config: &AppConfig,
+        state_dir: &StateDir,
+        journal: Journal,
+    ) -> Result<Self, StartError> {
+        let settings = &config.settings;
+        info!(instance = state_dir.instance(), upstream = %settings.upstream,
+            version = env!("CARGO_PKG_VERSION"), "starting");
+        let database = settings.database_url.database(APPLICATION_NAME)?;
+        let pool = database.pool(config.pool_connections);
+        let cache = Arc::new(AccountCache::default());
+        let loader = AccountLoader::new(
+            pool.clone(),
+            config.keyring.clone(),
+            cache.clone(),
+            config.clock.clone(),
+        );
+        let tls = settings.tls.clone();
+        Ok(Self {
+            database,
+            pool,
+            cache,
+            directory: Arc::new(CallerDirectory::default()),
+            connectivity: Arc::new(DatabaseConnectivity::new(settings.new_token_ends_older)),
+            outage: Arc::default(),
+            loader: Arc::new(loader),
+            journal,
+            metrics: Arc::new(Metrics::new(env!("CARGO_PKG_VERSION"))),
+            upstream: Client::new(settings.upstream_client(), config.clock.clone())?,
+            tls: tls.map(|files| Tls::load(files, config.clock.clone())).transpose()?.map(Arc::new),
+            upstream_skew_ms: Arc::new(AtomicI64::new(UNKNOWN_SKEW)),
+            serving: Arc::new(AtomicBool::new(false)),
+            clock: config.clock.clone(),
+        })
+    }
+}

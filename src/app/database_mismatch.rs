@@ -1,0 +1,124 @@
+//! How the database differs from the one that this replica used last.
+
+use std::{collections::BTreeMap, fmt};
+
+use thiserror::Error;
+
+use crate::audit::chain::StoredEvent;
+
+/// How many of the lost changes and issues are listed one by one.
+const MAX_LISTED: usize = 100;
+
+/// One difference between the database and the one that this replica used last.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Difference {
+    /// The database belongs to another deployment than the state directory.
+    OtherDeployment,
+    /// The database is in another server or under another object id than when it was last used: it is
+    /// a copy, or was restored from a dump.
+    Moved,
+    /// The database belongs to another upstream.
+    OtherUpstream {
+        /// The upstream that the database remembers.
+        theirs: String,
+        /// The upstream of the settings.
+        ours: String,
+    },
+    /// This replica has used a restored database that was accepted in place of this one.
+    Superseded,
+    /// The database lacks audit records that this replica delivered to it.
+    Older {
+        /// The number of these records.
+        records: i64,
+    },
+}
+
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::OtherDeployment => {
+                f.write_str("it is not the one that the state directory belongs to")
+            }
+            Self::Moved => f.write_str(
+                "it lies elsewhere than when it was used last, so it is a copy, or was restored from a dump",
+            ),
+            Self::OtherUpstream { theirs, ours } => write!(
+                f,
+                "it belongs to the upstream {theirs}, and the broker is set to {ours}: its \
+                 accounts and tokens are not this upstream's"
+            ),
+            Self::Superseded => f.write_str("a restored one was accepted in its place"),
+            Self::Older { records } => {
+                write!(f, "it went back in time, by {records} audit records of this replica's")
+            }
+        }
+    }
+}
+
+/// The database is not as this replica left it.
+#[derive(Debug, Error)]
+#[error(
+    "the database is not as it was left: {}; if that is meant, start once with --accept-restored{lost}",
+    join(differences)
+)]
+pub struct DatabaseMismatch {
+    /// The differences, at least one.
+    pub differences: Vec<Difference>,
+    /// What the database has lost, as far as this replica's journal tells.
+    pub lost: LostRecords,
+}
+
+/// Joins the texts of `differences` for a message.
+pub(super) fn join(differences: &[Difference]) -> String {
+    differences.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+}
+
+/// Audit records that this replica delivered and that the database does not have any more.
+#[derive(Debug, Default)]
+pub struct LostRecords {
+    /// The number of records, by event.
+    pub counts: BTreeMap<String, i64>,
+    /// The first changes and issues among them, one line each.
+    pub listed: Vec<String>,
+    /// Why some of the records could not be read from the journal.
+    pub unreadable: Option<String>,
+}
+
+impl LostRecords {
+    /// Counts `event`, and lists it if it is a change or an issue.
+    pub(super) fn add(&mut self, event: &StoredEvent) {
+        *self.counts.entry(event.event.clone().into_owned()).or_default() += event.count;
+        let is_change = event.detail.contains_key("change_id") || event.event == "token_issued";
+        if is_change && self.listed.len() < MAX_LISTED {
+            let detail = |key| event.detail.get(key).map(String::as_str);
+            let subject = event.account.as_deref().or(detail("caller")).unwrap_or("-");
+            let mut line = format!("{} {} {subject}", event.at.to_rfc3339(), event.event);
+            for part in [detail("operation"), detail("session_user")].into_iter().flatten() {
+                line.push(' ');
+                line.push_str(part);
+            }
+            self.listed.push(line);
+        }
+    }
+}
+
+impl fmt::Display for LostRecords {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.counts.is_empty() {
+            let counts: Vec<_> =
+                self.counts.iter().map(|(event, count)| format!("{count} {event}")).collect();
+            write!(
+                f,
+                "\nwhat this replica recorded and the database does not have any more: {}",
+                counts.join(", ")
+            )?;
+        }
+        for line in &self.listed {
+            write!(f, "\n  {line}")?;
+        }
+        if let Some(why) = &self.unreadable {
+            write!(f, "\nsome of these records cannot be read from the journal: {why}")?;
+        }
+        Ok(())
+    }
+}

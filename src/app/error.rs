@@ -1,0 +1,68 @@
+//! Why a broker cannot start.
+
+use std::io;
+
+use thiserror::Error;
+
+use super::{database_mismatch::DatabaseMismatch, keyring_check::WrongKeyring};
+use crate::{
+    audit::journal::{AuditUnavailable, JournalError},
+    files::state_dir::StateDirError,
+    store::StoreError,
+    tls::TlsError,
+    upstream::SetUpError,
+};
+
+/// Why a broker cannot start. The messages say what to correct, and contain no secret.
+#[derive(Debug, Error)]
+pub enum StartError {
+    /// The state directory cannot be used.
+    #[error(transparent)]
+    StateDir(#[from] StateDirError),
+    /// The audit journal cannot be opened.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The record of the start did not become durable.
+    #[error(
+        "the start cannot be recorded in the audit journal: is the state directory's disk full?"
+    )]
+    NotRecorded(#[source] AuditUnavailable),
+    /// The file that lists the accounts for which an earlier process issued tokens without the
+    /// database cannot be read or written.
+    #[error(
+        "the file issued-alone in the state directory, which lists the accounts for which tokens \
+         were issued without the database, cannot be used"
+    )]
+    IssuedAlone(#[source] io::Error),
+    /// The database refused a statement, or has another schema. A database that does not answer is
+    /// waited for instead.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The upstream's client cannot be built.
+    #[error(transparent)]
+    Upstream(#[from] SetUpError),
+    /// The keyring is not the one that sealed the stored secrets.
+    #[error(transparent)]
+    WrongKeyring(#[from] WrongKeyring),
+    /// The database is not the one that this replica used last, or is in an older state.
+    #[error(transparent)]
+    DatabaseMismatch(#[from] DatabaseMismatch),
+    /// The file that says which database this replica used last cannot be read or written.
+    #[error("the file database in the state directory cannot be used")]
+    DatabaseFile(#[source] io::Error),
+    /// The TLS files cannot be used.
+    #[error("TLS cannot be served")]
+    Tls(#[from] TlsError),
+    /// The system gives no threads, or no descriptors for them.
+    #[error("the threads that serve connections cannot be started")]
+    Workers(#[source] io::Error),
+    /// A listener has no address.
+    #[error("cannot listen")]
+    Listen(#[source] io::Error),
+    /// The descriptors that gRPC reflection serves are broken, which is a fault of the build.
+    #[error("the service's descriptors cannot be served by reflection")]
+    Descriptors(#[from] tonic_reflection::server::Error),
+    /// The caller of `App::start` gave up before the start had finished.
+    #[error("stopped before the start had finished")]
+    Stopped,
+}

@@ -1,0 +1,67 @@
+//! What gRPC's health service says: `SERVING` while the audit journal has room, until the stop.
+
+use std::time::Duration;
+
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tonic_health::{ServingStatus, server::HealthReporter};
+use tracing::{info, warn};
+
+use crate::{api::proto::token_service_server::SERVICE_NAME, audit::journal::Journal};
+
+/// How often the journal is checked. It is polled because a disk that hangs sends no notification: only
+/// the time that passes shows it.
+const POLL_INTERVAL: Duration = Duration::from_millis(250);
+
+/// Keeps the health service up to date until it is stopped.
+pub(super) struct GrpcHealth {
+    polling: JoinHandle<()>,
+    stop: CancellationToken,
+}
+
+impl GrpcHealth {
+    /// Reports the journal's present state, and starts a task that reports its changes.
+    pub(super) async fn start(reporter: HealthReporter, journal: Journal) -> Self {
+        let mut serving = journal.is_ready();
+        report(&reporter, serving).await;
+        let stop = CancellationToken::new();
+        let stopped = stop.clone();
+        let polling = tokio::spawn(async move {
+            let mut interval = tokio::time::interval(POLL_INTERVAL);
+            loop {
+                tokio::select! {
+                    () = stopped.cancelled() => break,
+                    _ = interval.tick() => {}
+                }
+                let ready = journal.is_ready();
+                if std::mem::replace(&mut serving, ready) != ready {
+                    report(&reporter, ready).await;
+                    if ready {
+                        info!("the audit journal can be written: health says SERVING");
+                    } else {
+                        warn!(
+                            "the audit journal cannot be written or is nearly full: health says \
+                             NOT_SERVING"
+                        );
+                    }
+                }
+            }
+            report(&reporter, false).await;
+        });
+        Self { polling, stop }
+    }
+
+    /// Reports `NOT_SERVING`, and returns once that is done.
+    pub(super) async fn stop(self) {
+        self.stop.cancel();
+        let _ = self.polling.await;
+    }
+}
+
+/// Reports for the service and for the server as a whole, whose name is empty.
+async fn report(reporter: &HealthReporter, serving: bool) {
+    let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
+    for service in ["", SERVICE_NAME] {
+        reporter.set_service_status(service, status).await;
+    }
+}

@@ -1,0 +1,108 @@
+//! The part of the start that needs the database, before any task runs.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    app_config::AppConfig, components::Components, database_identity, error::StartError,
+    keyring_check::check_keyring, supervise::until_reachable,
+};
+use crate::{
+    audit::record::{Event, Record},
+    domain::{account::AccountId, clock::Timestamp},
+    files::state_dir::StateDir,
+    services::refresher::PendingTokens,
+    store::{accounts, deployment::Home, instances, leases, within},
+};
+
+/// How long the record of the start may take to become durable.
+const RECORD_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What the later steps of the start need from the preparation.
+pub(super) struct Prepared {
+    /// The deployment that the database belongs to.
+    pub(super) home: Home,
+    pub(super) pending: Arc<PendingTokens>,
+}
+
+/// Prepares the database and the journal, in this order:
+/// 1. applies migrations if `--migrate` was given, and checks the schema;
+/// 2. checks that the database is the one that this replica used last, and in no older state;
+/// 3. checks that the keyring is the one that sealed the stored secrets, and publishes the public keys
+///    that admins seal new secrets to;
+/// 4. records the start, and the acceptance of a restored database, in the audit journal;
+/// 5. marks stored tokens as possibly revoked where an earlier process issued newer ones that it could
+///    not store.
+///
+/// Each step waits while the database does not answer.
+///
+/// # Errors
+/// When a step fails, and [`StartError::Stopped`] once `give_up` is cancelled.
+pub(super) async fn prepare(
+    components: &Components,
+    config: &AppConfig,
+    state_dir: &StateDir,
+    give_up: &CancellationToken,
+) -> Result<Prepared, StartError> {
+    let started_at = components.clock.now();
+    until_reachable(give_up, || check_schema(components, config)).await?;
+    components.connectivity.found();
+    let verify =
+        || database_identity::verify(&components.pool, config, state_dir, &components.journal);
+    let verified = until_reachable(give_up, verify).await?;
+    until_reachable(give_up, || use_keyring(components, config)).await?;
+
+    record(components, start_record(config, started_at)).await?;
+    if let Some(acceptance) = verified.acceptance {
+        record(components, acceptance).await?;
+    }
+
+    let pending = PendingTokens::new(state_dir, config.settings.new_token_ends_older);
+    let unstored = pending.of_earlier_process().await.map_err(StartError::IssuedAlone)?;
+    until_reachable(give_up, || mark_possibly_revoked(components, &unstored)).await?;
+    pending.forget_earlier_process().await.map_err(StartError::IssuedAlone)?;
+    Ok(Prepared { home: verified.home, pending: Arc::new(pending) })
+}
+
+async fn check_schema(components: &Components, config: &AppConfig) -> Result<(), StartError> {
+    if config.migrate {
+        components.database.migrate().await?;
+    }
+    Ok(components.database.check_schema().await?)
+}
+
+async fn use_keyring(components: &Components, config: &AppConfig) -> Result<(), StartError> {
+    check_keyring(&config.keyring, &accounts::sealed_samples(&components.pool).await?)?;
+    let keys: Vec<_> = config
+        .keyring
+        .intake_publics()
+        .iter()
+        .map(|key| (key.key_id().to_string(), key.bytes().to_vec()))
+        .collect();
+    let primary = config.keyring.intake_public();
+    instances::publish_intake_keys(&components.pool, &keys, primary.key_id().as_str()).await?;
+    Ok(())
+}
+
+fn start_record(config: &AppConfig, started_at: Timestamp) -> Record {
+    Record::new(started_at, Event::Started)
+        .with("version", env!("CARGO_PKG_VERSION"))
+        .with("upstream", config.settings.upstream.to_string())
+}
+
+/// Appends `record` to the journal and waits until it is durable.
+async fn record(components: &Components, record: Record) -> Result<(), StartError> {
+    let appended = components.journal.append(record);
+    appended.durable(RECORD_TIMEOUT).await.map_err(StartError::NotRecorded)
+}
+
+async fn mark_possibly_revoked(
+    components: &Components,
+    accounts: &[AccountId],
+) -> Result<(), StartError> {
+    for account in accounts {
+        within(leases::suspect(&components.pool, *account, None)).await?;
+    }
+    Ok(())
+}

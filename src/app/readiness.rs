@@ -1,0 +1,92 @@
+//! What `/readyz` answers.
+//!
+//! A replica is ready when accounts and callers are loaded and the audit journal has room. It stays
+//! ready while Postgres or the upstream is away: it can still serve live tokens, and no other replica
+//! could do better.
+//!
+//! What an operator sees when the journal's disk, or the size that `JOURNAL_MAX_BYTES` allows, fills up:
+//! - Nearly full: the check `journal` fails, `/readyz` answers 503, gRPC health says `NOT_SERVING` (see
+//!   `grpc_health.rs`), and calls are still answered.
+//! - Full: the same, and each call is refused with `UNAVAILABLE` and the reason `AUDIT_UNAVAILABLE`,
+//!   because no answer may leave without its record. `token_broker_journal_failed_total` counts the
+//!   records that could not be written.
+//! - Room again: all of this ends by itself, and the journal records how many records are missing.
+
+use std::sync::{Arc, atomic::Ordering};
+
+use super::components::Components;
+use crate::{
+    api::ops::{Check, Readiness},
+    audit::journal::Journal,
+    domain::{clock::Timestamp, refresh_state::AccountState},
+    services::{
+        account_cache::AccountCache,
+        connectivity::{Connectivity, DatabaseConnectivity},
+    },
+};
+
+/// Returns a function that runs the checks. It does not block.
+pub(super) fn checks(components: &Components) -> Arc<dyn Fn() -> Readiness + Send + Sync> {
+    let (cache, journal) = (components.cache.clone(), components.journal.clone());
+    let (connectivity, serving) = (components.connectivity.clone(), components.serving.clone());
+    let (outage, clock) = (components.outage.clone(), components.clock.clone());
+    Arc::new(move || Readiness {
+        checks: vec![
+            serving_check(serving.load(Ordering::Relaxed)),
+            journal_check(&journal),
+            postgres_check(&connectivity),
+            delivery_check(&connectivity, &journal),
+            upstream_check(&cache, outage.is_on(), clock.now()),
+        ],
+    })
+}
+
+fn serving_check(serving: bool) -> Check {
+    let detail = if serving { "accounts and callers are loaded" } else { "starting or stopping" };
+    Check { name: "serving", ok: serving, required: true, detail: detail.into() }
+}
+
+fn journal_check(journal: &Journal) -> Check {
+    let (writable, has_room) = (journal.is_writable(), journal.is_ready());
+    let detail = match (writable, has_room) {
+        (false, _) => "cannot be written: calls are refused",
+        (true, false) => "is nearly full: calls are still answered",
+        (true, true) => "can be written",
+    };
+    Check { name: "journal", ok: has_room, required: true, detail: detail.into() }
+}
+
+fn postgres_check(connectivity: &DatabaseConnectivity) -> Check {
+    let detail = match connectivity.standing() {
+        _ if !connectivity.has_answered() => "has not answered yet",
+        Connectivity::Connected => "answers",
+        Connectivity::SoleReplica => "does not answer; issuing goes on without it",
+        Connectivity::Partitioned => "does not answer; serving what is known",
+    };
+    let ok = answers(connectivity);
+    Check { name: "postgres", ok, required: false, detail: detail.into() }
+}
+
+fn delivery_check(connectivity: &DatabaseConnectivity, journal: &Journal) -> Check {
+    let detail = format!("{} audit records wait for delivery", journal.stats().undelivered);
+    Check { name: "delivery", ok: answers(connectivity), required: false, detail }
+}
+
+fn answers(connectivity: &DatabaseConnectivity) -> bool {
+    connectivity.has_answered() && connectivity.standing() == Connectivity::Connected
+}
+
+fn upstream_check(cache: &AccountCache, outage: bool, now: Timestamp) -> Check {
+    let (mut live, mut unreachable) = (0, 0);
+    for slot in cache.slots() {
+        let view = slot.view();
+        live += usize::from(view.live(now).is_some());
+        unreachable += usize::from(view.state(now) == AccountState::Unreachable);
+    }
+    let accounts = cache.len();
+    let probing = if outage { "is away: one account at a time is tried; " } else { "" };
+    let detail = format!(
+        "{probing}{unreachable} of {accounts} accounts cannot reach it; {live} have a live token"
+    );
+    Check { name: "upstream", ok: unreachable == 0 && !outage, required: false, detail }
+}

@@ -1,0 +1,203 @@
+//! Builds the services from the components and the settings.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{runtime::Handle, time::Instant};
+use tokio_util::task::TaskTracker;
+use tonic::service::Routes;
+use tonic_health::server::HealthReporter;
+
+use super::{app_config::AppConfig, components::Components, error::StartError};
+use crate::{
+    api::grpc::{
+        self, TokenServer,
+        audit::AuditLayer,
+        server::{ConnectionLimiter, ConnectionServer, Workers},
+    },
+    audit::checkpoint_signer::CheckpointSigner,
+    files::state_dir::StateDir,
+    services::{
+        caller_rates::CallerRates,
+        change_feed::{ChangeFeed, Identity},
+        journal_delivery::JournalDelivery,
+        keyed_semaphore::KeyedSemaphore,
+        refresher::{Issuing, PendingTokens, RefreshTrigger},
+        refusal_aggregator::RefusalAggregator,
+        retention::Retention,
+        token_provider::TokenProvider,
+    },
+    store::{deployment::Home, leases::LeaseHolder},
+};
+
+/// How much longer than an attempt a lease lasts: the time to store the token.
+const LEASE_BEYOND_ATTEMPT: Duration = Duration::from_secs(20);
+/// The most refused calls that wait at once until their records are durable.
+const MAX_REFUSED_CALLS: usize = 10_000;
+/// How much longer than the longest call a connection may last once it was told to finish.
+const CLOSE_BEYOND_DEADLINE: Duration = Duration::from_secs(30);
+
+impl Components {
+    /// Returns what an attempt to issue a token needs.
+    pub(super) fn issuing(
+        &self,
+        config: &AppConfig,
+        state_dir: &StateDir,
+        pending: Arc<PendingTokens>,
+    ) -> Issuing {
+        let settings = &config.settings;
+        Issuing {
+            cache: self.cache.clone(),
+            loader: self.loader.clone(),
+            pool: self.pool.clone(),
+            keyring: config.keyring.clone(),
+            upstream: self.upstream.clone(),
+            journal: self.journal.clone(),
+            clock: self.clock.clone(),
+            policy: settings.refresh_policy(),
+            claimant: LeaseHolder {
+                instance: state_dir.instance().to_owned(),
+                replica: state_dir.replica(),
+                lease: settings.upstream_timeout + LEASE_BEYOND_ATTEMPT,
+                floor: settings.min_issue_interval,
+                rate: settings.upstream_rate,
+                concurrency: settings.upstream_concurrency,
+            },
+            ends_older: settings.new_token_ends_older,
+            expected_egress: settings.expected_egress.clone(),
+            metrics: self.metrics.clone(),
+            upstream_skew_ms: self.upstream_skew_ms.clone(),
+            reach: self.connectivity.clone(),
+            unstored: pending,
+            outage: self.outage.clone(),
+        }
+    }
+
+    /// Returns the feed that follows changes in the database `home`.
+    pub(super) fn change_feed(
+        &self,
+        config: &AppConfig,
+        state_dir: &StateDir,
+        home: Home,
+        trigger: RefreshTrigger,
+    ) -> ChangeFeed {
+        ChangeFeed {
+            identity: Identity {
+                instance: state_dir.instance().to_owned(),
+                replica: state_dir.replica(),
+                key_ids: config.keyring.key_ids().iter().map(ToString::to_string).collect(),
+                started_at: self.clock.now(),
+            },
+            database: self.database.clone(),
+            home,
+            pool: self.pool.clone(),
+            keyring: config.keyring.clone(),
+            loader: self.loader.clone(),
+            cache: self.cache.clone(),
+            directory: self.directory.clone(),
+            reach: self.connectivity.clone(),
+            waker: trigger,
+            journal: self.journal.clone(),
+            clock: self.clock.clone(),
+        }
+    }
+
+    /// Returns the service that deletes old audit records.
+    pub(super) fn retention(&self, config: &AppConfig) -> Retention {
+        Retention {
+            database: self.database.clone(),
+            keyring: config.keyring.clone(),
+            clock: self.clock.clone(),
+            calls: config.settings.audit_retention,
+            changes: config.settings.change_retention,
+        }
+    }
+
+    /// Returns the service that signs checkpoints of the audit log.
+    pub(super) fn checkpoint_signer(
+        &self,
+        config: &AppConfig,
+        state_dir: &StateDir,
+    ) -> Arc<CheckpointSigner> {
+        let (journal, keyring) = (self.journal.clone(), config.keyring.clone());
+        CheckpointSigner::new(journal, keyring, self.clock.clone(), state_dir)
+    }
+
+    /// Returns the service that copies the journal to Postgres. It has `drain` to finish when it is
+    /// stopped.
+    pub(super) fn journal_delivery(
+        &self,
+        signer: Arc<CheckpointSigner>,
+        drain: Duration,
+    ) -> JournalDelivery {
+        JournalDelivery::new(self.journal.clone(), self.database.connection().clone())
+            .notary(signer)
+            .drain(drain)
+    }
+
+    /// Returns gRPC's services, behind the audit layer, and the reporter of the health service.
+    pub(super) fn routes(
+        &self,
+        config: &AppConfig,
+        trigger: RefreshTrigger,
+        calls: TaskTracker,
+        refusals: RefusalAggregator,
+    ) -> Result<(Routes, HealthReporter), StartError> {
+        let settings = &config.settings;
+        let provider = TokenProvider {
+            cache: self.cache.clone(),
+            directory: self.directory.clone(),
+            clock: self.clock.clone(),
+            policy: settings.refresh_policy(),
+            max_staleness: settings.max_authorization_staleness,
+            reach: self.connectivity.clone(),
+            waits: Arc::new(KeyedSemaphore::new(config.max_waiting_calls)),
+            streams: Arc::new(KeyedSemaphore::new(config.max_streams)),
+            waker: trigger,
+            pool: self.pool.clone(),
+            runtime: Handle::current(),
+        };
+        let server = TokenServer {
+            broker: provider,
+            journal: self.journal.clone(),
+            api_base_url: settings.upstream.base_url().into(),
+        };
+        let audit = AuditLayer {
+            journal: self.journal.clone(),
+            folds: refusals,
+            directory: self.directory.clone(),
+            trust_domain: settings.trust_domain.as_deref().map(Into::into),
+            rates: CallerRates::default(),
+            default_rate: settings.caller_rate,
+            default_deadline: settings.deadline_default,
+            longest_deadline: settings.deadline_max,
+            clock: self.clock.clone(),
+            epoch: Instant::now(),
+            metrics: self.metrics.clone(),
+            calls,
+            refused: Arc::new(KeyedSemaphore::new(MAX_REFUSED_CALLS)),
+        };
+        Ok(grpc::routes(server, Arc::new(audit))?)
+    }
+
+    /// Returns the server of `routes`.
+    pub(super) fn connection_server(
+        &self,
+        config: &AppConfig,
+        routes: Routes,
+        limiter: Arc<ConnectionLimiter>,
+        workers: Arc<Workers>,
+        refusals: RefusalAggregator,
+    ) -> ConnectionServer {
+        ConnectionServer {
+            routes,
+            balancers: config.settings.proxy_protocol_from.as_slice().into(),
+            tls: self.tls.clone(),
+            guests: limiter,
+            workers,
+            most: config.max_connections,
+            leave_within: config.settings.deadline_max + CLOSE_BEYOND_DEADLINE,
+            folds: refusals,
+            clock: self.clock.clone(),
+        }
+    }
+}

@@ -1,0 +1,64 @@
+//! The flags that every command has, and what they lead to: the settings and the admin connection.
+
+use std::{collections::BTreeMap, env, path::PathBuf};
+
+use clap::Args;
+
+use crate::{
+    config::{self, InvalidSettings, Sources},
+    store::admin::{Admin, Attribution},
+};
+
+/// The name of the admin commands' connections in `pg_stat_activity`.
+pub(super) const APPLICATION_NAME: &str = "token-broker admin";
+
+/// The flags that every command has.
+#[derive(Args, Debug)]
+pub(super) struct Global {
+    #[arg(
+        long,
+        global = true,
+        value_name = "PATH",
+        help = "A TOML file with settings: their names in lower case [env: TOKEN_BROKER_CONFIG]"
+    )]
+    pub(super) config: Option<PathBuf>,
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        help = "A file with the database's URL [env: DATABASE_URL or DATABASE_URL_FILE]"
+    )]
+    pub(super) database_url_file: Option<String>,
+}
+
+impl Global {
+    /// Returns the sources of the settings: these flags with those of a command, the environment, and
+    /// the TOML file.
+    pub(super) fn sources(
+        &self,
+        mut flags: BTreeMap<String, String>,
+    ) -> Result<Sources, InvalidSettings> {
+        if let Some(file) = &self.database_url_file {
+            flags.insert(config::table::DATABASE_URL.file_key(), file.clone());
+        }
+        Sources::of_process(flags, self.config.clone())
+    }
+
+    /// Connects to the database as an admin. Changes are recorded in the audit log with `reason` and the
+    /// name of the user who runs the command.
+    pub(super) async fn admin(&self, reason: Option<&str>) -> anyhow::Result<Admin> {
+        let url = config::database_url(&self.sources(BTreeMap::new())?)?;
+        let attribution =
+            Attribution { actor: Some(user_name()), reason: reason.map(ToOwned::to_owned) };
+        Ok(Admin::connect(&url.database(APPLICATION_NAME)?, attribution).await?)
+    }
+}
+
+/// Returns the user's name for the audit log, or the user's number where the environment has no name, as
+/// in a container.
+fn user_name() -> String {
+    ["SUDO_USER", "USER", "LOGNAME"]
+        .into_iter()
+        .find_map(|name| env::var(name).ok().filter(|name| !name.is_empty()))
+        .unwrap_or_else(|| format!("uid {}", rustix::process::getuid().as_raw()))
+}
