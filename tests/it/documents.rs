@@ -1,19 +1,27 @@
-//! What the documents say to be done works as it stands there.
+//! The documents agree with the code: their SQL runs, and their tables list what the code has.
+
+use std::collections::{BTreeMap, BTreeSet};
 
 use sqlx::AssertSqlSafe;
+use token_broker::{
+    config::table::{self, Setting, WhenUnset},
+    telemetry::Metrics,
+};
 
 use crate::harness::database::TestDatabase;
 
 const ROLES: &str = include_str!("../../deploy/roles.sql");
 const AUDIT: &str = include_str!("../../docs/audit.md");
+const OPERATIONS: &str = include_str!("../../docs/operations.md");
 
-/// The blocks of a document that are fenced as `kind`.
+/// Returns the blocks of `document` that are fenced as `kind`.
 fn blocks<'a>(document: &'a str, kind: &str) -> Vec<&'a str> {
     let (open, close) = (format!("\n```{kind}\n"), "\n```\n");
     document.split(&open).skip(1).map(|rest| rest.split(close).next().unwrap()).collect()
 }
 
-async fn runs_as(database: &TestDatabase, role: &str, block: &str) {
+/// Runs `block` as `role`, and undoes what it did.
+async fn assert_runs_as(database: &TestDatabase, role: &str, block: &str) {
     let mut transaction = database.pool().begin().await.unwrap();
     let role = format!("set local role {role}");
     sqlx::raw_sql(AssertSqlSafe(role)).execute(&mut *transaction).await.unwrap();
@@ -23,15 +31,156 @@ async fn runs_as(database: &TestDatabase, role: &str, block: &str) {
 }
 
 #[tokio::test]
-async fn the_auditors_questions_are_answered_by_the_sql_that_stands_beside_them() {
+async fn the_sql_in_the_audit_document_runs_as_the_role_that_it_is_meant_for() {
     let database = TestDatabase::new().await;
     database.sql(ROLES).await;
     let (audit, runtime) = (blocks(AUDIT, "sql"), blocks(AUDIT, "sql-runtime"));
     assert!(audit.len() >= 10, "{} blocks", audit.len());
     for block in audit {
-        runs_as(&database, "token_broker_auditor", block).await;
+        assert_runs_as(&database, "token_broker_auditor", block).await;
     }
     for block in runtime {
-        runs_as(&database, "token_broker_runtime", block).await;
+        assert_runs_as(&database, "token_broker_runtime", block).await;
     }
+}
+
+/// Returns the rows of the tables in `document` whose first header cell is one of `headers`, as cells
+/// without the space around them.
+fn rows<'a>(document: &'a str, headers: &[&str]) -> Vec<Vec<&'a str>> {
+    let mut rows = Vec::new();
+    let mut in_table = None;
+    for line in document.lines() {
+        let Some(inner) = line.strip_prefix('|').and_then(|line| line.trim_end().strip_suffix('|'))
+        else {
+            in_table = None;
+            continue;
+        };
+        let cells: Vec<_> = inner.split('|').map(str::trim).collect();
+        let wanted = *in_table.get_or_insert_with(|| {
+            headers.iter().any(|header| cells[0].eq_ignore_ascii_case(header))
+        });
+        let is_header = headers.iter().any(|header| cells[0].eq_ignore_ascii_case(header));
+        let is_rule = cells[0].starts_with("---") || cells[0].starts_with(":--");
+        if wanted && !is_header && !is_rule {
+            rows.push(cells);
+        }
+    }
+    rows
+}
+
+/// Returns what stands between backticks in `text`.
+fn code_spans(text: &str) -> Vec<&str> {
+    text.split('`').skip(1).step_by(2).collect()
+}
+
+/// Returns the name of the setting as the document has it: without the prefix of the environment.
+fn documented_name(setting: &Setting) -> String {
+    setting.env().trim_start_matches(table::ENV_PREFIX).to_owned()
+}
+
+/// Returns a cell of the column "default" in one spelling.
+fn normalized_default(cell: &str) -> String {
+    if let [default] = code_spans(cell)[..] {
+        return default.into();
+    }
+    match cell.to_lowercase().trim_matches('*') {
+        "" | "-" | "–" | "—" | "none" | "not set" => "–".into(),
+        other => other.to_owned(),
+    }
+}
+
+/// Returns what the column "default" must say for the setting.
+fn expected_default(setting: &Setting) -> String {
+    match setting.when_unset {
+        WhenUnset::Required { .. } => "required".into(),
+        WhenUnset::Default(default) => default.into(),
+        WhenUnset::UseSetting(other) => documented_name(other),
+        WhenUnset::NoValue => "–".into(),
+    }
+}
+
+#[test]
+fn the_settings_table_in_the_operations_document_is_that_of_the_code() {
+    let mut documented = BTreeMap::new();
+    for row in rows(OPERATIONS, &["setting", "variable"]) {
+        // One row may describe several settings that share a default, such as TLS_CERT and TLS_KEY.
+        for name in code_spans(row[0]) {
+            let name = name.trim_start_matches(table::ENV_PREFIX).to_owned();
+            let earlier = documented.insert(name.clone(), normalized_default(row[1]));
+            assert!(earlier.is_none(), "{name} has two rows");
+        }
+    }
+    let serve = table::DATABASE.iter().chain(table::BROKER).chain([&&table::MIGRATE_DATABASE_URL]);
+    let mut expected = BTreeMap::new();
+    for setting in serve {
+        expected.insert(documented_name(setting), expected_default(setting));
+    }
+    // The settings of single commands may be described below the table instead.
+    let single_commands: Vec<_> =
+        table::all().filter(|setting| !expected.contains_key(&documented_name(setting))).collect();
+    for setting in single_commands {
+        let name = documented_name(setting);
+        if documented.contains_key(&name) {
+            expected.insert(name, expected_default(setting));
+            continue;
+        }
+        let spans: Vec<_> = OPERATIONS.lines().flat_map(code_spans).collect();
+        let has = |text: &str| {
+            spans.iter().any(|span| span.trim_start_matches(table::ENV_PREFIX) == text)
+        };
+        assert!(has(&name), "docs/operations.md does not mention `{name}`");
+        if let Some(default) = setting.default() {
+            assert!(has(default), "docs/operations.md does not mention `{default}` of `{name}`");
+        }
+    }
+    assert_eq!(documented, expected, "docs/operations.md differs from src/config/table.rs");
+}
+
+/// Returns the names of all samples that `/metrics` exports, without the parts of histograms.
+fn exported_metrics() -> BTreeSet<String> {
+    let metrics = Metrics::new("1.2.3");
+    metrics.on_scrape(|gauges| {
+        // These are exported only when they are known.
+        let now = Some(token_broker::domain::clock::Timestamp::default());
+        gauges.earliest_token_end = now;
+        gauges.upstream_clock_skew = Some(chrono::TimeDelta::zero());
+        gauges.tls_not_after = Some(0);
+        gauges.journal.last_delivered_at = now;
+    });
+    let text = metrics.encode();
+    let is_histogram = |name: &str| text.contains(&format!("# TYPE {name} histogram\n"));
+    text.lines()
+        .filter(|line| !line.starts_with('#'))
+        .map(|line| {
+            let name = line.split(['{', ' ']).next().unwrap();
+            let family = name.rsplit_once('_').map_or(name, |(family, _)| family);
+            if is_histogram(family) { family } else { name }.to_owned()
+        })
+        .collect()
+}
+
+#[test]
+fn the_metrics_table_in_the_operations_document_lists_what_is_exported() {
+    const PREFIX: &str = "token_broker_";
+    let exported = exported_metrics();
+    let mut documented = BTreeSet::new();
+    for row in rows(OPERATIONS, &["metric"]) {
+        // A name such as `…_durable_total` takes the place of the last words of the one before it.
+        let mut first: Option<&str> = None;
+        let spans = row.iter().flat_map(|cell| code_spans(cell));
+        for name in spans.map(|span| span.split('{').next().unwrap()) {
+            if name.starts_with(PREFIX) {
+                documented.insert(name.to_owned());
+                first = Some(name);
+            } else if let (Some(end), Some(first)) = (name.strip_prefix('…'), first) {
+                let matching = exported.iter().filter(|other| {
+                    other.strip_suffix(end).is_some_and(|start| first.starts_with(start))
+                });
+                let before = documented.len();
+                documented.extend(matching.cloned());
+                assert!(documented.len() > before, "`{name}` is not a metric");
+            }
+        }
+    }
+    assert_eq!(documented, exported, "docs/operations.md differs from what /metrics exports");
 }

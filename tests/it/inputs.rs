@@ -1,5 +1,5 @@
-//! Bad rows: each gets one error that names the culprit and shows no secret, and nothing of it is
-//! kept; a secret that does not open concerns its own account alone.
+//! Invalid rows: each is refused with one error that names the column and contains no secret, and leaves
+//! no trace. A sealed secret that does not open affects only its own account.
 
 use sqlx::{AssertSqlSafe, PgPool, postgres::PgDatabaseError};
 use token_broker::{
@@ -13,19 +13,20 @@ use crate::harness::{
     eventually,
 };
 
-/// A secret that must show up nowhere; `$CANARY` in the tables below.
+/// A secret that must appear in no error and no log. The tables below contain it as `$CANARY`.
 const CANARY: &str = "SK.canary-73";
 
-/// A table, a row of it that is taken, and what makes it refused: a column and its value.
-struct BadRows {
+/// A table, a valid row for it, and the changes to the row, each a column and a value, that make it
+/// invalid.
+struct InvalidRows {
     table: &'static str,
     row: &'static [(&'static str, &'static str)],
     faults: &'static [(&'static str, &'static str)],
-    /// Those that can only be told of a new row.
+    /// Changes that are invalid only in a new row.
     new_row_faults: &'static [(&'static str, &'static str)],
 }
 
-const ACCOUNTS: BadRows = BadRows {
+const ACCOUNTS: InvalidRows = InvalidRows {
     table: "accounts",
     row: &[("name", "'bad'"), ("client_id", "'bad-id'"), ("client_secret", "'$CANARY'")],
     faults: &[
@@ -66,7 +67,7 @@ const ACCOUNTS: BadRows = BadRows {
     new_row_faults: &[("client_secret", "null"), ("updated_at", "null")],
 };
 
-const CALLERS: BadRows = BadRows {
+const CALLERS: InvalidRows = InvalidRows {
     table: "callers",
     row: &[("name", "'bad'")],
     faults: &[
@@ -84,7 +85,7 @@ const CALLERS: BadRows = BadRows {
     new_row_faults: &[],
 };
 
-const BEARERS: BadRows = BadRows {
+const BEARERS: InvalidRows = InvalidRows {
     table: "caller_credentials",
     row: &[
         ("caller_id", "(select id from callers)"),
@@ -106,7 +107,7 @@ const BEARERS: BadRows = BadRows {
     new_row_faults: &[],
 };
 
-const IDENTITIES: BadRows = BadRows {
+const IDENTITIES: InvalidRows = InvalidRows {
     table: "caller_credentials",
     row: &[("caller_id", "(select id from callers)"), ("kind", "'spiffe'")],
     faults: &[],
@@ -119,7 +120,7 @@ const IDENTITIES: BadRows = BadRows {
     ],
 };
 
-const NAMES: BadRows = BadRows {
+const NAMES: InvalidRows = InvalidRows {
     table: "caller_credentials",
     row: &[("caller_id", "(select id from callers)"), ("kind", "'dns'")],
     faults: &[],
@@ -131,7 +132,7 @@ const NAMES: BadRows = BadRows {
     ],
 };
 
-const GRANTS: BadRows = BadRows {
+const GRANTS: InvalidRows = InvalidRows {
     table: "grants",
     row: &[("caller_id", "(select id from callers)"), ("pattern", "'bad'")],
     faults: &[
@@ -155,9 +156,9 @@ const GRANTS: BadRows = BadRows {
     new_row_faults: &[],
 };
 
-const TABLES: [BadRows; 6] = [ACCOUNTS, CALLERS, BEARERS, IDENTITIES, NAMES, GRANTS];
+const TABLES: [InvalidRows; 6] = [ACCOUNTS, CALLERS, BEARERS, IDENTITIES, NAMES, GRANTS];
 
-/// Rows that are refused for what else is there: the statement, and what its error names.
+/// Statements that conflict with existing rows, and what the error must name.
 const CONFLICTS: [(&str, &str); 8] = [
     (
         "insert into accounts (name, client_id, client_secret) values ('acme', 'b', '$CANARY')",
@@ -184,16 +185,16 @@ const CONFLICTS: [(&str, &str); 8] = [
     ),
 ];
 
-/// What is there before.
-const ROWS: &str = "
+/// The rows that exist before the statements run.
+const EXISTING_ROWS: &str = "
     insert into accounts (name, client_id, client_secret) values ('acme', 'acme-id', 'SK.1');
     insert into callers (name) values ('shop');
     insert into caller_credentials (caller_id, kind, bearer_sha256)
         select id, 'bearer', sha256('good') from callers;
     insert into grants (caller_id, pattern) select id, 'acme' from callers;";
 
-impl BadRows {
-    /// Each statement, and what its error must begin with.
+impl InvalidRows {
+    /// Returns the statements, each with the beginning of the error that it must cause.
     fn statements(&self) -> Vec<(String, String)> {
         let inserts =
             self.faults.iter().chain(self.new_row_faults).map(|fault| (self.insert(fault), fault));
@@ -228,10 +229,11 @@ impl BadRows {
     }
 }
 
-/// Runs every bad statement, and returns the errors' messages.
-async fn refuse_all(pool: &PgPool) -> Vec<String> {
-    run(pool, ROWS).await.unwrap();
-    let before = everything(pool).await;
+/// Runs every invalid statement, checks that it is refused without a trace, and returns the errors'
+/// messages.
+async fn assert_all_refused(pool: &PgPool) -> Vec<String> {
+    run(pool, EXISTING_ROWS).await.unwrap();
+    let before = all_rows(pool).await;
     let changes_of_ids = [
         ("update accounts set id = default, client_secret = '$CANARY'", "accounts.id "),
         ("update accounts set client_id = 'other'", "accounts.client_id "),
@@ -240,35 +242,31 @@ async fn refuse_all(pool: &PgPool) -> Vec<String> {
         ("update caller_credentials set caller_id = 9", "caller_credentials.id "),
         ("update grants set caller_id = 9", "grants.id "),
     ];
-    let bad =
-        TABLES
-            .iter()
-            .flat_map(BadRows::statements)
-            .chain(changes_of_ids.map(|(statement, begin)| {
-                (statement.replace("$CANARY", CANARY), begin.to_owned())
-            }));
+    let invalid = TABLES.iter().flat_map(InvalidRows::statements).chain(changes_of_ids.map(
+        |(statement, beginning)| (statement.replace("$CANARY", CANARY), beginning.to_owned()),
+    ));
     let mut messages = vec![];
-    for (statement, begin) in bad {
+    for (statement, beginning) in invalid {
         let error = refused(pool, &statement).await;
         assert_eq!(error.code(), "23514", "{statement}: {}", error.message());
-        assert!(error.message().starts_with(&begin), "{statement}: {}", error.message());
+        assert!(error.message().starts_with(&beginning), "{statement}: {}", error.message());
         messages.push(error.message().to_owned());
     }
-    for (statement, culprit) in CONFLICTS {
+    for (statement, named) in CONFLICTS {
         let error = refused(pool, &statement.replace("$CANARY", CANARY)).await;
-        assert!(error.message().contains(culprit), "{statement}: {}", error.message());
+        assert!(error.message().contains(named), "{statement}: {}", error.message());
         messages.push(error.message().to_owned());
     }
-    assert_eq!(everything(pool).await, before);
+    assert_eq!(all_rows(pool).await, before);
     messages
 }
 
-/// The error of a statement that must have one, which must not show the secret.
+/// Runs a statement that must fail, and returns its error, which must not contain the secret.
 async fn refused(pool: &PgPool, statement: &str) -> Box<PgDatabaseError> {
-    let Err(error) = run(pool, statement).await else { panic!("taken: {statement}") };
+    let Err(error) = run(pool, statement).await else { panic!("accepted: {statement}") };
     let error = error.into_database_error().unwrap().downcast::<PgDatabaseError>();
-    for words in [Some(error.message()), error.detail(), error.hint(), error.r#where()] {
-        assert!(!words.unwrap_or_default().contains(CANARY), "{statement}: {words:?}");
+    for text in [Some(error.message()), error.detail(), error.hint(), error.r#where()] {
+        assert!(!text.unwrap_or_default().contains(CANARY), "{statement}: {text:?}");
     }
     error
 }
@@ -277,8 +275,8 @@ async fn run(pool: &PgPool, statements: &str) -> sqlx::Result<()> {
     sqlx::raw_sql(AssertSqlSafe(statements.to_owned())).execute(pool).await.map(drop)
 }
 
-/// All rows that an admin's statements may touch, as one text.
-async fn everything(pool: &PgPool) -> String {
+/// Returns all rows that an admin's statements can change, as one text.
+async fn all_rows(pool: &PgPool) -> String {
     sqlx::query_scalar(
         "select concat_ws(E'\n',
              (select string_agg(it::text, ',' order by it.id) from accounts it),
@@ -294,16 +292,16 @@ async fn everything(pool: &PgPool) -> String {
 }
 
 #[tokio::test]
-async fn a_bad_row_gets_one_error_that_names_its_fault_and_leaves_nothing() {
+async fn an_invalid_row_is_refused_with_one_error_that_names_its_column_and_leaves_no_trace() {
     let database = TestDatabase::new().await;
-    refuse_all(database.pool()).await;
+    assert_all_refused(database.pool()).await;
 }
 
 #[cfg(feature = "embedded-postgres")]
 #[tokio::test]
-async fn the_servers_log_shows_no_secret_of_a_refused_row() {
+async fn the_server_log_contains_no_secret_of_a_refused_row() {
     let postgres = crate::harness::database::start_own().await;
-    // Everything that a server may log of an error, but for the statement.
+    // The server logs all that it can log about an error, except the statement.
     let url = postgres.url(token_broker::dev::postgres::DATABASE);
     let database = token_broker::store::Database::new(
         &format!("{url}&options=-c%20log_error_verbosity%3Dverbose"),
@@ -313,7 +311,7 @@ async fn the_servers_log_shows_no_secret_of_a_refused_row() {
     database.migrate().await.unwrap();
     let pool = database.pool(1);
 
-    let messages = refuse_all(&pool).await;
+    let messages = assert_all_refused(&pool).await;
     pool.close().await;
 
     let log = std::fs::read_to_string(postgres.directory().join("log")).unwrap();
@@ -326,7 +324,7 @@ async fn the_servers_log_shows_no_secret_of_a_refused_row() {
 }
 
 #[tokio::test]
-async fn one_trailing_newline_of_a_secret_is_trimmed() {
+async fn one_trailing_newline_of_a_secret_is_removed() {
     let database = TestDatabase::new().await;
     for (n, secret) in ["SK.1", r"SK.1\n", r"SK.1\r\n"].into_iter().enumerate() {
         database
@@ -335,19 +333,19 @@ async fn one_trailing_newline_of_a_secret_is_trimmed() {
             ))
             .await;
     }
-    let taken: Vec<String> = sqlx::query_scalar("select distinct client_secret from accounts")
+    let stored: Vec<String> = sqlx::query_scalar("select distinct client_secret from accounts")
         .fetch_all(database.pool())
         .await
         .unwrap();
-    assert_eq!(taken, ["SK.1"]);
+    assert_eq!(stored, ["SK.1"]);
 }
 
-/// A row that the database takes and the broker cannot read would stop every account's sealing.
+/// A row that the database accepted and the broker could not read would stop the sealing of all accounts.
 #[tokio::test]
-async fn the_database_takes_the_client_ids_that_the_broker_can_read_and_no_others() {
+async fn the_database_accepts_exactly_the_client_ids_that_the_broker_can_read() {
     let database = TestDatabase::new().await;
     let ids: Vec<_> = ('\u{1}'..='\u{ffff}').map(|c| format!("a{c}b")).collect();
-    let taken: Vec<String> = sqlx::query_scalar(
+    let accepted: Vec<String> = sqlx::query_scalar(
         "select id from unnest($1::text[]) with ordinality as given (id, n)
          where token_broker_is_printable(id, 3) order by n",
     )
@@ -356,11 +354,11 @@ async fn the_database_takes_the_client_ids_that_the_broker_can_read_and_no_other
     .await
     .unwrap();
     let readable: Vec<_> = ids.into_iter().filter(|id| id.parse::<ClientId>().is_ok()).collect();
-    assert!(taken == readable, "{} taken, {} readable", taken.len(), readable.len());
+    assert!(accepted == readable, "{} accepted, {} readable", accepted.len(), readable.len());
 }
 
 #[tokio::test]
-async fn audit_events_and_heads_are_append_only_even_for_their_owner() {
+async fn audit_events_and_checkpoints_are_append_only_even_for_their_owner() {
     let database = TestDatabase::new().await;
     database
         .sql(
@@ -385,9 +383,9 @@ async fn audit_events_and_heads_are_append_only_even_for_their_owner() {
 }
 
 #[tokio::test]
-async fn rows_that_people_depend_on_cannot_be_truncated() {
+async fn tables_that_admins_write_cannot_be_truncated() {
     let database = TestDatabase::new().await;
-    database.sql(ROWS).await;
+    database.sql(EXISTING_ROWS).await;
     for table in ["accounts", "callers", "caller_credentials", "grants"] {
         let error = refused(database.pool(), &format!("truncate {table} cascade")).await;
         assert_eq!(error.code(), "42501");
@@ -396,7 +394,7 @@ async fn rows_that_people_depend_on_cannot_be_truncated() {
 }
 
 #[tokio::test]
-async fn a_sealed_secret_that_does_not_open_concerns_its_account_alone_and_heals() {
+async fn a_sealed_secret_that_does_not_open_affects_only_its_account_until_it_is_replaced() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["*"]).await;
     let broker = world.start().await;
@@ -409,15 +407,15 @@ async fn a_sealed_secret_that_does_not_open_concerns_its_account_alone_and_heals
     };
     let elsewhere = IntakePublicKey::new("elsewhere", intake.bytes()).unwrap();
     let mut altered = seal(&intake, "id-3", "SK.3");
-    let place = altered.len() - 10;
-    let other = if &altered[place..=place] == "A" { "B" } else { "A" };
-    altered.replace_range(place..=place, other);
-    let bad = [
+    let position = altered.len() - 10;
+    let other = if &altered[position..=position] == "A" { "B" } else { "A" };
+    altered.replace_range(position..=position, other);
+    let sealed_secrets = [
         ("unknown-key", "id-1", seal(&elsewhere, "id-1", "SK.1"), "elsewhere"),
         ("other-login", "id-2", seal(&intake, "id-1", "SK.2"), "another client id"),
         ("altered", "id-3", altered, "altered"),
     ];
-    for (name, client_id, sealed, why) in &bad {
+    for (name, client_id, sealed, why) in &sealed_secrets {
         world.register(name, client_id, sealed).await;
         world.until_state(name, "rejected").await;
         let error = world.status(name, "last_error").await;
@@ -432,14 +430,14 @@ async fn a_sealed_secret_that_does_not_open_concerns_its_account_alone_and_heals
     }
     world.until_state("fine", "fresh").await;
     client.get("fine").await.unwrap();
-    let waiting: i64 =
+    let unsealed: i64 =
         sqlx::query_scalar("select count(*) from accounts where client_secret is not null")
             .fetch_one(world.database.pool())
             .await
             .unwrap();
-    assert_eq!(waiting, 0, "the intake column is emptied");
+    assert_eq!(unsealed, 0, "the intake column is emptied");
 
-    for (n, (name, client_id, ..)) in bad.iter().enumerate() {
+    for (n, (name, client_id, ..)) in sealed_secrets.iter().enumerate() {
         let plain = format!("SK.{}", n + 1);
         let good = if n == 0 { plain } else { seal(&intake, client_id, &plain) };
         world
@@ -455,7 +453,7 @@ async fn a_sealed_secret_that_does_not_open_concerns_its_account_alone_and_heals
 }
 
 #[tokio::test]
-async fn a_rotation_to_a_secret_that_does_not_open_leaves_the_one_before_it_issuing() {
+async fn after_a_rotation_to_a_secret_that_does_not_open_the_previous_one_is_used() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["*"]).await;
     let broker = world.start().await;
@@ -469,7 +467,7 @@ async fn a_rotation_to_a_secret_that_does_not_open_leaves_the_one_before_it_issu
     assert_eq!(client.get("acme").await.unwrap().generation, first.generation);
 
     world.database.sql("update accounts set reissue_requested_at = now()").await;
-    let second = eventually("a token by the secret before", async || {
+    let second = eventually("a token issued with the previous secret", async || {
         client.get("acme").await.ok().filter(|token| token.generation > first.generation)
     })
     .await;

@@ -1,4 +1,4 @@
-//! `check`: what it proves of the way to the upstream, and by `--issue` of the whole.
+//! The command `check`: the connection to the upstream, and `--issue`.
 
 use std::{
     io::{Read, Write},
@@ -17,29 +17,29 @@ use token_broker::dev::simulator::{Options, Simulator};
 
 use crate::harness::{database::TestDatabase, process::Site};
 
-/// No database: what is looked at here comes after it.
+/// The URL of a database that does not exist. The checks of the upstream do not need one.
 const NO_DATABASE: &str = "postgresql://127.0.0.1:9/nobody?sslmode=disable";
-/// Whom the certificate below comes from. Its key is gone: what it has signed is all there will be.
-const AUTHORITY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/processes/tls/ca.pem");
-/// A certificate of `localhost`, and its key.
+/// The CA that signed the certificate below. Its key was deleted, so that it cannot sign anything else.
+const CA_FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/processes/tls/ca.pem");
+/// A certificate for `localhost` and its key, which are used by these tests only.
 const CERTIFICATE: &[u8] = include_bytes!("tls/server.pem");
 const KEY: &[u8] = include_bytes!("tls/server.key");
 
-/// Serves one connection with `serve`, in a thread; where, and what came of it.
-fn once<T: Send + 'static>(
+/// Serves one connection with `serve` on a thread of its own. Returns the address and the thread.
+fn serve_once<T: Send + 'static>(
     serve: impl FnOnce(TcpStream) -> T + Send + 'static,
 ) -> (SocketAddr, thread::JoinHandle<T>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     let served = thread::spawn(move || {
-        // The first connection is the probe that says nothing.
+        // The check `reach` only opens a connection.
         drop(listener.accept().unwrap());
         serve(listener.accept().unwrap().0)
     });
     (address, served)
 }
 
-/// Reads a request's head from `stream`, and answers it with `status`; the head.
+/// Reads the head of a request from `stream`, answers with `status`, and returns the head.
 fn answer(stream: &mut (impl Read + Write), status: &str) -> std::io::Result<String> {
     let mut head = vec![];
     while !head.ends_with(b"\r\n\r\n") {
@@ -52,8 +52,8 @@ fn answer(stream: &mut (impl Read + Write), status: &str) -> std::io::Result<Str
     Ok(String::from_utf8(head).unwrap())
 }
 
-/// What an upstream with TLS is asked.
-fn answer_by_tls(stream: TcpStream) -> std::io::Result<String> {
+/// Answers one request as an upstream with TLS, and returns the head of the request.
+fn answer_over_tls(stream: TcpStream) -> std::io::Result<String> {
     let certificates = CertificateDer::pem_slice_iter(CERTIFICATE).map(Result::unwrap).collect();
     let key = PrivateKeyDer::from_pem_slice(KEY).unwrap();
     let config = ServerConfig::builder_with_provider(aws_lc_rs::default_provider().into())
@@ -66,63 +66,63 @@ fn answer_by_tls(stream: TcpStream) -> std::io::Result<String> {
     answer(&mut StreamOwned::new(tls, stream), "404 Not Found")
 }
 
-/// The one finding on `subject`.
-fn finding<'a>(findings: &'a str, subject: &str) -> &'a str {
-    let of = |line: &&str| line.split_whitespace().nth(1) == Some(subject);
-    let mut found = findings.lines().filter(of);
-    let first = found.next().unwrap_or_else(|| panic!("nothing on {subject}: {findings}"));
-    assert_eq!(found.next(), None, "{findings}");
+/// Returns the only line of the output about `subject`.
+fn result_of<'a>(output: &'a str, subject: &str) -> &'a str {
+    let is_about = |line: &&str| line.split_whitespace().nth(1) == Some(subject);
+    let mut lines = output.lines().filter(is_about);
+    let first = lines.next().unwrap_or_else(|| panic!("nothing about {subject}: {output}"));
+    assert_eq!(lines.next(), None, "{output}");
     first
 }
 
 #[tokio::test]
-async fn an_upstream_with_tls_is_asked_without_a_credential_and_its_certificate_is_checked() {
-    let (address, asked) = once(answer_by_tls);
+async fn the_check_of_tls_sends_no_credential_and_verifies_the_upstreams_certificate() {
+    let (address, asked) = serve_once(answer_over_tls);
     let mut site =
         Site::new(NO_DATABASE, &format!("https://localhost:{}/api/1.1", address.port())).await;
-    site.set("SSL_CERT_FILE", AUTHORITY);
+    site.set("SSL_CERT_FILE", CA_FILE);
 
-    let findings = site.run(&["check"]).await.failed();
+    let output = site.run(&["check"]).await.failed();
 
-    assert!(finding(&findings, "reach").starts_with("ok "), "{findings}");
-    assert!(finding(&findings, "tls").starts_with("ok "), "{findings}");
-    assert!(finding(&findings, "tls").contains("404 Not Found"), "{findings}");
+    assert!(result_of(&output, "reach").starts_with("ok "), "{output}");
+    assert!(result_of(&output, "tls").starts_with("ok "), "{output}");
+    assert!(result_of(&output, "tls").contains("404 Not Found"), "{output}");
     let head = asked.join().unwrap().unwrap().to_lowercase();
     assert!(head.starts_with("head /api/1.1 http/1.1\r\n"), "{head}");
     assert!(!head.contains("authorization") && !head.contains("content-length"), "{head}");
 }
 
 #[tokio::test]
-async fn an_upstream_whose_certificate_nobody_vouches_for_fails_at_tls() {
-    let (address, asked) = once(answer_by_tls);
+async fn an_upstream_with_an_untrusted_certificate_fails_the_check_of_tls() {
+    let (address, asked) = serve_once(answer_over_tls);
     let site = Site::new(NO_DATABASE, &format!("https://{address}/api/1.1")).await;
 
-    let findings = site.run(&["check"]).await.failed();
+    let output = site.run(&["check"]).await.failed();
 
-    assert!(finding(&findings, "reach").starts_with("ok "), "{findings}");
-    let tls = finding(&findings, "tls");
+    assert!(result_of(&output, "reach").starts_with("ok "), "{output}");
+    let tls = result_of(&output, "tls");
     assert!(tls.starts_with("FAIL") && tls.ends_with("its certificate is not accepted"), "{tls}");
     asked.join().unwrap().unwrap_err();
 }
 
 #[tokio::test]
-async fn a_proxy_that_does_not_open_the_way_is_told_from_an_upstream_that_fails() {
-    let (address, asked) = once(|mut stream| answer(&mut stream, "403 Forbidden").unwrap());
+async fn a_proxy_that_refuses_to_connect_is_distinguished_from_an_upstream_that_fails() {
+    let (address, asked) = serve_once(|mut stream| answer(&mut stream, "403 Forbidden").unwrap());
     let mut site = Site::new(NO_DATABASE, "https://localhost:1/api/1.1").await;
     site.set("TOKEN_BROKER_UPSTREAM_PROXY", &format!("http://{address}"));
 
-    let findings = site.run(&["check"]).await.failed();
+    let output = site.run(&["check"]).await.failed();
 
-    let reach = finding(&findings, "reach");
+    let reach = result_of(&output, "reach");
     assert!(reach.starts_with("ok ") && reach.contains("the proxy at"), "{reach}");
-    let tls = finding(&findings, "tls");
-    let ends = tls.ends_with("the proxy does not open a way to it");
-    assert!(tls.starts_with("FAIL") && ends, "{tls}");
+    let tls = result_of(&output, "tls");
+    let is_named = tls.ends_with("the proxy does not open a way to it");
+    assert!(tls.starts_with("FAIL") && is_named, "{tls}");
     assert!(asked.join().unwrap().starts_with("CONNECT localhost:1 HTTP/1.1\r\n"));
 }
 
 #[tokio::test]
-async fn a_trial_issues_one_token_through_the_brokers_that_run() {
+async fn check_with_issue_makes_a_running_broker_issue_one_token() {
     let database = TestDatabase::new().await;
     let upstream = Simulator::start_on_loopback(Options::default()).await.unwrap();
     upstream.add_account("acmeId", "SK.acme");
@@ -136,12 +136,12 @@ async fn a_trial_issues_one_token_through_the_brokers_that_run() {
     let attempts = || ["acmeId", "typoId"].map(|id| upstream.attempts(id));
     assert_eq!(attempts(), [1, 1]);
 
-    let findings = site.run(&["check"]).await.ok();
-    assert!(!findings.contains("issue  "), "{findings}");
-    assert_eq!(attempts(), [1, 1], "a check alone never logs in");
+    let output = site.run(&["check"]).await.ok();
+    assert!(!output.contains("issue  "), "{output}");
+    assert_eq!(attempts(), [1, 1], "check without --issue requests no token");
 
     let issued = site.run(&["check", "--issue", "acme"]).await.ok();
-    assert!(finding(&issued, "issue").contains("acme: fresh, token until "), "{issued}");
+    assert!(result_of(&issued, "issue").contains("acme: fresh, token until "), "{issued}");
     assert_eq!(attempts(), [2, 1]);
 
     let refused = site.run(&["check", "--issue", "typo", "--json"]).await.failed();
@@ -153,11 +153,11 @@ async fn a_trial_issues_one_token_through_the_brokers_that_run() {
     assert_eq!(attempts(), [2, 2]);
 
     let unknown = site.run(&["check", "--issue", "other"]).await.failed();
-    assert!(finding(&unknown, "issue").contains("no enabled account other"), "{unknown}");
+    assert!(result_of(&unknown, "issue").contains("no enabled account other"), "{unknown}");
 
     serve.signal(nix::sys::signal::Signal::SIGTERM);
     serve.ended().await;
-    let alone = site.run(&["check", "--issue", "acme", "--timeout", "1s"]).await.failed();
-    let told = finding(&alone, "issue");
-    assert!(told.contains("no broker issued within 1s: is one running?"), "{told}");
+    let without_broker = site.run(&["check", "--issue", "acme", "--timeout", "1s"]).await.failed();
+    let result = result_of(&without_broker, "issue");
+    assert!(result.contains("no broker issued within 1s: is one running?"), "{result}");
 }

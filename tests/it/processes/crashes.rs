@@ -1,4 +1,4 @@
-//! Crashes and standstills under load: what was answered is recorded, once.
+//! Crashes of brokers and stopped databases under load: every answer is recorded exactly once.
 
 use std::{
     collections::BTreeMap,
@@ -19,8 +19,8 @@ use crate::harness::{
     process::Site,
 };
 
-/// Calls again and again until `stop`; how often each generation was received.
-async fn receive(
+/// Calls repeatedly until `stop`. Returns how often each generation was received.
+async fn count_received(
     client: Client,
     received: Arc<AtomicU64>,
     stop: CancellationToken,
@@ -32,15 +32,15 @@ async fn receive(
                 *generations.entry(token.generation.try_into().unwrap()).or_default() += 1;
                 received.fetch_add(1, Relaxed);
             }
-            // Nobody is there to answer: no reason to spin.
+            // No broker runs at the moment: do not retry in a busy loop.
             Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
         }
     }
     generations
 }
 
-/// How often the log says that `caller` received each generation.
-async fn recorded(pool: &PgPool, caller: &str) -> BTreeMap<i64, i64> {
+/// Returns how often the audit log says that `caller` received each generation.
+async fn count_recorded(pool: &PgPool, caller: &str) -> BTreeMap<i64, i64> {
     let rows: Vec<(i64, i64)> = sqlx::query_as(
         "select generation, sum(count)::bigint from audit_events
          where event = 'get_token' and outcome = 'ok' and caller = $1 group by generation",
@@ -52,8 +52,8 @@ async fn recorded(pool: &PgPool, caller: &str) -> BTreeMap<i64, i64> {
     rows.into_iter().collect()
 }
 
-/// The chains in which a number is missing or there twice.
-async fn flawed_chains(pool: &PgPool) -> Vec<(String, i64, i64, i64)> {
+/// Returns the chains in which a sequence number is missing or occurs twice.
+async fn inconsistent_chains(pool: &PgPool) -> Vec<(String, i64, i64, i64)> {
     sqlx::query_as(
         "select chain, count(*), count(distinct seq), max(seq) - min(seq) + 1 from audit_events
          group by chain having count(*) <> max(seq) - min(seq) + 1 or count(*) <> count(distinct seq)",
@@ -64,7 +64,7 @@ async fn flawed_chains(pool: &PgPool) -> Vec<(String, i64, i64, i64)> {
 }
 
 #[tokio::test]
-async fn every_token_received_from_a_broker_that_is_killed_again_and_again_is_recorded_once() {
+async fn every_token_received_from_a_broker_that_is_killed_repeatedly_is_recorded_once() {
     const CALLERS: [&str; 2] = ["one", "other"];
     const KILLS: u64 = 3;
     let world = World::new().await;
@@ -77,13 +77,13 @@ async fn every_token_received_from_a_broker_that_is_killed_again_and_again_is_re
     let mut clients = vec![];
     for bearer in &bearers {
         let client = Client::connect(&site.endpoint(), bearer).await;
-        clients.push(tokio::spawn(receive(client, received.clone(), stop.clone())));
+        clients.push(tokio::spawn(count_received(client, received.clone(), stop.clone())));
     }
     for kill in 1..=KILLS {
         let enough = received.load(Relaxed) + 200;
         eventually("answers", async || (received.load(Relaxed) >= enough).then_some(())).await;
         if kill == 2 {
-            // Tokens of more than one generation are out.
+            // Make the calls receive tokens of more than one generation.
             world.database.sql("update accounts set reissue_requested_at = now()").await;
         }
         serve.crash().await;
@@ -97,21 +97,21 @@ async fn every_token_received_from_a_broker_that_is_killed_again_and_again_is_re
 
     for (caller, client) in CALLERS.into_iter().zip(clients) {
         let (received, recorded) =
-            (client.await.unwrap(), recorded(world.database.pool(), caller).await);
+            (client.await.unwrap(), count_recorded(world.database.pool(), caller).await);
         for (generation, times) in &received {
             let known = recorded.get(generation).copied().unwrap_or_default();
             assert!(known >= *times, "{caller} {generation}: {known} of {times} are recorded");
         }
-        // A killed broker may have recorded an answer of each call under way that never arrived.
+        // For each call in progress, a killed broker may have recorded an answer that never arrived.
         let sum = |counts: &BTreeMap<i64, i64>| counts.values().sum::<i64>().unsigned_abs();
         assert!(sum(&recorded) <= sum(&received) + KILLS + 1, "{received:?} {recorded:?}");
     }
-    assert_eq!(flawed_chains(world.database.pool()).await, []);
+    assert_eq!(inconsistent_chains(world.database.pool()).await, []);
 }
 
 #[cfg(feature = "embedded-postgres")]
 #[tokio::test]
-async fn while_postgres_stands_still_tokens_are_served_and_their_records_come_later() {
+async fn while_postgres_is_stopped_tokens_are_served_and_their_records_are_delivered_later() {
     use token_broker::{
         dev::{
             postgres::DATABASE,
@@ -139,10 +139,10 @@ async fn while_postgres_stands_still_tokens_are_served_and_their_records_come_la
     let first = eventually("the grant", async || client.get("acme").await.ok()).await;
 
     let standstill = Standstill::of(postgres.pid());
-    // A call that waited for the database would fail by its deadline of 5 s. Go on until the broker
-    // itself says that it hears nothing any more.
+    // A call that waited for the database would exceed its deadline of 5 s. Call until the broker itself
+    // reports that the database does not answer.
     let mut calls = 1;
-    eventually("a broker that knows of it", async || {
+    eventually("a broker that has noticed", async || {
         for _ in 0..20 {
             assert_eq!(client.get("acme").await.unwrap().access_token, first.access_token);
             calls += 1;
@@ -157,12 +157,12 @@ async fn while_postgres_stands_still_tokens_are_served_and_their_records_come_la
 
     let pool = Database::new(&url, "test").unwrap().pool(1);
     eventually("all records", async || {
-        let recorded = recorded(&pool, "demo").await.values().sum::<i64>();
+        let recorded = count_recorded(&pool, "demo").await.values().sum::<i64>();
         assert!(recorded <= calls, "{recorded} records of {calls} calls");
         (recorded == calls).then_some(())
     })
     .await;
-    assert_eq!(flawed_chains(&pool).await, []);
+    assert_eq!(inconsistent_chains(&pool).await, []);
     serve.signal(Signal::SIGTERM);
     assert_eq!(serve.ended().await.code(), Some(0), "{}", serve.stderr());
     assert_eq!(upstream.requests(), 1);

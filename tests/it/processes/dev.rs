@@ -1,4 +1,4 @@
-//! `dev`: what it prints works as it is printed, and it leaves nothing.
+//! The command `dev`: the lines that it prints work, and it leaves nothing behind.
 
 use std::{fs, net::SocketAddr, path::PathBuf, time::Duration};
 
@@ -18,49 +18,49 @@ use crate::harness::{
     process::{Process, open_directory, processes_about, program, sh},
 };
 
-/// All the places where a `dev` could leave something.
-struct Ground(TempDir);
+/// The directories in which `dev` could leave something, all of them inside one temporary directory.
+struct Sandbox(TempDir);
 
-impl Ground {
+impl Sandbox {
     fn new() -> Self {
-        let ground = Self(open_directory());
-        for place in ["temporary", "state", "here"] {
-            fs::create_dir(ground.0.path().join(place)).unwrap();
+        let sandbox = Self(open_directory());
+        for directory in ["temporary", "state", "working"] {
+            fs::create_dir(sandbox.0.path().join(directory)).unwrap();
         }
-        ground
+        sandbox
     }
 
-    fn place(&self, name: &str) -> PathBuf {
+    fn directory(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
     }
 
-    /// Starts a `dev`.
-    fn begin(&self, arguments: &[&str]) -> Process {
+    /// Starts `dev` and returns at once.
+    fn start(&self, arguments: &[&str]) -> Process {
         let mut command = program(&["dev"]);
         command
             .args(arguments)
-            .env("TMPDIR", self.place("temporary"))
-            .env("XDG_STATE_HOME", self.place("state"))
-            .current_dir(self.place("here"));
+            .env("TMPDIR", self.directory("temporary"))
+            .env("XDG_STATE_HOME", self.directory("state"))
+            .current_dir(self.directory("working"));
         Process::start(command)
     }
 
-    /// Starts a `dev` and reads what it prints.
+    /// Starts `dev` and waits until it has printed its welcome text.
     async fn dev(&self, arguments: &[&str]) -> Dev {
-        let mut process = self.begin(arguments);
+        let mut process = self.start(arguments);
         let printed = process.says("Ctrl-C ends it").await;
         Dev { process, printed }
     }
 
-    /// What is there: files, and the processes about them.
-    fn left(&self) -> Vec<String> {
-        let mut left = processes_about(self.0.path());
-        for place in fs::read_dir(self.0.path()).unwrap() {
-            for file in fs::read_dir(place.unwrap().path()).unwrap() {
-                left.push(file.unwrap().path().display().to_string());
+    /// Returns what exists at the moment: files, and the processes that use the directories.
+    fn contents(&self) -> Vec<String> {
+        let mut contents = processes_about(self.0.path());
+        for directory in fs::read_dir(self.0.path()).unwrap() {
+            for file in fs::read_dir(directory.unwrap().path()).unwrap() {
+                contents.push(file.unwrap().path().display().to_string());
             }
         }
-        left
+        contents
     }
 }
 
@@ -70,7 +70,7 @@ struct Dev {
 }
 
 impl Dev {
-    /// The printed line that begins with `start` and has `part` in it.
+    /// Returns the printed line that begins with `start` and contains `part`.
     fn line(&self, start: &str, part: &str) -> &str {
         let mut lines = self.printed.lines().map(str::trim);
         lines.find(|line| line.starts_with(start) && line.contains(part)).unwrap()
@@ -80,18 +80,18 @@ impl Dev {
         self.line("TOKEN_BROKER_ENDPOINT=", "token get demo-master")
     }
 
-    /// What is printed behind a name, up to the next space.
-    fn fact(&self, name: &str) -> &str {
+    /// Returns what is printed after a name, up to the next space.
+    fn value(&self, name: &str) -> &str {
         self.line(name, "").split_ascii_whitespace().nth(1).unwrap()
     }
 
-    /// The address in the URL that is printed behind a name.
+    /// Returns the address in the URL that is printed after a name.
     fn address(&self, name: &str) -> SocketAddr {
-        let url = self.fact(name).strip_prefix("http://").unwrap();
+        let url = self.value(name).strip_prefix("http://").unwrap();
         url.split('/').next().unwrap().parse().unwrap()
     }
 
-    /// Ctrl-C, until it is gone.
+    /// Presses Ctrl-C and waits until the process has ended.
     async fn ctrl_c(mut self) {
         self.process.interrupt();
         let status = self.process.ended().await;
@@ -100,9 +100,9 @@ impl Dev {
 }
 
 #[tokio::test]
-async fn the_lines_that_dev_prints_work_as_they_are_and_ctrl_c_leaves_nothing() {
-    let ground = Ground::new();
-    let dev = ground.dev(&["--token-life", "1h"]).await;
+async fn the_lines_that_dev_prints_work_unchanged_and_ctrl_c_leaves_nothing() {
+    let sandbox = Sandbox::new();
+    let dev = sandbox.dev(&["--token-life", "1h"]).await;
 
     let token = sh(dev.token_line()).await.ok();
     assert_eq!(token.split('.').count(), 3, "a JWT: {token}");
@@ -111,7 +111,7 @@ async fn the_lines_that_dev_prints_work_as_they_are_and_ctrl_c_leaves_nothing() 
         assert!(answer.contains(&token), "{answer}");
     }
 
-    // A registration by plain SQL, and its token the same way.
+    // Register an account by plain SQL, and get its token.
     sh(dev.line("psql", "'acme'")).await.ok();
     let token_line = dev.token_line().replace("demo-master", "acme");
     eventually("acme's token", async || {
@@ -120,7 +120,7 @@ async fn the_lines_that_dev_prints_work_as_they_are_and_ctrl_c_leaves_nothing() 
     })
     .await;
 
-    // A wrong secret shows, with what to do about it.
+    // A wrong secret shows in the status, with a hint.
     sh(dev.line("psql", "SK.wrong")).await.ok();
     let status_line = dev.line("psql", "from account_status");
     let status = eventually("a rejection", async || {
@@ -143,12 +143,12 @@ async fn the_lines_that_dev_prints_work_as_they_are_and_ctrl_c_leaves_nothing() 
     let (ready, _) = http(dev.address("operators"), "GET", "/readyz", "").await;
     assert_eq!(ready, 200);
 
-    assert!(!ground.left().is_empty(), "the test looks at the right place");
+    assert!(!sandbox.contents().is_empty(), "the test looks at the right directories");
     dev.ctrl_c().await;
-    assert_eq!(ground.left(), [""; 0]);
+    assert_eq!(sandbox.contents(), [""; 0]);
 }
 
-/// Lists the services by one version of the protocol, and has one of them described.
+/// Lists the services by one version of the reflection protocol, and requests the description of one.
 macro_rules! services {
     ($version:ident, $channel:expr) => {{
         use tonic_reflection::pb::$version::{
@@ -175,10 +175,10 @@ macro_rules! services {
 }
 
 #[tokio::test]
-async fn what_is_served_is_told_by_both_versions_of_reflection_and_by_health() {
-    let ground = Ground::new();
-    let dev = ground.dev(&[]).await;
-    let endpoint = Endpoint::from_shared(format!("http://{}", dev.fact("gRPC"))).unwrap();
+async fn both_versions_of_reflection_and_health_know_the_services() {
+    let sandbox = Sandbox::new();
+    let dev = sandbox.dev(&[]).await;
+    let endpoint = Endpoint::from_shared(format!("http://{}", dev.value("gRPC"))).unwrap();
     let channel = endpoint.connect().await.unwrap();
 
     let (v1, v1alpha) = (services!(v1, channel), services!(v1alpha, channel));
@@ -193,43 +193,43 @@ async fn what_is_served_is_told_by_both_versions_of_reflection_and_by_health() {
         assert_eq!(answer.unwrap().into_inner().status(), ServingStatus::Serving, "{service:?}");
     }
     dev.ctrl_c().await;
-    assert_eq!(ground.left(), [""; 0]);
+    assert_eq!(sandbox.contents(), [""; 0]);
 }
 
 #[tokio::test]
 async fn sigkill_of_dev_leaves_no_postgres_and_no_directory() {
-    let ground = Ground::new();
-    let dev = ground.dev(&[]).await;
-    assert!(!ground.left().is_empty());
+    let sandbox = Sandbox::new();
+    let dev = sandbox.dev(&[]).await;
+    assert!(!sandbox.contents().is_empty());
 
     dev.process.crash().await;
 
-    eventually("nothing is left", async || ground.left().is_empty().then_some(())).await;
+    eventually("nothing is left", async || sandbox.contents().is_empty().then_some(())).await;
 }
 
 #[tokio::test]
 async fn ctrl_c_during_the_start_of_dev_leaves_nothing() {
-    let ground = Ground::new();
-    // While Postgres starts, and while the broker does.
+    let sandbox = Sandbox::new();
+    // The signal arrives while Postgres or the broker starts.
     for delay in [0, 100, 400, 800, 1_200] {
-        let mut dev = ground.begin(&[]);
+        let mut dev = sandbox.start(&[]);
         dev.takes_signals().await;
         sleep(Duration::from_millis(delay)).await;
         dev.interrupt();
         let status = dev.ended().await;
         assert!(status.success(), "after {delay} ms: {status}: {}", dev.stderr());
-        eventually("nothing is left", async || ground.left().is_empty().then_some(())).await;
+        eventually("nothing is left", async || sandbox.contents().is_empty().then_some(())).await;
     }
 }
 
 #[tokio::test]
-async fn two_devs_at_once_do_not_meet() {
-    let ground = Ground::new();
+async fn two_devs_at_once_do_not_interfere() {
+    let sandbox = Sandbox::new();
     let long_lived = ["--token-life", "1h"];
-    let (one, other) = tokio::join!(ground.dev(&long_lived), ground.dev(&long_lived));
-    assert_ne!(one.fact("gRPC"), other.fact("gRPC"));
-    assert_ne!(one.fact("operators"), other.fact("operators"));
-    assert_ne!(one.fact("upstream"), other.fact("upstream"));
+    let (one, other) = tokio::join!(sandbox.dev(&long_lived), sandbox.dev(&long_lived));
+    assert_ne!(one.value("gRPC"), other.value("gRPC"));
+    assert_ne!(one.value("operators"), other.value("operators"));
+    assert_ne!(one.value("upstream"), other.value("upstream"));
 
     sh(one.line("psql", "'acme'")).await.ok();
     sh(one.token_line()).await.ok();
@@ -237,16 +237,16 @@ async fn two_devs_at_once_do_not_meet() {
     let accounts = sh(other.line("psql", "from account_status")).await.ok();
     assert!(accounts.contains("demo-master") && !accounts.contains("acme"), "{accounts}");
 
-    // The end of one is none of the other's.
+    // Ending one does not affect the other.
     one.ctrl_c().await;
     assert_eq!(sh(other.token_line()).await.ok(), token);
     other.ctrl_c().await;
-    assert_eq!(ground.left(), [""; 0]);
+    assert_eq!(sandbox.contents(), [""; 0]);
 }
 
 #[tokio::test]
-async fn a_dev_with_a_state_directory_goes_on_where_it_stopped() {
-    let (ground, kept) = (Ground::new(), open_directory());
+async fn dev_with_a_state_directory_continues_where_it_stopped() {
+    let (sandbox, kept) = (Sandbox::new(), open_directory());
     let arguments = ["--state-dir", kept.path().to_str().unwrap(), "--token-life", "1h"];
     let generations = async |dev: &Dev| -> Vec<String> {
         let mut generations = vec![];
@@ -258,14 +258,14 @@ async fn a_dev_with_a_state_directory_goes_on_where_it_stopped() {
         generations
     };
 
-    let dev = ground.dev(&arguments).await;
+    let dev = sandbox.dev(&arguments).await;
     let before = generations(&dev).await;
     let (bearer_line, upstream) = (dev.token_line().to_owned(), dev.address("upstream"));
     dev.ctrl_c().await;
-    assert_eq!(ground.left(), [""; 0]);
+    assert_eq!(sandbox.contents(), [""; 0]);
     assert_eq!(processes_about(kept.path()), [""; 0]);
 
-    let dev = ground.dev(&arguments).await;
+    let dev = sandbox.dev(&arguments).await;
     assert_eq!(generations(&dev).await, before);
     assert_eq!(dev.address("upstream"), upstream);
     let bearer =
@@ -276,13 +276,13 @@ async fn a_dev_with_a_state_directory_goes_on_where_it_stopped() {
     assert_eq!(counts["requests"], 0, "{counts}");
     dev.ctrl_c().await;
 
-    // A crash takes nothing from what is kept either.
-    let dev = ground.dev(&arguments).await;
+    // A crash loses nothing that is kept either.
+    let dev = sandbox.dev(&arguments).await;
     dev.process.signal(Signal::SIGKILL);
     drop(dev);
     eventually("nothing runs", async || processes_about(kept.path()).is_empty().then_some(()))
         .await;
-    let dev = ground.dev(&arguments).await;
+    let dev = sandbox.dev(&arguments).await;
     assert_eq!(generations(&dev).await, before);
     dev.ctrl_c().await;
 }

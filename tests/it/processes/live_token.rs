@@ -1,5 +1,5 @@
-//! The served token is the one that the upstream considers live, where each new token ends the one
-//! before it: through stops, kills and time-outs between an issue and its commit.
+//! The served token is the one that the upstream considers live, although each new token ends the
+//! previous one: also after stops, kills and timeouts between an issue and its commit.
 
 use std::time::Duration;
 
@@ -16,8 +16,8 @@ use crate::harness::{
     process::{Process, Site},
 };
 
-/// An account with a token, served by a process.
-struct Scene {
+/// A broker process that serves one account, which has a token.
+struct Served {
     world: World,
     site: Site,
     bearer: Bearer,
@@ -25,7 +25,7 @@ struct Scene {
     client: Client,
 }
 
-impl Scene {
+impl Served {
     async fn new(upstream_timeout: &str) -> Self {
         let world = World::with(Clock::System, Faults::default()).await;
         let bearer = world.caller("demo", &["*"]).await;
@@ -34,17 +34,17 @@ impl Scene {
         site.set("TOKEN_BROKER_UPSTREAM_TIMEOUT", upstream_timeout);
         let serve = site.serve().await;
         let client = Client::connect(&site.endpoint(), &bearer).await;
-        let scene = Self { world, site, bearer, serve, client };
-        scene.serves_the_live_token(&scene.client).await;
-        assert_eq!(scene.world.upstream.issued("id-1"), 1);
-        scene
+        let served = Self { world, site, bearer, serve, client };
+        served.until_the_live_token_is_served(&served.client).await;
+        assert_eq!(served.world.upstream.issued("id-1"), 1);
+        served
     }
 
-    async fn ask_for_a_new_token(&self) {
+    async fn request_reissue(&self) {
         self.world.database.sql("update accounts set reissue_requested_at = now()").await;
     }
 
-    /// Waits until `requests` have reached the upstream in all.
+    /// Waits until the upstream has received `requests` requests in all.
     async fn until_requested(&self, requests: u64) {
         eventually("a request", async || {
             (self.world.upstream.requests() >= requests).then_some(())
@@ -52,6 +52,7 @@ impl Scene {
         .await;
     }
 
+    /// Waits until the upstream has issued `issues` tokens in all.
     async fn until_issued(&self, issues: u64) {
         eventually("an issue", async || {
             (self.world.upstream.issued("id-1") >= issues).then_some(())
@@ -59,20 +60,20 @@ impl Scene {
         .await;
     }
 
-    /// As if the time of the attempt's lease had passed.
-    async fn let_the_lease_pass(&self) {
+    /// Moves the end of the attempt's lease into the past.
+    async fn expire_the_lease(&self) {
         self.world
             .database
             .sql("update refreshes set lease_until = now() - interval '1 second'")
             .await;
     }
 
-    /// Waits until a broker serves the live token with nothing left to do about it.
-    async fn serves_the_live_token(&self, client: &Client) {
+    /// Waits until the live token is served to `client` and the account's state is `fresh`.
+    async fn until_the_live_token_is_served(&self, client: &Client) {
         eventually("the live token", async || {
-            let served = client.get("acme").await.ok()?.access_token;
-            let settled = self.world.status("acme", "state").await == "fresh";
-            (settled && self.world.upstream.live_token("id-1") == Some(served)).then_some(())
+            let token = client.get("acme").await.ok()?.access_token;
+            let fresh = self.world.status("acme", "state").await == "fresh";
+            (fresh && self.world.upstream.live_token("id-1") == Some(token)).then_some(())
         })
         .await;
     }
@@ -93,120 +94,123 @@ impl Scene {
     }
 }
 
+/// An upstream that answers slowly enough to be interrupted.
 fn slow() -> Faults {
     Faults { latency: Duration::from_millis(500), ..Faults::default() }
 }
 
 #[tokio::test]
-async fn a_broker_that_stood_still_past_its_lease_serves_the_live_token() {
-    // A lease lasts 20 s beyond an attempt: the shortest there is.
-    let scene = Scene::new("1s").await;
-    scene.world.upstream.set_faults(slow());
-    scene.ask_for_a_new_token().await;
-    scene.until_requested(2).await;
+async fn a_broker_that_was_stopped_beyond_the_end_of_its_lease_serves_the_live_token() {
+    // A lease lasts 20 s longer than an attempt may take: 21 s here.
+    let served = Served::new("1s").await;
+    served.world.upstream.set_faults(slow());
+    served.request_reissue().await;
+    served.until_requested(2).await;
 
-    // The upstream's answer finds nobody until the lease is over.
-    scene.serve.signal(Signal::SIGSTOP);
-    scene.until_issued(2).await;
-    scene.world.upstream.set_faults(Faults::default());
+    // The broker does not read the upstream's answer before the lease has ended.
+    served.serve.signal(Signal::SIGSTOP);
+    served.until_issued(2).await;
+    served.world.upstream.set_faults(Faults::default());
     eventually("the end of the lease", async || {
         let over = "select coalesce(lease_until < clock_timestamp(), true) from refreshes";
         let over: bool =
-            sqlx::query_scalar(over).fetch_one(scene.world.database.pool()).await.unwrap();
+            sqlx::query_scalar(over).fetch_one(served.world.database.pool()).await.unwrap();
         over.then_some(())
     })
     .await;
-    scene.serve.signal(Signal::SIGCONT);
+    served.serve.signal(Signal::SIGCONT);
 
-    scene.serves_the_live_token(&scene.client).await;
-    scene.stop().await;
+    served.until_the_live_token_is_served(&served.client).await;
+    served.stop().await;
 }
 
 #[tokio::test]
-async fn a_token_that_comes_after_another_replica_s_does_not_displace_it() {
-    let scene = Scene::new("10s").await;
-    let replica = scene.site.replica();
+async fn a_token_that_arrives_after_that_of_another_replica_does_not_replace_it() {
+    let served = Served::new("10s").await;
+    let replica = served.site.replica();
     let mut second = replica.serve().await;
-    let second_client = Client::connect(&replica.endpoint(), &scene.bearer).await;
-    scene.serves_the_live_token(&second_client).await;
-    assert_eq!(scene.world.upstream.issued("id-1"), 1);
+    let second_client = Client::connect(&replica.endpoint(), &served.bearer).await;
+    served.until_the_live_token_is_served(&second_client).await;
+    assert_eq!(served.world.upstream.issued("id-1"), 1);
 
-    // The first has the attempt, and the second comes to it only once the first stands still.
+    // The first replica makes the attempt. The second one runs again only when the first is stopped.
     second.signal(Signal::SIGSTOP);
-    scene.world.upstream.set_faults(slow());
-    scene.ask_for_a_new_token().await;
-    scene.until_requested(2).await;
-    scene.serve.signal(Signal::SIGSTOP);
-    scene.until_issued(2).await;
-    scene.world.upstream.set_faults(Faults::default());
-    scene.let_the_lease_pass().await;
+    served.world.upstream.set_faults(slow());
+    served.request_reissue().await;
+    served.until_requested(2).await;
+    served.serve.signal(Signal::SIGSTOP);
+    served.until_issued(2).await;
+    served.world.upstream.set_faults(Faults::default());
+    served.expire_the_lease().await;
     second.signal(Signal::SIGCONT);
-    scene.until_issued(3).await;
-    scene.serves_the_live_token(&second_client).await;
+    served.until_issued(3).await;
+    served.until_the_live_token_is_served(&second_client).await;
 
-    // The first wakes up with a token that the second's has ended.
-    scene.serve.signal(Signal::SIGCONT);
+    // The first replica goes on with a token that the second's token has ended.
+    served.serve.signal(Signal::SIGCONT);
 
-    for client in [&scene.client, &second_client, &scene.client] {
-        scene.serves_the_live_token(client).await;
+    for client in [&served.client, &second_client, &served.client] {
+        served.serves_the_live_token(client).await;
     }
     second.signal(Signal::SIGTERM);
     assert_eq!(second.ended().await.code(), Some(0), "{}", second.stderr());
-    scene.stop().await;
+    served.stop().await;
 }
 
 #[tokio::test]
-async fn a_broker_killed_while_the_answer_to_an_issue_is_on_its_way_serves_the_live_token() {
-    let mut scene = Scene::new("10s").await;
-    scene.world.upstream.script("id-1", [Answer::IssueThenHang]);
-    scene.ask_for_a_new_token().await;
-    scene.until_issued(2).await;
+async fn a_broker_that_is_killed_before_the_answer_to_an_issue_serves_the_live_token_after_a_restart()
+ {
+    let mut served = Served::new("10s").await;
+    served.world.upstream.script("id-1", [Answer::IssueThenHang]);
+    served.request_reissue().await;
+    served.until_issued(2).await;
 
-    scene.crash().await;
-    scene.restart().await;
-    scene.let_the_lease_pass().await;
+    served.crash().await;
+    served.restart().await;
+    served.expire_the_lease().await;
 
-    scene.serves_the_live_token(&scene.client).await;
-    assert_eq!(scene.world.upstream.issued("id-1"), 3);
-    scene.stop().await;
+    served.until_the_live_token_is_served(&served.client).await;
+    assert_eq!(served.world.upstream.issued("id-1"), 3);
+    served.stop().await;
 }
 
 #[tokio::test]
-async fn a_broker_killed_between_the_answer_and_the_commit_serves_the_live_token() {
-    let mut scene = Scene::new("10s").await;
-    scene.world.upstream.set_faults(slow());
-    scene.ask_for_a_new_token().await;
-    scene.until_requested(2).await;
+async fn a_broker_that_is_killed_between_the_answer_and_the_commit_serves_the_live_token_after_a_restart()
+ {
+    let mut served = Served::new("10s").await;
+    served.world.upstream.set_faults(slow());
+    served.request_reissue().await;
+    served.until_requested(2).await;
 
-    // The commit waits for this lock, and is never done.
-    let mut lock = scene.world.database.pool().begin().await.unwrap();
+    // The commit waits for this lock, and never happens.
+    let mut lock = served.world.database.pool().begin().await.unwrap();
     sqlx::query("select from refreshes for update").execute(&mut *lock).await.unwrap();
-    scene.world.upstream.set_faults(Faults::default());
+    served.world.upstream.set_faults(Faults::default());
     eventually("the commit", async || {
         let waiting = "select count(*) from pg_stat_activity where datname = current_database()
             and wait_event_type = 'Lock' and query like '-- store::tokens::commit%'";
         let waiting: i64 =
-            sqlx::query_scalar(waiting).fetch_one(scene.world.database.pool()).await.unwrap();
+            sqlx::query_scalar(waiting).fetch_one(served.world.database.pool()).await.unwrap();
         (waiting == 1).then_some(())
     })
     .await;
-    scene.crash().await;
+    served.crash().await;
     lock.rollback().await.unwrap();
-    scene.restart().await;
-    scene.let_the_lease_pass().await;
+    served.restart().await;
+    served.expire_the_lease().await;
 
-    scene.serves_the_live_token(&scene.client).await;
-    scene.stop().await;
+    served.until_the_live_token_is_served(&served.client).await;
+    served.stop().await;
 }
 
 #[tokio::test]
-async fn a_time_out_after_the_issue_leads_to_another_issue_that_is_served() {
-    let scene = Scene::new("200ms").await;
-    scene.world.upstream.script("id-1", [Answer::IssueThenHang]);
-    scene.ask_for_a_new_token().await;
-    scene.until_issued(2).await;
+async fn after_a_timeout_another_token_is_issued_and_served() {
+    let served = Served::new("200ms").await;
+    served.world.upstream.script("id-1", [Answer::IssueThenHang]);
+    served.request_reissue().await;
+    served.until_issued(2).await;
 
-    scene.serves_the_live_token(&scene.client).await;
-    assert_eq!(scene.world.upstream.issued("id-1"), 3);
-    scene.stop().await;
+    served.until_the_live_token_is_served(&served.client).await;
+    assert_eq!(served.world.upstream.issued("id-1"), 3);
+    served.stop().await;
 }

@@ -1,4 +1,4 @@
-//! A broker's whole life from a shell: environment, files, commands, signals.
+//! The whole use of a broker from a shell: environment, files, commands and signals.
 
 use std::time::{Duration, Instant};
 
@@ -17,9 +17,9 @@ const SIMULATED: &str = r#"[
     {"client_id": "typoId", "client_secret": "SK.right"}
 ]"#;
 
-/// Starts `simulate` with two accounts; the process and its base URL.
-async fn simulate(site: &std::path::Path) -> (Process, String) {
-    let accounts = site.join("accounts.json");
+/// Starts `simulate` with two accounts. Returns the process and its base URL.
+async fn simulate(directory: &std::path::Path) -> (Process, String) {
+    let accounts = directory.join("accounts.json");
     std::fs::write(&accounts, SIMULATED).unwrap();
     let accounts = accounts.to_str().unwrap();
     let listen = ["--listen", "127.0.0.1:0", "--accounts-file", accounts];
@@ -30,13 +30,14 @@ async fn simulate(site: &std::path::Path) -> (Process, String) {
     (process, url)
 }
 
-/// A database without the schema.
+/// Returns a database without the broker's schema.
 async fn empty_database() -> TestDatabase {
     let database = TestDatabase::new().await;
     database.sql("drop schema public cascade; create schema public").await;
     database
 }
 
+/// Asks the simulated upstream whether `token` is live.
 async fn is_live(upstream: &str, token: &str) -> bool {
     let address = upstream.split('/').nth(2).unwrap().parse().unwrap();
     let question = format!(r#"{{"token": "{token}"}}"#);
@@ -46,8 +47,8 @@ async fn is_live(upstream: &str, token: &str) -> bool {
 }
 
 #[tokio::test]
-#[expect(clippy::too_many_lines, reason = "one story, each step on the last")]
-async fn a_broker_is_set_up_used_and_stopped_by_environment_files_and_commands_alone() {
+#[expect(clippy::too_many_lines, reason = "each step depends on the one before it")]
+async fn a_broker_is_set_up_used_and_stopped_only_by_environment_files_and_commands() {
     let database = empty_database().await;
     let directory = tempfile::TempDir::new().unwrap();
     let (_simulator, upstream) = simulate(directory.path()).await;
@@ -55,7 +56,7 @@ async fn a_broker_is_set_up_used_and_stopped_by_environment_files_and_commands_a
     site.set_by_file("DATABASE_URL", database.url());
     site.set("TOKEN_BROKER_DRAIN", "2s");
 
-    // Without a schema there is no start, and the words say what to do.
+    // Without a schema the broker does not start, and the error says what to do.
     let refused = site.run(&["serve"]).await.failed();
     assert!(refused.contains("token-broker migrate"), "{refused}");
     for _ in 0..2 {
@@ -68,19 +69,19 @@ async fn a_broker_is_set_up_used_and_stopped_by_environment_files_and_commands_a
     site.set_by_file("TOKEN_BROKER_BEARER", &bearer);
     site.run(&["caller", "grant", "billing", "acme*", "typo"]).await.ok();
     let added = ["account", "add", "acme", "--client-id", "acmeId", "--wait"];
-    let told = site.run_with_secret(&added, "SK.acme").await.ok();
-    assert!(told.starts_with("acme: fresh, token until "), "{told}");
+    let printed = site.run_with_secret(&added, "SK.acme").await.ok();
+    assert!(printed.starts_with("acme: fresh, token until "), "{printed}");
     let added = ["account", "add", "typo", "--client-id", "typoId", "--wait"];
-    let told = site.run_with_secret(&added, "SK.wrong").await.failed();
-    assert!(told.contains("typo: rejected: 61006") && told.contains("hint: "), "{told}");
+    let printed = site.run_with_secret(&added, "SK.wrong").await.failed();
+    assert!(printed.contains("typo: rejected: 61006") && printed.contains("hint: "), "{printed}");
 
-    // Each of these is one call.
+    // Counts the calls, to compare them with the audit log.
     let mut calls = 0;
     let mut get = async |arguments: &[&str]| {
         calls += 1;
         site.run(&[&["token", "get"], arguments].concat()).await
     };
-    // The callers are followed by the broker on their own.
+    // The broker learns of new callers and grants a moment later.
     let token = eventually("the grant to be known", async || {
         let ran = get(&["acme"]).await;
         (ran.code == Some(0)).then(|| ran.ok())
@@ -101,12 +102,12 @@ async fn a_broker_is_set_up_used_and_stopped_by_environment_files_and_commands_a
         .map(|account| (account["name"].as_str().unwrap(), account["state"].as_str().unwrap()))
         .collect();
     assert_eq!(states, [("acme", "fresh"), ("typo", "rejected")]);
-    let findings = site.run(&["check"]).await.ok();
-    assert!(findings.contains("ok ") && !findings.contains("FAIL"), "{findings}");
+    let checked = site.run(&["check"]).await.ok();
+    assert!(checked.contains("ok ") && !checked.contains("FAIL"), "{checked}");
 
     let rotated = ["account", "rotate", "typo", "--wait", "--reason", "T-1"];
-    let told = site.run_with_secret(&rotated, "SK.right").await.ok();
-    assert!(told.starts_with("typo: fresh"), "{told}");
+    let printed = site.run_with_secret(&rotated, "SK.right").await.ok();
+    assert!(printed.starts_with("typo: fresh"), "{printed}");
     assert!(is_live(&upstream, &get(&["typo"]).await.ok()).await);
 
     let generation = |json: String| {
@@ -147,11 +148,11 @@ async fn a_broker_is_set_up_used_and_stopped_by_environment_files_and_commands_a
     let refused = crate::harness::process::run(second, "").await.failed();
     assert!(refused.contains("is in use by another process"), "{refused}");
 
-    // The stream is still open: it does not hold the stop up beyond the drain.
-    let asked = Instant::now();
+    // The watch is still open. It must not delay the stop beyond the drain.
+    let signalled = Instant::now();
     serve.signal(Signal::SIGTERM);
     assert_eq!(serve.ended().await.code(), Some(0), "{}", serve.stderr());
-    let took = asked.elapsed();
+    let took = signalled.elapsed();
     assert!(took < Duration::from_secs(20), "{took:?}");
     assert_eq!(watch.ended().await.code(), Some(1));
     site.run(&["health"]).await.failed();
@@ -171,7 +172,7 @@ async fn a_broker_is_set_up_used_and_stopped_by_environment_files_and_commands_a
 }
 
 #[tokio::test]
-async fn a_stop_while_the_database_is_away_is_no_failure() {
+async fn a_stop_while_the_database_does_not_answer_is_not_a_failure() {
     let mut site =
         Site::new("postgresql://127.0.0.1:9/nobody?sslmode=disable", "http://127.0.0.1:9/api/1.1")
             .await;
