@@ -1,15 +1,15 @@
 //! Token Broker: issues, keeps fresh and serves the RCS Biz Center tokens of many accounts.
 //!
-//! The layers of the crate, from the top. A module imports only from lower layers, and from modules of
-//! its own layer without a cycle; `tests/architecture.rs` checks it. `ARCHITECTURE.md` explains it.
+//! The table lists the layers of the crate, from the top. A module imports only from lower layers, and
+//! from modules of its own layer without a cycle. `ARCHITECTURE.md` explains the layers.
 //!
 //! | layer | modules | what they hold |
 //! |---|---|---|
-//! | application | [`app`], [`cli`], [`config`], [`dev`], [`lifecycle`] | composition, start and stop; commands; settings; the embedded environment of `dev`; signals |
-//! | API | [`api`] | what callers and operators touch: gRPC, and HTTP for operations |
-//! | services | [`services`] | what the broker does: answering, issuing ahead, following changes, delivering the audit log |
-//! | infrastructure | [`audit`], [`crypto`], [`files`], [`store`], [`telemetry`], [`tls`], [`upstream`] | one outside thing each |
-//! | domain | [`domain`] | accounts, callers, tokens, secrets, and pure decisions about them |
+//! | application | [`app`], [`cli`], [`config`], [`dev`], [`lifecycle`] | building, starting and stopping a broker; commands; settings; the environment of `dev`; signals |
+//! | API | [`api`] | the interfaces for callers and operators: gRPC, and HTTP for operations |
+//! | services | [`services`] | what the broker does: serve tokens, issue new ones in time, follow changes, deliver the audit log |
+//! | infrastructure | [`audit`], [`crypto`], [`files`], [`store`], [`telemetry`], [`tls`], [`upstream`] | the access to files, Postgres, the upstream, TLS, logs and cryptography |
+//! | domain | [`domain`] | accounts, callers, tokens and secrets, and decisions about them as pure functions |
 
 pub mod api;
 pub mod app;

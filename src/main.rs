@@ -1,4 +1,4 @@
-//! Parses the command line, runs it, and exits with its code.
+//! Parses the command line, runs the command, and exits with its code.
 
 use std::process::ExitCode;
 
@@ -6,7 +6,8 @@ use clap::Parser;
 use token_broker::cli::{self, Cli};
 
 fn main() -> ExitCode {
-    // Before anything else, and without a runtime: the guard must outlive whatever comes.
+    // `dev` starts this program once more as a guard, which ends Postgres when `dev` is killed. The
+    // guard needs neither the command line's help nor a runtime.
     #[cfg(feature = "embedded-postgres")]
     if std::env::args_os().nth(1).is_some_and(|it| it == token_broker::dev::postgres::GUARD_COMMAND)
     {

@@ -7,6 +7,7 @@ use std::sync::{
 };
 
 use sqlx::PgPool;
+use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use super::{app_config::AppConfig, error::StartError};
@@ -46,6 +47,9 @@ pub(super) struct Components {
     pub(super) upstream_skew_ms: Arc<AtomicI64>,
     /// Whether calls are served: between the end of the start and the beginning of the stop.
     pub(super) serving: Arc<AtomicBool>,
+    /// Cancelled when a task or a thread has ended by itself, which is a bug or, for the change feed,
+    /// means that the database was replaced. The process ends then.
+    pub(super) failed: CancellationToken,
     pub(super) clock: Clock,
 }
 
@@ -86,6 +90,7 @@ impl Components {
             tls: tls.map(|files| Tls::load(files, config.clock.clone())).transpose()?.map(Arc::new),
             upstream_skew_ms: Arc::new(AtomicI64::new(UNKNOWN_SKEW)),
             serving: Arc::new(AtomicBool::new(false)),
+            failed: CancellationToken::new(),
             clock: config.clock.clone(),
         })
     }

@@ -6,8 +6,8 @@
 //! 2. create the [components](components) that need no database, and serve `/livez`, `/readyz` and
 //!    `/metrics`, so that operators can see a broker that waits for its database;
 //! 3. [prepare](prepare): migrate or check the schema, check that the database and the keyring belong
-//!    together, and record the start;
-//! 4. load accounts and callers, start all [tasks](running), and report `SERVING`.
+//!    together, record the start, and load accounts and callers;
+//! 4. [build](wiring) the gRPC server, start all [tasks](running), and report `SERVING`.
 //!
 //! The stop, in order ([`App::stop`]):
 //! 1. report `NOT_SERVING`, and go on answering calls for the shutdown notice;
@@ -99,37 +99,38 @@ impl App {
             Ops { readiness: readiness::checks(&components), metrics: components.metrics.clone() };
         background.adopt(tokio::spawn(ops::serve(ops, served, background.stop_token())));
 
-        let started = Box::pin(async {
+        let prepared = Box::pin(async {
             let prepared = prepare(&components, &config, &state_dir, give_up).await?;
-            RunningServices::start(
-                &components,
-                &config,
-                &state_dir,
-                prepared,
-                grpc,
-                &mut background,
-                give_up,
-            )
-            .await
+            let server = components.grpc(&config, prepared.trigger.clone())?;
+            Ok((prepared, server))
         })
         .await;
-        match started {
-            Ok(services) => {
-                info!(grpc = %grpc_address, ops = %ops_address, "ready");
-                Ok(Self { grpc_address, ops_address, components, services })
-            }
+        let (prepared, server) = match prepared {
+            Ok(prepared) => prepared,
             Err(error) => {
                 background.stop().await;
                 journal.close().await;
-                Err(error)
+                return Err(error);
             }
-        }
+        };
+        let services = RunningServices::start(
+            &components,
+            &config,
+            &state_dir,
+            prepared,
+            server,
+            grpc,
+            background,
+        )
+        .await;
+        info!(grpc = %grpc_address, ops = %ops_address, "ready");
+        Ok(Self { grpc_address, ops_address, components, services })
     }
 
     /// Returns once a task of the broker has ended by itself, which is a bug or, for the change feed,
     /// means that the database was replaced. Stop the broker then.
     pub async fn failed(&self) {
-        self.services.failed().await;
+        self.components.failed.cancelled().await;
     }
 
     /// Stops the broker in the order that the [module](self) documents. Takes at most the shutdown

@@ -1,4 +1,4 @@
-//! The part of the start that needs the database, before any task runs.
+//! The part of the start that needs the database, before any task of the broker runs.
 
 use std::{sync::Arc, time::Duration};
 
@@ -12,18 +12,23 @@ use crate::{
     audit::record::{Event, Record},
     domain::{account::AccountId, clock::Timestamp},
     files::state_dir::StateDir,
-    services::refresher::PendingTokens,
-    store::{accounts, deployment::Home, instances, leases, within},
+    services::{
+        change_feed::ChangeFeed,
+        refresher::{PendingTokens, RefreshTrigger, Refresher},
+    },
+    store::{accounts, instances, leases, within},
 };
 
 /// How long the record of the start may take to become durable.
 const RECORD_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What the later steps of the start need from the preparation.
+/// The services that follow the database, with accounts and callers loaded, ready to run.
 pub(super) struct Prepared {
-    /// The deployment that the database belongs to.
-    pub(super) home: Home,
-    pub(super) pending: Arc<PendingTokens>,
+    pub(super) refresher: Refresher,
+    pub(super) trigger: RefreshTrigger,
+    pub(super) change_feed: ChangeFeed,
+    /// The snapshot that was loaded. The change feed continues from here.
+    pub(super) snapshot: String,
 }
 
 /// Prepares the database and the journal, in this order:
@@ -33,7 +38,8 @@ pub(super) struct Prepared {
 ///    that admins seal new secrets to;
 /// 4. records the start, and the acceptance of a restored database, in the audit journal;
 /// 5. marks stored tokens as possibly revoked where an earlier process issued newer ones that it could
-///    not store.
+///    not store;
+/// 6. loads accounts and callers.
 ///
 /// Each step waits while the database does not answer.
 ///
@@ -62,7 +68,12 @@ pub(super) async fn prepare(
     let unstored = pending.of_earlier_process().await.map_err(StartError::IssuedAlone)?;
     until_reachable(give_up, || mark_possibly_revoked(components, &unstored)).await?;
     pending.forget_earlier_process().await.map_err(StartError::IssuedAlone)?;
-    Ok(Prepared { home: verified.home, pending: Arc::new(pending) })
+
+    let issuing = components.issuing(config, state_dir, Arc::new(pending));
+    let (refresher, trigger) = Refresher::new(issuing);
+    let change_feed = components.change_feed(config, state_dir, verified.home, trigger.clone());
+    let snapshot = until_reachable(give_up, || async { Ok(change_feed.start().await?) }).await?;
+    Ok(Prepared { refresher, trigger, change_feed, snapshot })
 }
 
 async fn check_schema(components: &Components, config: &AppConfig) -> Result<(), StartError> {

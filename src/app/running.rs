@@ -10,24 +10,16 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
 
 use super::{
-    app_config::AppConfig,
-    components::Components,
-    error::StartError,
-    grpc_health::GrpcHealth,
-    prepare::Prepared,
-    supervise::{Task, supervise, until_reachable},
+    app_config::AppConfig, components::Components, grpc_health::GrpcHealth, prepare::Prepared,
+    supervise::supervise, wiring::GrpcServer,
 };
 use crate::{
-    api::grpc::{
-        self,
-        server::{ConnectionLimiter, Workers},
-    },
+    api::grpc::server::{ConnectionLimiter, Workers, serve},
     audit::{
         checkpoint_signer::CheckpointSigner,
         record::{Event, Record},
     },
     files::state_dir::StateDir,
-    services::{refresher::Refresher, refusal_aggregator::RefusalAggregator},
 };
 
 /// How long the journal may take to reach Postgres once everything else has ended.
@@ -53,8 +45,6 @@ pub(super) struct RunningServices {
     background: Group,
     /// The third group: the delivery of the journal, which ends when the journal is closed.
     delivery: Group,
-    /// Cancelled when a task has ended by itself.
-    failed: CancellationToken,
 }
 
 /// Tasks that one token stops.
@@ -76,8 +66,13 @@ impl Group {
     }
 
     /// Starts a task that must not end before the group is stopped.
-    fn start(&mut self, name: &'static str, failed: &CancellationToken, task: Task) {
-        self.tasks.push(supervise(name, task, self.stop_token(), failed.clone()));
+    fn start(
+        &mut self,
+        name: &'static str,
+        failed: &CancellationToken,
+        task: impl Future<Output = ()> + Send + 'static,
+    ) {
+        self.tasks.push(supervise(name, Box::pin(task), self.stop_token(), failed.clone()));
     }
 
     /// Stops the tasks and waits until they have ended.
@@ -98,71 +93,43 @@ impl Group {
 }
 
 impl RunningServices {
-    /// Loads accounts and callers, starts all tasks, and returns once calls are served. `background`
-    /// has the tasks that run already.
-    ///
-    /// # Errors
-    /// When the threads or gRPC's services cannot be started, or the database refuses a statement.
-    /// No task was started then, and `background` keeps what it had.
+    /// Starts all tasks, and returns once calls are served. `background` has the tasks that run already.
     pub(super) async fn start(
         components: &Components,
         config: &AppConfig,
         state_dir: &StateDir,
         prepared: Prepared,
+        grpc: GrpcServer,
         listener: TcpListener,
-        background: &mut Group,
-        give_up: &CancellationToken,
-    ) -> Result<Self, StartError> {
-        let Prepared { home, pending } = prepared;
-        let (refresher, trigger) = Refresher::new(components.issuing(config, state_dir, pending));
-        let feed = components.change_feed(config, state_dir, home, trigger.clone());
-        let loaded = until_reachable(give_up, || async { Ok(feed.start().await?) }).await?;
-
-        let calls = TaskTracker::new();
-        let refusals = RefusalAggregator::new(components.journal.clone(), calls.clone());
-        let (routes, reporter) =
-            components.routes(config, trigger, calls.clone(), refusals.clone())?;
-        let failed = CancellationToken::new();
-        let limiter = Arc::new(ConnectionLimiter::default());
-        let workers =
-            Arc::new(Workers::start(config.workers, &failed).map_err(StartError::Workers)?);
-        let server = components.connection_server(
-            config,
-            routes,
-            limiter.clone(),
-            workers.clone(),
-            refusals,
-        );
+        mut background: Group,
+    ) -> Self {
+        let GrpcServer { server, health, limiter, workers, calls } = grpc;
         let signer = components.checkpoint_signer(config, state_dir);
-        let delivering = components.journal_delivery(signer.clone(), DELIVERY_TIMEOUT);
+
+        let failed = &components.failed;
 
         let mut serving = Group::default();
         let stop = serving.stop_token();
-        serving.start("refresher", &failed, Box::pin(refresher.run(stop.clone())));
-        let drain = config.settings.drain;
-        serving.start(
-            "grpc",
-            &failed,
-            Box::pin(grpc::server::serve(listener, server, stop, drain)),
-        );
+        serving.start("refresher", failed, prepared.refresher.run(stop.clone()));
+        serving.start("grpc", failed, serve(listener, server, stop, config.settings.drain));
 
-        let mut background = std::mem::take(background);
         let stop = background.stop_token();
-        background.start("change feed", &failed, Box::pin(feed.run(loaded, stop.clone())));
-        let retention = components.retention(config);
-        background.start("retention", &failed, Box::pin(retention.run(stop.clone())));
-        background.start("checkpoints", &failed, Box::pin(signer.clone().run(stop.clone())));
+        let feed = prepared.change_feed.run(prepared.snapshot, stop.clone());
+        background.start("change feed", failed, feed);
+        background.start("retention", failed, components.retention(config).run(stop.clone()));
+        background.start("checkpoints", failed, signer.clone().run(stop.clone()));
         if let Some(tls) = components.tls.clone() {
-            background.start("tls", &failed, Box::pin(tls.follow(stop)));
+            background.start("tls", failed, tls.follow(stop));
         }
 
         let mut delivery = Group::default();
         let stop = delivery.stop_token();
-        delivery.start("delivery", &failed, Box::pin(delivering.run(stop)));
+        let deliver = components.journal_delivery(signer.clone(), DELIVERY_TIMEOUT);
+        delivery.start("delivery", failed, deliver.run(stop));
 
-        let health = GrpcHealth::start(reporter, components.journal.clone()).await;
+        let health = GrpcHealth::start(health, components.journal.clone()).await;
         components.serving.store(true, Ordering::Relaxed);
-        Ok(Self {
+        Self {
             health,
             limiter,
             workers,
@@ -172,13 +139,7 @@ impl RunningServices {
             serving,
             background,
             delivery,
-            failed,
-        })
-    }
-
-    /// Returns once a task has ended by itself.
-    pub(super) async fn failed(&self) {
-        self.failed.cancelled().await;
+        }
     }
 
     /// Stops the tasks. `App::stop` documents the order.

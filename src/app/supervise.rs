@@ -40,14 +40,11 @@ pub(super) async fn until_reachable<T, F: Future<Output = Result<T, StartError>>
     }
 }
 
-/// A task of the broker, before it is started.
-pub(super) type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
-
 /// Starts `task`. If it ends or panics before `stop` is cancelled, which is a bug, cancels `failed`, so
 /// that the process ends.
 pub(super) fn supervise(
     name: &'static str,
-    task: Task,
+    task: Pin<Box<dyn Future<Output = ()> + Send>>,
     stop: CancellationToken,
     failed: CancellationToken,
 ) -> JoinHandle<()> {

@@ -4,7 +4,6 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::{runtime::Handle, time::Instant};
 use tokio_util::task::TaskTracker;
-use tonic::service::Routes;
 use tonic_health::server::HealthReporter;
 
 use super::{app_config::AppConfig, components::Components, error::StartError};
@@ -35,6 +34,17 @@ const LEASE_BEYOND_ATTEMPT: Duration = Duration::from_secs(20);
 const MAX_REFUSED_CALLS: usize = 10_000;
 /// How much longer than the longest call a connection may last once it was told to finish.
 const CLOSE_BEYOND_DEADLINE: Duration = Duration::from_secs(30);
+
+/// The gRPC server before it accepts connections, and what is needed to stop it.
+pub(super) struct GrpcServer {
+    pub(super) server: ConnectionServer,
+    pub(super) health: HealthReporter,
+    pub(super) limiter: Arc<ConnectionLimiter>,
+    /// The threads that serve connections.
+    pub(super) workers: Arc<Workers>,
+    /// The calls that have not appended their audit records yet.
+    pub(super) calls: TaskTracker,
+}
 
 impl Components {
     /// Returns what an attempt to issue a token needs.
@@ -134,34 +144,65 @@ impl Components {
             .drain(drain)
     }
 
-    /// Returns gRPC's services, behind the audit layer, and the reporter of the health service.
-    pub(super) fn routes(
+    /// Builds the gRPC server and starts its threads.
+    ///
+    /// # Errors
+    /// When the threads or the descriptors for reflection cannot be had. No thread runs then.
+    pub(super) fn grpc(
         &self,
         config: &AppConfig,
         trigger: RefreshTrigger,
-        calls: TaskTracker,
-        refusals: RefusalAggregator,
-    ) -> Result<(Routes, HealthReporter), StartError> {
-        let settings = &config.settings;
-        let provider = TokenProvider {
+    ) -> Result<GrpcServer, StartError> {
+        let calls = TaskTracker::new();
+        let refusals = RefusalAggregator::new(self.journal.clone(), calls.clone());
+        let audit = self.audit_layer(config, calls.clone(), refusals.clone());
+        let server = TokenServer {
+            broker: self.token_provider(config, trigger),
+            journal: self.journal.clone(),
+            api_base_url: config.settings.upstream.base_url().into(),
+        };
+        let (routes, health) = grpc::routes(server, Arc::new(audit))?;
+        let limiter = Arc::new(ConnectionLimiter::default());
+        let workers = Workers::start(config.workers, &self.failed).map_err(StartError::Workers)?;
+        let workers = Arc::new(workers);
+        let server = ConnectionServer {
+            routes,
+            balancers: config.settings.proxy_protocol_from.as_slice().into(),
+            tls: self.tls.clone(),
+            guests: limiter.clone(),
+            workers: workers.clone(),
+            most: config.max_connections,
+            leave_within: config.settings.deadline_max + CLOSE_BEYOND_DEADLINE,
+            folds: refusals,
+            clock: self.clock.clone(),
+        };
+        Ok(GrpcServer { server, health, limiter, workers, calls })
+    }
+
+    fn token_provider(&self, config: &AppConfig, trigger: RefreshTrigger) -> TokenProvider {
+        TokenProvider {
             cache: self.cache.clone(),
             directory: self.directory.clone(),
             clock: self.clock.clone(),
-            policy: settings.refresh_policy(),
-            max_staleness: settings.max_authorization_staleness,
+            policy: config.settings.refresh_policy(),
+            max_staleness: config.settings.max_authorization_staleness,
             reach: self.connectivity.clone(),
             waits: Arc::new(KeyedSemaphore::new(config.max_waiting_calls)),
             streams: Arc::new(KeyedSemaphore::new(config.max_streams)),
             waker: trigger,
             pool: self.pool.clone(),
             runtime: Handle::current(),
-        };
-        let server = TokenServer {
-            broker: provider,
-            journal: self.journal.clone(),
-            api_base_url: settings.upstream.base_url().into(),
-        };
-        let audit = AuditLayer {
+        }
+    }
+
+    fn audit_layer(
+        &self,
+        config: &AppConfig,
+        calls: TaskTracker,
+        refusals: RefusalAggregator,
+    ) -> AuditLayer {
+        let settings = &config.settings;
+        AuditLayer {
             journal: self.journal.clone(),
             folds: refusals,
             directory: self.directory.clone(),
@@ -175,29 +216,6 @@ impl Components {
             metrics: self.metrics.clone(),
             calls,
             refused: Arc::new(KeyedSemaphore::new(MAX_REFUSED_CALLS)),
-        };
-        Ok(grpc::routes(server, Arc::new(audit))?)
-    }
-
-    /// Returns the server of `routes`.
-    pub(super) fn connection_server(
-        &self,
-        config: &AppConfig,
-        routes: Routes,
-        limiter: Arc<ConnectionLimiter>,
-        workers: Arc<Workers>,
-        refusals: RefusalAggregator,
-    ) -> ConnectionServer {
-        ConnectionServer {
-            routes,
-            balancers: config.settings.proxy_protocol_from.as_slice().into(),
-            tls: self.tls.clone(),
-            guests: limiter,
-            workers,
-            most: config.max_connections,
-            leave_within: config.settings.deadline_max + CLOSE_BEYOND_DEADLINE,
-            folds: refusals,
-            clock: self.clock.clone(),
         }
     }
 }

@@ -71,20 +71,7 @@ Example:
 Examples:
   token-broker account rotate acme --wait
   token-broker account rotate acme --purge-old --reason 'leaked, TICKET-7'")]
-    Rotate {
-        /// The account's name
-        name: AccountName,
-        /// The account's new ID, if the API KEY belongs to another one
-        #[arg(long, value_name = "ID")]
-        client_id: Option<ClientId>,
-        /// Delete the old API KEY at once, because it leaked
-        #[arg(long)]
-        purge_old: bool,
-        #[command(flatten)]
-        secret: SecretArgs,
-        #[command(flatten)]
-        wait: WaitArgs,
-    },
+    Rotate(RotateArgs),
     /// Requests new tokens now
     #[command(after_help = "\
 Examples:
@@ -135,6 +122,22 @@ struct NewArgs {
 }
 
 #[derive(Args, Debug)]
+struct RotateArgs {
+    /// The account's name
+    name: AccountName,
+    /// The account's new ID, if the API KEY belongs to another one
+    #[arg(long, value_name = "ID")]
+    client_id: Option<ClientId>,
+    /// Delete the old API KEY at once, because it leaked
+    #[arg(long)]
+    purge_old: bool,
+    #[command(flatten)]
+    secret: SecretArgs,
+    #[command(flatten)]
+    wait: WaitArgs,
+}
+
+#[derive(Args, Debug)]
 struct SecretArgs {
     /// Read the API KEY from a file instead of standard input
     #[arg(long, value_name = "FILE")]
@@ -165,23 +168,7 @@ pub(super) async fn run(global: &Global, args: AccountArgs) -> anyhow::Result<Ex
             show::one(&open().await?.account(&name).await?, json)?;
             Ok(ExitCode::SUCCESS)
         }
-        Command::Rotate { name, client_id, purge_old, secret, wait } => {
-            let admin = open().await?;
-            let from = admin.client_id(&name).await?;
-            let client_id = client_id.map_or_else(|| from.parse(), Ok)?;
-            let key = intake_key(global, &admin, &secret).await?;
-            let sealed = seal(&key, &name, &client_id, &secret)?;
-            let rotation = Rotation {
-                name: &name,
-                client_id: &client_id,
-                from_client_id: &from,
-                sealed_secret: &sealed,
-                purge_old,
-            };
-            admin.rotate(&rotation).await?;
-            output::note(format_args!("account {name} has a new credential"));
-            wait.print_outcomes(&admin, &[name.to_string()]).await
-        }
+        Command::Rotate(args) => rotate(global, &open().await?, args).await,
         Command::Reissue { pattern, state, wait } => {
             let admin = open().await?;
             let names = admin.reissue(&Selection { pattern, state }).await?;
@@ -225,6 +212,24 @@ async fn add(
     let sealed_secret = &seal(&key, name, client_id, secret)?;
     admin.add_account(&NewAccount { name, client_id, sealed_secret, description }).await?;
     output::note(format_args!("account {name} is registered"));
+    wait.print_outcomes(admin, &[name.to_string()]).await
+}
+
+async fn rotate(global: &Global, admin: &Admin, args: RotateArgs) -> anyhow::Result<ExitCode> {
+    let RotateArgs { name, client_id, purge_old, secret, wait } = args;
+    let from = admin.client_id(&name).await?;
+    let client_id = client_id.map_or_else(|| from.parse(), Ok)?;
+    let key = intake_key(global, admin, &secret).await?;
+    let sealed = seal(&key, &name, &client_id, &secret)?;
+    let rotation = Rotation {
+        name: &name,
+        client_id: &client_id,
+        from_client_id: &from,
+        sealed_secret: &sealed,
+        purge_old,
+    };
+    admin.rotate(&rotation).await?;
+    output::note(format_args!("account {name} has a new credential"));
     wait.print_outcomes(admin, &[name.to_string()]).await
 }
 

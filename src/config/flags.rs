@@ -7,12 +7,13 @@ use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
 
 use super::table::{self, Setting};
 
+/// The heading above the settings in the help of a command.
+const HEADING: &str = "Settings";
+
 /// The settings that a command accepts as flags.
 pub trait FlagGroup {
     /// The settings, in the order in which the help lists them.
     const SETTINGS: &'static [&'static Setting];
-    /// The heading above them in the help.
-    const HEADING: &'static str = "Settings";
 }
 
 /// The flags of `serve` and `check`.
@@ -91,7 +92,7 @@ impl<G: FlagGroup> Args for Flags<G> {
     fn augment_args(command: Command) -> Command {
         G::SETTINGS
             .iter()
-            .fold(command, |command, setting| command.arg(arg(setting).help_heading(G::HEADING)))
+            .fold(command, |command, setting| command.arg(arg(setting).help_heading(HEADING)))
     }
 
     fn augment_args_for_update(command: Command) -> Command {

@@ -93,10 +93,7 @@ impl Settings {
     }
 
     /// Returns the settings of a broker for which nothing but the required ones, and the state
-    /// directory, is given. The environment is not read.
-    ///
-    /// # Panics
-    /// Never: a test reads every default.
+    /// directory, is given. Reads neither flags nor the environment nor a file.
     #[must_use]
     pub fn with_defaults(
         database_url: DatabaseUrl,

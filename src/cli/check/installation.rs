@@ -126,7 +126,7 @@ fn roles_check(missing: &[String], superuser: bool) -> CheckResult {
             "the broker logs in as a superuser, whom no privilege limits",
         );
     }
-    CheckResult::ok("roles", "all exist")
+    CheckResult::ok("roles", "all there")
 }
 
 fn deployment_check(ours: &str, remembered: Option<&str>) -> CheckResult {

@@ -150,7 +150,7 @@ async fn a_token_that_arrives_after_that_of_another_replica_does_not_replace_it(
     served.serve.signal(Signal::SIGCONT);
 
     for client in [&served.client, &second_client, &served.client] {
-        served.serves_the_live_token(client).await;
+        served.until_the_live_token_is_served(client).await;
     }
     second.signal(Signal::SIGTERM);
     assert_eq!(second.ended().await.code(), Some(0), "{}", second.stderr());
