@@ -30,6 +30,7 @@ const APPLICATION_NAME: &str = "token-broker";
 /// The value of [`Components::upstream_skew_ms`] before the first issue.
 pub(super) const UNKNOWN_SKEW: i64 = i64::MIN;
 
+/// The components. Most of them are shared by cloning.
 pub(super) struct Components {
     pub(super) database: Database,
     /// The pool that refreshing and the change feed share.

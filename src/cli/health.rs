@@ -40,8 +40,7 @@ pub(super) async fn run(global: &Global, args: HealthArgs) -> anyhow::Result<Exi
     }
 }
 
-/// Prints what `/readyz` says. It answers with 200 under the conditions under which gRPC's health service
-/// says `SERVING`.
+/// Prints what `/readyz` says. It answers with 200 when gRPC's health service says `SERVING`.
 async fn ask_readyz(address: SocketAddr) -> anyhow::Result<ExitCode> {
     let ask = async {
         let mut stream = TcpStream::connect(address).await?;

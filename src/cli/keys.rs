@@ -90,11 +90,11 @@ async fn status(
     as_json: bool,
 ) -> anyhow::Result<()> {
     let keyring = keyring(global, flags)?;
-    let database = match global.admin(None).await {
-        Ok(admin) => database(&admin).await,
+    let known = match global.admin(None).await {
+        Ok(admin) => brokers_and_published_keys(&admin).await,
         Err(error) => Err(error),
     };
-    let (instances, published) = match database {
+    let (instances, published) = match known {
         Ok((instances, published)) => (Some(instances), Some(published)),
         Err(error) => {
             output::note(format_args!(
@@ -143,7 +143,9 @@ async fn status(
 }
 
 /// Returns the brokers that are live, and the public keys that the database has.
-async fn database(admin: &Admin) -> anyhow::Result<(Vec<InstanceSummary>, Vec<PublishedKey>)> {
+async fn brokers_and_published_keys(
+    admin: &Admin,
+) -> anyhow::Result<(Vec<InstanceSummary>, Vec<PublishedKey>)> {
     let mut instances = admin.instances().await?;
     instances.retain(|instance| instance.live);
     Ok((instances, admin.published_keys().await?))

@@ -92,8 +92,8 @@ impl Settings {
         Ok((settings, sources.warnings()))
     }
 
-    /// Returns the settings of a broker for which nothing but the required ones, and the state
-    /// directory, is given. Reads neither flags nor the environment nor a file.
+    /// Returns the settings of a broker for which only the required ones and the state directory are
+    /// given. Reads neither flags nor the environment nor a file.
     #[must_use]
     pub fn with_defaults(
         database_url: DatabaseUrl,
@@ -102,7 +102,7 @@ impl Settings {
         state_dir: PathBuf,
     ) -> Self {
         let defaults = Self::read(&mut Reader::new(&Sources::empty()));
-        Self { database_url, keyring_file, upstream, state_dir, ..defaults }
+        Self { database_url, state_dir, keyring_file, upstream, ..defaults }
     }
 
     /// Returns how the upstream is called.
@@ -199,7 +199,8 @@ impl Settings {
         }
         if self.trust_domain.is_some() && self.tls.as_ref().is_none_or(|it| it.client_ca.is_none())
         {
-            let fault = "set without TOKEN_BROKER_TLS_CLIENT_CA: SPIFFE IDs come from callers' certificates";
+            let fault = "set without TOKEN_BROKER_TLS_CLIENT_CA: SPIFFE IDs come from callers' \
+                         certificates";
             reader.contradiction(&TRUST_DOMAIN, &TLS_CLIENT_CA, fault);
         }
         if self.listen.port() != 0 && self.listen == self.ops_listen {

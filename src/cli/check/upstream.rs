@@ -113,8 +113,8 @@ fn host_and_port(url: &Url) -> Option<(String, u16)> {
     Some((host, url.port_or_known_default()?))
 }
 
-/// Connects to one of the host's addresses, tried in order, from the local address `from` if it is of the
-/// same family. Returns the local address of the connection.
+/// Connects to the first of the host's addresses that accepts, from the local address `from` if it is of
+/// the same family. Returns the local address of the connection.
 async fn connect(host: &str, port: u16, from: Option<IpAddr>) -> io::Result<SocketAddr> {
     let mut last = io::ErrorKind::NotFound.into();
     for address in lookup_host((host, port)).await? {
