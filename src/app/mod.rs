@@ -95,9 +95,9 @@ impl App {
         };
         gauges::export(&components);
         let mut background = Group::default();
-        let served =
+        let endpoints =
             Ops { readiness: readiness::checks(&components), metrics: components.metrics.clone() };
-        background.adopt(tokio::spawn(ops::serve(ops, served, background.stop_token())));
+        background.adopt(tokio::spawn(ops::serve(ops, endpoints, background.stop_token())));
 
         let prepared = Box::pin(async {
             let prepared = prepare(&components, &config, &state_dir, give_up).await?;
