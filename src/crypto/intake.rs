@@ -194,7 +194,7 @@ mod tests {
         "acme".parse().unwrap()
     }
 
-    /// The trigger's rule in `migrations/0001_accounts.sql`, after `sealed:v1:`.
+    /// The trigger's rule in `migrations/repeatable/2_accounts.sql`, after `sealed:v1:`.
     fn the_database_takes(sealed: &str) -> bool {
         let Some((key_id, payload)) =
             sealed.strip_prefix("sealed:v1:").and_then(|rest| rest.split_once(':'))
