@@ -27,7 +27,7 @@ pub struct Schema {
 /// A file that is applied whenever it changed.
 struct Repeatable {
     version: i32,
-    /// `description` is the name that the database knows the file by.
+    /// Its `description`, the file's name without number and ending, identifies the file in the database.
     migration: Migration,
 }
 
@@ -44,14 +44,14 @@ impl Schema {
     /// When a repeatable migration does not state its version.
     pub fn of_this_release() -> Result<Self, StoreError> {
         // sqlx ignores subdirectories, so the first does not contain the second.
-        Self::new(sqlx::migrate!("./migrations"), sqlx::migrate!("./migrations/repeatable"))
+        Self::new(sqlx::migrate!("./migrations"), &sqlx::migrate!("./migrations/repeatable"))
     }
 
     /// Combines numbered and repeatable migrations.
     ///
     /// # Errors
     /// When a repeatable migration does not state its version.
-    pub fn new(mut numbered: Migrator, repeatable: Migrator) -> Result<Self, StoreError> {
+    pub fn new(mut numbered: Migrator, repeatable: &Migrator) -> Result<Self, StoreError> {
         // The schema may be a newer release's: this one works on it. `apply` takes the lock.
         numbered.set_ignore_missing(true).set_locking(false);
         let repeatable =
@@ -60,7 +60,8 @@ impl Schema {
     }
 
     /// Applies the numbered migrations that the database lacks, and then the repeatable ones that it lacks or
-    /// has an older version of, all in one transaction. Concurrent calls wait for each other.
+    /// has an older version of, all in one transaction. Concurrent calls wait for each other. A call that is
+    /// dropped before it returns leaves the database either as it was or fully migrated.
     ///
     /// # Errors
     /// When the server cannot be reached or a migration fails. The database then is as it was before.
