@@ -9,7 +9,7 @@ use crate::{
     api::ops::{Check, Readiness},
     domain::refresh_state::AccountState,
     services::connectivity::Connectivity,
-    telemetry::{AccountGauges, JournalGauges},
+    telemetry::JournalGauges,
 };
 
 /// The skew before the first issue.
@@ -23,7 +23,7 @@ pub(super) fn export(world: &World) {
         let now = clock.now();
         for slot in cache.slots() {
             let view = slot.view();
-            *count_of(&mut gauges.accounts, view.state(now)) += 1;
+            gauges.accounts.add(view.state(now));
             let end = view.live(now).map(|token| token.expires_at);
             gauges.earliest_token_end =
                 [gauges.earliest_token_end, end].into_iter().flatten().min();
@@ -41,19 +41,6 @@ pub(super) fn export(world: &World) {
             last_delivered_at: stats.last_delivered_at,
         };
     });
-}
-
-fn count_of(gauges: &mut AccountGauges, state: AccountState) -> &mut u64 {
-    match state {
-        AccountState::Pending => &mut gauges.pending,
-        AccountState::Fresh => &mut gauges.fresh,
-        AccountState::Refreshing => &mut gauges.refreshing,
-        AccountState::Expired => &mut gauges.expired,
-        AccountState::Rejected => &mut gauges.rejected,
-        AccountState::EgressRejected => &mut gauges.egress_rejected,
-        AccountState::Unreachable => &mut gauges.unreachable,
-        AccountState::Disabled => &mut gauges.disabled,
-    }
 }
 
 /// Tells how things stand: ready is a journal that can be written and everything loaded once. The

@@ -235,7 +235,7 @@ impl World {
             watch("notary", stop_following, Box::pin(notary.clone().run(stop_following.clone()))),
         ];
         if let Some(tls) = self.tls.clone() {
-            let follow = Box::pin(tls.follow(stop_following.clone()));
+            let follow = Box::pin(tls.reload_on_change(stop_following.clone()));
             following.push(watch("tls", stop_following, follow));
         }
         let delivery =

@@ -1,4 +1,4 @@
-//! What keys are called and what they are for.
+//! Ids and kinds of keys.
 
 use std::{borrow::Borrow, fmt, str::FromStr, sync::Arc};
 

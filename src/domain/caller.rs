@@ -64,7 +64,12 @@ impl Caller {
     /// Returns the first name, at or after `from` in the order of names, that a grant with `right` may
     /// cover, so that a listing can skip the names before it. `None` if no such name is covered.
     #[must_use]
-    pub fn first_covered_from<'a>(&'a self, right: Right, from: &'a str, now: Timestamp) -> Option<&'a str> {
+    pub fn first_covered_from<'a>(
+        &'a self,
+        right: Right,
+        from: &'a str,
+        now: Timestamp,
+    ) -> Option<&'a str> {
         let grants = self.grants.iter().filter(|_| self.enabled);
         let grants = grants.filter(|it| it.rights.contains(right) && it.is_current(now));
         grants.filter_map(|grant| grant.pattern.first_match_from(from)).min()
@@ -288,7 +293,10 @@ mod tests {
         ] {
             assert_eq!(caller.first_covered_from(Right::List, from, now), resumed, "{from}");
         }
-        assert_eq!(Caller { enabled: false, ..caller }.first_covered_from(Right::List, "", now), None);
+        assert_eq!(
+            Caller { enabled: false, ..caller }.first_covered_from(Right::List, "", now),
+            None
+        );
     }
 
     #[test]

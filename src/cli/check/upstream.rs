@@ -74,7 +74,7 @@ async fn secured(settings: &Settings) -> Finding {
     );
     match client {
         Err(error) => Finding::bad(SUBJECT, error.to_string()),
-        Ok(client) => match client.knock().await {
+        Ok(client) => match client.probe().await {
             Ok(status) => Finding::good(
                 SUBJECT,
                 format!("the upstream's certificate is accepted; it answers, with {status}"),
