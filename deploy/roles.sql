@@ -1,16 +1,16 @@
--- The four roles of the broker's database, each with what its work needs and nothing of another's.
--- None can log in: grant them to those who do.
+-- Creates the four roles of the broker's database and grants each one the privileges that its commands need.
+-- None of them can log in: grant them to the roles of people and programs.
 --
 --     psql "$DATABASE_URL" -v ON_ERROR_STOP=1 -f deploy/roles.sql
 --     create role broker login password '…';  grant token_broker_runtime to broker;
 --     grant token_broker_accounts to jane;    grant token_broker_auditor to ada;
 --
--- Run it after each migration, as the owner of the tables (the user that migrates); the first time
--- as one that may create roles. It can be repeated, and takes back what an earlier release's script
--- granted and this one's does not.
+-- Run it after each migration, as the owner of the tables (the role that runs `migrate`). The first time, that
+-- role must be allowed to create roles. The script can be repeated. It revokes privileges that an earlier
+-- release's script granted and this one does not grant.
 --
--- Triggers that write into tables their caller may not touch (`changes`, `refreshes`) run as the
--- owner of the schema. No role may TRUNCATE, and none may UPDATE or DELETE audit events.
+-- Triggers write into tables that the writing role may not write to (`changes`, `refreshes`): they run with the
+-- rights of the tables' owner. No role may TRUNCATE a table, and none may UPDATE or DELETE audit records.
 
 begin;
 
@@ -32,10 +32,10 @@ begin
 end
 $$;
 
--- runtime: `serve`, `check`, `keys`, `audit ship` and `audit retire`. It reads accounts and access, and cannot change who may do
--- what; of an account it writes only the secret's columns, and for `check --issue` the wish for a new
--- token. Audit records it appends.
-grant select on _sqlx_migrations, account_status to token_broker_runtime;
+-- runtime: for `serve`, `check`, `keys`, `audit ship` and `audit retire`. It reads accounts, callers and grants,
+-- and cannot change who may use what. In `accounts` it writes only the columns of the secret and, for
+-- `check --issue`, the request for a new token. It can insert audit records, but not change them.
+grant select on _sqlx_migrations, repeatable_migrations, account_status to token_broker_runtime;
 grant
     select,
     update (client_secret, sealed_secret, previous_secret, previous_version, reissue_requested_at)
@@ -53,7 +53,7 @@ grant select on audit_retention to token_broker_runtime;
 grant execute on function audit_ensure_partition(date), audit_hold(date), audit_prune(date, boolean)
     to token_broker_runtime;
 
--- accounts: `account …`. It writes secrets and can never read one back, sealed or not.
+-- accounts: for `account …`. It writes secrets and cannot read them, neither plain nor sealed.
 grant select on account_status, intake_keys to token_broker_accounts;
 grant select (account_id, attempt_ended_at, error_class, error_version)
     on refreshes to token_broker_accounts;
@@ -67,8 +67,8 @@ grant
     delete
     on accounts to token_broker_accounts;
 
--- access: `caller …`. It says who may ask for which account's tokens, and sees no account. What a
--- bearer hashes to can be written and not read.
+-- access: for `caller …`. It decides which caller may use which accounts, and cannot read accounts. It writes
+-- the hashes of bearers and cannot read them.
 grant
     select,
     insert (name, enabled, rate_limit, description),
@@ -88,8 +88,8 @@ grant
     delete
     on grants to token_broker_access;
 
--- auditor: `audit tail`, `verify`, `export` and `who`. It reads what happened and who changed what, and
--- writes nothing.
+-- auditor: for `audit tail`, `audit verify`, `audit export` and `audit who`. It reads the audit log and the
+-- changes, and writes nothing.
 grant
     select
     on audit_chains, audit_cuts, audit_events, audit_heads, audit_retention, changes, instances

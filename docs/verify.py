@@ -1,23 +1,29 @@
 #!/usr/bin/env python3
-"""Proves a Token Broker audit log, independently of the broker. Python 3.8 and OpenSSL 3, nothing else.
+"""Verifies a Token Broker audit log without the broker. Needs only Python 3.8 and OpenSSL 3.
 
     python3 verify.py [--keys audit-keys.pem] [--heads audit-heads.jsonl] FILE...
 
-FILE is what `audit export` or `audit tail --json` wrote, or a segment of a journal; see audit-format.md.
+FILE is the output of `audit export` or `audit tail --json`, or a segment of a journal. --keys takes the output of
+`keys public --signing`, and --heads takes signed checkpoints. audit-format.md describes all of these.
+
+Prints each chain with its last number and hash, then each fault. Exits with 1 if there is a fault.
 """
 import argparse, datetime, hashlib, json, re, subprocess, sys, tempfile
 
 def net(value):
+    """Returns a value as it is hashed: a netstring, or `-` if it is absent."""
     if value is None: return b"-"
     data = value if isinstance(value, bytes) else str(value).encode()
     return b"%d:%s," % (len(data), data)
 
 def micros(at):
-    if not re.fullmatch(r"[\d-]{10}T[\d:]{8}\.\d{6}Z", at): return None  # as no record has it
+    """Returns a time as microseconds since 1970, or None if it is not written as in records."""
+    if not re.fullmatch(r"[\d-]{10}T[\d:]{8}\.\d{6}Z", at): return None
     epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
     return (datetime.datetime.fromisoformat(at.replace("Z", "+00:00")) - epoch) // datetime.timedelta(microseconds=1)
 
 def record_hash(e):
+    """Computes the hash of a record from its values and the hash of the previous record."""
     pairs = sorted((k.encode(), v.encode()) for k, v in e.get("detail", {}).items())
     values = [e["instance"], e["chain"], e["seq"], micros(e["at"]), e["event"]]
     values += [e.get(k) for k in ("caller", "caller_kind", "peer", "account")] + [e["outcome"]]
@@ -26,6 +32,7 @@ def record_hash(e):
     return hashlib.sha256(b"token-broker audit event v1\n" + bytes.fromhex(e["prev_hash"]) + canonical).hexdigest()
 
 def genuine(keys, kind, names, it):
+    """Whether the signature of a checkpoint (`head`) or pruning receipt (`cut`) is valid. True without keys."""
     if not keys: return True
     values = [bytes.fromhex(it[n]) if "hash" in n else micros(it[n]) if n == "at" else it[n] for n in names]
     with tempfile.NamedTemporaryFile() as key, tempfile.NamedTemporaryFile() as message, tempfile.NamedTemporaryFile() as signature:
@@ -35,6 +42,7 @@ def genuine(keys, kind, names, it):
         command = ["openssl", "pkeyutl", "-verify", "-pubin", "-inkey", key.name, "-rawin", "-in", message.name, "-sigfile", signature.name]
         return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
 
+# Read all lines: records, chains, pruning receipts (cuts) and signed checkpoints (heads).
 arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 arguments.add_argument("--keys"); arguments.add_argument("--heads"); arguments.add_argument("files", nargs="+")
 given = arguments.parse_args()
@@ -45,35 +53,37 @@ for file in given.files + ([given.heads] if given.heads else []):
         whole = whole or it.get("audit_export", {}).get("whole", False)
         if "event" in it:
             if record_hash(it) != it["hash"]: faults.append((it["chain"], it["seq"], "was altered"))
-            if it["seq"] in records.setdefault(it["chain"], {}): faults.append((it["chain"], it["seq"], "is there twice"))
+            if it["seq"] in records.setdefault(it["chain"], {}): faults.append((it["chain"], it["seq"], "occurs twice"))
             records[it["chain"]][it["seq"]] = (it["prev_hash"], it["hash"])
         elif isinstance(it.get("chain"), dict): chains[it["chain"]["chain"]] = it["chain"]
         elif "cut" in it and it["cut"]["first_seq"] <= it["cut"]["last_seq"]: cuts.setdefault(it["cut"]["chain"], {})[it["cut"]["first_seq"]] = it["cut"]
         elif "head" in it or "signature" in it: heads.append(it.get("head", it))
+# Follow each chain from its first record to its last. A pruning receipt counts as one step.
 for chain in sorted({*records, *cuts, *chains, *(h["chain"] for h in heads)}):
     here, gone, claim = records.get(chain, {}), cuts.get(chain, {}), chains.get(chain, {})
     seq, head = (0, claim["linked_hash"]) if whole and claim else (min([*here, *gone], default=1) - 1, None)
     known, last = {seq: head}, max([*here, *(c["last_seq"] for c in gone.values()), claim.get("last_seq") or 0])
-    if whole and not claim: faults.append((chain, 0, "is of a chain that is not known"))
+    if whole and not claim: faults.append((chain, 0, "belongs to an unknown chain"))
     for cut in gone.values():
-        if not genuine(keys, b"cut", ("chain", "first_seq", "prev_hash", "last_seq", "hash", "at"), cut): faults.append((chain, cut["first_seq"], "was cut by nobody"))
-        faults += [(chain, n, "is there, and was removed") for n in here if cut["first_seq"] <= n <= cut["last_seq"]]
+        if not genuine(keys, b"cut", ("chain", "first_seq", "prev_hash", "last_seq", "hash", "at"), cut): faults.append((chain, cut["first_seq"], "has a pruning receipt with a wrong signature"))
+        faults += [(chain, n, "is present, but a pruning receipt says that it was removed") for n in here if cut["first_seq"] <= n <= cut["last_seq"]]
     while seq < last:
         cut = gone.get(seq + 1)
         step = (cut["prev_hash"], cut["hash"]) if cut else here.get(seq + 1)
-        if step and head not in (None, step[0]): faults.append((chain, seq, "is not what its successor was written after"))
+        if step and head not in (None, step[0]): faults.append((chain, seq, "is not the one that the next record follows"))
         if not step and whole: faults.append((chain, seq + 1, "is missing"))
         seq, head = (cut["last_seq"] if cut else seq + 1), step and step[1]
         known[seq] = head
-    if whole and claim and (seq, head) != (claim["last_seq"], claim["last_hash"]): faults.append((chain, seq, "is not where the chain ends"))
+    if whole and claim and (seq, head) != (claim["last_seq"], claim["last_hash"]): faults.append((chain, seq, "is not the last record of the chain"))
     for h in (h for h in heads if h["chain"] == chain):
-        if not genuine(keys, b"head", ("chain", "seq", "hash", "at"), h): faults.append((chain, h["seq"], "has a forged head"))
-        if h["seq"] > seq: faults.append((chain, seq + 1, "is missing: a head of %d was signed" % h["seq"]))
-        elif (known.get(h["seq"]) or h["hash"]) != h["hash"]: faults.append((chain, h["seq"], "is not the one whose head was signed"))
+        if not genuine(keys, b"head", ("chain", "seq", "hash", "at"), h): faults.append((chain, h["seq"], "has a checkpoint with a wrong signature"))
+        if h["seq"] > seq: faults.append((chain, seq + 1, "is missing: a checkpoint of record %d was signed" % h["seq"]))
+        elif (known.get(h["seq"]) or h["hash"]) != h["hash"]: faults.append((chain, h["seq"], "differs from the record whose checkpoint was signed"))
     ends[chain] = head
     print(chain, seq, head)
+# In a complete export, each chain begins with the last hash of the chain before it.
 for chain, claim in chains.items() if whole else ():
-    if claim["linked_hash"] != ends.get(claim["linked_chain"] or "", "0" * 64): faults.append((claim["linked_chain"] or chain, 0, "or its chain does not end where %s begins" % chain))
+    if claim["linked_hash"] != ends.get(claim["linked_chain"] or "", "0" * 64): faults.append((claim["linked_chain"] or chain, 0, "or the end of its chain is not where chain %s begins" % chain))
 for chain, seq, why in sorted(faults): print("chain %s: record %d %s" % (chain, seq, why))
-if not keys: print("signatures were not checked: give --keys", file=sys.stderr)
+if not keys: print("signatures were not checked: use --keys", file=sys.stderr)
 sys.exit(1 if faults else 0)

@@ -1,18 +1,23 @@
--- The audit log: what happened, in hash chains. One chain for each start of each instance; its
--- records are numbered from 1 by one writer, and each holds the hash of the one before it.
--- Rows arrive in order, exactly once: position (`audit_chains.delivered_seq`) and rows move in one
--- transaction.
+-- The audit log, in hash chains. Each start of an instance begins a chain. One writer numbers a chain's
+-- records from 1, and each record holds the hash of the one before it. Rows arrive in order and exactly
+-- once: they are inserted in the transaction that moves the position (`audit_chains.delivered_seq`). The
+-- triggers and functions are in repeatable/4_audit.sql.
 
 create table audit_chains (
     chain                  text        primary key,
     instance               text        not null,
     started_at             timestamptz not null,
-    -- The head of the instance's chain before this one: this chain's first `prev_hash`.
+    -- The instance's previous chain and the hash of that chain's last record, which is this chain's first
+    -- `prev_hash`.
     linked_chain           text,
     linked_hash            bytea       not null,
     delivered_seq          bigint      not null default 0,
     delivered_hash         bytea       not null,
-    delivered_at           timestamptz not null default now()
+    delivered_at           timestamptz not null default now(),
+    -- When and why an admin declared that no more records of this chain will arrive, because the replica's
+    -- disk is lost.
+    retired_at             timestamptz,
+    retired                text
 );
 
 create table audit_events (
@@ -41,6 +46,15 @@ create table audit_events (
 create index audit_events_account on audit_events (account, at) where account is not null;
 create index audit_events_caller on audit_events (caller, at) where caller is not null;
 
+-- Auditors mostly ask for events that are rare among millions of calls: starts, gaps, changes, failed issues.
+-- Without this index each such query reads all calls of its time range. The index costs a page or two per
+-- day.
+create index audit_events_rare on audit_events (event, at)
+    where event in ('issue_failed', 'account_registered', 'account_changed', 'account_removed',
+        'caller_changed', 'grant_changed', 'audit_gap', 'audit_pruned', 'chain_retired',
+        'database_accepted', 'handshake_refused', 'started', 'stopped');
+
+-- Signed checkpoints of chains.
 create table audit_heads (
     chain                  text        not null,
     seq                    bigint      not null,
@@ -51,56 +65,44 @@ create table audit_heads (
     primary key (chain, seq)
 );
 
-create function audit_append_only() returns trigger
-language plpgsql as $$
-begin
-    raise exception using errcode = 'insufficient_privilege',
-        message = format('%s is append-only: %s is refused', tg_table_name, lower(tg_op));
-end
-$$;
+-- Signed pruning receipts. Retention removes whole UTC days. When changes are kept for longer than calls,
+-- a day's calls are removed first and its changes later. Each removed run of records leaves a receipt with
+-- its first and last number and the hashes at both ends. With it, `audit verify` continues from the record
+-- before the run to the one after it, and tells records removed by retention from records that somebody
+-- else deleted.
+create table audit_cuts (
+    chain                  text        not null,
+    first_seq              bigint      not null,
+    -- The hash of the record before the first.
+    prev_hash              bytea       not null,
+    last_seq               bigint      not null,
+    -- The hash of the last record.
+    hash                   bytea       not null,
+    at                     timestamptz not null,
+    key_id                 text        not null,
+    signature              bytea       not null,
+    -- The transaction that removes the records: tells its receipts from earlier ones.
+    made_in                xid8        not null default pg_current_xact_id(),
+    -- Records that were delivered and removed again have a receipt for each removal.
+    primary key (chain, first_seq, last_seq, made_in)
+);
 
-create trigger audit_events_append_only before update or delete on audit_events
-    for each row execute function audit_append_only();
-create trigger audit_events_no_truncate before truncate on audit_events
-    for each statement execute function audit_append_only();
-create trigger audit_heads_append_only before update or delete on audit_heads
-    for each row execute function audit_append_only();
-create trigger audit_heads_no_truncate before truncate on audit_heads
-    for each statement execute function audit_append_only();
+create index audit_cuts_made_in on audit_cuts (made_in);
 
--- Makes the partition of the UTC day `day` if it is not there. Any number of replicas may ask at
--- once. A TRUNCATE trigger does not pass from a parent to its partitions, so each gets its own.
-create function audit_ensure_partition(day date) returns void
-language plpgsql security definer as $$
-declare
-    partition text := 'audit_events_' || to_char(day, 'YYYYMMDD');
-begin
-    if to_regclass(partition) is not null then
-        return;
-    end if;
-    perform pg_advisory_xact_lock(hashtext('token_broker.audit_ensure_partition'));
-    if to_regclass(partition) is not null then
-        return;
-    end if;
-    execute format('create table %I partition of audit_events for values from (%L) to (%L)',
-        partition, day::text || ' 00:00:00+00', (day + 1)::text || ' 00:00:00+00');
-    execute format('create trigger %I before truncate on %I for each statement '
-        'execute function audit_append_only()', partition || '_no_truncate', partition);
-end
-$$;
+-- The minimum time for which audit records are kept, whatever the brokers' settings say. A broker's login
+-- may remove expired records. Without this limit it could also remove newer ones, with receipts that nobody
+-- signed: `audit verify` would report it, but the records would be lost. So no role of deploy/roles.sql may
+-- change the limit, only the owner of the tables:
+--
+--     update audit_retention set calls_days = 7;
 
--- Whoever may write to a table runs its triggers with the rights of the tables' owner: they must not
--- be led to tables or functions of the writer's own making, which a temporary schema searched first
--- would do.
-do $$
-declare
-    definer regprocedure;
-begin
-    for definer in
-        select oid from pg_proc where prosecdef and pronamespace = current_schema()::regnamespace
-    loop
-        execute format('alter function %s set search_path = %I, pg_temp', definer, current_schema());
-        execute format('revoke execute on function %s from public', definer);
-    end loop;
-end
-$$;
+create table audit_retention (
+    single                 boolean     primary key default true,
+    -- All records except those of changes.
+    calls_days             integer     not null default 30,
+    changes_days           integer     not null default 30,
+    constraint audit_retention_single check (single),
+    constraint audit_retention_at_least_a_day check (calls_days >= 1),
+    constraint audit_retention_changes_as_long check (changes_days between calls_days and 1000000)
+);
+insert into audit_retention default values;

@@ -9,10 +9,7 @@ use std::sync::atomic::Ordering;
 use chrono::TimeDelta;
 
 use super::components::{Components, UNKNOWN_SKEW};
-use crate::{
-    domain::refresh_state::AccountState,
-    telemetry::{AccountGauges, JournalGauges},
-};
+use crate::telemetry::JournalGauges;
 
 /// Makes `/metrics` read the gauges from `components` at each scrape.
 pub(super) fn export(components: &Components) {
@@ -23,7 +20,7 @@ pub(super) fn export(components: &Components) {
         let now = clock.now();
         for slot in cache.slots() {
             let view = slot.view();
-            *count_of(&mut gauges.accounts, view.state(now)) += 1;
+            gauges.accounts.add(view.state(now));
             let end = view.live(now).map(|token| token.expires_at);
             gauges.earliest_token_end =
                 [gauges.earliest_token_end, end].into_iter().flatten().min();
@@ -41,17 +38,4 @@ pub(super) fn export(components: &Components) {
             last_delivered_at: stats.last_delivered_at,
         };
     });
-}
-
-fn count_of(gauges: &mut AccountGauges, state: AccountState) -> &mut u64 {
-    match state {
-        AccountState::Pending => &mut gauges.pending,
-        AccountState::Fresh => &mut gauges.fresh,
-        AccountState::Refreshing => &mut gauges.refreshing,
-        AccountState::Expired => &mut gauges.expired,
-        AccountState::Rejected => &mut gauges.rejected,
-        AccountState::EgressRejected => &mut gauges.egress_rejected,
-        AccountState::Unreachable => &mut gauges.unreachable,
-        AccountState::Disabled => &mut gauges.disabled,
-    }
 }

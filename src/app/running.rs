@@ -119,7 +119,7 @@ impl RunningServices {
         background.start("retention", failed, components.retention(config).run(stop.clone()));
         background.start("checkpoints", failed, signer.clone().run(stop.clone()));
         if let Some(tls) = components.tls.clone() {
-            background.start("tls", failed, tls.follow(stop));
+            background.start("tls", failed, tls.reload_on_change(stop));
         }
 
         let mut delivery = Group::default();

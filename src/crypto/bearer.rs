@@ -1,20 +1,20 @@
-//! Callers' bearers: made, checked for typos, and known by their SHA-256 alone.
+//! Callers' bearers: generating them, checking their form, and hashing them. The broker stores only the
+//! SHA-256 of a bearer.
 //!
-//! A bearer is `tbk_`, 43 characters of base 62 drawn at random (256 bits), and 6 more that are a
-//! checksum of all before: 53 in all. Scanners for leaked secrets find one by
+//! A bearer has 53 characters: `tbk_`, 43 random characters of base 62 (256 bits), and 6 characters that
+//! are a checksum of those before. Scanners for leaked secrets find bearers with
 //!
 //! ```text
 //! \btbk_[0-9A-Za-z]{49}\b
 //! ```
 //!
-//! and can check it without asking anybody, as the broker refuses a mistyped one without looking
-//! it up.
+//! and can verify the checksum offline. The broker refuses a mistyped bearer by its checksum, without a
+//! lookup.
 //!
-//! **Why a map lookup by the hash is safe.** A lookup by the secret itself would take longer the
-//! more of it is right, and so give it away byte by byte. Here the key is the SHA-256 of what the
-//! caller sent: to learn anything from the time, one would have to choose the hash, and to use what
-//! was learned, to find an input with that hash. Nor is a salt or a slow hash of use for 256 random
-//! bits.
+//! **Why a map lookup by the hash is safe.** The time of a lookup by the secret itself could reveal how
+//! many of its first bytes are right. Here the key is the SHA-256 of the text that the caller sent. To
+//! learn from the time, an attacker would have to choose the hash, and then to find a text with that hash.
+//! A salt or a slow hash adds nothing for 256 random bits.
 
 use std::fmt;
 
@@ -24,7 +24,7 @@ use thiserror::Error;
 use zeroize::Zeroizing;
 
 const PREFIX: &str = "tbk_";
-/// 62⁴³ is just above 2²⁵⁶.
+/// The least length that holds 256 bits: 62⁴³ is just above 2²⁵⁶.
 const RANDOM_LEN: usize = 43;
 const CHECKSUM_LEN: usize = 6;
 /// The length of a bearer, in characters, all of them ASCII.
@@ -32,17 +32,18 @@ pub const BEARER_LEN: usize = PREFIX.len() + RANDOM_LEN + CHECKSUM_LEN;
 
 const BASE62: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
 
-/// What was given as a bearer is none: mistyped, cut, or something else.
+/// The text does not have the form of a bearer: it was mistyped or cut, or is something else.
 #[derive(Clone, Copy, Debug, Error, Eq, PartialEq)]
 #[error("a bearer is tbk_ and 49 letters and digits, the last 6 of them a checksum")]
 pub struct BearerMalformed;
 
-/// A caller's secret. PeerIdentity once, when it is made; the broker keeps its SHA-256.
+/// A caller's secret towards the broker. It is shown once, when it is generated; the broker keeps its
+/// SHA-256.
 #[derive(Clone)]
 pub struct Bearer(SecretString);
 
 impl Bearer {
-    /// A new one.
+    /// Generates a bearer from the system's random source.
     #[must_use]
     pub fn generate() -> Self {
         let mut text = Zeroizing::new(String::with_capacity(BEARER_LEN));
@@ -55,7 +56,7 @@ impl Bearer {
         Self(SecretString::from(text.as_str()))
     }
 
-    /// Takes what a caller sent. That it has the right form says nothing of whether it is known.
+    /// Checks the form of a text that a caller sent. Whether the bearer is known is another question.
     pub fn parse(text: &str) -> Result<Self, BearerMalformed> {
         let (body, sum) = text
             .split_at_checked(PREFIX.len() + RANDOM_LEN)
@@ -68,13 +69,13 @@ impl Bearer {
         Ok(Self(text.into()))
     }
 
-    /// The hash of the whole text, under which the database and the broker know it.
+    /// Returns the SHA-256 of the whole text, by which the database and the broker know the bearer.
     #[must_use]
     pub fn sha256(&self) -> [u8; 32] {
         sha256(self.expose())
     }
 
-    /// The bearer itself, for the one who asked for it and for an `authorization` header.
+    /// Returns the bearer as text, to be shown once and for an `authorization` header.
     #[must_use]
     pub fn expose(&self) -> &str {
         self.0.expose_secret()
@@ -87,8 +88,8 @@ impl fmt::Debug for Bearer {
     }
 }
 
-/// Appends up to as many random characters as are missing, each equally likely: a byte that would
-/// favour some is passed over.
+/// Appends random characters, at most as many as are missing. Every character is equally likely: bytes of
+/// 248 and above are skipped, since 256 is not a multiple of 62.
 fn push_random(text: &mut String) {
     const FAIR: u8 = 62 * 4;
     let mut bytes = Zeroizing::new([0; RANDOM_LEN]);
@@ -98,7 +99,7 @@ fn push_random(text: &mut String) {
     text.extend(fair.map(|byte| char::from(BASE62[usize::from(byte % 62)])));
 }
 
-/// The first bytes of the text's SHA-256, each as one character: about 35 bits.
+/// Returns the first bytes of the SHA-256 of `body`, each as one character: about 35 bits.
 fn checksum(body: &str) -> [u8; CHECKSUM_LEN] {
     let hash = sha256(body);
     std::array::from_fn(|nth| BASE62[usize::from(hash[nth] % 62)])
@@ -117,7 +118,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_new_bearer_has_the_form_that_scanners_look_for() {
+    fn a_new_bearer_matches_the_scanners_expression() {
         let bearer = Bearer::generate();
         let text = bearer.expose();
         assert_eq!(text.len(), 53);
@@ -127,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bearer_reads_back_and_is_known_by_its_hash_alone() {
+    fn a_parsed_bearer_has_the_hash_of_the_generated_one() {
         let bearer = Bearer::generate();
         let read = Bearer::parse(bearer.expose()).unwrap();
         assert_eq!(read.sha256(), bearer.sha256());
@@ -150,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_bearer_is_refused() {
+    fn a_text_of_another_form_is_refused() {
         let good = Bearer::generate().expose().to_owned();
         for text in [
             "",

@@ -1,6 +1,6 @@
-//! Intake: admins seal a client secret to the broker's public key, and hold none that opens it.
+//! Intake: admins seal a client secret to the broker's public key, and hold no key that opens it.
 //!
-//! HPKE (RFC 9180), base mode: DHKEM(X25519, HKDF-SHA256), HKDF-SHA256, AES-256-GCM.
+//! The scheme is HPKE (RFC 9180), base mode: DHKEM(X25519, HKDF-SHA256), HKDF-SHA256, AES-256-GCM.
 
 use std::{fmt, str::FromStr};
 
@@ -14,31 +14,33 @@ use thiserror::Error;
 use zeroize::Zeroizing;
 
 use super::{
-    keyring::{KEY_LEN, KeyId, Keyring},
-    push_prefixed,
+    key::{KEY_LEN, KeyId},
+    row_binding::push_prefixed,
 };
 use crate::domain::{
     account::{ClientId, Invalid},
     secret::ClientSecret,
 };
 
-/// What every sealed value in the intake column begins with; a plain secret must not.
+/// The prefix of every sealed value in the intake column. A plain secret must not begin with it.
 pub const SEALED_PREFIX: &str = "sealed:";
 const FORMAT: &str = "sealed:v1:";
-/// Keeps these values apart from anything else that may ever be sealed to the same key.
+/// HPKE's `info`: it separates these values from any others that may be sealed to the same key.
 const INFO: &[u8] = b"token-broker intake v1";
-/// The upstream that a login belongs to.
+/// The name in `accounts.provider` of the upstream that a login belongs to.
 const PROVIDER: &str = "rcs";
-/// Bytes of the encapsulated key, an X25519 public key.
+/// The length in bytes of HPKE's encapsulated key, an X25519 public key.
 const ENC_LEN: usize = 32;
 
-/// Why a sealed secret could not be made or taken in. No message holds a value.
+/// Why a secret could not be sealed for intake, or a sealed one not be opened. No message holds a
+/// value.
 #[derive(Clone, Debug, Error, Eq, PartialEq)]
 pub enum IntakeError {
-    /// Not `sealed:v1:<key id>:<base64url>`.
+    /// The value is not of the form `sealed:v1:<key id>:<base64url>`.
     #[error("the value is not what `account seal` prints")]
     Malformed,
-    /// Not `<key id>:<base64url of 32 bytes>`, or a point that no key pair has.
+    /// The public key is not of the form `<key id>:<base64url of 32 bytes>`, or its bytes are not a
+    /// usable X25519 public key.
     #[error("the intake key is not what `keys public` prints")]
     Key,
     /// The keyring lacks the key.
@@ -47,12 +49,12 @@ pub enum IntakeError {
     /// The value was altered, or was sealed for another client id.
     #[error("the value does not open: it was altered, or sealed for another client id")]
     Forged,
-    /// It opened, but what it holds is no client secret.
+    /// The value opened, but its content is not a valid client secret.
     #[error("the value opens, but its {0}")]
     Secret(Invalid),
 }
 
-/// A private key with its public half.
+/// An intake key: a private key with its public half.
 pub(super) struct IntakeKeyPair {
     private: HpkePrivateKey,
     public: [u8; KEY_LEN],
@@ -67,11 +69,37 @@ impl IntakeKeyPair {
             .expect("any 32 bytes are an X25519 private key");
         Self { private: HpkePrivateKey::from(bytes.to_vec()), public }
     }
+
+    /// Returns the public half, under the id that the keyring gives the pair.
+    pub(super) fn public_key(&self, key_id: &KeyId) -> IntakePublicKey {
+        IntakePublicKey { key_id: key_id.clone(), bytes: self.public }
+    }
+
+    /// Opens `sealed`, which names this key, for the login `client_id`.
+    pub(super) fn open(
+        &self,
+        client_id: &ClientId,
+        sealed: &SealedIntake,
+    ) -> Result<ClientSecret, IntakeError> {
+        let opened = SUITE
+            .open(
+                &sealed.encapsulated,
+                INFO,
+                &associated_data(client_id),
+                &sealed.ciphertext,
+                &self.private,
+            )
+            .map(Zeroizing::new)
+            .map_err(|_| IntakeError::Forged)?;
+        let text = str::from_utf8(&opened)
+            .map_err(|_| IntakeError::Secret(Invalid::Malformed("client secret", "UTF-8")))?;
+        ClientSecret::new(text).map_err(IntakeError::Secret)
+    }
 }
 
-/// The public half of an intake key: it seals, and opens nothing.
+/// The public half of an intake key. It seals secrets and opens none.
 ///
-/// As text: `<key id>:<base64url of the 32 bytes, without padding>`.
+/// Its text is `<key id>:<base64url of the 32 bytes, without padding>`.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct IntakePublicKey {
     key_id: KeyId,
@@ -79,34 +107,34 @@ pub struct IntakePublicKey {
 }
 
 impl IntakePublicKey {
-    /// The key of that name and those bytes, as the table `intake_keys` has them.
+    /// Returns the key with that id and those bytes, as the table `intake_keys` holds them.
     pub fn new(key_id: &str, bytes: &[u8]) -> Result<Self, IntakeError> {
         let key_id = key_id.parse().map_err(|_| IntakeError::Key)?;
         let bytes = bytes.try_into().map_err(|_| IntakeError::Key)?;
         Ok(Self { key_id, bytes })
     }
 
-    /// Its name.
+    /// Returns the key's id.
     #[must_use]
     pub fn key_id(&self) -> &KeyId {
         &self.key_id
     }
 
-    /// Its 32 bytes.
+    /// Returns the key's 32 bytes.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
 
-    /// Seals `secret` for the login `client_id`, and for no other, as text for the intake column
+    /// Seals `secret` for the login `client_id` and no other one. Returns text for the intake column
     /// `accounts.client_secret`.
     ///
     /// # Errors
-    /// [`IntakeError::Key`] if the key's bytes are no usable public key.
+    /// [`IntakeError::Key`] if the key's bytes are not a usable public key.
     pub fn seal(&self, client_id: &ClientId, secret: &ClientSecret) -> Result<String, IntakeError> {
         let recipient = HpkePublicKey(self.bytes.to_vec());
         let (enc, ciphertext) = SUITE
-            .seal(INFO, &context(client_id), secret.expose().as_bytes(), &recipient)
+            .seal(INFO, &associated_data(client_id), secret.expose().as_bytes(), &recipient)
             .map_err(|_| IntakeError::Key)?;
         let sealed = URL_SAFE_NO_PAD.encode([enc.0, ciphertext].concat());
         Ok(format!("{FORMAT}{}:{sealed}", self.key_id))
@@ -128,55 +156,34 @@ impl fmt::Display for IntakePublicKey {
     }
 }
 
-impl Keyring {
-    /// The public half of the primary intake key: what is sealed anew is sealed to it.
-    #[must_use]
-    pub fn intake_public(&self) -> IntakePublicKey {
-        let (key_id, pair) = self.intake.primary();
-        IntakePublicKey { key_id: key_id.clone(), bytes: pair.public }
-    }
+/// A value of the intake column, taken apart.
+pub(super) struct SealedIntake {
+    /// The id of the key that opens it.
+    pub(super) key_id: KeyId,
+    encapsulated: EncapsulatedSecret,
+    ciphertext: Vec<u8>,
+}
 
-    /// The public halves of all intake keys.
-    #[must_use]
-    pub fn intake_publics(&self) -> Vec<IntakePublicKey> {
-        self.intake
-            .iter()
-            .map(|(key_id, pair)| IntakePublicKey { key_id: key_id.clone(), bytes: pair.public })
-            .collect()
-    }
-
-    /// Opens what [`IntakePublicKey::seal`] made for the same login.
-    pub fn open_intake(
-        &self,
-        client_id: &ClientId,
-        sealed: &str,
-    ) -> Result<ClientSecret, IntakeError> {
-        let (key_id, enc, ciphertext) = parse(sealed).ok_or(IntakeError::Malformed)?;
-        let pair = self.intake.get(&key_id).ok_or(IntakeError::UnknownKey(key_id))?;
-        let opened = SUITE
-            .open(&enc, INFO, &context(client_id), &ciphertext, &pair.private)
-            .map(Zeroizing::new)
-            .map_err(|_| IntakeError::Forged)?;
-        let text = str::from_utf8(&opened)
-            .map_err(|_| IntakeError::Secret(Invalid::Malformed("client secret", "UTF-8")))?;
-        ClientSecret::new(text).map_err(IntakeError::Secret)
+impl SealedIntake {
+    /// Reads what [`IntakePublicKey::seal`] wrote; `None` if `sealed` is not of that form.
+    pub(super) fn parse(sealed: &str) -> Option<Self> {
+        let (key_id, payload) = sealed.strip_prefix(FORMAT)?.split_once(':')?;
+        let payload = URL_SAFE_NO_PAD.decode(payload).ok()?;
+        let (encapsulated, ciphertext) = payload.split_at_checked(ENC_LEN)?;
+        Some(Self {
+            key_id: key_id.parse().ok()?,
+            encapsulated: EncapsulatedSecret(encapsulated.to_vec()),
+            ciphertext: ciphertext.to_vec(),
+        })
     }
 }
 
-/// The parts of a sealed value: the key's name, the encapsulated key, the ciphertext.
-fn parse(sealed: &str) -> Option<(KeyId, EncapsulatedSecret, Vec<u8>)> {
-    let (key_id, payload) = sealed.strip_prefix(FORMAT)?.split_once(':')?;
-    let payload = URL_SAFE_NO_PAD.decode(payload).ok()?;
-    let (enc, ciphertext) = payload.split_at_checked(ENC_LEN)?;
-    Some((key_id.parse().ok()?, EncapsulatedSecret(enc.to_vec()), ciphertext.to_vec()))
-}
-
-/// What is authenticated with a secret: the login that it belongs to.
-fn context(client_id: &ClientId) -> Vec<u8> {
-    let mut context = Vec::with_capacity(64);
-    push_prefixed(&mut context, PROVIDER);
-    push_prefixed(&mut context, client_id.as_str());
-    context
+/// Returns the associated data of a secret: the login that it belongs to.
+fn associated_data(client_id: &ClientId) -> Vec<u8> {
+    let mut data = Vec::with_capacity(64);
+    push_prefixed(&mut data, PROVIDER);
+    push_prefixed(&mut data, client_id.as_str());
+    data
 }
 
 #[cfg(test)]
@@ -185,6 +192,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::crypto::Keyring;
 
     fn keyring() -> Keyring {
         Keyring::parse(&Keyring::generate(DateTime::UNIX_EPOCH)).unwrap()
@@ -194,7 +202,7 @@ mod tests {
         "acme".parse().unwrap()
     }
 
-    /// The trigger's rule in `migrations/0001_accounts.sql`, after `sealed:v1:`.
+    /// The rule of the trigger in `migrations/repeatable/2_accounts.sql`, after `sealed:v1:`.
     fn the_database_takes(sealed: &str) -> bool {
         let Some((key_id, payload)) =
             sealed.strip_prefix("sealed:v1:").and_then(|rest| rest.split_once(':'))
@@ -219,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn another_brokers_value_names_the_missing_key() {
+    fn a_value_sealed_to_an_unknown_key_is_refused_by_the_key_id() {
         let (ours, theirs) = (keyring(), keyring());
         let public = theirs.intake_public();
         let sealed = public.seal(&client_id(), &ClientSecret::new("SK.a").unwrap()).unwrap();
@@ -249,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn a_public_key_that_no_key_pair_has_is_refused() {
+    fn a_public_key_of_low_order_is_refused() {
         let low_order = IntakePublicKey::new("i1", &[0; KEY_LEN]).unwrap();
         let secret = ClientSecret::new("SK.a").unwrap();
         assert_eq!(low_order.seal(&client_id(), &secret), Err(IntakeError::Key));

@@ -1,4 +1,4 @@
-//! What a keyring file holds: its text, read into keys and written from them.
+//! The text of a keyring file: reading it into keys, and writing keys as text.
 
 use std::{io, path::PathBuf};
 
@@ -10,68 +10,66 @@ use zeroize::Zeroizing;
 
 use super::{
     intake::IntakeKeyPair,
-    keyring::{
-        self, KEY_LEN, KeyId, KeyKind, KeyStatus, Keyring, Ring, fingerprint_key, sealing_key,
-        signing_key,
-    },
+    key::{KEY_LEN, KeyId, KeyKind, KeyStatus, random},
+    keyring::{Keyring, Ring, fingerprint_key, sealing_key, signing_key},
 };
 use crate::domain::clock::Timestamp;
 
-/// The format that this release reads and writes.
+/// The version of the file format that this release reads and writes.
 const VERSION: i64 = 1;
 
-/// What can be wrong with a keyring.
+/// Why a keyring file was refused or not written. No message quotes the file, which would show a key.
 #[derive(Debug, Error)]
 pub enum KeyringFault {
     /// The file cannot be opened or read.
     #[error("it cannot be read: {0}")]
-    Read(io::Error),
+    Read(#[source] io::Error),
     /// The file cannot be created or written.
     #[error("it cannot be written: {0}")]
-    Write(io::Error),
+    Write(#[source] io::Error),
     /// A keyring is never overwritten: what its keys sealed would be lost.
     #[error("it exists already, and a keyring is never overwritten")]
     Exists,
-    /// Another edit has the file beside it, or was cut off and left it behind.
+    /// Another edit is under way, or was interrupted and left its temporary file, this one, behind.
     #[error("it is being edited; if by nobody, remove {}", .0.display())]
     BeingEdited(PathBuf),
-    /// A directory, a pipe or a device.
+    /// The path names a directory, a pipe or a device.
     #[error("it is not a regular file")]
     NotAFile,
-    /// The mode lets in others than the owner.
+    /// The file's mode lets others than its owner read it.
     #[error("its mode {0:04o} lets others than its owner in: chmod 600, or root's with mode 440")]
     Exposed(u32),
-    /// Too much, or no UTF-8.
+    /// The file is longer than any keyring, or is not UTF-8.
     #[error("it is not a keyring file")]
     NotAKeyring,
-    /// No TOML, or a field that is unknown, missing or of the wrong type.
+    /// The text is not TOML, or a field is unknown, missing or of the wrong type. Holds the line, from 1.
     #[error(
         "line {0} is not what a keyring holds: version, and [[key]] entries with id, kind, \
          primary, created_at and key"
     )]
     Line(usize),
-    /// Written for another release.
+    /// The file has a version of the format that this release does not read.
     #[error("version {0} is not the version {VERSION} that this release reads")]
     Version(i64),
-    /// Something in one entry.
+    /// One entry is faulty.
     #[error("key {nth} ({id}): {what}")]
     Entry {
-        /// Which entry, from 1.
+        /// The entry's position in the file, from 1.
         nth: usize,
-        /// Its name, or a stand-in if that is what is wrong.
+        /// The entry's id, or `unnamed` if the id is what is faulty.
         id: String,
-        /// What is wrong with it.
+        /// The fault.
         what: &'static str,
     },
-    /// There is no such key to promote.
+    /// The key to promote is not in the file.
     #[error("it has no key {0}")]
     NoSuchKey(KeyId),
-    /// None or several of the keys of one kind are primary.
+    /// Of one kind, no key or more than one is primary.
     #[error("exactly one {0} key must have primary = true")]
     Primary(KeyKind),
 }
 
-/// The file as TOML has it.
+/// The file's structure in TOML.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Document {
@@ -97,21 +95,21 @@ fn zeroizing<'de, D: Deserializer<'de>>(text: D) -> Result<Zeroizing<String>, D:
 }
 
 impl Keyring {
-    /// A new keyring's text, with one key of each kind, all primary and generated `now`.
+    /// Returns the text of a new keyring with one key of each kind, all primary and generated at `now`.
     #[must_use]
     pub fn generate(now: Timestamp) -> Zeroizing<String> {
         render(&KeyKind::ALL.map(|kind| new_key(kind, true, now)))
     }
 
-    /// The keyring that `text` holds.
+    /// Reads a keyring from its text.
     ///
     /// # Errors
-    /// Names the line or the entry at fault.
+    /// [`KeyringFault`] with the faulty line or entry.
     pub fn parse(text: &str) -> Result<Self, KeyringFault> {
         Self::from_keys(&parse_keys(text)?)
     }
 
-    /// The keyring of those keys.
+    /// Returns the keyring of `keys`.
     pub(super) fn from_keys(keys: &[Key]) -> Result<Self, KeyringFault> {
         Ok(Self {
             sealing: ring(keys, KeyKind::Sealing, sealing_key)?,
@@ -123,16 +121,16 @@ impl Keyring {
     }
 }
 
-/// A new random key.
+/// Returns a new random key.
 pub(super) fn new_key(kind: KeyKind, primary: bool, now: Timestamp) -> Key {
     let status = KeyStatus { id: KeyId::generate(kind), kind, primary, created_at: now };
-    (status, Zeroizing::new(keyring::random()))
+    (status, Zeroizing::new(random()))
 }
 
-/// The keys in `text`, each of them whole and no two of one name.
+/// Reads the keys in `text`. Each is complete, and no two have the same id.
 pub(super) fn parse_keys(text: &str) -> Result<Vec<Key>, KeyringFault> {
     let document: Document = toml::from_str(text).map_err(|error| {
-        // The error's own words quote the line, and with it a key.
+        // The error's own message quotes the line, and with it a key.
         let start = error.span().map_or(0, |span| span.start);
         let before = text.get(..start).unwrap_or_default();
         KeyringFault::Line(1 + before.matches('\n').count())
@@ -143,13 +141,13 @@ pub(super) fn parse_keys(text: &str) -> Result<Vec<Key>, KeyringFault> {
     check_entries(document.entries)
 }
 
-/// The text of a keyring of those keys.
+/// Returns the text of a keyring file with `keys`.
 pub(super) fn render(keys: &[Key]) -> Zeroizing<String> {
     const HEAD: &str = "\
         # The keyring of a token broker. Whoever reads it can open every sealed secret; without\n\
         # it nobody can. Keep a copy apart from the database's backups: docs/keys.md.\n\
         version = 1\n";
-    // Never grown, so that no copy is left behind in memory.
+    // The capacity suffices for all keys: growing would leave a copy of them behind in memory.
     let mut text = Zeroizing::new(String::with_capacity(HEAD.len() + 256 * keys.len()));
     text.push_str(HEAD);
     for (status, key) in keys {
@@ -174,7 +172,7 @@ pub(super) fn render(keys: &[Key]) -> Zeroizing<String> {
     text
 }
 
-/// A key as the file has it: what may be told, and what may not.
+/// An entry of the file: the public facts of a key, and its bytes.
 pub(super) type Key = (KeyStatus, Zeroizing<[u8; KEY_LEN]>);
 
 fn check_entries(entries: Vec<Entry>) -> Result<Vec<Key>, KeyringFault> {
@@ -194,7 +192,7 @@ fn check_entries(entries: Vec<Entry>) -> Result<Vec<Key>, KeyringFault> {
 fn check_entry(nth: usize, entry: &Entry) -> Result<Key, KeyringFault> {
     let id: KeyId = entry.id.parse().map_err(|_| KeyringFault::Entry {
         nth,
-        // It is not shown: a key pasted into the wrong line would be.
+        // A faulty id is not shown: it may be a key that was pasted into the wrong line.
         id: "unnamed".to_owned(),
         what: "id must match [a-z0-9]{1,32}",
     })?;
@@ -214,7 +212,7 @@ fn decode(key: &str) -> Option<Zeroizing<[u8; KEY_LEN]>> {
     Some(array)
 }
 
-/// The keys of `kind`, each made by `make`.
+/// Returns the ring of the keys of `kind`. `make` turns the bytes of a key into its own type.
 fn ring<K>(
     keys: &[Key],
     kind: KeyKind,
@@ -270,7 +268,7 @@ mod tests {
                 good.replace("kind = \"signing\"", "kind = \"sealing\""),
                 "one sealing key".to_owned(),
             ),
-            (entry_free(&good), "one sealing key must have primary = true".to_owned()),
+            (without_entries(&good), "one sealing key must have primary = true".to_owned()),
             (good.replace(key_line, &format!("secret = \"{key}\"")), "line ".to_owned()),
             (good.replace(key_line, &format!("key = {key}")), "line ".to_owned()),
             (good.replace("primary = true", &format!("primary = \"{key}\"")), "line ".to_owned()),
@@ -294,7 +292,7 @@ mod tests {
         format!("[[key]]{}", text.split("[[key]]").nth(nth).unwrap())
     }
 
-    fn entry_free(text: &str) -> String {
+    fn without_entries(text: &str) -> String {
         text.split("[[key]]").next().unwrap().to_owned()
     }
 

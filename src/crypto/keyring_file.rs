@@ -1,7 +1,6 @@
-//! The keyring file: who may read it, and how it is made and changed.
+//! The keyring file: who may read it, and how it is created and edited.
 
 use std::{
-    ffi::OsString,
     fs::{self, File, OpenOptions, Permissions},
     io::{self, Read, Write},
     os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown},
@@ -12,21 +11,25 @@ use thiserror::Error;
 use zeroize::Zeroizing;
 
 use super::{
-    keyring::{KeyId, KeyKind, Keyring},
+    key::{KeyId, KeyKind},
+    keyring::Keyring,
     keyring_document::{Key, KeyringFault, new_key, parse_keys, render},
 };
-use crate::domain::clock::Timestamp;
+use crate::{
+    domain::clock::Timestamp,
+    files::atomic::{self, Replacement},
+};
 
-/// More than any keyring has; what is larger is another file.
+/// The longest file, in bytes, that is read as a keyring.
 const MAX_LEN: u64 = 1 << 20;
 
-/// A keyring file that was refused, and why. No message holds a key.
+/// A keyring file that was refused or not written, and why. No message holds a key.
 #[derive(Debug, Error)]
 #[error("keyring {}: {fault}", path.display())]
 pub struct KeyringError {
-    /// The file.
+    /// The file's path.
     pub path: PathBuf,
-    /// What is wrong with it.
+    /// The fault.
     pub fault: KeyringFault,
 }
 
@@ -37,10 +40,11 @@ impl KeyringError {
 }
 
 impl Keyring {
-    /// Writes a new keyring to `path`, readable by its owner alone, and waits until it is on disk.
+    /// Writes a new keyring to `path`, readable by its owner alone. Returns once it is on disk.
     ///
     /// # Errors
-    /// [`KeyringFault::Exists`] if there is anything at `path`; [`KeyringFault::Write`].
+    /// [`KeyringFault::Exists`] if there is anything at `path`, [`KeyringFault::Write`] if the file
+    /// system refuses.
     pub fn create_file(path: &Path, now: Timestamp) -> Result<(), KeyringError> {
         create(path, &Self::generate(now)).map_err(KeyringError::at(path))
     }
@@ -48,8 +52,8 @@ impl Keyring {
     /// Reads the keyring at `path`.
     ///
     /// # Errors
-    /// Refuses a file that others than its owner may read (its group may, if root owns it), and
-    /// one that is not a whole keyring.
+    /// A [`KeyringFault`] if others than the file's owner may read it (its group may, if root owns
+    /// it), or if it is not a complete keyring.
     pub fn load(path: &Path) -> Result<Self, KeyringError> {
         open_guarded(path)
             .and_then(read)
@@ -57,8 +61,8 @@ impl Keyring {
             .map_err(KeyringError::at(path))
     }
 
-    /// Adds a new key of `kind` to the file at `path`, not yet primary, so that every replica can
-    /// have it before the first value is made with it.
+    /// Adds a new key of `kind` to the file at `path`. It is not primary yet, so that every replica
+    /// can load it before the first value is made with it. Returns its id.
     pub fn add_to_file(path: &Path, kind: KeyKind, now: Timestamp) -> Result<KeyId, KeyringError> {
         edit(path, |keys| {
             let key = new_key(kind, false, now);
@@ -72,7 +76,7 @@ impl Keyring {
     /// Makes the key `id` the primary of its kind in the file at `path`.
     ///
     /// # Errors
-    /// [`KeyringFault::NoSuchKey`], besides those of reading and writing.
+    /// [`KeyringFault::NoSuchKey`] if the file has no such key, and the faults of reading and writing.
     pub fn promote_in_file(path: &Path, id: &KeyId) -> Result<(), KeyringError> {
         edit(path, |keys| {
             let kind = keys
@@ -89,64 +93,42 @@ impl Keyring {
 }
 
 fn create(path: &Path, text: &str) -> Result<(), KeyringFault> {
-    let mut file = create_private(path, KeyringFault::Exists)?;
+    let mut options = OpenOptions::new();
+    let mut file =
+        options.write(true).create_new(true).mode(0o600).open(path).map_err(|error| match error
+            .kind()
+        {
+            io::ErrorKind::AlreadyExists => KeyringFault::Exists,
+            _ => KeyringFault::Write(error),
+        })?;
     file.write_all(text.as_bytes())
         .and_then(|()| file.sync_all())
-        .and_then(|()| sync_parent(path))
+        .and_then(|()| atomic::sync_parent(path))
         .map_err(KeyringFault::Write)
 }
 
-fn create_private(path: &Path, if_exists: KeyringFault) -> Result<File, KeyringFault> {
-    OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(|error| {
-        match error.kind() {
-            io::ErrorKind::AlreadyExists => if_exists,
-            _ => KeyringFault::Write(error),
-        }
-    })
-}
-
-/// Makes a new file's name durable, not its content alone.
-fn sync_parent(path: &Path) -> io::Result<()> {
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-    File::open(parent.unwrap_or(Path::new(".")))?.sync_all()
-}
-
-/// Changes the keys at `path` as `change` says, at once and as a whole: a reader sees the old file
-/// or the new one, which keeps its owner and its mode.
+/// Edits the keys of the file at `path` with `change`. A reader sees the old file or the new one; the
+/// new one keeps the owner and the mode.
 fn edit<T>(
     path: &Path,
     change: impl FnOnce(&mut Vec<Key>) -> Result<T, KeyringFault>,
 ) -> Result<T, KeyringFault> {
-    // Behind a symbolic link, so that it is the file that is replaced, not the link.
+    // Resolves symbolic links, so that the file is replaced and not the link.
     let path = fs::canonicalize(path).map_err(KeyringFault::Read)?;
-    let beside = beside(&path);
-    // It keeps out other edits until it takes the file's place.
-    let new = create_private(&beside, KeyringFault::BeingEdited(beside.clone()))?;
-    let changed = rewrite(&path, new, change).and_then(|outcome| {
-        fs::rename(&beside, &path)
-            .and_then(|()| sync_parent(&path))
-            .map(|()| outcome)
-            .map_err(KeyringFault::Write)
-    });
-    if changed.is_err() {
-        // Already renamed or not, it is of no use any more; the fault is told by `changed`.
-        let _ = fs::remove_file(&beside);
-    }
-    changed
+    // Its temporary file keeps other edits out until this one is done.
+    let mut replacement = Replacement::exclusive(&path).map_err(|error| match error.kind() {
+        io::ErrorKind::AlreadyExists => KeyringFault::BeingEdited(atomic::temporary_path(&path)),
+        _ => KeyringFault::Write(error),
+    })?;
+    let outcome = write_edited(&path, replacement.file(), change)?;
+    replacement.commit().map_err(KeyringFault::Write)?;
+    Ok(outcome)
 }
 
-/// Where a changed keyring is written before it takes its place.
-fn beside(path: &Path) -> PathBuf {
-    let mut name = OsString::from(".");
-    name.push(path.file_name().unwrap_or_default());
-    name.push(".new");
-    path.with_file_name(name)
-}
-
-/// Writes the changed keys of the file at `path` into `new`.
-fn rewrite<T>(
+/// Writes the edited keys of the file at `path` into `new`.
+fn write_edited<T>(
     path: &Path,
-    mut new: File,
+    new: &mut File,
     change: impl FnOnce(&mut Vec<Key>) -> Result<T, KeyringFault>,
 ) -> Result<T, KeyringFault> {
     let old = open_guarded(path)?;
@@ -155,18 +137,17 @@ fn rewrite<T>(
     let outcome = change(&mut keys)?;
     let text = render(&keys);
     Keyring::parse(&text)?;
-    fchown(&new, Some(metadata.uid()), Some(metadata.gid()))
+    fchown(&*new, Some(metadata.uid()), Some(metadata.gid()))
         .and_then(|()| new.set_permissions(Permissions::from_mode(metadata.mode() & 0o777)))
         .and_then(|()| new.write_all(text.as_bytes()))
-        .and_then(|()| new.sync_all())
         .map_err(KeyringFault::Write)?;
     Ok(outcome)
 }
 
-/// Opens the file, if nobody but those who should can read it.
+/// Opens the file at `path` for reading, unless its mode lets others than its owner read it.
 fn open_guarded(path: &Path) -> Result<File, KeyringFault> {
     let file = File::open(path).map_err(KeyringFault::Read)?;
-    // Of the open file, not of the path: nobody can swap it in between.
+    // Taken from the open file, not from the path, which may name another file by then.
     let metadata = file.metadata().map_err(KeyringFault::Read)?;
     if !metadata.is_file() {
         return Err(KeyringFault::NotAFile);
@@ -191,9 +172,9 @@ fn read(file: File) -> Result<Zeroizing<String>, KeyringFault> {
     Ok(text)
 }
 
-/// Whether a file of that mode and owner is open to others than it should be.
-///
-/// Kubernetes gives a secret's files to root, with group read for the pod's `fsGroup`.
+/// Whether the mode of a file of user `owner` gives access to others. Group access is accepted if
+/// root owns the file: Kubernetes gives a secret's files to root, with group read for the pod's
+/// `fsGroup`.
 fn is_exposed(mode: u32, owner: u32) -> bool {
     const ROOT: u32 = 0;
     let allowed = if owner == ROOT { 0o740 } else { 0o700 };
@@ -207,7 +188,7 @@ mod tests {
 
     use super::*;
 
-    /// A new keyring in a directory of its own.
+    /// Creates a keyring in a directory of its own.
     fn keyring_file() -> (TempDir, PathBuf) {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("keyring.toml");

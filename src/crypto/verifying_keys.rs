@@ -1,4 +1,4 @@
-//! The public halves of the signing keys: with them anybody can check what the broker signed.
+//! The public halves of the signing keys, which verify the broker's signatures.
 
 use std::fmt;
 
@@ -8,46 +8,46 @@ use thiserror::Error;
 
 use super::{KeyId, Keyring};
 
-/// What precedes an Ed25519 key's 32 bytes in its `SubjectPublicKeyInfo` (RFC 8410).
+/// The bytes before an Ed25519 key's 32 bytes in its `SubjectPublicKeyInfo` (RFC 8410).
 const DER_PREFIX: [u8; 12] =
     [0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0x00];
 const BEGIN: &str = "-----BEGIN PUBLIC KEY-----";
 const END: &str = "-----END PUBLIC KEY-----";
 
-/// Keys that check signatures and make none.
+/// Public signing keys, by their ids.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct VerifyingKeys(Vec<(KeyId, [u8; 32])>);
 
-/// Why a signature proves nothing.
+/// Why a signature was not accepted.
 #[derive(Clone, Debug, Error, Eq, PartialEq)]
 pub enum SignatureError {
-    /// Nobody here can tell.
+    /// The key that the signature names is not known.
     #[error("signed with key {0}, which is not among those to check with")]
     UnknownKey(String),
-    /// It was not made by that key over these words.
+    /// The named key did not make the signature over this message.
     #[error("the signature of key {0} is not genuine")]
     Forged(String),
 }
 
-/// Why a text is no list of keys.
+/// Why a text was not read as a list of public keys.
 #[derive(Clone, Debug, Error, Eq, PartialEq)]
 pub enum VerifyingKeysFault {
-    /// It holds no key at all.
+    /// The text holds no key.
     #[error("there is no `{BEGIN}` in it")]
     None,
-    /// A key has no name.
+    /// A key has no id. Holds the line, from 1.
     #[error("line {0}: a public key has no line `# key id` before it")]
     Unnamed(usize),
-    /// It is not what `keys public --signing` prints.
+    /// A key is not in the format that `keys public --signing` prints. Holds the line, from 1.
     #[error("line {0}: no Ed25519 public key in PEM")]
     Malformed(usize),
 }
 
 impl VerifyingKeys {
-    /// Reads keys as their `Display` writes them: each in PEM, after a line `# key id`.
+    /// Reads keys in the format that `Display` writes: each in PEM, after a line `# key id`.
     ///
     /// # Errors
-    /// Names the line at fault.
+    /// [`VerifyingKeysFault`] with the faulty line.
     pub fn parse(text: &str) -> Result<Self, VerifyingKeysFault> {
         let mut keys = Vec::new();
         let mut name = None;
@@ -70,10 +70,10 @@ impl VerifyingKeys {
         if keys.is_empty() { Err(VerifyingKeysFault::None) } else { Ok(Self(keys)) }
     }
 
-    /// Whether `signature` was made by the key of that name over `message`.
+    /// Checks that the key `key_id` made `signature` over `message`.
     ///
     /// # Errors
-    /// Says why it proves nothing.
+    /// [`SignatureError`] if the key is not known or did not make the signature.
     pub fn verify(
         &self,
         key_id: &str,
@@ -129,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_read_back_from_what_openssl_reads_too() {
+    fn keys_are_written_in_a_format_that_openssl_reads() {
         let keys =
             VerifyingKeys(vec![("h1".parse().unwrap(), [7; 32]), ("h2".parse().unwrap(), [8; 32])]);
         let text = keys.to_string();
@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_list_of_keys_is_refused_by_its_line() {
+    fn a_malformed_list_of_keys_is_refused_with_its_line() {
         use VerifyingKeysFault::{Malformed, None, Unnamed};
         let pem = |body: &str| format!("{BEGIN}\n{body}\n{END}\n");
         for (text, fault) in [

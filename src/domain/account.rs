@@ -1,4 +1,4 @@
-//! Names and identifiers of accounts, as types that cannot hold what the contract forbids.
+//! Names and identifiers of accounts, as types that hold valid values only.
 
 use std::{borrow::Borrow, fmt, str::FromStr, sync::Arc};
 
@@ -9,19 +9,20 @@ pub const MAX_NAME: usize = 63;
 /// The longest client id of RCS Biz Center, in characters.
 pub const MAX_CLIENT_ID: usize = 20;
 
-/// Why a name, id or secret was refused. The messages name the fault and never the value.
+/// Why a value was refused: the name of the value, and the rule that it breaks. The message never shows
+/// the value.
 #[derive(Clone, Copy, Debug, Error, Eq, PartialEq)]
 pub enum Invalid {
-    /// Nothing was given.
+    /// The value is empty.
     #[error("{0} is empty")]
     Empty(&'static str),
-    /// More characters than allowed.
+    /// The value is longer than this many characters.
     #[error("{0} is longer than {1} characters")]
     TooLong(&'static str, usize),
-    /// Characters that are not allowed.
+    /// The value does not match this pattern.
     #[error("{0} must match {1}")]
     Malformed(&'static str, &'static str),
-    /// None of the names that there are.
+    /// The value is none of these names.
     #[error("{0} must be {1}")]
     Unknown(&'static str, &'static str),
 }
@@ -31,10 +32,10 @@ pub enum Invalid {
 pub struct AccountName(Arc<str>);
 
 impl AccountName {
-    /// The rule, as the database's trigger states it too.
+    /// The rule as a regular expression. The database's trigger states it too.
     pub const PATTERN: &'static str = "[a-z0-9][a-z0-9._-]{0,62}";
 
-    /// The name as text.
+    /// Returns the name as text.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
@@ -69,8 +70,8 @@ impl Borrow<str> for AccountName {
     }
 }
 
-/// An account's row number: never reused, so that a name deleted and inserted again is another
-/// account.
+/// An account's id in the database. It is never reused: a name that was deleted and inserted again has
+/// another id and is another account.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct AccountId(pub i64);
 
@@ -80,18 +81,18 @@ impl fmt::Display for AccountId {
     }
 }
 
-/// Counts the credentials that an account has had; what was made with one version is never taken
-/// for another's.
+/// The number of a credential among those that an account has had, from 1. Sealed secrets, attempts and
+/// failures name the version that they belong to.
 #[derive(Clone, Copy, Debug, Default, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct CredentialVersion(pub i64);
 
-/// The ID of a login at the upstream's console: 1 to 20 characters, none of them white space or
-/// control characters.
+/// The login's ID at the upstream's console: 1 to 20 characters without white space and control
+/// characters.
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
 pub struct ClientId(Arc<str>);
 
 impl ClientId {
-    /// The ID as text.
+    /// Returns the ID as text.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
@@ -113,7 +114,7 @@ impl fmt::Display for ClientId {
     }
 }
 
-/// Checks that `value` is 1 to `longest` characters, none of them white space or control.
+/// Checks that `value` has 1 to `longest` characters and neither white space nor control characters.
 pub(crate) fn printable(what: &'static str, value: &str, longest: usize) -> Result<(), Invalid> {
     if value.is_empty() {
         return Err(Invalid::Empty(what));
@@ -134,14 +135,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_the_contract_allows_are_taken() {
+    fn valid_names_are_accepted() {
         for name in ["a", "0", "acme-prod.eu_1", &"a".repeat(63)] {
             assert_eq!(name.parse::<AccountName>().unwrap().as_str(), name);
         }
     }
 
     #[test]
-    fn names_the_contract_forbids_are_refused_with_their_fault() {
+    fn invalid_names_are_refused_with_their_fault() {
         for (name, fault) in [
             ("", "account name is empty"),
             ("-a", "account name must match [a-z0-9][a-z0-9._-]{0,62}"),
@@ -163,7 +164,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_is_either_a_name_that_reads_back_or_refused(text in ".{0,80}") {
+        fn any_text_is_refused_or_is_a_name_with_the_same_text(text in ".{0,80}") {
             if let Ok(name) = text.parse::<AccountName>() {
                 prop_assert_eq!(name.as_str(), text.as_str());
                 prop_assert!(text.len() <= MAX_NAME);

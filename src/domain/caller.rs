@@ -1,4 +1,4 @@
-//! Callers, and who may have what.
+//! Callers, and what their grants permit.
 
 use std::{fmt, str::FromStr, sync::Arc};
 
@@ -7,14 +7,14 @@ use crate::domain::{
     clock::Timestamp,
 };
 
-/// A caller's row number; never reused.
+/// A caller's id in the database. It is never reused.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct CallerId(pub i64);
 
-/// How a caller showed who it is.
+/// The kind of credential by which a caller was identified.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub enum CallerKind {
-    /// A bearer of the broker's own.
+    /// A bearer that the broker issued.
     Bearer,
     /// A SPIFFE ID in a verified client certificate.
     Spiffe,
@@ -23,7 +23,7 @@ pub enum CallerKind {
 }
 
 impl CallerKind {
-    /// The name in the database and in the audit log.
+    /// Returns the kind's name in the database and in the audit log.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -34,23 +34,23 @@ impl CallerKind {
     }
 }
 
-/// A service that may ask for tokens, with all that decides what it may have.
+/// A service that asks for tokens, with everything that decides what it may get.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Caller {
-    /// Its row.
+    /// The caller's id.
     pub id: CallerId,
-    /// Its name, for people and the audit log.
+    /// The caller's name, for people and the audit log.
     pub name: Arc<str>,
-    /// A disabled caller is refused as if unknown.
+    /// Whether the caller is enabled. A disabled caller is refused like an unknown one.
     pub enabled: bool,
-    /// Calls a second; `None` means the broker's default.
+    /// The limit in calls per second; `None` means the broker's default.
     pub rate_limit: Option<u32>,
-    /// What it may have.
+    /// What the caller may do with which accounts.
     pub grants: Vec<Grant>,
 }
 
 impl Caller {
-    /// Whether a grant gives `right` on `account` at `now`. Default deny.
+    /// Returns whether a grant gives `right` on `account` at `now`. Without a grant nothing is permitted.
     #[must_use]
     pub fn permits(&self, right: Right, account: &AccountName, now: Timestamp) -> bool {
         self.enabled
@@ -61,17 +61,22 @@ impl Caller {
             })
     }
 
-    /// From where on, in the order of names, those at or after `from` may be covered by a grant with
-    /// `right`: what lies before need not be looked at. `None` when none of them is covered.
+    /// Returns the first name, at or after `from` in the order of names, that a grant with `right` may
+    /// cover, so that a listing can skip the names before it. `None` if no such name is covered.
     #[must_use]
-    pub fn resume<'a>(&'a self, right: Right, from: &'a str, now: Timestamp) -> Option<&'a str> {
+    pub fn first_covered_from<'a>(
+        &'a self,
+        right: Right,
+        from: &'a str,
+        now: Timestamp,
+    ) -> Option<&'a str> {
         let grants = self.grants.iter().filter(|_| self.enabled);
         let grants = grants.filter(|it| it.rights.contains(right) && it.is_current(now));
-        grants.filter_map(|grant| grant.pattern.resume(from)).min()
+        grants.filter_map(|grant| grant.pattern.first_match_from(from)).min()
     }
 }
 
-/// What a grant may allow.
+/// A right that a grant can give.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub enum Right {
     /// To get and watch tokens.
@@ -83,10 +88,10 @@ pub enum Right {
 }
 
 impl Right {
-    /// All of them.
+    /// Every right.
     pub const ALL: [Self; 3] = [Self::Get, Self::Report, Self::List];
 
-    /// The name in the database.
+    /// Returns the right's name in the database.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -113,7 +118,7 @@ impl FromStr for Right {
 pub struct Rights(u8);
 
 impl Rights {
-    /// Whether `right` is among them.
+    /// Returns whether the set contains `right`.
     #[must_use]
     pub fn contains(self, right: Right) -> bool {
         self.0 & (1 << right as u8) != 0
@@ -126,14 +131,14 @@ impl FromIterator<Right> for Rights {
     }
 }
 
-/// Accounts, rights and an end.
+/// Rights on some accounts, until an end.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Grant {
-    /// Which accounts.
+    /// The accounts that the grant covers.
     pub pattern: AccountPattern,
-    /// What may be done with them.
+    /// What the grant permits with these accounts.
     pub rights: Rights,
-    /// Until when; the end itself is outside.
+    /// The time from which on the grant no longer holds; `None` for no end.
     pub ends_at: Option<Timestamp>,
 }
 
@@ -143,17 +148,17 @@ impl Grant {
     }
 }
 
-/// An account's name, or a pattern whose one `*` stands for any run of characters, also an empty
-/// one. At most 63 characters.
+/// An account's name, or a pattern in which one `*` stands for any number of characters, also none. At
+/// most 63 characters.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct AccountPattern {
     before: Box<str>,
-    /// What follows the `*`; `None` for a plain name.
+    /// The text after the `*`; `None` for a plain name.
     after: Option<Box<str>>,
 }
 
 impl AccountPattern {
-    /// Whether `name` is meant.
+    /// Returns whether the pattern matches `name`.
     #[must_use]
     pub fn matches(&self, name: &str) -> bool {
         match &self.after {
@@ -164,15 +169,15 @@ impl AccountPattern {
         }
     }
 
-    /// From where on, in the order of names, those at or after `from` may be meant.
-    fn resume<'a>(&'a self, from: &'a str) -> Option<&'a str> {
+    /// Returns the first text, at or after `from` in the order of names, that the pattern may match.
+    fn first_match_from<'a>(&'a self, from: &'a str) -> Option<&'a str> {
         if from <= &*self.before {
             return Some(&self.before);
         }
         (self.after.is_some() && from.starts_with(&*self.before)).then_some(from)
     }
 
-    /// The one name that is meant, unless this is a pattern.
+    /// Returns the name, unless this is a pattern with a `*`.
     #[must_use]
     pub fn as_name(&self) -> Option<AccountName> {
         if self.after.is_some() {
@@ -252,7 +257,7 @@ mod tests {
     }
 
     #[test]
-    fn one_star_stands_for_any_run_of_characters() {
+    fn a_star_matches_any_number_of_characters() {
         for (pattern, name, expected) in [
             ("acme", "acme", true),
             ("acme", "acme-1", false),
@@ -271,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_grant_covers_is_passed_over_in_the_order_of_names() {
+    fn names_that_no_grant_covers_are_skipped_in_the_order_of_names() {
         let now = DateTime::UNIX_EPOCH;
         let caller = caller(vec![
             grant("d-*", &[Right::List], None),
@@ -286,9 +291,12 @@ mod tests {
             ("d-7", Some("d-7")),
             ("d.", None),
         ] {
-            assert_eq!(caller.resume(Right::List, from, now), resumed, "{from}");
+            assert_eq!(caller.first_covered_from(Right::List, from, now), resumed, "{from}");
         }
-        assert_eq!(Caller { enabled: false, ..caller }.resume(Right::List, "", now), None);
+        assert_eq!(
+            Caller { enabled: false, ..caller }.first_covered_from(Right::List, "", now),
+            None
+        );
     }
 
     #[test]

@@ -1,25 +1,26 @@
-//! The one source of time: now *and* sleep, so that a test that moves one moves the other.
+//! The one source of time. The present time and sleeping come from the same clock, so that a test which
+//! moves the clock also ends the sleeps.
 
 use std::{sync::Arc, time::Duration};
 
 use chrono::{DateTime, TimeDelta, Utc};
 use tokio::sync::watch;
 
-/// A moment, in UTC. Wall time, since it is compared with what other processes stored.
+/// A time in UTC. It is wall time, since it is compared with times that other processes stored.
 pub type Timestamp = DateTime<Utc>;
 
-/// Where time comes from.
+/// A source of time.
 #[derive(Clone, Debug, Default)]
 pub enum Clock {
-    /// The machine's.
+    /// The machine's clock.
     #[default]
     System,
-    /// A test's, which moves only when told.
+    /// A test's clock, which moves only when the test moves it.
     Manual(ManualClock),
 }
 
 impl Clock {
-    /// The present moment.
+    /// Returns the present time.
     #[must_use]
     #[expect(clippy::disallowed_methods, reason = "the one home of the wall clock")]
     pub fn now(&self) -> Timestamp {
@@ -29,18 +30,18 @@ impl Clock {
         }
     }
 
-    /// Returns once [`Clock::now`] has reached `until`; at once if it has.
+    /// Waits until [`Clock::now`] has reached `until`; returns at once if it has. Cancel safe.
     ///
-    /// A system clock that is set back or forward meanwhile is noticed within a second.
+    /// If the system clock is set during the wait, this takes effect within a second.
     pub async fn sleep_until(&self, until: Timestamp) {
-        const LONGEST_NAP: Duration = Duration::from_secs(1);
+        const LONGEST_SLEEP: Duration = Duration::from_secs(1);
         match self {
             Self::System => loop {
                 let left = until_from(self.now(), until);
                 if left.is_zero() {
                     return;
                 }
-                tokio::time::sleep(left.min(LONGEST_NAP)).await;
+                tokio::time::sleep(left.min(LONGEST_SLEEP)).await;
             },
             Self::Manual(clock) => {
                 let mut now = clock.now.subscribe();
@@ -50,44 +51,44 @@ impl Clock {
         }
     }
 
-    /// Returns after `pause` of this clock's time.
+    /// Waits for `pause` by this clock. Cancel safe.
     pub async fn sleep(&self, pause: Duration) {
         self.sleep_until(self.now() + delta(pause)).await;
     }
 }
 
-/// A clock for tests: starts where it is told and moves only by [`ManualClock::advance`] and
-/// [`ManualClock::set`].
+/// A clock for tests, which moves only by [`ManualClock::advance`] and [`ManualClock::set`]. Clones share
+/// their time.
 #[derive(Clone, Debug)]
 pub struct ManualClock {
     now: Arc<watch::Sender<Timestamp>>,
 }
 
 impl ManualClock {
-    /// A clock that stands at `now`.
+    /// Returns a clock that stands at `now`.
     #[must_use]
     pub fn new(now: Timestamp) -> Self {
         Self { now: Arc::new(watch::Sender::new(now)) }
     }
 
-    /// Moves forward, waking every sleeper whose time has come.
+    /// Moves the clock forward and wakes every sleeper whose time has come.
     pub fn advance(&self, by: Duration) {
         self.now.send_modify(|now| *now += delta(by));
     }
 
-    /// Jumps to `now`, which may lie in the past.
+    /// Sets the clock to `now`, which may be earlier than its present time.
     pub fn set(&self, now: Timestamp) {
         self.now.send_replace(now);
     }
 }
 
-/// How long from `now` until `then`; zero if it has passed.
+/// Returns the time from `now` until `then`; zero if `then` has passed.
 #[must_use]
 pub fn until_from(now: Timestamp, then: Timestamp) -> Duration {
     (then - now).to_std().unwrap_or(Duration::ZERO)
 }
 
-/// `duration` as a difference of timestamps, capped at a hundred years so that sums stay in range.
+/// Converts `duration` to a difference of timestamps, at most a hundred years so that sums stay in range.
 #[must_use]
 pub fn delta(duration: Duration) -> TimeDelta {
     const CENTURY: TimeDelta = TimeDelta::days(36_525);
@@ -120,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn a_moment_in_the_past_is_no_time_away() {
+    fn the_time_until_a_past_time_is_zero() {
         let now = DateTime::UNIX_EPOCH;
         assert_eq!(until_from(now, now - TimeDelta::seconds(5)), Duration::ZERO);
         assert_eq!(until_from(now, now + TimeDelta::seconds(5)), Duration::from_secs(5));

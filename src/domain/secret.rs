@@ -1,5 +1,5 @@
-//! Values that must not be printed: they have no `Display`, their `Debug` says only that they are
-//! there, and their memory is cleared when they go.
+//! Values that must not be printed. They have no `Display`, their `Debug` shows no content, and their
+//! memory is cleared when they are dropped.
 
 use std::{fmt, sync::Arc};
 
@@ -10,15 +10,15 @@ use crate::domain::account::{Invalid, printable};
 /// The longest client secret of RCS Biz Center, in characters.
 pub const MAX_CLIENT_SECRET: usize = 18;
 
-/// An account's API KEY: 1 to 18 characters, none of them white space or control characters.
+/// An account's API KEY: 1 to 18 characters without white space and control characters.
 #[derive(Clone, Debug)]
 pub struct ClientSecret(SecretString);
 
 impl ClientSecret {
-    /// Takes a secret; one trailing newline, as `echo` leaves it, is trimmed.
+    /// Checks a secret and wraps it. One trailing newline, as `echo` adds it, is removed.
     ///
     /// # Errors
-    /// Names what is wrong with the value, never the value.
+    /// The rule that the value breaks. The error never holds the value.
     pub fn new(secret: &str) -> Result<Self, Invalid> {
         let secret =
             secret.strip_suffix('\n').map_or(secret, |s| s.strip_suffix('\r').unwrap_or(s));
@@ -26,26 +26,26 @@ impl ClientSecret {
         Ok(Self(secret.into()))
     }
 
-    /// The secret itself, for the upstream's request and for sealing.
+    /// Returns the secret as text, for the request to the upstream and for sealing.
     #[must_use]
     pub fn expose(&self) -> &str {
         self.0.expose_secret()
     }
 }
 
-/// The upstream's JWT, as it goes into an `Authorization: Bearer` header: 1 to 8192 visible ASCII
+/// The upstream's JWT, as an `Authorization: Bearer` header carries it: 1 to 8192 visible ASCII
 /// characters.
 #[derive(Clone, Debug)]
 pub struct AccessToken(SecretString);
 
 impl AccessToken {
-    /// The longest token that is taken, in bytes; the seen ones have about 300.
+    /// The longest token that is accepted, in bytes. The upstream's tokens have about 300.
     pub const MAX: usize = 8192;
 
-    /// Takes a token.
+    /// Checks a token and wraps it.
     ///
     /// # Errors
-    /// Names what is wrong with the value, never the value.
+    /// The rule that the value breaks. The error never holds the value.
     pub fn new(token: &str) -> Result<Self, Invalid> {
         if token.is_empty() {
             return Err(Invalid::Empty("access token"));
@@ -59,20 +59,20 @@ impl AccessToken {
         Ok(Self(token.into()))
     }
 
-    /// The token itself, for the caller's answer and for sealing.
+    /// Returns the token as text, for the answer to a caller and for sealing.
     #[must_use]
     pub fn expose(&self) -> &str {
         self.0.expose_secret()
     }
 }
 
-/// A client secret as the database has it: sealed to its account and credential version. Cheap to
-/// clone; opened only for a call.
+/// A client secret as the database stores it: sealed, and bound to its account and credential version. It
+/// is opened only for a call to the upstream. Cheap to clone.
 #[derive(Clone)]
 pub struct SealedSecret(Arc<[u8]>);
 
 impl SealedSecret {
-    /// The sealed value.
+    /// Returns the sealed value.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
         &self.0
@@ -111,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn refused_secrets_are_named_but_not_shown() {
+    fn the_error_of_a_refused_secret_does_not_show_it() {
         for secret in ["", "canary with space", "canary-canary-canary", "can\0ary"] {
             let fault = ClientSecret::new(secret).unwrap_err().to_string();
             assert!(fault.starts_with("client secret") && !fault.contains("canary"), "{fault}");

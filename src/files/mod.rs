@@ -1,3 +1,4 @@
-//! Files that outlive the process.
+//! Files that outlive the process: the state directory, and the atomic replacement of a file.
 
+pub mod atomic;
 pub mod state_dir;

@@ -1,8 +1,9 @@
-//! The directory that outlives the process: one process at a time, one identity.
+//! The state directory, which outlives the process. One process uses it at a time; it holds the
+//! replica's identity, the audit journal, and what a start must know of the process before it.
 
 use std::{
     fs::{DirBuilder, File, OpenOptions, TryLockError},
-    io::{self, Write},
+    io,
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::Arc,
@@ -11,40 +12,43 @@ use std::{
 use aws_lc_rs::{digest, rand};
 use thiserror::Error;
 
+use super::atomic;
+
 /// Why a state directory cannot be used.
 #[derive(Debug, Error)]
 pub enum StateDirError {
-    /// Another process has it.
+    /// Another process uses the directory.
     #[error("the state directory {0} is in use by another process")]
     InUse(PathBuf),
-    /// The instance file holds something else.
+    /// The file with the instance id holds something else.
     #[error("{0} does not hold an instance id (i- and 16 hexadecimal digits)")]
     Malformed(PathBuf),
-    /// The file system refused.
+    /// The file system refused an operation.
     #[error("the state directory cannot be used: {path}: {error}")]
     Io {
-        /// What could not be read or written.
+        /// The file or directory that could not be read or written.
         path: PathBuf,
-        /// Why.
+        /// The cause.
+        #[source]
         error: io::Error,
     },
 }
 
-/// A state directory that belongs to this process until the last clone is dropped.
+/// A state directory that this process holds until the last clone is dropped. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct StateDir {
     path: PathBuf,
     instance: Arc<str>,
-    /// The kernel lets go of the lock when the file is closed, also by SIGKILL.
+    /// The kernel releases the lock when the file is closed, also when the process is killed.
     _lock: Arc<File>,
 }
 
 impl StateDir {
-    /// Takes `path` for this process; makes it, for the owner alone, and its instance id if they are
-    /// not there.
+    /// Locks the directory `path` for this process. Creates it (mode 0700) and its instance id if they
+    /// are missing. Blocks on disk.
     ///
     /// # Errors
-    /// [`StateDirError::InUse`] when another process has it.
+    /// [`StateDirError`], of which [`StateDirError::InUse`] means that another process holds the lock.
     pub fn open(path: &Path) -> Result<Self, StateDirError> {
         let failed = |path: &Path| {
             let path = path.to_owned();
@@ -52,78 +56,79 @@ impl StateDir {
         };
         DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed(path))?;
         let lock_path = path.join("lock");
-        let lock = private().truncate(false).open(&lock_path).map_err(failed(&lock_path))?;
+        let lock = OpenOptions::new()
+            .create(true)
+            .write(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&lock_path)
+            .map_err(failed(&lock_path))?;
         lock.try_lock().map_err(|error| match error {
             TryLockError::WouldBlock => StateDirError::InUse(path.to_owned()),
             TryLockError::Error(error) => failed(&lock_path)(error),
         })?;
         let instance_path = path.join("instance");
-        let instance = match read_instance(&instance_path).map_err(failed(&instance_path))? {
+        let instance = match read_instance_id(&instance_path).map_err(failed(&instance_path))? {
             Some(instance) => instance,
-            None => make_instance(path).map_err(failed(&instance_path))?,
+            None => create_instance_id(path).map_err(failed(&instance_path))?,
         };
-        if !is_instance(&instance) {
+        if !is_instance_id(&instance) {
             return Err(StateDirError::Malformed(instance_path));
         }
         Ok(Self { path: path.to_owned(), instance: instance.into(), _lock: Arc::new(lock) })
     }
 
-    /// This replica's identity: random, and the same at each start.
+    /// Returns this replica's identity, which was drawn at random and stays the same at each start.
     #[must_use]
     pub fn instance(&self) -> &str {
         &self.instance
     }
 
-    /// A number for this replica, derived from its identity; two replicas may share one.
+    /// Returns a number that is derived from the identity. Two replicas may share one.
     #[must_use]
     pub fn replica(&self) -> u16 {
         let digest = digest::digest(&digest::SHA256, self.instance.as_bytes());
         digest.as_ref().iter().take(2).fold(0, |number, byte| number << 8 | u16::from(*byte))
     }
 
-    /// Where it is noted for which accounts tokens were issued without the database.
+    /// Returns the path of the list of accounts for which tokens were issued without the database.
     #[must_use]
     pub fn issued_alone_file(&self) -> PathBuf {
         self.path.join("issued-alone")
     }
 
-    /// Where it is noted which database this replica had.
+    /// Returns the path of the file that identifies the database which this replica used last.
     #[must_use]
     pub fn database_file(&self) -> PathBuf {
         self.path.join("database")
     }
 
-    /// Where the audit journal's segments lie.
+    /// Returns the directory of the audit journal's segments.
     #[must_use]
     pub fn journal_dir(&self) -> PathBuf {
         Self::journal_below(&self.path)
     }
 
-    /// Where they lie below the state directory `path`.
+    /// Returns the directory of the journal's segments below the state directory `path`, without
+    /// locking that.
     #[must_use]
     pub fn journal_below(path: &Path) -> PathBuf {
         path.join("journal")
     }
 
-    /// Where signed heads of the audit log are kept, so that copies can be made of them.
+    /// Returns the path of the file with signed checkpoints of the audit log, for copies elsewhere.
     #[must_use]
     pub fn heads_file(&self) -> PathBuf {
         self.path.join("audit-heads.jsonl")
     }
 }
 
-fn private() -> OpenOptions {
-    let mut options = OpenOptions::new();
-    options.create(true).write(true).mode(0o600);
-    options
-}
-
-fn is_instance(text: &str) -> bool {
+fn is_instance_id(text: &str) -> bool {
     text.strip_prefix("i-")
         .is_some_and(|hex| hex.len() == 16 && hex.bytes().all(|b| b.is_ascii_hexdigit()))
 }
 
-fn read_instance(path: &Path) -> io::Result<Option<String>> {
+fn read_instance_id(path: &Path) -> io::Result<Option<String>> {
     match std::fs::read_to_string(path) {
         Ok(text) => Ok(Some(text.trim_end().to_owned())),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -131,18 +136,13 @@ fn read_instance(path: &Path) -> io::Result<Option<String>> {
     }
 }
 
-/// Draws an id and has it on disk under its name before it is used: an id that a crash takes back
-/// would leave records of an instance that never was.
-fn make_instance(dir: &Path) -> io::Result<String> {
+/// Draws an instance id and makes it durable before it is used: if a crash lost it, records would
+/// name an instance that nobody knows.
+fn create_instance_id(dir: &Path) -> io::Result<String> {
     let mut random = [0; 8];
     rand::fill(&mut random).map_err(|_| io::Error::other("no random numbers"))?;
     let instance = format!("i-{}", hex::encode(random));
-    let draft = dir.join("instance.new");
-    let mut file = private().truncate(true).open(&draft)?;
-    writeln!(file, "{instance}")?;
-    file.sync_all()?;
-    std::fs::rename(&draft, dir.join("instance"))?;
-    File::open(dir)?.sync_all()?;
+    atomic::replace(&dir.join("instance"), format!("{instance}\n").as_bytes())?;
     Ok(instance)
 }
 
@@ -166,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn a_second_holder_is_refused_until_the_last_clone_of_the_first_is_gone() {
+    fn a_second_holder_is_refused_until_the_last_clone_of_the_first_is_dropped() {
         let dir = tempfile::tempdir().unwrap();
         let first = StateDir::open(dir.path()).unwrap();
         let clone = first.clone();

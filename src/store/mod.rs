@@ -8,6 +8,7 @@ pub mod changes;
 pub mod deployment;
 pub mod instances;
 pub mod leases;
+pub mod migrate;
 pub mod retention;
 pub mod tokens;
 
@@ -15,14 +16,12 @@ use std::{str::FromStr, time::Duration};
 
 use sqlx::{
     ConnectOptions, Connection, PgPool,
-    migrate::{Migrate, MigrateError, Migrator},
     postgres::{PgConnectOptions, PgPoolOptions, PgSslMode, types::PgInterval},
 };
 use thiserror::Error;
 use tokio::time::timeout;
 
-/// The migrations that this release brings.
-static MIGRATIONS: Migrator = sqlx::migrate!();
+use self::migrate::Schema;
 
 /// How long a statement may take before the server ends it: a hung statement must not hold a
 /// worker.
@@ -185,59 +184,19 @@ impl Database {
         Ok(self.options.connect().await?.close().await?)
     }
 
-    /// Applies the migrations that are missing.
+    /// Applies the migrations that are missing, or that changed: see [`migrate`].
     ///
     /// # Errors
     /// When the server cannot be reached or a migration fails.
     pub async fn migrate(&self) -> Result<(), StoreError> {
-        self.reach().await?;
-        let pool = self.pool(1);
-        let mut migrations = sqlx::migrate!();
-        // A newer release's schema: this one runs on it.
-        migrations.set_ignore_missing(true);
-        let done = migrations.run(&pool).await.map_err(|error| match error {
-            MigrateError::Execute(error) => error.into(),
-            error => StoreError::Schema(error.to_string()),
-        });
-        pool.close().await;
-        done
+        Schema::of_this_release()?.apply(self).await
     }
 
     /// Checks that the schema has every migration of this release.
     ///
     /// # Errors
-    /// [`StoreError::Schema`] names what is missing and the command that brings it.
+    /// [`StoreError::Schema`] names what is missing and the command that applies it.
     pub async fn check_schema(&self) -> Result<(), StoreError> {
-        self.reach().await?;
-        let pool = self.pool(1);
-        let checked = check_schema(&pool).await;
-        pool.close().await;
-        checked
+        Schema::of_this_release()?.check(self).await
     }
-}
-
-async fn check_schema(pool: &PgPool) -> Result<(), StoreError> {
-    let mut connection = pool.acquire().await?;
-    let applied = match connection.list_applied_migrations(&MIGRATIONS.table_name).await {
-        Ok(applied) => applied,
-        Err(MigrateError::Execute(sqlx::Error::Database(error)))
-            if error.code().as_deref() == Some(NO_TABLE) =>
-        {
-            Vec::new()
-        }
-        Err(MigrateError::Execute(error)) => return Err(error.into()),
-        Err(error) => return Err(StoreError::Schema(error.to_string())),
-    };
-    let missing: Vec<_> = MIGRATIONS
-        .iter()
-        .filter(|ours| !applied.iter().any(|theirs| theirs.version == ours.version))
-        .map(|ours| format!("{} ({})", ours.version, ours.description))
-        .collect();
-    if missing.is_empty() {
-        return Ok(());
-    }
-    Err(StoreError::Schema(format!(
-        "the database's schema is too old: it lacks migration {}; run `token-broker migrate`",
-        missing.join(", ")
-    )))
 }

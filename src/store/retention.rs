@@ -90,7 +90,7 @@ pub async fn days_over(
             select from audit_events e
             where e.at >= day::timestamp at time zone 'UTC'
                 and e.at < (day + 1)::timestamp at time zone 'UTC'
-                and not audit_is_change(e.event)))
+                and e.event <> all (audit_change_events())))
         order by day"#,
         now,
         calls.map(interval),
@@ -160,7 +160,7 @@ impl Removal {
                 reason, generation, token_fingerprint, trace_id, latency_us, count,
                 detail as "detail: Json<BTreeMap<String, String>>", prev_hash, hash
             from audit_events
-            where at >= $1 and at < $2 and ($3 or not audit_is_change(event))
+            where at >= $1 and at < $2 and ($3 or event <> all (audit_change_events()))
             order by chain, seq"#,
             begins,
             ends,

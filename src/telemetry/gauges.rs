@@ -1,107 +1,84 @@
-//! What is counted elsewhere and read when somebody scrapes.
+//! Metrics that other parts of the broker hold, and that are read at each scrape.
 
-use std::{
-    fmt,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::{fmt, sync::Arc};
 
 use chrono::TimeDelta;
+use parking_lot::Mutex;
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeGaugeValue, EncodeMetric},
     metrics::{MetricType, counter::ConstCounter, gauge::ConstGauge},
 };
 
-use crate::domain::clock::Timestamp;
+use crate::domain::{clock::Timestamp, refresh_state::AccountState};
 
-/// What the broker's parts tell at a scrape. What nobody fills in is exported as zero, or, of
-/// times and the skew, not at all.
+/// The values at one scrape. A count that no source fills in is exported as zero; a time, or the clock
+/// skew, is then not exported at all.
 #[derive(Clone, Debug, Default)]
 pub struct Gauges {
-    /// The accounts, by the state that `account_status` shows.
+    /// The number of accounts in each state.
     pub accounts: AccountGauges,
-    /// When the first of the live tokens ends.
+    /// The earliest end of a live token.
     pub earliest_token_end: Option<Timestamp>,
-    /// How far the upstream's clock was ahead of ours at the last issue.
+    /// How far the upstream's clock was ahead of this machine's clock at the last issue.
     pub upstream_clock_skew: Option<TimeDelta>,
-    /// When our certificate ends, in seconds since 1970.
+    /// The end of the broker's TLS certificate, in seconds since 1970.
     pub tls_not_after: Option<i64>,
-    /// The audit journal and its delivery.
+    /// The audit journal and its delivery to Postgres.
     pub journal: JournalGauges,
 }
 
-/// Accounts by state; each account is in one.
+/// The number of accounts in each state. Each account is in exactly one.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct AccountGauges {
-    /// With a live token that is not due yet.
-    pub fresh: u64,
-    /// With a live token that is being replaced.
-    pub refreshing: u64,
-    /// With a token that has ended, and no reason known.
-    pub expired: u64,
-    /// Whose credential the upstream refuses.
-    pub rejected: u64,
-    /// For which the upstream refuses our address.
-    pub egress_rejected: u64,
-    /// For which the upstream fails to answer.
-    pub unreachable: u64,
-    /// Switched off.
-    pub disabled: u64,
-    /// Never issued yet.
-    pub pending: u64,
-}
+pub struct AccountGauges([u64; AccountState::ALL.len()]);
 
 impl AccountGauges {
-    /// Each state's name in `account_status`, and how many accounts are in it.
-    fn by_state(self) -> [(&'static str, u64); 8] {
-        [
-            ("fresh", self.fresh),
-            ("refreshing", self.refreshing),
-            ("expired", self.expired),
-            ("rejected", self.rejected),
-            ("egress_rejected", self.egress_rejected),
-            ("unreachable", self.unreachable),
-            ("disabled", self.disabled),
-            ("pending", self.pending),
-        ]
+    /// Counts one more account in `state`.
+    pub fn add(&mut self, state: AccountState) {
+        self.0[state as usize] += 1;
+    }
+
+    /// Returns each state with its number of accounts.
+    fn by_state(self) -> impl Iterator<Item = (AccountState, u64)> {
+        AccountState::ALL.into_iter().zip(self.0)
     }
 }
 
-/// The audit journal of this process.
+/// The audit journal of this process, as counted since its start.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct JournalGauges {
-    /// Records handed to the journal since the start.
+    /// Records that were appended.
     pub appended: u64,
-    /// Records that are as durable as `AUDIT_SYNC` asks, since the start.
+    /// Records that became as durable as `AUDIT_SYNC` demands.
     pub durable: u64,
-    /// Records that could not be written, since the start.
+    /// Records that could not be written.
     pub failed: u64,
-    /// Bytes of the segments on disk.
+    /// The bytes of the segments on disk.
     pub bytes: u64,
-    /// Records that have not reached Postgres yet.
+    /// Records that have not reached Postgres yet, also those of earlier starts.
     pub undelivered: u64,
-    /// When records were last delivered, or found to be all delivered.
+    /// When records were last delivered to Postgres, or none were left to deliver.
     pub last_delivered_at: Option<Timestamp>,
 }
 
-/// Fills in the figures that it knows.
+/// Fills in the values that it knows.
 type Source = Box<dyn Fn(&mut Gauges) + Send + Sync>;
 
-/// All who know figures.
+/// All sources of values.
 #[derive(Clone, Default)]
 pub(super) struct Sources(Arc<Mutex<Vec<Source>>>);
 
 impl Sources {
     pub(super) fn add(&self, source: Source) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(source);
+        self.0.lock().push(source);
     }
 
     fn read(&self) -> Gauges {
-        let mut figures = Gauges::default();
-        for source in self.0.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-            source(&mut figures);
+        let mut gauges = Gauges::default();
+        for source in self.0.lock().iter() {
+            source(&mut gauges);
         }
-        figures
+        gauges
     }
 }
 
@@ -113,31 +90,30 @@ impl fmt::Debug for Sources {
 
 impl Collector for Sources {
     fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
-        let figures = self.read();
-        encode_tokens(&mut encoder, &figures)?;
-        encode_journal(&mut encoder, figures.journal)
+        let gauges = self.read();
+        encode_tokens(&mut encoder, &gauges)?;
+        encode_journal(&mut encoder, gauges.journal)
     }
 }
 
-fn encode_tokens(encoder: &mut DescriptorEncoder, figures: &Gauges) -> fmt::Result {
-    let states = figures.accounts.by_state();
-    let accounts: u64 = states.iter().map(|(_, count)| count).sum();
+fn encode_tokens(encoder: &mut DescriptorEncoder, gauges: &Gauges) -> fmt::Result {
+    let accounts: u64 = gauges.accounts.by_state().map(|(_, count)| count).sum();
     gauge(encoder, "accounts", "Accounts that the broker knows", accounts)?;
     let help = "Accounts by the state of their token, as in account_status";
     let mut tokens = encoder.encode_descriptor("tokens", help, None, MetricType::Gauge)?;
-    for (state, count) in states {
-        let labels = [("state", state)];
+    for (state, count) in gauges.accounts.by_state() {
+        let labels = [("state", state.as_str())];
         ConstGauge::new(count).encode(tokens.encode_family(&labels)?)?;
     }
-    if let Some(end) = figures.earliest_token_end {
+    if let Some(end) = gauges.earliest_token_end {
         let help = "When the first of the live tokens ends, in seconds since 1970";
         gauge(encoder, "earliest_token_end_timestamp_seconds", help, end.timestamp())?;
     }
-    if let Some(skew) = figures.upstream_clock_skew {
+    if let Some(skew) = gauges.upstream_clock_skew {
         let help = "How far the upstream's clock was ahead of ours at the last issue";
         gauge(encoder, "upstream_clock_skew_seconds", help, skew.as_seconds_f64())?;
     }
-    if let Some(end) = figures.tls_not_after {
+    if let Some(end) = gauges.tls_not_after {
         let help = "When the broker's certificate ends, in seconds since 1970";
         gauge(encoder, "tls_certificate_end_timestamp_seconds", help, end)?;
     }

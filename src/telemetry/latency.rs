@@ -1,5 +1,5 @@
-//! A histogram of latencies that takes no lock: prometheus-client's takes one at each observation,
-//! which all of the broker's threads would share.
+//! A lock-free histogram of latencies. The one of prometheus-client takes a lock for each observation,
+//! for which all worker threads would compete.
 
 use std::{
     fmt,
@@ -9,19 +9,19 @@ use std::{
 
 use prometheus_client::encoding::{MetricEncoder, NoLabelSet};
 
-/// Upper bounds of the buckets, in microseconds: an answer from the cache takes tens, an issue
-/// hundreds of thousands.
+/// Upper bounds of the buckets, in microseconds. An answer from the cache takes tens of microseconds, one
+/// that waits for a new token hundreds of thousands.
 const BOUNDS: [u64; 18] = [
     50, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000,
     1_000_000, 2_500_000, 5_000_000, 10_000_000, 60_000_000,
 ];
 
-/// Counts latencies by size. Readers may see an observation in part: its bucket but not its sum.
+/// A histogram of latencies. A reader may see an observation in its bucket and not yet in the sum.
 #[derive(Debug, Default)]
 pub(super) struct Latencies {
-    /// One more than bounds: the last is for what exceeds them all.
+    /// One bucket more than bounds: the last one is for latencies above them all.
     buckets: [AtomicU64; BOUNDS.len() + 1],
-    /// Nanoseconds; they last for 584 years of latency.
+    /// The sum of all latencies in nanoseconds, which overflows after 584 years.
     sum: AtomicU64,
 }
 
@@ -48,7 +48,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_latency_falls_into_the_first_bucket_that_holds_it() {
+    fn a_latency_is_counted_in_the_first_bucket_whose_bound_it_does_not_exceed() {
         let latencies = Latencies::default();
         for micros in [0, 50, 51, 60_000_000, 60_000_001] {
             latencies.observe(Duration::from_micros(micros));

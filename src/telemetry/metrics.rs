@@ -1,4 +1,4 @@
-//! The metrics, in the `OpenMetrics` text format.
+//! The metrics, and their text in the `OpenMetrics` format.
 
 use std::{array, fmt, sync::Arc, time::Duration};
 
@@ -14,7 +14,7 @@ use super::{
 };
 use crate::domain::refresh_state::FailureClass;
 
-/// The media type of [`Metrics::encode`]'s text.
+/// The media type of the text that [`Metrics::encode`] returns.
 pub const METRICS_CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// A method of `TokenService`.
@@ -22,21 +22,39 @@ pub const METRICS_CONTENT_TYPE: &str = "application/openmetrics-text; version=1.
 pub enum Method {
     /// `GetToken`.
     GetToken,
-    /// `WatchTokens`; its time ends with the first answer.
+    /// `WatchTokens`. Its latency is the time until its first answer.
     WatchTokens,
     /// `ReportRejectedToken`.
     ReportRejectedToken,
     /// `ListAccounts`.
     ListAccounts,
-    /// One that the service does not have.
+    /// A method that the service does not have.
     Unknown,
 }
 
-/// The names of [`Method`], in its order: those of the audit log's events.
-const METHODS: [&str; 5] =
-    ["get_token", "watch_tokens", "report_rejected_token", "list_accounts", "unknown_method"];
+impl Method {
+    /// Every method, in the order of the variants.
+    const ALL: [Self; 5] = [
+        Self::GetToken,
+        Self::WatchTokens,
+        Self::ReportRejectedToken,
+        Self::ListAccounts,
+        Self::Unknown,
+    ];
 
-/// The names of gRPC's status codes, by their number, as the audit log writes them.
+    /// Returns the label's value, which is also the name of the audit log's event.
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::GetToken => "get_token",
+            Self::WatchTokens => "watch_tokens",
+            Self::ReportRejectedToken => "report_rejected_token",
+            Self::ListAccounts => "list_accounts",
+            Self::Unknown => "unknown_method",
+        }
+    }
+}
+
+/// The names of gRPC's status codes by number, as the audit log writes them.
 const CODES: [&str; 17] = [
     "ok",
     "cancelled",
@@ -58,26 +76,26 @@ const CODES: [&str; 17] = [
 ];
 const UNKNOWN_CODE: usize = 2;
 
-/// What came of an issue.
+/// How an attempt to issue a token ended.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum IssueResult {
-    /// A token.
+    /// A token was issued and stored.
     Issued,
     /// The upstream refused the credential.
     Rejected,
-    /// The upstream refused our address.
+    /// The upstream refused the account or the address of the broker.
     EgressRejected,
     /// The upstream asked for fewer calls.
     RateLimited,
-    /// No answer, or one that the upstream's failure explains.
+    /// The upstream did not answer, or said that it cannot answer now.
     Unreachable,
-    /// An answer that is no token.
+    /// The answer was neither a token nor a known error.
     Malformed,
-    /// The stored secret does not open.
+    /// The stored secret does not open with the keyring.
     Intake,
-    /// A token that came after the lease, the credential or the account was gone.
+    /// A token was issued after the lease, the credential or the account was gone, and was dropped.
     Fenced,
-    /// A token that is served, but that the database stayed away from.
+    /// A token was issued and is served, but could not be stored yet.
     NotStored,
 }
 
@@ -94,32 +112,49 @@ impl From<FailureClass> for IssueResult {
     }
 }
 
-/// The names of [`IssueResult`], in its order.
-const RESULTS: [&str; 9] = [
-    "issued",
-    "rejected",
-    "egress_rejected",
-    "rate_limited",
-    "unreachable",
-    "malformed",
-    "intake",
-    "fenced",
-    "not_stored",
-];
+impl IssueResult {
+    /// Every result, in the order of the variants.
+    const ALL: [Self; 9] = [
+        Self::Issued,
+        Self::Rejected,
+        Self::EgressRejected,
+        Self::RateLimited,
+        Self::Unreachable,
+        Self::Malformed,
+        Self::Intake,
+        Self::Fenced,
+        Self::NotStored,
+    ];
 
-/// The broker's metrics. To count takes neither a lock nor memory; every series is there from the
-/// start, so that a first failure is seen as a rise from zero.
+    /// Returns the label's value.
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Issued => "issued",
+            Self::Rejected => FailureClass::Rejected.as_str(),
+            Self::EgressRejected => FailureClass::EgressRejected.as_str(),
+            Self::RateLimited => FailureClass::RateLimited.as_str(),
+            Self::Unreachable => FailureClass::Unreachable.as_str(),
+            Self::Malformed => FailureClass::Malformed.as_str(),
+            Self::Intake => FailureClass::Intake.as_str(),
+            Self::Fenced => "fenced",
+            Self::NotStored => "not_stored",
+        }
+    }
+}
+
+/// The broker's metrics. Counting takes no lock and allocates nothing. Every series exists from the start,
+/// so that a first failure shows as a rise from zero.
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
-    calls: [[Counter; CODES.len()]; METHODS.len()],
+    calls: [[Counter; CODES.len()]; Method::ALL.len()],
     call_seconds: CallSeconds,
-    issues: [Counter; RESULTS.len()],
+    issues: [Counter; IssueResult::ALL.len()],
     sources: Sources,
 }
 
 impl Metrics {
-    /// New metrics of a broker of that `version`, all of them zero.
+    /// Returns the metrics of a broker of this `version`, all of them zero.
     #[must_use]
     pub fn new(version: &'static str) -> Self {
         let mut registry = Registry::with_prefix("token_broker");
@@ -128,7 +163,7 @@ impl Metrics {
         let family = Family::<[(&str, &str); 2], Counter>::default();
         let calls = array::from_fn(|method| {
             array::from_fn(|code| {
-                let labels = [("method", METHODS[method]), ("code", CODES[code])];
+                let labels = [("method", Method::ALL[method].as_str()), ("code", CODES[code])];
                 family.get_or_create_owned(&labels)
             })
         });
@@ -139,8 +174,8 @@ impl Metrics {
         registry.register("call_seconds", help, call_seconds.clone());
 
         let family = Family::<[(&str, &str); 1], Counter>::default();
-        let issues =
-            array::from_fn(|result| family.get_or_create_owned(&[("result", RESULTS[result])]));
+        let issues = IssueResult::ALL
+            .map(|result| family.get_or_create_owned(&[("result", result.as_str())]));
         registry.register(
             "issues",
             "Calls of the upstream for a token, by what came of them",
@@ -152,24 +187,25 @@ impl Metrics {
         Self { registry, calls, call_seconds, issues, sources }
     }
 
-    /// Counts a call that ended with the gRPC status of number `code` after `took`.
+    /// Counts a call that took `took` and ended with the gRPC status number `code`. A number that gRPC does
+    /// not define counts as `unknown`.
     pub fn call(&self, method: Method, code: i32, took: Duration) {
         let code = usize::try_from(code).ok().filter(|code| *code < CODES.len());
         self.calls[method as usize][code.unwrap_or(UNKNOWN_CODE)].inc();
         self.call_seconds.0[method as usize].observe(took);
     }
 
-    /// Counts an issue.
+    /// Counts the end of an attempt to issue a token.
     pub fn issue(&self, result: IssueResult) {
         self.issues[result as usize].inc();
     }
 
-    /// Lets `read` fill in what it knows at each scrape. It must not block.
+    /// Registers `read`, which fills in the values that it knows at each scrape. It must not block.
     pub fn on_scrape(&self, read: impl Fn(&mut Gauges) + Send + Sync + 'static) {
         self.sources.add(Box::new(read));
     }
 
-    /// All metrics as text of type [`METRICS_CONTENT_TYPE`].
+    /// Returns all metrics as text of the type [`METRICS_CONTENT_TYPE`].
     #[must_use]
     pub fn encode(&self) -> String {
         let mut metrics = String::with_capacity(16 << 10);
@@ -178,14 +214,14 @@ impl Metrics {
     }
 }
 
-/// Latencies by method.
+/// The latencies of each method, in the order of [`Method::ALL`].
 #[derive(Clone, Debug, Default)]
-struct CallSeconds(Arc<[Latencies; METHODS.len()]>);
+struct CallSeconds(Arc<[Latencies; Method::ALL.len()]>);
 
 impl EncodeMetric for CallSeconds {
     fn encode(&self, mut encoder: MetricEncoder) -> fmt::Result {
-        METHODS.iter().zip(self.0.iter()).try_for_each(|(method, latencies)| {
-            latencies.encode(encoder.encode_family(&[("method", *method)])?)
+        Method::ALL.iter().zip(self.0.iter()).try_for_each(|(method, latencies)| {
+            latencies.encode(encoder.encode_family(&[("method", method.as_str())])?)
         })
     }
 
@@ -199,7 +235,7 @@ mod tests {
     use chrono::{DateTime, TimeDelta};
 
     use super::*;
-    use crate::telemetry::JournalGauges;
+    use crate::{domain::refresh_state::AccountState, telemetry::JournalGauges};
 
     fn lines(metrics: &Metrics) -> Vec<String> {
         metrics.encode().lines().map(str::to_owned).collect()
@@ -237,27 +273,31 @@ mod tests {
     }
 
     #[test]
-    fn each_method_and_result_has_its_own_name() {
-        for (method, name) in [
-            (Method::GetToken, "get_token"),
-            (Method::WatchTokens, "watch_tokens"),
-            (Method::ReportRejectedToken, "report_rejected_token"),
-            (Method::ListAccounts, "list_accounts"),
-            (Method::Unknown, "unknown_method"),
-        ] {
-            assert_eq!(METHODS[method as usize], name);
+    fn methods_and_results_index_their_counters() {
+        for (index, method) in Method::ALL.into_iter().enumerate() {
+            assert_eq!(method as usize, index);
         }
-        for (result, name) in [
-            (IssueResult::Issued, "issued"),
-            (IssueResult::Rejected, "rejected"),
-            (IssueResult::EgressRejected, "egress_rejected"),
-            (IssueResult::RateLimited, "rate_limited"),
-            (IssueResult::Unreachable, "unreachable"),
-            (IssueResult::Malformed, "malformed"),
-            (IssueResult::Fenced, "fenced"),
-        ] {
-            assert_eq!(RESULTS[result as usize], name);
+        for (index, result) in IssueResult::ALL.into_iter().enumerate() {
+            assert_eq!(result as usize, index);
         }
+        for class in FailureClass::ALL {
+            assert_eq!(IssueResult::from(class).as_str(), class.as_str());
+        }
+    }
+
+    #[test]
+    fn accounts_are_counted_by_state() {
+        let metrics = Metrics::new("1.2.3");
+        metrics.on_scrape(|gauges| {
+            for (count, state) in (1..).zip(AccountState::ALL) {
+                (0..count).for_each(|_| gauges.accounts.add(state));
+            }
+        });
+        for (count, state) in (1..).zip(AccountState::ALL) {
+            let line = format!("token_broker_tokens{{state=\"{state}\"}} {count}");
+            assert_has(&metrics, &[&line]);
+        }
+        assert_has(&metrics, &["token_broker_accounts 36"]);
     }
 
     #[test]
@@ -274,18 +314,16 @@ mod tests {
     }
 
     #[test]
-    fn figures_are_read_from_all_sources_at_each_scrape() {
+    fn gauges_are_read_from_all_sources_at_each_scrape() {
         let metrics = Metrics::new("1.2.3");
         let absent = lines(&metrics).iter().any(|line| line.contains("timestamp"));
         assert!(!absent, "a time that nobody knows is not exported");
-        metrics.on_scrape(|figures| {
-            figures.accounts.fresh = 3;
-            figures.accounts.rejected = 1;
-            figures.earliest_token_end = DateTime::from_timestamp(1_800_000_000, 0);
-            figures.upstream_clock_skew = Some(TimeDelta::milliseconds(-1500));
+        metrics.on_scrape(|gauges| {
+            gauges.earliest_token_end = DateTime::from_timestamp(1_800_000_000, 0);
+            gauges.upstream_clock_skew = Some(TimeDelta::milliseconds(-1500));
         });
-        metrics.on_scrape(|figures| {
-            figures.journal = JournalGauges {
+        metrics.on_scrape(|gauges| {
+            gauges.journal = JournalGauges {
                 appended: 5,
                 durable: 4,
                 failed: 1,
@@ -297,9 +335,7 @@ mod tests {
         assert_has(
             &metrics,
             &[
-                "token_broker_accounts 4",
-                "token_broker_tokens{state=\"fresh\"} 3",
-                "token_broker_tokens{state=\"rejected\"} 1",
+                "token_broker_accounts 0",
                 "token_broker_tokens{state=\"pending\"} 0",
                 "token_broker_earliest_token_end_timestamp_seconds 1800000000",
                 "token_broker_upstream_clock_skew_seconds -1.5",

@@ -1,8 +1,8 @@
 //! Logs and metrics.
 //!
-//! **What is never logged**: client secrets, tokens, bearers, keys; bodies of the upstream; values
-//! of headers; parameters of SQL statements; URLs with a password. Their types do not print, and
-//! the crates that see them on the wire do not log below `info`, whatever `RUST_LOG` says.
+//! **Never logged**: client secrets, tokens, bearers, keys, bodies of the upstream, values of headers,
+//! parameters of SQL statements, URLs with a password. Their types cannot be printed, and the crates that
+//! see them on the wire log nothing below `info`, whatever `RUST_LOG` says.
 
 mod gauges;
 mod latency;
@@ -23,34 +23,35 @@ pub use self::{
     metrics::{IssueResult, METRICS_CONTENT_TYPE, Method, Metrics},
 };
 
-/// What is logged unless `RUST_LOG` says otherwise: of sqlx not the server's mere notices.
+/// The filter without `RUST_LOG`. At `info`, sqlx logs each notice of the server.
 const DEFAULT_FILTER: &str = "info,sqlx=warn";
-/// Kept at `info` even under `RUST_LOG=trace`: these crates see headers, with the bearers and
-/// tokens in them.
-const WIRE: [&str; 5] = ["h2=info", "hyper=info", "hyper_util=info", "reqwest=info", "tonic=info"];
+/// Directives that apply even with `RUST_LOG=trace`: below `info`, these crates log headers, which hold
+/// bearers and tokens.
+const WIRE_CRATES: [&str; 5] =
+    ["h2=info", "hyper=info", "hyper_util=info", "reqwest=info", "tonic=info"];
 
-/// How a log line looks.
+/// The format of log lines.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum LogFormat {
-    /// For eyes.
+    /// Text for people.
     Pretty,
-    /// One JSON object a line.
+    /// One JSON object on each line.
     Json,
 }
 
-/// Why logging could not be set up.
+/// Why logging cannot be set up.
 #[derive(Debug, Error)]
 pub enum LogsError {
     /// `RUST_LOG` is not a list of directives.
     #[error("RUST_LOG is malformed: {0}")]
     Filter(#[from] ParseError),
-    /// Something else in this process logs already.
+    /// This process has set up logging already.
     #[error("logging is set up already")]
     SetUp,
 }
 
-/// Starts to log to standard error, as `RUST_LOG` says; pretty on a terminal and JSON elsewhere,
-/// unless a format is given.
+/// Begins to log to standard error, filtered by `RUST_LOG`. Without a given format, lines are pretty on a
+/// terminal and JSON elsewhere.
 pub fn init_logs(format: Option<LogFormat>) -> Result<(), LogsError> {
     let filter = filter(env::var("RUST_LOG").ok().as_deref())?;
     let on_terminal = io::stderr().is_terminal();
@@ -63,10 +64,11 @@ pub fn init_logs(format: Option<LogFormat>) -> Result<(), LogsError> {
     tracing_subscriber::registry().with(filter).with(lines).try_init().map_err(|_| LogsError::SetUp)
 }
 
-/// The filter that `directives`, or the default, make, with the wire's own crates held back.
+/// Returns the filter of `directives`, or of the default if there are none, restricted by
+/// [`WIRE_CRATES`].
 fn filter(directives: Option<&str>) -> Result<EnvFilter, ParseError> {
     let directives = directives.filter(|given| !given.is_empty()).unwrap_or(DEFAULT_FILTER);
-    WIRE.iter().try_fold(EnvFilter::builder().parse(directives)?, |filter, directive| {
+    WIRE_CRATES.iter().try_fold(EnvFilter::builder().parse(directives)?, |filter, directive| {
         Ok(filter.add_directive(directive.parse()?))
     })
 }
@@ -76,7 +78,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_wires_crates_stay_quiet_whatever_is_asked() {
+    fn no_filter_lets_the_wire_crates_log_headers() {
         for asked in ["trace", "h2=trace,hyper=debug", "debug"] {
             let filter = filter(Some(asked)).unwrap().to_string();
             assert!(filter.contains("h2=info") && filter.contains("hyper=info"), "{filter}");
@@ -85,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn without_rust_log_the_default_holds() {
+    fn without_rust_log_the_default_filter_applies() {
         for unset in [None, Some("")] {
             assert!(filter(unset).unwrap().to_string().contains("sqlx=warn"));
         }

@@ -1,32 +1,32 @@
-//! What a certificate says: whom it names, and until when.
+//! Reading certificates: the identity that a client certificate names, and when a certificate ends.
 
 use rustls::pki_types::CertificateDer;
 use x509_parser::{certificate::X509Certificate, extensions::GeneralName, prelude::FromDer};
 
 use crate::domain::clock::Timestamp;
 
-/// The most DNS names of a certificate that are looked up.
+/// The most DNS names of one certificate that are considered.
 const MOST_NAMES: usize = 16;
 
-/// Whom a verified client certificate names.
+/// The identity that a verified client certificate names.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum PeerIdentity {
-    /// Its one URI is a SPIFFE ID.
+    /// The certificate's only URI is a SPIFFE ID.
     Spiffe {
-        /// The whole of it.
+        /// The whole SPIFFE ID.
         id: String,
-        /// Its first part.
+        /// The trust domain of the ID.
         trust_domain: String,
     },
-    /// It has no URI, and these DNS names, in lower case.
+    /// The certificate has no URI, and these DNS names, in lower case.
     Dns(Vec<String>),
-    /// It names nobody, for this reason.
+    /// The certificate names no identity, for this reason.
     Nobody(&'static str),
 }
 
 impl PeerIdentity {
-    /// Reads a certificate. A SPIFFE certificate has exactly one URI (SPIFFE X.509-SVID, section 2); one
-    /// that has URIs is never taken by its DNS names.
+    /// Returns the identity that `certificate` names. A SPIFFE certificate has exactly one URI (SPIFFE
+    /// X.509-SVID, section 2). A certificate with a URI is never identified by its DNS names.
     #[must_use]
     pub fn of(certificate: &CertificateDer<'_>) -> Self {
         let Ok((_, parsed)) = X509Certificate::from_der(certificate) else {

@@ -1,4 +1,5 @@
-//! TLS towards callers: certificate, key and the callers' CAs, read anew when their files change.
+//! TLS towards callers: the broker's certificate and key and the CAs of callers' certificates, which are
+//! reloaded when their files change.
 
 mod certificate;
 
@@ -29,125 +30,127 @@ use zeroize::Zeroizing;
 pub use self::certificate::PeerIdentity;
 use crate::domain::clock::{Clock, Timestamp};
 
-/// How often the files are looked at.
-const LOOK: Duration = Duration::from_secs(1);
-/// The end of a certificate that is nearer than this is warned of at each load.
-const ENDS_SOON: chrono::TimeDelta = chrono::TimeDelta::days(7);
+/// How often the files are read and compared with those in use.
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
+/// A certificate that ends within this time is warned of each time it is loaded.
+const EXPIRY_WARNING: chrono::TimeDelta = chrono::TimeDelta::days(7);
 
-/// Where what TLS is served with lies, all of it PEM.
+/// The PEM files that TLS is served with.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct TlsFiles {
-    /// The certificate and what links it to its CA.
+    /// The certificate, followed by the intermediate certificates that link it to its CA.
     pub cert: PathBuf,
-    /// Its private key.
+    /// The certificate's private key.
     pub key: PathBuf,
-    /// The CAs of callers' certificates; without it, callers show bearers alone.
+    /// The CAs of callers' certificates. Without it, callers can only use bearers.
     pub client_ca: Option<PathBuf>,
 }
 
-/// Why TLS cannot be served with these files. No message holds a key.
+/// Why TLS cannot be served with the files. No message shows a key.
 #[derive(Debug, Error)]
 pub enum TlsError {
     /// A file cannot be read.
     #[error("{file}: {error}")]
     Io {
-        /// Which.
+        /// The file's path.
         file: PathBuf,
-        /// Why.
+        /// The cause.
+        #[source]
         error: io::Error,
     },
     /// A file does not hold what it should.
     #[error("{file}: {why}")]
     Malformed {
-        /// Which.
+        /// The file's path.
         file: PathBuf,
-        /// What is wrong with it.
+        /// The fault.
         why: String,
     },
-    /// Certificate and key are sound, and not each other's; or the library refuses them.
+    /// Certificate and key are each valid but do not belong together, or the TLS library refuses them.
     #[error("{cert} and {key} cannot be used: {why}")]
     Refused {
-        /// The certificate.
+        /// The certificate's file.
         cert: PathBuf,
-        /// The key.
+        /// The key's file.
         key: PathBuf,
-        /// Why.
+        /// The library's reason.
         why: String,
     },
 }
 
-/// What TLS is served with at present.
+/// The TLS configuration in use, and the files that it came from.
 pub struct Tls {
     files: TlsFiles,
     config: ArcSwap<ServerConfig>,
+    /// The end of the certificate, in seconds since 1970.
     not_after: AtomicI64,
     clock: Clock,
 }
 
-/// The files as they were read.
-struct Read {
+/// The content of the files.
+struct FileContents {
     cert: Vec<u8>,
     key: Zeroizing<Vec<u8>>,
     client_ca: Option<Vec<u8>>,
 }
 
-/// What was made of them.
+/// The configuration that the files give.
 struct Loaded {
     config: ServerConfig,
     not_after: Timestamp,
 }
 
 impl Tls {
-    /// Reads the files. Blocks on I/O.
+    /// Reads the files. Blocks on disk.
     ///
     /// # Errors
-    /// Names the file at fault.
+    /// [`TlsError`], which names the faulty file.
     pub fn load(files: TlsFiles, clock: Clock) -> Result<Self, TlsError> {
-        let loaded = Read::of(&files)?.load(&files)?;
+        let loaded = FileContents::of(&files)?.load(&files)?;
         let tls = Self {
             files,
             config: ArcSwap::from_pointee(loaded.config),
             not_after: AtomicI64::new(loaded.not_after.timestamp()),
             clock,
         };
-        tls.warn_of_end(loaded.not_after);
+        tls.warn_before_expiry(loaded.not_after);
         Ok(tls)
     }
 
-    /// What the next connection is served with.
+    /// Returns the configuration for the next connection.
     #[must_use]
     pub fn config(&self) -> Arc<ServerConfig> {
         self.config.load_full()
     }
 
-    /// When our certificate ends, in seconds since 1970.
+    /// Returns the end of the broker's certificate, in seconds since 1970.
     #[must_use]
     pub fn not_after(&self) -> i64 {
         self.not_after.load(Ordering::Relaxed)
     }
 
-    /// Takes up what the files hold when they change, until `stop`. Files that cannot be used change
-    /// nothing: the present ones stay in use, and the fault is logged once.
-    pub async fn follow(self: Arc<Self>, stop: CancellationToken) {
+    /// Reloads the files when their content changes, until `stop`. If the new files cannot be used, the
+    /// configuration in use stays, and the fault is logged once.
+    pub async fn reload_on_change(self: Arc<Self>, stop: CancellationToken) {
         let mut seen = None;
         loop {
             let this = Arc::clone(&self);
-            // Its end can only be a panic, after which the next look is tried.
-            let look = task::spawn_blocking(move || this.look(seen)).await;
-            seen = look.ok().or(seen);
+            // The task fails only by a panic. Then the next poll tries again.
+            let polled = task::spawn_blocking(move || this.poll(seen)).await;
+            seen = polled.ok().or(seen);
             tokio::select! {
                 () = stop.cancelled() => return,
-                () = tokio::time::sleep(LOOK) => {}
+                () = tokio::time::sleep(POLL_INTERVAL) => {}
             }
         }
     }
 
-    /// Looks at the files once; what they were, by a hash. Of the first look nothing is made: it was
-    /// loaded.
-    fn look(&self, seen: Option<[u8; 32]>) -> [u8; 32] {
+    /// Reads the files, and loads them if their hash differs from `seen`. Returns their hash. The first
+    /// poll, where `seen` is `None`, loads nothing, since [`Tls::load`] has just done so.
+    fn poll(&self, seen: Option<[u8; 32]>) -> [u8; 32] {
         const UNREADABLE: [u8; 32] = [0; 32];
-        let read = Read::of(&self.files);
-        let hash = read.as_ref().map_or(UNREADABLE, Read::hash);
+        let read = FileContents::of(&self.files);
+        let hash = read.as_ref().map_or(UNREADABLE, FileContents::hash);
         if seen.is_none_or(|seen| seen == hash) {
             return hash;
         }
@@ -155,24 +158,24 @@ impl Tls {
             Ok(Loaded { config, not_after }) => {
                 self.config.store(Arc::new(config));
                 self.not_after.store(not_after.timestamp(), Ordering::Relaxed);
-                info!(cert = %self.files.cert.display(), ends = %not_after, "TLS files were read anew");
-                self.warn_of_end(not_after);
+                info!(cert = %self.files.cert.display(), ends = %not_after, "the TLS files were reloaded");
+                self.warn_before_expiry(not_after);
             }
             Err(error) => {
-                error!(%error, "TLS files have changed and cannot be used: those before stay");
+                error!(%error, "the TLS files have changed and cannot be used; the previous ones stay in use");
             }
         }
         hash
     }
 
-    fn warn_of_end(&self, not_after: Timestamp) {
-        if not_after - self.clock.now() < ENDS_SOON {
+    fn warn_before_expiry(&self, not_after: Timestamp) {
+        if not_after - self.clock.now() < EXPIRY_WARNING {
             warn!(cert = %self.files.cert.display(), ends = %not_after, "the certificate ends soon");
         }
     }
 }
 
-impl Read {
+impl FileContents {
     fn of(files: &TlsFiles) -> Result<Self, TlsError> {
         let read = |file: &Path| {
             fs::read(file).map_err(|error| TlsError::Io { file: file.to_owned(), error })
@@ -184,7 +187,7 @@ impl Read {
         })
     }
 
-    /// What tells one content from another, without keeping the key.
+    /// Returns a hash of the contents, so that they can be compared without keeping the key in memory.
     fn hash(&self) -> [u8; 32] {
         let mut context = Context::new(&SHA256);
         for part in [&self.cert, &*self.key, self.client_ca.as_ref().unwrap_or(&Vec::new())] {
@@ -218,7 +221,7 @@ impl Read {
                 for ca in certificates(file, pem)? {
                     roots.add(ca).map_err(|error| malformed(file, &error.to_string()))?;
                 }
-                // A caller without a certificate shows a bearer.
+                // A caller without a certificate can identify itself by a bearer.
                 let verifier = WebPkiClientVerifier::builder_with_provider(roots.into(), provider)
                     .allow_unauthenticated()
                     .build()
@@ -232,7 +235,7 @@ impl Read {
     }
 }
 
-/// The certificates in a file, of which there must be one.
+/// Returns the certificates in a PEM file. At least one is required.
 fn certificates(file: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
     match found {

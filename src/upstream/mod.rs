@@ -1,7 +1,9 @@
-//! The upstream: one fixed host, one call, and the classes of its failures.
+//! The client of the upstream: one fixed host, one call, and the classes of its failures.
 //!
-//! Nothing is logged here, and no message quotes the upstream: an answer may echo what it was sent.
+//! Nothing is logged here, and no message quotes the upstream, whose answer may repeat the secret that it
+//! was sent.
 
+mod issue_error;
 pub mod rcs;
 mod target;
 
@@ -18,87 +20,47 @@ use thiserror::Error;
 use url::Url;
 use zeroize::Zeroizing;
 
-pub use self::target::{LoopbackUrl, Target, TargetError};
-use crate::domain::{
-    account::ClientId, clock::Clock, refresh_state::FailureClass, secret::ClientSecret,
-    token::IssuedToken,
+pub use self::{
+    issue_error::IssueError,
+    target::{LoopbackUrl, Target, TargetError},
 };
+use crate::domain::{account::ClientId, clock::Clock, secret::ClientSecret, token::IssuedToken};
 
-/// The longest answer that is read, in bytes; the seen ones have about 350.
+/// The longest answer that is read, in bytes. The upstream's answers have about 350.
 pub const MAX_BODY: usize = 64 * 1024;
 
-/// How the upstream is called.
+/// The settings of the client.
 #[derive(Clone)]
 pub struct Settings {
-    /// Whom to call.
+    /// The upstream to call.
     pub target: Target,
-    /// The local address to call from, where a machine has several and one is registered.
+    /// The local address to call from, for a machine that has several of which one is registered.
     pub bind_address: Option<IpAddr>,
-    /// An explicit forward proxy, `http` or `https`; may hold its user and password. The proxies of
-    /// the environment are never used.
+    /// An explicit forward proxy, `http` or `https`, possibly with a user and password. Proxies from the
+    /// environment are never used.
     pub proxy: Option<Url>,
-    /// The limit of one attempt, connecting included. Connecting may take half of it, so that an
-    /// attempt that gets no connection is known to have sent nothing.
+    /// The time limit of one attempt, connecting included. Connecting may take half of it, so that an
+    /// attempt without a connection is known to have sent nothing.
     pub timeout: Duration,
 }
 
-/// Why there can be no client. No message holds a URL: a proxy's may hold a password.
+/// Why the client cannot be set up. No message shows a URL, since a proxy's URL may hold a password.
 #[derive(Debug, Error)]
 pub enum SetUpError {
-    /// The proxy is of a kind that is not spoken.
+    /// The proxy's URL has no host or a scheme other than `http` and `https`.
     #[error("the upstream's proxy must be an http:// or https:// URL with a host")]
     Proxy,
-    /// The proxy would carry to another machine what was meant for this one.
+    /// The upstream is on this machine and the proxy is not: secrets would leave the machine.
     #[error("the upstream is on loopback, so its proxy must be on loopback too")]
     ProxyLeavesLoopback,
-    /// TLS has nothing to stand on, as without the system's root certificates.
+    /// TLS cannot be set up, for example because the system has no root certificates.
     #[error(
         "the upstream's client cannot be set up: are the system's root certificates installed?"
     )]
     Tls,
 }
 
-/// A failed issue.
-#[derive(Clone, Debug, Eq, Error, PartialEq)]
-#[error("{message}")]
-pub struct IssueError {
-    /// What it means for the account.
-    pub class: FailureClass,
-    /// The upstream's error code: 1 to 16 ASCII letters and digits.
-    pub code: Option<String>,
-    /// What happened, in our words.
-    pub message: String,
-    /// How long the upstream asks to be left alone: a second to an hour.
-    pub retry_after: Option<Duration>,
-    /// Whether the upstream may have issued a token that we did not get, which may have ended the
-    /// one before it. False only where it is certain that it has not.
-    pub may_have_issued: bool,
-}
-
-impl IssueError {
-    /// No answer came, though the request may have arrived.
-    fn unanswered(message: impl Into<String>) -> Self {
-        Self {
-            class: FailureClass::Unreachable,
-            code: None,
-            message: message.into(),
-            retry_after: None,
-            may_have_issued: true,
-        }
-    }
-
-    /// Nothing was sent.
-    fn unsent(message: impl Into<String>) -> Self {
-        Self { may_have_issued: false, ..Self::unanswered(message) }
-    }
-
-    /// An answer that cannot be believed, though a token may have been issued with it.
-    fn malformed(message: impl Into<String>) -> Self {
-        Self { class: FailureClass::Malformed, ..Self::unanswered(message) }
-    }
-}
-
-/// Issues tokens. Cheap to clone; clones share their connections.
+/// A client that issues tokens. Cheap to clone; clones share their connections.
 #[derive(Clone)]
 pub struct Client {
     http: reqwest::Client,
@@ -108,23 +70,23 @@ pub struct Client {
 }
 
 impl Client {
-    /// A client that calls `settings.target` and no other host, whatever it answers and whatever
-    /// the environment says. It connects when first used.
+    /// Returns a client that calls `settings.target` and no other host, whatever the upstream answers and
+    /// whatever the environment holds. It connects when it is first used.
     ///
     /// # Errors
-    /// When the proxy cannot be used, or TLS has no root certificates.
+    /// [`SetUpError`] if the proxy cannot be used or TLS has no root certificates.
     pub fn new(settings: Settings, clock: Clock) -> Result<Self, SetUpError> {
         let Settings { target, bind_address, proxy, timeout } = settings;
         let mut http = builder(timeout).https_only(!target.is_loopback());
         if target.is_loopback() {
-            // `localhost` is this machine whatever the resolver says. Port 0: the URL's.
+            // `localhost` means this machine, whatever the resolver says. Port 0 stands for the URL's.
             let localhost: [IpAddr; 2] = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
             http = http.resolve_to_addrs("localhost", &localhost.map(|ip| SocketAddr::new(ip, 0)));
         }
         let tls = target.base_url().starts_with("https://")
             || proxy.as_ref().is_some_and(|proxy| proxy.scheme() == "https");
         if !tls {
-            // No root certificates are needed then, and a bare container has none.
+            // A bare container has no root certificates, and none are needed here.
             http = http.tls_certs_only([]);
         }
         if let Some(proxy) = proxy {
@@ -138,7 +100,9 @@ impl Client {
         })
     }
 
-    /// Asks for a new token: one request, never repeated here.
+    /// Requests a new token, with one request that is never repeated here.
+    ///
+    /// Not cancel safe: if the future is dropped, the upstream may have issued a token that is lost.
     ///
     /// # Errors
     /// [`IssueError`], whose class says what may be tried next.
@@ -156,23 +120,23 @@ impl Client {
             .send()
             .await
             .map_err(|error| self.not_answered(&error))?;
-        // `Date` was written just before this moment; the body may take its time.
+        // Taken now and not after the body, which may arrive late: the upstream has just written `Date`.
         let now = self.clock.now();
         match self.read_body(&mut response).await {
             Ok(body) => rcs::read(response.status(), response.headers(), &body, now),
             Err(error) if response.status().is_success() => Err(error),
-            // What the status says is enough to act on.
+            // The status of a refusal is enough to classify it.
             Err(_) => rcs::read(response.status(), response.headers(), &[], now),
         }
     }
 
-    /// Looks whether a call would get through, as far as that shows without a login: connects, by
-    /// the proxy if there is one, completes TLS, and asks for the API's root, which needs no
-    /// credential and gets none. Returns the status of the answer, whatever it is.
+    /// Checks that the upstream can be reached, without a login: connects, through the proxy if there is
+    /// one, completes TLS, and requests the API's root without a credential. Returns the status of the
+    /// answer, whatever it is.
     ///
     /// # Errors
     /// [`IssueError`], whose message names the step that failed.
-    pub async fn knock(&self) -> Result<StatusCode, IssueError> {
+    pub async fn probe(&self) -> Result<StatusCode, IssueError> {
         let root = self.token_url.trim_end_matches("/token");
         let answer = self.http.head(root).send().await;
         Ok(answer.map_err(|error| self.not_answered(&error))?.status())
@@ -182,7 +146,7 @@ impl Client {
         &self,
         response: &mut reqwest::Response,
     ) -> Result<Zeroizing<Vec<u8>>, IssueError> {
-        // Never grows, which would leave copies of a token behind.
+        // The capacity suffices: growing would leave a copy of a token behind in memory.
         let mut body = Zeroizing::new(Vec::with_capacity(MAX_BODY));
         loop {
             match response.chunk().await {
@@ -225,7 +189,8 @@ impl Client {
     }
 }
 
-/// The settings that every client of the upstream has; reqwest's own are none of them.
+/// Returns a builder with the settings of every client of the upstream. reqwest's defaults would follow
+/// redirects, use the environment's proxies, and send `Referer`.
 #[expect(clippy::disallowed_methods, reason = "the one home of the upstream's client")]
 fn builder(timeout: Duration) -> reqwest::ClientBuilder {
     reqwest::Client::builder()
@@ -249,7 +214,7 @@ fn forward_proxy(proxy: &Url, target: &Target) -> Result<Proxy, SetUpError> {
     Proxy::all(proxy.clone()).map_err(|_| SetUpError::Proxy)
 }
 
-/// Why no connection came about, from the causes that an operator can act on.
+/// Returns why there is no connection, for the causes that an operator can act on.
 fn connect_fault(error: &reqwest::Error) -> &'static str {
     if error.is_dns() {
         return "its name cannot be resolved";
@@ -257,13 +222,13 @@ fn connect_fault(error: &reqwest::Error) -> &'static str {
     let mut through_proxy = false;
     let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
     while let Some(error) = cause {
-        // By its words: its type is its crate's own.
+        // Recognised by its text, since its type is private to its crate.
         through_proxy |= error.to_string().starts_with("tunnel error");
         if let Some(error) = error.downcast_ref::<io::Error>() {
             if let Some(fault) = io_fault(error) {
                 return fault;
             }
-            // An I/O error's source skips the error that it wraps.
+            // `source` of an I/O error skips the error that it wraps.
             cause = error.get_ref().map(|inner| inner as _);
         } else {
             cause = error.source();
@@ -307,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn a_proxy_is_of_a_kind_that_is_spoken_and_stays_where_the_target_is() {
+    fn a_proxy_must_be_http_and_on_loopback_if_the_target_is() {
         let client = |target, proxy| Client::new(settings(target, Some(proxy)), Clock::System);
         let loopback = "http://127.0.0.1:9";
         assert!(client(loopback, "http://127.0.0.1:3128").is_ok());

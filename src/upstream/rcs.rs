@@ -1,20 +1,23 @@
-//! RCS Biz Center's wire format, read strictly: what is sent, and what an answer means. Pure.
+//! RCS Biz Center's wire format: the request, and what an answer means. Pure functions; answers are read
+//! strictly.
 
+mod http_date;
 mod issued;
 mod refused;
 
-use chrono::{DateTime, TimeDelta, Utc};
+use chrono::TimeDelta;
 use http::{HeaderMap, StatusCode, header};
 pub use issued::{LONGEST_LIFE, stated_life};
 use serde::Serialize;
 use zeroize::Zeroizing;
 
-use super::IssueError;
+use self::http_date::http_date;
+use super::issue_error::IssueError;
 use crate::domain::{
     account::ClientId, clock::Timestamp, secret::ClientSecret, token::IssuedToken,
 };
 
-/// The body of the one call, in memory that is cleared when it goes.
+/// Returns the body of the request, in memory that is cleared when it is dropped.
 #[must_use]
 pub(super) fn request_body(id: &ClientId, secret: &ClientSecret) -> Zeroizing<Vec<u8>> {
     #[derive(Serialize)]
@@ -24,8 +27,8 @@ pub(super) fn request_body(id: &ClientId, secret: &ClientSecret) -> Zeroizing<Ve
         client_secret: &'a str,
     }
 
-    // 38 characters of up to 4 bytes, 36 bytes around them: it never grows, which would leave a
-    // copy behind.
+    // 38 characters of up to 4 bytes, with 36 bytes around them, fit: growing would leave a copy behind in
+    // memory.
     let mut body = Zeroizing::new(Vec::with_capacity(256));
     let request = Request { client_id: id.as_str(), client_secret: secret.expose() };
     serde_json::to_writer(&mut *body, &request)
@@ -33,7 +36,7 @@ pub(super) fn request_body(id: &ClientId, secret: &ClientSecret) -> Zeroizing<Ve
     body
 }
 
-/// What a whole answer, received at `now`, means.
+/// Reads an answer that was received at `now`.
 ///
 /// | status | body | class |
 /// |---|---|---|
@@ -43,9 +46,9 @@ pub(super) fn request_body(id: &ClientId, secret: &ClientSecret) -> Zeroizing<Ve
 /// | 408, 5xx | any | unreachable |
 /// | other 4xx | code 61005, 61006, 64301–64304 | rejected |
 /// | 401, 403 | any other | egress rejected |
-/// | other 4xx | another code | egress rejected: asking again won't help, so seldom |
-/// | other 4xx | no code: a proxy's answer, or a wrong address | malformed |
-/// | any other, redirects too | any | malformed |
+/// | other 4xx | another code | egress rejected, which is retried seldom, since asking again will not help |
+/// | other 4xx | no code: the answer of a proxy or of a wrong address | malformed |
+/// | any other, also redirects | any | malformed |
 pub fn read(
     status: StatusCode,
     headers: &HeaderMap,
@@ -58,26 +61,22 @@ pub fn read(
     Err(refused::read(status, headers, body, now))
 }
 
-/// How far the upstream's clock is ahead of ours, by the `Date` of an answer received at `now`.
-/// The header counts whole seconds and is older than `now` by the answer's way, so it is good to a
-/// second or two.
+/// Returns how far the upstream's clock is ahead of this machine's, by the `Date` of an answer that was
+/// received at `now`. The result is accurate to a second or two: the header counts whole seconds and is
+/// older than `now` by the time that the answer travelled.
 fn skew(headers: &HeaderMap, now: Timestamp) -> Option<TimeDelta> {
     Some(http_date(headers, &header::DATE)? - now)
-}
-
-fn http_date(headers: &HeaderMap, name: &header::HeaderName) -> Option<Timestamp> {
-    let text = headers.get(name)?.to_str().ok()?;
-    Some(DateTime::parse_from_rfc2822(text).ok()?.with_timezone(&Utc))
 }
 
 #[cfg(test)]
 mod tests {
     use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+    use chrono::DateTime;
     use proptest::prelude::*;
 
     use super::*;
 
-    /// The sample of the API's document, issued at 14:56:41.944 in Korea for an hour.
+    /// The claims of the sample in the API's document: issued at 14:56:41.944 Korea time, for an hour.
     pub(in super::super) const SAMPLE: &str = r#"{"subAgncyId":"","isSubAgency":"n","expireDate":"2024-05-31 15:56:41","userId":"swjeong3117","allowIp":"211.169.153.170","createDate":"2024-05-31 14:56:41"}"#;
     pub(in super::super) const ISSUED_MS: i64 = 1_717_135_001_944;
 
@@ -105,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn the_request_is_the_documented_one() {
+    fn the_request_has_the_documented_form() {
         let secret = ClientSecret::new("SK.atIs4g04r6PJepf").unwrap();
         let body = request_body(&"myMemberId".parse().unwrap(), &secret);
         assert_eq!(
@@ -115,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn the_longest_request_fits_its_memory() {
+    fn the_longest_request_fits_the_capacity() {
         let secret = ClientSecret::new(&"\u{1F512}".repeat(18)).unwrap();
         let body = request_body(&"\u{1F511}".repeat(20).parse().unwrap(), &secret);
         assert_eq!(body.capacity(), 256);
@@ -123,7 +122,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_bytes_make_it_panic(
+        fn no_answer_makes_the_reader_panic(
             status in 100_u16..1000, body in proptest::collection::vec(any::<u8>(), 0..200),
             date in "\\PC{0,40}", retry in "\\PC{0,40}",
         ) {

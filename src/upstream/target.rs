@@ -1,4 +1,4 @@
-//! Which upstream is called: two known hosts, or a simulator on this machine, and no other.
+//! The upstreams that can be called: two known hosts, or a simulator on this machine, and no other.
 
 use std::{fmt, net::IpAddr, str::FromStr};
 
@@ -9,19 +9,19 @@ const PRODUCTION: &str = "https://api.rcsbizcenter.com/api/1.1";
 const STAGING: &str = "https://api-qa.rcsbizcenter.com/api/1.1";
 
 /// The upstream that secrets are sent to. Its text is `production`, `staging`, or a loopback URL in
-/// the one spelling that the database remembers.
+/// canonical spelling, which the database remembers.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Target {
     /// RCS Biz Center.
     Production,
-    /// RCS Biz Center's staging.
+    /// The staging system of RCS Biz Center.
     Staging,
     /// A simulator on this machine.
     Loopback(LoopbackUrl),
 }
 
 impl Target {
-    /// What `/token` and the other paths of the API are appended to: no `/` at its end.
+    /// Returns the URL to which `/token` and the other paths of the API are appended, without a final `/`.
     #[must_use]
     pub fn base_url(&self) -> &str {
         match self {
@@ -31,7 +31,7 @@ impl Target {
         }
     }
 
-    /// Whether nothing sent there leaves this machine.
+    /// Returns whether the upstream is on this machine.
     #[must_use]
     pub fn is_loopback(&self) -> bool {
         matches!(self, Self::Loopback(_))
@@ -60,8 +60,8 @@ impl FromStr for Target {
     }
 }
 
-/// An `http` or `https` URL whose host is a loopback address or `localhost`; made only by parsing,
-/// so that no other host gets in.
+/// An `http` or `https` URL whose host is a loopback address or `localhost`. Parsing is the only way to
+/// make one, so no other host is possible.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct LoopbackUrl(String);
 
@@ -89,7 +89,7 @@ impl FromStr for LoopbackUrl {
     }
 }
 
-/// Whether `url`'s host is an address of 127.0.0.0/8, `[::1]`, or `localhost`.
+/// Returns whether the host of `url` is an address of 127.0.0.0/8, `[::1]`, or `localhost`.
 pub(super) fn is_loopback(url: &Url) -> bool {
     match url.host() {
         Some(Host::Ipv4(address)) => IpAddr::from(address).is_loopback(),
@@ -99,29 +99,28 @@ pub(super) fn is_loopback(url: &Url) -> bool {
     }
 }
 
-/// Why a value names no upstream. The messages name the fault and never the value, which may hold a
-/// password.
+/// Why a value names no upstream. No message shows the value, which may hold a password.
 #[derive(Clone, Copy, Debug, Error, Eq, PartialEq)]
 pub enum TargetError {
-    /// Neither a known word nor a URL.
+    /// The value is neither a known name nor a URL.
     #[error("the upstream must be `production`, `staging`, or the URL of a simulator on loopback")]
     NotAUrl,
-    /// A URL of another scheme.
+    /// The URL's scheme is neither `http` nor `https`.
     #[error("the upstream's URL must begin with http:// or https://")]
     Scheme,
-    /// A URL of a host elsewhere.
+    /// The URL's host is not on loopback.
     #[error(
         "the upstream's URL must name a loopback address or localhost; \
          for the real upstream say `production` or `staging`"
     )]
     Host,
-    /// A name or password in the URL.
+    /// The URL has a user name or a password.
     #[error("the upstream's URL must not hold a user name or password")]
     UserInfo,
-    /// A query in the URL.
+    /// The URL has a query.
     #[error("the upstream's URL must not have a query")]
     Query,
-    /// A fragment in the URL.
+    /// The URL has a fragment.
     #[error("the upstream's URL must not have a fragment")]
     Fragment,
 }
@@ -133,7 +132,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_two_known_hosts_are_named_by_words() {
+    fn the_known_hosts_have_names() {
         for (word, base) in [
             ("production", "https://api.rcsbizcenter.com/api/1.1"),
             ("staging", "https://api-qa.rcsbizcenter.com/api/1.1"),
@@ -145,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn a_loopback_url_has_one_spelling() {
+    fn a_loopback_url_has_a_canonical_spelling() {
         for (given, canonical) in [
             ("http://127.0.0.1:9000/api/1.1", "http://127.0.0.1:9000/api/1.1"),
             ("http://127.0.0.1:9000/api/1.1/", "http://127.0.0.1:9000/api/1.1"),
@@ -162,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn every_other_host_and_form_is_refused_by_its_fault() {
+    fn other_hosts_and_forms_are_refused_with_their_fault() {
         for (value, fault) in [
             ("", TargetError::NotAUrl),
             ("Production", TargetError::NotAUrl),

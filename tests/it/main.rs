@@ -10,6 +10,7 @@ mod fuzzed;
 #[cfg(feature = "embedded-postgres")]
 mod identity;
 mod inputs;
+mod migrations;
 mod outages;
 #[cfg(feature = "embedded-postgres")]
 mod postgres;

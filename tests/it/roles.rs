@@ -124,7 +124,7 @@ async fn runtime_does_the_work_of_the_broker() {
             "insert into audit_heads values ('d', 1, '', now(), 'k', '')",
             "select * from audit_events",
             "select * from account_status",
-            "select * from _sqlx_migrations",
+            "select * from _sqlx_migrations natural join repeatable_migrations",
             "listen token_broker_changes; notify token_broker_changes",
         ],
     )

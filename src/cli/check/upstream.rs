@@ -66,7 +66,7 @@ async fn tls(settings: &Settings) -> CheckResult {
     const SUBJECT: &str = "tls";
     match Client::new(settings.upstream_client(), Clock::System) {
         Err(error) => CheckResult::failure(SUBJECT, error.to_string()),
-        Ok(client) => match client.knock().await {
+        Ok(client) => match client.probe().await {
             Ok(status) => CheckResult::ok(
                 SUBJECT,
                 format!("the upstream's certificate is accepted; it answers, with {status}"),

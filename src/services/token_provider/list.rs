@@ -29,7 +29,7 @@ pub(super) fn page(
     let mut last = after.cloned();
     'look: loop {
         let done = last.as_ref().map_or("", AccountName::as_str);
-        let Some(next) = caller.resume(Right::List, done, now) else { break };
+        let Some(next) = caller.first_covered_from(Right::List, done, now) else { break };
         let from = if next == done { Bound::Excluded(done) } else { Bound::Included(next) };
         let stretch = cache.in_order(from, STRETCH);
         if stretch.is_empty() {
@@ -46,7 +46,7 @@ pub(super) fn page(
                 found.push(view);
             }
             let name_follows =
-                caller.resume(Right::List, name.as_str(), now) == Some(name.as_str());
+                caller.first_covered_from(Right::List, name.as_str(), now) == Some(name.as_str());
             last = Some(name);
             if !name_follows {
                 continue 'look;

@@ -1,4 +1,4 @@
-//! An answer that should be a token: its end, and what its claims say.
+//! Reads an answer that should be a token: its end and its claims.
 
 use std::net::IpAddr;
 
@@ -10,16 +10,16 @@ use zeroize::Zeroizing;
 
 use crate::{
     domain::{clock::Timestamp, secret::AccessToken, token::IssuedToken},
-    upstream::IssueError,
+    upstream::issue_error::IssueError,
 };
 
-/// The longest life that is believed. The seen one is an hour; an end beyond this is a number read
-/// wrongly, and would be served long after the token is dead.
+/// The longest life of a token that is accepted. The upstream's tokens live an hour. A later end is taken
+/// for a misread number: such a token would be served long after its real end.
 pub const LONGEST_LIFE: TimeDelta = TimeDelta::hours(48);
-/// Korea is nine hours ahead of UTC and has no summer time.
+/// Korea time is nine hours ahead of UTC, without summer time.
 const KOREA: TimeDelta = TimeDelta::hours(9);
 
-/// Reads the answer of an issue, received at `now` from an upstream whose clock is `skew` ahead.
+/// Reads an answer that was received at `now` from an upstream whose clock is `skew` ahead.
 pub(super) fn read(
     body: &[u8],
     skew: Option<TimeDelta>,
@@ -57,9 +57,9 @@ pub(super) fn read(
     })
 }
 
-/// The earliest of what the answer says: `expiresIn` and the claims' `expireDate`, each less the
-/// lead of the upstream's clock over ours; and `now` plus the life that the claims state, which
-/// holds whatever the clocks say. A lag of the upstream's clock is not added: that side is safe.
+/// Returns the earliest end that the answer allows, by this machine's clock: `expiresIn` and the claims'
+/// `expireDate`, each less the lead of the upstream's clock; and `now` plus the life that the claims state,
+/// which holds whatever the clocks say. If the upstream's clock lags, nothing is added: an early end is safe.
 fn end_by_our_clock(
     stated_end: Timestamp,
     claims: &Claims,
@@ -72,7 +72,7 @@ fn end_by_our_clock(
     Some(by_life.map_or(by_upstream, |end| end.min(by_upstream)))
 }
 
-/// `expiresIn`: whatever its name says, a moment in milliseconds since 1970, as text or number.
+/// Reads `expiresIn`: despite its name, a time in milliseconds since 1970, as text or as a number.
 fn read_end(value: &Value) -> Option<Timestamp> {
     let ms = match value {
         Value::String(digits) if digits.bytes().all(|b| b.is_ascii_digit()) => {
@@ -84,8 +84,8 @@ fn read_end(value: &Value) -> Option<Timestamp> {
     DateTime::from_timestamp_millis(ms)
 }
 
-/// From when to when a token says that it is good, by the upstream's clock; unverified, and `None` if it
-/// does not say both.
+/// Returns the start and the end that a token's claims state, by the upstream's clock and unverified; `None`
+/// if they do not state both.
 #[must_use]
 pub fn stated_life(token: &AccessToken) -> Option<(Timestamp, Timestamp)> {
     let Claims { end, life, .. } = Claims::of(token);
@@ -93,11 +93,11 @@ pub fn stated_life(token: &AccessToken) -> Option<(Timestamp, Timestamp)> {
     Some((end.checked_sub_signed(life?)?, end))
 }
 
-/// What the JWT's payload says. Unverified text: whatever cannot be read is absent, not an error.
+/// The claims in the JWT's payload. They are unverified: a claim that cannot be read counts as absent.
 #[derive(Debug, Default, PartialEq)]
 struct Claims {
     end: Option<Timestamp>,
-    /// From `createDate` to `expireDate`, which needs no clock to agree with another.
+    /// The time from `createDate` to `expireDate`, which does not depend on any clock.
     life: Option<TimeDelta>,
     allowed_ip: Option<String>,
 }
@@ -140,7 +140,7 @@ impl Claims {
     }
 }
 
-/// Reads `2024-05-31 15:56:41`, a time in Korea that does not say so.
+/// Reads a time such as `2024-05-31 15:56:41`, which is Korea time without a zone.
 fn korea_time(text: &str) -> Option<Timestamp> {
     let local = NaiveDateTime::parse_from_str(text, "%Y-%m-%d %H:%M:%S").ok()?;
     Some(local.checked_sub_signed(KOREA)?.and_utc())
@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn unknown_and_doubled_fields_do_no_harm() {
+    fn unknown_and_repeated_fields_are_accepted() {
         let body = br#"{"a":{},"expiresIn":"1","expiresIn":"1717138601944","accessToken":"t"}"#;
         assert_eq!(ok(&HeaderMap::new(), body).unwrap().expires_at, at(1_717_138_601_944));
     }
@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_that_cannot_be_believed_yields_no_token() {
+    fn a_malformed_answer_yields_no_token() {
         let cases = [
             String::new(),
             "null".into(),
@@ -283,13 +283,13 @@ mod tests {
     }
 
     #[test]
-    fn a_life_of_48_hours_is_believed_and_no_longer_one() {
+    fn a_life_of_48_hours_is_accepted_and_no_longer_one() {
         let end = ISSUED_MS + LONGEST_LIFE.num_milliseconds();
         assert!(ok(&HeaderMap::new(), &answer(&end.to_string(), "t")).is_ok());
         assert!(ok(&HeaderMap::new(), &answer(&(end + 1).to_string(), "t")).is_err());
     }
 
-    /// Bodies that come close to the right one, with any text in each place.
+    /// Bodies in the right form, with any text as a value.
     fn near_answers() -> impl Strategy<Value = Vec<u8>> {
         let end = prop_oneof![
             any::<i64>().prop_map(|n| n.to_string()),
@@ -311,7 +311,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_body_yields_a_token_that_has_ended_or_lives_beyond_belief(
+        fn no_body_yields_a_token_that_has_ended_or_lives_too_long(
             body in near_answers(), year in 1_i32..10_000, dated: bool,
         ) {
             let now = at(ISSUED_MS);

@@ -1,20 +1,20 @@
-//! An answer that is no token: what it means for the account, in our own words.
+//! Reads an answer that is not a token: what it means for the account, in the broker's own words.
 
 use std::time::Duration;
 
 use http::{HeaderMap, StatusCode, header};
 use serde_json::Value;
 
-use super::http_date;
+use super::http_date::http_date;
 use crate::{
     domain::{clock::Timestamp, refresh_state::FailureClass},
-    upstream::IssueError,
+    upstream::issue_error::IssueError,
 };
 
-/// The limits of what a `Retry-After` may ask for.
+/// The limits to which a `Retry-After` is clamped.
 const SHORTEST_RETRY: Duration = Duration::from_secs(1);
 const LONGEST_RETRY: Duration = Duration::from_hours(1);
-/// The longest error code that is kept, in characters; the seen ones have five.
+/// The longest error code that is kept, in characters. The upstream's codes have five.
 const LONGEST_CODE: usize = 16;
 
 /// Reads an answer of any status but 200, received at `now`.
@@ -35,15 +35,15 @@ pub(super) fn read(
         )
         .then(|| retry_after(headers, now))
         .flatten(),
-        // An answer in the upstream's own form is its word that it issued nothing; so is a 429 of
-        // anyone. A proxy's page may hide an issue whose answer was lost behind it.
+        // An error in the upstream's own format says that no token was issued, and so does any 429.
+        // Another error page may come from a proxy that lost the upstream's answer.
         may_have_issued: class != FailureClass::RateLimited
             && !((status.is_client_error() || status.is_server_error()) && code.is_some()),
         code,
     }
 }
 
-/// The table of [`super::read`].
+/// Returns the class by the table of [`super::read`].
 fn classify(status: StatusCode, code: Option<&str>) -> FailureClass {
     match (status.as_u16(), code) {
         (429, _) => FailureClass::RateLimited,
@@ -56,7 +56,7 @@ fn classify(status: StatusCode, code: Option<&str>) -> FailureClass {
     }
 }
 
-/// The failure in our own words: the upstream's may quote what it was sent.
+/// Describes the failure in the broker's own words: the upstream's message may quote the request.
 fn describe(class: FailureClass, status: StatusCode, code: Option<&str>) -> String {
     let status = status.as_u16();
     let with_code = code.map_or_else(String::new, |code| format!(", code {code}"));
@@ -91,7 +91,8 @@ fn describe(class: FailureClass, status: StatusCode, code: Option<&str>) -> Stri
     }
 }
 
-/// The `error.code` of an answer in the upstream's form, cut to what can be shown anywhere.
+/// Returns the `error.code` of an answer in the upstream's format, reduced to at most 16 ASCII letters and
+/// digits so that it can be shown anywhere.
 fn read_code(body: &[u8]) -> Option<String> {
     let answer: Value = serde_json::from_slice(body).ok()?;
     let code = match answer.get("error")?.get("code")? {
@@ -104,8 +105,8 @@ fn read_code(body: &[u8]) -> Option<String> {
     (!code.is_empty()).then_some(code)
 }
 
-/// `Retry-After` in seconds or as a date, which is by the upstream's clock if it told it; clamped to
-/// a second and an hour.
+/// Returns the pause that `Retry-After` asks for, given in seconds or as a date, clamped to a second and an
+/// hour. A date counts from the answer's `Date`, if it has one, and else from `now`.
 fn retry_after(headers: &HeaderMap, now: Timestamp) -> Option<Duration> {
     let text = headers.get(header::RETRY_AFTER)?.to_str().ok()?.trim();
     let asked = if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) {

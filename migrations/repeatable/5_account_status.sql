@@ -1,6 +1,9 @@
--- What people look at: where each account stands, and what to do about it.
+-- version: 1 (raise it with each change of this file)
+--
+-- The view that people read: the state of each account, and what to do about it. `create or replace view` keeps
+-- the grants on it, but can only add columns at the end.
 
-create view account_status as
+create or replace view account_status as
 with moment as (select now() as at),
 known as (
     select a.*, r.lease_until, r.attempt_started_at, r.consecutive_failures, r.error_class,
@@ -39,9 +42,12 @@ select
     next_attempt_at,
     last_requested_at,
     case
-        when not enabled then 'enable it with: update accounts set enabled = true'
+        when not enabled then
+            'enable it with: update accounts set enabled = true where name = ' || quote_literal(name)
         when failing and error_class = 'intake' then
             'the sealed secret does not open with the broker''s keyring: seal it again for the current intake key'
+        when failing and error_class = 'rejected' and previous_secret is not null then
+            'the upstream refuses the new client_secret, and the one before goes on issuing: set the API KEY shown in the console'
         when failing and error_code = '61005' then
             'the upstream does not know this client_id: correct it (with its client_secret); nothing is retried until then'
         when failing and error_code = '61006' then
@@ -55,6 +61,12 @@ select
         when failing then
             'the upstream does not answer as it should; the issue is retried'
         when client_secret is not null then 'waiting for a broker to seal the secret: is one running?'
+        when sealed_secret is null and previous_secret is not null then
+            'client_secret was emptied before a broker sealed it, so the one before it goes on issuing: set it again'
+        when sealed_secret is null and live then
+            'client_secret was emptied before a broker sealed it, so nothing replaces the live token: set it again'
+        when sealed_secret is null then
+            'client_secret was emptied before a broker sealed it, so no token can be issued: set it again'
         when expires_at is null then 'the first token is on its way'
         when not live then 'the last token ended; a new one is on its way: is a broker running?'
         else ''

@@ -1,13 +1,17 @@
--- A rotation keeps the secret before it only if that one issues. One that never issued, or that the
--- upstream refuses by now, was kept too: until the new one was sealed it was tried once more, and a
--- login that fails too often is locked.
+-- version: 1 (raise it with each change of this file)
 --
--- The function must be said again as a whole; what differs from 0001 is the condition under which
--- `previous_secret` is set, and that it runs with the rights of the tables' owner: who may write
--- accounts need not be able to read tokens and refreshes.
+-- What happens when a row of `accounts` is written: its values are checked, a new secret begins a new
+-- credential version, and the change is recorded.
 
+-- The functions below keep this search path. The temporary schema comes last in it: a caller must not be able
+-- to put objects of its own before the ones that a function means.
+select set_config('search_path', quote_ident(current_schema()) || ', pg_temp', false);
+
+-- Runs with the rights of the tables' owner: a role that may write accounts need not be able to read tokens and
+-- refreshes.
 create or replace function accounts_validate() returns trigger
-language plpgsql security definer as $$
+language plpgsql security definer
+set search_path from current as $$
 declare
     new_secret boolean;
     new_login boolean;
@@ -35,7 +39,7 @@ begin
             'accounts.reissue_requested_at must be a time between 1970 and 9999',
             'reissue_requested_at');
     end if;
-    -- A moment to come would ask again and again until it has.
+    -- A time in the future would request a new token after each issue until it has passed.
     if new.reissue_requested_at > now() then
         new.reissue_requested_at := now();
     end if;
@@ -55,7 +59,7 @@ begin
         perform token_broker_refuse('accounts.id is not to be set', 'id');
     end if;
 
-    -- One trailing newline is what `echo` and editors leave behind.
+    -- `echo` and editors add one trailing newline.
     new.client_secret := regexp_replace(new.client_secret, E'\r?\n$', '');
     if new.client_secret like 'sealed:%' then
         if new.client_secret !~ '^sealed:v1:[a-z0-9]{1,32}:[A-Za-z0-9_-]{40,}$'
@@ -90,8 +94,9 @@ begin
     new.credential_version := old.credential_version;
     if new_secret then
         new.credential_version := old.credential_version + 1;
-        -- The secret that last issued a token is kept, unless it is refused by now; one never used,
-        -- or another login's, is not.
+        -- The secret that last issued a token is kept, unless the upstream refuses it by now. A secret that
+        -- never issued one is not kept: the broker would try it once more until the new one is sealed, and the
+        -- upstream locks a login that fails too often. Neither is the secret of another login.
         if new_login or current_setting('token_broker.purge_old', true) = 'on' then
             new.previous_secret := null;
             new.previous_version := null;
@@ -112,10 +117,50 @@ begin
 end
 $$;
 
-do $$
+revoke execute on function accounts_validate() from public;
+
+create or replace trigger accounts_validate before insert or update on accounts
+    for each row execute function accounts_validate();
+
+create or replace function accounts_changed() returns trigger
+language plpgsql security definer
+set search_path from current as $$
+declare
+    what jsonb := '{}';
 begin
-    execute format('alter function accounts_validate() set search_path = %I, pg_temp',
-        current_schema());
-    revoke execute on function accounts_validate() from public;
+    if tg_op = 'INSERT' then
+        insert into refreshes (account_id) values (new.id);
+        what := jsonb_build_object('client_id', new.client_id, 'enabled', new.enabled::text);
+        perform token_broker_change('accounts', tg_op, new.id, new.name, what);
+    elsif tg_op = 'UPDATE' then
+        what := token_broker_differs('name', old.name, new.name)
+            || token_broker_differs('client_id', old.client_id, new.client_id)
+            || token_broker_differs('enabled', old.enabled::text, new.enabled::text)
+            || token_broker_differs('description', old.description, new.description)
+            || token_broker_differs('credential_version',
+                old.credential_version::text, new.credential_version::text);
+        if new.reissue_requested_at is distinct from old.reissue_requested_at then
+            what := what || '{"reissue": "requested"}';
+        end if;
+        if old.client_secret is not null and new.client_secret is null
+           and new.sealed_secret is not null then
+            what := what || '{"secret": "sealed"}';
+        end if;
+        if old.previous_secret is not null and new.previous_secret is null then
+            what := what || '{"previous_secret": "dropped"}';
+        end if;
+        perform token_broker_change('accounts', tg_op, new.id, new.name, what);
+    else
+        perform token_broker_change('accounts', tg_op, old.id, old.name,
+            jsonb_build_object('client_id', old.client_id));
+    end if;
+    return null;
 end
 $$;
+
+revoke execute on function accounts_changed() from public;
+
+create or replace trigger accounts_changed after insert or update or delete on accounts
+    for each row execute function accounts_changed();
+create or replace trigger accounts_no_truncate before truncate on accounts
+    for each statement execute function token_broker_no_truncate();

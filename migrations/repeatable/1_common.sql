@@ -1,0 +1,64 @@
+-- version: 1 (raise it with each change of this file)
+--
+-- Functions that the triggers of several tables call.
+
+-- The functions below keep this search path. The temporary schema comes last in it: a caller must not be able
+-- to put objects of its own before the ones that a function means.
+select set_config('search_path', quote_ident(current_schema()) || ', pg_temp', false);
+
+-- Refuses a row with an error that does not contain the row.
+create or replace function token_broker_refuse(message text, column_name text) returns void
+language plpgsql
+set search_path from current as $$
+begin
+    raise exception using errcode = 'check_violation', message = message, column = column_name;
+end
+$$;
+
+-- Whether `value` has 1 to `longest` characters, none of them white space or control characters. The
+-- characters are listed because regular expression classes depend on the database's locale. The broker must
+-- be able to read every value that passes here.
+create or replace function token_broker_is_printable(value text, longest integer) returns boolean
+language sql immutable
+set search_path from current as $$
+    select char_length(value) between 1 and longest
+        and value !~ '[\u0001-\u0020\u007f-\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]'
+$$;
+
+-- Whether `at` is finite and within the range that every client can represent.
+create or replace function token_broker_is_time(at timestamptz) returns boolean
+language sql immutable
+set search_path from current as $$
+    select at between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'
+$$;
+
+-- Returns `{"<name>": "<a> → <b>"}` when `a` and `b` differ, else `{}`.
+create or replace function token_broker_differs(name text, a text, b text) returns jsonb
+language sql immutable
+set search_path from current as $$
+    select case when a is distinct from b
+        then jsonb_build_object(name, coalesce(a, 'none') || ' → ' || coalesce(b, 'none'))
+        else '{}'::jsonb end
+$$;
+
+-- Records a change and wakes the brokers. Only trigger functions that run with the rights of the tables'
+-- owner call it: other roles may not insert into `changes`.
+create or replace function token_broker_change(
+    table_name text, operation text, row_id bigint, subject text, what jsonb
+) returns void
+language sql
+set search_path from current as $$
+    insert into changes (table_name, operation, row_id, subject, what)
+    values (table_name, lower(operation), row_id, subject, what);
+    select pg_notify('token_broker_changes', '');
+$$;
+
+-- TRUNCATE runs no row triggers, so it would remove rows without recording the change.
+create or replace function token_broker_no_truncate() returns trigger
+language plpgsql
+set search_path from current as $$
+begin
+    raise exception using errcode = 'insufficient_privilege',
+        message = format('%s cannot be truncated; delete rows instead', tg_table_name);
+end
+$$;

@@ -1,0 +1,162 @@
+//! Atomic replacement of a file: a reader, and a process that starts after a crash, finds the old
+//! content or the new one as a whole.
+//!
+//! The new content is written to a temporary file in the same directory and synced; the temporary
+//! file is renamed over the target; the directory is synced, since a rename that is not on disk is
+//! undone by a crash. The functions block on disk: call them off the runtime's threads.
+
+use std::{
+    ffi::OsString,
+    fs::{self, File, OpenOptions},
+    io::{self, Write},
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+};
+
+/// Replaces the file at `target` by one that holds `contents` and that its owner alone may read.
+/// Returns once this is on disk.
+///
+/// A temporary file that an interrupted call left behind is overwritten. Callers make sure that no
+/// two calls replace the same file at once.
+///
+/// # Errors
+/// Those of the file system. The file at `target` is then the old one or, if the directory could not
+/// be synced, the new one.
+pub fn replace(target: &Path, contents: &[u8]) -> io::Result<()> {
+    let mut replacement = Replacement::create(target, OpenOptions::new().truncate(true))?;
+    replacement.file().write_all(contents)?;
+    replacement.commit()
+}
+
+/// A file that is being written and will take the place of another one. Dropped without
+/// [`Replacement::commit`], it is removed and the other one stays.
+#[derive(Debug)]
+pub struct Replacement {
+    target: PathBuf,
+    temporary: PathBuf,
+    file: File,
+    committed: bool,
+}
+
+impl Replacement {
+    /// Begins a replacement of `target` that no other one can run beside: its temporary file, mode
+    /// 0600, must not exist yet.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::AlreadyExists`] if another replacement is under way, or was interrupted and
+    /// left its temporary file behind.
+    pub fn exclusive(target: &Path) -> io::Result<Self> {
+        Self::create(target, OpenOptions::new().create_new(true))
+    }
+
+    fn create(target: &Path, options: &mut OpenOptions) -> io::Result<Self> {
+        let temporary = temporary_path(target);
+        let file = options.create(true).write(true).mode(0o600).open(&temporary)?;
+        Ok(Self { target: target.to_owned(), temporary, file, committed: false })
+    }
+
+    /// The file to write to.
+    #[must_use]
+    pub fn file(&mut self) -> &mut File {
+        &mut self.file
+    }
+
+    /// Puts the file in its target's place, and returns once this is on disk.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn commit(mut self) -> io::Result<()> {
+        self.file.sync_all()?;
+        fs::rename(&self.temporary, &self.target)?;
+        self.committed = true;
+        sync_parent(&self.target)
+    }
+}
+
+impl Drop for Replacement {
+    fn drop(&mut self) {
+        if !self.committed {
+            // The error that led here is the caller's to report; a file that stays behind is
+            // overwritten or named by the next replacement.
+            let _ = fs::remove_file(&self.temporary);
+        }
+    }
+}
+
+/// The path of the temporary file beside `target`: `.NAME.new`.
+#[must_use]
+pub fn temporary_path(target: &Path) -> PathBuf {
+    let mut name = OsString::from(".");
+    name.push(target.file_name().unwrap_or_default());
+    name.push(".new");
+    target.with_file_name(name)
+}
+
+/// Makes the name of the file at `path` durable, as opposed to its content.
+///
+/// # Errors
+/// Those of opening and syncing the directory.
+pub fn sync_parent(path: &Path) -> io::Result<()> {
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    File::open(parent.unwrap_or(Path::new(".")))?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    fn names(directory: &Path) -> Vec<String> {
+        let mut names: Vec<_> = fs::read_dir(directory)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_replaced_file_holds_the_new_content_and_nothing_is_left_beside_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let target = directory.path().join("state");
+        replace(&target, b"a longer first content").unwrap();
+        replace(&target, b"second").unwrap();
+        assert_eq!(fs::read(&target).unwrap(), b"second");
+        assert_eq!(fs::metadata(&target).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(names(directory.path()), ["state"]);
+    }
+
+    #[test]
+    fn a_temporary_file_that_a_crash_left_behind_is_overwritten() {
+        let directory = tempfile::tempdir().unwrap();
+        let target = directory.path().join("state");
+        fs::write(temporary_path(&target), "half of something longer").unwrap();
+        replace(&target, b"whole").unwrap();
+        assert_eq!(fs::read(&target).unwrap(), b"whole");
+    }
+
+    #[test]
+    fn an_abandoned_replacement_leaves_the_old_content() {
+        let directory = tempfile::tempdir().unwrap();
+        let target = directory.path().join("state");
+        replace(&target, b"old").unwrap();
+        let mut replacement = Replacement::exclusive(&target).unwrap();
+        replacement.file().write_all(b"new").unwrap();
+        drop(replacement);
+        assert_eq!(fs::read(&target).unwrap(), b"old");
+        assert_eq!(names(directory.path()), ["state"]);
+    }
+
+    #[test]
+    fn a_second_exclusive_replacement_is_refused_and_leaves_the_first_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let target = directory.path().join("state");
+        let mut first = Replacement::exclusive(&target).unwrap();
+        let second = Replacement::exclusive(&target).unwrap_err();
+        assert_eq!(second.kind(), io::ErrorKind::AlreadyExists);
+        first.file().write_all(b"first").unwrap();
+        first.commit().unwrap();
+        assert_eq!(fs::read(&target).unwrap(), b"first");
+    }
+}

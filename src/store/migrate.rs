@@ -1,0 +1,249 @@
+//! Migrations: brings a database to the schema of a release, and checks that it has it.
+//!
+//! Tables and indexes are in the numbered files of `migrations/`, each of which is applied once and never
+//! edited afterwards. Functions, triggers and views are in `migrations/repeatable/`: those files can be
+//! applied any number of times, and are applied again when they changed. The first line of each states its
+//! version, so that an older release leaves a newer release's functions as they are.
+
+use std::collections::HashMap;
+
+use sqlx::{
+    ConnectOptions, Connection, PgConnection,
+    migrate::{Migrate, MigrateError, Migration, Migrator},
+};
+
+use super::{Database, NO_TABLE, StoreError};
+
+/// What the first line of a repeatable migration begins with; the version follows.
+const VERSION_PREFIX: &str = "-- version: ";
+
+/// The schema that a release needs.
+pub struct Schema {
+    numbered: Migrator,
+    /// In the order in which they are applied.
+    repeatable: Vec<Repeatable>,
+}
+
+/// A file that is applied whenever it changed.
+struct Repeatable {
+    version: i32,
+    /// Its `description`, the file's name without number and ending, identifies the file in the database.
+    migration: Migration,
+}
+
+/// A repeatable migration as the database has it.
+struct Applied {
+    version: i32,
+    checksum: Vec<u8>,
+}
+
+impl Schema {
+    /// Returns the schema that this release was built with.
+    ///
+    /// # Errors
+    /// When a repeatable migration does not state its version.
+    pub fn of_this_release() -> Result<Self, StoreError> {
+        // sqlx ignores subdirectories, so the first does not contain the second.
+        Self::new(sqlx::migrate!("./migrations"), &sqlx::migrate!("./migrations/repeatable"))
+    }
+
+    /// Combines numbered and repeatable migrations.
+    ///
+    /// # Errors
+    /// When a repeatable migration does not state its version.
+    pub fn new(mut numbered: Migrator, repeatable: &Migrator) -> Result<Self, StoreError> {
+        // The schema may be a newer release's: this one works on it. `apply` takes the lock.
+        numbered.set_ignore_missing(true).set_locking(false);
+        let repeatable =
+            repeatable.iter().cloned().map(Repeatable::new).collect::<Result<_, _>>()?;
+        Ok(Self { numbered, repeatable })
+    }
+
+    /// Applies the numbered migrations that the database lacks, and then the repeatable ones that it lacks or
+    /// has an older version of, all in one transaction. Concurrent calls wait for each other. A call that is
+    /// dropped before it returns leaves the database either as it was or fully migrated.
+    ///
+    /// # Errors
+    /// When the server cannot be reached or a migration fails. The database then is as it was before.
+    pub async fn apply(&self, database: &Database) -> Result<(), StoreError> {
+        let mut connection = database.connection().connect().await?;
+        // The lock is sqlx's own, so other programs that migrate by sqlx wait too. The session holds it: it
+        // ends with the connection.
+        connection.lock().await.map_err(refused)?;
+        let applied = self.apply_locked(&mut connection).await;
+        // After a failure the server rolls back when the connection ends.
+        let closed = connection.close().await;
+        applied?;
+        Ok(closed?)
+    }
+
+    async fn apply_locked(&self, connection: &mut PgConnection) -> Result<(), StoreError> {
+        let mut transaction = connection.begin().await?;
+        self.numbered.run(&mut *transaction).await.map_err(refused)?;
+        let applied = applied(&mut transaction).await?;
+        for ours in &self.repeatable {
+            if !ours.is_newer_than(applied.get(ours.name()))? {
+                continue;
+            }
+            sqlx::raw_sql(ours.migration.sql.clone())
+                .execute(&mut *transaction)
+                .await
+                .map_err(|error| ours.failed(error))?;
+            sqlx::query!(
+                "-- store::migrate::apply
+                insert into repeatable_migrations (name, version, checksum) values ($1, $2, $3)
+                on conflict (name) do update set version = excluded.version,
+                    checksum = excluded.checksum, applied_at = excluded.applied_at",
+                ours.name(),
+                ours.version,
+                &*ours.migration.checksum,
+            )
+            .execute(&mut *transaction)
+            .await?;
+        }
+        transaction.commit().await?;
+        Ok(())
+    }
+
+    /// Checks that the database has every migration of this schema, or a newer version of it.
+    ///
+    /// # Errors
+    /// [`StoreError::Schema`] names what is missing and the command that applies it.
+    pub async fn check(&self, database: &Database) -> Result<(), StoreError> {
+        let mut connection = database.connection().connect().await?;
+        let missing = self.missing(&mut connection).await?;
+        connection.close().await?;
+        if missing.is_empty() {
+            return Ok(());
+        }
+        Err(StoreError::Schema(format!(
+            "the database's schema is too old: it lacks migration {}; run `token-broker migrate`",
+            missing.join(", ")
+        )))
+    }
+
+    async fn missing(&self, connection: &mut PgConnection) -> Result<Vec<String>, StoreError> {
+        let applied_numbers =
+            match connection.list_applied_migrations(&self.numbered.table_name).await {
+                Ok(applied) => applied,
+                Err(MigrateError::Execute(sqlx::Error::Database(error)))
+                    if error.code().as_deref() == Some(NO_TABLE) =>
+                {
+                    Vec::new()
+                }
+                Err(error) => return Err(refused(error)),
+            };
+        let numbered: Vec<_> = self
+            .numbered
+            .iter()
+            .filter(|ours| !applied_numbers.iter().any(|theirs| theirs.version == ours.version))
+            .map(|ours| format!("{} ({})", ours.version, ours.description))
+            .collect();
+        if !numbered.is_empty() {
+            // The table of the repeatable ones may be missing too.
+            return Ok(numbered);
+        }
+        let applied = applied(connection).await?;
+        let mut repeatable = Vec::new();
+        for ours in &self.repeatable {
+            if ours.is_newer_than(applied.get(ours.name()))? {
+                repeatable.push(format!("\"{}\" version {}", ours.name(), ours.version));
+            }
+        }
+        Ok(repeatable)
+    }
+}
+
+impl Repeatable {
+    fn new(migration: Migration) -> Result<Self, StoreError> {
+        let version = stated_version(migration.sql.as_str()).ok_or_else(|| {
+            StoreError::Schema(format!(
+                "repeatable migration {} does not begin with `{VERSION_PREFIX}` and a number",
+                migration.description
+            ))
+        })?;
+        Ok(Self { version, migration })
+    }
+
+    fn name(&self) -> &str {
+        &self.migration.description
+    }
+
+    fn failed(&self, error: sqlx::Error) -> StoreError {
+        match error {
+            sqlx::Error::Database(error) => {
+                StoreError::Schema(format!("repeatable migration {} failed: {error}", self.name()))
+            }
+            error => error.into(),
+        }
+    }
+
+    /// Whether this file has to be applied to a database that has `applied` of it.
+    fn is_newer_than(&self, applied: Option<&Applied>) -> Result<bool, StoreError> {
+        let Some(applied) = applied else { return Ok(true) };
+        // Nothing tells which of two texts with one version is the newer one.
+        if applied.version == self.version && *applied.checksum != *self.migration.checksum {
+            return Err(StoreError::Schema(format!(
+                "repeatable migration {} differs from the one in the database, and both are version {}: \
+                 it was changed without a new version",
+                self.name(),
+                self.version
+            )));
+        }
+        Ok(applied.version < self.version)
+    }
+}
+
+fn stated_version(sql: &str) -> Option<i32> {
+    sql.strip_prefix(VERSION_PREFIX)?.split_whitespace().next()?.parse().ok()
+}
+
+/// Reads which repeatable migrations the database has, by name.
+async fn applied(connection: &mut PgConnection) -> Result<HashMap<String, Applied>, StoreError> {
+    let rows = sqlx::query!(
+        "-- store::migrate::applied
+        select name, version, checksum from repeatable_migrations",
+    )
+    .fetch_all(connection)
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| (row.name, Applied { version: row.version, checksum: row.checksum }))
+        .collect())
+}
+
+fn refused(error: MigrateError) -> StoreError {
+    match error {
+        MigrateError::Execute(error) => error.into(),
+        error => StoreError::Schema(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_repeatable_migration_states_its_version() {
+        let schema = Schema::of_this_release().unwrap();
+        assert!(!schema.repeatable.is_empty());
+        assert!(schema.repeatable.iter().all(|file| file.version >= 1));
+    }
+
+    #[test]
+    fn a_version_is_a_number_on_the_first_line() {
+        assert_eq!(stated_version("-- version: 12 (raise it)\nselect 1"), Some(12));
+        assert_eq!(stated_version("-- version: 3\nselect 1"), Some(3));
+        for sql in ["", "select 1", "-- version: \nselect 1", "\n-- version: 3\n"] {
+            assert_eq!(stated_version(sql), None, "{sql}");
+        }
+    }
+
+    #[test]
+    fn no_numbered_migration_leaves_the_transaction() {
+        // sqlx runs a file that begins with `-- no-transaction` outside of the savepoint that it makes
+        // for others. Such a file cannot share one transaction with the rest.
+        let schema = Schema::of_this_release().unwrap();
+        assert!(schema.numbered.iter().all(|file| !file.no_tx));
+    }
+}
