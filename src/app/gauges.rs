@@ -21,10 +21,10 @@ pub(super) fn export(world: &World) {
     let (skew, tls) = (world.upstream_skew_ms.clone(), world.tls.clone());
     world.metrics.on_scrape(move |gauges| {
         let now = clock.now();
-        for slot in cache.slots() {
-            let view = slot.view();
+        for slot in cache.all() {
+            let view = slot.snapshot();
             *count_of(&mut gauges.accounts, view.state(now)) += 1;
-            let end = view.live(now).map(|token| token.expires_at);
+            let end = view.live_token(now).map(|token| token.expires_at);
             gauges.earliest_token_end =
                 [gauges.earliest_token_end, end].into_iter().flatten().min();
         }
@@ -65,15 +65,15 @@ pub(super) fn readiness(world: &World) -> Arc<dyn Fn() -> Readiness + Send + Syn
     Arc::new(move || {
         let now = clock.now();
         let (mut live, mut unreachable) = (0, 0);
-        for slot in cache.slots() {
-            let view = slot.view();
-            live += usize::from(view.live(now).is_some());
+        for slot in cache.all() {
+            let view = slot.snapshot();
+            live += usize::from(view.live_token(now).is_some());
             unreachable += usize::from(view.state(now) == AccountState::Unreachable);
         }
         let accounts = cache.len();
         let serving = ready.load(Ordering::Relaxed);
         let (writable, roomy) = (journal.is_writable(), journal.is_ready());
-        let standing = reach.standing();
+        let standing = reach.current();
         let answered = reach.has_answered();
         let reached = answered && standing == Connectivity::Connected;
         let undelivered = journal.stats().undelivered;

@@ -7,7 +7,7 @@ use tracing::error;
 use super::StartError;
 use crate::{
     crypto::{Keyring, SealError},
-    store::accounts::Stored,
+    store::accounts::SecretSample,
 };
 
 /// Opens `samples`. A key that the keyring lacks, or one that opens none of its samples, means that
@@ -16,8 +16,8 @@ use crate::{
 ///
 /// # Errors
 /// [`StartError::WrongKeyring`].
-pub fn prove(keyring: &Keyring, samples: &[Stored]) -> Result<(), StartError> {
-    let wrong = |stored: &Stored, error| {
+pub fn prove(keyring: &Keyring, samples: &[SecretSample]) -> Result<(), StartError> {
+    let wrong = |stored: &SecretSample, error| {
         Err(StartError::WrongKeyring { account: stored.name.clone(), error })
     };
     // Of each key, the first value that it did not open, unless it opened one.
@@ -69,14 +69,14 @@ mod tests {
     }
 
     /// The secret of account `id`, as sealed for account `sealed_for`.
-    fn stored(keyring: &Keyring, id: i64, sealed_for: i64) -> Stored {
+    fn stored(keyring: &Keyring, id: i64, sealed_for: i64) -> SecretSample {
         let secret = ClientSecret::new("SK.1").unwrap();
         let sealed = keyring.seal_secret(AccountId(sealed_for), VERSION, &secret);
-        Stored { id: AccountId(id), name: format!("acme-{id}"), version: VERSION, sealed }
+        SecretSample { id: AccountId(id), name: format!("acme-{id}"), version: VERSION, sealed }
     }
 
     /// The account that the refusal names.
-    fn refused(keyring: &Keyring, samples: &[Stored]) -> Option<String> {
+    fn refused(keyring: &Keyring, samples: &[SecretSample]) -> Option<String> {
         match prove(keyring, samples) {
             Ok(()) => None,
             Err(StartError::WrongKeyring { account, .. }) => Some(account),
@@ -88,10 +88,10 @@ mod tests {
     fn one_value_that_does_not_open_beside_others_that_do_is_no_wrong_keyring() {
         let keyring = keyring();
         let [good, swapped, garbage] = [stored(&keyring, 1, 1), stored(&keyring, 2, 1), {
-            Stored { sealed: b"no sealed value".to_vec(), ..stored(&keyring, 3, 3) }
+            SecretSample { sealed: b"no sealed value".to_vec(), ..stored(&keyring, 3, 3) }
         }];
         let content = keyring.seal(&RowBinding::client_secret(AccountId(4), VERSION), b"two words");
-        let no_secret = Stored { sealed: content, ..stored(&keyring, 4, 4) };
+        let no_secret = SecretSample { sealed: content, ..stored(&keyring, 4, 4) };
         assert_eq!(refused(&keyring, &[]), None);
         assert_eq!(refused(&keyring, &[stored(&keyring, 2, 1), good]), None);
         assert_eq!(refused(&keyring, &[stored(&keyring, 1, 1), stored(&keyring, 2, 1)]), None);

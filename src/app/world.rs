@@ -46,7 +46,10 @@ use crate::{
         connectivity::DatabaseConnectivity,
         journal_delivery::JournalDelivery,
         keyed_semaphore::KeyedSemaphore,
-        refresher::{Issuing, Outage, PendingTokens, RefreshTrigger, Refresher},
+        refresher::{
+            IssueInfrastructure, IssueSettings, IssueState, Outage, PendingTokens, RefreshTrigger,
+            Refresher, TokenIssuer,
+        },
         refusal_aggregator::RefusalAggregator,
         retention::Retention,
         token_provider::TokenProvider,
@@ -155,7 +158,7 @@ impl World {
     ) -> Result<Started, StartError> {
         let started_at = self.clock.now();
         until_reached(give_up, || Self::check_schema(&plan)).await?;
-        self.reach.found();
+        self.reach.mark_connected();
         let recognise = || restored::recognise(&self.pool, &plan, state_dir, &self.journal);
         let recognised = until_reached(give_up, recognise).await?;
         until_reached(give_up, || self.bring_keys(&plan)).await?;
@@ -172,11 +175,11 @@ impl World {
             let accepted = self.journal.append(accepted).durable(RECORD_WITHIN).await;
             accepted.map_err(|_| StartError::NotRecorded)?;
         }
-        let unstored = Arc::new(PendingTokens::new(state_dir, plan.ends_older));
-        let lost = unstored.of_earlier_process().await.map_err(StartError::IssuedAlone)?;
-        until_reached(give_up, || self.suspect(&lost)).await?;
-        unstored.forget_earlier_process().await.map_err(StartError::IssuedAlone)?;
-        let (refresher, waker) = Refresher::new(self.issuing(&plan, state_dir, unstored));
+        let pending = Arc::new(PendingTokens::new(state_dir, plan.ends_older));
+        let lost = pending.of_earlier_process().await.map_err(StartError::IssuedAlone)?;
+        until_reached(give_up, || self.mark_possibly_revoked(&lost)).await?;
+        pending.forget_earlier_process().await.map_err(StartError::IssuedAlone)?;
+        let (refresher, waker) = Refresher::new(self.issuer(&plan, state_dir, pending));
         let follower = self.follower(&plan, state_dir, recognised.home, waker.clone());
         let snapshot = until_reached(give_up, || async { Ok(follower.start().await?) }).await?;
         let stop = CancellationToken::new();
@@ -278,46 +281,51 @@ impl World {
         Ok(())
     }
 
-    /// Marks the stored tokens of `accounts` as possibly ended: an earlier process issued for them
-    /// what it could not store.
-    async fn suspect(&self, accounts: &[AccountId]) -> Result<(), StartError> {
+    /// Marks the stored tokens of `accounts` as possibly revoked: an earlier process issued tokens for
+    /// them, or may have, that it could not store.
+    async fn mark_possibly_revoked(&self, accounts: &[AccountId]) -> Result<(), StartError> {
         for account in accounts {
-            within(leases::suspect(&self.pool, *account, None)).await?;
+            within(leases::mark_possibly_revoked(&self.pool, *account, None)).await?;
         }
         Ok(())
     }
 
-    fn issuing(
+    fn issuer(
         &self,
         plan: &AppConfig,
         state_dir: &StateDir,
-        unstored: Arc<PendingTokens>,
-    ) -> Issuing {
-        Issuing {
-            cache: self.cache.clone(),
-            loader: self.loader.clone(),
+        pending: Arc<PendingTokens>,
+    ) -> TokenIssuer {
+        let holder = LeaseHolder {
+            instance: state_dir.instance().to_owned(),
+            replica: state_dir.replica(),
+            lease_duration: plan.upstream.timeout + LEASE_BEYOND_ATTEMPT,
+            policy: plan.policy,
+            rate: plan.upstream_rate,
+            concurrency: plan.upstream_concurrency,
+        };
+        let settings = IssueSettings {
+            holder,
+            new_token_ends_older: plan.ends_older,
+            expected_egress: plan.expected_egress.clone(),
+        };
+        let infrastructure = IssueInfrastructure {
             pool: self.pool.clone(),
             keyring: plan.keyring.clone(),
             upstream: self.upstream.clone(),
             journal: self.journal.clone(),
             clock: self.clock.clone(),
-            policy: plan.policy,
-            claimant: LeaseHolder {
-                instance: state_dir.instance().to_owned(),
-                replica: state_dir.replica(),
-                lease: plan.upstream.timeout + LEASE_BEYOND_ATTEMPT,
-                floor: plan.policy.min_issue_interval,
-                rate: plan.upstream_rate,
-                concurrency: plan.upstream_concurrency,
-            },
-            ends_older: plan.ends_older,
-            expected_egress: plan.expected_egress.clone(),
             metrics: self.metrics.clone(),
             upstream_skew_ms: self.upstream_skew_ms.clone(),
-            reach: self.reach.clone(),
-            unstored,
+        };
+        let state = IssueState {
+            cache: self.cache.clone(),
+            loader: self.loader.clone(),
+            connectivity: self.reach.clone(),
+            pending,
             outage: self.outage.clone(),
-        }
+        };
+        TokenIssuer::new(settings, infrastructure, state)
     }
 
     fn follower(
