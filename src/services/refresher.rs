@@ -3,6 +3,7 @@
 //! does.
 
 mod attempt;
+mod dependencies;
 mod intent_log;
 mod notify;
 mod outage;
@@ -13,7 +14,8 @@ mod records;
 
 use std::{collections::HashMap, mem, sync::Arc, time::Duration};
 
-pub use attempt::{AttemptOutcome, IssueInfrastructure, IssueSettings, IssueState, TokenIssuer};
+pub use attempt::{AttemptOutcome, TokenIssuer};
+pub use dependencies::{IssueInfrastructure, IssueSettings, IssueState};
 pub use outage::Outage;
 pub use pending::PendingTokens;
 use queue::RefreshQueue;

@@ -1,36 +1,32 @@
 //! One attempt to issue a token for one account, told in order: the permission is claimed, the upstream
 //! called, the issue recorded, the token stored, and then shown to callers.
 //!
-//! The order is what makes it safe. The attempt is stamped before the call, so that a token which is
-//! lost with this process is known to be possible. A token is used only if its issue is on record, and
-//! shown only after it was stored, so that no caller has one that a restart would forget. While the
-//! database is away, the permission of a sole replica takes the place of the lease, and the pending
-//! tokens that of the database.
+//! The order makes it safe. The attempt is stamped before the call: if this process dies during the
+//! call, the next attempt knows that a token may have been issued. A token is used only if its issue is
+//! on record, and shown only after it was stored, so that no caller has a token that a restart would
+//! forget.
+//!
+//! While the database does not answer, a replica that cannot collide with others issues too. It differs
+//! in two steps: it claims by what the cache knows and stamps the attempt in the state directory, and
+//! its token waits in [`PendingTokens`](super::PendingTokens) instead of being stored.
 
 use std::{
     net::IpAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicI64, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
-use ipnet::IpNet;
-use sqlx::PgPool;
 use tokio::time::{Instant, sleep};
 use tracing::{debug, error, info, instrument, warn};
 
 use super::{
+    dependencies::{IssueInfrastructure, IssueSettings, IssueState},
     notify::notify_replicas,
-    outage::{Outage, OutageChange},
-    pending::PendingTokens,
+    outage::OutageChange,
     reconcile::Reconciler,
     records,
 };
 use crate::{
-    audit::journal::Journal,
-    crypto::Keyring,
     domain::{
         clock::{Clock, Timestamp, until_from},
         refresh_policy::{IssueDecision, IssueView, RefreshPolicy},
@@ -38,17 +34,16 @@ use crate::{
         token::{Generation, IssuedToken, SealedToken, Token},
     },
     services::{
-        account_cache::{AccountCache, AccountSnapshot, CachedAccount},
-        account_loader::AccountLoader,
-        connectivity::{Connectivity, DatabaseConnectivity},
+        account_cache::{AccountSnapshot, CachedAccount},
+        connectivity::Connectivity,
     },
     store::{
         leases::{self, Claim, FailedAttempt, Lease, LeaseHolder},
         tokens::{self, Commit, OrphanedToken},
         within,
     },
-    telemetry::{IssueResult, Metrics},
-    upstream::{Client, IssueError},
+    telemetry::IssueResult,
+    upstream::IssueError,
 };
 
 /// The pause after an attempt that the database, the journal or the state directory prevented.
@@ -60,50 +55,6 @@ const RECORD_TIMEOUT: Duration = Duration::from_secs(5);
 const STORE_TIMEOUT: Duration = Duration::from_secs(10);
 /// The pause between two tries to store a token.
 const STORE_RETRY_PAUSE: Duration = Duration::from_millis(500);
-
-/// The settings of issuing.
-#[derive(Clone, Debug)]
-pub struct IssueSettings {
-    /// This replica as a holder of leases, with the refresh policy and the limits of all replicas.
-    pub holder: LeaseHolder,
-    /// Whether the upstream ends older tokens when it issues a new one.
-    pub new_token_ends_older: bool,
-    /// The networks that a token's allowed address should be in; empty if any will do.
-    pub expected_egress: Vec<IpNet>,
-}
-
-/// What lies outside the refresher: the database, the upstream, the audit log, keys and time.
-pub struct IssueInfrastructure {
-    /// The database.
-    pub pool: PgPool,
-    /// Opens client secrets and seals tokens.
-    pub keyring: Arc<Keyring>,
-    /// Issues tokens.
-    pub upstream: Client,
-    /// Records issues and failures.
-    pub journal: Journal,
-    /// The local clock.
-    pub clock: Clock,
-    /// Counts issues by their result.
-    pub metrics: Arc<Metrics>,
-    /// Set to how far the upstream's clock was ahead of the local one at the last issue, in
-    /// milliseconds.
-    pub upstream_skew_ms: Arc<AtomicI64>,
-}
-
-/// State that the refresher shares with the rest of the broker.
-pub struct IssueState {
-    /// The accounts, in which the result of an attempt is shown.
-    pub cache: Arc<AccountCache>,
-    /// Loads an account into the cache when the database turns out to know more.
-    pub loader: Arc<AccountLoader>,
-    /// Whether the database answers.
-    pub connectivity: Arc<DatabaseConnectivity>,
-    /// The tokens that are not stored yet.
-    pub pending: Arc<PendingTokens>,
-    /// Whether the upstream is in an outage.
-    pub outage: Arc<Outage>,
-}
 
 /// Issues tokens, one attempt at a time for each account.
 pub struct TokenIssuer {
@@ -122,7 +73,7 @@ pub enum AttemptOutcome {
     RetryAfter(Duration),
 }
 
-/// The permission to call the upstream once for an account.
+/// The permission for one attempt.
 enum Permission {
     /// The account's lease, which excludes every other replica.
     Lease(Box<Lease>),
@@ -207,8 +158,8 @@ impl TokenIssuer {
     /// Tries to replace the account's token. It does not fail: what went wrong is shown in the
     /// account's snapshot, in the audit log and in the metrics.
     ///
-    /// Not cancel safe: a token that was issued is lost if the future is dropped, which the next claim
-    /// finds out from the stamped attempt.
+    /// Not cancel safe: if the future is dropped, a token that was just issued is lost. The next attempt
+    /// knows that from the stamp.
     #[instrument(level = "debug", skip_all, fields(account = %entry.snapshot().account.name))]
     pub async fn attempt(&self, entry: &Arc<CachedAccount>) -> AttemptOutcome {
         // An issue that cannot be recorded must not be made.
@@ -230,7 +181,8 @@ impl TokenIssuer {
             Err(error) => return self.fail(entry, &permission, error).await,
         };
         let Some(token) = self.record(entry, &permission, issued).await else {
-            // The attempt keeps no end, which says that a token may have been issued.
+            // That a token may be out is known from the lease's attempt, which stays without an end. A
+            // sole replica notes it itself.
             if let Permission::SoleReplica { .. } = permission {
                 self.state.pending.mark_possibly_revoked(entry.id());
             }
@@ -310,8 +262,8 @@ impl TokenIssuer {
         }
     }
 
-    /// Permits an attempt by what the cache knows, and stamps it in the state directory: should this
-    /// process be killed, the next one knows that the stored token may have been revoked.
+    /// Decides by what the cache knows, and stamps the attempt in the state directory: if this process
+    /// is killed, the next one knows that the stored token is possibly revoked.
     async fn claim_as_sole_replica(
         &self,
         snapshot: &AccountSnapshot,
@@ -334,6 +286,7 @@ impl TokenIssuer {
         Ok(Permission::SoleReplica { attempt, replaces: refresh.stored_generation })
     }
 
+    /// Loads the account from the database, so that it is planned by what the database knows.
     async fn reload(&self, entry: &CachedAccount) -> AttemptOutcome {
         match self.state.loader.load(&[entry.id().0]).await {
             Ok(()) => AttemptOutcome::Done,
@@ -432,8 +385,8 @@ impl TokenIssuer {
     /// Stores the token and returns `true`, or returns `false` if it is pending until the database
     /// answers. Otherwise returns the outcome of the attempt, since the token is not the account's.
     ///
-    /// A pending token is served: it is the live one, whatever the database knows. Should this process
-    /// end before it is stored, a new one is issued, since the attempt has no recorded end.
+    /// A pending token is served: it is the live one, whatever the database has. If this process ends
+    /// before it is stored, a new one is issued, since the attempt has no recorded end.
     async fn store(
         &self,
         entry: &CachedAccount,

@@ -178,3 +178,67 @@ impl PendingTokens {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::token::{Generation, SealedToken, Token};
+
+    const ACCOUNT: AccountId = AccountId(7);
+
+    fn orphan(generation: i64, replaces: i64) -> OrphanedToken {
+        OrphanedToken {
+            token: SealedToken::new(&Token::example(generation, 3_600), vec![]),
+            replaces: Some(Generation(replaces)),
+            under_lease: false,
+        }
+    }
+
+    fn pending(home: &tempfile::TempDir) -> Arc<PendingTokens> {
+        Arc::new(PendingTokens {
+            state: Mutex::default(),
+            log: Some(Arc::new(Mutex::new(IntentLog::new(home.path().join("log"))))),
+            added: Notify::new(),
+        })
+    }
+
+    #[tokio::test]
+    async fn the_last_of_several_tokens_is_pending_and_replaces_the_stored_one() {
+        let home = tempfile::tempdir().unwrap();
+        let pending = pending(&home);
+        pending.add(ACCOUNT, orphan(3, 1));
+        pending.mark_possibly_revoked(ACCOUNT);
+        pending.add(ACCOUNT, orphan(4, 2));
+        let issue = pending.get(ACCOUNT).unwrap();
+        let orphan = issue.token.unwrap();
+        assert_eq!(orphan.token.generation, Generation(4));
+        assert_eq!(orphan.replaces, Some(Generation(1)));
+        assert!(!issue.possibly_revoked);
+    }
+
+    #[tokio::test]
+    async fn the_log_is_cleared_once_nothing_is_pending_or_under_way() {
+        let home = tempfile::tempdir().unwrap();
+        let pending = pending(&home);
+        pending.begin(ACCOUNT).await.unwrap();
+        pending.begin(AccountId(8)).await.unwrap();
+        pending.add(ACCOUNT, orphan(2, 1));
+        let issue = pending.get(ACCOUNT).unwrap();
+        pending.reconciled(ACCOUNT, &issue).await;
+        assert_eq!(pending.of_earlier_process().await.unwrap(), [ACCOUNT, AccountId(8)]);
+        pending.end(AccountId(8));
+        pending.reconciled(ACCOUNT, &issue).await;
+        assert_eq!(pending.of_earlier_process().await.unwrap(), []);
+    }
+
+    #[tokio::test]
+    async fn a_token_that_was_issued_during_reconciliation_stays_pending() {
+        let home = tempfile::tempdir().unwrap();
+        let pending = pending(&home);
+        pending.add(ACCOUNT, orphan(2, 1));
+        let earlier = pending.get(ACCOUNT).unwrap();
+        pending.add(ACCOUNT, orphan(3, 1));
+        pending.reconciled(ACCOUNT, &earlier).await;
+        assert_eq!(pending.accounts(), [ACCOUNT]);
+    }
+}
