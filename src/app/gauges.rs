@@ -18,10 +18,10 @@ pub(super) fn export(components: &Components) {
     let clock = components.clock.clone();
     components.metrics.on_scrape(move |gauges| {
         let now = clock.now();
-        for slot in cache.slots() {
-            let view = slot.view();
-            gauges.accounts.add(view.state(now));
-            let end = view.live(now).map(|token| token.expires_at);
+        for entry in cache.all() {
+            let account = entry.snapshot();
+            gauges.accounts.add(account.state(now));
+            let end = account.live_token(now).map(|token| token.expires_at);
             gauges.earliest_token_end =
                 [gauges.earliest_token_end, end].into_iter().flatten().min();
         }

@@ -7,7 +7,7 @@ use tracing::error;
 
 use crate::{
     crypto::{Keyring, SealError},
-    store::accounts::Stored,
+    store::accounts::SecretSample,
 };
 
 /// The keyring is not the one that sealed the stored secrets: it lacks a key, or opens nothing that was
@@ -29,8 +29,9 @@ pub struct WrongKeyring {
 ///
 /// # Errors
 /// When the keyring lacks the key of a sample, or has a key that opens none of its samples.
-pub fn check_keyring(keyring: &Keyring, samples: &[Stored]) -> Result<(), WrongKeyring> {
-    let wrong = |stored: &Stored, error| Err(WrongKeyring { account: stored.name.clone(), error });
+pub fn check_keyring(keyring: &Keyring, samples: &[SecretSample]) -> Result<(), WrongKeyring> {
+    let wrong =
+        |stored: &SecretSample, error| Err(WrongKeyring { account: stored.name.clone(), error });
     // For each key the first sample that it did not open, or `None` once it opened one.
     let mut unopened = BTreeMap::new();
     let mut faults = Vec::new();
@@ -80,14 +81,14 @@ mod tests {
     }
 
     /// The secret of account `id`, as sealed for account `sealed_for`.
-    fn stored(keyring: &Keyring, id: i64, sealed_for: i64) -> Stored {
+    fn stored(keyring: &Keyring, id: i64, sealed_for: i64) -> SecretSample {
         let secret = ClientSecret::new("SK.1").unwrap();
         let sealed = keyring.seal_secret(AccountId(sealed_for), VERSION, &secret);
-        Stored { id: AccountId(id), name: format!("acme-{id}"), version: VERSION, sealed }
+        SecretSample { id: AccountId(id), name: format!("acme-{id}"), version: VERSION, sealed }
     }
 
     /// The account that the error names.
-    fn refused(keyring: &Keyring, samples: &[Stored]) -> Option<String> {
+    fn refused(keyring: &Keyring, samples: &[SecretSample]) -> Option<String> {
         check_keyring(keyring, samples).err().map(|error| error.account)
     }
 
@@ -95,10 +96,10 @@ mod tests {
     fn a_keyring_that_opens_some_values_of_each_of_its_keys_is_accepted() {
         let keyring = keyring();
         let [good, swapped, garbage] = [stored(&keyring, 1, 1), stored(&keyring, 2, 1), {
-            Stored { sealed: b"no sealed value".to_vec(), ..stored(&keyring, 3, 3) }
+            SecretSample { sealed: b"no sealed value".to_vec(), ..stored(&keyring, 3, 3) }
         }];
         let content = keyring.seal(&RowBinding::client_secret(AccountId(4), VERSION), b"two words");
-        let no_secret = Stored { sealed: content, ..stored(&keyring, 4, 4) };
+        let no_secret = SecretSample { sealed: content, ..stored(&keyring, 4, 4) };
         assert_eq!(refused(&keyring, &[]), None);
         assert_eq!(refused(&keyring, &[stored(&keyring, 2, 1), good]), None);
         assert_eq!(refused(&keyring, &[stored(&keyring, 1, 1), stored(&keyring, 2, 1)]), None);

@@ -53,7 +53,7 @@ pub(super) async fn prepare(
 ) -> Result<Prepared, StartError> {
     let started_at = components.clock.now();
     until_reachable(give_up, || check_schema(components, config)).await?;
-    components.connectivity.found();
+    components.connectivity.mark_connected();
     let verify =
         || database_identity::verify(&components.pool, config, state_dir, &components.journal);
     let verified = until_reachable(give_up, verify).await?;
@@ -69,8 +69,8 @@ pub(super) async fn prepare(
     until_reachable(give_up, || mark_possibly_revoked(components, &unstored)).await?;
     pending.forget_earlier_process().await.map_err(StartError::IssuedAlone)?;
 
-    let issuing = components.issuing(config, state_dir, Arc::new(pending));
-    let (refresher, trigger) = Refresher::new(issuing);
+    let issuer = components.token_issuer(config, state_dir, Arc::new(pending));
+    let (refresher, trigger) = Refresher::new(issuer);
     let change_feed = components.change_feed(config, state_dir, verified.home, trigger.clone());
     let snapshot = until_reachable(give_up, || async { Ok(change_feed.start().await?) }).await?;
     Ok(Prepared { refresher, trigger, change_feed, snapshot })
@@ -113,7 +113,7 @@ async fn mark_possibly_revoked(
     accounts: &[AccountId],
 ) -> Result<(), StartError> {
     for account in accounts {
-        within(leases::suspect(&components.pool, *account, None)).await?;
+        within(leases::mark_possibly_revoked(&components.pool, *account, None)).await?;
     }
     Ok(())
 }

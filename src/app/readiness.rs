@@ -57,7 +57,7 @@ fn journal_check(journal: &Journal) -> Check {
 }
 
 fn postgres_check(connectivity: &DatabaseConnectivity) -> Check {
-    let detail = match connectivity.standing() {
+    let detail = match connectivity.current() {
         _ if !connectivity.has_answered() => "has not answered yet",
         Connectivity::Connected => "answers",
         Connectivity::SoleReplica => "does not answer; issuing goes on without it",
@@ -73,15 +73,15 @@ fn delivery_check(connectivity: &DatabaseConnectivity, journal: &Journal) -> Che
 }
 
 fn answers(connectivity: &DatabaseConnectivity) -> bool {
-    connectivity.has_answered() && connectivity.standing() == Connectivity::Connected
+    connectivity.has_answered() && connectivity.current() == Connectivity::Connected
 }
 
 fn upstream_check(cache: &AccountCache, outage: bool, now: Timestamp) -> Check {
     let (mut live, mut unreachable) = (0, 0);
-    for slot in cache.slots() {
-        let view = slot.view();
-        live += usize::from(view.live(now).is_some());
-        unreachable += usize::from(view.state(now) == AccountState::Unreachable);
+    for entry in cache.all() {
+        let account = entry.snapshot();
+        live += usize::from(account.live_token(now).is_some());
+        unreachable += usize::from(account.state(now) == AccountState::Unreachable);
     }
     let accounts = cache.len();
     let probing = if outage { "is away: one account at a time is tried; " } else { "" };

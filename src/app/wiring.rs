@@ -20,7 +20,10 @@ use crate::{
         change_feed::{ChangeFeed, Identity},
         journal_delivery::JournalDelivery,
         keyed_semaphore::KeyedSemaphore,
-        refresher::{Issuing, PendingTokens, RefreshTrigger},
+        refresher::{
+            IssueInfrastructure, IssueSettings, IssueState, PendingTokens, RefreshTrigger,
+            TokenIssuer,
+        },
         refusal_aggregator::RefusalAggregator,
         retention::Retention,
         token_provider::TokenProvider,
@@ -47,39 +50,43 @@ pub(super) struct GrpcServer {
 }
 
 impl Components {
-    /// Returns what an attempt to issue a token needs.
-    pub(super) fn issuing(
+    /// Returns the issuer of tokens. It keeps tokens that are not stored yet in `pending`.
+    pub(super) fn token_issuer(
         &self,
         config: &AppConfig,
         state_dir: &StateDir,
         pending: Arc<PendingTokens>,
-    ) -> Issuing {
+    ) -> TokenIssuer {
         let settings = &config.settings;
-        Issuing {
-            cache: self.cache.clone(),
-            loader: self.loader.clone(),
+        let issue_settings = IssueSettings {
+            holder: LeaseHolder {
+                instance: state_dir.instance().to_owned(),
+                replica: state_dir.replica(),
+                lease_duration: settings.upstream_timeout + LEASE_BEYOND_ATTEMPT,
+                policy: settings.refresh_policy(),
+                rate: settings.upstream_rate,
+                concurrency: settings.upstream_concurrency,
+            },
+            new_token_ends_older: settings.new_token_ends_older,
+            expected_egress: settings.expected_egress.clone(),
+        };
+        let infrastructure = IssueInfrastructure {
             pool: self.pool.clone(),
             keyring: config.keyring.clone(),
             upstream: self.upstream.clone(),
             journal: self.journal.clone(),
             clock: self.clock.clone(),
-            policy: settings.refresh_policy(),
-            claimant: LeaseHolder {
-                instance: state_dir.instance().to_owned(),
-                replica: state_dir.replica(),
-                lease: settings.upstream_timeout + LEASE_BEYOND_ATTEMPT,
-                floor: settings.min_issue_interval,
-                rate: settings.upstream_rate,
-                concurrency: settings.upstream_concurrency,
-            },
-            ends_older: settings.new_token_ends_older,
-            expected_egress: settings.expected_egress.clone(),
             metrics: self.metrics.clone(),
             upstream_skew_ms: self.upstream_skew_ms.clone(),
-            reach: self.connectivity.clone(),
-            unstored: pending,
+        };
+        let state = IssueState {
+            cache: self.cache.clone(),
+            loader: self.loader.clone(),
+            connectivity: self.connectivity.clone(),
+            pending,
             outage: self.outage.clone(),
-        }
+        };
+        TokenIssuer::new(issue_settings, infrastructure, state)
     }
 
     /// Returns the feed that follows changes in the database `home`.

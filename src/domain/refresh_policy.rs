@@ -1,5 +1,11 @@
-//! When to issue next: pure functions of a token's times, the account's name and the failures so
-//! far. Jitter is derived from the name, not drawn, so that looking twice does not drift.
+//! When an account may be issued for: the one rule, as pure functions.
+//!
+//! The rule is applied twice. The refresher plans with what its cache has, and the claim of a lease
+//! decides again with the account's locked row, which may have changed meanwhile. Both call
+//! [`RefreshPolicy::decide`] with an [`IssueView`].
+//!
+//! Jitter is derived from the account's name, not drawn: a number drawn anew at each planning would
+//! shift the schedule, and all replicas must find the same moment.
 
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
@@ -9,24 +15,26 @@ use std::{
 use chrono::DateTime;
 
 use crate::domain::{
-    account::AccountName,
+    account::{AccountName, CredentialVersion},
     clock::{Timestamp, delta},
-    refresh_state::{Account, RefreshState},
-    token::Token,
+    refresh_state::{Account, FailureClass, RefreshState},
+    token::{Generation, Token},
 };
 
-/// How far an account's refresh may lie from [`RefreshPolicy::refresh_at`], as a share of the token's life.
+/// How far an account's advisory refresh may lie from [`RefreshPolicy::refresh_at`] on either side,
+/// as a share of the token's life.
 pub const JITTER: f64 = 0.05;
-/// A token with less left than this share of its life is urgent.
-const URGENT_SHARE: f64 = 0.10;
-/// And never more than this before its end.
-const URGENT_AT_MOST: Duration = Duration::from_mins(1);
-/// The first pause after a failure that may pass by itself; it doubles with each further one.
+/// The last share of a token's life in which its refresh is mandatory.
+const MANDATORY_SHARE: f64 = 0.10;
+/// The longest time before a token's end at which its refresh becomes mandatory.
+const MANDATORY_AT_MOST: Duration = Duration::from_mins(1);
+/// The pause after the first failure that may pass by itself; it doubles with each further one.
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 /// The longest such pause.
 const LONGEST_RETRY: Duration = Duration::from_mins(5);
-/// How often a refused address is tried again: seldom, since each try may count against the account.
-const PROBE: Duration = Duration::from_mins(15);
+/// The pause while the upstream refuses the address: long, since each attempt may count against the
+/// account.
+const EGRESS_RETRY: Duration = Duration::from_mins(15);
 
 /// A moment that has always passed.
 const AT_ONCE: Timestamp = DateTime::UNIX_EPOCH;
@@ -34,84 +42,213 @@ const AT_ONCE: Timestamp = DateTime::UNIX_EPOCH;
 /// The settings that decide when to issue.
 #[derive(Clone, Copy, Debug)]
 pub struct RefreshPolicy {
-    /// The share of a token's life after which it is replaced.
+    /// The share of a token's life after which it is replaced, 0 to 1.
     pub refresh_at: f64,
-    /// The least time between two issues of one account.
+    /// The least time between the starts of two attempts for one account, across replicas.
     pub min_issue_interval: Duration,
 }
 
-impl RefreshPolicy {
-    /// When `token` is to be replaced: at [`RefreshPolicy::refresh_at`] of its life, ± 5 % of that life as
-    /// the account's name decides.
+/// The facts that decide whether an account may be issued for. All times are of the clock that `now`
+/// is read from: the replica's when planning, the database's when claiming.
+#[derive(Clone, Copy, Debug)]
+pub struct IssueView<'a> {
+    account: &'a Account,
+    refresh: &'a RefreshState,
+    /// When the replacement of the account's token is scheduled.
+    scheduled_at: Timestamp,
+    /// When the last outage of the upstream ended, as this replica saw it.
+    outage_ended_at: Option<Timestamp>,
+    /// Whether another token is stored than the one to be replaced.
+    already_replaced: bool,
+}
+
+impl<'a> IssueView<'a> {
+    /// Returns the view for planning, of an account as the cache has it. `scheduled_at` is
+    /// [`RefreshPolicy::scheduled_at`] for its token.
     #[must_use]
-    pub fn refresh_due(&self, account: &AccountName, token: &Token) -> Timestamp {
+    pub fn cached(
+        account: &'a Account,
+        refresh: &'a RefreshState,
+        scheduled_at: Timestamp,
+        outage_ended_at: Option<Timestamp>,
+    ) -> Self {
+        Self { account, refresh, scheduled_at, outage_ended_at, already_replaced: false }
+    }
+
+    /// Returns the view for a claim, of an account as its locked row has it. The claimant found its
+    /// token to be due, so the schedule is not asked again: instead the stored generation must still
+    /// be the one that the claimant wants to replace.
+    #[must_use]
+    pub fn locked(
+        account: &'a Account,
+        refresh: &'a RefreshState,
+        replaces: Option<Generation>,
+        outage_ended_at: Option<Timestamp>,
+    ) -> Self {
+        let already_replaced = refresh.stored_generation > replaces;
+        Self { account, refresh, scheduled_at: AT_ONCE, outage_ended_at, already_replaced }
+    }
+
+    /// Returns whether the last failure was for an outage of the upstream that is over since.
+    fn failed_in_ended_outage(&self, class: FailureClass) -> bool {
+        let started = self.refresh.attempt_started_at;
+        class.is_upstream_fault()
+            && started.zip(self.outage_ended_at).is_some_and(|(started, ended)| started < ended)
+    }
+}
+
+/// Whether an account may be issued for now.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum IssueDecision {
+    /// A token may be issued now.
+    Issue {
+        /// The credential to issue with.
+        credential_version: CredentialVersion,
+        /// Whether the minimum issue interval is not over yet. A changed credential need not wait
+        /// for its end, three times an hour.
+        uses_interval_exception: bool,
+    },
+    /// Not before this moment.
+    WaitUntil(Timestamp),
+    /// Not until the account changes: it is disabled, has no usable credential, or another replica
+    /// has replaced the token already.
+    NotNeeded,
+}
+
+/// When an account may be issued for at the earliest, and how.
+struct EarliestIssue {
+    at: Timestamp,
+    credential_version: CredentialVersion,
+    /// The end of the minimum issue interval, which may be after `at`.
+    interval_ends: Timestamp,
+}
+
+impl RefreshPolicy {
+    /// Decides whether the account may be issued for at `now`. The same view never yields a later
+    /// wait at a later `now`.
+    #[must_use]
+    pub fn decide(&self, view: &IssueView<'_>, now: Timestamp) -> IssueDecision {
+        match self.earliest_issue(view) {
+            None => IssueDecision::NotNeeded,
+            Some(earliest) if earliest.at > now => IssueDecision::WaitUntil(earliest.at),
+            Some(earliest) => IssueDecision::Issue {
+                credential_version: earliest.credential_version,
+                uses_interval_exception: earliest.interval_ends > now,
+            },
+        }
+    }
+
+    /// Returns the moment from which [`RefreshPolicy::decide`] permits the next issue, which may
+    /// have passed; `None` while it is not needed. It does not depend on the present moment, so that
+    /// planning an account twice gives it the same place in the queue.
+    #[must_use]
+    pub fn next_issue_at(&self, view: &IssueView<'_>) -> Option<Timestamp> {
+        self.earliest_issue(view).map(|earliest| earliest.at)
+    }
+
+    fn earliest_issue(&self, view: &IssueView<'_>) -> Option<EarliestIssue> {
+        let IssueView { account, refresh, .. } = view;
+        if !account.enabled || view.already_replaced {
+            return None;
+        }
+        let credential_version = account.usable_version(refresh)?;
+        let asked = account.wants_reissue(refresh);
+        let untried = credential_version == account.credential_version
+            && refresh.attempt_version != Some(credential_version);
+        let due = if asked || untried || refresh.token_may_be_revoked() {
+            AT_ONCE
+        } else {
+            view.scheduled_at
+        };
+        let retry = refresh
+            .current_failure(account.credential_version)
+            .filter(|failure| !asked && !untried && !view.failed_in_ended_outage(failure.class))
+            .and(refresh.next_attempt_at)
+            .unwrap_or(AT_ONCE);
+        let interval_ends = refresh
+            .attempt_started_at
+            .map_or(AT_ONCE, |started| started + delta(self.min_issue_interval));
+        let interval = if untried {
+            interval_ends.min(refresh.interval_exceptions.available_from())
+        } else {
+            interval_ends
+        };
+        let lease = refresh.lease_until.unwrap_or(AT_ONCE);
+        let at = due.max(retry).max(interval).max(lease);
+        Some(EarliestIssue { at, credential_version, interval_ends })
+    }
+
+    /// Returns when the replacement of `token` is scheduled: at [`RefreshPolicy::advisory_refresh_at`],
+    /// or at once if there is no token.
+    #[must_use]
+    pub fn scheduled_at(&self, account: &AccountName, token: Option<&Token>) -> Timestamp {
+        token.map_or(AT_ONCE, |token| self.advisory_refresh_at(account, token))
+    }
+
+    /// Returns when `token` is to be replaced, if nothing hinders: after [`RefreshPolicy::refresh_at`]
+    /// of its life, ± 5 % of that life depending on the account's name.
+    #[must_use]
+    pub fn advisory_refresh_at(&self, account: &AccountName, token: &Token) -> Timestamp {
         token.at_share(self.refresh_at + (spread(account, "refresh") - 0.5) * 2.0 * JITTER)
     }
 
-    /// When the next issue for an account is due; a moment in the past means now, `None` means not
-    /// until something changes: the account is disabled, has no sealed secret, or its credential is
-    /// refused and there is none before it.
-    ///
-    /// The database has the last word when the right to issue is claimed.
+    /// Returns the moment from which the replacement of `token` cannot be put off: the last 10 % of
+    /// its life, at most its last minute; at once if there is no token or it may have been revoked.
     #[must_use]
-    pub fn next_attempt(
-        &self,
-        account: &Account,
-        progress: &RefreshState,
-        token: Option<&Token>,
-    ) -> Option<Timestamp> {
-        let failure = progress.current_failure(account.credential_version);
-        let asked = account.wants_reissue(progress);
-        let usable = account.usable_credential(progress).filter(|_| account.enabled)?;
-        let untried = usable.version == account.credential_version
-            && progress.attempt_version != Some(usable.version);
-        let scheduled = token.map_or(AT_ONCE, |token| self.refresh_due(&account.name, token));
-        // An attempt without an end is made up for once its lease has run out.
-        let due = if asked || untried || progress.is_doubtful() { AT_ONCE } else { scheduled };
-        let retry = progress.next_attempt_at.filter(|_| failure.is_some() && !asked && !untried);
-        let floor = progress
-            .attempt_started_at
-            .filter(|_| !untried)
-            .map(|started| started + delta(self.min_issue_interval));
-        [retry, floor, progress.lease_until].into_iter().flatten().fold(due, Timestamp::max).into()
-    }
-
-    /// The moment from which the replacement of `token` cannot be put off: the last 10 % of its
-    /// life, at most its last minute; at once where there is none or it may be dead.
-    #[must_use]
-    pub fn urgent_from(progress: &RefreshState, token: Option<&Token>) -> Timestamp {
-        token.filter(|_| !progress.is_doubtful()).map_or(AT_ONCE, |token| {
-            token.expires_at - delta(token.life().mul_f64(URGENT_SHARE).min(URGENT_AT_MOST))
+    pub fn mandatory_refresh_at(refresh: &RefreshState, token: Option<&Token>) -> Timestamp {
+        token.filter(|_| !refresh.token_may_be_revoked()).map_or(AT_ONCE, |token| {
+            let lead = token.life().mul_f64(MANDATORY_SHARE).min(MANDATORY_AT_MOST);
+            token.expires_at - delta(lead)
         })
     }
 
-    /// What a caller may demand at most as the rest of a token's life: what one always has left
-    /// before its replacement is due. More would force an issue on everyone at each call.
+    /// Returns the longest `min_ttl` that a caller is granted: what a token always has left before
+    /// its replacement is due. A longer one would force an issue on everyone at each call.
     #[must_use]
     pub fn longest_min_ttl(&self, token: &Token) -> Duration {
         token.life().mul_f64((1.0 - self.refresh_at - JITTER).max(0.0))
     }
 
-    /// How long to wait after the `failures`-th failure in a row of a kind that may pass by itself.
-    /// Doubles from one second to five minutes, spread over half of that by the account's name, and
-    /// is never below the floor between issues.
+    /// Returns how long to wait after a failure of `class`, the `failures`-th in a row; `None` if
+    /// nothing is to be tried until the credential changes.
+    ///
+    /// `asked` is the pause that the upstream asked for, and `cap` an upper bound of the broker's own
+    /// pause.
     #[must_use]
-    pub fn retry_after(&self, account: &AccountName, failures: u32) -> Duration {
+    pub fn pause_after_failure(
+        &self,
+        account: &AccountName,
+        class: FailureClass,
+        failures: u32,
+        asked: Option<Duration>,
+        cap: Option<Duration>,
+    ) -> Option<Duration> {
+        match class {
+            class if class.suspends() => None,
+            FailureClass::EgressRejected => Some(self.egress_retry_pause(account)),
+            _ => {
+                let backoff = self.backoff(account, failures);
+                let backoff = cap.map_or(backoff, |cap| backoff.min(cap));
+                Some(asked.map_or(backoff, |asked| asked.max(backoff)))
+            }
+        }
+    }
+
+    /// Doubles from one second to five minutes, spread over the upper half of that by the account's
+    /// name; never below the minimum issue interval.
+    fn backoff(&self, account: &AccountName, failures: u32) -> Duration {
         let doubled =
             FIRST_RETRY.saturating_mul(1 << failures.saturating_sub(1).min(16)).min(LONGEST_RETRY);
         let jitter = spread(account, &failures.to_string());
         doubled.mul_f64(0.5 + jitter / 2.0).max(self.min_issue_interval)
     }
 
-    /// How long to wait before the next try from an address or for an account that the upstream
-    /// refuses.
-    #[must_use]
-    pub fn probe_after(&self, account: &AccountName) -> Duration {
-        PROBE.mul_f64(0.75 + spread(account, "probe") / 2.0).max(self.min_issue_interval)
+    fn egress_retry_pause(&self, account: &AccountName) -> Duration {
+        EGRESS_RETRY.mul_f64(0.75 + spread(account, "probe") / 2.0).max(self.min_issue_interval)
     }
 }
 
-/// A number in 0..1 that depends on `account` and `purpose` alone.
+/// Returns a number in 0..1 that depends on `account` and `purpose` alone.
 fn spread(account: &AccountName, purpose: &str) -> f64 {
     // DefaultHasher::new() has fixed keys: every replica of a version finds the same number.
     let mut hasher = DefaultHasher::new();
@@ -122,167 +259,4 @@ fn spread(account: &AccountName, purpose: &str) -> f64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use chrono::TimeDelta;
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::domain::{
-        account::CredentialVersion,
-        refresh_state::{AccountCredential, FailureClass, IssueFailure},
-    };
-
-    const POLICY: RefreshPolicy =
-        RefreshPolicy { refresh_at: 0.75, min_issue_interval: Duration::from_secs(30) };
-
-    fn previous() -> AccountCredential {
-        AccountCredential { version: CredentialVersion(0), secret: vec![0].into() }
-    }
-
-    fn token(life: i64) -> Token {
-        Token::example(1, life)
-    }
-
-    fn at(second: i64) -> Timestamp {
-        DateTime::UNIX_EPOCH + TimeDelta::seconds(second)
-    }
-
-    fn account() -> Account {
-        Account::example(1, "acme")
-    }
-
-    /// Tried once, with credential 1, at the second 0.
-    fn tried() -> RefreshState {
-        RefreshState {
-            attempt_started_at: Some(at(0)),
-            attempt_version: Some(CredentialVersion(1)),
-            ..RefreshState::default()
-        }
-    }
-
-    fn failed(class: FailureClass, next_attempt_at: Option<Timestamp>) -> RefreshState {
-        let failure = IssueFailure {
-            class,
-            code: None,
-            message: String::new(),
-            version: CredentialVersion(1),
-        };
-        RefreshState { failure: Some(failure), next_attempt_at, ..tried() }
-    }
-
-    #[test]
-    fn an_account_without_a_token_is_issued_for_at_once() {
-        let due = POLICY.next_attempt(&account(), &RefreshState::default(), None);
-        assert_eq!(due, Some(at(0)));
-    }
-
-    #[test]
-    fn a_token_is_replaced_when_it_is_due() {
-        let token = token(3_600);
-        let due = POLICY.next_attempt(&account(), &tried(), Some(&token));
-        assert_eq!(due, Some(POLICY.refresh_due(&account().name, &token)));
-    }
-
-    #[test]
-    fn a_disabled_or_unsealed_account_waits_for_a_change() {
-        let disabled = Account { enabled: false, ..account() };
-        assert_eq!(POLICY.next_attempt(&disabled, &tried(), None), None);
-        let unsealed = Account { secret: None, ..account() };
-        assert_eq!(POLICY.next_attempt(&unsealed, &RefreshState::default(), None), None);
-    }
-
-    #[test]
-    fn a_suspect_token_is_replaced_at_the_floor() {
-        let suspect = RefreshState { suspect: true, ..tried() };
-        assert_eq!(POLICY.next_attempt(&account(), &suspect, Some(&token(3_600))), Some(at(30)));
-    }
-
-    #[test]
-    fn an_attempt_without_an_end_is_made_up_for_after_its_lease() {
-        let lost = RefreshState { attempt_open: true, lease_until: Some(at(40)), ..tried() };
-        assert_eq!(POLICY.next_attempt(&account(), &lost, Some(&token(3_600))), Some(at(40)));
-    }
-
-    #[test]
-    fn a_refused_credential_waits_for_its_change_or_an_admin() {
-        let parked = failed(FailureClass::Rejected, None);
-        assert_eq!(POLICY.next_attempt(&account(), &parked, None), None);
-        let changed = Account { credential_version: CredentialVersion(2), ..account() };
-        assert_eq!(POLICY.next_attempt(&changed, &parked, None), Some(at(0)));
-        let asked = Account { reissue_requested_at: Some(at(1)), ..account() };
-        assert_eq!(POLICY.next_attempt(&asked, &parked, None), Some(at(30)));
-    }
-
-    #[test]
-    fn a_refused_rotation_leaves_the_old_schedule_in_place() {
-        let rotated = Account { previous: Some(previous()), ..account() };
-        let parked = failed(FailureClass::Rejected, None);
-        let token = token(3_600);
-        let due = POLICY.next_attempt(&rotated, &parked, Some(&token));
-        assert_eq!(due, Some(POLICY.refresh_due(&rotated.name, &token)));
-    }
-
-    #[test]
-    fn a_failure_that_may_pass_is_waited_out() {
-        let failing = failed(FailureClass::Unreachable, Some(at(120)));
-        assert_eq!(POLICY.next_attempt(&account(), &failing, None), Some(at(120)));
-    }
-
-    #[test]
-    fn another_replicas_lease_is_waited_for() {
-        let leased = RefreshState { lease_until: Some(at(99)), ..tried() };
-        assert_eq!(POLICY.next_attempt(&account(), &leased, None), Some(at(99)));
-    }
-
-    #[test]
-    fn tokens_of_one_issue_are_replaced_over_a_tenth_of_their_life() {
-        let token = token(3_600);
-        let due: Vec<_> = (0..2_000)
-            .map(|n| POLICY.refresh_due(&format!("account-{n}").parse().unwrap(), &token))
-            .collect();
-        let (first, last) = (due.iter().min().unwrap(), due.iter().max().unwrap());
-        assert!((2_520..2_530).contains(&first.timestamp()), "{first}");
-        assert!((2_870..=2_880).contains(&last.timestamp()), "{last}");
-        // Peak over mean of the refreshes in a twentieth of the window: even enough for promise 11.
-        let mut slots = [0; 20];
-        for at in &due {
-            slots[usize::try_from((at.timestamp() - 2_520) / 18).unwrap().min(19)] += 1;
-        }
-        assert!(slots.iter().all(|n| *n <= 200), "{slots:?}");
-    }
-
-    #[test]
-    fn the_last_tenth_is_urgent_but_at_most_a_minute() {
-        let urgent =
-            |token: Option<&Token>| RefreshPolicy::urgent_from(&tried(), token).timestamp();
-        assert_eq!(urgent(Some(&token(3_600))), 3_540);
-        assert_eq!(urgent(Some(&token(100))), 90);
-        assert_eq!(urgent(None), 0);
-        let doubtful = RefreshState { suspect: true, ..tried() };
-        assert_eq!(RefreshPolicy::urgent_from(&doubtful, Some(&token(100))).timestamp(), 0);
-    }
-
-    #[test]
-    fn retries_double_up_to_five_minutes_and_keep_the_floor() {
-        let name = "acme".parse().unwrap();
-        let free = RefreshPolicy { min_issue_interval: Duration::ZERO, ..POLICY };
-        assert!(free.retry_after(&name, 1) <= Duration::from_secs(1));
-        assert!(free.retry_after(&name, 4) >= Duration::from_secs(4));
-        assert!(free.retry_after(&name, u32::MAX) <= Duration::from_mins(5));
-        assert_eq!(POLICY.retry_after(&name, 1), Duration::from_secs(30));
-    }
-
-    proptest! {
-        #[test]
-        fn a_replacement_is_due_in_life_and_before_it_is_urgent(
-            name in "[a-z0-9][a-z0-9._-]{0,62}", life in 10_i64..100_000,
-        ) {
-            let (name, token) = (name.parse().unwrap(), token(life));
-            let due = POLICY.refresh_due(&name, &token);
-            prop_assert!(due > token.issued_at);
-            prop_assert!(due < RefreshPolicy::urgent_from(&RefreshState::default(), Some(&token)));
-            prop_assert!(token.time_left(due) >= POLICY.longest_min_ttl(&token));
-            prop_assert_eq!(due, POLICY.refresh_due(&name, &token));
-        }
-    }
-}
+mod tests;

@@ -1,69 +1,61 @@
-//! Where an account's issuing stands: its last attempt, its last failure, and the state that people
-//! and callers see.
+//! What is known of an account's attempts to issue, and the state derived from it that admins and
+//! callers see.
 
-use std::{fmt, str::FromStr};
+use std::{str::FromStr, time::Duration};
 
 use crate::domain::{
     account::{AccountId, AccountName, ClientId, CredentialVersion, Invalid},
-    clock::Timestamp,
+    clock::{Timestamp, delta},
+    named_enum::named_enum,
     secret::SealedSecret,
-    token::{Generation, Token},
+    token::Generation,
 };
 
-/// Why an issue failed, as far as what to do next depends on it.
-#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
-pub enum FailureClass {
-    /// The upstream refuses the credential: nothing is tried until it changes.
-    Rejected,
-    /// The sealed secret does not open with the keyring: nothing is tried until it changes.
-    Intake,
-    /// The upstream refuses the account or our address: tried again seldom.
-    EgressRejected,
-    /// The upstream asks to wait.
-    RateLimited,
-    /// The upstream cannot be reached, or fails by itself.
-    Unreachable,
-    /// The upstream's answer is no token and no error that we know.
-    Malformed,
+named_enum! {
+    /// Why an issue failed, as far as the next step depends on it.
+    ///
+    /// The names are stored in `refreshes.error_class`; the view `account_status` compares with them.
+    pub enum FailureClass {
+        /// The upstream refuses the credential. The account is suspended until its credential
+        /// changes: a login that fails too often is locked.
+        Rejected = "rejected",
+        /// The stored secret does not open with the keyring. The account is suspended until its
+        /// credential changes; the upstream is not called.
+        Intake = "intake",
+        /// The upstream refuses the account or the address that it is called from. Retried about
+        /// every 15 minutes.
+        EgressRejected = "egress_rejected",
+        /// The upstream asks for fewer calls, and may say for how long.
+        RateLimited = "rate_limited",
+        /// The upstream does not answer, or reports a failure of its own.
+        Unreachable = "unreachable",
+        /// The upstream's answer is neither a token nor a known error.
+        Malformed = "malformed",
+    }
 }
 
 impl FailureClass {
-    /// The outcome in the audit log: the gRPC status that a call would end with for it.
+    /// Returns the outcome for the audit log: the gRPC status that a call would end with.
     #[must_use]
     pub fn outcome(self) -> &'static str {
-        match self {
-            Self::Rejected | Self::EgressRejected | Self::Intake => "failed_precondition",
-            _ => "unavailable",
+        if self.suspends() || self == Self::EgressRejected {
+            "failed_precondition"
+        } else {
+            "unavailable"
         }
     }
 
-    /// All of them.
-    pub const ALL: [Self; 6] = [
-        Self::Rejected,
-        Self::Intake,
-        Self::EgressRejected,
-        Self::RateLimited,
-        Self::Unreachable,
-        Self::Malformed,
-    ];
-
-    /// The name in the database and in metrics.
+    /// Returns whether nothing is retried until the account's credential changes or an admin asks.
     #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Rejected => "rejected",
-            Self::Intake => "intake",
-            Self::EgressRejected => "egress_rejected",
-            Self::RateLimited => "rate_limited",
-            Self::Unreachable => "unreachable",
-            Self::Malformed => "malformed",
-        }
-    }
-
-    /// Whether the account is left alone until its credential changes.
-    #[must_use]
-    pub fn parks(self) -> bool {
+    pub fn suspends(self) -> bool {
         matches!(self, Self::Rejected | Self::Intake)
+    }
+
+    /// Returns whether the upstream itself is at fault, so that other accounts fail alike and the
+    /// end of the outage ends the pause.
+    #[must_use]
+    pub fn is_upstream_fault(self) -> bool {
+        matches!(self, Self::Unreachable | Self::Malformed)
     }
 }
 
@@ -78,88 +70,117 @@ impl FromStr for FailureClass {
     }
 }
 
-/// A failed issue.
+/// A failed issue, as it is stored and shown to admins.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct IssueFailure {
-    /// What it means.
+    /// The kind of failure, which decides what is retried and when.
     pub class: FailureClass,
     /// The upstream's code, such as `61006`.
     pub code: Option<String>,
-    /// Our own words, never the upstream's.
+    /// A description in the broker's words. It never quotes the upstream, whose answer may echo
+    /// the secret.
     pub message: String,
-    /// The credential that failed.
+    /// The version of the credential that the attempt used.
     pub version: CredentialVersion,
 }
 
-/// One of an account's credentials.
+/// A credential with its sealed secret.
 #[derive(Clone, Debug)]
 pub struct AccountCredential {
-    /// Which one.
+    /// The version that the sealed secret is bound to.
     pub version: CredentialVersion,
-    /// Its secret.
+    /// The secret, sealed to the account and the version.
     pub secret: SealedSecret,
 }
 
-/// One attempt to issue: for whom, with what, and as which generation.
+/// One attempt to issue a token: the account, the credential, and the generation of the result.
 #[derive(Clone, Debug)]
 pub struct IssueAttempt {
-    /// The account.
+    /// The account to issue for.
     pub account: AccountId,
-    /// The login.
+    /// The account's login at the upstream.
     pub client_id: ClientId,
-    /// The credential to use.
+    /// The credential to issue with.
     pub credential: AccountCredential,
-    /// Whether that is the account's current credential, and not the one before a rotation whose
-    /// new secret the upstream refuses.
-    pub current: bool,
-    /// What the new token's generation will be.
+    /// Whether `credential` is the account's current one. It is the previous one while the upstream
+    /// refuses the secret of a rotation.
+    pub uses_current_credential: bool,
+    /// The generation that the new token gets.
     pub generation: Generation,
 }
 
 /// An account as the database has it.
 #[derive(Clone, Debug)]
 pub struct Account {
-    /// Its row.
+    /// The row's id, which is never reused.
     pub id: AccountId,
-    /// Its name.
+    /// The unique name, by which callers ask.
     pub name: AccountName,
-    /// Its login at the upstream.
+    /// The login at the upstream.
     pub client_id: ClientId,
-    /// A disabled account is neither issued for nor served.
+    /// Whether tokens of the account are issued and served.
     pub enabled: bool,
-    /// Its current credential.
+    /// The version of the current credential.
     pub credential_version: CredentialVersion,
-    /// That credential's secret, once it is sealed.
+    /// The current credential's secret; `None` until it has been sealed.
     pub secret: Option<SealedSecret>,
-    /// The credential before the last rotation, while it is kept.
+    /// The credential before the last rotation, kept until the new one has issued a token.
     pub previous: Option<AccountCredential>,
-    /// A token issued before this moment is to be replaced.
+    /// When an admin last asked for a new token. A token issued before is to be replaced.
     pub reissue_requested_at: Option<Timestamp>,
 }
 
 impl Account {
-    /// Whether an admin asked for a new token since the last attempt.
+    /// Returns whether an admin asked for a new token since the last attempt began.
     #[must_use]
-    pub fn wants_reissue(&self, progress: &RefreshState) -> bool {
+    pub fn wants_reissue(&self, refresh: &RefreshState) -> bool {
         self.reissue_requested_at
-            .is_some_and(|at| progress.attempt_started_at.is_none_or(|started| started < at))
+            .is_some_and(|at| refresh.attempt_started_at.is_none_or(|started| started < at))
     }
 
-    /// The credential to issue with: the current one unless it is refused, else the one before.
+    /// Returns the version of the credential to issue with: the current one, or the previous one
+    /// while the current one is suspended or not sealed yet. `None` if neither can be used.
     #[must_use]
-    pub fn usable_credential(&self, progress: &RefreshState) -> Option<AccountCredential> {
-        let failure = progress.current_failure(self.credential_version);
-        let parked = failure.is_some_and(|failure| failure.class.parks());
-        let secret = self.secret.clone().filter(|_| !parked || self.wants_reissue(progress));
-        let current =
-            secret.map(|secret| AccountCredential { version: self.credential_version, secret });
-        current.or_else(|| self.previous.clone())
+    pub fn usable_version(&self, refresh: &RefreshState) -> Option<CredentialVersion> {
+        let suspended = refresh
+            .current_failure(self.credential_version)
+            .is_some_and(|failure| failure.class.suspends());
+        if self.secret.is_some() && (!suspended || self.wants_reissue(refresh)) {
+            return Some(self.credential_version);
+        }
+        self.previous.as_ref().map(|previous| previous.version)
+    }
+
+    /// Returns the current or the previous credential if it has this version and a sealed secret.
+    #[must_use]
+    pub fn credential(&self, version: CredentialVersion) -> Option<AccountCredential> {
+        if version == self.credential_version {
+            return self.secret.clone().map(|secret| AccountCredential { version, secret });
+        }
+        self.previous.clone().filter(|previous| previous.version == version)
+    }
+
+    /// Returns an attempt with the credential of this version, for a token of this generation.
+    /// `None` if the account has no such credential.
+    #[must_use]
+    pub fn attempt(
+        &self,
+        version: CredentialVersion,
+        generation: Generation,
+    ) -> Option<IssueAttempt> {
+        Some(IssueAttempt {
+            account: self.id,
+            client_id: self.client_id.clone(),
+            credential: self.credential(version)?,
+            uses_current_credential: version == self.credential_version,
+            generation,
+        })
     }
 }
 
 #[cfg(test)]
 impl Account {
-    /// An enabled account with a sealed first secret, for tests.
+    /// Returns an enabled account with a sealed first secret, for tests.
     pub(crate) fn example(id: i64, name: &str) -> Self {
         Self {
             id: AccountId(id),
@@ -174,125 +195,169 @@ impl Account {
     }
 }
 
-/// What is known of an account's attempts.
+/// How often a changed credential was issued with before the minimum issue interval was over.
+///
+/// A counter over a fixed window: the first exception starts an hour, in which there are at most
+/// [`IntervalExceptions::LIMIT`].
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct IntervalExceptions {
+    /// The exceptions used since `since`.
+    pub used: u32,
+    /// When the window began; `None` if there was no exception yet.
+    pub since: Option<Timestamp>,
+}
+
+impl IntervalExceptions {
+    /// The most exceptions in one window.
+    pub const LIMIT: u32 = 3;
+    const WINDOW: Duration = Duration::from_hours(1);
+
+    /// Returns when the next exception may be used: a moment in the past while some are left, else
+    /// the end of the window.
+    #[must_use]
+    pub fn available_from(&self) -> Timestamp {
+        match self.since {
+            Some(since) if self.used >= Self::LIMIT => since + delta(Self::WINDOW),
+            _ => Timestamp::UNIX_EPOCH,
+        }
+    }
+
+    /// Returns the counter after an issue at `now`, which `uses_one` or not. A window that is over
+    /// starts anew.
+    #[must_use]
+    pub fn after_issue(&self, now: Timestamp, uses_one: bool) -> Self {
+        let window = self.since.filter(|since| self.used > 0 && *since + delta(Self::WINDOW) > now);
+        let used = if window.is_some() { self.used } else { 0 };
+        Self { used: used + u32::from(uses_one), since: window.or(uses_one.then_some(now)) }
+    }
+}
+
+/// What is known of an account's attempts to issue.
+///
+/// Times that the database stamped are in the local clock's time here: `AccountLoader` converts them.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct RefreshState {
-    /// When the last attempt began; stamped before the call, by the database's clock.
+    /// When the last attempt began; stamped before the upstream is called.
     pub attempt_started_at: Option<Timestamp>,
-    /// The credential that it used.
+    /// The version of the credential that the last attempt used.
     pub attempt_version: Option<CredentialVersion>,
-    /// Whether that attempt has no recorded end: it is under way, or its replica was lost, and then
-    /// the upstream may have issued.
+    /// Whether the last attempt has no recorded end: it is under way, or its replica was lost and
+    /// the upstream may have issued a token.
     pub attempt_open: bool,
-    /// Until when a replica holds the right to issue.
+    /// Until when a replica holds the lease, unless it releases it earlier.
     pub lease_until: Option<Timestamp>,
-    /// The token may have been ended by an issue whose answer was lost.
-    pub suspect: bool,
-    /// The generation of the stored token, also of one that does not open.
+    /// Whether the upstream may have ended the stored token: an attempt may have issued another one
+    /// that was not stored, or a caller reported the token as refused.
+    pub possibly_revoked: bool,
+    /// The generation of the stored token, even of one that does not open.
     pub stored_generation: Option<Generation>,
-    /// Failures in a row.
-    pub failures: u32,
-    /// The last failure, until a success.
+    /// The failures since the last success.
+    pub consecutive_failures: u32,
+    /// The last failure; `None` after a success.
     pub failure: Option<IssueFailure>,
-    /// Not before this moment, after a failure.
+    /// After a failure that may pass by itself: the moment before which nothing is tried.
     pub next_attempt_at: Option<Timestamp>,
+    /// The exceptions from the minimum issue interval in the current hour.
+    pub interval_exceptions: IntervalExceptions,
 }
 
 impl RefreshState {
-    /// The failure that speaks of the account's current credential.
+    /// Returns the last failure if it was the current credential's. `version` is the account's
+    /// current one.
     #[must_use]
     pub fn current_failure(&self, version: CredentialVersion) -> Option<&IssueFailure> {
         self.failure.as_ref().filter(|failure| failure.version == version)
     }
 
-    /// Whether the stored token may have been ended by an attempt whose outcome is not known.
+    /// Returns whether the upstream may have ended the stored token, by a report, or by an attempt
+    /// whose outcome is not known.
     #[must_use]
-    pub fn is_doubtful(&self) -> bool {
-        self.suspect || self.attempt_open
-    }
-
-    fn is_due(&self, now: Timestamp) -> bool {
-        self.suspect || self.next_attempt_at.is_some_and(|at| at <= now)
+    pub fn token_may_be_revoked(&self) -> bool {
+        self.possibly_revoked || self.attempt_open
     }
 }
 
-/// Where an account stands, for people and callers: the contract's states.
-#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
-pub enum AccountState {
-    /// No token was issued yet.
-    Pending,
-    /// A live token, not yet due.
-    Fresh,
-    /// A live token whose replacement is due or under way.
-    Refreshing,
-    /// The last token ended.
-    Expired,
-    /// The credential is refused.
-    Rejected,
-    /// The account or our address is refused.
-    EgressRejected,
-    /// The upstream does not answer as it should.
-    Unreachable,
-    /// An admin disabled it.
-    Disabled,
+named_enum! {
+    /// The state of an account as the view `account_status`, callers and metrics show it.
+    pub enum AccountState {
+        /// No token was issued yet.
+        Pending = "pending",
+        /// The token is live and not to be replaced yet.
+        Fresh = "fresh",
+        /// The token is live and is being replaced, or about to be.
+        Refreshing = "refreshing",
+        /// The last token has ended, and no failure explains it.
+        Expired = "expired",
+        /// The credential is refused, or its stored secret does not open.
+        Rejected = "rejected",
+        /// The upstream refuses the account or the address that it is called from.
+        EgressRejected = "egress_rejected",
+        /// The last attempt failed for another reason; it is retried.
+        Unreachable = "unreachable",
+        /// An admin disabled the account.
+        Disabled = "disabled",
+    }
 }
 
 impl AccountState {
-    /// All of them.
-    pub const ALL: [Self; 8] = [
-        Self::Pending,
-        Self::Fresh,
-        Self::Refreshing,
-        Self::Expired,
-        Self::Rejected,
-        Self::EgressRejected,
-        Self::Unreachable,
-        Self::Disabled,
-    ];
-
-    /// The state of an account at `now`. The view `account_status` states the same rule in SQL.
+    /// Returns the state of an account at `now`. `token_ends` is the end of its last token.
+    ///
+    /// The view `account_status` states the same rule in SQL; an integration test compares both over
+    /// all combinations of the facts.
     #[must_use]
     pub fn of(
         account: &Account,
-        token: Option<&Token>,
-        progress: &RefreshState,
+        refresh: &RefreshState,
+        token_ends: Option<Timestamp>,
         now: Timestamp,
     ) -> Self {
-        let live = token.is_some_and(|token| token.is_live(now));
-        let leased = progress.lease_until.is_some_and(|until| until > now);
+        let live = token_ends.is_some_and(|end| end > now);
+        let leased = refresh.lease_until.is_some_and(|until| until > now);
+        let due = refresh.possibly_revoked || refresh.next_attempt_at.is_some_and(|at| at <= now);
         if !account.enabled {
             return Self::Disabled;
         }
-        match progress.current_failure(account.credential_version).map(|failure| failure.class) {
-            Some(class) if class.parks() => Self::Rejected,
+        match refresh.current_failure(account.credential_version).map(|failure| failure.class) {
+            Some(class) if class.suspends() => Self::Rejected,
             Some(FailureClass::EgressRejected) => Self::EgressRejected,
             Some(_) if live && leased => Self::Refreshing,
             Some(_) => Self::Unreachable,
-            None if live && (leased || progress.is_due(now)) => Self::Refreshing,
+            None if live && (leased || due) => Self::Refreshing,
             None if live => Self::Fresh,
-            None if token.is_some() => Self::Expired,
+            None if token_ends.is_some() => Self::Expired,
             None => Self::Pending,
-        }
-    }
-
-    /// The name in `account_status` and in metrics.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Pending => "pending",
-            Self::Fresh => "fresh",
-            Self::Refreshing => "refreshing",
-            Self::Expired => "expired",
-            Self::Rejected => "rejected",
-            Self::EgressRejected => "egress_rejected",
-            Self::Unreachable => "unreachable",
-            Self::Disabled => "disabled",
         }
     }
 }
 
-impl fmt::Display for AccountState {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
+#[cfg(test)]
+mod tests {
+    use chrono::{DateTime, TimeDelta};
+
+    use super::*;
+
+    fn at(second: i64) -> Timestamp {
+        DateTime::UNIX_EPOCH + TimeDelta::seconds(second)
+    }
+
+    #[test]
+    fn three_exceptions_are_available_in_an_hour_from_the_first() {
+        let mut exceptions = IntervalExceptions::default();
+        for second in [1_000, 1_010, 1_020] {
+            assert!(exceptions.available_from() <= at(second));
+            exceptions = exceptions.after_issue(at(second), true);
+            exceptions = exceptions.after_issue(at(second + 5), false);
+        }
+        assert_eq!(exceptions.available_from(), at(1_000 + 3_600));
+        let next_hour = exceptions.after_issue(at(1_000 + 3_600), true);
+        assert_eq!(next_hour, IntervalExceptions { used: 1, since: Some(at(4_600)) });
+    }
+
+    #[test]
+    fn a_failure_class_is_read_back_from_its_name() {
+        for class in FailureClass::ALL {
+            assert_eq!(class.as_str().parse(), Ok(class));
+        }
+        assert!("unknown".parse::<FailureClass>().is_err());
     }
 }

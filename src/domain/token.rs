@@ -1,4 +1,4 @@
-//! An account's token with its generation, its times and what its claims say.
+//! An account's token: as the upstream issued it, as callers get it, and as the database stores it.
 
 use std::{fmt, time::Duration};
 
@@ -11,19 +11,20 @@ use crate::domain::{
 /// A number that grows with each new token of an account.
 ///
 /// Made from the time of the issue and the replica, so that it never repeats, also after a restored
-/// database: milliseconds since 1970 in the upper bits, 16 bits of the replica in the lower.
+/// database: milliseconds since 1970 in the upper 48 bits, the replica's number in the lower 16.
 #[derive(Clone, Copy, Debug, Default, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct Generation(pub i64);
 
 impl Generation {
-    /// The generation of an issue at `at` by `replica`, later than `last` whatever the clocks say.
+    /// Returns the generation of an issue at `at` by `replica`. It is above `last` even when the
+    /// clock went back.
     #[must_use]
     pub fn next(at: Timestamp, replica: u16, last: Option<Self>) -> Self {
         let made = (at.timestamp_millis() << 16) | i64::from(replica);
         Self(last.map_or(made, |last| made.max(last.0 + 1)))
     }
 
-    /// The number that callers see.
+    /// Returns the number as callers see it.
     #[must_use]
     pub fn as_u64(self) -> u64 {
         self.0.unsigned_abs()
@@ -36,7 +37,7 @@ impl fmt::Display for Generation {
     }
 }
 
-/// A token as the upstream issued it, before it has a generation.
+/// The upstream's answer to an issue: a token that has no generation yet.
 #[derive(Clone, Debug)]
 pub struct IssuedToken {
     /// The JWT.
@@ -51,45 +52,94 @@ pub struct IssuedToken {
     pub skew_ms: Option<i64>,
 }
 
-/// A token that the broker holds.
+/// A token that can be served.
 #[derive(Clone, Debug)]
 pub struct Token {
     /// The JWT.
     pub access_token: AccessToken,
-    /// Its place in the account's series of tokens.
+    /// The token's place in the account's series of tokens.
     pub generation: Generation,
-    /// The credential that it was issued with.
+    /// The version of the credential that it was issued with.
     pub credential_version: CredentialVersion,
-    /// When it was issued.
+    /// When it was issued, by the clock of the replica that issued it.
     pub issued_at: Timestamp,
-    /// When it ends.
+    /// When it ends, by the same clock.
     pub expires_at: Timestamp,
-    /// The one address from which it may work.
+    /// The one address from which it may work, if its claims name one.
     pub allowed_ip: Option<String>,
     /// The keyed hash under which the audit log knows it.
     pub fingerprint: String,
 }
 
+/// A token as the database stores it: like [`Token`], with the JWT sealed.
+#[derive(Clone, Debug)]
+pub struct SealedToken {
+    /// The JWT, sealed to the account and the generation.
+    pub sealed: Vec<u8>,
+    /// See [`Token::generation`].
+    pub generation: Generation,
+    /// See [`Token::credential_version`].
+    pub credential_version: CredentialVersion,
+    /// See [`Token::issued_at`].
+    pub issued_at: Timestamp,
+    /// See [`Token::expires_at`].
+    pub expires_at: Timestamp,
+    /// See [`Token::allowed_ip`].
+    pub allowed_ip: Option<String>,
+    /// See [`Token::fingerprint`].
+    pub fingerprint: String,
+}
+
+impl SealedToken {
+    /// Returns the stored form of `token`, whose JWT the caller has `sealed`.
+    #[must_use]
+    pub fn new(token: &Token, sealed: Vec<u8>) -> Self {
+        Self {
+            sealed,
+            generation: token.generation,
+            credential_version: token.credential_version,
+            issued_at: token.issued_at,
+            expires_at: token.expires_at,
+            allowed_ip: token.allowed_ip.clone(),
+            fingerprint: token.fingerprint.clone(),
+        }
+    }
+
+    /// Returns the token with the JWT that the caller opened.
+    #[must_use]
+    pub fn opened(self, access_token: AccessToken) -> Token {
+        Token {
+            access_token,
+            generation: self.generation,
+            credential_version: self.credential_version,
+            issued_at: self.issued_at,
+            expires_at: self.expires_at,
+            allowed_ip: self.allowed_ip,
+            fingerprint: self.fingerprint,
+        }
+    }
+}
+
 impl Token {
-    /// Whether it may still be served at `now`.
+    /// Returns whether the token may still be served at `now`.
     #[must_use]
     pub fn is_live(&self, now: Timestamp) -> bool {
         self.expires_at > now
     }
 
-    /// What is left of its life at `now`.
+    /// Returns the rest of the token's life at `now`; zero once it has ended.
     #[must_use]
     pub fn time_left(&self, now: Timestamp) -> Duration {
         until_from(now, self.expires_at)
     }
 
-    /// Its whole life, from issue to end.
+    /// Returns the whole life, from issue to end.
     #[must_use]
     pub fn life(&self) -> Duration {
         until_from(self.issued_at, self.expires_at)
     }
 
-    /// The moment `share` of the way through its life.
+    /// Returns the moment at which `share` of the life has passed; `share` is clamped to 0..=1.
     #[must_use]
     pub fn at_share(&self, share: f64) -> Timestamp {
         self.issued_at + delta(self.life().mul_f64(share.clamp(0.0, 1.0)))
@@ -98,7 +148,7 @@ impl Token {
 
 #[cfg(test)]
 impl Token {
-    /// A token of the first credential that lives from 1970 on for `life` seconds, for tests.
+    /// Returns a token of the first credential that lives from 1970 on for `life` seconds, for tests.
     pub(crate) fn example(generation: i64, life: i64) -> Self {
         Self {
             access_token: AccessToken::new("t").unwrap(),

@@ -1,4 +1,4 @@
-//! Loads accounts from the store into the cache, opening their tokens.
+//! Loads accounts from the database into the cache, opening their tokens.
 
 use std::{collections::BTreeSet, sync::Arc};
 
@@ -8,31 +8,36 @@ use tracing::error;
 
 use crate::{
     crypto::Keyring,
-    domain::{account::AccountId, clock::Clock, token::Token},
+    domain::{
+        account::AccountId,
+        clock::Clock,
+        token::{SealedToken, Token},
+    },
     services::account_cache::AccountCache,
     store::{
         StoreError,
-        accounts::{self, LoadedAccount, SealedToken},
+        accounts::{self, LoadedAccount},
         within,
     },
 };
 
-/// How many accounts are loaded at once.
+/// The most accounts that one statement loads.
 const PAGE: usize = 1_000;
 
-/// Brings the cache to what the database has.
+/// Brings the cache up to date with the database.
 #[derive(Debug)]
 pub struct AccountLoader {
     pool: PgPool,
     keyring: Arc<Keyring>,
     cache: Arc<AccountCache>,
     clock: Clock,
-    /// Loads follow one another, so that an older one never overwrites a newer one.
-    turn: Mutex<()>,
+    /// Held from reading a page to putting it into the cache, so that an older read never overwrites
+    /// a newer one.
+    one_at_a_time: Mutex<()>,
 }
 
 impl AccountLoader {
-    /// A loader that reads through `pool` and opens tokens with `keyring`.
+    /// Returns a loader that reads through `pool` and opens tokens with `keyring`.
     #[must_use]
     pub fn new(
         pool: PgPool,
@@ -40,21 +45,22 @@ impl AccountLoader {
         cache: Arc<AccountCache>,
         clock: Clock,
     ) -> Self {
-        Self { pool, keyring, cache, clock, turn: Mutex::new(()) }
+        Self { pool, keyring, cache, clock, one_at_a_time: Mutex::new(()) }
     }
 
-    /// Loads every account, and forgets those that are gone. Returns how many there are.
+    /// Loads every account and removes those from the cache that are gone. Returns the number of
+    /// accounts.
     ///
     /// # Errors
-    /// When the database cannot be read; what was loaded so far stays.
-    pub async fn all(&self) -> Result<usize, StoreError> {
-        let mut gone: BTreeSet<_> = self.cache.slots().iter().map(|slot| slot.id()).collect();
+    /// When the database cannot be read; the pages that were loaded before stay in the cache.
+    pub async fn load_all(&self) -> Result<usize, StoreError> {
+        let mut gone: BTreeSet<_> = self.cache.all().iter().map(|account| account.id()).collect();
         let mut last = i64::MIN;
         loop {
             let ids = accounts::ids_after(&self.pool, last).await?;
             let Some(end) = ids.last() else { break };
             last = *end;
-            self.these(&ids).await?;
+            self.load(&ids).await?;
             for id in ids {
                 gone.remove(&AccountId(id));
             }
@@ -65,63 +71,56 @@ impl AccountLoader {
         Ok(self.cache.len())
     }
 
-    /// Loads the accounts `ids`, and forgets those of them that are gone.
+    /// Loads the accounts `ids`, and removes those of them from the cache that are gone.
     ///
     /// # Errors
-    /// When the database cannot be read.
-    pub async fn these(&self, ids: &[i64]) -> Result<(), StoreError> {
+    /// When the database cannot be read; the pages that were loaded before stay in the cache.
+    pub async fn load(&self, ids: &[i64]) -> Result<(), StoreError> {
         for page in ids.chunks(PAGE) {
-            self.page(page).await?;
+            self.load_page(page).await?;
         }
         Ok(())
     }
 
-    async fn page(&self, ids: &[i64]) -> Result<(), StoreError> {
-        let _turn = self.turn.lock().await;
+    async fn load_page(&self, ids: &[i64]) -> Result<(), StoreError> {
+        let _guard = self.one_at_a_time.lock().await;
         let loaded = within(accounts::load(&self.pool, ids)).await?;
         let found: BTreeSet<_> = loaded.iter().map(|loaded| loaded.account.id).collect();
-        // First what is gone: its name may belong to another account by now.
+        // Those that are gone come first: another account may have one's name by now.
         for id in ids.iter().map(|id| AccountId(*id)).filter(|id| !found.contains(id)) {
             self.cache.remove(id);
         }
         for mut loaded in loaded {
-            self.by_our_clock(&mut loaded);
-            let LoadedAccount { account, progress, token, .. } = loaded;
+            self.convert_to_local_time(&mut loaded);
+            let LoadedAccount { account, refresh, token, .. } = loaded;
             let token = token.and_then(|token| self.open(account.id, token));
-            self.cache.put(account, progress, token);
+            self.cache.put(account, refresh, token);
         }
         Ok(())
     }
 
-    /// Turns the times that the database stamped into our clock's, so that a difference between the
-    /// two neither delays nor hurries an attempt.
-    fn by_our_clock(&self, loaded: &mut LoadedAccount) {
+    /// Converts the times that the database stamped to the local clock, so that a difference between
+    /// the two clocks neither delays nor hastens an attempt.
+    fn convert_to_local_time(&self, loaded: &mut LoadedAccount) {
         let ahead = self.clock.now() - loaded.now;
-        let LoadedAccount { account, progress, .. } = loaded;
+        let LoadedAccount { account, refresh, .. } = loaded;
         for time in [
             &mut account.reissue_requested_at,
-            &mut progress.attempt_started_at,
-            &mut progress.lease_until,
-            &mut progress.next_attempt_at,
+            &mut refresh.attempt_started_at,
+            &mut refresh.lease_until,
+            &mut refresh.next_attempt_at,
+            &mut refresh.interval_exceptions.since,
         ] {
             *time = time.map(|time| time + ahead);
         }
     }
 
-    /// Opens a stored token. One that does not open is as good as none: a new one is issued.
+    /// Opens a stored token. One that does not open counts as none, so that a new one is issued.
     fn open(&self, account: AccountId, stored: SealedToken) -> Option<Token> {
         let opened = self.keyring.open_token(account, stored.generation, &stored.sealed);
         let access_token = opened
             .inspect_err(|error| error!(%account, %error, "a stored token does not open"))
             .ok()?;
-        Some(Token {
-            access_token,
-            generation: stored.generation,
-            credential_version: stored.credential_version,
-            issued_at: stored.issued_at,
-            expires_at: stored.expires_at,
-            allowed_ip: stored.allowed_ip,
-            fingerprint: stored.fingerprint,
-        })
+        Some(stored.opened(access_token))
     }
 }

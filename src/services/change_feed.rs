@@ -114,9 +114,9 @@ impl ChangeFeed {
     pub async fn start(&self) -> Result<String, StoreError> {
         let snapshot = changes::snapshot(&self.pool).await?;
         // The state directory is ours alone, so an earlier process of this instance is gone.
-        leases::give_back_all(&self.pool, &self.identity.instance).await?;
+        leases::release_all(&self.pool, &self.identity.instance).await?;
         self.seal_intake().await?;
-        let accounts = self.loader.all().await?;
+        let accounts = self.loader.load_all().await?;
         self.load_callers().await?;
         // Before anything is issued, the others can know that we are there, and we of them.
         self.tell().await?;
@@ -164,7 +164,7 @@ impl ChangeFeed {
                     error!(%error, "the broker ends: nothing that it knows may be true any more");
                     return;
                 }
-                Err(error) => self.reach.lost(&error.to_string()),
+                Err(error) => self.reach.mark_lost(&error.to_string()),
             }
             tokio::select! {
                 () = tokio::time::sleep(POLL) => {}
@@ -182,7 +182,7 @@ impl ChangeFeed {
         self.seal_intake().await?;
         let committed = within(changes::since(&self.pool, snapshot, &self.home)).await?;
         if !committed.accounts.is_empty() {
-            self.loader.these(&committed.accounts).await?;
+            self.loader.load(&committed.accounts).await?;
             for id in &committed.accounts {
                 self.waker.wake(AccountId(*id));
             }
@@ -192,7 +192,7 @@ impl ChangeFeed {
         }
         *snapshot = committed.snapshot;
         self.directory.confirm(self.clock.now());
-        self.reach.found();
+        self.reach.mark_connected();
         let again = match *retake {
             Retake::No if !committed.unrecorded => return Ok(()),
             Retake::No => false,
@@ -292,7 +292,8 @@ impl ChangeFeed {
         };
         let (ids, moments) = self.requests_since(self.clock.now() - 2 * HEARTBEAT);
         instances::beat(&self.pool, &beat).await?;
-        self.reach.met(instances::others(&self.pool, beat.instance, ABSENT_AFTER).await?);
+        self.reach
+            .heartbeat_stored(instances::others(&self.pool, beat.instance, ABSENT_AFTER).await?);
         for (ids, moments) in ids.chunks(NOTED).zip(moments.chunks(NOTED)) {
             accounts::note_requests(&self.pool, ids, moments).await?;
         }
@@ -303,7 +304,7 @@ impl ChangeFeed {
     fn requests_since(&self, since: Timestamp) -> (Vec<i64>, Vec<Timestamp>) {
         let since = since.timestamp_millis();
         self.cache
-            .slots()
+            .all()
             .iter()
             .filter(|slot| slot.requested_ms() >= since)
             .filter_map(|slot| {

@@ -1,101 +1,109 @@
-//! Whether the database answers, and what a replica may do while it does not.
+//! Whether the database answers, and whether tokens may be issued while it does not.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::sync::watch;
 use tracing::{info, warn};
 
-/// How a replica stands with the database.
+/// The replica's relation to the database.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Connectivity {
-    /// It answers.
+    /// The database answers.
     Connected,
-    /// It does not, and no other replica can be at odds with this one: tokens are issued without it.
+    /// The database does not answer, and issuing without it is safe: there is no other replica, or
+    /// two replicas that issue do not end one another's tokens.
     SoleReplica,
-    /// It does not, and may answer others, who issue: this replica serves what it has.
+    /// The database does not answer here, but other replicas may reach it and issue. This replica
+    /// only serves the tokens that it has.
     Partitioned,
 }
 
-/// What is known of the database's reach: told by whoever follows it, read by whoever needs it.
+/// The present [`Connectivity`]. The change feed reports to it; the refresher, the token provider and
+/// readiness read it.
 #[derive(Debug)]
 pub struct DatabaseConnectivity {
-    standing: watch::Sender<Connectivity>,
-    /// Whether it has answered at all.
+    current: watch::Sender<Connectivity>,
+    /// Whether the database has answered since the start.
     answered: AtomicBool,
-    /// Whether the last heartbeat met no other replica.
-    lone: AtomicBool,
-    /// Whether the upstream ends older tokens when it issues a new one. Where it does not, two
-    /// replicas that both issue do no harm.
-    ends_older: bool,
+    /// Whether the last stored heartbeat found no other live replica.
+    only_replica: AtomicBool,
+    /// Whether the upstream ends older tokens when it issues a new one.
+    new_token_ends_older: bool,
 }
 
 impl DatabaseConnectivity {
-    /// A database that answers. Until a heartbeat is told of, others may be there.
+    /// Returns the state at the start: connected, and with other replicas until a heartbeat tells
+    /// otherwise. `new_token_ends_older` says whether the upstream ends older tokens when it issues a
+    /// new one.
     #[must_use]
-    pub fn new(ends_older: bool) -> Self {
+    pub fn new(new_token_ends_older: bool) -> Self {
         Self {
-            standing: watch::Sender::new(Connectivity::Connected),
+            current: watch::Sender::new(Connectivity::Connected),
             answered: AtomicBool::new(false),
-            lone: AtomicBool::new(false),
-            ends_older,
+            only_replica: AtomicBool::new(false),
+            new_token_ends_older,
         }
     }
 
-    /// How things stand now.
+    /// Returns the present connectivity.
     #[must_use]
-    pub fn standing(&self) -> Connectivity {
-        *self.standing.borrow()
+    pub fn current(&self) -> Connectivity {
+        *self.current.borrow()
     }
 
-    /// Whether the database has answered since the start.
+    /// Returns whether the database has answered since the start.
     #[must_use]
     pub fn has_answered(&self) -> bool {
         self.answered.load(Ordering::Relaxed)
     }
 
-    /// Wakes whenever that changes. Subscribe before looking.
+    /// Returns a receiver that wakes at each change. Subscribe before reading
+    /// [`DatabaseConnectivity::current`], so that no change is missed in between.
     #[must_use]
     pub fn changes(&self) -> watch::Receiver<Connectivity> {
-        self.standing.subscribe()
+        self.current.subscribe()
     }
 
-    /// A heartbeat was stored beside that of `others`.
-    pub fn met(&self, others: i64) {
-        self.lone.store(others == 0, Ordering::Relaxed);
+    /// Notes that a heartbeat was stored, and how many other replicas had a recent one.
+    pub fn heartbeat_stored(&self, other_replicas: i64) {
+        self.only_replica.store(other_replicas == 0, Ordering::Relaxed);
     }
 
-    /// The database did not answer, for the reason `why`.
-    pub fn lost(&self, why: &str) {
-        let alone = !self.ends_older || self.lone.load(Ordering::Relaxed);
-        let standing = if alone { Connectivity::SoleReplica } else { Connectivity::Partitioned };
-        if self.change(standing, Connectivity::Connected) {
-            let issuing = if alone {
-                "no other replica is there: issuing goes on"
+    /// Notes that the database did not answer; `reason` is logged. Whether issuing goes on is decided
+    /// once, as the connection is lost: a replica that is partitioned stays so until the database
+    /// answers again.
+    pub fn mark_lost(&self, reason: &str) {
+        let safe = !self.new_token_ends_older || self.only_replica.load(Ordering::Relaxed);
+        let lost = if safe { Connectivity::SoleReplica } else { Connectivity::Partitioned };
+        if self.change(Connectivity::Connected, lost) {
+            let consequence = if safe {
+                "issuing goes on without it, which no other replica can collide with"
             } else {
-                "other replicas may issue: serving what is known"
+                "other replicas may issue, so only known tokens are served"
             };
-            warn!(why, "the database does not answer; {issuing}");
+            warn!(reason, "the database does not answer; {consequence}");
         }
     }
 
-    /// The database answered.
-    pub fn found(&self) {
+    /// Notes that the database answered.
+    pub fn mark_connected(&self) {
         self.answered.store(true, Ordering::Relaxed);
-        if self.change(Connectivity::Connected, Connectivity::SoleReplica)
-            || self.change(Connectivity::Connected, Connectivity::Partitioned)
+        if self.change(Connectivity::SoleReplica, Connectivity::Connected)
+            || self.change(Connectivity::Partitioned, Connectivity::Connected)
         {
-            info!("the database is back");
+            info!("the database answers again");
         }
     }
 
-    /// Moves to `to`, if things stand at `from`.
-    fn change(&self, to: Connectivity, from: Connectivity) -> bool {
-        self.standing.send_if_modified(|standing| {
-            let moves = *standing == from;
-            if moves {
-                *standing = to;
+    /// Changes from `from` to `to`, and wakes the receivers; returns `false` if the present state is
+    /// another one.
+    fn change(&self, from: Connectivity, to: Connectivity) -> bool {
+        self.current.send_if_modified(|current| {
+            let changes = *current == from;
+            if changes {
+                *current = to;
             }
-            moves
+            changes
         })
     }
 }
@@ -104,35 +112,35 @@ impl DatabaseConnectivity {
 mod tests {
     use super::*;
 
-    fn standing_of(ends_older: bool, others: Option<i64>) -> Connectivity {
-        let reach = DatabaseConnectivity::new(ends_older);
-        if let Some(others) = others {
-            reach.met(others);
+    fn after_loss(new_token_ends_older: bool, other_replicas: Option<i64>) -> Connectivity {
+        let connectivity = DatabaseConnectivity::new(new_token_ends_older);
+        if let Some(others) = other_replicas {
+            connectivity.heartbeat_stored(others);
         }
-        reach.lost("test");
-        reach.standing()
+        connectivity.mark_lost("test");
+        connectivity.current()
     }
 
     #[test]
-    fn only_who_met_no_other_or_can_do_no_harm_is_alone() {
-        assert_eq!(standing_of(true, None), Connectivity::Partitioned);
-        assert_eq!(standing_of(true, Some(1)), Connectivity::Partitioned);
-        assert_eq!(standing_of(true, Some(0)), Connectivity::SoleReplica);
-        assert_eq!(standing_of(false, None), Connectivity::SoleReplica);
-        assert_eq!(standing_of(false, Some(2)), Connectivity::SoleReplica);
+    fn a_replica_issues_without_the_database_only_where_no_other_can_collide() {
+        assert_eq!(after_loss(true, None), Connectivity::Partitioned);
+        assert_eq!(after_loss(true, Some(1)), Connectivity::Partitioned);
+        assert_eq!(after_loss(true, Some(0)), Connectivity::SoleReplica);
+        assert_eq!(after_loss(false, None), Connectivity::SoleReplica);
+        assert_eq!(after_loss(false, Some(2)), Connectivity::SoleReplica);
     }
 
     #[test]
-    fn who_was_cut_off_stays_so_until_the_database_is_back() {
-        let reach = DatabaseConnectivity::new(true);
-        reach.met(1);
-        reach.lost("test");
-        let mut changes = reach.changes();
-        reach.met(0);
-        reach.lost("test");
-        assert_eq!(reach.standing(), Connectivity::Partitioned);
+    fn a_partitioned_replica_stays_so_until_the_database_answers() {
+        let connectivity = DatabaseConnectivity::new(true);
+        connectivity.heartbeat_stored(1);
+        connectivity.mark_lost("test");
+        let mut changes = connectivity.changes();
+        connectivity.heartbeat_stored(0);
+        connectivity.mark_lost("test");
+        assert_eq!(connectivity.current(), Connectivity::Partitioned);
         assert!(!changes.has_changed().unwrap());
-        reach.found();
+        connectivity.mark_connected();
         assert_eq!(*changes.borrow_and_update(), Connectivity::Connected);
     }
 }

@@ -1,27 +1,30 @@
-//! Issues each account's token ahead of the end of the last one: due → lease → attempt → issue →
-//! record → store → cache, one account at a time, many at once.
+//! Issues each account's token ahead of the end of the last one. The loop here plans accounts and starts
+//! attempts: one at a time for each account, several at once in all. [`attempt`] tells what an attempt
+//! does.
 
-mod alone;
 mod attempt;
-mod leased;
+mod dependencies;
+mod intent_log;
+mod notify;
 mod outage;
+mod pending;
 mod queue;
-mod show;
-mod stamps;
-mod unstored;
+mod reconcile;
+mod records;
 
 use std::{collections::HashMap, mem, sync::Arc, time::Duration};
 
-pub use attempt::{Issuing, Outcome};
+pub use attempt::{AttemptOutcome, TokenIssuer};
+pub use dependencies::{IssueInfrastructure, IssueSettings, IssueState};
 pub use outage::Outage;
-use queue::Queue;
+pub use pending::PendingTokens;
+use queue::RefreshQueue;
 use tokio::{
     sync::mpsc,
     task::{self, JoinError, JoinSet},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error};
-pub use unstored::PendingTokens;
 
 use crate::{
     domain::{
@@ -31,156 +34,153 @@ use crate::{
     services::account_cache::CachedAccount,
 };
 
-/// When an account whose attempt panicked is tried again.
-const AFTER_A_BUG: Duration = Duration::from_mins(1);
+/// The pause before an account whose attempt panicked is tried again.
+const PANIC_PAUSE: Duration = Duration::from_mins(1);
 
-/// Tells the refresher to look at an account again. Cheap to clone.
+/// Asks the refresher to plan an account anew. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct RefreshTrigger(mpsc::UnboundedSender<AccountId>);
 
 impl RefreshTrigger {
-    /// Asks for another look at `account`: something changed, or somebody waits.
+    /// Has the account planned anew, since it changed or a call waits for its token. Returns at once.
     pub fn wake(&self, account: AccountId) {
-        // A refresher that is gone has stopped with the process.
+        // Sending fails only after the refresher has stopped, when the process is about to end.
         let _ = self.0.send(account);
     }
 }
 
-/// The loop that starts attempts.
+/// The loop that plans accounts and starts attempts.
 pub struct Refresher {
-    issuing: Arc<Issuing>,
-    queue: Queue,
-    wakes: mpsc::UnboundedReceiver<AccountId>,
-    attempts: JoinSet<Outcome>,
-    /// Whose attempts they are.
+    issuer: Arc<TokenIssuer>,
+    queue: RefreshQueue,
+    triggers: mpsc::UnboundedReceiver<AccountId>,
+    attempts: JoinSet<AttemptOutcome>,
+    /// The account of each attempt under way.
     accounts: HashMap<task::Id, AccountId>,
-    /// The least time between two starts here; the database holds all replicas together to it.
-    pause: Duration,
-    next_start: Timestamp,
-    concurrency: usize,
-    /// The last end of an outage that was planned for.
-    outage_over: Option<Timestamp>,
+    /// The moment before which no further attempt is started here, to keep to the upstream's rate. The
+    /// database holds all replicas together to it.
+    not_before: Timestamp,
+    /// The end of the last outage for which all accounts were planned anew.
+    outage_ended_at: Option<Timestamp>,
 }
 
 impl Refresher {
-    /// A refresher and the handle that wakes it.
+    /// Returns a refresher, and the handle that asks it to plan accounts anew.
     #[must_use]
-    pub fn new(issuing: Issuing) -> (Self, RefreshTrigger) {
-        let (sender, wakes) = mpsc::unbounded_channel();
-        let claimant = &issuing.claimant;
+    pub fn new(issuer: TokenIssuer) -> (Self, RefreshTrigger) {
+        let (sender, triggers) = mpsc::unbounded_channel();
         let refresher = Self {
-            pause: Duration::from_secs_f64(1.0 / claimant.rate.max(0.001)),
-            next_start: Timestamp::UNIX_EPOCH,
-            concurrency: claimant.concurrency.max(1),
-            issuing: Arc::new(issuing),
-            queue: Queue::default(),
-            wakes,
+            issuer: Arc::new(issuer),
+            queue: RefreshQueue::default(),
+            triggers,
             attempts: JoinSet::new(),
             accounts: HashMap::new(),
-            outage_over: None,
+            not_before: Timestamp::UNIX_EPOCH,
+            outage_ended_at: None,
         };
         (refresher, RefreshTrigger(sender))
     }
 
-    /// Runs until `stop`, then waits for the attempts that are under way: each has an upstream call
-    /// out whose token must be kept.
+    /// Runs until `stop`, then waits for the attempts under way, at most for the duration of a lease:
+    /// each has called the upstream, and its token must be kept. Dropping the future aborts them.
     pub async fn run(mut self, stop: CancellationToken) {
         self.plan_all();
-        let issuing = self.issuing.clone();
-        let clock = &issuing.clock;
-        let settling = issuing.keep_settling();
-        tokio::pin!(settling);
-        let mut reach = issuing.reach.changes();
+        let issuer = self.issuer.clone();
+        let clock = issuer.clock();
+        let reconciling = issuer.reconciler().run();
+        tokio::pin!(reconciling);
+        let mut connectivity = issuer.state().connectivity.changes();
         loop {
             let now = clock.now();
             let next = self.next_start(now);
             tokio::select! {
                 () = stop.cancelled() => break,
-                Some(id) = self.wakes.recv() => self.replan(id, None),
+                Some(id) = self.triggers.recv() => self.replan(id, None),
                 Some(ended) = self.attempts.join_next_with_id(), if !self.attempts.is_empty() => {
-                    self.ended(ended);
+                    self.attempt_ended(ended);
                 }
-                _ = reach.changed() => self.plan_all(),
-                () = &mut settling => {}
-                () = clock.sleep_until(next.unwrap_or(now)), if next.is_some() => self.start(),
+                _ = connectivity.changed() => self.plan_all(),
+                () = &mut reconciling => {}
+                () = clock.sleep_until(next.unwrap_or(now)), if next.is_some() => {
+                    self.start_attempt();
+                }
             }
         }
-        // Longer than a lease nobody waits: whoever claims next knows that a token may be out.
-        let lease = self.issuing.claimant.lease;
+        // An attempt that outlives its lease is not waited for: the next claim knows of it.
         let rest = async { while self.attempts.join_next().await.is_some() {} };
-        if tokio::time::timeout(lease, rest).await.is_err() {
-            error!("some attempts did not end and are left to their leases");
+        if tokio::time::timeout(issuer.holder().lease_duration, rest).await.is_err() {
+            error!("some attempts did not end before their leases");
         }
-        issuing.settle_all().await;
+        issuer.reconciler().reconcile_all().await;
     }
 
     fn plan_all(&mut self) {
-        for slot in self.issuing.cache.slots() {
-            self.plan(&slot, None);
+        for entry in self.issuer.state().cache.all() {
+            self.plan(&entry, None);
         }
     }
 
-    /// When the next attempt may start; `None` while as many as may be are under way, or none is
-    /// planned.
+    /// Returns when the next attempt may start; `None` while as many as may be are under way, or no
+    /// account is planned.
     fn next_start(&self, now: Timestamp) -> Option<Timestamp> {
-        let canary = self.issuing.outage.next_canary();
-        let concurrency = if canary.is_some() { 1 } else { self.concurrency };
+        let canary = self.issuer.state().outage.next_canary();
+        let concurrency =
+            if canary.is_some() { 1 } else { self.issuer.holder().concurrency.max(1) };
         if self.attempts.len() >= concurrency {
             return None;
         }
-        let start = self.next_start.max(canary.unwrap_or(self.next_start));
-        self.queue.next(now).map(|due| due.max(start))
+        let not_before = canary.map_or(self.not_before, |canary| canary.max(self.not_before));
+        self.queue.next_due(now).map(|due| due.max(not_before))
     }
 
-    fn start(&mut self) {
-        let now = self.issuing.clock.now();
+    fn start_attempt(&mut self) {
+        let now = self.issuer.clock().now();
         let Some(id) = self.queue.take(now) else { return };
-        let Some(slot) = self.issuing.cache.numbered(id) else { return };
-        self.next_start = now + delta(self.pause);
-        self.queue.began(id);
-        let issuing = self.issuing.clone();
-        let attempt = self.attempts.spawn(async move { issuing.attempt(&slot).await });
+        let Some(entry) = self.issuer.state().cache.by_id(id) else { return };
+        self.not_before = now + delta(self.issuer.holder().pause_between_attempts());
+        self.queue.attempt_started(id);
+        let issuer = self.issuer.clone();
+        let attempt = self.attempts.spawn(async move { issuer.attempt(&entry).await });
         self.accounts.insert(attempt.id(), id);
     }
 
-    fn ended(&mut self, ended: Result<(task::Id, Outcome), JoinError>) {
+    fn attempt_ended(&mut self, ended: Result<(task::Id, AttemptOutcome), JoinError>) {
         let (task, outcome) = match ended {
             Ok(ended) => ended,
-            Err(bug) => {
-                error!(error = %bug, "an attempt panicked");
-                (bug.id(), Outcome::NotBefore(AFTER_A_BUG))
+            Err(panicked) => {
+                error!(error = %panicked, "an attempt panicked");
+                (panicked.id(), AttemptOutcome::RetryAfter(PANIC_PAUSE))
             }
         };
         let Some(id) = self.accounts.remove(&task) else { return };
         debug!(account = %id, ?outcome, "an attempt ended");
-        self.queue.ended(id);
-        let outage_over = self.issuing.outage.over_at();
-        if mem::replace(&mut self.outage_over, outage_over) != outage_over {
-            // Whoever failed meanwhile is due now.
+        self.queue.attempt_ended(id);
+        let outage_ended_at = self.issuer.state().outage.ended_at();
+        if mem::replace(&mut self.outage_ended_at, outage_ended_at) != outage_ended_at {
+            // The accounts that failed in the outage are due now.
             self.plan_all();
         }
         let not_before = match outcome {
-            Outcome::NotBefore(pause) => Some(self.issuing.clock.now() + delta(pause)),
-            Outcome::Done => None,
+            AttemptOutcome::RetryAfter(pause) => Some(self.issuer.clock().now() + delta(pause)),
+            AttemptOutcome::Done => None,
         };
         self.replan(id, not_before);
     }
 
     fn replan(&mut self, id: AccountId, not_before: Option<Timestamp>) {
-        match self.issuing.cache.numbered(id) {
-            Some(slot) => self.plan(&slot, not_before),
-            None => self.queue.forget(id),
+        match self.issuer.state().cache.by_id(id) {
+            Some(entry) => self.plan(&entry, not_before),
+            None => self.queue.remove(id),
         }
     }
 
-    fn plan(&mut self, slot: &CachedAccount, not_before: Option<Timestamp>) {
-        let view = slot.view();
-        let token = view.token.as_deref();
-        let due = self.issuing.due(&view);
+    fn plan(&mut self, entry: &CachedAccount, not_before: Option<Timestamp>) {
+        let snapshot = entry.snapshot();
+        let due = self.issuer.next_attempt_at(&snapshot);
         self.queue.plan(
-            slot.id(),
+            entry.id(),
             due.map(|due| not_before.map_or(due, |not_before| due.max(not_before))),
-            token.map(|token| token.expires_at),
+            snapshot.token.as_ref().map(|token| token.expires_at),
         );
     }
 }

@@ -23,7 +23,7 @@ use crate::{
         account::AccountName,
         caller::{AccountPattern, Caller, CallerId, Right},
         clock::{Clock, Timestamp},
-        refresh_policy::RefreshPolicy,
+        refresh_policy::{IssueView, RefreshPolicy},
         refresh_state::AccountState,
         token::{Generation, Token},
     },
@@ -102,8 +102,8 @@ impl TokenProvider {
         let mut changes = None;
         let mut place = None;
         loop {
-            let standing = self.reach.standing();
-            match decide(&slot.view(), &ask, &self.policy, standing, self.clock.now()) {
+            let standing = self.reach.current();
+            match decide(&slot.snapshot(), &ask, &self.policy, standing, self.clock.now()) {
                 Decision::Serve(token) => return Ok(token),
                 Decision::Refuse(refusal) => return Err(refusal),
                 Decision::Wait => {}
@@ -136,7 +136,7 @@ impl TokenProvider {
     /// still better than none.
     fn too_late(&self, slot: &CachedAccount, ask: &TokenRequest) -> Result<Arc<Token>, Refusal> {
         let now = self.clock.now();
-        match slot.view().live(now) {
+        match slot.snapshot().live_token(now) {
             Some(token) if token.generation > ask.newer_than => Ok(token.clone()),
             _ => Err(Refusal::DeadlineExceeded),
         }
@@ -155,7 +155,7 @@ impl TokenProvider {
     ) -> Result<ReportOutcome, Refusal> {
         let slot = self.permitted(caller, Right::Report, account)?;
         let now = self.clock.now();
-        let view = slot.view();
+        let view = slot.snapshot();
         if !view.account.enabled {
             return Err(Refusal::AccountDisabled);
         }
@@ -166,7 +166,7 @@ impl TokenProvider {
         let reported = view.token.as_ref().map(|token| token.generation);
         let (pool, id) = (self.pool.clone(), slot.id());
         let note = self.runtime.spawn(async move {
-            timeout(REPORT_WITHIN, leases::suspect(&pool, id, reported)).await
+            timeout(REPORT_WITHIN, leases::mark_possibly_revoked(&pool, id, reported)).await
         });
         match AbortOnDropHandle::new(note).await {
             Ok(Ok(Ok(()))) => {}
@@ -182,7 +182,7 @@ impl TokenProvider {
         self.cache.update(&slot, |view| {
             let mut view = view.clone();
             // A successor that came meanwhile was not reported.
-            view.progress.suspect |=
+            view.refresh.possibly_revoked |=
                 view.token.as_ref().is_some_and(|token| token.generation.as_u64() == generation);
             view
         });
@@ -215,7 +215,12 @@ impl TokenProvider {
             token: token.map(|token| (token.issued_at, token.expires_at, token.generation)),
             next_attempt_at: self
                 .policy
-                .next_attempt(&view.account, &view.progress, token)
+                .next_issue_at(&IssueView::cached(
+                    &view.account,
+                    &view.refresh,
+                    self.policy.scheduled_at(&view.account.name, token),
+                    None,
+                ))
                 .map(|at| at.max(now)),
         }
     }
@@ -245,11 +250,11 @@ impl TokenProvider {
         if !wild.is_empty() {
             let now = self.clock.now();
             let between = LOOKS.div_ceil(wild.len());
-            for (nth, slot) in self.cache.slots().into_iter().enumerate() {
+            for (nth, slot) in self.cache.all().into_iter().enumerate() {
                 if nth % between == between - 1 {
                     yield_now().await;
                 }
-                let name = &slot.view().account.name;
+                let name = &slot.snapshot().account.name;
                 let meant = wild.iter().any(|pattern| pattern.matches(name.as_str()));
                 if meant && caller.permits(Right::Get, name, now) {
                     named.insert(slot.id(), slot.clone());
@@ -287,7 +292,7 @@ impl TokenProvider {
         if !caller.permits(right, account, self.clock.now()) {
             return Err(Refusal::NotGranted);
         }
-        self.cache.named(account).ok_or(Refusal::NoSuchAccount)
+        self.cache.by_name(account).ok_or(Refusal::NoSuchAccount)
     }
 
     fn trust_grants(&self) -> Result<(), Refusal> {

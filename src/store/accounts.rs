@@ -1,52 +1,36 @@
 //! Accounts: loading them, and sealing what admins write into the intake column.
 
-use sqlx::PgPool;
-use tracing::error;
+use sqlx::{PgExecutor, PgPool};
+use tracing::{error, instrument};
 
 use super::StoreError;
 use crate::domain::{
     account::{AccountId, ClientId, CredentialVersion},
     clock::Timestamp,
-    refresh_state::{Account, AccountCredential, FailureClass, IssueFailure, RefreshState},
+    refresh_state::{
+        Account, AccountCredential, FailureClass, IntervalExceptions, IssueFailure, RefreshState,
+    },
     secret::SealedSecret,
-    token::Generation,
+    token::{Generation, SealedToken},
 };
 
-/// How many accounts a page has at most.
-const BATCH: i64 = 1_000;
-/// How many secrets are looked at for each key, to prove that the keyring opens them.
-const SAMPLES_A_KEY: i64 = 3;
+/// The most accounts that [`ids_after`] returns.
+const PAGE: i64 = 1_000;
+/// The secrets that are sampled for each sealing key, to prove that the keyring opens them.
+const SAMPLES_PER_KEY: i64 = 3;
 
-/// An account with its progress and its sealed token, as one moment of the database has them.
+/// An account with its refresh state and its token, as one statement read them.
 #[derive(Clone, Debug)]
 pub struct LoadedAccount {
     /// The account.
     pub account: Account,
-    /// Its attempts.
-    pub progress: RefreshState,
-    /// Its token, if it has one.
+    /// What is known of its attempts.
+    pub refresh: RefreshState,
+    /// Its token, live or ended.
     pub token: Option<SealedToken>,
-    /// The database's clock at that moment, by which the account's and the attempts' times are.
+    /// The database's clock at that moment. The times in `account` and `refresh` are by this clock;
+    /// those of the token are by the clock of the replica that issued it.
     pub now: Timestamp,
-}
-
-/// A token as it is stored.
-#[derive(Clone, Debug)]
-pub struct SealedToken {
-    /// The sealed JWT, bound to the account and the generation.
-    pub sealed: Vec<u8>,
-    /// Its place in the series.
-    pub generation: Generation,
-    /// The credential that issued it.
-    pub credential_version: CredentialVersion,
-    /// When it was issued.
-    pub issued_at: Timestamp,
-    /// When it ends.
-    pub expires_at: Timestamp,
-    /// The one address from which it may work.
-    pub allowed_ip: Option<String>,
-    /// Its keyed hash.
-    pub fingerprint: String,
 }
 
 struct Row {
@@ -70,6 +54,8 @@ struct Row {
     error_message: Option<String>,
     error_version: Option<i64>,
     next_attempt_at: Option<Timestamp>,
+    floor_passes: Option<i32>,
+    floor_passes_since: Option<Timestamp>,
     sealed_token: Option<Vec<u8>>,
     generation: Option<i64>,
     token_version: Option<i64>,
@@ -80,27 +66,33 @@ struct Row {
     now: Timestamp,
 }
 
-/// The numbers of the accounts after `after`, in order: a page of them.
+/// Returns the ids of up to a thousand accounts after the id `after`, in ascending order.
 ///
 /// # Errors
 /// When the database cannot be read.
+#[instrument(level = "debug", skip_all)]
 pub async fn ids_after(pool: &PgPool, after: i64) -> Result<Vec<i64>, StoreError> {
     let ids = sqlx::query_scalar!(
         "-- store::accounts::ids_after
         select id from accounts where id > $1 order by id limit $2",
         after,
-        BATCH,
+        PAGE,
     )
     .fetch_all(pool)
     .await?;
     Ok(ids)
 }
 
-/// Those of the accounts `ids` that exist.
+/// Loads those of the accounts `ids` that exist, in no order. An account whose row is unreadable is
+/// logged and left out: it must not hinder the others.
 ///
 /// # Errors
 /// When the database cannot be read.
-pub async fn load(pool: &PgPool, ids: &[i64]) -> Result<Vec<LoadedAccount>, StoreError> {
+#[instrument(level = "debug", skip_all, fields(accounts = ids.len()))]
+pub async fn load<'e>(
+    executor: impl PgExecutor<'e>,
+    ids: &[i64],
+) -> Result<Vec<LoadedAccount>, StoreError> {
     let rows = sqlx::query_as!(
         Row,
         r#"-- store::accounts::load
@@ -115,7 +107,8 @@ pub async fn load(pool: &PgPool, ids: &[i64]) -> Result<Vec<LoadedAccount>, Stor
             r.suspect as "suspect?", r.consecutive_failures as "consecutive_failures?",
             r.error_class as "error_class?", r.error_code as "error_code?",
             r.error_message as "error_message?", r.error_version as "error_version?",
-            r.next_attempt_at as "next_attempt_at?", t.sealed_token as "sealed_token?",
+            r.next_attempt_at as "next_attempt_at?", r.floor_passes as "floor_passes?",
+            r.floor_passes_since as "floor_passes_since?", t.sealed_token as "sealed_token?",
             t.generation as "generation?", t.credential_version as "token_version?",
             t.issued_at as "issued_at?", t.expires_at as "expires_at?",
             t.allowed_ip as "allowed_ip?", t.fingerprint as "fingerprint?",
@@ -126,11 +119,9 @@ pub async fn load(pool: &PgPool, ids: &[i64]) -> Result<Vec<LoadedAccount>, Stor
         where a.id = any($1)"#,
         ids,
     )
-    .fetch_all(pool)
+    .fetch_all(executor)
     .await?;
-    // One row that somebody wrote past the triggers must not stop all the others.
-    let read =
-        |row: Row| row.read().inspect_err(|error| error!(%error, "an account is passed over"));
+    let read = |row: Row| row.read().inspect_err(|error| error!(%error, "an account is left out"));
     Ok(rows.into_iter().filter_map(|row| read(row).ok()).collect())
 }
 
@@ -140,7 +131,7 @@ impl Row {
         let corrupt = |what: &str| StoreError::Corrupt(format!("accounts row {id}: {what}"));
         let failure = match (&self.error_class, self.error_version) {
             (Some(class), Some(version)) => Some(IssueFailure {
-                // A newer release may know more classes; all that may pass by itself is retried.
+                // A newer release may know more classes. A failure of such a class is retried.
                 class: class.parse().unwrap_or(FailureClass::Unreachable),
                 code: self.error_code,
                 message: self.error_message.unwrap_or_default(),
@@ -184,16 +175,20 @@ impl Row {
                 ),
                 reissue_requested_at: self.reissue_requested_at,
             },
-            progress: RefreshState {
+            refresh: RefreshState {
                 attempt_started_at: self.attempt_started_at,
                 attempt_version: self.attempt_version.map(CredentialVersion),
                 attempt_open: self.attempt_open.unwrap_or_default(),
                 lease_until: self.lease_until,
-                suspect: self.suspect.unwrap_or_default(),
+                possibly_revoked: self.suspect.unwrap_or_default(),
                 stored_generation: self.generation.map(Generation),
-                failures: self.consecutive_failures.unwrap_or_default().unsigned_abs(),
+                consecutive_failures: self.consecutive_failures.unwrap_or_default().unsigned_abs(),
                 failure,
                 next_attempt_at: self.next_attempt_at,
+                interval_exceptions: IntervalExceptions {
+                    used: self.floor_passes.unwrap_or_default().unsigned_abs(),
+                    since: self.floor_passes_since,
+                },
             },
             token,
             now: self.now,
@@ -201,27 +196,28 @@ impl Row {
     }
 }
 
-/// What an admin wrote into the intake column of one account.
+/// A secret that an admin wrote into the intake column of one account.
 pub struct Intake {
-    /// The account.
+    /// The account's id, to which the sealed secret is bound.
     pub id: AccountId,
-    /// Its login.
+    /// The account's login, to which a value of `account seal` is bound.
     pub client_id: ClientId,
-    /// The version that the sealed secret is bound to.
+    /// The credential version, to which the sealed secret is bound.
     pub version: CredentialVersion,
-    /// The text: a secret, or `sealed:…`.
+    /// The column's text: a plain secret, or `sealed:…` as `account seal` prints it.
     pub value: zeroize::Zeroizing<String>,
 }
 
-/// Seals up to a hundred waiting intake values with `seal` and empties the intake column, in one
-/// transaction. Rows that another replica is sealing are passed over. Returns how many were sealed:
-/// none when there are no more.
+/// Seals up to a hundred intake values with `seal` and empties their intake columns, in one
+/// transaction. Rows that another transaction holds are skipped. Returns how many values were
+/// processed: 0 when none is left.
 ///
-/// A value that `seal` refuses is emptied too: the account then shows the failure until an admin
-/// writes another.
+/// A value that `seal` refuses is emptied too, and the account shows the returned reason as its failure
+/// until an admin writes another secret.
 ///
 /// # Errors
-/// When the database cannot be reached.
+/// When the database cannot be reached or refuses a statement; then no value was sealed.
+#[instrument(level = "debug", skip_all)]
 pub async fn seal_intake(
     pool: &PgPool,
     mut seal: impl FnMut(&Intake) -> Result<Vec<u8>, String>,
@@ -275,25 +271,26 @@ pub async fn seal_intake(
     Ok(sealed)
 }
 
-/// A sealed value with its place, to prove at start that the keyring opens what is stored.
-pub struct Stored {
-    /// The account.
+/// A sealed secret with what it is bound to, to prove at start that the keyring opens what is stored.
+pub struct SecretSample {
+    /// The account's id, to which the value is bound.
     pub id: AccountId,
-    /// Its name.
+    /// The account's name, for the error message.
     pub name: String,
-    /// The version that the value is bound to.
+    /// The credential version, to which the value is bound.
     pub version: CredentialVersion,
     /// The sealed secret.
     pub sealed: Vec<u8>,
 }
 
-/// The sealed secrets of a few accounts for each sealing key that is in use: the newest ones', and more
-/// than one, since a single value may be the only one at fault.
+/// Returns the newest sealed secrets of each sealing key that is in use: three of each, since a single
+/// one may be damaged.
 ///
 /// # Errors
 /// When the database cannot be read.
-pub async fn sealed_samples(pool: &PgPool) -> Result<Vec<Stored>, StoreError> {
-    // A sealed value starts with one byte of version, one of the key id's length, and the key id.
+#[instrument(level = "debug", skip_all)]
+pub async fn sealed_samples(pool: &PgPool) -> Result<Vec<SecretSample>, StoreError> {
+    // A sealed value begins with a byte for the format, a byte for the key id's length, and the key id.
     let rows = sqlx::query!(
         r#"-- store::accounts::sealed_samples
         select id as "id!", name as "name!", credential_version as "credential_version!",
@@ -306,13 +303,13 @@ pub async fn sealed_samples(pool: &PgPool) -> Result<Vec<Stored>, StoreError> {
         ) numbered
         where nth <= $1
         order by id"#,
-        SAMPLES_A_KEY,
+        SAMPLES_PER_KEY,
     )
     .fetch_all(pool)
     .await?;
     Ok(rows
         .into_iter()
-        .map(|row| Stored {
+        .map(|row| SecretSample {
             id: AccountId(row.id),
             name: row.name,
             version: CredentialVersion(row.credential_version),
@@ -321,11 +318,13 @@ pub async fn sealed_samples(pool: &PgPool) -> Result<Vec<Stored>, StoreError> {
         .collect())
 }
 
-/// Notes when accounts were last asked for: pairs of number and moment. A note within a minute of
-/// the one before is not worth a write, and a row that somebody holds is left for the next time.
+/// Stores when accounts were last requested; `moments` has the time for each of `ids`. A time that is
+/// less than a minute after the stored one is not written, and a row that another transaction holds is
+/// skipped.
 ///
 /// # Errors
-/// When the database cannot be written.
+/// When the database cannot be reached or refuses the statement.
+#[instrument(level = "debug", skip_all, fields(accounts = ids.len()))]
 pub async fn note_requests(
     pool: &PgPool,
     ids: &[i64],

@@ -1,85 +1,107 @@
-//! The right to issue for one account: claimed by one replica, stamped before the call, fenced
-//! afterwards. All times are the database's.
-
-mod verdict;
+//! Leases: the permission to issue once for one account. A replica claims it, which stamps the attempt
+//! before the upstream is called, and each later write names the lease's number, so that one that was
+//! superseded meanwhile changes nothing (fencing). All times are the database's.
+//!
+//! Locks are taken in one order: `accounts`, `refreshes`, `upstream_pace`.
 
 use std::time::Duration;
 
 use sqlx::{PgPool, Postgres, Transaction};
+use tracing::instrument;
 
-use verdict::{Row, Verdict};
-
-use super::{StoreError, interval};
+use super::{
+    StoreError,
+    accounts::{self, LoadedAccount},
+    interval,
+};
 use crate::domain::{
     account::{AccountId, CredentialVersion},
-    clock::until_from,
-    refresh_state::{AccountCredential, IssueAttempt, IssueFailure},
+    clock::{delta, until_from},
+    refresh_policy::{IssueDecision, IssueView, RefreshPolicy},
+    refresh_state::{IssueAttempt, IssueFailure},
     token::Generation,
 };
 
-/// When to ask again while somebody else's transaction holds the account.
-const LOCKED: Duration = Duration::from_secs(1);
-/// When to ask again while as many attempts are under way as may be.
-const FULL: Duration = Duration::from_millis(200);
+/// The pause before a claim is repeated for an account whose row another transaction holds.
+const ROW_LOCKED_PAUSE: Duration = Duration::from_secs(1);
+/// The pause before a claim is repeated when as many leases are held as the upstream may have calls.
+const CONCURRENCY_PAUSE: Duration = Duration::from_millis(200);
 
-/// Who asks for the right to issue, and under what limits.
+/// The replica that claims leases, and the limits that it claims them under. All replicas of a database
+/// are expected to have the same limits.
 #[derive(Clone, Debug)]
 pub struct LeaseHolder {
-    /// The instance.
+    /// The instance's id, unique among replicas.
     pub instance: String,
-    /// Its number in generations.
+    /// The replica's number in generations.
     pub replica: u16,
-    /// How long the right lasts: longer than an attempt may take.
-    pub lease: Duration,
-    /// The least time between two attempts of one account.
-    pub floor: Duration,
-    /// Attempts a second of all replicas together.
+    /// How long a lease lasts: longer than an attempt may take, storing included.
+    pub lease_duration: Duration,
+    /// When an account may be issued for.
+    pub policy: RefreshPolicy,
+    /// Attempts a second, of all replicas together.
     pub rate: f64,
-    /// Attempts at once of all replicas together.
+    /// Attempts at the same time, of all replicas together.
     pub concurrency: usize,
 }
 
-/// The answer to a claim.
+impl LeaseHolder {
+    /// Returns the least time between the starts of two attempts that keeps to the rate.
+    #[must_use]
+    pub fn pause_between_attempts(&self) -> Duration {
+        Duration::from_secs_f64(1.0 / self.rate.max(0.001))
+    }
+}
+
+/// The answer to a claim. Before [`Claim::Wait`] and [`Claim::NotNeeded`] take effect, the caller should
+/// load the account: the database knows something that the cache does not.
 #[derive(Debug)]
 pub enum Claim {
-    /// Issue now, under this lease.
+    /// A token may be issued now, under this lease.
     Granted(Box<Lease>),
-    /// Not before so long: the account has another lease, the floor is not over, or the last failure
-    /// is waited out. Load it.
+    /// The account may not be issued for before this time has passed.
     Wait(Duration),
-    /// Not before so long: the replicas together are at the upstream's rate or concurrency.
+    /// The replicas together have reached the upstream's rate or concurrency: no account may be issued
+    /// for before this time has passed.
     Paced(Duration),
-    /// Nothing to issue: somebody else did, or the account is gone, disabled or parked. Load it.
+    /// The account is gone or disabled, has no usable credential, or its token has been replaced.
     NotNeeded,
 }
 
-/// The right to issue once for one account.
+/// The permission to issue once for one account, until it expires.
 #[derive(Clone, Debug)]
 pub struct Lease {
-    /// Grows with each lease of the account: what is done under an older one is refused.
+    /// The fencing number, which grows with each lease of the account. Writes under an older one
+    /// change nothing.
     pub id: i64,
-    /// What is to be issued.
+    /// The attempt that the lease permits.
     pub attempt: IssueAttempt,
-    /// The generation of the token that was stored when it was claimed.
+    /// The generation of the stored token when the lease was claimed.
     pub replaces: Option<Generation>,
-    /// The attempt before this one never ended: it may have issued.
-    pub lost_attempt: bool,
+    /// Whether the previous attempt has no recorded end, so that it may have issued a token.
+    pub previous_attempt_lost: bool,
 }
 
-/// Claims the right to replace generation `known` of `account`, and stamps the attempt. A pause after a
-/// failure need not be waited out if the upstream's outage that it was for ended `outage_over` ago.
+/// Claims a lease to replace generation `replaces` of the account's token, and stamps the attempt.
+///
+/// `outage_ended` is how long ago the upstream's last outage ended, as the claimant saw it: a pause
+/// after a failure in that outage need not be waited out.
+///
+/// A row that another transaction holds is not waited for. If the future is dropped, the transaction
+/// is rolled back unless it was committing; a lease that was committed then expires by itself.
 ///
 /// # Errors
-/// When the database cannot be reached.
+/// When the database cannot be reached or refuses a statement.
+#[instrument(level = "debug", skip_all, fields(%account))]
 pub async fn claim(
     pool: &PgPool,
     account: AccountId,
-    known: Option<Generation>,
-    outage_over: Option<Duration>,
-    claimant: &LeaseHolder,
+    replaces: Option<Generation>,
+    outage_ended: Option<Duration>,
+    holder: &LeaseHolder,
 ) -> Result<Claim, StoreError> {
     let mut transaction = pool.begin().await?;
-    // An admin's open transaction holds the row of the account it changes: nobody waits for it here.
+    // An admin's open transaction holds the row of the account that it changes.
     let locked = sqlx::query!(
         "-- store::leases::claim
         select account_id from refreshes where account_id = $1 for update skip locked",
@@ -88,48 +110,32 @@ pub async fn claim(
     .fetch_optional(&mut *transaction)
     .await?;
     if locked.is_none() {
-        return Ok(Claim::Wait(LOCKED));
+        return Ok(Claim::Wait(ROW_LOCKED_PAUSE));
     }
-    // Read after the lock was had, so that all three tables are as they are now.
-    let Some(row) = sqlx::query_as!(
-        Row,
-        r#"-- store::leases::claim
-        select a.client_id as "client_id!", a.enabled as "enabled!",
-            a.credential_version as "credential_version!", a.sealed_secret as "sealed_secret?",
-            a.previous_secret as "previous_secret?", a.previous_version as "previous_version?",
-            a.reissue_requested_at as "reissue_requested_at?", r.lease_until as "lease_until?",
-            r.attempt_started_at as "attempt_started_at?",
-            r.attempt_ended_at as "attempt_ended_at?", r.attempt_version as "attempt_version?",
-            r.floor_passes as "floor_passes!", r.floor_passes_since as "floor_passes_since?",
-            r.error_class as "error_class?", r.error_version as "error_version?",
-            r.next_attempt_at as "next_attempt_at?",
-            t.generation as "generation?", clock_timestamp() as "now!"
-        from accounts a
-        join refreshes r on r.account_id = a.id
-        left join tokens t on t.account_id = a.id
-        where a.id = $1"#,
-        account.0,
-    )
-    .fetch_optional(&mut *transaction)
-    .await?
-    else {
+    // A statement of its own, after the lock: its snapshot has what the lock's last owner committed.
+    let Some(row) = accounts::load(&mut *transaction, &[account.0]).await?.pop() else {
         return Ok(Claim::NotNeeded);
     };
-    let (version, passes_floor) = match row.verdict(known, outage_over, claimant.floor) {
-        Verdict::Go { version, passes_floor } => (version, passes_floor),
-        Verdict::Wait(wait) => return Ok(Claim::Wait(wait)),
-        Verdict::NotNeeded => return Ok(Claim::NotNeeded),
+    let outage_ended_at = outage_ended.map(|ago| row.now - delta(ago));
+    let view = IssueView::locked(&row.account, &row.refresh, replaces, outage_ended_at);
+    let (version, uses_interval_exception) = match holder.policy.decide(&view, row.now) {
+        IssueDecision::Issue { credential_version, uses_interval_exception } => {
+            (credential_version, uses_interval_exception)
+        }
+        IssueDecision::WaitUntil(at) => return Ok(Claim::Wait(until_from(row.now, at))),
+        IssueDecision::NotNeeded => return Ok(Claim::NotNeeded),
     };
-    // The pace's row is locked last and by all, so that grants follow one another.
-    if let Some(wait) = pace(&mut transaction, claimant).await? {
-        return Ok(Claim::Paced(wait));
+    // Every claim locks this row, and locks it last, so that grants follow one another.
+    if let Some(pause) = upstream_pause(&mut transaction, holder).await? {
+        return Ok(Claim::Paced(pause));
     }
-    let lease = stamp(&mut transaction, account, row, version, passes_floor, claimant).await?;
+    let lease =
+        stamp_attempt(&mut transaction, row, version, uses_interval_exception, holder).await?;
     sqlx::query!(
         "-- store::leases::claim
         update upstream_pace
         set next_slot = greatest(next_slot + $1, clock_timestamp())",
-        interval(Duration::from_secs_f64(1.0 / claimant.rate.max(0.001))),
+        interval(holder.pause_between_attempts()),
     )
     .execute(&mut *transaction)
     .await?;
@@ -137,105 +143,97 @@ pub async fn claim(
     Ok(Claim::Granted(Box::new(lease)))
 }
 
-/// How long the upstream's rate and concurrency make the claimant wait; `None` for not at all.
-async fn pace(
+/// Returns how long the upstream's rate and concurrency make the claimant wait; `None` for not at all.
+async fn upstream_pause(
     transaction: &mut Transaction<'_, Postgres>,
-    claimant: &LeaseHolder,
+    holder: &LeaseHolder,
 ) -> Result<Option<Duration>, StoreError> {
-    let slot = sqlx::query!(
-        r#"-- store::leases::pace
+    let pace = sqlx::query!(
+        r#"-- store::leases::upstream_pause
         select next_slot, clock_timestamp() as "now!" from upstream_pace for update"#
     )
     .fetch_one(&mut **transaction)
     .await?;
-    if slot.next_slot > slot.now {
-        return Ok(Some(until_from(slot.now, slot.next_slot)));
+    if pace.next_slot > pace.now {
+        return Ok(Some(until_from(pace.now, pace.next_slot)));
     }
     let leases = sqlx::query_scalar!(
-        r#"-- store::leases::pace
+        r#"-- store::leases::upstream_pause
         select count(*) as "leases!"
         from refreshes where lease_until > clock_timestamp()"#
     )
     .fetch_one(&mut **transaction)
     .await?;
-    let full = usize::try_from(leases).is_ok_and(|leases| leases >= claimant.concurrency);
-    Ok(full.then_some(FULL))
+    let full = usize::try_from(leases).is_ok_and(|leases| leases >= holder.concurrency);
+    Ok(full.then_some(CONCURRENCY_PAUSE))
 }
 
-async fn stamp(
+/// Gives the lease to `holder` and stamps the start of the attempt in the account's locked row.
+async fn stamp_attempt(
     transaction: &mut Transaction<'_, Postgres>,
-    account: AccountId,
-    row: Row,
-    version: i64,
-    passes_floor: bool,
-    claimant: &LeaseHolder,
+    row: LoadedAccount,
+    version: CredentialVersion,
+    uses_interval_exception: bool,
+    holder: &LeaseHolder,
 ) -> Result<Lease, StoreError> {
-    let lost_attempt = row.attempt_started_at.is_some() && row.attempt_ended_at.is_none();
-    let passes = row.passes_so_far();
-    let since = row.floor_passes_since.filter(|_| passes > 0).unwrap_or(row.now);
+    let LoadedAccount { account, refresh, now, .. } = row;
+    let previous_attempt_lost = refresh.attempt_open;
+    let exceptions = refresh.interval_exceptions.after_issue(now, uses_interval_exception);
     let stamped = sqlx::query!(
-        r#"-- store::leases::stamp
+        r#"-- store::leases::stamp_attempt
         update refreshes set lease_owner = $2, lease_id = lease_id + 1,
             lease_until = clock_timestamp() + $3, attempt_started_at = clock_timestamp(),
             attempt_ended_at = null, attempt_version = $4, suspect = suspect or $5,
             floor_passes = $6, floor_passes_since = $7, changed = pg_current_xact_id()
         where account_id = $1
         returning lease_id, attempt_started_at as "attempt_started_at!""#,
-        account.0,
-        claimant.instance,
-        interval(claimant.lease),
-        version,
-        lost_attempt,
-        passes + i32::from(passes_floor),
-        since,
+        account.id.0,
+        holder.instance,
+        interval(holder.lease_duration),
+        version.0,
+        previous_attempt_lost,
+        i32::try_from(exceptions.used).unwrap_or(i32::MAX),
+        exceptions.since,
     )
     .fetch_one(&mut **transaction)
     .await?;
-    let sealed_secret =
-        if version == row.credential_version { row.sealed_secret } else { row.previous_secret };
-    let replaces = row.generation.map(Generation);
-    let attempt = IssueAttempt {
-        account,
-        client_id: row.client_id.parse().map_err(|_| {
-            StoreError::Corrupt(format!("accounts row {account}: malformed client_id"))
-        })?,
-        credential: AccountCredential {
-            version: CredentialVersion(version),
-            secret: sealed_secret.unwrap_or_default().into(),
-        },
-        current: version == row.credential_version,
-        generation: Generation::next(stamped.attempt_started_at, claimant.replica, replaces),
-    };
-    Ok(Lease { id: stamped.lease_id, attempt, replaces, lost_attempt })
+    let replaces = refresh.stored_generation;
+    let generation = Generation::next(stamped.attempt_started_at, holder.replica, replaces);
+    let attempt = account.attempt(version, generation).ok_or_else(|| {
+        StoreError::Corrupt(format!("accounts row {}: no credential {}", account.id, version.0))
+    })?;
+    Ok(Lease { id: stamped.lease_id, attempt, replaces, previous_attempt_lost })
 }
 
-/// How a failed attempt is to be remembered.
+/// A failed attempt, with what the account's row is to say about it.
 #[derive(Clone, Debug)]
 pub struct FailedAttempt {
-    /// What went wrong.
+    /// The failure.
     pub failure: IssueFailure,
-    /// Not before so long; `None` parks the account.
+    /// The pause before the next attempt; `None` if the account is suspended.
     pub retry_after: Option<Duration>,
-    /// The stored token may have been ended by what this attempt issued.
-    pub suspect: bool,
+    /// Whether the attempt may have issued a token that ended the stored one.
+    pub possibly_revoked: bool,
 }
 
-/// Records that the attempt under `lease` failed, and gives the lease back. `false` when the lease
-/// had passed to another by then. A failure of the credential before the current one does not hide
-/// why the current one is refused.
+/// Records that the attempt under `lease` failed, and releases the lease. Returns `false`, and records
+/// nothing, if the account has another lease by now.
+///
+/// A failure of the previous credential does not overwrite why the current one is refused.
 ///
 /// # Errors
-/// When the database cannot be reached; the lease then runs out by itself.
-pub async fn fail(
+/// When the database cannot be reached or refuses a statement; the lease then expires by itself.
+#[instrument(level = "debug", skip_all, fields(account = %lease.attempt.account))]
+pub async fn record_failure(
     pool: &PgPool,
     lease: &Lease,
     attempt: &FailedAttempt,
 ) -> Result<bool, StoreError> {
     let mut transaction = pool.begin().await?;
-    if attempt.failure.class.parks() {
-        // One that is refused is not kept, be it that a rotation came during the attempt.
+    if attempt.failure.class.suspends() {
+        // If a rotation came during the attempt, it kept the secret that is now known to be refused.
         sqlx::query!(
-            "-- store::leases::fail
+            "-- store::leases::record_failure
             update accounts set previous_secret = null, previous_version = null
             where id = $1 and previous_version = $2",
             lease.attempt.account.0,
@@ -245,7 +243,7 @@ pub async fn fail(
         .await?;
     }
     let done = sqlx::query!(
-        "-- store::leases::fail
+        "-- store::leases::record_failure
         update refreshes set lease_owner = null, lease_until = null,
             attempt_ended_at = clock_timestamp(), suspect = suspect or $3,
             consecutive_failures = consecutive_failures + 1,
@@ -258,13 +256,13 @@ pub async fn fail(
         where account_id = $1 and lease_id = $2",
         lease.attempt.account.0,
         lease.id,
-        attempt.suspect,
+        attempt.possibly_revoked,
         attempt.failure.class.as_str(),
         attempt.failure.code,
         attempt.failure.message,
         attempt.failure.version.0,
         attempt.retry_after.map(interval),
-        lease.attempt.current,
+        lease.attempt.uses_current_credential,
     )
     .execute(&mut *transaction)
     .await?;
@@ -275,14 +273,15 @@ pub async fn fail(
     Ok(true)
 }
 
-/// Gives back a lease under which the upstream was not called. The stamp stays: the floor counts
-/// from it.
+/// Releases a lease and records the end of its attempt, without a result. The stamp of its start stays:
+/// the minimum issue interval counts from it. Does nothing if the account has another lease by now.
 ///
 /// # Errors
-/// When the database cannot be reached; the lease then runs out by itself.
-pub async fn give_back(pool: &PgPool, lease: &Lease) -> Result<(), StoreError> {
+/// When the database cannot be reached or refuses the statement; the lease then expires by itself.
+#[instrument(level = "debug", skip_all, fields(account = %lease.attempt.account))]
+pub async fn release(pool: &PgPool, lease: &Lease) -> Result<(), StoreError> {
     sqlx::query!(
-        "-- store::leases::give_back
+        "-- store::leases::release
         update refreshes set lease_owner = null, lease_until = null,
             attempt_ended_at = clock_timestamp(), changed = pg_current_xact_id()
         where account_id = $1 and lease_id = $2",
@@ -294,14 +293,16 @@ pub async fn give_back(pool: &PgPool, lease: &Lease) -> Result<(), StoreError> {
     Ok(())
 }
 
-/// Gives back what leases `instance` has from an earlier process, which must be gone. Their attempts
-/// stay without an end: they may have issued. Rows that somebody else holds keep theirs.
+/// Releases the leases that an earlier process of `instance` held, which must have ended. Their attempts
+/// stay without an end, since they may have issued tokens. A row that another transaction holds is
+/// skipped; its lease expires by itself.
 ///
 /// # Errors
-/// When the database cannot be reached.
-pub async fn give_back_all(pool: &PgPool, instance: &str) -> Result<(), StoreError> {
+/// When the database cannot be reached or refuses the statement.
+#[instrument(level = "debug", skip_all, fields(instance))]
+pub async fn release_all(pool: &PgPool, instance: &str) -> Result<(), StoreError> {
     sqlx::query!(
-        "-- store::leases::give_back_all
+        "-- store::leases::release_all
         with free as (
             select account_id from refreshes where lease_owner = $1 for update skip locked
         )
@@ -315,19 +316,19 @@ pub async fn give_back_all(pool: &PgPool, instance: &str) -> Result<(), StoreErr
     Ok(())
 }
 
-/// Marks the stored token as possibly ended: by an issue that could not be stored, or, where
-/// `reported` names its generation, by what a caller reports of it. A token of another generation
-/// than the reported one is left alone.
+/// Marks the stored token as possibly revoked, so that it is replaced. With `reported`, it is marked
+/// only if its generation is still the one that a caller reported as refused.
 ///
 /// # Errors
-/// When the database cannot be reached.
-pub async fn suspect(
+/// When the database cannot be reached or refuses the statement.
+#[instrument(level = "debug", skip_all, fields(%account))]
+pub async fn mark_possibly_revoked(
     pool: &PgPool,
     account: AccountId,
     reported: Option<Generation>,
 ) -> Result<(), StoreError> {
     sqlx::query!(
-        "-- store::leases::suspect
+        "-- store::leases::mark_possibly_revoked
         update refreshes set suspect = true, changed = pg_current_xact_id()
         where account_id = $1 and ($2::bigint is null
             or exists (select from tokens where account_id = $1 and generation = $2))",

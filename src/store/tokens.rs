@@ -1,83 +1,66 @@
-//! Sealed tokens: committed under a lease, and told to the other replicas.
+//! Sealed tokens: stored under a lease, or reconciled after they were issued without the database.
 
 use std::time::Duration;
 
 use sqlx::{PgPool, Postgres, Transaction};
+use tracing::instrument;
 
 use super::{StoreError, interval};
 use crate::{
     domain::{
-        account::{AccountId, CredentialVersion},
-        clock::Timestamp,
-        token::Generation,
+        account::AccountId,
+        token::{Generation, SealedToken},
     },
     store::leases::Lease,
 };
 
-/// The channel on which replicas tell one another that tokens or attempts changed.
+/// The notification channel on which replicas tell one another that tokens or attempts changed.
 pub const CHANNEL: &str = "token_broker_tokens";
 
-/// A sealed token, ready to be stored.
-#[derive(Clone, Debug)]
-pub struct NewToken {
-    /// The account.
-    pub account: AccountId,
-    /// The credential that issued it.
-    pub version: CredentialVersion,
-    /// Its place in the account's series.
-    pub generation: Generation,
-    /// The sealed JWT, bound to account and generation.
-    pub sealed: Vec<u8>,
-    /// When it was issued, by the replica's clock, as its end is.
-    pub issued_at: Timestamp,
-    /// When it ends.
-    pub expires_at: Timestamp,
-    /// The one address from which it may work.
-    pub allowed_ip: Option<String>,
-    /// Its keyed hash.
-    pub fingerprint: String,
-}
-
-/// What became of a new token.
+/// The result of [`commit`].
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Commit {
-    /// It is the account's token now.
+    /// The token is the account's token now.
     Stored,
-    /// The account has another lease by now, another credential, or is gone: the token was not
-    /// stored.
+    /// The token was not stored: the account is gone, or has another lease or credential by now.
     Fenced,
-    /// The stored token lives longer, and new tokens do not end older ones: it was kept.
+    /// The token was not stored: the stored one lives longer, and new tokens do not end older ones.
     KeptLonger,
 }
 
-/// Stores `token` as the account's, if `lease` still holds and the account still has the credential
-/// that issued it (or kept it through a rotation), and gives the lease back.
+/// Stores `token` as the account's if `lease` is still its latest and the account still has the
+/// credential that issued the token (or keeps it through a rotation), and releases the lease.
 ///
-/// Where new tokens end older ones (`ends_older`), or the stored one is suspect, the later issue
-/// wins: it is the only one that is known to live. Else the later end wins; ends that differ by less
-/// than the clocks' accuracy count as the same.
+/// Where a new token ends older ones (`new_token_ends_older`), or the stored one is possibly revoked,
+/// the later issue wins: it is the only one that is known to be live. Otherwise the later end wins; ends
+/// that differ by less than the clocks' accuracy count as the same.
+///
+/// Committing the same token twice is the same as once.
 ///
 /// # Errors
-/// When the database cannot be reached; whether the token was stored is then unknown.
+/// When the database cannot be reached or refuses a statement; whether the token was stored is then
+/// unknown.
+#[instrument(level = "debug", skip_all, fields(account = %lease.attempt.account))]
 pub async fn commit(
     pool: &PgPool,
     lease: &Lease,
-    token: &NewToken,
-    ends_older: bool,
+    token: &SealedToken,
+    new_token_ends_older: bool,
 ) -> Result<Commit, StoreError> {
+    let account = lease.attempt.account;
     let mut transaction = pool.begin().await?;
     // Locked in the order in which a DELETE locks them: the account, then its refreshes.
-    let issuer = issuer(&mut transaction, token).await?;
+    let issuer = lock_issuer(&mut transaction, account, token).await?;
     let held = sqlx::query!(
         "-- store::tokens::commit
         select suspect from refreshes where account_id = $1 and lease_id = $2 for update",
-        token.account.0,
+        account.0,
         lease.id,
     )
     .fetch_optional(&mut *transaction)
     .await?;
     let Some(held) = held.filter(|_| issuer != Issuer::Gone) else { return Ok(Commit::Fenced) };
-    // A success with the credential before the current one does not hide why that one is refused.
+    // A success with the previous credential does not hide why the current one is refused.
     sqlx::query!(
         "-- store::tokens::commit
         update refreshes set lease_owner = null, lease_until = null,
@@ -88,101 +71,114 @@ pub async fn commit(
             error_version = case when $2 then null else error_version end,
             next_attempt_at = null, changed = pg_current_xact_id()
         where account_id = $1",
-        token.account.0,
-        lease.attempt.current,
+        account.0,
+        lease.attempt.uses_current_credential,
     )
     .execute(&mut *transaction)
     .await?;
-    let stored = put(&mut transaction, token, ends_older || held.suspect).await?;
+    let replace_longer = new_token_ends_older || held.suspect;
+    let stored = put(&mut transaction, account, token, replace_longer).await?;
     transaction.commit().await?;
     Ok(if stored { Commit::Stored } else { Commit::KeptLonger })
 }
 
-/// What became of a token that was issued while the database was away.
+/// The result of [`reconcile`].
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Adoption {
-    /// It is the account's token now.
+pub enum Reconciliation {
+    /// The token is the account's token now.
     Stored,
-    /// Another one was stored meanwhile, or the credential or the account is gone: it was dropped.
+    /// The token was dropped: another one was stored meanwhile, or the credential or the account is
+    /// gone.
     Dropped,
-    /// Another replica issues for the account just now: try again when it is done.
-    Leased,
+    /// Nothing was done, since another replica holds the account's lease: try again later.
+    LeaseHeld,
 }
 
-/// A token that was issued while the database was away.
+/// A token that was issued and could not be stored, as the database was away.
 #[derive(Clone, Debug)]
 pub struct OrphanedToken {
     /// The token.
-    pub token: NewToken,
-    /// How long ago its attempt began.
-    pub age: Duration,
-    /// The generation of the token that was stored when it was issued.
+    pub token: SealedToken,
+    /// The generation of the stored token when this one was issued.
     pub replaces: Option<Generation>,
-    /// Whether it was issued under a lease: what was stored since is then known to be later.
-    pub leased: bool,
-    /// Whether a later attempt may have issued another.
-    pub suspect: bool,
+    /// Whether it was issued under a lease. A token that was stored since is then known to be later.
+    pub under_lease: bool,
 }
 
-/// Stores a token that `instance` issued while the database was away, unless another was stored
-/// since. If nobody can say which of the two is the later one, the stored one is marked as suspect
-/// where new tokens end older ones (`ends_older`).
+/// What [`reconcile`] needs to know beside the token.
+#[derive(Clone, Copy, Debug)]
+pub struct Reconcile<'a> {
+    /// The instance that issued the token.
+    pub instance: &'a str,
+    /// How long ago its attempt began.
+    pub age: Duration,
+    /// Whether a later attempt may have issued another token.
+    pub possibly_revoked: bool,
+    /// Whether the upstream ends older tokens when it issues a new one.
+    pub new_token_ends_older: bool,
+}
+
+/// Stores a token that was issued while the database was away, unless another was stored since. If
+/// nobody can say which of the two is the later one, the stored one is marked as possibly revoked
+/// where new tokens end older ones.
 ///
-/// Adopting the same token twice is the same as once.
+/// Reconciling the same token twice is the same as once.
 ///
 /// # Errors
-/// When the database cannot be reached; whether the token was stored is then unknown.
-pub async fn adopt(
+/// When the database cannot be reached or refuses a statement; whether the token was stored is then
+/// unknown.
+#[instrument(level = "debug", skip_all, fields(%account))]
+pub async fn reconcile(
     pool: &PgPool,
-    foundling: &OrphanedToken,
-    instance: &str,
-    ends_older: bool,
-) -> Result<Adoption, StoreError> {
-    let OrphanedToken { token, replaces, .. } = foundling;
+    account: AccountId,
+    orphan: &OrphanedToken,
+    circumstances: Reconcile<'_>,
+) -> Result<Reconciliation, StoreError> {
+    let OrphanedToken { token, replaces, under_lease } = orphan;
     let mut transaction = pool.begin().await?;
-    let issuer = issuer(&mut transaction, token).await?;
+    let issuer = lock_issuer(&mut transaction, account, token).await?;
     let Some(found) = sqlx::query!(
-        r#"-- store::tokens::adopt
+        r#"-- store::tokens::reconcile
         select coalesce(lease_until > clock_timestamp() and lease_owner <> $2, false) as "leased!"
         from refreshes where account_id = $1 for update"#,
-        token.account.0,
-        instance,
+        account.0,
+        circumstances.instance,
     )
     .fetch_optional(&mut *transaction)
     .await?
     else {
-        return Ok(Adoption::Dropped);
+        return Ok(Reconciliation::Dropped);
     };
     if found.leased {
-        return Ok(Adoption::Leased);
+        return Ok(Reconciliation::LeaseHeld);
     }
-    // Read after the lock was had.
+    // A statement of its own, after the lock: its snapshot has what the lock's last owner committed.
     let stored = sqlx::query_scalar!(
-        "-- store::tokens::adopt
+        "-- store::tokens::reconcile
         select generation from tokens where account_id = $1",
-        token.account.0,
+        account.0,
     )
     .fetch_optional(&mut *transaction)
     .await?
     .map(Generation);
-    let ours = stored == *replaces || stored == Some(token.generation);
-    if !ours || issuer == Issuer::Gone {
-        if ends_older && !foundling.leased {
+    let unchanged = stored == *replaces || stored == Some(token.generation);
+    if !unchanged || issuer == Issuer::Gone {
+        if circumstances.new_token_ends_older && !under_lease {
             sqlx::query!(
-                "-- store::tokens::adopt
+                "-- store::tokens::reconcile
                 update refreshes set suspect = true, changed = pg_current_xact_id()
                 where account_id = $1",
-                token.account.0,
+                account.0,
             )
             .execute(&mut *transaction)
             .await?;
             transaction.commit().await?;
         }
-        return Ok(Adoption::Dropped);
+        return Ok(Reconciliation::Dropped);
     }
-    // A success with the credential before the current one does not hide why that one is refused.
+    // A success with the previous credential does not hide why the current one is refused.
     sqlx::query!(
-        "-- store::tokens::adopt
+        "-- store::tokens::reconcile
         update refreshes set lease_owner = null, lease_until = null,
             attempt_started_at = greatest(attempt_started_at, clock_timestamp() - $2::interval),
             attempt_ended_at = clock_timestamp(), attempt_version = $3, suspect = $4,
@@ -193,54 +189,61 @@ pub async fn adopt(
             error_version = case when $5 then null else error_version end,
             next_attempt_at = null, changed = pg_current_xact_id()
         where account_id = $1",
-        token.account.0,
-        interval(foundling.age),
-        token.version.0,
-        foundling.suspect,
+        account.0,
+        interval(circumstances.age),
+        token.credential_version.0,
+        circumstances.possibly_revoked,
         issuer == Issuer::Current,
     )
     .execute(&mut *transaction)
     .await?;
-    put(&mut transaction, token, true).await?;
+    put(&mut transaction, account, token, true).await?;
     transaction.commit().await?;
-    Ok(Adoption::Stored)
+    Ok(Reconciliation::Stored)
 }
 
-/// What a token's credential is to its account.
+/// The relation of a token's credential to its account.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Issuer {
+    /// The account's current credential issued the token.
     Current,
+    /// The credential before the last rotation issued it, and is still kept.
     Previous,
+    /// The account does not have that credential any more, or does not exist.
     Gone,
 }
 
-/// Whether the account still has the credential that issued `token`; holds it until the end of the
-/// transaction.
-async fn issuer(
+/// Returns whether the account still has the credential that issued `token`, and locks the account
+/// against changes until the end of the transaction.
+async fn lock_issuer(
     transaction: &mut Transaction<'_, Postgres>,
-    token: &NewToken,
+    account: AccountId,
+    token: &SealedToken,
 ) -> Result<Issuer, StoreError> {
-    let account = sqlx::query!(
-        "-- store::tokens::issuer
+    let row = sqlx::query!(
+        "-- store::tokens::lock_issuer
         select credential_version, previous_version from accounts where id = $1 for share",
-        token.account.0,
+        account.0,
     )
     .fetch_optional(&mut **transaction)
     .await?;
-    let version = token.version.0;
-    Ok(match account {
-        Some(account) if account.credential_version == version => Issuer::Current,
-        Some(account) if account.previous_version == Some(version) => Issuer::Previous,
+    let version = token.credential_version.0;
+    Ok(match row {
+        Some(row) if row.credential_version == version => Issuer::Current,
+        Some(row) if row.previous_version == Some(version) => Issuer::Previous,
         _ => Issuer::Gone,
     })
 }
 
-/// Makes `token` the account's, unless a later one is stored, or, without `whatever_lives_longer`,
-/// one that lives longer. A success with the current credential ends the keeping of the one before.
+/// Makes `token` the account's, unless one of a later generation is stored, or one that lives longer
+/// and is not to be replaced (`replace_longer`). Returns whether it was stored.
+///
+/// The previous credential is dropped if the current one issued the token.
 async fn put(
     transaction: &mut Transaction<'_, Postgres>,
-    token: &NewToken,
-    whatever_lives_longer: bool,
+    account: AccountId,
+    token: &SealedToken,
+    replace_longer: bool,
 ) -> Result<bool, StoreError> {
     let stored = sqlx::query!(
         "-- store::tokens::put
@@ -254,15 +257,15 @@ async fn put(
             fingerprint = excluded.fingerprint, changed = pg_current_xact_id()
         where excluded.generation >= tokens.generation
             and ($9 or excluded.expires_at >= tokens.expires_at - interval '5 seconds')",
-        token.account.0,
-        token.version.0,
+        account.0,
+        token.credential_version.0,
         token.generation.0,
         token.sealed,
         token.issued_at,
         token.expires_at,
         token.allowed_ip,
         token.fingerprint,
-        whatever_lives_longer,
+        replace_longer,
     )
     .execute(&mut **transaction)
     .await?;
@@ -270,19 +273,20 @@ async fn put(
         "-- store::tokens::put
         update accounts set previous_secret = null, previous_version = null
         where id = $1 and credential_version = $2 and previous_secret is not null",
-        token.account.0,
-        token.version.0,
+        account.0,
+        token.credential_version.0,
     )
     .execute(&mut **transaction)
     .await?;
     Ok(stored.rows_affected() == 1)
 }
 
-/// Tells the other replicas to look. Outside any transaction that matters: NOTIFY takes a lock of
-/// the whole cluster until its commit.
+/// Notifies the other replicas that tokens changed. Not part of the transaction that stores a token:
+/// NOTIFY takes a lock of the whole database cluster until its commit.
 ///
 /// # Errors
 /// When the database cannot be reached; the others then find out by polling.
+#[instrument(level = "debug", skip_all)]
 pub async fn notify(pool: &PgPool) -> Result<(), StoreError> {
     sqlx::query!("-- store::tokens::notify\nselect pg_notify($1, '')", CHANNEL)
         .execute(pool)

@@ -18,6 +18,7 @@ mod postgres;
 mod processes;
 mod promises;
 mod refresh;
+mod refresh_rules;
 mod restored;
 mod roles;
 mod serving;

@@ -1,4 +1,4 @@
-//! The database away, silent, and back.
+//! The broker while the database is unreachable or silent, and once it is back.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -23,7 +23,7 @@ use crate::harness::{
 };
 
 impl World {
-    /// As if another replica were there, and stayed.
+    /// Pretends that another replica is running and stays.
     async fn with_another_replica(&self) {
         self.database
             .sql(
@@ -33,7 +33,7 @@ impl World {
             .await;
     }
 
-    /// A broker that reaches its database by `proxy`.
+    /// Returns the configuration of a broker that reaches its database through `proxy`.
     fn plan_by(&self, proxy: &Proxy) -> AppConfig {
         let mut plan = self.plan();
         plan.settings.database_url = DatabaseUrl::new(proxy.url()).unwrap();
@@ -42,11 +42,11 @@ impl World {
 }
 
 #[tokio::test]
-async fn a_database_that_fell_silent_is_used_again_once_it_answers() {
+async fn a_database_that_stopped_answering_is_used_again_once_it_answers() {
     let world = World::new().await;
     let proxy = Proxy::to(world.database.url()).await;
     let bearer = world.caller("demo", &["*"]).await;
-    // One connection: a single step that never gave its own back would end all use of the database.
+    // With one connection, a single step that never returns it would end all use of the database.
     let broker = world.start_with(AppConfig { pool_connections: 1, ..world.plan_by(&proxy) }).await;
     let client = broker.client(&bearer).await;
 
@@ -68,7 +68,7 @@ async fn until_readiness_says(broker: &Broker, words: &str) {
     .await;
 }
 
-/// What gRPC's health service says of the token service.
+/// Returns the token service's status in gRPC's health service.
 async fn health(grpc: SocketAddr) -> ServingStatus {
     let channel = Endpoint::from_shared(format!("http://{grpc}")).unwrap().connect().await.unwrap();
     let mut client = HealthClient::new(channel);
@@ -77,7 +77,7 @@ async fn health(grpc: SocketAddr) -> ServingStatus {
 }
 
 #[tokio::test]
-async fn a_full_journal_fails_closed_shows_in_health_and_recovers_once_it_is_delivered() {
+async fn a_full_journal_refuses_calls_is_shown_in_health_and_recovers_once_delivered() {
     let world = World::new().await;
     let proxy = Proxy::to(world.database.url()).await;
     let bearer = world.caller("demo", &["*"]).await;
@@ -91,7 +91,7 @@ async fn a_full_journal_fails_closed_shows_in_health_and_recovers_once_it_is_del
     client.get("acme").await.unwrap();
     assert_eq!(health(grpc).await, ServingStatus::Serving);
 
-    // Nothing is delivered any more, so nothing may be deleted.
+    // Nothing is delivered without the database, and undelivered records must not be deleted.
     proxy.cut();
     let mut answered = 0;
     let refused = loop {
@@ -120,7 +120,7 @@ async fn a_full_journal_fails_closed_shows_in_health_and_recovers_once_it_is_del
 }
 
 #[tokio::test]
-async fn one_of_several_serves_to_the_end_without_the_database_and_then_says_so_at_once() {
+async fn a_partitioned_replica_serves_tokens_to_their_end_and_then_refuses_at_once() {
     let manual = ManualClock::new(Clock::System.now());
     let world = World::with(Clock::Manual(manual.clone()), Faults::default()).await;
     let proxy = Proxy::to(world.database.url()).await;
@@ -133,7 +133,7 @@ async fn one_of_several_serves_to_the_end_without_the_database_and_then_says_so_
 
     proxy.cut();
     until_readiness_says(&broker, "serving what is known").await;
-    // The other one issues, for all that is known here: a second token would end its own.
+    // For all that is known here, the other replica issues: a second token would end its own.
     manual.advance(Duration::from_mins(59));
     assert_eq!(client.get("acme").await.unwrap().generation, token.generation);
     manual.advance(Duration::from_mins(1));
@@ -152,7 +152,7 @@ async fn one_of_several_serves_to_the_end_without_the_database_and_then_says_so_
 }
 
 #[tokio::test]
-async fn a_call_that_waits_hears_at_once_that_the_database_is_gone() {
+async fn a_waiting_call_is_refused_at_once_when_the_database_is_lost() {
     let world = World::new().await;
     let proxy = Proxy::to(world.database.url()).await;
     let bearer = world.caller("demo", &["*"]).await;
@@ -162,7 +162,7 @@ async fn a_call_that_waits_hears_at_once_that_the_database_is_gone() {
     let client = broker.client(&bearer).await;
     let token = client.get("acme").await.unwrap();
 
-    // Nothing newer comes by itself: only the outage can end this wait before its deadline.
+    // No newer token is due: only the outage can end this wait before its deadline.
     let waiting = tokio::spawn({
         let client = client.clone();
         async move {
@@ -180,7 +180,7 @@ async fn a_call_that_waits_hears_at_once_that_the_database_is_gone() {
     broker.stop().await;
 }
 
-/// The generation of the stored token.
+/// Returns the generation of the stored token.
 async fn stored_generation(world: &World) -> u64 {
     let generation: i64 = sqlx::query_scalar("select generation from tokens")
         .fetch_one(world.database.pool())
@@ -190,7 +190,7 @@ async fn stored_generation(world: &World) -> u64 {
 }
 
 #[tokio::test]
-async fn a_lone_replica_keeps_tokens_fresh_without_the_database_and_loses_nothing() {
+async fn a_sole_replica_keeps_tokens_fresh_without_the_database_and_stores_them_later() {
     let manual = ManualClock::new(Clock::System.now());
     let world = World::with(Clock::Manual(manual.clone()), Faults::default()).await;
     let proxy = Proxy::to(world.database.url()).await;
@@ -205,7 +205,7 @@ async fn a_lone_replica_keeps_tokens_fresh_without_the_database_and_loses_nothin
     until_readiness_says(&broker, "issuing goes on without it").await;
     let mut served = first.clone();
     for life in 1..=3 {
-        // Due, but the database may be back before it must be.
+        // The refresh is due but not mandatory: the database may be back before that.
         manual.advance(Duration::from_mins(50));
         assert_eq!(client.get("acme").await.unwrap().generation, served.generation);
         manual.advance(Duration::from_secs(9 * 60 + 30));
@@ -223,7 +223,7 @@ async fn a_lone_replica_keeps_tokens_fresh_without_the_database_and_loses_nothin
     assert_eq!(stored_generation(&world).await, first.generation);
 
     proxy.open();
-    eventually("what was issued is stored", async || {
+    eventually("the pending token is stored", async || {
         (stored_generation(&world).await == served.generation).then_some(())
     })
     .await;
@@ -240,7 +240,7 @@ async fn a_lone_replica_keeps_tokens_fresh_without_the_database_and_loses_nothin
 }
 
 #[tokio::test]
-async fn what_was_issued_without_the_database_and_lost_is_issued_anew_at_the_next_start() {
+async fn a_token_that_was_issued_without_the_database_and_lost_is_replaced_at_the_next_start() {
     let manual = ManualClock::new(Clock::System.now());
     let world = World::with(Clock::Manual(manual.clone()), Faults::default()).await;
     let proxy = Proxy::to(world.database.url()).await;
@@ -260,7 +260,7 @@ async fn what_was_issued_without_the_database_and_lost_is_issued_anew_at_the_nex
     .await;
     broker.stop().await;
     assert!(!world.upstream.is_live(&stored.access_token));
-    // By its times, the stored token would pass for a good one.
+    // By its times alone, the stored token would count as live.
     world.database.sql("update tokens set expires_at = expires_at + interval '10 hours'").await;
 
     let broker = world.start().await;
@@ -276,7 +276,7 @@ async fn what_was_issued_without_the_database_and_lost_is_issued_anew_at_the_nex
 }
 
 #[tokio::test]
-async fn a_token_that_came_as_the_database_went_is_served_and_stored_later() {
+async fn a_token_that_was_issued_as_the_database_was_lost_is_served_and_stored_later() {
     let world = World::new().await;
     let proxy = Proxy::to(world.database.url()).await;
     let bearer = world.caller("demo", &["*"]).await;

@@ -1,4 +1,4 @@
-//! The promises that take more than one of admins, callers, replicas and upstream to show.
+//! Guarantees that only show with several of admins, callers, replicas and the upstream together.
 
 use std::time::{Duration, Instant};
 
@@ -6,6 +6,7 @@ use tempfile::TempDir;
 use token_broker::{
     api::proto::{GetTokenRequest, ReportRejectedTokenRequest, WatchTokensRequest},
     dev::simulator::{Answer, Faults},
+    domain::refresh_policy::RefreshPolicy,
     domain::{account::AccountId, clock::Clock},
     store::{
         Database,
@@ -21,7 +22,7 @@ use crate::harness::{
 };
 
 impl World {
-    /// Registers `many` accounts in one statement; upstream, each has the login of its name.
+    /// Registers `many` accounts in one statement, each with a login of the same name at the upstream.
     async fn register_many(&self, many: usize) {
         for n in 1..=many {
             self.upstream.add_account(&format!("many-{n}"), "SK.many");
@@ -34,7 +35,7 @@ impl World {
             .await;
     }
 
-    /// Waits until that many accounts have a token.
+    /// Waits until `many` accounts have a token.
     async fn until_tokens(&self, many: usize) {
         eventually(&format!("{many} tokens"), async || {
             (self.count("tokens").await == many).then_some(())
@@ -42,7 +43,7 @@ impl World {
         .await;
     }
 
-    /// How many rows `from` has.
+    /// Counts the rows of `from`, a FROM clause.
     async fn count(&self, from: &str) -> usize {
         let count: i64 =
             sqlx::query_scalar(sqlx::AssertSqlSafe(format!("select count(*) from {from}")))
@@ -52,7 +53,7 @@ impl World {
         usize::try_from(count).unwrap()
     }
 
-    /// Waits until the upstream was asked `attempts` times for a token of `client_id`.
+    /// Waits until the upstream was called `attempts` times for a token of `client_id`.
     async fn until_attempts(&self, client_id: &str, attempts: u64) {
         eventually(&format!("{attempts} attempts of {client_id}"), async || {
             (self.upstream.attempts(client_id) >= attempts).then_some(())
@@ -62,17 +63,17 @@ impl World {
 }
 
 #[tokio::test]
-async fn an_answer_for_a_deleted_account_does_not_land_in_the_new_one_of_its_name() {
+async fn a_token_for_a_deleted_account_is_not_stored_for_the_new_account_of_its_name() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["*"]).await;
-    // The answer stays away until the other account is there.
+    // The answer comes only after the other account was inserted.
     let latency = Duration::from_secs(1);
     world.upstream.set_faults(Faults { latency, ..Faults::default() });
     let broker = world.start().await;
     let client = broker.client(&bearer).await;
     world.register("acme", "id-1", "SK.1").await;
 
-    // Nobody ends the attempt while this transaction holds its table.
+    // No replica can record the end of the attempt while this transaction locks the table.
     let mut transaction = eventually("an attempt under way", async || {
         let mut transaction = world.database.pool().begin().await.unwrap();
         sqlx::raw_sql("lock table refreshes in exclusive mode")
@@ -109,12 +110,12 @@ async fn an_answer_for_a_deleted_account_does_not_land_in_the_new_one_of_its_nam
         world.count("tokens natural join (select id as account_id from accounts) it").await,
         1
     );
-    // Both were issued, and both are on record.
+    // Both tokens were issued, and both issues are on record.
     assert_eq!(world.audit("event = 'token_issued'").await.len(), 2);
 }
 
 #[tokio::test]
-async fn the_token_of_another_generation_does_not_open() {
+async fn a_sealed_token_copied_from_another_generation_does_not_open() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["*"]).await;
     world.register("acme", "id-1", "SK.1").await;
@@ -142,7 +143,7 @@ async fn the_token_of_another_generation_does_not_open() {
 }
 
 #[tokio::test]
-async fn replicas_that_seal_at_once_seal_and_issue_for_each_account_once() {
+async fn replicas_that_seal_at_the_same_time_seal_and_issue_for_each_account_once() {
     const MANY: usize = 60;
     let world = World::new().await;
     let homes: Vec<_> = (0..3).map(|_| TempDir::new().unwrap()).collect();
@@ -174,11 +175,11 @@ async fn replicas_that_seal_at_once_seal_and_issue_for_each_account_once() {
         MANY
     );
     let sealed = "event = 'account_changed' and detail->>'secret' = 'sealed'";
-    assert_eq!(world.audit(sealed).await.len(), MANY, "each was sealed by one replica");
+    assert_eq!(world.audit(sealed).await.len(), MANY, "each secret was sealed by one replica");
 }
 
 #[tokio::test]
-async fn a_claim_waits_for_no_transaction_and_sees_what_it_committed() {
+async fn a_claim_does_not_wait_for_another_transaction_and_sees_what_it_committed() {
     let database = TestDatabase::new().await;
     database
         .sql(
@@ -192,19 +193,18 @@ async fn a_claim_waits_for_no_transaction_and_sees_what_it_committed() {
         .await
         .unwrap();
     let [acme, free] = ids[..] else { panic!("{ids:?}") };
-    let claimant = LeaseHolder {
+    let holder = LeaseHolder {
         instance: "ours".into(),
         replica: 1,
-        lease: Duration::from_mins(1),
-        floor: Duration::ZERO,
+        lease_duration: Duration::from_mins(1),
+        policy: RefreshPolicy { refresh_at: 0.75, min_issue_interval: Duration::ZERO },
         rate: 1_000_000.0,
         concurrency: 8,
     };
-    let pool = Database::new(database.url(), "claimant").unwrap().pool(1);
-    let claim =
-        async |id| leases::claim(&pool, AccountId(id), None, None, &claimant).await.unwrap();
+    let pool = Database::new(database.url(), "claims").unwrap().pool(1);
+    let claim = async |id| leases::claim(&pool, AccountId(id), None, None, &holder).await.unwrap();
 
-    // Another replica commits its token, or an admin's statement waits for the end of their day.
+    // As another replica does that commits its token, or an admin who leaves a transaction open.
     let mut open = database.pool().begin().await.unwrap();
     sqlx::raw_sql(
         "update refreshes set attempt_ended_at = now()
@@ -218,7 +218,7 @@ async fn a_claim_waits_for_no_transaction_and_sees_what_it_committed() {
     .await
     .unwrap();
     assert!(matches!(claim(acme).await, Claim::Wait(_)));
-    assert!(matches!(claim(free).await, Claim::Granted(_)), "one account holds up another");
+    assert!(matches!(claim(free).await, Claim::Granted(_)), "one account delays another");
     open.commit().await.unwrap();
     let seen = claim(acme).await;
     assert!(matches!(seen, Claim::NotNeeded), "{seen:?}");
@@ -244,7 +244,7 @@ async fn a_cold_start_keeps_to_the_upstreams_rate_and_concurrency() {
     for n in 1..=MANY {
         assert_eq!(world.upstream.attempts(&format!("many-{n}")), 1, "many-{n}");
     }
-    // What was under way when a second began may be answered in it, beside what began in it.
+    // A second has the answers to calls that began in it, and to those under way when it began.
     let most = u64::from(RATE) + u64::try_from(CONCURRENCY).unwrap() + 1;
     for (second, issues) in world.upstream.issues_per_second() {
         assert!(issues <= most, "{issues} in second {second}");
@@ -252,7 +252,7 @@ async fn a_cold_start_keeps_to_the_upstreams_rate_and_concurrency() {
 }
 
 #[tokio::test]
-async fn two_hundred_callers_of_a_rejected_account_lead_to_one_attempt() {
+async fn two_hundred_calls_for_a_rejected_account_cause_one_attempt() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["*"]).await;
     let latency = Duration::from_millis(500);
@@ -280,11 +280,11 @@ async fn two_hundred_callers_of_a_rejected_account_lead_to_one_attempt() {
 }
 
 #[tokio::test]
-async fn an_upstream_that_comes_back_is_found_by_itself_and_asked_no_faster_than_the_floor() {
+async fn an_upstream_that_is_back_is_noticed_without_exceeding_one_attempt_per_minimum_interval() {
     let world = World::with(Clock::System, Faults { error_rate: 1.0, ..Faults::default() }).await;
-    let floor = Duration::from_millis(1_200);
+    let min_issue_interval = Duration::from_millis(1_200);
     let mut plan = world.plan();
-    plan.settings.min_issue_interval = floor;
+    plan.settings.min_issue_interval = min_issue_interval;
     let broker = world.start_with(plan).await;
     let began = Instant::now();
     world.register("acme", "id-1", "SK.1").await;
@@ -293,14 +293,18 @@ async fn an_upstream_that_comes_back_is_found_by_itself_and_asked_no_faster_than
     world.upstream.set_faults(Faults::default());
     world.until_state("acme", "fresh").await;
     let attempts = u32::try_from(world.upstream.attempts("id-1")).unwrap();
-    assert!(began.elapsed() >= floor * (attempts - 1), "{attempts} in {:?}", began.elapsed());
+    assert!(
+        began.elapsed() >= min_issue_interval * (attempts - 1),
+        "{attempts} in {:?}",
+        began.elapsed()
+    );
     assert_eq!(world.status("acme", "consecutive_failures").await, "0");
     assert_eq!(world.status("acme", "last_error").await, "");
     broker.stop().await;
 }
 
 #[tokio::test]
-async fn an_upstream_that_asks_for_a_pause_gets_it() {
+async fn a_pause_that_the_upstream_asks_for_is_kept() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["*"]).await;
     world.upstream.script("id-1", [Answer::RateLimited { retry_after: Some("120".into()) }]);
@@ -314,8 +318,8 @@ async fn an_upstream_that_asks_for_a_pause_gets_it() {
 
     let refused = client.get("acme").await.unwrap_err();
     assert_eq!(refusal(&refused), "Unavailable UPSTREAM_UNAVAILABLE");
-    // Everything that wakes the refresher leads to no second attempt.
-    world.database.sql("update accounts set description = 'looked at'").await;
+    // Nothing that has the account planned anew causes a second attempt.
+    world.database.sql("update accounts set description = 'changed'").await;
     world.register("other", "id-2", "SK.2").await;
     world.until_state("other", "fresh").await;
     assert_eq!(world.upstream.attempts("id-1"), 1);
@@ -323,11 +327,11 @@ async fn an_upstream_that_asks_for_a_pause_gets_it() {
 }
 
 #[tokio::test]
-async fn no_caller_can_force_an_issue_by_what_it_asks_for() {
+async fn no_request_for_a_longer_or_newer_token_forces_an_issue() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["*"]).await;
     world.register("acme", "id-1", "SK.1").await;
-    // The deadline is the broker's own: a client that sent one would keep it too.
+    // The broker sets the deadline here: a client that sent one would also give up by itself.
     let mut plan = world.plan();
     plan.settings.deadline_default = Duration::from_millis(500);
     let broker = world.start_with(plan).await;
@@ -352,7 +356,7 @@ async fn no_caller_can_force_an_issue_by_what_it_asks_for() {
 }
 
 #[tokio::test]
-async fn a_stream_of_nothing_of_nonsense_or_of_too_much_is_refused() {
+async fn a_watch_of_no_malformed_or_too_many_patterns_is_refused() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["*"]).await;
     let broker = world.start().await;
@@ -377,7 +381,7 @@ async fn a_stream_of_nothing_of_nonsense_or_of_too_much_is_refused() {
 }
 
 #[tokio::test]
-async fn a_report_needs_the_right_to_report() {
+async fn a_report_requires_the_report_right() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["*"]).await;
     world.database.sql("update grants set rights = '{get,list}'").await;
@@ -400,7 +404,7 @@ async fn a_report_needs_the_right_to_report() {
 }
 
 #[tokio::test]
-async fn a_token_for_an_unexpected_address_is_served_and_said_so() {
+async fn a_token_for_an_unexpected_address_is_served_and_marked_in_the_audit_log() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["*"]).await;
     let mut plan = world.plan();

@@ -1,4 +1,4 @@
-//! Issuing ahead of the end: by schedule, once for all, across restarts and lost answers.
+//! Tokens are replaced ahead of their end: once for all replicas, across restarts and lost answers.
 
 use std::{
     collections::BTreeSet,
@@ -46,8 +46,8 @@ async fn tokens_are_replaced_ahead_of_their_end_and_served_without_a_gap() {
     let issued = world.upstream.issued("id-1");
     broker.stop().await;
     tracing::info!(calls, issued, ?shortest, "served over five lives");
-    // Each token is replaced at 70 to 80 % of its life: 5 lives are 6 to 7 replacements, and the
-    // first token. A machine so slow that one comes late makes it fewer, never more.
+    // Each token is replaced at 70 to 80 % of its life, so there are 6 to 7 replacements in 5 lives,
+    // beside the first token. On a slow machine there are fewer, never more.
     assert!(generations.len() >= 5, "{generations:?}");
     assert!(issued <= 9, "{issued} issues");
     assert_eq!(generations.len(), usize::try_from(issued).unwrap());
@@ -55,7 +55,7 @@ async fn tokens_are_replaced_ahead_of_their_end_and_served_without_a_gap() {
 }
 
 #[tokio::test]
-async fn after_a_restart_live_tokens_are_served_without_asking_the_upstream() {
+async fn after_a_restart_live_tokens_are_served_without_calling_the_upstream() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["*"]).await;
     world.register("acme", "id-1", "SK.1").await;
@@ -105,7 +105,7 @@ async fn three_replicas_issue_once_for_each_account() {
 }
 
 #[tokio::test]
-async fn a_token_whose_answer_was_lost_is_replaced_since_it_ended_the_stored_one() {
+async fn after_a_lost_answer_a_token_is_issued_since_the_lost_one_ended_the_stored_one() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["*"]).await;
     world.register("acme", "id-1", "SK.1").await;
@@ -113,7 +113,7 @@ async fn a_token_whose_answer_was_lost_is_replaced_since_it_ended_the_stored_one
     let client = broker.client(&bearer).await;
     let first = client.get("acme").await.unwrap();
 
-    // The upstream issues, which ends the first token, and the answer never arrives.
+    // The upstream issues a token, which ends the first one, and its answer is lost.
     world.upstream.script("id-1", [Answer::IssueThenReset]);
     world.database.sql("update accounts set reissue_requested_at = now()").await;
     let second = eventually("the live token", async || {
@@ -131,14 +131,14 @@ async fn a_token_whose_answer_was_lost_is_replaced_since_it_ended_the_stored_one
 }
 
 #[tokio::test]
-async fn an_attempt_without_an_end_is_issued_anew_after_its_lease() {
+async fn an_attempt_without_a_recorded_end_is_repeated_after_its_lease() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["*"]).await;
     world.register("acme", "id-1", "SK.1").await;
     let broker = world.start().await;
     let first = broker.client(&bearer).await.get("acme").await.unwrap();
     broker.stop().await;
-    // As a replica leaves it that was killed between the upstream's answer and the commit.
+    // As after a replica was killed between the upstream's answer and the commit.
     world
         .database
         .sql(
@@ -157,7 +157,7 @@ async fn an_attempt_without_an_end_is_issued_anew_after_its_lease() {
 }
 
 #[tokio::test]
-async fn a_restarted_replica_does_not_wait_for_the_leases_of_its_earlier_process() {
+async fn a_restarted_replica_does_not_wait_for_the_leases_of_its_previous_process() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["*"]).await;
     world.register("acme", "id-1", "SK.1").await;
@@ -166,7 +166,7 @@ async fn a_restarted_replica_does_not_wait_for_the_leases_of_its_earlier_process
     let client = broker.client(&bearer).await;
     let (acme, bmce) = (client.get("acme").await.unwrap(), client.get("bmce").await.unwrap());
     broker.stop().await;
-    // As if it had been killed during one call, and another replica during the other.
+    // As if this replica had been killed during one call, and another replica during the other.
     let instance = std::fs::read_to_string(world.state.path().join("instance")).unwrap();
     world
         .database
@@ -179,7 +179,8 @@ async fn a_restarted_replica_does_not_wait_for_the_leases_of_its_earlier_process
         ))
         .await;
 
-    // The other's lease is one of two attempts at once; that of the process that is gone is none.
+    // The other replica's lease counts towards the concurrency of two; that of the ended process
+    // does not.
     let mut plan = world.plan();
     plan.settings.upstream_concurrency = 2;
     let broker = world.start_with(plan).await;
@@ -193,11 +194,11 @@ async fn a_restarted_replica_does_not_wait_for_the_leases_of_its_earlier_process
 }
 
 #[tokio::test]
-async fn malformed_answers_never_displace_a_token() {
+async fn malformed_answers_never_replace_a_token() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["*"]).await;
     world.register("acme", "id-1", "SK.1").await;
-    // Where new tokens do not end older ones, nothing makes the stored one suspect.
+    // Where new tokens do not end older ones, the stored one is never possibly revoked.
     let mut plan = world.plan();
     plan.settings.new_token_ends_older = false;
     let broker = world.start_with(plan).await;
@@ -244,8 +245,7 @@ async fn a_wrong_keyring_another_upstream_or_an_old_schema_is_one_clear_error() 
 }
 
 #[tokio::test]
-async fn accounts_that_fail_alike_are_tried_one_at_a_time_and_all_at_once_when_the_upstream_is_back()
- {
+async fn in_an_outage_one_account_at_a_time_is_tried_and_all_are_when_the_upstream_is_back() {
     let away = Faults { answer: Answer::Reset, ..Faults::default() };
     let world = World::with(Clock::System, away).await;
     let ids = 1..=5;
@@ -259,7 +259,7 @@ async fn accounts_that_fail_alike_are_tried_one_at_a_time_and_all_at_once_when_t
     let readiness = http(broker.app.ops_address, "GET", "/readyz", "").await.1;
     assert!(readiness.contains("is away: one account at a time is tried"), "{readiness}");
 
-    // As if it had lasted for long: all but one would wait for an hour.
+    // As in a long outage: all accounts but one would wait for an hour.
     let wait = async |until: &str, of: &str| {
         let update = format!(
             "update refreshes set next_attempt_at = {until}, changed = pg_current_xact_id() where {of}"

@@ -162,7 +162,7 @@ impl Stream {
     }
 
     async fn look_at_all(&mut self) -> Result<(), Over> {
-        for (nth, slot) in self.broker.cache.slots().into_iter().enumerate() {
+        for (nth, slot) in self.broker.cache.all().into_iter().enumerate() {
             if nth % LOOKS == LOOKS - 1 {
                 yield_now().await;
             }
@@ -193,7 +193,7 @@ impl Stream {
     /// Sends what is new about an account, if it is one of the stream's.
     async fn consider(&mut self, slot: &CachedAccount) -> Result<(), Over> {
         self.admitted().await?;
-        let view = slot.view();
+        let view = slot.snapshot();
         let name = &view.account.name;
         let now = self.broker.clock.now();
         if view.removed {
@@ -209,7 +209,7 @@ impl Stream {
         }
         let sent = self.sent.entry(slot.id()).or_insert_with(|| (name.clone(), None)).1;
         slot.note_request(now);
-        match view.live(now) {
+        match view.live_token(now) {
             Some(token) if sent != Some(token.generation) => {
                 self.push(slot.id(), name, token).await
             }

@@ -1,213 +1,315 @@
-//! One attempt to issue for one account, from the claim to the cache.
+//! One attempt to issue a token for one account, told in order: the permission is claimed, the upstream
+//! called, the issue recorded, the token stored, and then shown to callers.
+//!
+//! The order makes it safe. The attempt is stamped before the call: if this process dies during the
+//! call, the next attempt knows that a token may have been issued. A token is used only if its issue is
+//! on record, and shown only after it was stored, so that no caller has a token that a restart would
+//! forget.
+//!
+//! While the database does not answer, a replica that cannot collide with others issues too. It differs
+//! in two steps: it claims by what the cache knows and stamps the attempt in the state directory, and
+//! its token waits in [`PendingTokens`](super::PendingTokens) instead of being stored.
 
 use std::{
     net::IpAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicI64, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
-use ipnet::IpNet;
-use sqlx::PgPool;
-use tracing::{error, info, warn};
+use tokio::time::{Instant, sleep};
+use tracing::{debug, error, info, instrument, warn};
 
 use super::{
-    outage::{Change, Outage},
-    unstored::PendingTokens,
+    dependencies::{IssueInfrastructure, IssueSettings, IssueState},
+    notify::notify_replicas,
+    outage::OutageChange,
+    reconcile::Reconciler,
+    records,
 };
-
 use crate::{
-    audit::{
-        journal::Journal,
-        record::{Event, Record},
-    },
-    crypto::Keyring,
     domain::{
-        account::AccountId,
-        clock::{Clock, Timestamp},
-        refresh_policy::RefreshPolicy,
-        refresh_state::{
-            AccountCredential, FailureClass, IssueAttempt, IssueFailure, RefreshState,
-        },
-        token::{IssuedToken, Token},
+        clock::{Clock, Timestamp, until_from},
+        refresh_policy::{IssueDecision, IssueView, RefreshPolicy},
+        refresh_state::{FailureClass, IssueAttempt, IssueFailure},
+        token::{Generation, IssuedToken, SealedToken, Token},
     },
     services::{
-        account_cache::{AccountCache, AccountSnapshot, CachedAccount},
-        account_loader::AccountLoader,
-        connectivity::{Connectivity, DatabaseConnectivity},
+        account_cache::{AccountSnapshot, CachedAccount},
+        connectivity::Connectivity,
     },
     store::{
-        leases::{FailedAttempt, LeaseHolder},
-        tokens::{self, NewToken},
+        leases::{self, Claim, FailedAttempt, Lease, LeaseHolder},
+        tokens::{self, Commit, OrphanedToken},
         within,
     },
-    telemetry::Metrics,
-    upstream::{Client, IssueError},
+    telemetry::IssueResult,
+    upstream::IssueError,
 };
 
-/// When to look again while the database or the journal is away.
-pub(super) const AWAY: Duration = Duration::from_secs(1);
-/// How long the record of an issue may take to become durable before the issue counts as lost.
-const RECORD_WITHIN: Duration = Duration::from_secs(5);
+/// The pause after an attempt that the database, the journal or the state directory prevented.
+const UNAVAILABLE_PAUSE: Duration = Duration::from_secs(1);
+/// The longest time that the record of an issue may take to become durable; after it the token is
+/// dropped.
+const RECORD_TIMEOUT: Duration = Duration::from_secs(5);
+/// The longest time that storing a token is tried for: less than what a lease lasts beyond a call.
+const STORE_TIMEOUT: Duration = Duration::from_secs(10);
+/// The pause between two tries to store a token.
+const STORE_RETRY_PAUSE: Duration = Duration::from_millis(500);
 
-/// All that an attempt needs.
-pub struct Issuing {
-    /// The accounts.
-    pub cache: Arc<AccountCache>,
-    /// Brings the cache to what the database has.
-    pub loader: Arc<AccountLoader>,
-    /// The database.
-    pub pool: PgPool,
-    /// Opens secrets, seals tokens.
-    pub keyring: Arc<Keyring>,
-    /// The upstream.
-    pub upstream: Client,
-    /// The audit log.
-    pub journal: Journal,
-    /// Time.
-    pub clock: Clock,
-    /// When to issue.
-    pub policy: RefreshPolicy,
-    /// Who we are, and the limits of all replicas.
-    pub claimant: LeaseHolder,
-    /// Whether the upstream ends older tokens when it issues a new one.
-    pub ends_older: bool,
-    /// The addresses that tokens should name; empty for any.
-    pub expected_egress: Vec<IpNet>,
-    /// Counters.
-    pub metrics: Arc<Metrics>,
-    /// How far the upstream's clock was ahead of ours at the last issue, in milliseconds.
-    pub upstream_skew_ms: Arc<AtomicI64>,
-    /// Whether the database answers, and whether issuing goes on without it.
-    pub reach: Arc<DatabaseConnectivity>,
-    /// What was issued and is not stored yet.
-    pub unstored: Arc<PendingTokens>,
-    /// Whether the upstream answers at all.
-    pub outage: Arc<Outage>,
+/// Issues tokens, one attempt at a time for each account.
+pub struct TokenIssuer {
+    settings: IssueSettings,
+    infrastructure: IssueInfrastructure,
+    state: IssueState,
+    reconciler: Reconciler,
 }
 
-/// What an attempt is made under.
+/// What an attempt leaves to the planning of the account's next one.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Under {
-    /// A lease.
-    Lease,
-    /// None, without the database.
-    NoLease,
-}
-
-/// What an attempt leaves behind.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Outcome {
-    /// The account's view tells when to go on.
+pub enum AttemptOutcome {
+    /// The account's snapshot says when the next attempt is due.
     Done,
-    /// Nothing was tried; not again before so long.
-    NotBefore(Duration),
+    /// The attempt could not be made. It is repeated no earlier than after this pause.
+    RetryAfter(Duration),
 }
 
-impl Issuing {
-    /// When the account is to be issued for, as things stand with the database.
-    pub(super) fn due(&self, view: &AccountSnapshot) -> Option<Timestamp> {
-        let token = view.token.as_deref();
-        let due = if self.outage_over(view).is_some() {
-            let progress = RefreshState { next_attempt_at: None, ..view.progress.clone() };
-            self.policy.next_attempt(&view.account, &progress, token)?
-        } else {
-            self.policy.next_attempt(&view.account, &view.progress, token)?
+/// The permission for one attempt.
+enum Permission {
+    /// The account's lease, which excludes every other replica.
+    Lease(Box<Lease>),
+    /// The database does not answer, and no other replica can collide with this one.
+    SoleReplica {
+        attempt: Box<IssueAttempt>,
+        /// The generation of the stored token, as far as it was known.
+        replaces: Option<Generation>,
+    },
+}
+
+impl Permission {
+    fn attempt(&self) -> &IssueAttempt {
+        match self {
+            Self::Lease(lease) => &lease.attempt,
+            Self::SoleReplica { attempt, .. } => attempt,
+        }
+    }
+}
+
+impl TokenIssuer {
+    /// Returns an issuer.
+    #[must_use]
+    pub fn new(
+        settings: IssueSettings,
+        infrastructure: IssueInfrastructure,
+        state: IssueState,
+    ) -> Self {
+        let reconciler = Reconciler {
+            pool: infrastructure.pool.clone(),
+            clock: infrastructure.clock.clone(),
+            loader: state.loader.clone(),
+            connectivity: state.connectivity.clone(),
+            pending: state.pending.clone(),
+            instance: settings.holder.instance.clone(),
+            new_token_ends_older: settings.new_token_ends_older,
         };
-        match self.reach.standing() {
-            Connectivity::Connected => Some(due),
-            // The database may be back before it must be.
+        Self { settings, infrastructure, state, reconciler }
+    }
+
+    pub(super) fn holder(&self) -> &LeaseHolder {
+        &self.settings.holder
+    }
+
+    pub(super) fn clock(&self) -> &Clock {
+        &self.infrastructure.clock
+    }
+
+    pub(super) fn state(&self) -> &IssueState {
+        &self.state
+    }
+
+    pub(super) fn reconciler(&self) -> &Reconciler {
+        &self.reconciler
+    }
+
+    /// Returns when the next attempt for the account is due, which may have passed; `None` until
+    /// something changes.
+    ///
+    /// Without the database, a sole replica issues only what cannot be put off, since the database may
+    /// be back before that.
+    pub(super) fn next_attempt_at(&self, snapshot: &AccountSnapshot) -> Option<Timestamp> {
+        let policy = &self.settings.holder.policy;
+        let at = policy.next_issue_at(&self.view(snapshot))?;
+        match self.state.connectivity.current() {
+            Connectivity::Connected => Some(at),
             Connectivity::SoleReplica => {
-                Some(due.max(RefreshPolicy::urgent_from(&view.progress, token)))
+                let token = snapshot.token.as_deref();
+                Some(at.max(RefreshPolicy::mandatory_refresh_at(&snapshot.refresh, token)))
             }
             Connectivity::Partitioned => None,
         }
     }
 
-    /// How long ago the upstream's outage ended that the account waits for, if it waits for one.
-    pub(super) fn outage_over(&self, view: &AccountSnapshot) -> Option<Duration> {
-        self.outage.is_over_for(&view.progress, self.clock.now())
+    fn view<'a>(&self, snapshot: &'a AccountSnapshot) -> IssueView<'a> {
+        let AccountSnapshot { account, refresh, token, .. } = snapshot;
+        let scheduled_at =
+            self.settings.holder.policy.scheduled_at(&account.name, token.as_deref());
+        IssueView::cached(account, refresh, scheduled_at, self.state.outage.ended_at())
     }
 
-    /// Tries to replace the account's token. Never fails: what went wrong is in the account's view,
-    /// in the audit log and in the metrics.
-    pub async fn attempt(&self, slot: &Arc<CachedAccount>) -> Outcome {
-        // Nothing is issued that cannot be recorded.
-        if !self.journal.is_writable() {
-            return Outcome::NotBefore(AWAY);
+    /// Tries to replace the account's token. It does not fail: what went wrong is shown in the
+    /// account's snapshot, in the audit log and in the metrics.
+    ///
+    /// Not cancel safe: if the future is dropped, a token that was just issued is lost. The next attempt
+    /// knows that from the stamp.
+    #[instrument(level = "debug", skip_all, fields(account = %entry.snapshot().account.name))]
+    pub async fn attempt(&self, entry: &Arc<CachedAccount>) -> AttemptOutcome {
+        // An issue that cannot be recorded must not be made.
+        if !self.infrastructure.journal.is_writable() {
+            return AttemptOutcome::RetryAfter(UNAVAILABLE_PAUSE);
         }
-        let view = slot.view();
-        // Since it was planned, another replica's token may have come. The claim would take it for
-        // the one that is to be replaced.
-        if self.due(&view).is_none_or(|due| due > self.clock.now()) {
-            return Outcome::Done;
+        let snapshot = entry.snapshot();
+        // Another replica's token may have been loaded since the account was planned. The claim would
+        // take that token for the one to be replaced.
+        if self.next_attempt_at(&snapshot).is_none_or(|at| at > self.clock().now()) {
+            return AttemptOutcome::Done;
         }
-        match self.reach.standing() {
-            Connectivity::Connected if self.unstored.of(slot.id()).is_some() => {
-                // What the database does not know of may be all that makes it due.
-                let settled = self.settle(slot.id()).await.unwrap_or(false);
-                if settled { Outcome::Done } else { Outcome::NotBefore(AWAY) }
+        let permission = match self.claim(entry, &snapshot).await {
+            Ok(permission) => permission,
+            Err(outcome) => return outcome,
+        };
+        let issued = match self.call_upstream(permission.attempt()).await {
+            Ok(issued) => issued,
+            Err(error) => return self.fail(entry, &permission, error).await,
+        };
+        let Some(token) = self.record(entry, &permission, issued).await else {
+            // That a token may be out is known from the lease's attempt, which stays without an end. A
+            // sole replica notes it itself.
+            if let Permission::SoleReplica { .. } = permission {
+                self.state.pending.mark_possibly_revoked(entry.id());
             }
-            Connectivity::Connected => self.attempt_by_lease(slot, &view).await,
-            Connectivity::SoleReplica => self.attempt_alone(slot, &view).await,
-            // Planned anew when the database is back.
-            Connectivity::Partitioned => Outcome::Done,
+            return AttemptOutcome::RetryAfter(UNAVAILABLE_PAUSE);
+        };
+        let stored = match self.store(entry, &permission, &token).await {
+            Ok(stored) => stored,
+            Err(outcome) => return outcome,
+        };
+        self.state.cache.update(entry, |before| before.with_token(&token, stored));
+        info!(account = %snapshot.account.name, generation = %token.generation,
+            expires_at = %token.expires_at, stored, "token issued");
+        if stored {
+            notify_replicas(&self.infrastructure.pool).await;
         }
+        AttemptOutcome::Done
     }
 
-    pub(super) async fn reload(&self, slot: &CachedAccount) -> Outcome {
-        match self.loader.these(&[slot.id().0]).await {
-            Ok(()) => Outcome::Done,
-            Err(error) => {
-                warn!(account = %slot.view().account.name, %error, "an account cannot be loaded");
-                Outcome::NotBefore(AWAY)
-            }
-        }
-    }
+    // 1. Claim.
 
-    /// Calls the upstream and records the token that it issues; the log must not miss one. `None`
-    /// when it cannot be recorded: the record is kept and written later, and the token is not used,
-    /// since nobody could say when.
-    pub(super) async fn issue(
+    /// Gets the permission for the attempt, and shows callers that it is under way. Otherwise returns
+    /// the outcome of the attempt, which ends here.
+    async fn claim(
         &self,
-        slot: &CachedAccount,
-        attempt: &IssueAttempt,
-        under: Under,
-    ) -> Result<Option<Arc<Token>>, IssueError> {
-        let issued = self.call(attempt).await;
-        let failure = issued.as_ref().err().map(|error| error.class);
-        match self.outage.ended(slot.id(), failure, self.clock.now()) {
-            Change::None => {}
-            Change::Began => warn!("the upstream is away: several accounts in a row failed alike"),
-            Change::Ended => info!("the upstream answers again"),
-        }
-        let issued = issued?;
-        let token = Arc::new(Token {
-            generation: attempt.generation,
-            credential_version: attempt.credential.version,
-            issued_at: self.clock.now().min(issued.expires_at),
-            expires_at: issued.expires_at,
-            allowed_ip: issued.allowed_ip.clone(),
-            fingerprint: self.keyring.fingerprint(&issued.access_token),
-            access_token: issued.access_token,
+        entry: &Arc<CachedAccount>,
+        snapshot: &AccountSnapshot,
+    ) -> Result<Permission, AttemptOutcome> {
+        let permission = match self.state.connectivity.current() {
+            Connectivity::Connected if self.state.pending.contains(entry.id()) => {
+                // The token that the database does not have may be why the account seems due.
+                let reconciled = self.reconciler.reconcile(entry.id()).await.unwrap_or(false);
+                return Err(if reconciled {
+                    AttemptOutcome::Done
+                } else {
+                    AttemptOutcome::RetryAfter(UNAVAILABLE_PAUSE)
+                });
+            }
+            Connectivity::Connected => self.claim_lease(entry, snapshot).await?,
+            Connectivity::SoleReplica => self.claim_as_sole_replica(snapshot).await?,
+            // All accounts are planned again when the database answers.
+            Connectivity::Partitioned => return Err(AttemptOutcome::Done),
+        };
+        let lost = matches!(&permission, Permission::Lease(lease) if lease.previous_attempt_lost);
+        let (now, lease_duration) = (self.clock().now(), self.holder().lease_duration);
+        self.state.cache.update(entry, |before| {
+            before.with_attempt_started(permission.attempt(), lost, now, lease_duration)
         });
-        if let Some(skew) = issued.skew_ms {
-            self.upstream_skew_ms.store(skew, Ordering::Relaxed);
-        }
-        let record = self.issue_record(slot, &token, issued.skew_ms, under);
-        if self.journal.append(record).durable(RECORD_WITHIN).await.is_err() {
-            error!(account = %slot.view().account.name, "an issue cannot be recorded: its token is dropped");
-            return Ok(None);
-        }
-        Ok(Some(token))
+        Ok(permission)
     }
 
-    async fn call(&self, attempt: &IssueAttempt) -> Result<IssuedToken, IssueError> {
-        let AccountCredential { version, secret } = &attempt.credential;
-        match self.keyring.open_secret(attempt.account, *version, secret.bytes()) {
-            Ok(secret) => self.upstream.issue(&attempt.client_id, &secret).await,
+    /// Claims the account's lease, which stamps the attempt in the database.
+    async fn claim_lease(
+        &self,
+        entry: &CachedAccount,
+        snapshot: &AccountSnapshot,
+    ) -> Result<Permission, AttemptOutcome> {
+        // Not the cached token's generation: a load that a commit overtook leaves our newer token
+        // beside an older refresh state, which may be all that makes the account due.
+        let replaces = snapshot.refresh.stored_generation;
+        let outage_ended =
+            self.state.outage.ended_at().map(|at| until_from(at, self.clock().now()));
+        let pool = &self.infrastructure.pool;
+        let claim = leases::claim(pool, entry.id(), replaces, outage_ended, self.holder());
+        match within(claim).await {
+            Ok(Claim::Granted(lease)) => Ok(Permission::Lease(lease)),
+            Ok(Claim::Paced(pause)) => Err(AttemptOutcome::RetryAfter(pause)),
+            Ok(Claim::Wait(pause)) => {
+                // Calls that wait for a token see what the database knows.
+                self.reload(entry).await;
+                Err(AttemptOutcome::RetryAfter(pause))
+            }
+            Ok(Claim::NotNeeded) => Err(self.reload(entry).await),
+            Err(error) => {
+                debug!(account = %snapshot.account.name, %error, "no lease can be claimed");
+                Err(AttemptOutcome::RetryAfter(UNAVAILABLE_PAUSE))
+            }
+        }
+    }
+
+    /// Decides by what the cache knows, and stamps the attempt in the state directory: if this process
+    /// is killed, the next one knows that the stored token is possibly revoked.
+    async fn claim_as_sole_replica(
+        &self,
+        snapshot: &AccountSnapshot,
+    ) -> Result<Permission, AttemptOutcome> {
+        let AccountSnapshot { account, refresh, token, .. } = snapshot;
+        let now = self.clock().now();
+        let decision = self.settings.holder.policy.decide(&self.view(snapshot), now);
+        let IssueDecision::Issue { credential_version, .. } = decision else {
+            return Err(AttemptOutcome::Done);
+        };
+        let latest = token.as_ref().map(|token| token.generation).max(refresh.stored_generation);
+        let generation = Generation::next(now, self.holder().replica, latest);
+        let attempt = account.attempt(credential_version, generation);
+        let attempt = Box::new(attempt.ok_or(AttemptOutcome::Done)?);
+        if let Err(error) = self.state.pending.begin(account.id).await {
+            error!(account = %account.name, %error,
+                "no token can be issued without the database: the state directory cannot be written");
+            return Err(AttemptOutcome::RetryAfter(UNAVAILABLE_PAUSE));
+        }
+        Ok(Permission::SoleReplica { attempt, replaces: refresh.stored_generation })
+    }
+
+    /// Loads the account from the database, so that it is planned by what the database knows.
+    async fn reload(&self, entry: &CachedAccount) -> AttemptOutcome {
+        match self.state.loader.load(&[entry.id().0]).await {
+            Ok(()) => AttemptOutcome::Done,
+            Err(error) => {
+                let account = &entry.snapshot().account.name;
+                warn!(%account, %error, "an account cannot be loaded");
+                AttemptOutcome::RetryAfter(UNAVAILABLE_PAUSE)
+            }
+        }
+    }
+
+    // 2. Call.
+
+    /// Calls the upstream with the attempt's credential, and notes whether the upstream answered.
+    async fn call_upstream(&self, attempt: &IssueAttempt) -> Result<IssuedToken, IssueError> {
+        let credential = &attempt.credential;
+        let opened = self.infrastructure.keyring.open_secret(
+            attempt.account,
+            credential.version,
+            credential.secret.bytes(),
+        );
+        let issued = match opened {
+            Ok(secret) => self.infrastructure.upstream.issue(&attempt.client_id, &secret).await,
             Err(error) => Err(IssueError {
                 class: FailureClass::Intake,
                 code: None,
@@ -215,96 +317,218 @@ impl Issuing {
                 retry_after: None,
                 may_have_issued: false,
             }),
+        };
+        let failure = issued.as_ref().err().map(|error| error.class);
+        match self.state.outage.attempt_ended(attempt.account, failure, self.clock().now()) {
+            OutageChange::None => {}
+            OutageChange::Began => {
+                warn!("the upstream is away: several accounts in a row failed alike");
+            }
+            OutageChange::Ended => info!("the upstream answers again"),
         }
+        if let Some(skew) = issued.as_ref().ok().and_then(|issued| issued.skew_ms) {
+            self.infrastructure.upstream_skew_ms.store(skew, Ordering::Relaxed);
+        }
+        issued
     }
 
-    /// `token` as it is stored.
-    pub(super) fn sealed(&self, account: AccountId, token: &Token) -> NewToken {
-        NewToken {
-            account,
-            version: token.credential_version,
-            generation: token.generation,
-            sealed: self.keyring.seal_token(account, token.generation, &token.access_token),
-            expires_at: token.expires_at,
-            issued_at: token.issued_at,
-            allowed_ip: token.allowed_ip.clone(),
-            fingerprint: token.fingerprint.clone(),
-        }
-    }
+    // 3. Record.
 
-    pub(super) async fn tell_the_others(&self) {
-        if let Err(error) = within(tokens::notify(&self.pool)).await {
-            warn!(%error, "the other replicas are not told; they will find out by polling");
-        }
-    }
-
-    fn issue_record(
+    /// Records the issue and returns its token. Returns `None` if the record did not become durable in
+    /// time: it is still written as soon as possible, but the token is dropped, since nobody could say
+    /// when that will be.
+    async fn record(
         &self,
-        slot: &CachedAccount,
-        token: &Token,
-        skew_ms: Option<i64>,
-        under: Under,
-    ) -> Record {
-        let view = slot.view();
-        let mut record = Record::new(self.clock.now(), Event::TokenIssued)
-            .account(&view.account.name)
-            .token(token.generation, &token.fingerprint)
-            .with("client_id", view.account.client_id.as_str())
-            .with("expires_at", token.expires_at.to_rfc3339());
-        if let Some(skew) = skew_ms {
-            record = record.with("upstream_clock_ahead_ms", skew.to_string());
-        }
-        if under == Under::NoLease {
+        entry: &CachedAccount,
+        permission: &Permission,
+        issued: IssuedToken,
+    ) -> Option<Arc<Token>> {
+        let attempt = permission.attempt();
+        let now = self.clock().now();
+        let token = Arc::new(Token {
+            generation: attempt.generation,
+            credential_version: attempt.credential.version,
+            issued_at: now.min(issued.expires_at),
+            expires_at: issued.expires_at,
+            allowed_ip: issued.allowed_ip,
+            fingerprint: self.infrastructure.keyring.fingerprint(&issued.access_token),
+            access_token: issued.access_token,
+        });
+        let account = &entry.snapshot().account;
+        let mut record = records::issued(account, &token, issued.skew_ms, now);
+        if let Permission::SoleReplica { .. } = permission {
             record = record.with("database", "away");
         }
-        if let Some(ip) = &token.allowed_ip {
-            record = record.with("allowed_ip", ip);
-            if !self.egress_is_expected(ip) {
-                warn!(account = %view.account.name, allowed_ip = %ip,
-                    "the token works only from an address that is not among the expected egress addresses");
-                record = record.with("egress", "unexpected");
+        if let Some(ip) = token.allowed_ip.as_deref().filter(|ip| !self.expects_egress(ip)) {
+            warn!(account = %account.name, allowed_ip = %ip,
+                "the token works only from an address that is not among the expected egress addresses");
+            record = record.with("egress", "unexpected");
+        }
+        match self.infrastructure.journal.append(record).durable(RECORD_TIMEOUT).await {
+            Ok(()) => Some(token),
+            Err(error) => {
+                error!(account = %account.name, %error,
+                    "an issue cannot be recorded: its token is dropped");
+                None
             }
         }
-        record
     }
 
-    fn egress_is_expected(&self, ip: &str) -> bool {
-        self.expected_egress.is_empty()
-            || ip
-                .parse::<IpAddr>()
-                .is_ok_and(|ip| self.expected_egress.iter().any(|net| net.contains(&ip)))
+    fn expects_egress(&self, ip: &str) -> bool {
+        let expected = &self.settings.expected_egress;
+        expected.is_empty()
+            || ip.parse::<IpAddr>().is_ok_and(|ip| expected.iter().any(|net| net.contains(&ip)))
     }
 
-    /// Records a failure, and says how it is to be remembered.
-    pub(super) fn failed(
+    // 4. Store.
+
+    /// Stores the token and returns `true`, or returns `false` if it is pending until the database
+    /// answers. Otherwise returns the outcome of the attempt, since the token is not the account's.
+    ///
+    /// A pending token is served: it is the live one, whatever the database has. If this process ends
+    /// before it is stored, a new one is issued, since the attempt has no recorded end.
+    async fn store(
         &self,
-        slot: &CachedAccount,
+        entry: &CachedAccount,
+        permission: &Permission,
+        token: &Token,
+    ) -> Result<bool, AttemptOutcome> {
+        let sealed = self.infrastructure.keyring.seal_token(
+            entry.id(),
+            token.generation,
+            &token.access_token,
+        );
+        let token = SealedToken::new(token, sealed);
+        let (result, replaces, under_lease) = match permission {
+            Permission::Lease(lease) => match self.commit(lease, &token).await {
+                Some(Commit::Stored) => {
+                    self.infrastructure.metrics.issue(IssueResult::Issued);
+                    return Ok(true);
+                }
+                Some(Commit::KeptLonger) => {
+                    self.infrastructure.metrics.issue(IssueResult::Issued);
+                    return Err(self.reload(entry).await);
+                }
+                Some(Commit::Fenced) => return Err(self.discard(entry, lease, &token).await),
+                None => (IssueResult::NotStored, lease.replaces, true),
+            },
+            Permission::SoleReplica { replaces, .. } => (IssueResult::Issued, *replaces, false),
+        };
+        self.infrastructure.metrics.issue(result);
+        self.state.pending.add(entry.id(), OrphanedToken { token, replaces, under_lease });
+        Ok(false)
+    }
+
+    /// Commits the token, trying again for [`STORE_TIMEOUT`] while the database is connected; returns
+    /// `None` if it could not be reached.
+    async fn commit(&self, lease: &Lease, token: &SealedToken) -> Option<Commit> {
+        let account = lease.attempt.account;
+        let (pool, ends_older) = (&self.infrastructure.pool, self.settings.new_token_ends_older);
+        let until = Instant::now() + STORE_TIMEOUT;
+        loop {
+            match within(tokens::commit(pool, lease, token, ends_older)).await {
+                Ok(commit) => return Some(commit),
+                // Callers may be waiting for the token: once the connection is known to be lost, they
+                // are not kept waiting.
+                Err(error)
+                    if self.state.connectivity.current() == Connectivity::Connected
+                        && Instant::now() < until =>
+                {
+                    warn!(%account, %error, "a token cannot be stored; trying again");
+                    sleep(STORE_RETRY_PAUSE).await;
+                }
+                Err(error) => {
+                    error!(%account, %error, "a token could not be stored; it is served, and stored later");
+                    return None;
+                }
+            }
+        }
+    }
+
+    /// Drops a token that was fenced off. Where new tokens end older ones, it may have ended the stored
+    /// one.
+    async fn discard(
+        &self,
+        entry: &CachedAccount,
+        lease: &Lease,
+        token: &SealedToken,
+    ) -> AttemptOutcome {
+        let account = &entry.snapshot().account.name;
+        self.infrastructure.metrics.issue(IssueResult::Fenced);
+        warn!(%account, generation = %token.generation,
+            "a token came too late: the account has another lease or credential");
+        let pool = &self.infrastructure.pool;
+        // A changed credential must not wait until the lease expires.
+        let released = within(leases::release(pool, lease)).await;
+        let marked = if self.settings.new_token_ends_older {
+            within(leases::mark_possibly_revoked(pool, entry.id(), None)).await
+        } else {
+            Ok(())
+        };
+        if let Err(error) = released.and(marked) {
+            warn!(%account, %error, "it cannot be noted that a token came too late");
+        }
+        self.reload(entry).await
+    }
+
+    // Instead of 3 and 4, after a failure.
+
+    /// Records the failure in the audit log and the metrics, stores it, and shows it.
+    async fn fail(
+        &self,
+        entry: &Arc<CachedAccount>,
+        permission: &Permission,
+        error: IssueError,
+    ) -> AttemptOutcome {
+        let failed = self.record_failure(entry, permission.attempt(), error);
+        let account = &entry.snapshot().account.name;
+        match permission {
+            Permission::Lease(lease) => {
+                let recorded = leases::record_failure(&self.infrastructure.pool, lease, &failed);
+                match within(recorded).await {
+                    Ok(true) => {}
+                    // Another replica has the lease by now: its result counts.
+                    Ok(false) => return self.reload(entry).await,
+                    Err(error) => {
+                        warn!(%account, %error, "a failure cannot be stored; its lease will expire");
+                    }
+                }
+            }
+            Permission::SoleReplica { .. } if failed.possibly_revoked => {
+                self.state.pending.mark_possibly_revoked(entry.id());
+            }
+            Permission::SoleReplica { .. } => self.state.pending.end(entry.id()),
+        }
+        let now = self.clock().now();
+        self.state
+            .cache
+            .update(entry, |before| before.with_failure(permission.attempt(), &failed, now));
+        AttemptOutcome::Done
+    }
+
+    /// Records the failure in the audit log and the metrics, and decides on the pause after it. The
+    /// record need not be durable before the attempt goes on.
+    fn record_failure(
+        &self,
+        entry: &CachedAccount,
         attempt: &IssueAttempt,
         error: IssueError,
     ) -> FailedAttempt {
-        let view = slot.view();
-        let name = &view.account.name;
-        self.metrics.issue(error.class.into());
+        let snapshot = entry.snapshot();
+        let name = &snapshot.account.name;
+        self.infrastructure.metrics.issue(error.class.into());
         warn!(account = %name, class = error.class.as_str(), code = error.code.as_deref(),
             message = %error.message, "no token was issued");
-        let mut record = Record::new(self.clock.now(), Event::IssueFailed)
-            .account(name)
-            .outcome(error.class.outcome(), error.class.as_str())
-            .with("message", &error.message);
-        if let Some(code) = &error.code {
-            record = record.with("upstream_code", code);
-        }
-        drop(self.journal.append(record));
+        let record = records::failed(name, &error, self.clock().now());
+        drop(self.infrastructure.journal.append(record));
 
-        let failures = view.progress.failures + 1;
-        let retry_after = match error.class {
-            FailureClass::Rejected | FailureClass::Intake => None,
-            FailureClass::EgressRejected => Some(self.policy.probe_after(name)),
-            _ => {
-                let backoff = self.outage.pause(self.policy.retry_after(name, failures));
-                Some(error.retry_after.map_or(backoff, |asked| asked.max(backoff)))
-            }
-        };
+        let retry_after = self.settings.holder.policy.pause_after_failure(
+            name,
+            error.class,
+            snapshot.refresh.consecutive_failures + 1,
+            error.retry_after,
+            self.state.outage.pause_cap(),
+        );
         FailedAttempt {
             failure: IssueFailure {
                 class: error.class,
@@ -313,7 +537,7 @@ impl Issuing {
                 version: attempt.credential.version,
             },
             retry_after,
-            suspect: self.ends_older && error.may_have_issued,
+            possibly_revoked: self.settings.new_token_ends_older && error.may_have_issued,
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Which account is next: pure bookkeeping.
+//! The order in which accounts are issued for.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -10,16 +10,20 @@ use crate::domain::{
     clock::{Timestamp, delta},
 };
 
-/// How long an account without a live token stands behind those whose token is about to end.
-const COLD: Duration = Duration::from_mins(1);
+/// An account without a live token has the rank of one whose token ends this much later: many new
+/// accounts must not let the tokens of others end.
+const NO_TOKEN_RANK: Duration = Duration::from_mins(1);
 
-/// Accounts by when they are due; those that are due, by whose token ends first.
+/// Accounts in the order in which they become due. Of those that are due, the one whose token ends
+/// first goes first.
 #[derive(Debug, Default)]
-pub(super) struct Queue {
+pub(super) struct RefreshQueue {
     plans: HashMap<AccountId, Plan>,
+    /// Accounts that were not due when the queue was last asked, by when they are due.
     later: BTreeSet<(Timestamp, AccountId)>,
+    /// Accounts that are due, by rank.
     due: BTreeSet<(Timestamp, AccountId)>,
-    /// Those with an attempt under way are not started again before its end.
+    /// Accounts with an attempt under way. They are not planned.
     busy: HashSet<AccountId>,
 }
 
@@ -27,12 +31,13 @@ pub(super) struct Queue {
 struct Plan {
     due: Timestamp,
     token_ends: Option<Timestamp>,
-    /// The key in `due`, once it is there.
+    /// The key in `RefreshQueue::due`; `None` while the account is in `later`.
     rank: Option<Timestamp>,
 }
 
-impl Queue {
-    /// Plans the account for `due`, or for never; forgets what was planned before.
+impl RefreshQueue {
+    /// Plans the account for `due`, or takes it out if that is `None`. It replaces an earlier plan. An
+    /// account with an attempt under way is not planned.
     pub(super) fn plan(
         &mut self,
         id: AccountId,
@@ -43,7 +48,7 @@ impl Queue {
         if planned.is_some_and(|plan| Some(plan.due) == due && plan.token_ends == token_ends) {
             return;
         }
-        self.forget(id);
+        self.remove(id);
         if let Some(due) = due.filter(|_| !self.busy.contains(&id)) {
             self.plans.insert(id, Plan { due, token_ends, rank: None });
             self.later.insert((due, id));
@@ -51,7 +56,7 @@ impl Queue {
     }
 
     /// Takes the account out.
-    pub(super) fn forget(&mut self, id: AccountId) {
+    pub(super) fn remove(&mut self, id: AccountId) {
         if let Some(plan) = self.plans.remove(&id) {
             match plan.rank {
                 Some(rank) => self.due.remove(&(rank, id)),
@@ -60,31 +65,31 @@ impl Queue {
         }
     }
 
-    /// An attempt for the account is under way: it is not planned until its end.
-    pub(super) fn began(&mut self, id: AccountId) {
+    /// Notes that an attempt for the account is under way.
+    pub(super) fn attempt_started(&mut self, id: AccountId) {
         self.busy.insert(id);
     }
 
-    /// The attempt is over: the account may be planned again.
-    pub(super) fn ended(&mut self, id: AccountId) {
+    /// Notes that the attempt has ended. The account may be planned again.
+    pub(super) fn attempt_ended(&mut self, id: AccountId) {
         self.busy.remove(&id);
     }
 
-    /// When the next account is due; a moment that has passed if one is due already.
-    pub(super) fn next(&self, now: Timestamp) -> Option<Timestamp> {
+    /// Returns when the next account is due: `now` if one is known to be due, `None` if none is planned.
+    pub(super) fn next_due(&self, now: Timestamp) -> Option<Timestamp> {
         if !self.due.is_empty() {
             return Some(now);
         }
         self.later.first().map(|(due, _)| *due)
     }
 
-    /// Takes the most urgent of the accounts that are due at `now`.
+    /// Takes out the account that is due at `now` and whose token ends first.
     pub(super) fn take(&mut self, now: Timestamp) -> Option<AccountId> {
         while let Some((due, id)) = self.later.first().copied().filter(|(due, _)| *due <= now) {
             self.later.remove(&(due, id));
             if let Some(plan) = self.plans.get_mut(&id) {
                 let live = plan.token_ends.filter(|end| *end > now);
-                let rank = live.unwrap_or(now + delta(COLD));
+                let rank = live.unwrap_or(now + delta(NO_TOKEN_RANK));
                 plan.rank = Some(rank);
                 self.due.insert((rank, id));
             }
@@ -107,37 +112,37 @@ mod tests {
     }
 
     #[test]
-    fn what_ends_first_goes_first_and_what_has_no_token_a_minute_behind() {
-        let mut queue = Queue::default();
+    fn the_token_that_ends_first_goes_first_and_a_missing_one_counts_as_ending_in_a_minute() {
+        let mut queue = RefreshQueue::default();
         queue.plan(AccountId(1), Some(at(1)), Some(at(500)));
         queue.plan(AccountId(2), Some(at(2)), None);
         queue.plan(AccountId(3), Some(at(3)), Some(at(130)));
         queue.plan(AccountId(4), Some(at(200)), Some(at(300)));
-        assert_eq!(queue.next(at(0)), Some(at(1)));
+        assert_eq!(queue.next_due(at(0)), Some(at(1)));
         let order: Vec<_> = std::iter::from_fn(|| queue.take(at(100))).map(|id| id.0).collect();
         assert_eq!(order, [3, 2, 1]);
-        assert_eq!(queue.next(at(100)), Some(at(200)));
+        assert_eq!(queue.next_due(at(100)), Some(at(200)));
     }
 
     #[test]
-    fn an_account_under_way_is_not_started_again_before_its_end() {
-        let mut queue = Queue::default();
+    fn an_account_with_an_attempt_under_way_is_not_started_again() {
+        let mut queue = RefreshQueue::default();
         queue.plan(AccountId(1), Some(at(0)), None);
         assert_eq!(queue.take(at(0)), Some(AccountId(1)));
-        queue.began(AccountId(1));
+        queue.attempt_started(AccountId(1));
         queue.plan(AccountId(1), Some(at(0)), None);
         assert_eq!(queue.take(at(9)), None);
-        queue.ended(AccountId(1));
+        queue.attempt_ended(AccountId(1));
         queue.plan(AccountId(1), Some(at(0)), None);
         assert_eq!(queue.take(at(9)), Some(AccountId(1)));
     }
 
     #[test]
-    fn an_account_planned_for_never_is_forgotten() {
-        let mut queue = Queue::default();
+    fn an_account_that_is_planned_for_no_time_is_removed() {
+        let mut queue = RefreshQueue::default();
         queue.plan(AccountId(1), Some(at(0)), None);
         queue.plan(AccountId(1), None, None);
-        assert_eq!(queue.next(at(0)), None);
+        assert_eq!(queue.next_due(at(0)), None);
     }
 
     proptest! {
@@ -146,7 +151,7 @@ mod tests {
             plans in proptest::collection::vec((0_i64..20, 0_i64..100, proptest::option::of(0_i64..200)), 0..60),
             now in 0_i64..100,
         ) {
-            let mut queue = Queue::default();
+            let mut queue = RefreshQueue::default();
             let mut last = HashMap::new();
             for (id, due, ends) in plans {
                 queue.plan(AccountId(id), Some(at(due)), ends.map(at));

@@ -53,7 +53,7 @@ pub(super) fn decide(
     if !view.account.enabled {
         return Decision::Refuse(Refusal::AccountDisabled);
     }
-    let acceptable = view.live(now).filter(|token| token.generation > ask.newer_than);
+    let acceptable = view.live_token(now).filter(|token| token.generation > ask.newer_than);
     let hopeless = hopeless(view, standing, now);
     match (acceptable, hopeless) {
         (Some(token), None) if is_short(token, ask, policy, now) => Decision::Wait,
@@ -70,7 +70,7 @@ fn is_short(token: &Token, ask: &TokenRequest, policy: &RefreshPolicy, now: Time
 
 /// Why no new token will come soon; `None` while one may.
 fn hopeless(view: &AccountSnapshot, standing: Connectivity, now: Timestamp) -> Option<Refusal> {
-    let progress = &view.progress;
+    let progress = &view.refresh;
     let leased = progress.lease_until.is_some_and(|until| until > now);
     if standing == Connectivity::Partitioned && !leased {
         return Some(Refusal::DatabaseUnavailable { retry_after: SOON });
@@ -82,8 +82,8 @@ fn hopeless(view: &AccountSnapshot, standing: Connectivity, now: Timestamp) -> O
     let upstream_code = failure.code.clone();
     match failure.class {
         // The secret before a refused rotation goes on issuing.
-        class if class.parks() && view.account.previous.is_some() => None,
-        class if class.parks() => Some(Refusal::CredentialRejected { upstream_code }),
+        class if class.suspends() && view.account.previous.is_some() => None,
+        class if class.suspends() => Some(Refusal::CredentialRejected { upstream_code }),
         FailureClass::EgressRejected => Some(Refusal::EgressRejected { upstream_code }),
         _ => progress
             .next_attempt_at
@@ -100,7 +100,7 @@ pub(super) fn reuse_for(
     policy: &RefreshPolicy,
     now: Timestamp,
 ) -> Duration {
-    until_from(now, policy.refresh_due(account, token))
+    until_from(now, policy.advisory_refresh_at(account, token))
         .max(LEAST_REUSE)
         .min(token.time_left(now))
         .max(Duration::from_millis(1))
@@ -139,7 +139,7 @@ pub(super) fn judge_report(
     if NOT_TOKEN_FAULTS.contains(&upstream_code) {
         return ReportOutcome::NotATokenFault;
     }
-    let progress = &view.progress;
+    let progress = &view.refresh;
     let pause = progress.attempt_started_at.map_or(Duration::ZERO, |started| {
         until_from(now, started + delta(policy.min_issue_interval))
     });
@@ -150,7 +150,7 @@ pub(super) fn judge_report(
         std::cmp::Ordering::Less => ReportOutcome::AlreadyReplaced,
         // Another replica's token that has not arrived here yet.
         std::cmp::Ordering::Greater => ReportOutcome::TooSoon { retry_after: SOON },
-        std::cmp::Ordering::Equal if progress.suspect => {
+        std::cmp::Ordering::Equal if progress.possibly_revoked => {
             ReportOutcome::Reissuing { retry_after: pause.max(SOON), noted: true }
         }
         std::cmp::Ordering::Equal if !pause.is_zero() => {
@@ -182,7 +182,7 @@ mod tests {
     fn view() -> AccountSnapshot {
         AccountSnapshot {
             account: Account::example(1, "acme"),
-            progress: RefreshState { attempt_started_at: Some(at(0)), ..RefreshState::default() },
+            refresh: RefreshState { attempt_started_at: Some(at(0)), ..RefreshState::default() },
             token: Some(Arc::new(Token::example(7, 1_000))),
             removed: false,
         }
@@ -190,8 +190,8 @@ mod tests {
 
     fn failing(class: FailureClass, next_attempt_at: Option<Timestamp>) -> AccountSnapshot {
         let mut view = view();
-        view.progress.next_attempt_at = next_attempt_at;
-        view.progress.failure = Some(IssueFailure {
+        view.refresh.next_attempt_at = next_attempt_at;
+        view.refresh.failure = Some(IssueFailure {
             class,
             code: Some("61006".into()),
             message: String::new(),
@@ -280,7 +280,7 @@ mod tests {
         assert_eq!(cut_off(&view(), ask(), 1_000), "database");
         assert_eq!(decided_while(Connectivity::SoleReplica, &view(), ask(), 1_000), "wait");
         let mut under_way = view();
-        under_way.progress.lease_until = Some(at(1_020));
+        under_way.refresh.lease_until = Some(at(1_020));
         assert_eq!(cut_off(&under_way, ask(), 1_000), "wait");
         assert_eq!(cut_off(&under_way, ask(), 1_020), "database");
     }
@@ -320,7 +320,7 @@ mod tests {
             assert_eq!(judge(&view(), 7, code, 100), ReportOutcome::NotATokenFault);
         }
         let mut reported = view();
-        reported.progress.suspect = true;
+        reported.refresh.possibly_revoked = true;
         assert!(matches!(
             judge(&reported, 7, "61003", 100),
             ReportOutcome::Reissuing { noted: true, .. }

@@ -31,12 +31,12 @@ pub(super) fn page(
         let done = last.as_ref().map_or("", AccountName::as_str);
         let Some(next) = caller.first_covered_from(Right::List, done, now) else { break };
         let from = if next == done { Bound::Excluded(done) } else { Bound::Included(next) };
-        let stretch = cache.in_order(from, STRETCH);
+        let stretch = cache.range_by_name(from, STRETCH);
         if stretch.is_empty() {
             break;
         }
         for (name, slot) in stretch {
-            let view = slot.view();
+            let view = slot.snapshot();
             let permitted = caller.permits(Right::List, &name, now);
             // One that is being renamed at this moment is found under its other name.
             if permitted && view.account.name == name {
@@ -98,7 +98,7 @@ mod tests {
         limit: usize,
         now: Timestamp,
     ) -> (Vec<AccountName>, bool) {
-        let names = cache.slots().into_iter().map(|slot| slot.view().account.name.clone());
+        let names = cache.all().into_iter().map(|slot| slot.snapshot().account.name.clone());
         let mut names: Vec<_> = names
             .filter(|name| after.is_none_or(|after| name > after))
             .filter(|name| caller.permits(Right::List, name, now))

@@ -1,0 +1,497 @@
+use chrono::TimeDelta;
+use proptest::{option, prelude::*, sample::select};
+
+use super::*;
+use crate::domain::refresh_state::{AccountCredential, IntervalExceptions, IssueFailure};
+
+const POLICY: RefreshPolicy =
+    RefreshPolicy { refresh_at: 0.75, min_issue_interval: Duration::from_secs(30) };
+
+fn at(second: i64) -> Timestamp {
+    DateTime::UNIX_EPOCH + TimeDelta::seconds(second)
+}
+
+fn account() -> Account {
+    Account::example(1, "acme")
+}
+
+fn rotated() -> Account {
+    let previous = AccountCredential { version: CredentialVersion(1), secret: vec![0].into() };
+    Account { credential_version: CredentialVersion(2), previous: Some(previous), ..account() }
+}
+
+fn token(life: i64) -> Token {
+    Token::example(1, life)
+}
+
+/// One attempt has ended: with credential 1, begun at second 0. Generation 1 is stored.
+fn tried() -> RefreshState {
+    RefreshState {
+        attempt_started_at: Some(at(0)),
+        attempt_version: Some(CredentialVersion(1)),
+        stored_generation: Some(Generation(1)),
+        ..RefreshState::default()
+    }
+}
+
+fn failed(class: FailureClass, version: i64, next_attempt_at: Option<Timestamp>) -> RefreshState {
+    let failure = IssueFailure {
+        class,
+        code: None,
+        message: String::new(),
+        version: CredentialVersion(version),
+    };
+    RefreshState { failure: Some(failure), next_attempt_at, ..tried() }
+}
+
+/// When an account is planned for, whose token is `token`.
+fn planned(account: &Account, refresh: &RefreshState, token: Option<&Token>) -> Option<Timestamp> {
+    let scheduled_at = POLICY.scheduled_at(&account.name, token);
+    POLICY.next_issue_at(&IssueView::cached(account, refresh, scheduled_at, None))
+}
+
+/// What a claim to replace generation 1 decides at `second`.
+fn claimed(account: &Account, refresh: &RefreshState, second: i64) -> IssueDecision {
+    let view = IssueView::locked(account, refresh, Some(Generation(1)), None);
+    POLICY.decide(&view, at(second))
+}
+
+fn issue(version: i64, uses_interval_exception: bool) -> IssueDecision {
+    let credential_version = CredentialVersion(version);
+    IssueDecision::Issue { credential_version, uses_interval_exception }
+}
+
+mod planning {
+    use super::*;
+
+    #[test]
+    fn an_account_without_a_token_is_issued_for_at_once() {
+        assert_eq!(planned(&account(), &RefreshState::default(), None), Some(at(0)));
+    }
+
+    #[test]
+    fn a_token_is_replaced_at_its_advisory_refresh_time() {
+        let token = token(3_600);
+        let due = planned(&account(), &tried(), Some(&token));
+        assert_eq!(due, Some(POLICY.advisory_refresh_at(&account().name, &token)));
+    }
+
+    #[test]
+    fn a_disabled_or_unsealed_account_waits_for_a_change() {
+        let disabled = Account { enabled: false, ..account() };
+        assert_eq!(planned(&disabled, &tried(), None), None);
+        let unsealed = Account { secret: None, ..account() };
+        assert_eq!(planned(&unsealed, &RefreshState::default(), None), None);
+    }
+
+    #[test]
+    fn a_possibly_revoked_token_is_replaced_after_the_minimum_interval() {
+        let revoked = RefreshState { possibly_revoked: true, ..tried() };
+        assert_eq!(planned(&account(), &revoked, Some(&token(3_600))), Some(at(30)));
+    }
+
+    #[test]
+    fn an_attempt_without_a_recorded_end_is_repeated_after_its_lease() {
+        let lost = RefreshState { attempt_open: true, lease_until: Some(at(40)), ..tried() };
+        assert_eq!(planned(&account(), &lost, Some(&token(3_600))), Some(at(40)));
+    }
+
+    #[test]
+    fn a_refused_credential_waits_for_its_change_or_an_admin() {
+        let suspended = failed(FailureClass::Rejected, 1, None);
+        assert_eq!(planned(&account(), &suspended, None), None);
+        let changed = Account { credential_version: CredentialVersion(2), ..account() };
+        assert_eq!(planned(&changed, &suspended, None), Some(at(0)));
+        let asked = Account { reissue_requested_at: Some(at(1)), ..account() };
+        assert_eq!(planned(&asked, &suspended, None), Some(at(30)));
+    }
+
+    #[test]
+    fn after_a_refused_rotation_the_previous_credential_keeps_the_schedule() {
+        let refused = failed(FailureClass::Rejected, 2, None);
+        let token = token(3_600);
+        let due = planned(&rotated(), &refused, Some(&token));
+        assert_eq!(due, Some(POLICY.advisory_refresh_at(&rotated().name, &token)));
+    }
+
+    #[test]
+    fn a_failure_that_may_pass_is_waited_out() {
+        let failing = failed(FailureClass::Unreachable, 1, Some(at(120)));
+        assert_eq!(planned(&account(), &failing, None), Some(at(120)));
+    }
+
+    #[test]
+    fn another_replicas_lease_is_waited_for() {
+        let leased = RefreshState { lease_until: Some(at(99)), ..tried() };
+        assert_eq!(planned(&account(), &leased, None), Some(at(99)));
+    }
+}
+
+mod claiming {
+    use super::*;
+
+    #[test]
+    fn the_token_that_the_claimant_knows_may_be_replaced() {
+        assert_eq!(claimed(&account(), &tried(), 1_000), issue(1, false));
+    }
+
+    #[test]
+    fn a_token_that_another_replica_replaced_needs_no_issue() {
+        let replaced = RefreshState { stored_generation: Some(Generation(2)), ..tried() };
+        assert_eq!(claimed(&account(), &replaced, 1_000), IssueDecision::NotNeeded);
+    }
+
+    #[test]
+    fn a_disabled_account_is_not_issued_for() {
+        let disabled = Account { enabled: false, ..account() };
+        assert_eq!(claimed(&disabled, &tried(), 1_000), IssueDecision::NotNeeded);
+    }
+
+    #[test]
+    fn a_held_lease_is_waited_for_until_it_ends() {
+        let leased = RefreshState { lease_until: Some(at(1_005)), ..tried() };
+        assert_eq!(claimed(&account(), &leased, 1_000), IssueDecision::WaitUntil(at(1_005)));
+        assert_eq!(claimed(&account(), &leased, 1_005), issue(1, false));
+    }
+
+    #[test]
+    fn the_minimum_interval_is_kept_to_the_second() {
+        let recent = RefreshState { attempt_started_at: Some(at(990)), ..tried() };
+        assert_eq!(claimed(&account(), &recent, 1_000), IssueDecision::WaitUntil(at(1_020)));
+        assert_eq!(claimed(&account(), &recent, 1_020), issue(1, false));
+    }
+
+    #[test]
+    fn a_changed_credential_need_not_wait_for_the_interval_three_times_an_hour() {
+        let changed = Account { credential_version: CredentialVersion(2), ..account() };
+        let recent = |used, since| RefreshState {
+            attempt_started_at: Some(at(9_990)),
+            interval_exceptions: IntervalExceptions { used, since: Some(at(since)) },
+            ..tried()
+        };
+        assert_eq!(claimed(&changed, &recent(2, 9_900), 10_000), issue(2, true));
+        let spent = recent(3, 9_900);
+        assert_eq!(claimed(&changed, &spent, 10_000), IssueDecision::WaitUntil(at(10_020)));
+        assert_eq!(claimed(&changed, &recent(3, 10_000 - 3_600), 10_000), issue(2, true));
+    }
+
+    #[test]
+    fn a_refused_credential_is_suspended_until_it_changes_or_an_admin_asks() {
+        let suspended = failed(FailureClass::Rejected, 1, None);
+        assert_eq!(claimed(&account(), &suspended, 1_000), IssueDecision::NotNeeded);
+        let changed = Account { credential_version: CredentialVersion(2), ..account() };
+        assert_eq!(claimed(&changed, &suspended, 1_000), issue(2, false));
+        let asked = Account { reissue_requested_at: Some(at(5)), ..account() };
+        assert_eq!(claimed(&asked, &suspended, 1_000), issue(1, false));
+        let tried_since = RefreshState { attempt_started_at: Some(at(6)), ..suspended };
+        assert_eq!(claimed(&asked, &tried_since, 1_000), IssueDecision::NotNeeded);
+    }
+
+    #[test]
+    fn while_a_new_secret_is_refused_the_previous_one_goes_on_issuing() {
+        let refused = RefreshState {
+            attempt_version: Some(CredentialVersion(2)),
+            ..failed(FailureClass::Rejected, 2, None)
+        };
+        assert_eq!(claimed(&rotated(), &refused, 1_000), issue(1, false));
+    }
+
+    #[test]
+    fn a_failure_that_may_pass_is_waited_out_unless_the_credential_changed() {
+        let failing = failed(FailureClass::Unreachable, 1, Some(at(1_060)));
+        assert_eq!(claimed(&account(), &failing, 1_000), IssueDecision::WaitUntil(at(1_060)));
+        let changed = Account { credential_version: CredentialVersion(2), ..account() };
+        assert_eq!(claimed(&changed, &failing, 1_000), issue(2, false));
+    }
+
+    #[test]
+    fn a_pause_for_an_outage_of_the_upstream_ends_with_it() {
+        let after_outage = |class, outage_ended: i64| {
+            let refresh = RefreshState {
+                attempt_started_at: Some(at(900)),
+                ..failed(class, 1, Some(at(1_060)))
+            };
+            let ended = Some(at(outage_ended));
+            let account = account();
+            let view = IssueView::locked(&account, &refresh, Some(Generation(1)), ended);
+            POLICY.decide(&view, at(1_000))
+        };
+        let wait = IssueDecision::WaitUntil(at(1_060));
+        assert_eq!(after_outage(FailureClass::Unreachable, 901), issue(1, false));
+        assert_eq!(after_outage(FailureClass::Unreachable, 900), wait);
+        assert_eq!(after_outage(FailureClass::EgressRejected, 901), wait);
+    }
+}
+
+#[test]
+fn tokens_issued_together_are_replaced_over_a_tenth_of_their_life() {
+    let token = token(3_600);
+    let due: Vec<_> = (0..2_000)
+        .map(|n| POLICY.advisory_refresh_at(&format!("account-{n}").parse().unwrap(), &token))
+        .collect();
+    let (first, last) = (due.iter().min().unwrap(), due.iter().max().unwrap());
+    assert!((2_520..2_530).contains(&first.timestamp()), "{first}");
+    assert!((2_870..=2_880).contains(&last.timestamp()), "{last}");
+    // The refreshes in each twentieth of the window are at most twice the mean, so the upstream sees
+    // an even load.
+    let mut counts = [0; 20];
+    for at in &due {
+        counts[usize::try_from((at.timestamp() - 2_520) / 18).unwrap().min(19)] += 1;
+    }
+    assert!(counts.iter().all(|n| *n <= 200), "{counts:?}");
+}
+
+#[test]
+fn a_refresh_is_mandatory_in_the_last_tenth_of_a_life_but_at_most_a_minute() {
+    let mandatory =
+        |token: Option<&Token>| RefreshPolicy::mandatory_refresh_at(&tried(), token).timestamp();
+    assert_eq!(mandatory(Some(&token(3_600))), 3_540);
+    assert_eq!(mandatory(Some(&token(100))), 90);
+    assert_eq!(mandatory(None), 0);
+    let revoked = RefreshState { possibly_revoked: true, ..tried() };
+    assert_eq!(RefreshPolicy::mandatory_refresh_at(&revoked, Some(&token(100))).timestamp(), 0);
+}
+
+#[test]
+fn pauses_after_failures_double_up_to_five_minutes_and_keep_the_minimum_interval() {
+    let name = "acme".parse().unwrap();
+    let free = RefreshPolicy { min_issue_interval: Duration::ZERO, ..POLICY };
+    let pause = |policy: RefreshPolicy, failures, asked, cap| {
+        policy.pause_after_failure(&name, FailureClass::Unreachable, failures, asked, cap).unwrap()
+    };
+    let seconds = Duration::from_secs;
+    assert!(pause(free, 1, None, None) <= seconds(1));
+    assert!(pause(free, 4, None, None) >= seconds(4));
+    assert!(pause(free, u32::MAX, None, None) <= seconds(300));
+    assert_eq!(pause(POLICY, 1, None, None), seconds(30));
+    assert_eq!(pause(free, u32::MAX, None, Some(seconds(30))), seconds(30));
+    assert_eq!(pause(free, 1, Some(seconds(120)), Some(seconds(30))), seconds(120));
+}
+
+#[test]
+fn a_refused_credential_is_not_retried_and_a_refused_address_seldom() {
+    let name = "acme".parse().unwrap();
+    let pause = |class| POLICY.pause_after_failure(&name, class, 1, None, None);
+    assert_eq!(pause(FailureClass::Rejected), None);
+    assert_eq!(pause(FailureClass::Intake), None);
+    let seldom = pause(FailureClass::EgressRejected).unwrap();
+    assert!((11..20).contains(&(seldom.as_secs() / 60)), "{seldom:?}");
+}
+
+/// The facts of a decision, generated.
+#[derive(Clone, Debug)]
+struct Facts {
+    account: Account,
+    refresh: RefreshState,
+    scheduled_at: Timestamp,
+    outage_ended_at: Option<Timestamp>,
+    replaces: Option<Generation>,
+}
+
+impl Facts {
+    fn cached(&self) -> IssueView<'_> {
+        IssueView::cached(&self.account, &self.refresh, self.scheduled_at, self.outage_ended_at)
+    }
+
+    fn locked(&self) -> IssueView<'_> {
+        IssueView::locked(&self.account, &self.refresh, self.replaces, self.outage_ended_at)
+    }
+
+    /// The same facts by a clock that is `ahead` of the first.
+    fn by_clock(&self, ahead: TimeDelta) -> Self {
+        let mut facts = self.clone();
+        facts.scheduled_at += ahead;
+        let Facts { account, refresh, outage_ended_at, .. } = &mut facts;
+        for time in [
+            &mut account.reissue_requested_at,
+            &mut refresh.attempt_started_at,
+            &mut refresh.lease_until,
+            &mut refresh.next_attempt_at,
+            &mut refresh.interval_exceptions.since,
+            outage_ended_at,
+        ] {
+            *time = time.map(|time| time + ahead);
+        }
+        facts
+    }
+}
+
+fn moment() -> impl Strategy<Value = Timestamp> {
+    // A narrow range with few values, so that equal moments occur.
+    (10_000_i64..18_000).prop_map(|second| at(second / 10 * 10))
+}
+
+prop_compose! {
+    fn accounts()(
+        enabled in prop::bool::weighted(0.9), sealed in prop::bool::weighted(0.9),
+        current in 1_i64..3, has_previous: bool, asked in option::of(moment()),
+    ) -> Account {
+        let previous = AccountCredential { version: CredentialVersion(0), secret: vec![0].into() };
+        Account {
+            enabled,
+            secret: sealed.then(|| vec![0].into()),
+            credential_version: CredentialVersion(current),
+            previous: has_previous.then_some(previous),
+            reissue_requested_at: asked,
+            ..account()
+        }
+    }
+}
+
+prop_compose! {
+    fn refresh_states()(
+        attempt_started_at in option::of(moment()), attempt_version in option::of(0_i64..3),
+        attempt_open: bool, possibly_revoked: bool,
+        lease_until in option::of(moment()), next_attempt_at in option::of(moment()),
+        generation in option::of(0_i64..3),
+        failure in option::of((select(FailureClass::ALL.to_vec()), 0_i64..3)),
+        used in 0_u32..5, since in option::of(moment()),
+    ) -> RefreshState {
+        RefreshState {
+            attempt_started_at,
+            attempt_version: attempt_version.map(CredentialVersion),
+            attempt_open,
+            lease_until,
+            possibly_revoked,
+            stored_generation: generation.map(Generation),
+            consecutive_failures: 0,
+            failure: failure.map(|(class, version)| IssueFailure {
+                class,
+                code: None,
+                message: String::new(),
+                version: CredentialVersion(version),
+            }),
+            next_attempt_at,
+            interval_exceptions: IntervalExceptions { used, since },
+        }
+    }
+}
+
+prop_compose! {
+    fn facts()(
+        account in accounts(), refresh in refresh_states(), scheduled_at in moment(),
+        outage_ended_at in option::of(moment()), replaces in option::of(0_i64..3),
+    ) -> Facts {
+        let replaces = replaces.map(Generation);
+        Facts { account, refresh, scheduled_at, outage_ended_at, replaces }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2_000))]
+
+    #[test]
+    fn a_replacement_is_due_during_the_life_and_before_it_is_mandatory(
+        name in "[a-z0-9][a-z0-9._-]{0,62}", life in 10_i64..100_000,
+    ) {
+        let (name, token) = (name.parse().unwrap(), token(life));
+        let due = POLICY.advisory_refresh_at(&name, &token);
+        let mandatory = RefreshPolicy::mandatory_refresh_at(&RefreshState::default(), Some(&token));
+        prop_assert!(due > token.issued_at);
+        prop_assert!(due < mandatory);
+        prop_assert!(token.time_left(due) >= POLICY.longest_min_ttl(&token));
+        prop_assert_eq!(due, POLICY.advisory_refresh_at(&name, &token));
+    }
+
+    #[test]
+    fn an_issue_is_never_permitted_before_the_leases_end(facts in facts(), now in moment()) {
+        for view in [facts.cached(), facts.locked()] {
+            if matches!(POLICY.decide(&view, now), IssueDecision::Issue { .. }) {
+                prop_assert!(facts.refresh.lease_until.is_none_or(|until| until <= now));
+            }
+        }
+    }
+
+    #[test]
+    fn a_suspended_credential_is_used_only_when_an_admin_asks(facts in facts(), now in moment()) {
+        let Facts { account, refresh, .. } = &facts;
+        let suspended = refresh
+            .current_failure(account.credential_version)
+            .is_some_and(|failure| failure.class.suspends());
+        for view in [facts.cached(), facts.locked()] {
+            if let IssueDecision::Issue { credential_version, .. } = POLICY.decide(&view, now) {
+                prop_assert!(account.enabled);
+                prop_assert!(account.credential(credential_version).is_some());
+                let current = credential_version == account.credential_version;
+                prop_assert!(!current || !suspended || account.wants_reissue(refresh));
+            }
+        }
+    }
+
+    #[test]
+    fn the_minimum_interval_is_kept_but_for_the_exceptions_of_a_changed_credential(
+        facts in facts(), now in moment(),
+    ) {
+        let Facts { account, refresh, .. } = &facts;
+        let early = refresh
+            .attempt_started_at
+            .is_some_and(|started| now < started + delta(POLICY.min_issue_interval));
+        for view in [facts.cached(), facts.locked()] {
+            let IssueDecision::Issue { credential_version, uses_interval_exception } =
+                POLICY.decide(&view, now)
+            else {
+                continue;
+            };
+            prop_assert_eq!(uses_interval_exception, early);
+            if early {
+                prop_assert_eq!(credential_version, account.credential_version);
+                prop_assert_ne!(refresh.attempt_version, Some(credential_version));
+                let after = refresh.interval_exceptions.after_issue(now, true);
+                prop_assert!(after.used <= IntervalExceptions::LIMIT);
+            }
+        }
+    }
+
+    #[test]
+    fn a_later_moment_never_yields_a_later_wait(
+        facts in facts(), now in moment(), later in moment(),
+    ) {
+        let (now, later) = (now.min(later), now.max(later));
+        for view in [facts.cached(), facts.locked()] {
+            match (POLICY.decide(&view, now), POLICY.decide(&view, later)) {
+                (IssueDecision::WaitUntil(first), IssueDecision::WaitUntil(second)) => {
+                    prop_assert_eq!(first, second);
+                }
+                (IssueDecision::WaitUntil(first), IssueDecision::Issue { .. }) => {
+                    prop_assert!(first <= later);
+                }
+                (IssueDecision::Issue { .. }, decision) => {
+                    let issues = matches!(decision, IssueDecision::Issue { .. });
+                    prop_assert!(issues);
+                }
+                (first, second) => prop_assert_eq!(first, second),
+            }
+        }
+    }
+
+    #[test]
+    fn the_cache_and_the_locked_row_lead_to_the_same_decision(
+        facts in facts(), now in moment(), ahead in -9_000_i64..90_000,
+    ) {
+        // The claimant's token is due by schedule, and is the stored one: what differs is the clock.
+        let mut facts = facts;
+        facts.scheduled_at = AT_ONCE;
+        facts.replaces = facts.refresh.stored_generation;
+        let ahead = TimeDelta::seconds(ahead);
+        let cached = POLICY.decide(&facts.by_clock(ahead).cached(), now + ahead);
+        let expected = match POLICY.decide(&facts.locked(), now) {
+            IssueDecision::WaitUntil(until) => IssueDecision::WaitUntil(until + ahead),
+            decision => decision,
+        };
+        prop_assert_eq!(cached, expected);
+    }
+
+    #[test]
+    fn planning_and_deciding_agree(facts in facts(), now in moment()) {
+        for view in [facts.cached(), facts.locked()] {
+            let planned = POLICY.next_issue_at(&view);
+            match POLICY.decide(&view, now) {
+                IssueDecision::NotNeeded => prop_assert_eq!(planned, None),
+                IssueDecision::WaitUntil(until) => prop_assert_eq!(planned, Some(until)),
+                IssueDecision::Issue { .. } => {
+                    prop_assert!(planned.is_some_and(|planned| planned <= now));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,64 @@
+//! What issuing depends on, in three groups.
+
+use std::sync::{Arc, atomic::AtomicI64};
+
+use ipnet::IpNet;
+use sqlx::PgPool;
+
+use super::{outage::Outage, pending::PendingTokens};
+use crate::{
+    audit::journal::Journal,
+    crypto::Keyring,
+    domain::clock::Clock,
+    services::{
+        account_cache::AccountCache, account_loader::AccountLoader,
+        connectivity::DatabaseConnectivity,
+    },
+    store::leases::LeaseHolder,
+    telemetry::Metrics,
+    upstream::Client,
+};
+
+/// The settings of issuing.
+#[derive(Clone, Debug)]
+pub struct IssueSettings {
+    /// This replica as a holder of leases, with the refresh policy and the limits of all replicas.
+    pub holder: LeaseHolder,
+    /// Whether the upstream ends older tokens when it issues a new one.
+    pub new_token_ends_older: bool,
+    /// The networks that a token's allowed address should be in; empty if any will do.
+    pub expected_egress: Vec<IpNet>,
+}
+
+/// What lies outside the refresher: the database, the upstream, the audit log, keys and time.
+pub struct IssueInfrastructure {
+    /// The database.
+    pub pool: PgPool,
+    /// Opens client secrets and seals tokens.
+    pub keyring: Arc<Keyring>,
+    /// Issues tokens.
+    pub upstream: Client,
+    /// Records issues and failures.
+    pub journal: Journal,
+    /// The local clock.
+    pub clock: Clock,
+    /// Counts issues by their result.
+    pub metrics: Arc<Metrics>,
+    /// Set to how far the upstream's clock was ahead of the local one at the last issue, in
+    /// milliseconds.
+    pub upstream_skew_ms: Arc<AtomicI64>,
+}
+
+/// State that the refresher shares with the rest of the broker.
+pub struct IssueState {
+    /// The accounts, in which the result of an attempt is shown.
+    pub cache: Arc<AccountCache>,
+    /// Loads an account into the cache when the database turns out to know more.
+    pub loader: Arc<AccountLoader>,
+    /// Whether the database answers.
+    pub connectivity: Arc<DatabaseConnectivity>,
+    /// The tokens that are not stored yet.
+    pub pending: Arc<PendingTokens>,
+    /// Whether the upstream is in an outage.
+    pub outage: Arc<Outage>,
+}

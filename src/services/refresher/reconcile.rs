@@ -1,0 +1,116 @@
+//! Brings the database up to date with what was issued while it was away.
+
+use std::{sync::Arc, time::Duration};
+
+use sqlx::PgPool;
+use tracing::{info, instrument, warn};
+
+use super::{
+    notify::notify_replicas,
+    pending::{PendingIssue, PendingTokens},
+};
+use crate::{
+    domain::{
+        account::AccountId,
+        clock::{Clock, until_from},
+    },
+    services::{
+        account_loader::AccountLoader,
+        connectivity::{Connectivity, DatabaseConnectivity},
+    },
+    store::{
+        StoreError, leases,
+        tokens::{self, OrphanedToken, Reconcile, Reconciliation},
+        within,
+    },
+};
+
+/// The pause between two rounds while tokens are pending.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// Stores pending tokens once the database answers.
+pub(super) struct Reconciler {
+    pub(super) pool: PgPool,
+    pub(super) clock: Clock,
+    pub(super) loader: Arc<AccountLoader>,
+    pub(super) connectivity: Arc<DatabaseConnectivity>,
+    pub(super) pending: Arc<PendingTokens>,
+    /// The id of this instance, whose own leases do not hinder it.
+    pub(super) instance: String,
+    pub(super) new_token_ends_older: bool,
+}
+
+impl Reconciler {
+    /// Reconciles again and again while something is pending. Never returns. If the future is dropped,
+    /// what is pending stays so.
+    pub(super) async fn run(&self) {
+        loop {
+            self.pending.wait_until_any().await;
+            self.reconcile_all().await;
+            // Real time: a test's clock may stand still.
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+
+    /// Reconciles every account with pending tokens, until the database fails to answer.
+    pub(super) async fn reconcile_all(&self) {
+        let mut reconciled = 0;
+        for account in self.pending.accounts() {
+            if self.connectivity.current() != Connectivity::Connected {
+                break;
+            }
+            match self.reconcile(account).await {
+                Ok(done) => reconciled += usize::from(done),
+                Err(error) => {
+                    warn!(%error, "tokens that were issued without the database cannot be stored yet");
+                    break;
+                }
+            }
+        }
+        if reconciled > 0 {
+            info!(accounts = reconciled, "what was issued without the database is stored");
+            notify_replicas(&self.pool).await;
+        }
+    }
+
+    /// Tells the database what was issued for the account without it, and loads the account. Returns
+    /// `false` if that must wait for another replica's lease.
+    #[instrument(level = "debug", skip_all, fields(%account))]
+    pub(super) async fn reconcile(&self, account: AccountId) -> Result<bool, StoreError> {
+        let Some(issue) = self.pending.get(account) else { return Ok(true) };
+        match &issue.token {
+            None => within(leases::mark_possibly_revoked(&self.pool, account, None)).await?,
+            Some(orphan) => {
+                let result = self.store(account, orphan, &issue).await?;
+                if result == Reconciliation::LeaseHeld {
+                    return Ok(false);
+                }
+            }
+        }
+        self.pending.reconciled(account, &issue).await;
+        self.loader.load(&[account.0]).await?;
+        Ok(true)
+    }
+
+    async fn store(
+        &self,
+        account: AccountId,
+        orphan: &OrphanedToken,
+        issue: &PendingIssue,
+    ) -> Result<Reconciliation, StoreError> {
+        let circumstances = Reconcile {
+            instance: &self.instance,
+            age: until_from(orphan.token.issued_at, self.clock.now()),
+            possibly_revoked: issue.possibly_revoked,
+            new_token_ends_older: self.new_token_ends_older,
+        };
+        let stored = tokens::reconcile(&self.pool, account, orphan, circumstances);
+        let result = within(stored).await?;
+        if result == Reconciliation::Dropped {
+            warn!(%account, generation = %orphan.token.generation,
+                "a token that was issued without the database is dropped: the account has another \
+                 token or credential, or is gone");
+        }
+        Ok(result)
+    }
+}
