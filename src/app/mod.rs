@@ -234,12 +234,12 @@ impl App {
         if timeout(RECORD_WITHIN, self.journal.close()).await.is_err() {
             warn!("the journal did not close in time");
         }
-        if timeout(RECORD_WITHIN, self.notary.end()).await.is_err() {
+        if timeout(RECORD_WITHIN, self.notary.sign_last()).await.is_err() {
             warn!("the last head of the audit log was not kept in time");
         }
         self.stop_delivery.cancel();
         let _ = self.delivery.await;
-        let _ = tokio::task::spawn_blocking(move || self.journal.keep_positions()).await;
+        let _ = tokio::task::spawn_blocking(move || self.journal.save_positions()).await;
         info!("stopped");
     }
 }

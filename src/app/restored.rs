@@ -17,7 +17,7 @@ use super::{AppConfig, StartError};
 use crate::{
     audit::{
         chain::{ChainHead, StoredEvent},
-        journal::{Journal, LocalChain},
+        journal::{Journal, LocalChain, with_causes},
         record::{Event, Record},
     },
     files::state_dir::StateDir,
@@ -191,7 +191,7 @@ pub(super) async fn recognise(
         recognised.accepted = Some(record(plan, &strange, &lost));
         // What was known of its positions is not true any more.
         for name in names {
-            journal.delivered(&name, delivered.get(&name).map_or(0, |head| head.seq));
+            journal.mark_delivered(&name, delivered.get(&name).map_or(0, |head| head.seq));
         }
     }
     let now = Memory { deployment: recognised.home.id.clone(), epoch: recognised.home.epoch };
@@ -254,7 +254,7 @@ async fn lost(
             let from = delivered.get(name).copied().unwrap_or_else(|| chain.link.root());
             let until = known.get(name).copied().unwrap_or(0);
             if let Err(error) = read(&journal, &chain, from, until, &mut lost) {
-                lost.unread = Some(error.to_string());
+                lost.unread = Some(with_causes(&error));
             }
         }
         lost

@@ -208,7 +208,7 @@ impl World {
         );
         let shipper =
             JournalDelivery::new(self.journal.clone(), plan.database.connection().clone())
-                .notary(notary.clone())
+                .checkpoint_signer(notary.clone())
                 .drain(DELIVER_WITHIN);
         let watch = |name, token: &CancellationToken, task| {
             watch_over(name, task, token.clone(), failed.clone())

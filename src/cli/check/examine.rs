@@ -98,7 +98,7 @@ async fn ask(
         0 => Finding::doubtful("brokers", "none was heard of in the last minute"),
         live => Finding::good("brokers", format!("{live} live")),
     });
-    findings.push(match retention::least_kept(admin.pool()).await {
+    findings.push(match retention::minimum_retention(admin.pool()).await {
         Ok(least) => retention_finding(settings, least),
         Err(StoreError::Refused(why)) => Finding::bad(
             "roles",
