@@ -7,7 +7,7 @@ use tempfile::TempDir;
 use token_broker::{
     audit::{
         chain::StoredEvent,
-        export::Line,
+        export::ExportLine,
         journal::{Archive, Journal, JournalSettings},
         record::{Event, Record},
     },
@@ -72,7 +72,7 @@ static WRITTEN: LazyLock<Written> = LazyLock::new(|| {
     let journal = Journal::open(&state_dir, settings, Clock::System).expect("a journal");
     for nth in 0..5 {
         let record = Record::new(DateTime::UNIX_EPOCH, Event::GetToken)
-            .account_as_asked("acme")
+            .requested_account("acme")
             .with("nth", nth.to_string());
         let _ = journal.append(record);
     }
@@ -121,8 +121,8 @@ pub fn journal(bytes: &[u8]) {
     if let Ok(events) = read(home.path()) {
         assert!(written.events.starts_with(&events), "{}", String::from_utf8_lossy(&edited));
     }
-    if let Ok(Line::Record(event)) = Line::parse(bytes) {
+    if let Ok(ExportLine::Record(event)) = ExportLine::parse(bytes) {
         let line = serde_json::to_vec(&event).expect("every record is a line");
-        assert_eq!(Line::parse(&line), Ok(Line::Record(event)));
+        assert_eq!(ExportLine::parse(&line), Ok(ExportLine::Record(event)));
     }
 }

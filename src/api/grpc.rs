@@ -27,7 +27,7 @@ use crate::{
         report_rejected_token_response::Outcome,
         token_service_server::{TokenService, TokenServiceServer},
     },
-    audit::{journal::Journal, record::as_asked},
+    audit::{journal::Journal, record::sanitize_requested_name},
     domain::{
         account::AccountName,
         caller::AccountPattern,
@@ -133,7 +133,7 @@ impl TokenService for TokenServer {
         let draft = &context.draft;
         draft.account(&request.account);
         draft.note("reported_generation", &request.generation.to_string());
-        draft.note("upstream_code", &as_asked(&request.upstream_code));
+        draft.note("upstream_code", &sanitize_requested_name(&request.upstream_code));
         let answer = async {
             let account = account_name(&request.account)?;
             let ReportRejectedTokenRequest { generation, upstream_code, .. } = &request;

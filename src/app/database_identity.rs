@@ -23,7 +23,7 @@ use super::{
 use crate::{
     audit::{
         chain::ChainHead,
-        journal::{Journal, LocalChain, ReadError},
+        journal::{Journal, LocalChain, ReadError, with_causes},
         record::{Event, Record},
     },
     files::state_dir::StateDir,
@@ -87,7 +87,7 @@ pub(super) async fn verify(
         verified.acceptance = Some(acceptance_record(config, &differences, &lost));
         // The journal's own positions do not hold any more: the database's do.
         for name in names {
-            journal.delivered(&name, delivered.get(&name).map_or(0, |head| head.seq));
+            journal.mark_delivered(&name, delivered.get(&name).map_or(0, |head| head.seq));
         }
     }
     let now =
@@ -163,7 +163,7 @@ async fn lost_records(
             let from = delivered.get(name).copied().unwrap_or_else(|| chain.link.root());
             let until = known.get(name).copied().unwrap_or(0);
             if let Err(error) = read_lost(&journal, &chain, from, until, &mut lost) {
-                lost.unreadable = Some(error.to_string());
+                lost.unreadable = Some(with_causes(&error));
             }
         }
         lost

@@ -166,11 +166,11 @@ impl RunningServices {
         if timeout(DISK_TIMEOUT, journal.close()).await.is_err() {
             warn!("the journal did not close in time");
         }
-        if timeout(DISK_TIMEOUT, self.signer.end()).await.is_err() {
+        if timeout(DISK_TIMEOUT, self.signer.sign_last()).await.is_err() {
             warn!("the last checkpoint of the audit log was not written in time");
         }
         self.delivery.stop().await;
-        let _ = tokio::task::spawn_blocking(move || journal.keep_positions()).await;
+        let _ = tokio::task::spawn_blocking(move || journal.save_positions()).await;
         info!("stopped");
     }
 }

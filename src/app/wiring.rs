@@ -147,7 +147,7 @@ impl Components {
         drain: Duration,
     ) -> JournalDelivery {
         JournalDelivery::new(self.journal.clone(), self.database.connection().clone())
-            .notary(signer)
+            .checkpoint_signer(signer)
             .drain(drain)
     }
 

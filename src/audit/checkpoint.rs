@@ -1,11 +1,14 @@
-//! What the broker signs of its audit log: how far a chain goes, and what retention removed of it.
+//! Signed statements about the audit log: how far a chain goes, and which records retention
+//! removed.
 //!
-//! `docs/audit-format.md` says the same for a second implementation; change both or neither.
+//! `docs/audit-format.md` describes the same for other implementations: a change here needs a
+//! change there.
 
 use serde::{Deserialize, Serialize};
 
 use super::{
-    chain::{ChainHead, Digest, integer, netstring},
+    chain::{ChainHead, Digest},
+    netstring::{push_integer, push_text},
     timestamp_format,
 };
 use crate::{
@@ -13,16 +16,16 @@ use crate::{
     domain::clock::Timestamp,
 };
 
-/// What separates the signatures of heads, and those of cuts, from all others of the same key.
-const HEAD_DOMAIN: &[u8] = b"token-broker audit head v1\n";
-const CUT_DOMAIN: &[u8] = b"token-broker audit cut v1\n";
+/// Prefixes of the signed bytes. They keep signatures of one kind from being taken for the other.
+const CHECKPOINT_DOMAIN: &[u8] = b"token-broker audit head v1\n";
+const RECEIPT_DOMAIN: &[u8] = b"token-broker audit cut v1\n";
 
-/// Who vouches for a statement.
+/// An Ed25519 signature, and the name of the key that made it.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct Signature {
-    /// The signing key's name.
+    /// Name of the signing key in the keyring.
     pub key_id: String,
-    /// Ed25519, 64 bytes.
+    /// The 64 bytes of an Ed25519 signature (RFC 8032); hexadecimal in JSON.
     #[serde(with = "hex")]
     pub signature: Vec<u8>,
 }
@@ -38,131 +41,132 @@ impl Signature {
     }
 }
 
-/// That a chain had this record at that time. A copy kept elsewhere shows whether the log was cut
-/// short since.
+/// A signed statement that a chain contained a record at a time. If a copy is stored out of reach
+/// of whoever can change the log, it later shows whether records were removed from the chain's end.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct SignedCheckpoint {
-    /// The chain.
+    /// Name of the chain.
     pub chain: String,
-    /// The number of its last record.
+    /// `seq` of the chain's last record when it was signed.
     pub seq: i64,
     /// That record's hash.
     pub hash: Digest,
     /// When it was signed, in whole microseconds.
     #[serde(with = "timestamp_format")]
     pub at: Timestamp,
-    /// By whom.
+    /// Signature over all other fields.
     #[serde(flatten)]
     pub signature: Signature,
 }
 
 impl SignedCheckpoint {
-    /// Signs that `chain` had `head` at `at`, which is cut to microseconds.
+    /// Signs that `chain` had `head` at `at`, which is rounded down to microseconds.
     #[must_use]
     pub fn new(keyring: &Keyring, chain: &str, head: ChainHead, at: Timestamp) -> Self {
-        let at = timestamp_format::fit(at);
+        let at = timestamp_format::limit(at);
         let signature = Signature::new(keyring, &Self::message(chain, head, at));
         Self { chain: chain.to_owned(), seq: head.seq, hash: head.hash, at, signature }
     }
 
-    /// The place in the chain.
+    /// Returns the number and hash that were signed.
     #[must_use]
     pub fn head(&self) -> ChainHead {
         ChainHead { seq: self.seq, hash: self.hash }
     }
 
-    /// Whether it was signed so.
+    /// Checks the signature.
     ///
     /// # Errors
-    /// Says why it proves nothing.
+    /// Says why the signature is not valid: an unknown key, or other contents than were signed.
     pub fn verify(&self, keys: &VerifyingKeys) -> Result<(), SignatureError> {
         self.signature.verify(keys, &Self::message(&self.chain, self.head(), self.at))
     }
 
-    /// The bytes that are signed: the domain, and each value in its order as a netstring.
+    /// Returns the signed bytes: the prefix, and each value in a fixed order as a netstring.
     fn message(chain: &str, head: ChainHead, at: Timestamp) -> Vec<u8> {
-        let mut message = HEAD_DOMAIN.to_vec();
-        netstring(&mut message, chain);
-        integer(&mut message, head.seq);
-        netstring(&mut message, head.hash.0);
-        integer(&mut message, at.timestamp_micros());
+        let mut message = CHECKPOINT_DOMAIN.to_vec();
+        push_text(&mut message, chain);
+        push_integer(&mut message, head.seq);
+        push_text(&mut message, head.hash.0);
+        push_integer(&mut message, at.timestamp_micros());
         message
     }
 }
 
-/// Records of a chain that follow each other.
+/// A contiguous range of a chain's records that retention removes.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct PrunedRun {
-    /// The number of the first.
+pub struct PrunedRange {
+    /// `seq` of the first record in the range.
     pub first_seq: i64,
-    /// The hash of the record before that.
+    /// Hash of the record before the range.
     pub prev_hash: Digest,
-    /// The last of them.
+    /// `seq` and hash of the last record in the range.
     pub last: ChainHead,
 }
 
-/// That retention removed these records. By it a proof goes on from the record before to the one
-/// after, and tells what the rule removed from what somebody else did.
+/// A signed statement that retention removed a range of records. Verification uses it to continue
+/// from the record before the range to the one after it, and to tell retention from any other
+/// removal.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct PruningReceipt {
-    /// The chain.
+    /// Name of the chain.
     pub chain: String,
-    /// The number of the first record that was removed.
+    /// `seq` of the first removed record.
     pub first_seq: i64,
-    /// The hash of the record before it.
+    /// Hash of the record before the range.
     pub prev_hash: Digest,
-    /// The number of the last record that was removed.
+    /// `seq` of the last removed record.
     pub last_seq: i64,
-    /// That record's hash.
+    /// Hash of the last removed record.
     pub hash: Digest,
-    /// When, in whole microseconds.
+    /// When the range was removed, in whole microseconds.
     #[serde(with = "timestamp_format")]
     pub at: Timestamp,
-    /// By whom.
+    /// Signature over all other fields.
     #[serde(flatten)]
     pub signature: Signature,
 }
 
 impl PruningReceipt {
-    /// Signs that `run` of `chain` was removed at `at`, which is cut to microseconds.
+    /// Signs that `range` of `chain` was removed at `at`, which is rounded down to microseconds.
     #[must_use]
-    pub fn new(keyring: &Keyring, chain: &str, run: PrunedRun, at: Timestamp) -> Self {
-        let at = timestamp_format::fit(at);
-        let signature = Signature::new(keyring, &Self::message(chain, run, at));
-        let PrunedRun { first_seq, prev_hash, last: ChainHead { seq: last_seq, hash } } = run;
+    pub fn new(keyring: &Keyring, chain: &str, range: PrunedRange, at: Timestamp) -> Self {
+        let at = timestamp_format::limit(at);
+        let signature = Signature::new(keyring, &Self::message(chain, range, at));
+        let PrunedRange { first_seq, prev_hash, last: ChainHead { seq: last_seq, hash } } = range;
         Self { chain: chain.to_owned(), first_seq, prev_hash, last_seq, hash, at, signature }
     }
 
-    /// What was removed.
+    /// Returns the removed range.
     #[must_use]
-    pub fn run(&self) -> PrunedRun {
+    pub fn range(&self) -> PrunedRange {
         let last = ChainHead { seq: self.last_seq, hash: self.hash };
-        PrunedRun { first_seq: self.first_seq, prev_hash: self.prev_hash, last }
+        PrunedRange { first_seq: self.first_seq, prev_hash: self.prev_hash, last }
     }
 
-    /// How many records were removed.
+    /// Returns the number of removed records.
     #[must_use]
     pub fn records(&self) -> i64 {
         self.last_seq.saturating_sub(self.first_seq).saturating_add(1)
     }
 
-    /// Whether it was signed so.
+    /// Checks the signature.
     ///
     /// # Errors
-    /// Says why it proves nothing.
+    /// Says why the signature is not valid: an unknown key, or other contents than were signed.
     pub fn verify(&self, keys: &VerifyingKeys) -> Result<(), SignatureError> {
-        self.signature.verify(keys, &Self::message(&self.chain, self.run(), self.at))
+        self.signature.verify(keys, &Self::message(&self.chain, self.range(), self.at))
     }
 
-    /// The bytes that are signed: the domain, and each value in its order as a netstring.
-    fn message(chain: &str, run: PrunedRun, at: Timestamp) -> Vec<u8> {
-        let mut message = CUT_DOMAIN.to_vec();
-        netstring(&mut message, chain);
-        integer(&mut message, run.first_seq);
-        netstring(&mut message, run.prev_hash.0);
-        integer(&mut message, run.last.seq);
-        netstring(&mut message, run.last.hash.0);
-        integer(&mut message, at.timestamp_micros());
+    /// Returns the signed bytes: the prefix, and each value in a fixed order as a netstring.
+    fn message(chain: &str, range: PrunedRange, at: Timestamp) -> Vec<u8> {
+        let mut message = RECEIPT_DOMAIN.to_vec();
+        push_text(&mut message, chain);
+        push_integer(&mut message, range.first_seq);
+        push_text(&mut message, range.prev_hash.0);
+        push_integer(&mut message, range.last.seq);
+        push_text(&mut message, range.last.hash.0);
+        push_integer(&mut message, at.timestamp_micros());
         message
     }
 }
@@ -191,9 +195,9 @@ mod tests {
             "token-broker audit head v1\n26:c00000001-0123456789abcdef,2:12,\
              32:hhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhh,16:1717138601944000,"
         );
-        let run = PrunedRun { first_seq: 3, prev_hash: Digest([b'p'; 32]), last: head };
+        let range = PrunedRange { first_seq: 3, prev_hash: Digest([b'p'; 32]), last: head };
         assert_eq!(
-            String::from_utf8(PruningReceipt::message(CHAIN, run, at())).unwrap(),
+            String::from_utf8(PruningReceipt::message(CHAIN, range, at())).unwrap(),
             "token-broker audit cut v1\n26:c00000001-0123456789abcdef,1:3,\
              32:pppppppppppppppppppppppppppppppp,2:12,32:hhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhh,\
              16:1717138601944000,"
@@ -201,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn every_value_of_a_head_and_of_a_cut_is_under_its_signature() {
+    fn a_signature_covers_every_field_of_a_checkpoint_and_of_a_receipt() {
         let keyring = keyring();
         let keys = VerifyingKeys::from(&keyring);
         let head = SignedCheckpoint::new(
@@ -222,9 +226,12 @@ mod tests {
             edit(&mut edited);
             assert!(edited.verify(&keys).is_err(), "{edited:?}");
         }
-        let run = PrunedRun { first_seq: 3, prev_hash: Digest([2; 32]), last: head.head() };
-        let cut = PruningReceipt::new(&keyring, CHAIN, run, at());
-        assert_eq!((cut.verify(&keys), cut.records(), cut.run()), (Ok(()), 10, run));
+        let range = PrunedRange { first_seq: 3, prev_hash: Digest([2; 32]), last: head.head() };
+        let receipt = PruningReceipt::new(&keyring, CHAIN, range, at());
+        assert_eq!(
+            (receipt.verify(&keys), receipt.records(), receipt.range()),
+            (Ok(()), 10, range)
+        );
         let edits: [fn(&mut PruningReceipt); 6] = [
             |it| it.chain.push('x'),
             |it| it.first_seq += 1,
@@ -234,14 +241,14 @@ mod tests {
             |it| it.at += chrono::TimeDelta::microseconds(1),
         ];
         for edit in edits {
-            let mut edited = cut.clone();
+            let mut edited = receipt.clone();
             edit(&mut edited);
             assert!(edited.verify(&keys).is_err(), "{edited:?}");
         }
     }
 
     #[test]
-    fn statements_read_back_from_json_and_are_signed_to_the_microsecond() {
+    fn checkpoints_and_receipts_read_back_from_json_with_microsecond_times() {
         let keyring = keyring();
         let nanos = at() + chrono::TimeDelta::nanoseconds(999);
         let head = SignedCheckpoint::new(
@@ -254,11 +261,11 @@ mod tests {
         assert!(text.starts_with("{\"chain\":\"c00000001-0123456789abcdef\",\"seq\":1,\"hash\":"));
         let read: SignedCheckpoint = serde_json::from_str(&text).unwrap();
         assert_eq!(read, head);
-        let run = PrunedRun { first_seq: 1, prev_hash: Digest::ZERO, last: head.head() };
-        let cut = PruningReceipt::new(&keyring, CHAIN, run, nanos);
+        let range = PrunedRange { first_seq: 1, prev_hash: Digest::ZERO, last: head.head() };
+        let receipt = PruningReceipt::new(&keyring, CHAIN, range, nanos);
         let read: PruningReceipt =
-            serde_json::from_str(&serde_json::to_string(&cut).unwrap()).unwrap();
-        assert_eq!(read, cut);
+            serde_json::from_str(&serde_json::to_string(&receipt).unwrap()).unwrap();
+        assert_eq!(read, receipt);
         assert_eq!(read.verify(&VerifyingKeys::from(&keyring)), Ok(()));
     }
 }

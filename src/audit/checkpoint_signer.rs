@@ -1,16 +1,20 @@
-//! Signs the head of this start's chain at an interval, for the log, for a file, and for Postgres: a copy
-//! of any of them, kept where the log's keeper cannot reach, shows whether the log was cut short since.
+//! Signs the head of this start's chain at an interval.
+//!
+//! Each checkpoint goes to the log, to a file in the state directory, and less often to Postgres. A copy
+//! that is stored out of reach of whoever can change the audit log later shows whether records were
+//! removed from the end of the chain.
 
 use std::{
     fs::{self, OpenOptions},
     io::{self, Write},
     os::unix::fs::OpenOptionsExt,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::Duration,
 };
 
 use chrono::TimeDelta;
+use parking_lot::Mutex;
 use tokio::{sync::Notify, task};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -25,36 +29,39 @@ use crate::{
     files::state_dir::StateDir,
 };
 
-/// How often a head is signed, if the chain has grown: what is cut off sooner than that leaves no trace
-/// of a chain that does not go on.
-const INTERVAL: Duration = Duration::from_mins(1);
-/// How often one goes to Postgres, beside the last of the chain.
-const KEPT_EVERY: TimeDelta = TimeDelta::minutes(10);
-/// The size at which the file of heads becomes the one before: some six weeks.
-const FILE_BYTES: u64 = 16 << 20;
+/// How often the head is signed, if it has moved. Records that are removed from the end of the chain
+/// within this time of being written leave no trace, unless the chain goes on.
+const SIGN_INTERVAL: Duration = Duration::from_mins(1);
+/// How often a checkpoint is stored in Postgres. The last one of a chain is stored in any case.
+const STORE_INTERVAL: TimeDelta = TimeDelta::minutes(10);
+/// Size in bytes at which the checkpoint file is rotated: some six weeks of checkpoints.
+const MAX_FILE_BYTES: u64 = 16 << 20;
 
-/// Signs heads. Shared by its own task and the delivery, which takes them to Postgres.
+/// Signs checkpoints of the chain that this process writes.
+///
+/// Shared by the task that runs [`CheckpointSigner::run`] and by delivery, which stores checkpoints in
+/// Postgres once the records that they cover are there.
 pub struct CheckpointSigner {
     journal: Journal,
     keyring: Arc<Keyring>,
     clock: Clock,
     file: PathBuf,
-    signed: Mutex<Signed>,
-    /// Told when there is a head for Postgres.
-    wanted: Notify,
+    state: Mutex<SignerState>,
+    /// Notified when there is a new checkpoint, or the last one.
+    signed: Notify,
 }
 
 #[derive(Default)]
-struct Signed {
+struct SignerState {
     latest: Option<SignedCheckpoint>,
-    /// When the last head that Postgres has was signed, and of which record it is.
-    kept: Option<(Timestamp, i64)>,
-    /// There will be no later one.
+    /// Time and `seq` of the last checkpoint that Postgres has.
+    stored: Option<(Timestamp, i64)>,
+    /// `latest` is the chain's last checkpoint.
     ended: bool,
 }
 
 impl CheckpointSigner {
-    /// A notary for `journal`, whose heads go into a file of `state_dir`.
+    /// Returns a signer for `journal` that appends to the checkpoint file of `state_dir`.
     #[must_use]
     pub fn new(
         journal: Journal,
@@ -62,83 +69,83 @@ impl CheckpointSigner {
         clock: Clock,
         state_dir: &StateDir,
     ) -> Arc<Self> {
-        let (signed, wanted) = (Mutex::default(), Notify::new());
-        Arc::new(Self { journal, keyring, clock, file: state_dir.heads_file(), signed, wanted })
+        let (state, signed) = (Mutex::default(), Notify::new());
+        Arc::new(Self { journal, keyring, clock, file: state_dir.heads_file(), state, signed })
     }
 
-    /// Signs a head now and at each interval, until `stop`.
+    /// Signs the head now and at each interval, until `stop` is cancelled.
     pub async fn run(self: Arc<Self>, stop: CancellationToken) {
         loop {
             Arc::clone(&self).sign().await;
             tokio::select! {
                 () = stop.cancelled() => return,
-                () = self.clock.sleep(INTERVAL) => {}
+                () = self.clock.sleep(SIGN_INTERVAL) => {}
             }
         }
     }
 
-    /// Signs the chain's last head, once nothing is appended any more.
-    pub async fn end(self: Arc<Self>) {
+    /// Signs the chain's last head. Call it once nothing is appended to the journal any more.
+    pub async fn sign_last(self: Arc<Self>) {
         Arc::clone(&self).sign().await;
-        self.signed().ended = true;
-        self.wanted.notify_one();
+        self.state.lock().ended = true;
+        self.signed.notify_one();
     }
 
-    /// Signs the head, if it moved since the last time.
+    /// Signs the head, if it moved since the last checkpoint. A failure to write the file is logged: the
+    /// checkpoint is in the log all the same.
     async fn sign(self: Arc<Self>) {
         let (head, chain) = (self.journal.head(), &self.journal.chain().chain);
-        let known = self.signed().latest.as_ref().map_or(0, |latest| latest.seq);
-        if head.seq <= known {
+        let signed_seq = self.state.lock().latest.as_ref().map_or(0, |latest| latest.seq);
+        if head.seq <= signed_seq {
             return;
         }
-        let signed = SignedCheckpoint::new(&self.keyring, chain, head, self.clock.now());
-        let Signature { key_id, signature } = &signed.signature;
-        info!(chain, seq = head.seq, hash = %head.hash, at = %signed.at.format("%FT%T%.6fZ"), key_id,
-            signature = hex::encode(signature), "audit head");
-        self.signed().latest = Some(signed.clone());
-        self.wanted.notify_one();
+        let checkpoint = SignedCheckpoint::new(&self.keyring, chain, head, self.clock.now());
+        let Signature { key_id, signature } = &checkpoint.signature;
+        // `docs/audit.md` documents this line, so that the log can serve as a copy of the checkpoints.
+        info!(chain, seq = head.seq, hash = %head.hash, at = %checkpoint.at.format("%FT%T%.6fZ"),
+            key_id, signature = hex::encode(signature), "audit head");
+        self.state.lock().latest = Some(checkpoint.clone());
+        self.signed.notify_one();
         let file = self.file.clone();
-        let written = task::spawn_blocking(move || write(file, &signed)).await;
-        if let Err(error) = written.unwrap_or_else(|bug| Err(io::Error::other(bug))) {
-            warn!(%error, file = %self.file.display(), "a signed head of the audit log was not kept");
+        let appended = task::spawn_blocking(move || append_to_file(file, &checkpoint)).await;
+        if let Err(error) = appended.unwrap_or_else(|panic| Err(io::Error::other(panic))) {
+            warn!(%error, file = %self.file.display(), "an audit checkpoint was not written to its file");
         }
     }
 
-    /// The head that Postgres should have now that it has the records of `chain` up to `delivered`.
+    /// Returns the checkpoint that Postgres should get next, given that it has the records of `chain` up
+    /// to `delivered`; `None` if there is none yet.
     pub(crate) fn due(&self, chain: &str, delivered: i64) -> Option<SignedCheckpoint> {
         if self.journal.chain().chain != chain {
             return None;
         }
-        let signed = self.signed();
-        let latest = signed.latest.as_ref().filter(|latest| latest.seq <= delivered)?;
-        let due = match signed.kept {
+        let state = self.state.lock();
+        let latest = state.latest.as_ref().filter(|latest| latest.seq <= delivered)?;
+        let due = match state.stored {
             None => true,
-            Some((at, seq)) => seq < latest.seq && (signed.ended || latest.at - at >= KEPT_EVERY),
+            Some((at, seq)) => {
+                seq < latest.seq && (state.ended || latest.at - at >= STORE_INTERVAL)
+            }
         };
         due.then(|| latest.clone())
     }
 
-    /// Notes that Postgres has `head`.
-    pub(crate) fn kept(&self, head: &SignedCheckpoint) {
-        self.signed().kept = Some((head.at, head.seq));
+    /// Notes that Postgres has `checkpoint`.
+    pub(crate) fn mark_stored(&self, checkpoint: &SignedCheckpoint) {
+        self.state.lock().stored = Some((checkpoint.at, checkpoint.seq));
     }
 
-    /// Returns when there is a new head for Postgres; for one waiter.
-    pub(crate) async fn wanted(&self) {
-        self.wanted.notified().await;
-    }
-
-    fn signed(&self) -> MutexGuard<'_, Signed> {
-        // Held for a look or a note; nothing panics in between.
-        self.signed.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Returns when a checkpoint was signed since the last return. Supports one waiter; cancel safe.
+    pub(crate) async fn signed(&self) {
+        self.signed.notified().await;
     }
 }
 
-/// Appends a line to the file, which is on disk then.
-fn write(file: PathBuf, head: &SignedCheckpoint) -> io::Result<()> {
-    let mut line = serde_json::to_vec(head)?;
+/// Appends a line to the checkpoint file and syncs it. Blocks on I/O.
+fn append_to_file(file: PathBuf, checkpoint: &SignedCheckpoint) -> io::Result<()> {
+    let mut line = serde_json::to_vec(checkpoint)?;
     line.push(b'\n');
-    if fs::metadata(&file).is_ok_and(|file| file.len() >= FILE_BYTES) {
+    if fs::metadata(&file).is_ok_and(|file| file.len() >= MAX_FILE_BYTES) {
         fs::rename(&file, file.with_extension("1.jsonl"))?;
     }
     let mut file = OpenOptions::new().append(true).create(true).mode(0o600).open(file)?;
@@ -160,92 +167,93 @@ mod tests {
         domain::clock::ManualClock,
     };
 
-    struct Office {
-        notary: Arc<CheckpointSigner>,
+    struct Fixture {
+        signer: Arc<CheckpointSigner>,
         journal: Journal,
         manual: ManualClock,
         keys: VerifyingKeys,
-        home: tempfile::TempDir,
+        directory: tempfile::TempDir,
     }
 
-    impl Office {
-        fn open() -> Self {
-            let home = tempfile::tempdir().unwrap();
-            let state_dir = StateDir::open(home.path()).unwrap();
+    impl Fixture {
+        fn new() -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            let state_dir = StateDir::open(directory.path()).unwrap();
             let manual = ManualClock::new(DateTime::UNIX_EPOCH + TimeDelta::days(20_000));
             let clock = Clock::Manual(manual.clone());
             let settings = JournalSettings::default();
             let journal = Journal::open(&state_dir, settings, clock.clone()).unwrap();
             let keyring = Arc::new(Keyring::parse(&Keyring::generate(clock.now())).unwrap());
             let keys = VerifyingKeys::from(&*keyring);
-            let notary = CheckpointSigner::new(journal.clone(), keyring, clock, &state_dir);
-            Self { notary, journal, manual, keys, home }
+            let signer = CheckpointSigner::new(journal.clone(), keyring, clock, &state_dir);
+            Self { signer, journal, manual, keys, directory }
         }
 
         async fn append(&self) {
-            let record = Record::new(self.notary.clock.now(), Event::GetToken);
+            let record = Record::new(self.signer.clock.now(), Event::GetToken);
             self.journal.append(record).durable(Duration::from_secs(20)).await.unwrap();
         }
 
         fn due(&self, delivered: i64) -> Option<i64> {
-            let due = self.notary.due(&self.journal.chain().chain, delivered)?;
-            self.notary.kept(&due);
+            let due = self.signer.due(&self.journal.chain().chain, delivered)?;
+            self.signer.mark_stored(&due);
             Some(due.seq)
         }
 
-        fn filed(&self) -> Vec<SignedCheckpoint> {
-            let text = fs::read_to_string(self.home.path().join("audit-heads.jsonl"));
+        fn checkpoints_in_file(&self) -> Vec<SignedCheckpoint> {
+            let text = fs::read_to_string(self.directory.path().join("audit-heads.jsonl"));
             let text = text.unwrap_or_default();
             text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
         }
     }
 
     #[tokio::test]
-    async fn a_head_is_signed_when_the_chain_has_grown_and_filed() {
-        let office = Office::open();
-        office.notary.clone().sign().await;
-        assert_eq!(office.filed(), []);
-        office.append().await;
-        office.append().await;
-        office.notary.clone().sign().await;
-        office.notary.clone().sign().await;
-        let [head] = &office.filed()[..] else { panic!("one head") };
-        assert_eq!((head.seq, head.verify(&office.keys)), (2, Ok(())));
-        assert_eq!(head.head(), office.journal.head());
-        assert_eq!(head.chain, office.journal.chain().chain);
+    async fn a_checkpoint_is_signed_and_written_to_the_file_when_the_chain_has_grown() {
+        let fixture = Fixture::new();
+        fixture.signer.clone().sign().await;
+        assert_eq!(fixture.checkpoints_in_file(), []);
+        fixture.append().await;
+        fixture.append().await;
+        fixture.signer.clone().sign().await;
+        fixture.signer.clone().sign().await;
+        let [checkpoint] = &fixture.checkpoints_in_file()[..] else { panic!("one checkpoint") };
+        assert_eq!((checkpoint.seq, checkpoint.verify(&fixture.keys)), (2, Ok(())));
+        assert_eq!(checkpoint.head(), fixture.journal.head());
+        assert_eq!(checkpoint.chain, fixture.journal.chain().chain);
     }
 
     #[tokio::test]
-    async fn postgres_gets_a_head_once_it_has_its_records_then_at_times_and_the_last() {
-        let office = Office::open();
-        office.append().await;
-        office.notary.clone().sign().await;
-        assert_eq!((office.due(0), office.due(1), office.due(1)), (None, Some(1), None));
-        assert!(office.notary.due("another", 1).is_none());
-        office.append().await;
-        office.notary.clone().sign().await;
-        assert_eq!(office.due(2), None, "too soon");
-        office.manual.advance(Duration::from_mins(10));
-        office.append().await;
-        office.notary.clone().sign().await;
-        assert_eq!((office.due(2), office.due(3)), (None, Some(3)));
-        office.append().await;
-        office.notary.clone().end().await;
-        assert_eq!((office.due(4), office.due(4)), (Some(4), None));
+    async fn postgres_gets_the_first_checkpoint_once_it_has_the_records_then_one_each_interval_and_the_last()
+     {
+        let fixture = Fixture::new();
+        fixture.append().await;
+        fixture.signer.clone().sign().await;
+        assert_eq!((fixture.due(0), fixture.due(1), fixture.due(1)), (None, Some(1), None));
+        assert!(fixture.signer.due("another", 1).is_none());
+        fixture.append().await;
+        fixture.signer.clone().sign().await;
+        assert_eq!(fixture.due(2), None, "too soon");
+        fixture.manual.advance(Duration::from_mins(10));
+        fixture.append().await;
+        fixture.signer.clone().sign().await;
+        assert_eq!((fixture.due(2), fixture.due(3)), (None, Some(3)));
+        fixture.append().await;
+        fixture.signer.clone().sign_last().await;
+        assert_eq!((fixture.due(4), fixture.due(4)), (Some(4), None));
     }
 
     #[test]
-    fn a_file_that_is_large_becomes_the_one_before() {
-        let home = tempfile::tempdir().unwrap();
-        let file = home.path().join("audit-heads.jsonl");
+    fn a_full_checkpoint_file_is_rotated() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("audit-heads.jsonl");
         let keyring = Keyring::parse(&Keyring::generate(DateTime::UNIX_EPOCH)).unwrap();
         let head = super::super::chain::tests::link().root();
-        let head = SignedCheckpoint::new(&keyring, "c1", head, DateTime::UNIX_EPOCH);
-        fs::File::create(&file).unwrap().set_len(FILE_BYTES).unwrap();
-        write(file.clone(), &head).unwrap();
-        let before = home.path().join("audit-heads.1.jsonl");
-        assert_eq!(fs::metadata(before).unwrap().len(), FILE_BYTES);
+        let checkpoint = SignedCheckpoint::new(&keyring, "c1", head, DateTime::UNIX_EPOCH);
+        fs::File::create(&file).unwrap().set_len(MAX_FILE_BYTES).unwrap();
+        append_to_file(file.clone(), &checkpoint).unwrap();
+        let rotated = directory.path().join("audit-heads.1.jsonl");
+        assert_eq!(fs::metadata(rotated).unwrap().len(), MAX_FILE_BYTES);
         let lines = fs::read_to_string(file).unwrap();
-        assert_eq!(serde_json::from_str::<SignedCheckpoint>(&lines).unwrap(), head);
+        assert_eq!(serde_json::from_str::<SignedCheckpoint>(&lines).unwrap(), checkpoint);
     }
 }

@@ -1,85 +1,92 @@
-//! The lines of an export: what `audit export` writes and `audit verify --export` reads.
+//! The lines that `audit export` writes and `audit verify --export` reads.
 //!
-//! `docs/audit-format.md` says the same for a second implementation; change both or neither.
+//! `docs/audit-format.md` describes the same for other implementations: a change here needs a
+//! change there.
 
 use serde::{Deserialize, Serialize};
 
 use super::{
     chain::StoredEvent,
     checkpoint::{PruningReceipt, SignedCheckpoint},
-    timestamp_format,
-    verify::Claim,
+    json_error, timestamp_format,
+    verify::ChainClaim,
 };
 use crate::domain::clock::Timestamp;
 
-/// The version of the format.
+/// Version of the line format, in an export's first line.
 const FORMAT: u32 = 1;
 
-/// A line.
+/// One line of an export.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Line {
-    /// A record.
+pub enum ExportLine {
+    /// A record of the log.
     Record(Box<StoredEvent>),
-    /// What is said of the records.
-    Statement(Statement),
+    /// A line about the records.
+    Statement(ExportStatement),
 }
 
-/// A line that is no record: one object with one key, which names it.
+/// A line that is not a record: a JSON object with one key, which is the variant's name as
+/// serialized.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Statement {
+pub enum ExportStatement {
     /// The first line.
-    AuditExport(Opening),
-    /// What the database says of a chain.
-    Chain(Claim),
-    /// What retention removed.
+    AuditExport(ExportHeader),
+    /// What the database claims about a chain.
+    Chain(ChainClaim),
+    /// A range of records that retention removed.
+    #[serde(rename = "cut")]
     PruningReceipt(PruningReceipt),
-    /// A signed head.
-    ChainHead(SignedCheckpoint),
-    /// The last line: without it, the file was cut short.
+    /// A signed checkpoint.
+    #[serde(rename = "head")]
+    Checkpoint(SignedCheckpoint),
+    /// The last line. If it is absent, the file is truncated.
     End {
-        /// How many records there are.
+        /// Number of records in the export.
         records: u64,
     },
 }
 
-/// What an export holds.
+/// The first line of an export: its version, time and extent.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
-pub struct Opening {
+pub struct ExportHeader {
     /// The format's version.
     version: u32,
-    /// When it was made.
+    /// When the export was made.
     #[serde(with = "timestamp_format")]
     pub at: Timestamp,
-    /// Whether it holds every record that there was.
+    /// Whether it holds every record that the database had at that time.
     pub whole: bool,
 }
 
-impl Opening {
-    /// The opening of an export that is made at `at`.
+impl ExportHeader {
+    /// Returns the first line of an export made at `at`, in the present format.
     #[must_use]
     pub fn new(at: Timestamp, whole: bool) -> Self {
         Self { version: FORMAT, at, whole }
     }
 }
 
-impl Line {
-    /// Reads a line, with or without its end.
+impl ExportLine {
+    /// Parses a line, with or without its line end.
     ///
     /// # Errors
-    /// Says what is wrong with it.
+    /// Returns what is wrong, without quoting the line.
     pub fn parse(line: &[u8]) -> Result<Self, String> {
-        // Nearly all lines are records.
-        let no_record = match serde_json::from_slice(line) {
+        // Nearly all lines are records, so that is tried first.
+        let not_a_record = match serde_json::from_slice(line) {
             Ok(event) => return Ok(Self::Record(Box::new(event))),
             Err(error) => error,
         };
         match serde_json::from_slice(line) {
-            Ok(Statement::AuditExport(Opening { version, .. })) if version != FORMAT => {
+            Ok(ExportStatement::AuditExport(ExportHeader { version, .. })) if version != FORMAT => {
                 Err(format!("the format is {version}, not {FORMAT}"))
             }
             Ok(statement) => Ok(Self::Statement(statement)),
-            Err(_) => Err(format!("neither a record nor a statement of an export: {no_record}")),
+            Err(_) => Err(format!(
+                "neither a record nor a statement of an export: {}",
+                json_error::describe(&not_a_record)
+            )),
         }
     }
 }
@@ -90,51 +97,74 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::audit::chain::tests::{any_record, link};
+    use crate::{
+        audit::{
+            chain::{
+                ChainHead, Digest,
+                tests::{any_record, link},
+            },
+            checkpoint::PrunedRange,
+        },
+        crypto::Keyring,
+    };
 
     #[test]
     fn the_lines_have_the_documented_form() {
-        let opening = Statement::AuditExport(Opening::new(DateTime::UNIX_EPOCH, true));
+        let opening = ExportStatement::AuditExport(ExportHeader::new(DateTime::UNIX_EPOCH, true));
         let lines = [
             (
                 opening,
                 r#"{"audit_export":{"version":1,"at":"1970-01-01T00:00:00.000000Z","whole":true}}"#,
             ),
-            (Statement::End { records: 3 }, r#"{"end":{"records":3}}"#),
+            (ExportStatement::End { records: 3 }, r#"{"end":{"records":3}}"#),
         ];
         for (statement, text) in lines {
             assert_eq!(serde_json::to_string(&statement).unwrap(), text);
-            assert_eq!(Line::parse(text.as_bytes()), Ok(Line::Statement(statement)));
+            assert_eq!(ExportLine::parse(text.as_bytes()), Ok(ExportLine::Statement(statement)));
         }
-        let claim = Claim::of(&link());
-        let text = serde_json::to_string(&Statement::Chain(claim.clone())).unwrap();
+        let claim = ChainClaim::of(&link());
+        let text = serde_json::to_string(&ExportStatement::Chain(claim.clone())).unwrap();
         assert!(text.starts_with(r#"{"chain":{"chain":"c00000001-"#), "{text}");
-        let read = Line::parse(text.as_bytes());
-        assert_eq!(read, Ok(Line::Statement(Statement::Chain(claim))));
+        let read = ExportLine::parse(text.as_bytes());
+        assert_eq!(read, Ok(ExportLine::Statement(ExportStatement::Chain(claim))));
+
+        let keyring = Keyring::parse(&Keyring::generate(DateTime::UNIX_EPOCH)).unwrap();
+        let head = ChainHead { seq: 2, hash: Digest([1; 32]) };
+        let range = PrunedRange { first_seq: 1, prev_hash: Digest::ZERO, last: head };
+        let receipt = PruningReceipt::new(&keyring, "c1", range, DateTime::UNIX_EPOCH);
+        let checkpoint = SignedCheckpoint::new(&keyring, "c1", head, DateTime::UNIX_EPOCH);
+        for (statement, start) in [
+            (ExportStatement::PruningReceipt(receipt), r#"{"cut":{"chain":"c1","first_seq":1,"#),
+            (ExportStatement::Checkpoint(checkpoint), r#"{"head":{"chain":"c1","seq":2,"hash":"#),
+        ] {
+            let text = serde_json::to_string(&statement).unwrap();
+            assert!(text.starts_with(start), "{text}");
+            assert_eq!(ExportLine::parse(text.as_bytes()), Ok(ExportLine::Statement(statement)));
+        }
     }
 
     #[test]
-    fn a_line_that_is_neither_is_refused() {
+    fn a_line_that_is_neither_a_record_nor_a_statement_is_refused() {
         for line in ["", "{}", "x", r#"{"end":{}}"#, r#"{"chain":{"chain":"c1"}}"#] {
-            assert!(Line::parse(line.as_bytes()).is_err(), "{line}");
+            assert!(ExportLine::parse(line.as_bytes()).is_err(), "{line}");
         }
         let newer =
             r#"{"audit_export":{"version":2,"at":"1970-01-01T00:00:00.000000Z","whole":true}}"#;
-        assert_eq!(Line::parse(newer.as_bytes()), Err("the format is 2, not 1".into()));
+        assert_eq!(ExportLine::parse(newer.as_bytes()), Err("the format is 2, not 1".into()));
     }
 
     proptest! {
         #[test]
         fn any_record_is_a_line_that_reads_back(record in any_record()) {
-            let mut event = StoredEvent::unplaced(record, &link());
-            event.place(&mut link().root());
+            let mut event = StoredEvent::from_record(record, &link());
+            event.link_after(&mut link().root());
             let line = serde_json::to_vec(&event).unwrap();
-            prop_assert_eq!(Line::parse(&line), Ok(Line::Record(Box::new(event))));
+            prop_assert_eq!(ExportLine::parse(&line), Ok(ExportLine::Record(Box::new(event))));
         }
 
         #[test]
         fn no_bytes_make_the_reader_panic(bytes in any::<Vec<u8>>()) {
-            let _ = Line::parse(&bytes);
+            let _ = ExportLine::parse(&bytes);
         }
     }
 }

@@ -1,14 +1,28 @@
-//! The audit log: a record is durable in the journal before the answer leaves, and reaches
-//! `audit_events` in Postgres exactly once.
+//! The audit log: a record of each call, issue and change, chained by hashes so that later edits show.
 //!
-//! [`record`] is what happened; [`chain`] gives it its number and hash; [`journal`] keeps it on disk;
-//! [`crate::services::journal_delivery`] delivers it. `docs/audit-format.md` describes files and hashes for others.
+//! A record is durable in the local journal before the call that it describes is answered. Delivery then
+//! copies it to the table `audit_events` in Postgres, exactly once and in order.
+//!
+//! | module | does |
+//! |---|---|
+//! | [`record`] | describes one event before it has a position in a chain |
+//! | [`chain`] | numbers and hashes records; [`StoredEvent`](chain::StoredEvent) is the result |
+//! | [`journal`] | makes records durable on the local disk |
+//! | [`checkpoint`], [`checkpoint_signer`] | sign the head of a chain at an interval, and what retention removes |
+//! | [`pruning`] | finds the contiguous ranges of records that retention is about to remove |
+//! | [`verify`] | checks a log, from whichever source its records come |
+//! | [`export`] | is the line format of `audit export` |
+//!
+//! [`crate::services::journal_delivery`] delivers the journal and [`crate::store::audit`] holds the SQL.
+//! `docs/audit-format.md` describes files, hashes and signatures for other implementations.
 
 pub mod chain;
 pub mod checkpoint;
 pub mod checkpoint_signer;
 pub mod export;
 pub mod journal;
+mod json_error;
+mod netstring;
 pub mod pruning;
 pub mod record;
 mod timestamp_format;

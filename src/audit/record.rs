@@ -1,4 +1,4 @@
-//! What happened, as it is hashed, journaled and delivered.
+//! Audit records before they have a position in a chain.
 
 use std::collections::BTreeMap;
 
@@ -6,15 +6,15 @@ use crate::domain::{
     account::AccountName, caller::AccountPattern, clock::Timestamp, token::Generation,
 };
 
-/// What a JWT, a caller's bearer and a client secret begin with.
-const SECRETS: [&str; 3] = ["eyJ", "tbk_", "SK."];
+/// Prefixes of a JWT (the upstream's tokens), of a caller's bearer and of a client secret.
+const SECRET_PREFIXES: [&str; 3] = ["eyJ", "tbk_", "SK."];
 
-/// What kind of thing happened. The names are part of the contract; more may be added.
+/// What happened. The names are public (`docs/audit.md` lists them); more may be added.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 pub enum Event {
     /// A call of `GetToken`.
     GetToken,
-    /// A call of `WatchTokens`: its start, or its refusal.
+    /// A call of `WatchTokens`: the start of its stream, or its refusal.
     WatchTokens,
     /// A token sent on a stream.
     TokenPushed,
@@ -28,7 +28,7 @@ pub enum Event {
     HandshakeRefused,
     /// The upstream issued a token.
     TokenIssued,
-    /// An issue was tried and failed.
+    /// An attempt to issue a token failed.
     IssueFailed,
     /// An account was inserted.
     AccountRegistered,
@@ -40,15 +40,16 @@ pub enum Event {
     CallerChanged,
     /// A grant changed.
     GrantChanged,
-    /// Calls that were refused because the journal could not be written; `count` tells how many.
+    /// Calls that were refused because the journal could not be written; `count` is how many.
     AuditGap,
-    /// Retention removed records whose time was over.
+    /// Retention removed records that were older than the retention settings.
     AuditPruned,
-    /// The database's owner set how long records are kept at least.
+    /// The database's owner changed the minimum retention.
     RetentionChanged,
-    /// An admin said that a chain of a lost replica will not go on.
+    /// An admin retired a chain: its replica is lost and will deliver nothing more.
     ChainRetired,
-    /// A database that is not as it was left was accepted.
+    /// An admin accepted a database that is not in the state in which the broker left it, such as a
+    /// restored one.
     DatabaseAccepted,
     /// The broker started.
     Started,
@@ -57,7 +58,7 @@ pub enum Event {
 }
 
 impl Event {
-    /// The name in the `event` column.
+    /// Returns the name in the `event` column.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -85,8 +86,9 @@ impl Event {
         }
     }
 
-    /// Whether this is a call whose answer waits for the record. When the journal fails, such a
-    /// call is refused and only counted; any other record is kept until it can be written.
+    /// Whether this is a call, whose answer waits until its record is durable. While the journal
+    /// cannot be written, a call is refused and only counted; any other record is retained in
+    /// memory until it can be written.
     #[must_use]
     pub fn is_call(self) -> bool {
         matches!(
@@ -101,9 +103,9 @@ impl Event {
     }
 }
 
-/// One audit record before it has a place in a chain.
+/// One audit record, before it has a position in a chain.
 ///
-/// Text from callers is stored as [`Record`]'s setters leave it: see [`clean`].
+/// The setters sanitize text that callers send: see [`sanitize`] and [`sanitize_requested_name`].
 #[derive(Clone, Debug)]
 pub struct Record {
     /// When it happened.
@@ -112,15 +114,15 @@ pub struct Record {
     pub event: Event,
     /// The caller's name, once it is known.
     pub caller: Option<String>,
-    /// How the caller identified itself: `bearer`, `spiffe` or `dns`.
+    /// How the caller authenticated: `bearer`, `spiffe` or `dns`.
     pub caller_kind: Option<&'static str>,
     /// The caller's address and port.
     pub peer: Option<String>,
-    /// The account's name, as it was asked for.
+    /// The account's name, as the caller wrote it.
     pub account: Option<String>,
-    /// The gRPC status in lower case; `ok`.
+    /// The gRPC status in lower case, such as `ok` or `permission_denied`.
     pub outcome: &'static str,
-    /// Why, for anything but `ok`: the reason of the `ErrorInfo`.
+    /// For any outcome but `ok`, the reason: the `ErrorInfo` reason of the answer.
     pub reason: Option<String>,
     /// The token's generation.
     pub generation: Option<i64>,
@@ -128,16 +130,16 @@ pub struct Record {
     pub token_fingerprint: Option<String>,
     /// The trace id of the caller's `traceparent`.
     pub trace_id: Option<String>,
-    /// From the arrival of the headers to the record, in microseconds.
+    /// Microseconds from the arrival of the request headers to the record.
     pub latency_us: Option<i64>,
-    /// How many calls this record stands for.
+    /// How many calls this record stands for; more than 1 for aggregated refusals and gaps.
     pub count: i64,
-    /// More, as flat strings.
+    /// Further details, as flat strings.
     pub detail: BTreeMap<String, String>,
 }
 
 impl Record {
-    /// A record of `event` at `at` with outcome `ok`.
+    /// Returns a record of `event` at `at` with outcome `ok` and a count of 1.
     #[must_use]
     pub fn new(at: Timestamp, event: Event) -> Self {
         Self {
@@ -158,36 +160,37 @@ impl Record {
         }
     }
 
-    /// Names the account.
+    /// Sets the account.
     #[must_use]
     pub fn account(mut self, name: &AccountName) -> Self {
         self.account = Some(name.to_string());
         self
     }
 
-    /// Names the account as a caller wrote it, whatever that was: see [`as_asked`].
+    /// Sets the account to a name as a caller wrote it, sanitized by [`sanitize_requested_name`].
     #[must_use]
-    pub fn account_as_asked(self, name: &str) -> Self {
-        self.accounts_as_asked([name])
+    pub fn requested_account(self, name: &str) -> Self {
+        self.requested_accounts([name])
     }
 
-    /// Names accounts and patterns as a caller wrote them, with commas between them.
+    /// Sets the account to the names and patterns that a caller wrote, sanitized and separated by
+    /// commas.
     #[must_use]
-    pub fn accounts_as_asked<'a>(mut self, names: impl IntoIterator<Item = &'a str>) -> Self {
-        let names: Vec<_> = names.into_iter().map(as_asked).collect();
-        self.account = Some(clean(&names.join(",")));
+    pub fn requested_accounts<'a>(mut self, names: impl IntoIterator<Item = &'a str>) -> Self {
+        let names: Vec<_> = names.into_iter().map(sanitize_requested_name).collect();
+        self.account = Some(sanitize(&names.join(",")));
         self
     }
 
-    /// Sets what came of it, and why.
+    /// Sets the outcome, a gRPC status in lower case, and the reason.
     #[must_use]
     pub fn outcome(mut self, outcome: &'static str, reason: impl Into<String>) -> Self {
         self.outcome = outcome;
-        self.reason = Some(clean(&reason.into()));
+        self.reason = Some(sanitize(&reason.into()));
         self
     }
 
-    /// Names the token.
+    /// Sets the token's generation and keyed fingerprint.
     #[must_use]
     pub fn token(mut self, generation: Generation, fingerprint: &str) -> Self {
         self.generation = Some(generation.0);
@@ -195,52 +198,54 @@ impl Record {
         self
     }
 
-    /// Adds a detail; its text is cleaned.
+    /// Adds a detail, sanitized.
     #[must_use]
     pub fn with(mut self, key: &str, value: impl AsRef<str>) -> Self {
-        self.detail.insert(clean(key), clean(value.as_ref()));
+        self.detail.insert(sanitize(key), sanitize(value.as_ref()));
         self
     }
 }
 
-/// What the log keeps of a word that should be a name, a pattern or a code, and may be a secret sent by
-/// mistake. Well-formed names and patterns are kept as they are. Of anything else no more than 64
-/// characters are kept, and of what looks like a token, a bearer or a client secret, wherever in the
-/// word that begins, no more than its first 4; `…` stands for the rest.
+/// Returns what the log keeps of text that should be a name, a pattern or a code, and may be a
+/// secret sent by mistake.
+///
+/// Well-formed names and patterns are returned unchanged. Of anything else, at most 64 characters
+/// are kept; where it contains the prefix of a token, a bearer or a client secret, only the first 4
+/// characters from there. `…` marks what was cut.
 #[must_use]
-pub fn as_asked(word: &str) -> String {
-    const LONGEST: usize = 64;
-    const OF_A_SECRET: usize = 4;
+pub fn sanitize_requested_name(word: &str) -> String {
+    const MAX_CHARS: usize = 64;
+    const SECRET_CHARS_KEPT: usize = 4;
     if word.parse::<AccountPattern>().is_ok() {
         return word.to_owned();
     }
-    let secret = SECRETS.iter().filter_map(|start| word.find(start)).min();
-    let shown = secret.map_or(LONGEST, |at| word[..at].chars().count() + OF_A_SECRET);
-    match word.char_indices().nth(shown.min(LONGEST)) {
+    let secret = SECRET_PREFIXES.iter().filter_map(|start| word.find(start)).min();
+    let shown = secret.map_or(MAX_CHARS, |at| word[..at].chars().count() + SECRET_CHARS_KEPT);
+    match word.char_indices().nth(shown.min(MAX_CHARS)) {
         Some((end, _)) => format!("{}…", &word[..end]),
         None => word.to_owned(),
     }
 }
 
-/// Makes any text fit for the log: control characters are escaped as `\u{…}`, a backslash is
-/// doubled, and what exceeds 256 characters is cut and ends in `…`. Postgres cannot store NUL, and a
-/// line break in a log is a forgery.
+/// Makes any text safe to log: control characters are escaped as `\u{…}`, a backslash is doubled,
+/// and text beyond 256 characters is cut and ends in `…`. Postgres cannot store NUL, and a line
+/// break could forge a log line.
 #[must_use]
-pub fn clean(text: &str) -> String {
-    const LONGEST: usize = 256;
-    let mut clean = String::with_capacity(text.len().min(LONGEST));
+pub fn sanitize(text: &str) -> String {
+    const MAX_CHARS: usize = 256;
+    let mut sanitized = String::with_capacity(text.len().min(MAX_CHARS));
     for (nth, c) in text.chars().enumerate() {
-        if nth == LONGEST {
-            clean.push('…');
+        if nth == MAX_CHARS {
+            sanitized.push('…');
             break;
         }
         match c {
-            '\\' => clean.push_str("\\\\"),
-            c if c.is_control() => clean.extend(c.escape_unicode()),
-            c => clean.push(c),
+            '\\' => sanitized.push_str("\\\\"),
+            c if c.is_control() => sanitized.extend(c.escape_unicode()),
+            c => sanitized.push(c),
         }
     }
-    clean
+    sanitized
 }
 
 #[cfg(test)]
@@ -250,16 +255,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn text_that_could_forge_or_break_the_log_is_escaped_and_cut() {
-        assert_eq!(clean("acme"), "acme");
-        assert_eq!(clean("a\0b\nc\\d"), "a\\u{0}b\\u{a}c\\\\d");
-        let long = clean(&"x".repeat(5_000));
+    fn text_that_could_forge_or_break_a_log_line_is_escaped_and_truncated() {
+        assert_eq!(sanitize("acme"), "acme");
+        assert_eq!(sanitize("a\0b\nc\\d"), "a\\u{0}b\\u{a}c\\\\d");
+        let long = sanitize(&"x".repeat(5_000));
         assert_eq!(long.chars().count(), 257);
         assert!(long.ends_with('…'));
     }
 
     #[test]
-    fn a_secret_sent_as_a_name_is_not_kept() {
+    fn a_secret_sent_as_a_name_is_cut_after_four_characters() {
         for (sent, kept) in [
             ("eyJhbGciOiJIUzI1NiJ9.e30.c2ln", "eyJh…"),
             ("tbk_0123456789ABCDEF", "tbk_…"),
@@ -270,39 +275,39 @@ mod tests {
             ("SK.x then eyJhbGciOiJIUzI1NiJ9", "SK.x…"),
             ("eyJ", "eyJ"),
         ] {
-            assert_eq!(as_asked(sent), kept);
+            assert_eq!(sanitize_requested_name(sent), kept);
         }
     }
 
     #[test]
-    fn names_and_patterns_are_kept_whole_and_of_all_else_64_characters() {
+    fn names_and_patterns_are_kept_and_anything_else_is_cut_after_64_characters() {
         for name in ["acme", "tbk_prod", "acme-*", "*", &"a".repeat(63)] {
-            assert_eq!(as_asked(name), name);
+            assert_eq!(sanitize_requested_name(name), name);
         }
         let long = "가".repeat(65);
-        assert_eq!(as_asked(&long), "가".repeat(64) + "…");
-        assert_eq!(as_asked(&long[3..]), long[3..]);
+        assert_eq!(sanitize_requested_name(&long), "가".repeat(64) + "…");
+        assert_eq!(sanitize_requested_name(&long[3..]), long[3..]);
         let late = "가".repeat(63) + "SK.canary-73";
-        assert_eq!(as_asked(&late), "가".repeat(63) + "S…");
+        assert_eq!(sanitize_requested_name(&late), "가".repeat(63) + "S…");
         let record = Record::new(Timestamp::UNIX_EPOCH, Event::WatchTokens);
-        let record = record.accounts_as_asked(["acme-*", "SK.canary-73", "a\nb"]);
+        let record = record.requested_accounts(["acme-*", "SK.canary-73", "a\nb"]);
         assert_eq!(record.account.unwrap(), "acme-*,SK.c…,a\\u{a}b");
     }
 
     proptest! {
         #[test]
-        fn of_a_secret_in_a_word_no_more_than_a_start_is_kept(
+        fn a_secret_anywhere_in_a_word_is_cut(
             before in "[ -~가]{0,80}",
             secret in "(eyJ|tbk_|SK\\.)[A-Z]{9}",
         ) {
-            let kept = as_asked(&format!("{before}{secret}"));
+            let kept = sanitize_requested_name(&format!("{before}{secret}"));
             prop_assert!(!kept.contains(&secret[..6]), "{kept}");
             prop_assert!(kept.chars().count() <= 65);
         }
 
         #[test]
-        fn cleaned_text_has_no_control_characters(text in any::<String>()) {
-            prop_assert!(!clean(&text).chars().any(char::is_control));
+        fn sanitized_text_has_no_control_characters(text in any::<String>()) {
+            prop_assert!(!sanitize(&text).chars().any(char::is_control));
         }
     }
 }

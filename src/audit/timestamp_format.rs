@@ -1,4 +1,5 @@
-//! Moments as they are written: in whole microseconds, of which hashes and signatures are made.
+//! Serialization of timestamps: RFC 3339 in UTC with exactly six decimals, the precision that
+//! hashes and signatures cover.
 
 use std::borrow::Cow;
 
@@ -7,16 +8,16 @@ use serde::{Deserialize, Deserializer, Serializer, de::Error};
 
 use crate::domain::clock::Timestamp;
 
-/// The earliest and the latest time that a record may have, in microseconds since 1970: the years
-/// 1970 to 9999, for which Postgres has partitions and everyone a calendar.
-const TIMES: (i64, i64) = (0, 253_402_300_799_999_999);
+/// Earliest and latest time that a record may have, in microseconds since 1970: the years 1970 to
+/// 9999, for which Postgres can have partitions.
+const RANGE_MICROS: (i64, i64) = (0, 253_402_300_799_999_999);
 
 pub(super) fn serialize<S: Serializer>(at: &Timestamp, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_str(&text(*at))
 }
 
-/// Reads a timestamp_format, as it is written and in no other way: a finer one would be another than the one that is
-/// hashed.
+/// Reads a timestamp in exactly the form that [`serialize`] writes. A finer time is refused, since
+/// the hash would not cover its last digits.
 pub(super) fn deserialize<'de, D: Deserializer<'de>>(reader: D) -> Result<Timestamp, D::Error> {
     let written = Cow::<str>::deserialize(reader)?;
     let at: Option<Timestamp> = written.parse().ok();
@@ -29,9 +30,9 @@ fn text(at: Timestamp) -> String {
     at.to_rfc3339_opts(SecondsFormat::Micros, true)
 }
 
-/// The whole microsecond of `at`, within the years that a record may have.
-pub(super) fn fit(at: Timestamp) -> Timestamp {
-    let micros = at.timestamp_micros().clamp(TIMES.0, TIMES.1);
+/// Rounds `at` down to a whole microsecond and limits it to the years that a record may have.
+pub(super) fn limit(at: Timestamp) -> Timestamp {
+    let micros = at.timestamp_micros().clamp(RANGE_MICROS.0, RANGE_MICROS.1);
     DateTime::from_timestamp_micros(micros).unwrap_or_default()
 }
 
@@ -43,7 +44,7 @@ mod tests {
     struct At(#[serde(with = "super")] Timestamp);
 
     #[test]
-    fn a_moment_reads_back_and_a_finer_one_is_refused() {
+    fn a_timestamp_reads_back_and_any_other_form_is_refused() {
         let at = At(DateTime::from_timestamp_micros(1_717_138_601_944_001).unwrap());
         let text = serde_json::to_string(&at).unwrap();
         assert_eq!(text, "\"2024-05-31T06:56:41.944001Z\"");

@@ -1,373 +1,285 @@
-//! The proof of the audit log: whether it is what was written, whole and in order.
+//! Verification of the audit log: whether it is complete, in order and unmodified.
 //!
-//! A [`Verifier`] is told what is claimed of the chains, then shown the records in any order that is
-//! nearly theirs, and says at the end what does not hold. It reads nothing itself, so that Postgres,
-//! journal files and exports are proven by the same rules. [`walk`] follows one chain.
+//! A [`Verifier`] is given the claims, receipts and checkpoints first, then the records, and finally
+//! returns a [`VerificationReport`]. It reads nothing itself, so that Postgres, journal files and exports
+//! are verified by the same rules. Records should come in roughly the order of their numbers: those that
+//! come before the records they follow are held in memory.
 
+mod chain_verifier;
+mod claim;
 mod fault;
-mod walk;
+mod report;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use serde::{Deserialize, Serialize};
-
-pub use self::fault::{Fault, Finding};
-use self::walk::Walk;
-use super::{
-    chain::{ChainHead, ChainLink, Digest, StoredEvent},
-    checkpoint::{PruningReceipt, SignedCheckpoint},
-    timestamp_format,
+use self::{chain_verifier::ChainVerifier, report::FindingList};
+pub use self::{
+    claim::{ChainClaim, Extent},
+    fault::{Fault, Finding},
+    report::{ChainReport, VerificationReport},
 };
-use crate::{crypto::VerifyingKeys, domain::clock::Timestamp};
+use super::{
+    chain::{ChainHead, Digest, StoredEvent},
+    checkpoint::{PruningReceipt, SignedCheckpoint},
+};
+use crate::crypto::VerifyingKeys;
 
-/// How many records may wait for those before them, over all chains: some 100 MiB. With more, what
-/// has not come is missing.
-const MOST_WAITING: usize = 1 << 20;
-/// How many findings are told one by one.
-const MOST_FINDINGS: usize = 1_000;
+/// Most records that are held because an earlier record has not come, over all chains: about 100 MiB.
+/// Beyond that, the records that they wait for count as missing.
+const MAX_WAITING: usize = 1 << 20;
 
-/// What is claimed of a chain by who keeps it.
-#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
-pub struct Claim {
-    /// The chain.
-    pub chain: String,
-    /// Whose.
-    pub instance: String,
-    /// When it was opened.
-    #[serde(with = "timestamp_format")]
-    pub started_at: Timestamp,
-    /// The instance's chain before it.
-    pub linked_chain: Option<String>,
-    /// The last hash of that one; zeros if there was none.
-    pub linked_hash: Digest,
-    /// The number of its last record, where that is known apart from the records.
-    pub last_seq: Option<i64>,
-    /// That record's hash.
-    pub last_hash: Option<Digest>,
-    /// What an admin said of it as its replica was lost.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub retired: Option<String>,
-}
-
-impl Claim {
-    /// What a journal says of a chain, of which it tells no end.
-    #[must_use]
-    pub fn of(link: &ChainLink) -> Self {
-        Self {
-            chain: link.chain.clone(),
-            instance: link.instance.clone(),
-            started_at: link.started_at,
-            linked_chain: link.linked_chain.clone(),
-            linked_hash: link.linked_hash,
-            last_seq: None,
-            last_hash: None,
-            retired: None,
-        }
-    }
-
-    /// What its first record follows.
-    #[must_use]
-    pub fn root(&self) -> ChainHead {
-        ChainHead { seq: 0, hash: self.linked_hash }
-    }
-}
-
-/// How much of the log is shown.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Extent {
-    /// All of it: what is not there is missing.
-    Whole,
-    /// What a replica still keeps: chains and records that were deleted from the front are not missed.
-    Kept,
-    /// What a filter let through: each record is proven, and that it follows the one before where
-    /// that is there. What is not there is counted.
-    Part,
-}
-
-/// Proves a log.
+/// Verifies a log.
 pub struct Verifier {
     extent: Extent,
     keys: Option<VerifyingKeys>,
-    walks: HashMap<String, Walk>,
+    /// By name.
+    chains: HashMap<String, ChainVerifier>,
+    /// How many records all chains hold together.
     waiting: usize,
-    findings: Findings,
-}
-
-/// What a proof says.
-#[derive(Debug)]
-pub struct Verdict {
-    /// Whether signatures were checked.
-    pub signatures_checked: bool,
-    /// What does not hold, by chain and number; the first thousand.
-    pub findings: Vec<Finding>,
-    /// How many there are in all.
-    pub faults: u64,
-    /// What holds and should be known.
-    pub notices: Vec<String>,
-    /// The chains, in the order of their names.
-    pub chains: Vec<ChainVerdict>,
-}
-
-/// What a proof says of a chain.
-#[derive(Clone, Debug, Eq, PartialEq, Serialize)]
-pub struct ChainVerdict {
-    /// The chain.
-    pub chain: String,
-    /// How many of its records were seen.
-    pub records: u64,
-    /// How many retention removed.
-    pub removed: i64,
-    /// The last record that was seen.
-    pub last_seq: i64,
-    /// Its hash.
-    pub last_hash: Digest,
-    /// When its first and its last record were made, as far as they are there.
-    pub times: Option<(Timestamp, Timestamp)>,
-    /// How many signed heads of it hold.
-    pub heads: u64,
-    /// The last number that a signed head vouches for; 0 if none does.
-    pub signed_seq: i64,
-    /// How many things do not hold.
-    pub faults: u64,
-}
-
-/// Faults that were found, bounded.
-#[derive(Debug, Default)]
-struct Findings {
-    told: Vec<Finding>,
-    all: u64,
-    by_chain: HashMap<String, u64>,
-}
-
-impl Findings {
-    fn add(&mut self, chain: &str, fault: Fault) {
-        self.all += 1;
-        match self.by_chain.get_mut(chain) {
-            Some(count) => *count += 1,
-            None => drop(self.by_chain.insert(chain.to_owned(), 1)),
-        }
-        if self.told.len() < MOST_FINDINGS {
-            self.told.push(Finding { chain: chain.to_owned(), fault });
-        }
-    }
+    findings: FindingList,
 }
 
 impl Verifier {
-    /// A proof of that much of a log. Without `keys`, what is signed is taken as it is.
+    /// Returns a verifier for a log of which `extent` is shown. Without `keys`, signatures are not
+    /// checked, and the report says so.
     #[must_use]
     pub fn new(extent: Extent, keys: Option<VerifyingKeys>) -> Self {
-        let (walks, findings) = (HashMap::new(), Findings::default());
-        Self { extent, keys, walks, waiting: 0, findings }
+        let (chains, findings) = (HashMap::new(), FindingList::default());
+        Self { extent, keys, chains, waiting: 0, findings }
     }
 
-    /// Tells of a chain whose first record that is there follows `root`.
-    pub fn chain(&mut self, claim: Claim, root: ChainHead) {
-        let walk = self.walks.entry(claim.chain.clone()).or_default();
-        walk.claim(claim, root);
+    /// Adds what is claimed about a chain. The first record to be shown follows `root`.
+    pub fn add_chain(&mut self, claim: ChainClaim, root: ChainHead) {
+        let chain = self.chains.entry(claim.chain.clone()).or_default();
+        chain.set_claim(claim, root);
     }
 
-    /// Tells of what retention removed.
-    pub fn cut(&mut self, cut: PruningReceipt) {
-        if !is_number(cut.first_seq) || !is_number(cut.last_seq) || cut.last_seq < cut.first_seq {
-            return self
-                .findings
-                .add(&cut.chain, Fault::NoRun { first: cut.first_seq, last: cut.last_seq });
+    /// Adds a receipt of records that retention removed.
+    pub fn add_receipt(&mut self, receipt: PruningReceipt) {
+        let (first, last) = (receipt.first_seq, receipt.last_seq);
+        if !is_valid_seq(first) || !is_valid_seq(last) || last < first {
+            return self.findings.add(&receipt.chain, Fault::InvalidRange { first, last });
         }
-        match self.keys.as_ref().map_or(Ok(()), |keys| cut.verify(keys)) {
-            Ok(()) => self.walks.entry(cut.chain.clone()).or_default().cut(cut),
+        match self.keys.as_ref().map_or(Ok(()), |keys| receipt.verify(keys)) {
+            Ok(()) => self.chains.entry(receipt.chain.clone()).or_default().add_receipt(receipt),
             Err(error) => {
-                let fault = Fault::UnprovenCut { first: cut.first_seq, last: cut.last_seq, error };
-                self.findings.add(&cut.chain, fault);
+                self.findings.add(&receipt.chain, Fault::InvalidReceipt { first, last, error });
             }
         }
     }
 
-    /// Tells of a head that was signed.
-    pub fn head(&mut self, head: &SignedCheckpoint) {
-        match self.keys.as_ref().map_or(Ok(()), |keys| head.verify(keys)) {
-            Ok(()) => self.unsigned_head(&head.chain, head.head()),
+    /// Adds a checkpoint, after checking its signature if there are keys.
+    pub fn add_checkpoint(&mut self, checkpoint: &SignedCheckpoint) {
+        match self.keys.as_ref().map_or(Ok(()), |keys| checkpoint.verify(keys)) {
+            Ok(()) => self.add_trusted_head(&checkpoint.chain, checkpoint.head()),
             Err(error) => {
-                self.findings.add(&head.chain, Fault::UnprovenHead { seq: head.seq, error });
+                let fault = Fault::InvalidCheckpoint { seq: checkpoint.seq, error };
+                self.findings.add(&checkpoint.chain, fault);
             }
         }
     }
 
-    /// Tells of a head that is vouched for otherwise.
-    pub fn unsigned_head(&mut self, chain: &str, head: ChainHead) {
-        if !is_number(head.seq) {
-            return self.findings.add(chain, Fault::NoNumber { seq: head.seq });
+    /// Adds a head that is trusted without a signature, such as one from the command line.
+    pub fn add_trusted_head(&mut self, chain: &str, head: ChainHead) {
+        if !is_valid_seq(head.seq) {
+            return self.findings.add(chain, Fault::InvalidNumber { seq: head.seq });
         }
-        let walk = self.walks.entry(chain.to_owned()).or_default();
-        if let Err(fault) = walk.vouch(head) {
+        let chain_verifier = self.chains.entry(chain.to_owned()).or_default();
+        if let Err(fault) = chain_verifier.add_trusted_head(head) {
             self.findings.add(chain, fault);
         }
     }
 
-    /// Tells that a journal's last segment ends in records that do not follow `last`.
-    pub fn torn(&mut self, chain: &str, last: i64, place: String) {
-        self.findings.add(chain, Fault::Torn { place, last });
+    /// Adds the finding that a journal's last segment ends in records that do not follow record `last`.
+    /// `location` says where, in words.
+    pub fn add_torn_tail(&mut self, chain: &str, last: i64, location: String) {
+        self.findings.add(chain, Fault::TornTail { location, last });
     }
 
-    /// Shows a record.
-    pub fn record(&mut self, event: &StoredEvent) {
-        self.hashed_record(event, event.computed_hash() == event.hash);
+    /// Verifies a record.
+    pub fn add_record(&mut self, event: &StoredEvent) {
+        self.add_hashed_record(event, event.computed_hash() == event.hash);
     }
 
-    /// Shows a record of which it is known whether it has the hash that it should have.
-    pub fn hashed_record(&mut self, event: &StoredEvent, sound: bool) {
-        if !is_number(event.seq) {
-            return self.findings.add(&event.chain, Fault::NoNumber { seq: event.seq });
+    /// Verifies a record whose hash was computed already; `hash_matches` is the outcome.
+    pub fn add_hashed_record(&mut self, event: &StoredEvent, hash_matches: bool) {
+        if !is_valid_seq(event.seq) {
+            return self.findings.add(&event.chain, Fault::InvalidNumber { seq: event.seq });
         }
-        if !sound {
+        if !hash_matches {
             self.findings.add(&event.chain, Fault::Altered { seq: event.seq });
         }
-        // Chains are few and records many: only the first record of a chain makes a name.
-        let walk = if self.walks.contains_key(&event.chain) {
-            self.walks.get_mut(&event.chain)
+        // Chains are few and records many: the name is copied for the first record of a chain only.
+        let chain = if self.chains.contains_key(&event.chain) {
+            self.chains.get_mut(&event.chain)
         } else {
-            Some(self.walks.entry(event.chain.clone()).or_default())
+            Some(self.chains.entry(event.chain.clone()).or_default())
         };
-        let Some(walk) = walk else { return };
-        let before = walk.waiting();
-        walk.record(event, sound, self.extent, &mut |fault| self.findings.add(&event.chain, fault));
-        self.waiting = self.waiting + walk.waiting() - before;
-        if self.waiting >= MOST_WAITING {
-            self.give_up_waiting();
+        let Some(chain) = chain else { return };
+        let before = chain.waiting();
+        chain.add_record(event, hash_matches, self.extent, &mut |fault| {
+            self.findings.add(&event.chain, fault);
+        });
+        self.waiting = self.waiting + chain.waiting() - before;
+        if self.waiting >= MAX_WAITING {
+            self.release_waiting();
         }
     }
 
-    /// Goes on with what is there in the chain that waits with the most.
-    fn give_up_waiting(&mut self) {
-        let most = self.walks.iter_mut().max_by_key(|(_, walk)| walk.waiting());
-        if let Some((chain, walk)) = most {
-            self.waiting -= walk.waiting();
-            walk.drain_half(self.extent, &mut |fault| self.findings.add(chain, fault));
-            self.waiting += walk.waiting();
+    /// In the chain that holds most records, stops waiting for what is missing before half of them.
+    fn release_waiting(&mut self) {
+        let most = self.chains.iter_mut().max_by_key(|(_, chain)| chain.waiting());
+        if let Some((name, chain)) = most {
+            self.waiting -= chain.waiting();
+            chain.release_half(self.extent, &mut |fault| self.findings.add(name, fault));
+            self.waiting += chain.waiting();
         }
     }
 
-    /// Says what holds.
-    #[must_use]
-    pub fn finish(mut self) -> Verdict {
-        for (chain, walk) in &mut self.walks {
-            walk.finish(self.extent, &mut |fault| self.findings.add(chain, fault));
+    /// Ends the verification and returns its outcome.
+    pub fn finish(mut self) -> VerificationReport {
+        for (name, chain) in &mut self.chains {
+            chain.finish(self.extent, &mut |fault| self.findings.add(name, fault));
         }
-        let mut notices = Vec::new();
-        self.follow_links(&mut notices);
+        let mut notices = self.notices_on_chains();
+        if self.extent != Extent::Partial {
+            self.check_links(&mut notices);
+        }
         let signatures_checked = self.keys.is_some();
         if !signatures_checked {
             notices.push("signatures were not checked: there are no keys to check with".into());
         }
-        if self.extent == Extent::Part {
-            let absent = self.walks.values().map(Walk::absent).fold(0, u64::saturating_add);
+        if self.extent == Extent::Partial {
+            let absent = self.chains.values().map(ChainVerifier::absent);
+            let absent = absent.fold(0, u64::saturating_add);
             notices.push(format!(
-                "this is a part of the log: that nothing is missing cannot be proven of it ({absent} \
-                 records between those that are there are not there)"
+                "this is a part of the log: missing records cannot be detected ({absent} records \
+                 between those that are present are absent)"
             ));
         }
-        let Findings { told: mut findings, all: faults, by_chain } = self.findings;
-        findings.sort_by(|a, b| (&a.chain, a.fault.seq()).cmp(&(&b.chain, b.fault.seq())));
-        let mut chains: Vec<_> = self
-            .walks
-            .into_iter()
-            .map(|(chain, walk)| {
-                let faults = by_chain.get(&chain).copied().unwrap_or_default();
-                walk.verdict(chain, faults)
-            })
-            .collect();
+        let chains = self.chains.into_iter().map(|(name, chain)| {
+            let faults = self.findings.count_of(&name);
+            chain.into_report(name, faults)
+        });
+        let mut chains: Vec<_> = chains.collect();
         chains.sort_by(|a, b| a.chain.cmp(&b.chain));
-        Verdict { signatures_checked, findings, faults, notices, chains }
+        let (findings, faults) = self.findings.into_sorted();
+        VerificationReport { signatures_checked, findings, faults, notices, chains }
     }
 
-    /// Whether each chain begins where the one before it ended.
-    fn follow_links(&mut self, notices: &mut Vec<String>) {
-        let mut names: Vec<_> = self.walks.keys().cloned().collect();
+    /// Chain names in order. They begin with the number of the start, so that the chains of an instance
+    /// sort in the order in which they were opened.
+    fn chain_names(&self) -> Vec<String> {
+        let mut names: Vec<_> = self.chains.keys().cloned().collect();
         names.sort_unstable();
-        // An empty chain ends as it says that it began, which proves nothing.
-        let ends: HashSet<_> = self.walks.values().filter_map(Walk::end).collect();
-        let mut successors = BTreeMap::<String, Vec<String>>::new();
-        for chain in names {
-            let walk = &self.walks[&chain];
-            if walk.unchecked() > 0 {
+        names
+    }
+
+    fn notices_on_chains(&self) -> Vec<String> {
+        let mut notices = Vec::new();
+        for name in self.chain_names() {
+            let chain = &self.chains[&name];
+            if chain.unchecked_heads() > 0 {
                 notices.push(format!(
-                    "chain {chain}: {} signed heads are of records that are not here, and were \
-                     compared with nothing",
-                    walk.unchecked()
+                    "chain {name}: {} signed heads could not be checked, since their records are not \
+                     present",
+                    chain.unchecked_heads()
                 ));
             }
-            if self.extent == Extent::Part {
-                continue;
-            }
-            let Some(claim) = walk.claimed() else {
-                if self.extent == Extent::Whole {
-                    let fault = if walk.is_here() { Fault::Unknown } else { Fault::NotHere };
-                    self.findings.add(&chain, fault);
-                }
-                continue;
-            };
-            if let Some(what) = &claim.retired {
-                notices.push(format!("chain {chain} was retired: {what}"));
-            }
-            let before = match &claim.linked_chain {
-                Some(before) => before,
-                None if claim.linked_hash == Digest::ZERO => continue,
-                None => {
-                    self.findings.add(&chain, Fault::NoBefore);
-                    continue;
-                }
-            };
-            // Names sort as chains were opened.
-            let known = self.walks.get(before).filter(|walk| walk.is_here() && *before < chain);
-            match known {
-                Some(known) if known.last_hash() == Some(claim.linked_hash) => {
-                    successors.entry(before.clone()).or_default().push(chain);
-                }
-                // Chains are delivered one after the other.
-                Some(_) if walk.last() == Some(0) && claim.last_seq == Some(0) => {
-                    notices.push(format!(
-                        "chain {before} is not delivered to its end: {chain}, which follows it, \
-                         has no record yet"
-                    ));
-                }
-                Some(known) => {
-                    let last = known.last().unwrap_or_default();
-                    self.findings.add(before, Fault::EndsOtherwise { last, successor: chain });
-                }
-                // One that was empty may never have been told of.
-                None if claim.linked_hash == Digest::ZERO
-                    || ends.contains(&claim.linked_hash)
-                    || self.extent == Extent::Kept => {}
-                None => self.findings.add(before, Fault::ChainMissing { successor: chain }),
+            let retired = chain.claim().and_then(|claim| claim.retired.as_ref());
+            if let Some(what) = retired.filter(|_| self.extent != Extent::Partial) {
+                notices.push(format!("chain {name} was retired: {what}"));
             }
         }
-        for (before, successors) in successors {
+        notices
+    }
+
+    /// Checks that each chain begins where its predecessor ended.
+    fn check_links(&mut self, notices: &mut Vec<String>) {
+        // Empty chains are left out: they end as they claim to begin, which proves nothing.
+        let ends: HashSet<_> =
+            self.chains.values().filter_map(ChainVerifier::last_record_hash).collect();
+        let mut successors = BTreeMap::<String, Vec<String>>::new();
+        for name in self.chain_names() {
+            match self.check_link(&name, &ends) {
+                Link::None => {}
+                Link::Intact { predecessor } => {
+                    successors.entry(predecessor).or_default().push(name);
+                }
+                Link::NotDeliveredYet { predecessor } => notices.push(format!(
+                    "chain {predecessor} is not delivered to its end: {name}, which follows it, \
+                     has no record yet"
+                )),
+                Link::Broken { chain, fault } => self.findings.add(&chain, fault),
+            }
+        }
+        for (predecessor, successors) in successors {
             if successors.len() > 1 {
                 notices.push(format!(
-                    "the chains {} all follow {before}: its state directory was copied",
+                    "the chains {} all follow {predecessor}: its state directory was copied",
                     successors.join(", ")
                 ));
             }
         }
     }
+
+    /// Checks the link of chain `name` to its predecessor. `ends` are the last hashes of all chains.
+    fn check_link(&self, name: &str, ends: &HashSet<Digest>) -> Link {
+        let broken = |chain: &str, fault| Link::Broken { chain: chain.to_owned(), fault };
+        let chain = &self.chains[name];
+        let Some(claim) = chain.claim() else {
+            return match self.extent {
+                Extent::Whole if chain.is_present() => broken(name, Fault::ChainRowMissing),
+                Extent::Whole => broken(name, Fault::ChainAbsent),
+                _ => Link::None,
+            };
+        };
+        let predecessor = match &claim.linked_chain {
+            Some(predecessor) => predecessor,
+            None if claim.linked_hash == Digest::ZERO => return Link::None,
+            None => return broken(name, Fault::PredecessorUnnamed),
+        };
+        let found = self.chains.get(predecessor);
+        match found.filter(|found| found.is_present() && **predecessor < *name) {
+            Some(found) if found.last_hash() == Some(claim.linked_hash) => {
+                Link::Intact { predecessor: predecessor.clone() }
+            }
+            // Chains are delivered one after the other.
+            Some(_) if chain.last_seq() == Some(0) && claim.last_seq == Some(0) => {
+                Link::NotDeliveredYet { predecessor: predecessor.clone() }
+            }
+            Some(found) => {
+                let last = found.last_seq().unwrap_or_default();
+                let successor = name.to_owned();
+                broken(predecessor, Fault::PredecessorEndMismatch { last, successor })
+            }
+            // A chain that stayed empty may never have reached Postgres.
+            None if claim.linked_hash == Digest::ZERO
+                || ends.contains(&claim.linked_hash)
+                || self.extent == Extent::Retained =>
+            {
+                Link::None
+            }
+            None => broken(predecessor, Fault::PredecessorMissing { successor: name.to_owned() }),
+        }
+    }
 }
 
-/// Whether a record can have that number. What is to be proven may say anything.
-fn is_number(seq: i64) -> bool {
+/// State of a chain's link to its predecessor.
+enum Link {
+    /// There is no predecessor to compare with.
+    None,
+    /// The chain begins where its predecessor ended.
+    Intact { predecessor: String },
+    /// The predecessor's last records may still be delivered, since this chain has none yet.
+    NotDeliveredYet { predecessor: String },
+    /// The link does not hold; the fault is attributed to `chain`.
+    Broken { chain: String, fault: Fault },
+}
+
+/// Whether a record can have that number. What is verified may contain any.
+fn is_valid_seq(seq: i64) -> bool {
     (1..i64::MAX).contains(&seq)
-}
-
-impl Verdict {
-    /// Whether all holds.
-    #[must_use]
-    pub fn holds(&self) -> bool {
-        self.faults == 0
-    }
-
-    /// How many records were seen.
-    #[must_use]
-    pub fn records(&self) -> u64 {
-        self.chains.iter().map(|chain| chain.records).sum()
-    }
 }
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
-//! `audit`.
+//! The commands `audit …`: reading, verifying and exporting the audit log.
 
+mod event_text;
 mod export;
-mod line;
-mod lines;
+mod export_reader;
 mod ship;
 mod tail;
 mod verify;
@@ -18,7 +18,7 @@ use crate::{
     store::audit::EventFilter,
 };
 
-/// Reads the audit log and proves it
+/// Reads and verifies the audit log
 #[derive(Args, Debug)]
 pub(super) struct AuditArgs {
     #[command(subcommand)]
@@ -27,14 +27,14 @@ pub(super) struct AuditArgs {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Prints the last events, a line each
+    /// Prints the last events, one per line
     #[command(after_help = "\
 Examples:
   token-broker audit tail --follow
   token-broker audit tail -n 100 --account acme --event get_token --outcome permission_denied
   token-broker audit tail --since 24h --json | jq .caller")]
     Tail(tail::TailArgs),
-    /// Proves that the log is what was written, whole and in order; exit code 1 if it is not
+    /// Verifies that the log is complete, in order and unmodified; exit code 1 if it is not
     #[command(after_help = "\
 Examples:
   token-broker audit verify
@@ -42,14 +42,14 @@ Examples:
   token-broker audit verify --export march.jsonl --keys audit-keys.pem
   token-broker audit verify --journal /var/lib/token-broker")]
     Verify(verify::VerifyArgs),
-    /// Prints events as JSON lines, with all that a proof needs
+    /// Prints events as JSON lines, with everything that verification needs
     #[command(after_help = "\
 Examples:
   token-broker audit export > audit.jsonl
   token-broker audit export --since 2027-03-01T00:00:00+09:00 --until 2027-04-01T00:00:00+09:00
   token-broker audit export --caller billing | jq -r 'select(.event).account' | sort | uniq -c")]
     Export(export::ExportArgs),
-    /// Tells in whose hands a token was, which is read from standard input
+    /// Lists who was given a token, which is read from standard input
     #[command(after_help = "\
 Examples:
   token-broker audit who < leaked-token
@@ -60,38 +60,38 @@ Examples:
 Example:
   token-broker audit ship /mnt/rescued/var/lib/token-broker")]
     Ship(ship::ShipArgs),
-    /// Says that a replica whose disk is lost will deliver nothing more, and what may be missing
+    /// Retires the chains of a replica whose disk is lost, and says what may be missing
     #[command(after_help = "\
 Example:
   token-broker audit retire i-0123456789abcdef --reason 'disk of host 3 failed, TICKET-7'")]
     Retire(ship::RetireArgs),
 }
 
-/// Which events.
+/// The conditions that select events.
 #[derive(Args, Debug)]
 struct FilterArgs {
-    /// Of this account alone
+    /// Only events of this account
     #[arg(long)]
     account: Option<AccountName>,
-    /// Of this caller alone
+    /// Only events of this caller
     #[arg(long)]
     caller: Option<AccountName>,
-    /// Of this kind alone, such as `get_token`
+    /// Only events of this kind, such as `get_token`
     #[arg(long)]
     event: Option<String>,
-    /// With this outcome alone, such as `ok` or `permission_denied`
+    /// Only events with this outcome, such as `ok` or `permission_denied`
     #[arg(long)]
     outcome: Option<String>,
-    /// From then on: RFC 3339, or so long ago, such as 24h
+    /// Only events from this time on: RFC 3339, or a time ago, such as 24h
     #[arg(long, value_name = "T")]
     since: Option<Moment>,
-    /// Before then
+    /// Only events before this time
     #[arg(long, value_name = "T")]
     until: Option<Moment>,
 }
 
 impl FilterArgs {
-    fn filter(self, now: Timestamp) -> EventFilter {
+    fn into_filter(self, now: Timestamp) -> EventFilter {
         EventFilter {
             account: self.account.map(|name| name.to_string()),
             caller: self.caller.map(|name| name.to_string()),

@@ -331,7 +331,7 @@ fn record(change: &Change) -> Record {
         .with("table", &change.table)
         .with("operation", &change.operation);
     record = match change.table.as_str() {
-        "accounts" => record.account_as_asked(&change.subject),
+        "accounts" => record.requested_account(&change.subject),
         "audit_events" => record.with("day", &change.subject),
         "audit_chains" => record.with("chain", &change.subject),
         "audit_retention" => record,

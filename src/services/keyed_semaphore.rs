@@ -1,67 +1,60 @@
-//! KeyedSemaphore of which there are so many, and so many for each who takes them.
+//! A semaphore with a total limit and a limit per key.
 
-use std::{
-    collections::HashMap,
-    hash::Hash,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-};
+use std::{collections::HashMap, hash::Hash, sync::Arc};
 
-/// KeyedSemaphore for what lasts. One who takes all that he may leaves half of them to others.
+use parking_lot::Mutex;
+
+/// A semaphore of which each key can hold at most half of the permits (rounded up), so that one caller
+/// cannot take them all. Acquiring never waits.
 #[derive(Debug)]
 pub struct KeyedSemaphore<K> {
-    all: usize,
-    taken: Mutex<Taken<K>>,
+    limit: usize,
+    held: Mutex<HeldPermits<K>>,
 }
 
 #[derive(Debug)]
-struct Taken<K> {
-    all: usize,
-    by: HashMap<K, usize>,
+struct HeldPermits<K> {
+    total: usize,
+    /// Only keys that hold a permit.
+    by_key: HashMap<K, usize>,
 }
 
-/// A place, taken for as long as this lives.
+/// A permit of a [`KeyedSemaphore`], returned when dropped.
 #[derive(Debug)]
+#[must_use = "dropping the permit returns it at once"]
 pub struct KeyedPermit<K: Eq + Hash> {
-    places: Arc<KeyedSemaphore<K>>,
-    by: K,
+    semaphore: Arc<KeyedSemaphore<K>>,
+    key: K,
 }
 
 impl<K: Copy + Eq + Hash> KeyedSemaphore<K> {
-    /// So many places.
+    /// Returns a semaphore with `limit` permits.
     #[must_use]
-    pub fn new(all: usize) -> Self {
-        Self { all, taken: Mutex::new(Taken { all: 0, by: HashMap::new() }) }
+    pub fn new(limit: usize) -> Self {
+        Self { limit, held: Mutex::new(HeldPermits { total: 0, by_key: HashMap::new() }) }
     }
 
-    /// Takes a place for `by`; `None` if none is left, or `by` has half of them.
-    pub fn take(self: &Arc<Self>, by: K) -> Option<KeyedPermit<K>> {
-        let mut taken = self.taken();
-        let Taken { all, by: each } = &mut *taken;
-        let own = each.get(&by).copied().unwrap_or_default();
-        if *all >= self.all || own >= self.all.div_ceil(2) {
+    /// Takes a permit for `key`; `None` if no permit is left, or `key` holds half of them already.
+    pub fn try_acquire(self: &Arc<Self>, key: K) -> Option<KeyedPermit<K>> {
+        let mut held = self.held.lock();
+        let of_key = held.by_key.get(&key).copied().unwrap_or_default();
+        if held.total >= self.limit || of_key >= self.limit.div_ceil(2) {
             return None;
         }
-        *all += 1;
-        each.insert(by, own + 1);
-        Some(KeyedPermit { places: Arc::clone(self), by })
-    }
-}
-
-impl<K> KeyedSemaphore<K> {
-    fn taken(&self) -> MutexGuard<'_, Taken<K>> {
-        // No code panics while it holds this lock.
-        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+        held.total += 1;
+        held.by_key.insert(key, of_key + 1);
+        Some(KeyedPermit { semaphore: Arc::clone(self), key })
     }
 }
 
 impl<K: Eq + Hash> Drop for KeyedPermit<K> {
     fn drop(&mut self) {
-        let mut taken = self.places.taken();
-        taken.all -= 1;
-        if let Some(own) = taken.by.get_mut(&self.by) {
-            *own -= 1;
-            if *own == 0 {
-                taken.by.remove(&self.by);
+        let mut held = self.semaphore.held.lock();
+        held.total -= 1;
+        if let Some(of_key) = held.by_key.get_mut(&self.key) {
+            *of_key -= 1;
+            if *of_key == 0 {
+                held.by_key.remove(&self.key);
             }
         }
     }
@@ -72,18 +65,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_has_half_of_the_places_and_all_have_all_of_them() {
-        let places = Arc::new(KeyedSemaphore::new(5));
-        let of = |by: char| places.take(by);
-        let first: Vec<_> = (0..3).map(|_| of('a').unwrap()).collect();
-        assert!(of('a').is_none());
-        let (second, third) = (of('b').unwrap(), of('c').unwrap());
-        assert!(of('c').is_none(), "all are taken");
+    fn a_key_can_hold_half_of_the_permits_and_all_keys_together_all_of_them() {
+        let semaphore = Arc::new(KeyedSemaphore::new(5));
+        let acquire = |key: char| semaphore.try_acquire(key);
+        let first: Vec<_> = (0..3).map(|_| acquire('a').unwrap()).collect();
+        assert!(acquire('a').is_none());
+        let (second, third) = (acquire('b').unwrap(), acquire('c').unwrap());
+        assert!(acquire('c').is_none(), "all permits are held");
         drop(second);
         drop(first);
-        assert!(of('a').is_some());
+        assert!(acquire('a').is_some());
         drop(third);
-        assert_eq!(places.taken().all, 0);
-        assert!(places.taken().by.is_empty());
+        assert_eq!(semaphore.held.lock().total, 0);
+        assert!(semaphore.held.lock().by_key.is_empty());
     }
 }

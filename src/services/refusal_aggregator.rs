@@ -1,64 +1,73 @@
-//! Refusals that repeat become one record with a count, so that a flood costs neither disk nor log.
+//! Aggregates repeated refusals into one audit record with a count, so that a flood of refused calls
+//! fills neither the disk nor the log.
 //!
-//! An origin (a caller, else an address) has a few refusals of each reason recorded one by one, and
-//! then one a second. The others wait for the record that tells of them all: it is written a quarter
-//! of a second after the first of them. So no refusal is answered before it is on disk either, and
-//! who floods waits; but for calls that are refused by their headers while 10,000 such wait (`grpc/audit.rs`),
-//! which are answered while the record that counts them is on its way.
+//! Refusals are grouped by kind: origin (caller, else network address), event, outcome and reason. The
+//! first [`BURST`] refusals of a kind get a record each, and then one per [`INDIVIDUAL_INTERVAL`]. All
+//! others share a record, which is written [`AGGREGATION_WINDOW`] after the first of them.
+//!
+//! Each refusal is durable before it is answered, so that whoever floods the broker waits. The audit layer
+//! makes one exception: when many calls that are refused by their headers wait already, further ones are
+//! answered while the record that counts them is being written (`api/grpc/audit.rs`).
 
 mod merge;
 
 use std::{
     collections::HashMap,
     net::{IpAddr, SocketAddr},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::Duration,
 };
 
+use parking_lot::Mutex;
 use tokio::{sync::watch, time::Instant};
 use tokio_util::task::TaskTracker;
 
 use self::merge::AggregatedRefusal;
-use crate::audit::{
-    journal::{AuditUnavailable, Journal},
-    record::{Event, Record},
+use crate::{
+    audit::{
+        journal::{AuditUnavailable, Journal},
+        record::{Event, Record},
+    },
+    services::caller_rates::network_of,
 };
-use crate::services::caller_rates::network_of;
 
-/// How many refusals of one kind are recorded one by one before any is folded.
-const AT_ONCE: u32 = 20;
-/// The time after which one more is.
-const ONE_EACH: Duration = Duration::from_secs(1);
-/// How long a record with a count waits for others to join it.
-const WINDOW: Duration = Duration::from_millis(250);
-/// How long that record may take to become durable.
-const RECORD_WITHIN: Duration = Duration::from_secs(5);
-/// How many kinds of refusal are told apart at a time; those beyond are folded by reason alone.
-const MOST_KINDS: usize = 10_000;
+/// How many refusals of one kind get a record each before any is aggregated.
+const BURST: u32 = 20;
+/// The time after which one more refusal of that kind gets its own record.
+const INDIVIDUAL_INTERVAL: Duration = Duration::from_secs(1);
+/// How long an aggregated record waits for further refusals.
+const AGGREGATION_WINDOW: Duration = Duration::from_millis(250);
+/// How long an aggregated record may take to become durable.
+const DURABLE_WITHIN: Duration = Duration::from_secs(5);
+/// Most kinds that are tracked at a time. Beyond that, refusals are aggregated regardless of their origin.
+const MAX_KINDS: usize = 10_000;
 
-/// RefusalAggregator refusals on their way to the journal. Cheap to clone.
+/// The outcome of an aggregated record; `None` until it is known.
+type Outcome = Option<Result<(), AuditUnavailable>>;
+
+/// Records refusals in the journal, aggregated where they repeat. Cheap to clone.
 #[derive(Clone)]
 pub struct RefusalAggregator(Arc<Inner>);
 
 struct Inner {
     journal: Journal,
-    /// The records with counts that are still to be written are among its tasks.
+    /// Tracks the tasks that write aggregated records.
     tasks: TaskTracker,
     epoch: Instant,
-    kinds: Mutex<Kinds>,
+    kinds: Mutex<KindTable>,
 }
 
-/// All times are since the epoch.
+/// The tracked kinds. All times are since the epoch of the aggregator.
 #[derive(Default)]
-struct Kinds {
-    states: HashMap<Kind, State>,
-    /// When to look for idle ones again.
+struct KindTable {
+    states: HashMap<RefusalKind, KindState>,
+    /// Earliest time of the next removal of idle kinds.
     sweep_at: Duration,
 }
 
-/// What is folded together.
+/// Refusals of the same kind can share a record.
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
-struct Kind {
+struct RefusalKind {
     origin: Origin,
     event: Event,
     outcome: &'static str,
@@ -68,109 +77,105 @@ struct Kind {
 #[derive(Clone, Debug, Eq, Hash, PartialEq)]
 enum Origin {
     Caller(String),
-    Address(IpAddr),
-    /// Nobody knows, or there are too many.
+    /// An IPv4 address, or the /64 network of an IPv6 address.
+    Network(IpAddr),
+    /// The origin is unknown, or there are too many kinds to distinguish it.
     Any,
 }
 
 #[derive(Default)]
-struct State {
-    /// When the records made one by one so far would have been paid for.
+struct KindState {
+    /// Each individual record moves this on by one interval, from now at the earliest. It may be at most
+    /// [`BURST`] intervals ahead (a leaky bucket).
     paid_until: Duration,
-    open: Option<Open>,
+    pending: Option<PendingAggregate>,
 }
 
-/// A record that others may still join.
-struct Open {
-    folded: AggregatedRefusal,
-    told: watch::Sender<Option<Result<(), AuditUnavailable>>>,
+/// An aggregated record that is not written yet.
+struct PendingAggregate {
+    refusal: AggregatedRefusal,
+    outcome: watch::Sender<Outcome>,
 }
 
-/// What becomes of a refusal.
-enum Way {
-    /// It has a record of its own.
-    Alone(Box<Record>),
-    /// A record with a count will tell of it.
-    AggregatedRefusal(watch::Receiver<Option<Result<(), AuditUnavailable>>>),
+/// How a refusal is recorded.
+enum Disposition {
+    /// In a record of its own.
+    Individual(Box<Record>),
+    /// In an aggregated record, whose outcome is sent here.
+    Aggregated(watch::Receiver<Outcome>),
 }
 
 impl RefusalAggregator {
-    /// RefusalAggregator what goes into `journal`. `tasks` is to be waited for before the journal is closed.
+    /// Returns an aggregator that writes to `journal`. Wait for `tasks` before closing the journal.
     #[must_use]
     pub fn new(journal: Journal, tasks: TaskTracker) -> Self {
         let epoch = Instant::now();
         Self(Arc::new(Inner { journal, tasks, epoch, kinds: Mutex::default() }))
     }
 
-    /// Returns once `refusal` is recorded, alone or counted with others.
+    /// Records `refusal`, individually or aggregated, and returns once that is durable. Cancel safe: the
+    /// refusal is recorded in any case once this was polled.
     ///
     /// # Errors
-    /// When it was not written, or not `within` that time.
-    pub async fn recorded(
-        &self,
-        refusal: Record,
-        within: Duration,
-    ) -> Result<(), AuditUnavailable> {
-        match self.way_of(refusal, self.0.epoch.elapsed()) {
-            Way::Alone(record) => self.0.journal.append(*record).durable(within).await,
-            Way::AggregatedRefusal(mut told) => {
-                let told = tokio::time::timeout(within, told.wait_for(Option::is_some)).await;
-                let told = told.map_err(|_| AuditUnavailable::TooSlow(within))?;
-                told.map_or(None, |told| *told).unwrap_or(Err(AuditUnavailable::Unwritable))
+    /// [`AuditUnavailable`] when it was not written, or not `within` that time.
+    pub async fn record(&self, refusal: Record, within: Duration) -> Result<(), AuditUnavailable> {
+        match self.dispose(refusal, self.0.epoch.elapsed()) {
+            Disposition::Individual(record) => self.0.journal.append(*record).durable(within).await,
+            Disposition::Aggregated(mut outcome) => {
+                let known = tokio::time::timeout(within, outcome.wait_for(Option::is_some)).await;
+                let known = known.map_err(|_| AuditUnavailable::TooSlow(within))?;
+                // An error means that the task that writes the record was dropped.
+                known.map_or(None, |known| *known).unwrap_or(Err(AuditUnavailable::Unwritable))
             }
         }
     }
 
-    fn way_of(&self, refusal: Record, now: Duration) -> Way {
-        let mut kinds = self.0.kinds();
-        let (kind, state) = kinds.state_of(Kind::of(&refusal), now);
-        // Nobody overtakes those that wait.
-        if state.open.is_none() && kind.origin != Origin::Any && state.pays(now) {
-            return Way::Alone(Box::new(refusal));
+    /// Decides how `refusal` is recorded, and adds it to the aggregated record where it belongs to one.
+    fn dispose(&self, refusal: Record, now: Duration) -> Disposition {
+        let mut kinds = self.0.kinds.lock();
+        let (kind, state) = kinds.state_of(RefusalKind::of(&refusal), now);
+        // While a record is pending, later refusals join it, so that none overtakes earlier ones.
+        if state.pending.is_none() && kind.origin != Origin::Any && state.try_spend(now) {
+            return Disposition::Individual(Box::new(refusal));
         }
-        let open = match &mut state.open {
-            Some(open) => {
-                open.folded.join(refusal);
-                open
+        let pending = match &mut state.pending {
+            Some(pending) => {
+                pending.refusal.add(refusal);
+                pending
             }
             none => {
-                self.0.tasks.spawn(self.clone().write_later(kind));
-                none.insert(Open {
-                    folded: AggregatedRefusal::new(refusal),
-                    told: watch::Sender::new(None),
+                self.0.tasks.spawn(self.clone().write_after_window(kind));
+                none.insert(PendingAggregate {
+                    refusal: AggregatedRefusal::new(refusal),
+                    outcome: watch::Sender::new(None),
                 })
             }
         };
-        Way::AggregatedRefusal(open.told.subscribe())
+        Disposition::Aggregated(pending.outcome.subscribe())
     }
 
-    /// Writes the open record of `kind` when its time is over.
-    async fn write_later(self, kind: Kind) {
-        tokio::time::sleep(WINDOW).await;
-        let open = self.0.kinds().states.get_mut(&kind).and_then(|state| state.open.take());
-        if let Some(Open { folded, told }) = open {
-            let recorded = self.0.journal.append(folded.record()).durable(RECORD_WITHIN).await;
-            told.send_replace(Some(recorded));
+    /// Writes the pending record of `kind` after the aggregation window.
+    async fn write_after_window(self, kind: RefusalKind) {
+        tokio::time::sleep(AGGREGATION_WINDOW).await;
+        let pending =
+            self.0.kinds.lock().states.get_mut(&kind).and_then(|state| state.pending.take());
+        if let Some(PendingAggregate { refusal, outcome }) = pending {
+            let record = refusal.into_record();
+            let durable = self.0.journal.append(record).durable(DURABLE_WITHIN).await;
+            outcome.send_replace(Some(durable));
         }
     }
 }
 
-impl Inner {
-    fn kinds(&self) -> MutexGuard<'_, Kinds> {
-        // No code panics while it holds this lock.
-        self.kinds.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Kinds {
-    /// Where `kind` stands; where there are too many, its origin does not count.
-    fn state_of(&mut self, mut kind: Kind, now: Duration) -> (Kind, &mut State) {
-        if self.states.len() >= MOST_KINDS && !self.states.contains_key(&kind) {
+impl KindTable {
+    /// Returns the state of `kind`. When the table is full, that is the kind without its origin.
+    fn state_of(&mut self, mut kind: RefusalKind, now: Duration) -> (RefusalKind, &mut KindState) {
+        if self.states.len() >= MAX_KINDS && !self.states.contains_key(&kind) {
             if self.sweep_at <= now {
-                self.sweep_at = now + ONE_EACH;
+                self.sweep_at = now + INDIVIDUAL_INTERVAL;
                 self.states.retain(|_, state| !state.is_idle(now));
             }
-            if self.states.len() >= MOST_KINDS {
+            if self.states.len() >= MAX_KINDS {
                 kind.origin = Origin::Any;
             }
         }
@@ -179,23 +184,24 @@ impl Kinds {
     }
 }
 
-impl State {
-    /// Takes the price of a record of its own, if it can be paid.
-    fn pays(&mut self, now: Duration) -> bool {
-        let next = self.paid_until.max(now) + ONE_EACH;
-        let pays = next <= now + ONE_EACH * AT_ONCE;
-        if pays {
+impl KindState {
+    /// Spends the allowance for an individual record; `false` if there is none left.
+    fn try_spend(&mut self, now: Duration) -> bool {
+        let next = self.paid_until.max(now) + INDIVIDUAL_INTERVAL;
+        let allowed = next <= now + INDIVIDUAL_INTERVAL * BURST;
+        if allowed {
             self.paid_until = next;
         }
-        pays
+        allowed
     }
 
+    /// Whether the state is that of a new kind, so that it can be removed.
     fn is_idle(&self, now: Duration) -> bool {
-        self.open.is_none() && self.paid_until <= now
+        self.pending.is_none() && self.paid_until <= now
     }
 }
 
-impl Kind {
+impl RefusalKind {
     fn of(refusal: &Record) -> Self {
         Self {
             origin: Origin::of(refusal),
@@ -212,7 +218,7 @@ impl Origin {
             return Self::Caller(caller.clone());
         }
         let peer = refusal.peer.as_deref().and_then(|peer| peer.parse::<SocketAddr>().ok());
-        peer.map_or(Self::Any, |peer| Self::Address(network_of(peer.ip())))
+        peer.map_or(Self::Any, |peer| Self::Network(network_of(peer.ip())))
     }
 }
 

@@ -1,59 +1,60 @@
-//! Removes the days of the audit log whose time is over, and signs what it removes.
+//! Removes audit records that are older than the retention settings, and signs receipts for them.
 
 use std::{sync::Arc, time::Duration};
 
 use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
+use tracing::{error, info, instrument, warn};
 
 use crate::{
-    audit::{checkpoint::PruningReceipt, pruning::Runs},
+    audit::{checkpoint::PruningReceipt, pruning::PrunedRangeCollector},
     crypto::Keyring,
     domain::clock::{Clock, Timestamp},
     store::{
         Database, StoreError,
-        retention::{Day, Removal, days_over, least_kept},
+        retention::{DayRemoval, ExpiredDay, expired_days, minimum_retention},
     },
 };
 
-/// How often to look.
-const AGAIN: Duration = Duration::from_hours(1);
-/// Postgres' code for a lock that was not had in time.
+/// How often expired days are looked for.
+const RUN_INTERVAL: Duration = Duration::from_hours(1);
+/// SQLSTATE of a lock that was not granted in time.
 const LOCK_NOT_AVAILABLE: &str = "55P03";
 
-/// Keeps records for as long as the settings say.
+/// The task that enforces the retention settings. Whole UTC days are removed, each in one transaction.
 pub struct Retention {
-    /// The database. A day may take long: it has a connection of its own.
+    /// The database. Removal uses a connection of its own, since a day may take long.
     pub database: Database,
-    /// Signs cuts.
+    /// Signs the receipts.
     pub keyring: Arc<Keyring>,
-    /// Time.
+    /// Decides which days have expired, together with the database's clock.
     pub clock: Clock,
-    /// How long records are kept that are not changes; `None` for ever.
+    /// How long records are kept that are not of changes; `None` for ever.
     pub calls: Option<Duration>,
-    /// How long changes are kept; no shorter than calls.
+    /// How long records of changes are kept, no shorter than `calls`; `None` for ever.
     pub changes: Option<Duration>,
 }
 
 impl Retention {
-    /// Removes what is over, again and again until `stop`.
+    /// Removes expired records now and at each interval, until `stop` is cancelled. A removal that is
+    /// under way then is rolled back.
     pub async fn run(self, stop: CancellationToken) {
         loop {
-            // A removal that is cut off is taken back by the database.
             tokio::select! {
                 () = stop.cancelled() => return,
-                () = self.remove_all() => {}
+                () = self.remove_expired() => {}
             }
             tokio::select! {
                 () = stop.cancelled() => return,
-                () = self.clock.sleep(AGAIN) => {}
+                () = self.clock.sleep(RUN_INTERVAL) => {}
             }
         }
     }
 
-    /// Removes what is over by now. What cannot be removed is tried again the next time.
-    pub async fn remove_all(&self) {
-        // Nothing is kept shorter than calls: where these are kept for ever, all is.
+    /// Removes the records that have expired by now. Failures are logged; the next run tries again.
+    /// Cancel safe: a day is removed completely or not at all.
+    pub async fn remove_expired(&self) {
+        // Changes are kept no shorter than calls: if calls are kept for ever, so is everything.
         let Some(calls) = self.calls else { return };
         let pool = self.database.pool(1);
         match self.remove_days(&pool, calls).await {
@@ -61,32 +62,32 @@ impl Retention {
             Err(StoreError::Refused(why)) => {
                 warn!(%why, "no audit records are removed: run deploy/roles.sql, as after each migration");
             }
-            Err(error) => warn!(%error, "it cannot be told which audit records are over"),
+            Err(error) => warn!(%error, "expired audit records could not be determined"),
         }
         pool.close().await;
     }
 
     async fn remove_days(&self, pool: &PgPool, calls: Duration) -> Result<(), StoreError> {
         let now = self.clock.now();
-        let least = least_kept(pool).await?;
-        if !least.allows(self.calls, self.changes) {
+        let minimum = minimum_retention(pool).await?;
+        if !minimum.allows(self.calls, self.changes) {
             warn!(
-                ?least,
+                ?minimum,
                 "audit records are kept for longer than the settings say: the table \
-                audit_retention wants it so"
+                audit_retention demands it"
             );
         }
-        let calls = calls.max(least.calls);
-        let changes = self.changes.map(|changes| changes.max(least.changes));
-        for day in days_over(pool, now, Some(calls), changes).await? {
-            match self.remove(pool, day, now).await {
+        let calls = calls.max(minimum.calls);
+        let changes = self.changes.map(|changes| changes.max(minimum.changes));
+        for day in expired_days(pool, now, Some(calls), changes).await? {
+            match self.remove_day(pool, day, now).await {
                 Ok(true) => {}
-                // Another replica is at it.
+                // Another replica removes days.
                 Ok(false) => return Ok(()),
                 Err(error) => {
-                    warn!(day = %day.day, %error, "audit records that are over are not removed yet");
-                    // Whoever reads the log for long is in the way of every other day too.
+                    warn!(day = %day.day, %error, "expired audit records are not removed yet");
                     let StoreError::Database { code, .. } = error else { continue };
+                    // A reader of the log holds its lock on every day: the others would fail too.
                     if code == LOCK_NOT_AVAILABLE {
                         return Ok(());
                     }
@@ -96,38 +97,51 @@ impl Retention {
         Ok(())
     }
 
-    /// Removes what is over of `day`; `false` while another replica does.
-    async fn remove(&self, pool: &PgPool, day: Day, now: Timestamp) -> Result<bool, StoreError> {
-        let Some(mut removal) = Removal::begin(pool, day).await? else { return Ok(false) };
-        match self.cut(&mut removal, now).await {
+    /// Removes the expired records of `day`. Returns `false` if another replica removes records.
+    #[instrument(level = "debug", skip_all, fields(day = %day.day))]
+    async fn remove_day(
+        &self,
+        pool: &PgPool,
+        day: ExpiredDay,
+        now: Timestamp,
+    ) -> Result<bool, StoreError> {
+        let Some(mut removal) = DayRemoval::begin(pool, day).await? else { return Ok(false) };
+        match self.store_receipts(&mut removal, now).await {
             Ok(Some(records)) => {
-                removal.finish().await?;
+                removal.commit().await?;
                 info!(day = %day.day, changes_too = day.changes_too, records,
-                    "audit records whose time is over are removed");
+                    "expired audit records are removed");
                 Ok(true)
             }
             kept => {
-                removal.abandon().await?;
+                removal.roll_back().await?;
                 kept.map(|_| true)
             }
         }
     }
 
-    /// Cuts all that goes; how many records that is, or `None` where one of them is evidence.
-    async fn cut(&self, removal: &mut Removal, now: Timestamp) -> Result<Option<i64>, StoreError> {
-        let mut runs = Runs::default();
-        removal.records(|event| runs.add(&event)).await?;
-        let records = runs.records();
-        match runs.finish() {
-            Ok(runs) => {
-                for (chain, run) in runs {
-                    removal.cut(&PruningReceipt::new(&self.keyring, &chain, run, now)).await?;
+    /// Signs and stores receipts for all records that are to be removed. Returns how many records these
+    /// are; `None` if one of them was tampered with, so that the day must stay as evidence.
+    async fn store_receipts(
+        &self,
+        removal: &mut DayRemoval,
+        now: Timestamp,
+    ) -> Result<Option<i64>, StoreError> {
+        let mut ranges = PrunedRangeCollector::default();
+        removal.records(|event| ranges.add(&event)).await?;
+        let records = ranges.records();
+        match ranges.finish() {
+            Ok(ranges) => {
+                for (chain, range) in ranges {
+                    let receipt = PruningReceipt::new(&self.keyring, &chain, range, now);
+                    removal.store_receipt(&receipt).await?;
                 }
                 Ok(Some(records))
             }
-            Err((chain, seq)) => {
-                error!(day = %removal.day(), chain, seq, "an audit record is not what was written: \
-                    its day is kept as evidence; see `audit verify`");
+            Err(tampered) => {
+                error!(day = %removal.day(), chain = tampered.chain, seq = tampered.seq,
+                    "an audit record is not what was written: its day is kept as evidence; see \
+                    `audit verify`");
                 Ok(None)
             }
         }

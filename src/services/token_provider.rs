@@ -308,5 +308,5 @@ fn place_of(
     places: &Arc<KeyedSemaphore<CallerId>>,
     caller: &Caller,
 ) -> Result<KeyedPermit<CallerId>, Refusal> {
-    places.take(caller.id).ok_or(Refusal::Overloaded { retry_after: SHED_FOR })
+    places.try_acquire(caller.id).ok_or(Refusal::Overloaded { retry_after: SHED_FOR })
 }

@@ -1,34 +1,39 @@
-//! Days of the audit log that are to go.
+//! Retention in Postgres: which days of the audit log have expired, and their removal.
 
 use std::{collections::BTreeMap, time::Duration};
 
 use chrono::{DateTime, NaiveDate, NaiveTime};
 use futures_util::TryStreamExt;
 use sqlx::{PgPool, Postgres, Transaction, types::Json};
+use tracing::instrument;
 
 use super::{
     StoreError,
-    audit::{Row, StoredEvent},
+    audit::{EventRow, StoredEvent},
     interval,
 };
 use crate::{audit::checkpoint::PruningReceipt, domain::clock::Timestamp};
 
-/// How long a day may take, which may have many records. Nobody but a late delivery waits for it.
-const DAY_TIMEOUT: &str = "2h";
-/// How long to wait for a table. Whoever waits has all others wait behind it.
+/// Statement timeout while a day is removed, which may have many records. Only a late delivery of
+/// records of that day waits for it.
+const REMOVAL_TIMEOUT: &str = "2h";
+/// Lock timeout while a day is removed: whoever waits for a table's lock blocks everybody who comes
+/// later.
 const LOCK_TIMEOUT: &str = "2s";
 
-/// How long records are kept at least, whatever the settings say.
+/// The shortest time for which records are kept, whatever the settings say. The database's owner
+/// sets it in the table `audit_retention`.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct MinimumRetention {
-    /// All records but those of changes.
+    /// For all records except those of changes.
     pub calls: Duration,
-    /// Those of changes; no shorter.
+    /// For records of changes; no shorter than `calls`.
     pub changes: Duration,
 }
 
 impl MinimumRetention {
-    /// Whether records may go as soon as the settings say; `None` is for ever.
+    /// Whether the settings `calls` and `changes` keep records at least that long; `None` means for
+    /// ever.
     #[must_use]
     pub fn allows(&self, calls: Option<Duration>, changes: Option<Duration>) -> bool {
         calls.is_none_or(|calls| calls >= self.calls)
@@ -36,13 +41,14 @@ impl MinimumRetention {
     }
 }
 
-/// What the database's owner has set as the least, and `audit_prune` keeps to.
+/// Returns the minimum retention, which `audit_prune` enforces.
 ///
 /// # Errors
-/// When the database cannot be reached.
-pub async fn least_kept(pool: &PgPool) -> Result<MinimumRetention, StoreError> {
+/// When the statement fails.
+#[instrument(level = "debug", skip_all)]
+pub async fn minimum_retention(pool: &PgPool) -> Result<MinimumRetention, StoreError> {
     let row = sqlx::query!(
-        r#"/* store::retention::least_kept */
+        r#"/* store::retention::minimum_retention */
         select calls_days, changes_days from audit_retention"#
     )
     .fetch_one(pool)
@@ -51,28 +57,30 @@ pub async fn least_kept(pool: &PgPool) -> Result<MinimumRetention, StoreError> {
     Ok(MinimumRetention { calls: days(row.calls_days), changes: days(row.changes_days) })
 }
 
-/// A day of the audit log that is over.
+/// A day of the audit log whose records have expired.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Day {
+pub struct ExpiredDay {
     /// The UTC day.
     pub day: NaiveDate,
-    /// Whether its changes are to go too, and not its calls alone.
+    /// Whether its records of changes have expired too, and not the others alone.
     pub changes_too: bool,
 }
 
-/// The days that are over by the clock of the database and by `now`, which is ours: one of them may
-/// be wrong. `calls` and `changes` are how long each is kept; `None` is for ever.
+/// Returns the expired days, in order. A day has to have expired by the database's clock and by
+/// `now`, which is ours, since one of them may be wrong. `calls` and `changes` are how long records
+/// are kept; `None` means for ever.
 ///
 /// # Errors
-/// When the database cannot be reached.
-pub async fn days_over(
+/// When the statement fails.
+#[instrument(level = "debug", skip_all)]
+pub async fn expired_days(
     pool: &PgPool,
     now: Timestamp,
     calls: Option<Duration>,
     changes: Option<Duration>,
-) -> Result<Vec<Day>, StoreError> {
+) -> Result<Vec<ExpiredDay>, StoreError> {
     let rows = sqlx::query!(
-        r#"/* store::retention::days_over */
+        r#"/* store::retention::expired_days */
         with days as (
             select to_date(substring(c.relname from '^audit_events_(\d{8})$'), 'YYYYMMDD') as day
             from pg_inherits i
@@ -98,36 +106,42 @@ pub async fn days_over(
     )
     .fetch_all(pool)
     .await?;
-    Ok(rows.into_iter().map(|row| Day { day: row.day, changes_too: row.changes_too }).collect())
+    Ok(rows
+        .into_iter()
+        .map(|row| ExpiredDay { day: row.day, changes_too: row.changes_too })
+        .collect())
 }
 
-/// A day that is being removed.
-pub struct Removal {
+/// The transaction that removes the expired records of one day.
+pub struct DayRemoval {
     transaction: Transaction<'static, Postgres>,
-    day: Day,
+    day: ExpiredDay,
 }
 
-impl Removal {
-    /// Begins, and keeps the day as it is until the end; `None` while another replica removes one.
+impl DayRemoval {
+    /// Begins the transaction and locks the day's partition. Returns `None` while another replica
+    /// removes records.
     ///
     /// # Errors
-    /// When the database cannot be reached, or somebody has the day for too long.
-    pub async fn begin(pool: &PgPool, day: Day) -> Result<Option<Self>, StoreError> {
+    /// When a statement fails; in particular with SQLSTATE `55P03` when the partition is not
+    /// unlocked in time.
+    #[instrument(level = "debug", skip_all, fields(day = %day.day))]
+    pub async fn begin(pool: &PgPool, day: ExpiredDay) -> Result<Option<Self>, StoreError> {
         let mut transaction = pool.begin().await?;
-        let alone = sqlx::query_scalar!(
+        let locked = sqlx::query_scalar!(
             r#"/* store::retention::begin */
-            select pg_try_advisory_xact_lock(hashtext('token_broker.retention')) as "alone!""#
+            select pg_try_advisory_xact_lock(hashtext('token_broker.retention')) as "locked!""#
         )
         .fetch_one(&mut *transaction)
         .await?;
-        if !alone {
+        if !locked {
             return Ok(None);
         }
         sqlx::query!(
             "/* store::retention::begin */
             select set_config('statement_timeout', $1, true) as statement,
                 set_config('lock_timeout', $2, true) as lock",
-            DAY_TIMEOUT,
+            REMOVAL_TIMEOUT,
             LOCK_TIMEOUT,
         )
         .fetch_one(&mut *transaction)
@@ -138,23 +152,24 @@ impl Removal {
         Ok(Some(Self { transaction, day }))
     }
 
-    /// Which day it is.
+    /// Returns the day.
     #[must_use]
     pub fn day(&self) -> NaiveDate {
         self.day.day
     }
 
-    /// Shows every record that goes, by chain and number.
+    /// Calls `visit` with every record that is to be removed, by chain and number.
     ///
     /// # Errors
-    /// When the database cannot be reached.
-    pub async fn records(&mut self, mut show: impl FnMut(StoredEvent)) -> Result<(), StoreError> {
+    /// When the statement fails, or a row holds a malformed hash.
+    #[instrument(level = "debug", skip_all, fields(day = %self.day.day))]
+    pub async fn records(&mut self, mut visit: impl FnMut(StoredEvent)) -> Result<(), StoreError> {
         let begins = self.day.day.and_time(NaiveTime::MIN).and_utc();
         let ends = self.day.day.succ_opt().map_or(DateTime::<chrono::Utc>::MAX_UTC, |next| {
             next.and_time(NaiveTime::MIN).and_utc()
         });
         let mut rows = sqlx::query_as!(
-            Row,
+            EventRow,
             r#"/* store::retention::records */
             select instance, chain, seq, at, event, caller, caller_kind, peer, account, outcome,
                 reason, generation, token_fingerprint, trace_id, latency_us, count,
@@ -168,51 +183,53 @@ impl Removal {
         )
         .fetch(&mut *self.transaction);
         while let Some(row) = rows.try_next().await? {
-            show(row.try_into()?);
+            visit(row.try_into()?);
         }
         Ok(())
     }
 
-    /// Notes a cut.
+    /// Inserts a receipt of a range of records that is to be removed.
     ///
     /// # Errors
-    /// When the database cannot be reached.
-    pub async fn cut(&mut self, cut: &PruningReceipt) -> Result<(), StoreError> {
+    /// When the statement fails.
+    pub async fn store_receipt(&mut self, receipt: &PruningReceipt) -> Result<(), StoreError> {
         sqlx::query!(
-            "/* store::retention::cut */
+            "/* store::retention::store_receipt */
             insert into audit_cuts
                 (chain, first_seq, prev_hash, last_seq, hash, at, key_id, signature)
             values ($1, $2, $3, $4, $5, $6, $7, $8)",
-            cut.chain,
-            cut.first_seq,
-            &cut.prev_hash.0,
-            cut.last_seq,
-            &cut.hash.0,
-            cut.at,
-            cut.signature.key_id,
-            cut.signature.signature,
+            receipt.chain,
+            receipt.first_seq,
+            &receipt.prev_hash.0,
+            receipt.last_seq,
+            &receipt.hash.0,
+            receipt.at,
+            receipt.signature.key_id,
+            receipt.signature.signature,
         )
         .execute(&mut *self.transaction)
         .await?;
         Ok(())
     }
 
-    /// Leaves the day as it is. A removal that is only dropped holds it for a moment longer, and keeps
-    /// the next one from beginning.
+    /// Rolls back, so that the day stays as it is. Without this call, the rollback happens some
+    /// time after the drop, and until then no other removal can begin.
     ///
     /// # Errors
-    /// When the database cannot be reached.
-    pub async fn abandon(self) -> Result<(), StoreError> {
+    /// When the statement fails.
+    pub async fn roll_back(self) -> Result<(), StoreError> {
         Ok(self.transaction.rollback().await?)
     }
 
-    /// Removes what was shown, all of which must be cut; how many records that was.
+    /// Removes the records, all of which must have receipts, and commits. Returns how many records
+    /// that were.
     ///
     /// # Errors
-    /// [`StoreError::Refused`] when something is not cut; and when the database cannot be reached.
-    pub async fn finish(mut self) -> Result<i64, StoreError> {
+    /// [`StoreError::Refused`] when a record has no receipt; otherwise when a statement fails.
+    #[instrument(level = "debug", skip_all, fields(day = %self.day.day))]
+    pub async fn commit(mut self) -> Result<i64, StoreError> {
         let removed = sqlx::query_scalar!(
-            r#"/* store::retention::finish */
+            r#"/* store::retention::commit */
             select audit_prune($1, $2) as "removed!""#,
             self.day.day,
             self.day.changes_too,

@@ -171,7 +171,7 @@ impl AuditLayer {
         let recorded = if code == Code::Ok {
             self.journal.append(record).durable(within).await
         } else {
-            self.folds.recorded(record, within).await
+            self.folds.record(record, within).await
         };
         let response = match recorded {
             // The caller's time ended first: the journal is not to blame.
@@ -199,10 +199,10 @@ impl AuditLayer {
         draft: &DraftRecord,
         arrived: Instant,
     ) -> Response<Body> {
-        let place = self.refused.take(from.map(network_of));
+        let place = self.refused.try_acquire(from.map(network_of));
         let (record, _) = draft.finish(outcome(status.code()), arrived.elapsed());
         let within = if place.is_some() { RECORD_WITHIN } else { Duration::ZERO };
-        match self.folds.recorded(record, within).await {
+        match self.folds.record(record, within).await {
             Ok(()) => status.into_http(),
             Err(AuditUnavailable::TooSlow(_)) if place.is_none() => status.into_http(),
             Err(_) => Status::from(Refusal::AuditUnavailable).into_http(),

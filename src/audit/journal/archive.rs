@@ -1,57 +1,61 @@
-//! A journal that is read and not written: that of a replica that is gone, or of one that runs.
+//! Read-only access to a journal: that of a replica that is gone, or of a running one.
 
 use std::{path::Path, sync::Arc};
 
 use super::{
-    JournalError, LocalChain,
-    files::{Directory, Files},
+    catalog::LocalChain,
+    error::JournalError,
     reader::ChainReader,
-    recover::{Tail, TornTail, recover},
-    segments::Segments,
+    recover::{TornTail, TornTailAction, recover},
+    segment_store::SegmentStore,
+    storage::{Directory, JournalStorage},
 };
 use crate::{
     audit::chain::{ChainHead, ChainLink},
     files::state_dir::StateDir,
 };
 
-/// The journal in a state directory, as it was when it was opened. Nothing there is changed: a torn
-/// tail is passed over, and told of.
+/// The journal in a state directory as it was when it was opened. Nothing in the directory is
+/// changed: a torn tail is skipped and reported by [`Archive::torn`].
 pub struct Archive {
-    segments: Arc<Segments>,
+    segments: Arc<SegmentStore>,
     torn: Option<TornTail>,
 }
 
 impl Archive {
-    /// Opens the journal below the state directory `path`, for as long as `state_dir` is held; without
-    /// one, another process may be writing to it. Blocks on I/O.
+    /// Opens the journal in the state directory `path`. The archive keeps the lock `state_dir` for
+    /// as long as it lives; without one, another process may be writing to the journal. Blocks on
+    /// I/O.
     ///
     /// # Errors
-    /// [`JournalError::Damaged`] when a record that was on disk is not what was written.
+    /// [`JournalError::Damaged`] when a durable record is not what was written;
+    /// [`JournalError::Io`] when a file cannot be read.
     pub fn open(path: &Path, state_dir: Option<StateDir>) -> Result<Self, JournalError> {
         Self::open_on(Arc::new(Directory::existing(&StateDir::journal_below(path))), state_dir)
     }
 
     pub(super) fn open_on(
-        files: Arc<dyn Files>,
+        storage: Arc<dyn JournalStorage>,
         state_dir: Option<StateDir>,
     ) -> Result<Self, JournalError> {
-        let found = recover(&*files, Tail::Leave)?;
-        Ok(Self { segments: Segments::new(files, found.catalog, state_dir), torn: found.torn })
+        let recovered = recover(&*storage, TornTailAction::Leave)?;
+        let segments = SegmentStore::new(storage, recovered.catalog, state_dir);
+        Ok(Self { segments, torn: recovered.torn })
     }
 
-    /// The chains of which there are segments, in the order of starts.
+    /// Returns the chains that have segments here, in the order of starts.
     #[must_use]
     pub fn chains(&self) -> Vec<LocalChain> {
         self.segments.catalog().chains()
     }
 
-    /// What the last segment ends in that does not follow.
+    /// Returns the torn tail of the last segment, if there is one.
     #[must_use]
     pub fn torn(&self) -> Option<&TornTail> {
         self.torn.as_ref()
     }
 
-    /// Reads the records of a chain that follow `after`.
+    /// Returns a reader of the records of a chain after `after`.
     #[must_use]
     pub fn reader(&self, link: Arc<ChainLink>, after: ChainHead) -> ChainReader {
         ChainReader::new(Arc::clone(&self.segments), link, after)

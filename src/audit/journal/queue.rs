@@ -1,89 +1,94 @@
-//! Where records wait for the writer, and calls for their records.
+//! The queue from callers to the writer thread, and the notification of callers when their records
+//! are durable.
 //!
-//! Two rules keep calls fast. Each thread pushes to a shard of its own, so that threads do not
-//! meet. And a commit wakes one waiter of each shard, which wakes the others from its own runtime:
-//! a wake-up across threads costs as much as the rest of an append.
+//! Two properties keep appends fast. Each thread pushes to a shard of its own, so that threads do
+//! not contend for a lock. And a group commit wakes one waiter of each shard, which then wakes the
+//! others from its own runtime: a wake-up across threads costs as much as the rest of an append.
 
 use std::{
     cell::Cell,
     mem,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering},
     },
     thread,
 };
 
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
 
 use crate::audit::record::Record;
 
-/// The most calls that wait in a shard. At some 1 KiB each, this bounds the memory that a hanging
-/// disk can cost to 16 MiB a shard.
-pub(super) const MOST_CALLS: usize = 16_384;
-/// The most records that wait in a shard when the last ones are not calls. They are rare, and
-/// nothing is issued while the journal cannot be written.
-pub(super) const MOST_RECORDS: usize = 2 * MOST_CALLS;
+/// Most records of calls that wait in a shard. At about 1 KiB each, a hanging disk can cost at most
+/// 16 MiB of memory per shard.
+pub(super) const MAX_CALLS_PER_SHARD: usize = 16_384;
+/// Most records that wait in a shard when the last ones are not of calls. Those are rare, and no
+/// tokens are issued while the journal cannot be written.
+pub(super) const MAX_RECORDS_PER_SHARD: usize = 2 * MAX_CALLS_PER_SHARD;
 
 const PENDING: u8 = 0;
 const DURABLE: u8 = 1;
 const FAILED: u8 = 2;
 
-/// The fate of all records that one shard had when the writer took them.
+/// The outcome for all records that were in one shard when the writer drained it. All their callers
+/// share it.
 #[derive(Debug, Default)]
-pub(super) struct Commit {
+pub(super) struct GroupCommit {
     state: AtomicU8,
     wake: Notify,
     others_woken: AtomicBool,
 }
 
-impl Commit {
+impl GroupCommit {
     fn failed() -> Self {
         Self { state: AtomicU8::new(FAILED), ..Self::default() }
     }
 
-    /// Whether the records are durable, once that is decided.
-    fn outcome(&self) -> Option<bool> {
+    /// Whether the records are durable; `None` while that is not decided.
+    fn state(&self) -> Option<bool> {
         match self.state.load(Ordering::Acquire) {
             PENDING => None,
             state => Some(state == DURABLE),
         }
     }
 
-    /// Decides, and wakes one waiter. Should that one have gone, `Notify` hands it to the next.
+    /// Sets the outcome and wakes one waiter. If that waiter was dropped, `Notify` wakes the next
+    /// one instead.
     pub(super) fn finish(&self, durable: bool) {
         self.state.store(if durable { DURABLE } else { FAILED }, Ordering::Release);
         self.wake.notify_one();
     }
 
-    /// Waits for the decision; whether the records are durable.
-    pub(super) async fn decided(&self) -> bool {
+    /// Waits until the outcome is set; returns whether the records are durable. Cancel safe.
+    pub(super) async fn outcome(&self) -> bool {
         let woken = self.wake.notified();
         tokio::pin!(woken);
-        // Registered before the look, so that no decision falls between the two.
+        // Registered before the state is read, so that an outcome that is set in between still
+        // wakes this.
         woken.as_mut().enable();
-        if let Some(durable) = self.outcome() {
+        if let Some(durable) = self.state() {
             return durable;
         }
         woken.await;
         if !self.others_woken.swap(true, Ordering::AcqRel) {
             self.wake.notify_waiters();
         }
-        self.outcome().unwrap_or(false)
+        self.state().unwrap_or(false)
     }
 }
 
-/// What the writer took at once.
+/// What the writer drained in one go: all waiting records, and the outcomes to set for them.
 #[derive(Default)]
-pub(super) struct Taken {
+pub(super) struct DrainedQueue {
     pub(super) records: Vec<Record>,
-    pub(super) commits: Vec<Arc<Commit>>,
+    pub(super) commits: Vec<Arc<GroupCommit>>,
 }
 
-/// A push that went through.
-pub(super) struct Pushed {
-    pub(super) commit: Arc<Commit>,
-    /// Nobody has told the writer of this shard yet.
+/// A record that was accepted.
+pub(super) struct Enqueued {
+    pub(super) commit: Arc<GroupCommit>,
+    /// Whether the shard was empty before, so that the writer must be woken.
     pub(super) first: bool,
 }
 
@@ -91,84 +96,85 @@ pub(super) struct Queue {
     shards: Box<[Shard]>,
 }
 
-/// Apart from its neighbours in the processor's cache.
+/// Aligned so that two shards never share a cache line, nor a pair of lines that is prefetched
+/// together.
 #[derive(Default)]
 #[repr(align(128))]
-struct Shard(Mutex<Open>);
+struct Shard(Mutex<ShardState>);
 
 #[derive(Default)]
-struct Open {
+struct ShardState {
     records: Vec<Record>,
-    commit: Arc<Commit>,
+    commit: Arc<GroupCommit>,
     closed: bool,
 }
 
 impl Queue {
-    /// Twice as many shards as the machine runs threads at once: more threads than that are not hot
-    /// together.
+    /// Creates two shards for each hardware thread: more threads than that do not append at the
+    /// same time.
     pub(super) fn new() -> Self {
         let parallelism = thread::available_parallelism().map_or(2, usize::from);
         Self { shards: (0..2 * parallelism).map(|_| Shard::default()).collect() }
     }
 
-    /// Adds `record`; gives it back when the shard is full or closed.
-    pub(super) fn push(&self, record: Record) -> Result<Pushed, Box<Record>> {
-        let mut open = self.shards[this_thread() % self.shards.len()].lock();
-        let room = if record.event.is_call() { MOST_CALLS } else { MOST_RECORDS };
-        if open.closed || open.records.len() >= room {
+    /// Adds `record`. Returns it as the error when the shard is full or the queue is closed.
+    pub(super) fn push(&self, record: Record) -> Result<Enqueued, Box<Record>> {
+        let mut shard = self.shards[thread_number() % self.shards.len()].lock();
+        let limit =
+            if record.event.is_call() { MAX_CALLS_PER_SHARD } else { MAX_RECORDS_PER_SHARD };
+        if shard.closed || shard.records.len() >= limit {
             return Err(Box::new(record));
         }
-        open.records.push(record);
-        Ok(Pushed { commit: Arc::clone(&open.commit), first: open.records.len() == 1 })
+        shard.records.push(record);
+        Ok(Enqueued { commit: Arc::clone(&shard.commit), first: shard.records.len() == 1 })
     }
 
-    /// How many records wait.
+    /// Number of waiting records.
     pub(super) fn len(&self) -> usize {
         self.shards.iter().map(|shard| shard.lock().records.len()).sum()
     }
 
-    /// Takes everything, in the order of pushing within each shard. With `last`, nothing can be
-    /// pushed any more.
-    pub(super) fn take(&self, last: bool) -> Taken {
-        let mut taken = Taken::default();
+    /// Takes everything, in the order of pushing within each shard. With `last`, the queue is
+    /// closed: later pushes fail.
+    pub(super) fn drain(&self, last: bool) -> DrainedQueue {
+        let mut drained = DrainedQueue::default();
         for shard in &self.shards {
-            let mut open = shard.lock();
-            open.closed |= last;
-            if open.records.is_empty() {
+            let mut shard = shard.lock();
+            shard.closed |= last;
+            if shard.records.is_empty() {
                 continue;
             }
-            taken.commits.push(mem::take(&mut open.commit));
-            if taken.records.is_empty() {
-                let room = Vec::with_capacity(open.records.len());
-                taken.records = mem::replace(&mut open.records, room);
+            drained.commits.push(mem::take(&mut shard.commit));
+            if drained.records.is_empty() {
+                let empty = Vec::with_capacity(shard.records.len());
+                drained.records = mem::replace(&mut shard.records, empty);
             } else {
-                taken.records.append(&mut open.records);
+                drained.records.append(&mut shard.records);
             }
         }
-        taken
+        drained
     }
 }
 
 impl Shard {
-    fn lock(&self) -> MutexGuard<'_, Open> {
-        // No code panics while it holds this lock.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, ShardState> {
+        self.0.lock()
     }
 }
 
-/// A commit for a record that counts as durable.
+/// An outcome for a record that counts as durable without having been written.
 #[cfg(feature = "bench")]
-pub(super) fn durable() -> Arc<Commit> {
-    Arc::new(Commit { state: AtomicU8::new(DURABLE), ..Commit::default() })
+pub(super) fn durable() -> Arc<GroupCommit> {
+    Arc::new(GroupCommit { state: AtomicU8::new(DURABLE), ..GroupCommit::default() })
 }
 
-/// A commit for a record that was not taken.
-pub(super) fn refused() -> Arc<Commit> {
-    Arc::new(Commit::failed())
+/// An outcome for a record that was refused.
+pub(super) fn refused() -> Arc<GroupCommit> {
+    Arc::new(GroupCommit::failed())
 }
 
-/// A number for each thread that appends, from 0.
-fn this_thread() -> usize {
+/// A number for each thread that appends, counted from 0.
+fn thread_number() -> usize {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     thread_local!(static THIS: Cell<Option<usize>> = const { Cell::new(None) });
     THIS.with(|this| {
@@ -196,40 +202,40 @@ mod tests {
         let queue = Queue::new();
         assert!(queue.push(record(Event::Started)).is_ok_and(|pushed| pushed.first));
         assert!(queue.push(record(Event::GetToken)).is_ok_and(|pushed| !pushed.first));
-        let taken = queue.take(false);
-        let events: Vec<_> = taken.records.iter().map(|record| record.event).collect();
+        let drained = queue.drain(false);
+        let events: Vec<_> = drained.records.iter().map(|record| record.event).collect();
         assert_eq!(events, [Event::Started, Event::GetToken]);
-        assert_eq!(taken.commits.len(), 1);
-        assert!(queue.take(false).records.is_empty());
+        assert_eq!(drained.commits.len(), 1);
+        assert!(queue.drain(false).records.is_empty());
     }
 
     #[test]
-    fn a_full_shard_refuses_calls_before_it_refuses_the_rest() {
+    fn a_full_shard_refuses_calls_before_it_refuses_other_records() {
         let queue = Queue::new();
-        for _ in 0..MOST_CALLS {
+        for _ in 0..MAX_CALLS_PER_SHARD {
             assert!(queue.push(record(Event::GetToken)).is_ok());
         }
         assert!(queue.push(record(Event::GetToken)).is_err());
-        for _ in MOST_CALLS..MOST_RECORDS {
+        for _ in MAX_CALLS_PER_SHARD..MAX_RECORDS_PER_SHARD {
             assert!(queue.push(record(Event::TokenIssued)).is_ok());
         }
         assert!(queue.push(record(Event::TokenIssued)).is_err());
     }
 
     #[test]
-    fn nothing_is_pushed_after_the_last_take() {
+    fn nothing_can_be_pushed_after_the_last_drain() {
         let queue = Queue::new();
-        queue.take(true);
+        queue.drain(true);
         assert!(queue.push(record(Event::Stopped)).is_err());
     }
 
     #[tokio::test]
-    async fn one_wake_up_releases_every_waiter_even_if_the_first_has_gone() {
-        let commit = Arc::new(Commit::default());
+    async fn one_wake_up_releases_every_waiter_even_if_the_first_was_dropped() {
+        let commit = Arc::new(GroupCommit::default());
         let mut waiters: Vec<_> = (0..100)
             .map(|_| {
                 let commit = Arc::clone(&commit);
-                tokio::spawn(async move { commit.decided().await })
+                tokio::spawn(async move { commit.outcome().await })
             })
             .collect();
         tokio::task::yield_now().await;
@@ -239,6 +245,6 @@ mod tests {
             let waited = tokio::time::timeout(Duration::from_secs(10), waiter).await;
             assert!(waited.unwrap().unwrap());
         }
-        assert!(commit.decided().await);
+        assert!(commit.outcome().await);
     }
 }

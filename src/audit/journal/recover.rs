@@ -1,80 +1,87 @@
-//! What a start finds on disk: the segments, the last chain's head, and perhaps a torn tail.
+//! Recovery at a start: finds the segments, the head of the last chain, and a torn tail if there is
+//! one.
 //!
-//! Only the last segment is read whole: a torn tail can be nowhere else, since a segment is complete
-//! and durable before its successor is made. The headers of the others say what each holds, and
-//! delivery checks each record that it reads.
+//! Only the last segment is read completely, since a segment is complete and durable before its
+//! successor is created. The headers of the others say what each contains, and delivery checks each
+//! record that it reads.
 
 use std::{collections::BTreeMap, sync::Arc};
 
 use super::{
-    JournalError,
     catalog::{Catalog, Segment},
-    files::{Files, Listed},
-    segment::{Header, decode, parse_name, start_number, synced},
+    error::JournalError,
+    segment::{Header, decode, parse_name, start_number, synced_seq},
+    storage::{FileInfo, JournalStorage},
 };
 use crate::{
-    audit::chain::{ChainHead, ChainLink, Digest, StoredEvent},
+    audit::{
+        chain::{ChainHead, ChainLink, Digest, StoredEvent},
+        json_error,
+    },
     domain::clock::Timestamp,
 };
 
-/// Where the delivered positions are kept from start to start.
-pub(super) const DELIVERED: &str = "delivered.json";
-/// The longest header line.
-const LONGEST_HEADER: usize = 4_096;
+/// The file that keeps the delivered positions for the next start.
+pub(super) const POSITIONS_FILE: &str = "delivered.json";
+/// Longest header line, in bytes.
+const MAX_HEADER_BYTES: usize = 4_096;
 
-/// What a start goes on from.
+/// The state from which a start continues.
 pub(super) struct Recovered {
     pub(super) catalog: Catalog,
-    /// The number of this start.
+    /// Number of this start, from 1.
     pub(super) start: u32,
-    /// The chain before this one, and its head.
+    /// The previous chain and its head.
     pub(super) last: Option<(Arc<ChainLink>, ChainHead)>,
-    /// A tail that was left as it is.
+    /// The torn tail, if [`TornTailAction::Leave`] left it in its segment.
     pub(super) torn: Option<TornTail>,
 }
 
-/// A tail of a journal's last segment that does not follow what is before it.
+/// The end of a journal's last segment, if it does not follow the records before it.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct TornTail {
-    /// The chain.
+    /// Name of the chain.
     pub chain: String,
-    /// The last record before it.
+    /// `seq` of the last record before the tail.
     pub last_seq: i64,
-    /// The segment.
+    /// Name of the segment.
     pub file: String,
-    /// The first line that does not follow, from 1.
+    /// The first line of the tail, counted from 1.
     pub line: usize,
-    /// How many lines of it are whole records: a crash leaves few, and an edit of one leaves all that
-    /// follow.
+    /// Number of lines in the tail that are complete records. A crash leaves few; an edited record
+    /// leaves all that follow it.
     pub records: usize,
 }
 
-/// What becomes of a tail that a crash tore.
+/// What to do with a torn tail.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Tail {
-    /// It is set aside, and the segment cut.
+pub(super) enum TornTailAction {
+    /// Move it to a `.torn` file and truncate the segment.
     SetAside,
-    /// It is passed over.
+    /// Leave it where it is and ignore it.
     Leave,
 }
 
-/// Reads what `files` hold, up to a torn tail.
-pub(super) fn recover(files: &dyn Files, tail: Tail) -> Result<Recovered, JournalError> {
-    let listed = sorted_segments(files)?;
-    let number = |file: &Listed| start_number(parse_name(&file.name)?.0);
-    let start = listed.iter().filter_map(number).max().map_or(1, |last| last.saturating_add(1));
-    let found = read_headers(files, listed, tail)?;
-    let mut links = Links::default();
-    let mut segments = Vec::with_capacity(found.len());
+/// Reads the journal in `storage` up to a torn tail. Blocks on I/O.
+pub(super) fn recover(
+    storage: &dyn JournalStorage,
+    action: TornTailAction,
+) -> Result<Recovered, JournalError> {
+    let files = sorted_segments(storage)?;
+    let number = |file: &FileInfo| start_number(parse_name(&file.name)?.0);
+    let start = files.iter().filter_map(number).max().map_or(1, |last| last.saturating_add(1));
+    let headers = read_headers(storage, files, action)?;
+    let mut links = LinkInterner::default();
+    let mut segments = Vec::with_capacity(headers.len());
     let (mut last, mut torn) = (None, None);
-    for (nth, (header, file)) in found.iter().enumerate() {
+    for (index, (header, file)) in headers.iter().enumerate() {
         let link = links.of(header);
-        let (head, len) = match found.get(nth + 1) {
+        let (head, len) = match headers.get(index + 1) {
             Some((next, _)) => match end_by_successor(header, next) {
                 Some(head) => (head, file.len),
-                None => read_through(files, header, file, None, &mut torn)?,
+                None => check_records(storage, header, file, None, &mut torn)?,
             },
-            None => read_through(files, header, file, Some(tail), &mut torn)?,
+            None => check_records(storage, header, file, Some(action), &mut torn)?,
         };
         segments.push(Segment {
             name: file.name.clone(),
@@ -86,15 +93,15 @@ pub(super) fn recover(files: &dyn Files, tail: Tail) -> Result<Recovered, Journa
         });
         last = Some((link, head));
     }
-    let catalog = Catalog::new(segments, read_delivered(files));
+    let catalog = Catalog::new(segments, read_delivered(storage));
     Ok(Recovered { catalog, start, last, torn })
 }
 
-/// One shared link for all segments of a chain.
+/// Shares one [`ChainLink`] among all segments of a chain.
 #[derive(Default)]
-struct Links(Option<Arc<ChainLink>>);
+struct LinkInterner(Option<Arc<ChainLink>>);
 
-impl Links {
+impl LinkInterner {
     fn of(&mut self, header: &Header) -> Arc<ChainLink> {
         if let Some(link) = &self.0
             && **link == header.link
@@ -107,64 +114,69 @@ impl Links {
     }
 }
 
-fn sorted_segments(files: &dyn Files) -> Result<Vec<Listed>, JournalError> {
-    let mut listed = files.list().map_err(JournalError::io("."))?;
-    listed.retain(|file| parse_name(&file.name).is_some());
-    listed.sort_by(|a, b| a.name.cmp(&b.name));
-    Ok(listed)
+fn sorted_segments(storage: &dyn JournalStorage) -> Result<Vec<FileInfo>, JournalError> {
+    let mut files = storage.list().map_err(JournalError::io("."))?;
+    files.retain(|file| parse_name(&file.name).is_some());
+    files.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(files)
 }
 
-/// The segments with their headers. A last one that has none yet is a torn tail.
+/// Reads the headers of all segments. A last segment without a header is a torn tail.
 fn read_headers(
-    files: &dyn Files,
-    listed: Vec<Listed>,
-    tail: Tail,
-) -> Result<Vec<(Header, Listed)>, JournalError> {
-    let mut found = Vec::with_capacity(listed.len());
-    let last = listed.len().saturating_sub(1);
-    for (nth, file) in listed.into_iter().enumerate() {
-        match read_header(files, &file.name)? {
-            Ok(header) => found.push((header, file)),
-            Err(why) if nth == last => discard_unmade(files, &file, &why, tail)?,
+    storage: &dyn JournalStorage,
+    files: Vec<FileInfo>,
+    action: TornTailAction,
+) -> Result<Vec<(Header, FileInfo)>, JournalError> {
+    let mut headers = Vec::with_capacity(files.len());
+    let last = files.len().saturating_sub(1);
+    for (index, file) in files.into_iter().enumerate() {
+        match read_header(storage, &file.name)? {
+            Ok(header) => headers.push((header, file)),
+            Err(why) if index == last => discard_headerless(storage, &file, &why, action)?,
             Err(why) => return Err(JournalError::damaged(&file.name, 1, why)),
         }
     }
-    Ok(found)
+    Ok(headers)
 }
 
-/// The header of a segment, or what is wrong with it.
-fn read_header(files: &dyn Files, name: &str) -> Result<Result<Header, String>, JournalError> {
-    let start = files.read(name, 0, LONGEST_HEADER).map_err(JournalError::io(name))?;
+/// Reads the header of a segment. The inner error says what is wrong with it.
+fn read_header(
+    storage: &dyn JournalStorage,
+    name: &str,
+) -> Result<Result<Header, String>, JournalError> {
+    let start = storage.read(name, 0, MAX_HEADER_BYTES).map_err(JournalError::io(name))?;
     let Some(end) = start.iter().position(|b| *b == b'\n') else {
         return Ok(Err("the header line is not complete".into()));
     };
     Ok(Header::parse(name, &start[..end]))
 }
 
-/// Sets a last segment aside whose making a crash interrupted: it has no header yet, so that nothing
-/// can have been written after it.
-fn discard_unmade(
-    files: &dyn Files,
-    file: &Listed,
+/// Discards a last segment whose creation a crash interrupted. Without a header, it cannot contain
+/// a record: if it does, the header was damaged later.
+fn discard_headerless(
+    storage: &dyn JournalStorage,
+    file: &FileInfo,
     why: &str,
-    tail: Tail,
+    action: TornTailAction,
 ) -> Result<(), JournalError> {
-    let bytes = read_all(files, file)?;
-    if bytes.split(|b| *b == b'\n').any(|line| serde_json::from_slice::<StoredEvent>(line).is_ok())
-    {
+    if count_records(&read_all(storage, file)?) > 0 {
         return Err(JournalError::damaged(&file.name, 1, why.to_owned()));
     }
-    if tail == Tail::Leave {
+    if action == TornTailAction::Leave {
         return Ok(());
     }
-    tracing::warn!(file = file.name, why, "the journal's last segment has no header: set aside");
-    set_aside(files, file, 0)?;
-    files.remove(&file.name).map_err(JournalError::io(&file.name))
+    tracing::warn!(
+        file = file.name,
+        why,
+        "the journal's last segment has no header: moved to a .torn file"
+    );
+    set_aside(storage, file, 0)?;
+    storage.remove(&file.name).map_err(JournalError::io(&file.name))
 }
 
-/// The head at a segment's end as its successor's header tells it: the next segment of the chain, or
-/// the first of the chain that is linked to it. Anything in the file past that was abandoned after
-/// an error and written anew to the successor.
+/// The head at a segment's end according to its successor's header: the next segment of the chain,
+/// or the first one of the chain that is linked to it. Anything in the file beyond that was
+/// abandoned after an error and written again to the successor.
 fn end_by_successor(header: &Header, next: &Header) -> Option<ChainHead> {
     if next.link.chain == header.link.chain {
         return Some(next.head());
@@ -173,93 +185,109 @@ fn end_by_successor(header: &Header, next: &Header) -> Option<ChainHead> {
     linked.then_some(ChainHead { seq: next.link.linked_seq, hash: next.link.linked_hash })
 }
 
-/// Checks every record of a segment; its head and length. The last segment's may be torn at its `tail`.
-fn read_through(
-    files: &dyn Files,
+/// Checks every record of a segment, and returns its last head and the length of its intact part.
+///
+/// `action` says what to do with a torn tail; `None` if the segment cannot have one, since it is not
+/// the last. A tail that is left is stored in `torn`.
+fn check_records(
+    storage: &dyn JournalStorage,
     header: &Header,
-    file: &Listed,
-    tail: Option<Tail>,
+    file: &FileInfo,
+    action: Option<TornTailAction>,
     torn: &mut Option<TornTail>,
 ) -> Result<(ChainHead, u64), JournalError> {
-    let bytes = read_all(files, file)?;
+    let chain = &header.link.chain;
+    let bytes = read_all(storage, file)?;
     let mut head = header.head();
-    let mut good = 0;
-    for (nth, line) in bytes.split_inclusive(|b| *b == b'\n').enumerate() {
-        if nth > 0 {
-            let decoded = if line.ends_with(b"\n") {
-                decode(line, &header.link.chain, head)
-            } else {
-                Err("the line is not complete".into())
-            };
-            match decoded {
+    let mut intact = 0;
+    for (index, line) in bytes.split_inclusive(|b| *b == b'\n').enumerate() {
+        if index > 0 {
+            match decode_complete(line, chain, head) {
                 Ok(event) => head = event.head(),
-                Err(why)
-                    if tail.is_some()
-                        && head.seq >= known_synced(&bytes[good..], &header.link.chain) =>
-                {
-                    if tail == Some(Tail::Leave) {
-                        let lines = bytes[good..].split(|b| *b == b'\n');
-                        *torn = Some(TornTail {
-                            chain: header.link.chain.clone(),
-                            last_seq: head.seq,
-                            file: file.name.clone(),
-                            line: nth + 1,
-                            records: lines
-                                .filter(|line| serde_json::from_slice::<StoredEvent>(line).is_ok())
-                                .count(),
-                        });
-                        break;
+                Err(why) => {
+                    let (rest, line) = (&bytes[intact..], index + 1);
+                    match action.filter(|_| head.seq >= max_synced_seq(rest, chain)) {
+                        Some(TornTailAction::Leave) => {
+                            *torn = Some(TornTail {
+                                chain: chain.clone(),
+                                last_seq: head.seq,
+                                file: file.name.clone(),
+                                line,
+                                records: count_records(rest),
+                            });
+                        }
+                        Some(TornTailAction::SetAside) => {
+                            tracing::error!(
+                                file = file.name,
+                                line,
+                                why,
+                                after = head.seq,
+                                bytes = rest.len(),
+                                "the journal ends in records that no call was answered for, or its \
+                                 last batch was tampered with: moved to a .torn file"
+                            );
+                            set_aside(storage, file, intact)?;
+                        }
+                        None => return Err(JournalError::damaged(&file.name, line, why)),
                     }
-                    tracing::error!(
-                        file = file.name,
-                        line = nth + 1,
-                        why,
-                        after = head.seq,
-                        bytes = bytes.len() - good,
-                        "the journal ends in records that no call was answered for, or its last \
-                         batch was tampered with: set aside"
-                    );
-                    set_aside(files, file, good)?;
                     break;
                 }
-                Err(why) => return Err(JournalError::damaged(&file.name, nth + 1, why)),
             }
         }
-        good += line.len();
+        intact += line.len();
     }
-    Ok((head, good as u64))
+    Ok((head, intact as u64))
 }
 
-/// The last number that the lines after a fault say was on disk when they were written.
-fn known_synced(tail: &[u8], chain: &str) -> i64 {
-    tail.split(|b| *b == b'\n').filter_map(|line| synced(line, chain)).max().unwrap_or(0)
+fn decode_complete(line: &[u8], chain: &str, head: ChainHead) -> Result<StoredEvent, String> {
+    if line.ends_with(b"\n") {
+        decode(line, chain, head)
+    } else {
+        Err("the line is not complete".into())
+    }
 }
 
-/// Copies what follows the first `keep` bytes into `<name>.torn`, then cuts it off.
-fn set_aside(files: &dyn Files, file: &Listed, keep: usize) -> Result<(), JournalError> {
-    let bytes = read_all(files, file)?;
+fn count_records(lines: &[u8]) -> usize {
+    let lines = lines.split(|b| *b == b'\n');
+    lines.filter(|line| serde_json::from_slice::<StoredEvent>(line).is_ok()).count()
+}
+
+/// The largest number that any line of the tail says was synced when the line was written. Records
+/// up to it were durable, so that their loss is damage and no torn tail.
+fn max_synced_seq(tail: &[u8], chain: &str) -> i64 {
+    tail.split(|b| *b == b'\n').filter_map(|line| synced_seq(line, chain)).max().unwrap_or(0)
+}
+
+/// Copies everything after the first `keep` bytes to `<name>.torn`, then truncates the segment.
+fn set_aside(
+    storage: &dyn JournalStorage,
+    file: &FileInfo,
+    keep: usize,
+) -> Result<(), JournalError> {
+    let bytes = read_all(storage, file)?;
     let aside = format!("{}.torn", file.name);
-    files.replace(&aside, &bytes[keep..]).map_err(JournalError::io(&aside))?;
-    files.truncate(&file.name, keep as u64).map_err(JournalError::io(&file.name))
+    storage.replace(&aside, &bytes[keep..]).map_err(JournalError::io(&aside))?;
+    storage.truncate(&file.name, keep as u64).map_err(JournalError::io(&file.name))
 }
 
-fn read_all(files: &dyn Files, file: &Listed) -> Result<Vec<u8>, JournalError> {
+fn read_all(storage: &dyn JournalStorage, file: &FileInfo) -> Result<Vec<u8>, JournalError> {
     let len = usize::try_from(file.len).unwrap_or(usize::MAX);
-    files.read(&file.name, 0, len).map_err(JournalError::io(&file.name))
+    storage.read(&file.name, 0, len).map_err(JournalError::io(&file.name))
 }
 
-/// The delivered positions as they were kept. They only say what may be deleted, so that without
-/// them everything is held until Postgres has been asked.
-fn read_delivered(files: &dyn Files) -> BTreeMap<String, i64> {
-    const LONGEST: usize = 1 << 20;
-    let Ok(bytes) = files.read(DELIVERED, 0, LONGEST) else { return BTreeMap::new() };
+/// The saved delivered positions. They only say what may be deleted: without them, everything is
+/// retained until Postgres has been asked.
+fn read_delivered(storage: &dyn JournalStorage) -> BTreeMap<String, i64> {
+    const MAX_BYTES: usize = 1 << 20;
+    let Ok(bytes) = storage.read(POSITIONS_FILE, 0, MAX_BYTES) else { return BTreeMap::new() };
     serde_json::from_slice(&bytes).unwrap_or_else(|error| {
-        tracing::warn!(%error, "{DELIVERED} cannot be read: positions will come from Postgres");
+        let why = json_error::describe(&error);
+        tracing::warn!(why, "{POSITIONS_FILE} cannot be read: positions will come from Postgres");
         BTreeMap::new()
     })
 }
 
-/// The link of a new chain.
+/// Returns the link of a new chain to the previous one.
 pub(super) fn link_to(
     last: Option<&(Arc<ChainLink>, ChainHead)>,
     instance: &str,

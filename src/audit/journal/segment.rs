@@ -1,24 +1,27 @@
-//! A segment's name, its header line, and its record lines.
+//! The format of a segment: its file name, its header line, and its record lines.
 
 use std::io::Write;
 
 use serde::{Deserialize, Serialize};
 
-use crate::audit::chain::{ChainHead, ChainLink, Digest, StoredEvent};
+use crate::audit::{
+    chain::{ChainHead, ChainLink, Digest, StoredEvent},
+    json_error,
+};
 
-/// The version of the files' format.
+/// Version of the format.
 const FORMAT: u32 = 1;
 
-/// The first line of each segment.
+/// The first line of a segment.
 #[derive(Debug, Deserialize, Serialize)]
 pub(super) struct Header {
-    /// The format's version; also what tells a header from a record.
+    /// Version of the format. Records have no such key, which tells them from headers.
     journal: u32,
     #[serde(flatten)]
     pub(super) link: ChainLink,
-    /// The number of the segment's first record.
+    /// `seq` of the segment's first record.
     pub(super) first_seq: i64,
-    /// The hash of the record before that one, wherever it is.
+    /// Hash of the record before the first one, in whichever segment that is.
     pub(super) prev_hash: Digest,
 }
 
@@ -33,14 +36,15 @@ impl Header {
     }
 
     pub(super) fn line(&self) -> Vec<u8> {
-        let mut line = serde_json::to_vec(self).expect("a Vec takes every byte");
+        let mut line = serde_json::to_vec(self).expect("writing to a Vec cannot fail");
         line.push(b'\n');
         line
     }
 
-    /// Reads the header of the segment `name`.
+    /// Parses the header of the segment `name`.
     pub(super) fn parse(name: &str, line: &[u8]) -> Result<Self, String> {
-        let header: Self = serde_json::from_slice(line).map_err(|error| error.to_string())?;
+        let header: Self =
+            serde_json::from_slice(line).map_err(|error| json_error::describe(&error))?;
         if header.journal != FORMAT {
             return Err(format!("the format is {}, not {FORMAT}", header.journal));
         }
@@ -51,8 +55,8 @@ impl Header {
     }
 }
 
-/// The file's name: `<chain>-<number of its first record, 20 digits>.jsonl`. Names sort as the
-/// segments follow each other.
+/// Returns a segment's file name: `<chain>-<number of its first record, 20 digits>.jsonl`. Names
+/// sort in the order of the segments.
 pub(super) fn name_of(chain: &str, first_seq: i64) -> String {
     format!("{chain}-{first_seq:020}.jsonl")
 }
@@ -62,25 +66,27 @@ pub(super) fn start_number(chain: &str) -> Option<u32> {
     chain.strip_prefix('c')?.split_once('-')?.0.parse().ok()
 }
 
-/// The chain and first number in a segment's file name; `None` for any other file.
+/// The chain and the first number in a segment's file name; `None` for any other file.
 pub(super) fn parse_name(name: &str) -> Option<(&str, i64)> {
     let (chain, first_seq) = name.strip_suffix(".jsonl")?.rsplit_once('-')?;
     start_number(chain)?;
     (first_seq.len() == 20).then_some((chain, first_seq.parse().ok()?))
 }
 
-/// Appends the line of `event`. `synced` is the last number of the chain that is known to be on
-/// disk: it lets a start tell a torn tail, which nobody was answered for, from damage.
+/// Appends the line of `event`. `synced` is the last `seq` of the chain that is known to be synced:
+/// it lets a later start distinguish a torn tail, for whose records no call was answered, from
+/// damage.
 pub(super) fn encode(event: &StoredEvent, synced: i64, out: &mut Vec<u8>) {
-    serde_json::to_writer(&mut *out, event).expect("a Vec takes every byte");
-    // In the place of the closing brace; no column, not hashed.
+    serde_json::to_writer(&mut *out, event).expect("writing to a Vec cannot fail");
+    // Replaces the closing brace. `synced` is no column and not hashed.
     out.pop();
-    writeln!(out, ",\"synced\":{synced}}}").expect("a Vec takes every byte");
+    writeln!(out, ",\"synced\":{synced}}}").expect("writing to a Vec cannot fail");
 }
 
-/// Reads a record's line and checks that it follows `head` in `chain`.
+/// Parses a record's line and checks that the record follows `head` in `chain`.
 pub(super) fn decode(line: &[u8], chain: &str, head: ChainHead) -> Result<StoredEvent, String> {
-    let event: StoredEvent = serde_json::from_slice(line).map_err(|error| error.to_string())?;
+    let event: StoredEvent =
+        serde_json::from_slice(line).map_err(|error| json_error::describe(&error))?;
     if event.chain != chain {
         return Err("the record belongs to another chain".into());
     }
@@ -88,14 +94,18 @@ pub(super) fn decode(line: &[u8], chain: &str, head: ChainHead) -> Result<Stored
     Ok(event)
 }
 
-/// What a line of `chain` says was on disk when it was written.
-pub(super) fn synced(line: &[u8], chain: &str) -> Option<i64> {
+/// The value of `synced` in a line of `chain`; `None` if the line cannot be parsed or is of another
+/// chain.
+pub(super) fn synced_seq(line: &[u8], chain: &str) -> Option<i64> {
     #[derive(Deserialize)]
-    struct Mark {
+    struct SyncedField {
         chain: String,
         synced: i64,
     }
-    serde_json::from_slice::<Mark>(line).ok().filter(|mark| mark.chain == chain).map(|m| m.synced)
+    serde_json::from_slice::<SyncedField>(line)
+        .ok()
+        .filter(|field| field.chain == chain)
+        .map(|field| field.synced)
 }
 
 #[cfg(test)]
@@ -106,7 +116,7 @@ mod tests {
     use crate::audit::chain::tests::{any_record, link};
 
     #[test]
-    fn names_sort_as_segments_follow_each_other_and_read_back() {
+    fn names_sort_in_the_order_of_segments_and_parse_back() {
         let name = name_of(&link().chain, 12);
         assert_eq!(name, "c00000001-0123456789abcdef-00000000000000000012.jsonl");
         assert_eq!(parse_name(&name), Some((&*link().chain, 12)));
@@ -128,15 +138,15 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_record_is_one_line_that_reads_back(record in any_record(), synced_to in 0_i64..) {
-            let mut event = StoredEvent::unplaced(record, &link());
-            event.place(&mut link().root());
+        fn any_record_is_one_line_that_parses_back(record in any_record(), synced_to in 0_i64..) {
+            let mut event = StoredEvent::from_record(record, &link());
+            event.link_after(&mut link().root());
             let mut line = Vec::new();
             encode(&event, synced_to, &mut line);
             prop_assert_eq!(line.iter().position(|b| *b == b'\n'), Some(line.len() - 1));
             let read = decode(&line, &link().chain, link().root());
             prop_assert_eq!(read, Ok(event));
-            prop_assert_eq!(synced(&line, &link().chain), Some(synced_to));
+            prop_assert_eq!(synced_seq(&line, &link().chain), Some(synced_to));
         }
     }
 }

@@ -1,55 +1,59 @@
-//! What callers, the writer and readers share.
+//! State that callers, the writer thread and readers share.
 
 use std::{
     io,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
 
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{Notify, watch};
 
 use super::{
-    JournalSettings, catalog::Catalog, lost::Lost, queue::Queue, recover::DELIVERED,
-    segments::Segments,
+    catalog::Catalog, dropped::DroppedRecords, queue::Queue, recover::POSITIONS_FILE,
+    segment_store::SegmentStore, settings::JournalSettings,
 };
 use crate::{
     audit::chain::{ChainHead, ChainLink},
     domain::clock::Clock,
 };
 
-/// The part of the journal's bytes, one in so many, that is kept for those who have not heard yet that
-/// it is nearly full.
-const RESERVE: u64 = 8;
-/// What takes longer means that the disk hangs: the journal then counts as not writable.
-const STALLED: Duration = Duration::from_secs(2);
+/// One part in this many of the journal's limit is reserved: when only that much is left, the
+/// journal reports that it is nearly full, so that load balancers have time to react before calls
+/// are refused.
+const RESERVED_FRACTION: u64 = 8;
+/// An I/O operation that takes longer means that the disk hangs: the journal then counts as
+/// unwritable.
+const STALL_LIMIT: Duration = Duration::from_secs(2);
 
-/// What callers, the writer and readers share.
+/// State that callers, the writer thread and readers share.
 pub(super) struct Shared {
-    pub(super) segments: Arc<Segments>,
+    pub(super) segments: Arc<SegmentStore>,
     pub(super) settings: JournalSettings,
     pub(super) clock: Clock,
     pub(super) link: Arc<ChainLink>,
     pub(super) queue: Queue,
     /// The last durable record of this start's chain.
     head: Mutex<ChainHead>,
-    pub(super) lost: Lost,
+    pub(super) dropped: DroppedRecords,
     pub(super) counters: Counters,
     pub(super) writable: AtomicBool,
-    /// There is room for more than the writer is about to need.
-    pub(super) roomy: AtomicBool,
-    /// When what is under way on the disk began, in milliseconds since `started`, plus 1; 0 if none is.
-    pub(super) touching_since: AtomicU64,
+    /// Whether there is space beyond what the writer needs next.
+    pub(super) has_space: AtomicBool,
+    /// When the writer's present I/O operation began, in milliseconds since `started`, plus 1; 0 if
+    /// there is none.
+    pub(super) io_started_at: AtomicU64,
     started: Instant,
     pub(super) closing: AtomicBool,
-    /// Told after each commit.
-    pub(super) more_durable: Notify,
-    /// A delivered position completed a segment: it is time to keep the positions.
-    pub(super) positions_moved: AtomicBool,
-    /// Some delivered position is not kept yet.
-    pub(super) positions_unkept: AtomicBool,
+    /// Notified after each group commit.
+    pub(super) committed: Notify,
+    /// The delivery of a segment was completed, so that the positions should be saved soon.
+    pub(super) positions_save_due: AtomicBool,
+    /// A delivered position changed since the positions were saved.
+    pub(super) positions_unsaved: AtomicBool,
     pub(super) ended: watch::Sender<bool>,
 }
 
@@ -58,13 +62,13 @@ pub(super) struct Counters {
     pub(super) appended: AtomicU64,
     pub(super) durable: AtomicU64,
     pub(super) failed: AtomicU64,
-    /// When Postgres last took records, in milliseconds since 1970; 0 for never.
+    /// When records were last delivered to Postgres, in milliseconds since 1970; 0 for never.
     pub(super) delivered_ms: AtomicI64,
 }
 
 impl Shared {
     pub(super) fn new(
-        segments: Arc<Segments>,
+        segments: Arc<SegmentStore>,
         settings: JournalSettings,
         clock: Clock,
         link: ChainLink,
@@ -76,16 +80,16 @@ impl Shared {
             head: Mutex::new(link.root()),
             link: Arc::new(link),
             queue: Queue::new(),
-            lost: Lost::default(),
+            dropped: DroppedRecords::default(),
             counters: Counters::default(),
             writable: AtomicBool::new(true),
-            roomy: AtomicBool::new(true),
-            touching_since: AtomicU64::new(0),
+            has_space: AtomicBool::new(true),
+            io_started_at: AtomicU64::new(0),
             started: Instant::now(),
             closing: AtomicBool::new(false),
-            more_durable: Notify::new(),
-            positions_moved: AtomicBool::new(false),
-            positions_unkept: AtomicBool::new(false),
+            committed: Notify::new(),
+            positions_save_due: AtomicBool::new(false),
+            positions_unsaved: AtomicBool::new(false),
             ended: watch::Sender::new(false),
         }
     }
@@ -94,74 +98,80 @@ impl Shared {
         self.segments.catalog()
     }
 
-    /// The last durable record of this start's chain.
+    /// Locks the number and hash of the last durable record of this start's chain.
     pub(super) fn head(&self) -> MutexGuard<'_, ChainHead> {
-        // Held for a look or a note; nothing panics in between.
-        self.head.lock().unwrap_or_else(PoisonError::into_inner)
+        self.head.lock()
     }
 
-    /// Looks how much room is left: a journal that is nearly full says so while it still takes
-    /// records, so that callers are sent elsewhere before they are refused. A disk that does not tell
-    /// is taken to have room; a write that fails will say otherwise.
-    pub(super) fn look_at_room(&self) {
+    /// Checks how much space is left, and updates `has_space`.
+    ///
+    /// A journal that is nearly full becomes unready while it still accepts records, so that
+    /// callers are sent to other replicas before they are refused. If the free space cannot be
+    /// determined, it counts as sufficient: a failed write will tell.
+    pub(super) fn check_space(&self) {
         let JournalSettings { max_bytes, segment_bytes, .. } = self.settings;
-        let free = self.segments.files.free().unwrap_or(u64::MAX);
-        let held = self.catalog().held_bytes();
-        let roomy = free >= segment_bytes && held <= max_bytes - max_bytes / RESERVE;
-        if self.roomy.swap(roomy, Ordering::AcqRel) && !roomy {
-            tracing::warn!(free, held, max_bytes, "the audit journal is nearly full");
+        let free = self.segments.storage.free_bytes().unwrap_or(u64::MAX);
+        let undeletable = self.catalog().undeletable_bytes();
+        let has_space =
+            free >= segment_bytes && undeletable <= max_bytes - max_bytes / RESERVED_FRACTION;
+        if self.has_space.swap(has_space, Ordering::AcqRel) && !has_space {
+            tracing::warn!(free, undeletable, max_bytes, "the audit journal is nearly full");
         }
     }
 
-    pub(super) fn lose(&self, is_call: bool, count: i64) {
+    pub(super) fn count_dropped(&self, is_call: bool, count: i64) {
         self.counters.failed.fetch_add(1, Ordering::Relaxed);
-        self.lost.add(is_call, count);
+        self.dropped.add(is_call, count);
     }
 
-    /// Runs what touches the disk so that its hanging can be seen.
-    pub(super) fn watched<T>(&self, touch: impl FnOnce() -> T) -> T {
-        self.touching_since.store(self.millis() + 1, Ordering::Release);
-        let done = touch();
-        self.touching_since.store(0, Ordering::Release);
-        done
+    /// Runs an I/O operation and records when it began, so that [`Shared::is_stalled`] notices if it
+    /// hangs.
+    pub(super) fn track_io<T>(&self, io: impl FnOnce() -> T) -> T {
+        self.io_started_at.store(self.elapsed_ms() + 1, Ordering::Release);
+        let output = io();
+        self.io_started_at.store(0, Ordering::Release);
+        output
     }
 
     pub(super) fn is_stalled(&self) -> bool {
-        stalled(self.touching_since.load(Ordering::Acquire), self.millis())
+        has_stalled(self.io_started_at.load(Ordering::Acquire), self.elapsed_ms())
     }
 
-    /// Keeps the delivered positions, if they changed: a start without Postgres then knows what may be
-    /// deleted, and one with it, whether Postgres went back.
-    pub(super) fn keep_positions(&self) {
-        if !self.positions_unkept.swap(false, Ordering::AcqRel) {
+    /// Saves the delivered positions if they changed. From them, a start without Postgres knows
+    /// what may be deleted, and any start recognizes a database that was restored to an earlier
+    /// state.
+    pub(super) fn save_positions(&self) {
+        if !self.positions_unsaved.swap(false, Ordering::AcqRel) {
             return;
         }
         let positions = serde_json::to_vec(self.catalog().positions());
-        let kept = positions
+        let saved = positions
             .map_err(io::Error::from)
-            .and_then(|positions| self.segments.files.replace(DELIVERED, &positions));
-        if let Err(error) = kept {
-            tracing::warn!(%error, "the delivered positions were not kept");
+            .and_then(|positions| self.segments.storage.replace(POSITIONS_FILE, &positions));
+        if let Err(error) = saved {
+            tracing::warn!(%error, "the delivered audit positions were not saved");
         }
     }
 
-    fn millis(&self) -> u64 {
+    fn elapsed_ms(&self) -> u64 {
         u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 }
 
-/// Whether what began at `since` (0 if none is under way) hangs at `now`.
-pub(super) fn stalled(since: u64, now: u64) -> bool {
-    since != 0 && Duration::from_millis(now.saturating_sub(since)) > STALLED
+/// Whether an operation that began at `since` has stalled at `now`. Both are in milliseconds;
+/// `since` is 0 if there is no operation.
+pub(super) fn has_stalled(since: u64, now: u64) -> bool {
+    since != 0 && Duration::from_millis(now.saturating_sub(since)) > STALL_LIMIT
 }
 
-/// Tells that the writer has ended, however it did: after a panic nothing is writable.
-pub(super) struct Ending(pub(super) Arc<Shared>);
+/// Marks the journal as closed when the writer thread ends, also by a panic: nothing is writable
+/// then, and no caller waits any longer.
+pub(super) struct WriterGuard(pub(super) Arc<Shared>);
 
-impl Drop for Ending {
+impl Drop for WriterGuard {
     fn drop(&mut self) {
         self.0.writable.store(false, Ordering::Release);
-        for commit in self.0.queue.take(true).commits {
+        for commit in self.0.queue.drain(true).commits {
             commit.finish(false);
         }
         self.0.ended.send_replace(true);

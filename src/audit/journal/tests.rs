@@ -1,4 +1,4 @@
-//! What the tests of the journal share; they stand by subject in `tests/`.
+//! Shared parts of the journal's tests, which are in `tests/` by subject.
 
 mod archive;
 mod damage;
@@ -11,7 +11,9 @@ use std::time::Instant;
 
 use chrono::DateTime;
 
-use super::{faults::Disk, *};
+use parking_lot::Mutex;
+
+use super::{faulty_storage::FaultyStorage, *};
 use crate::audit::{chain::StoredEvent, record::Event};
 
 const AMPLE: Duration = Duration::from_secs(20);
@@ -20,23 +22,23 @@ fn settings() -> JournalSettings {
     JournalSettings::default()
 }
 
-fn open(disk: &Disk, settings: JournalSettings) -> Result<Journal, JournalError> {
+fn open(disk: &FaultyStorage, settings: JournalSettings) -> Result<Journal, JournalError> {
     Journal::open_on(Arc::new(disk.clone()), "i-0123456789abcdef", None, settings, Clock::System)
 }
 
 fn call(nth: usize) -> Record {
-    Record::new(DateTime::UNIX_EPOCH, Event::GetToken).account_as_asked(&format!("acme-{nth}"))
+    Record::new(DateTime::UNIX_EPOCH, Event::GetToken).requested_account(&format!("acme-{nth}"))
 }
 
 fn issue(nth: usize) -> Record {
-    Record::new(DateTime::UNIX_EPOCH, Event::TokenIssued).account_as_asked(&format!("acme-{nth}"))
+    Record::new(DateTime::UNIX_EPOCH, Event::TokenIssued).requested_account(&format!("acme-{nth}"))
 }
 
 async fn append(journal: &Journal, record: Record) -> Result<(), AuditUnavailable> {
     journal.append(record).durable(AMPLE).await
 }
 
-/// Every durable record of `chain`, each checked against the one before.
+/// Reads all durable records of `chain`. The reader checks each against the one before.
 fn read(journal: &Journal, chain: &LocalChain) -> Result<Vec<StoredEvent>, ReadError> {
     let mut reader = journal.reader(Arc::clone(&chain.link), chain.link.root());
     let mut events = Vec::new();
@@ -58,9 +60,9 @@ fn accounts(events: &[StoredEvent]) -> Vec<&str> {
 }
 
 async fn until(mut holds: impl FnMut() -> bool) {
-    let patience = Instant::now() + AMPLE;
+    let deadline = Instant::now() + AMPLE;
     while !holds() {
-        assert!(Instant::now() < patience, "it never came about");
+        assert!(Instant::now() < deadline, "the condition was not met in time");
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }

@@ -1,172 +1,175 @@
-//! What can be wrong with a log, in words.
+//! Faults of a log, with the names and descriptions that `audit verify` prints.
 
 use std::fmt;
 
 use crate::crypto::SignatureError;
 
-/// Something that does not hold.
+/// A fault, and the chain that it is in.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Finding {
-    /// The chain.
+    /// Name of the chain.
     pub chain: String,
-    /// What.
+    /// The fault.
     pub fault: Fault,
 }
 
-/// What is wrong with a chain.
+/// What is wrong with a chain. `Display` describes it to a person, [`Fault::name`] names it to a program.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Fault {
-    /// A record is not what was hashed.
+    /// A record's hash is not the hash of its content.
     Altered {
-        /// Which.
+        /// The record's number.
         seq: i64,
     },
-    /// A record is sound in itself, and not the one that its successor was written after.
+    /// A record is intact, but the next one was written after another record.
     Replaced {
-        /// Which; 0 for what the chain begins with.
+        /// The record's number; 0 for the root of the chain.
         seq: i64,
     },
-    /// A number is there again.
-    Twice {
-        /// Which.
+    /// A number occurs more than once.
+    Duplicate {
+        /// The number.
         seq: i64,
     },
     /// No record can have that number.
-    NoNumber {
-        /// Which.
+    InvalidNumber {
+        /// The number.
         seq: i64,
     },
-    /// A cut that is none: no records can have been removed so.
-    NoRun {
-        /// The first record that it says was removed.
+    /// The range of a receipt is not possible.
+    InvalidRange {
+        /// Its first number.
         first: i64,
-        /// The last.
+        /// Its last number.
         last: i64,
     },
-    /// A record is there that retention says it removed.
-    NotRemoved {
-        /// Which.
+    /// A record is present although a receipt says that retention removed it.
+    PresentAfterPruning {
+        /// The record's number.
         seq: i64,
     },
-    /// A journal's last segment ends in records that do not follow.
-    Torn {
-        /// Where, and how many.
-        place: String,
+    /// A journal's last segment ends in records that do not follow the ones before.
+    TornTail {
+        /// Where they are, and how many.
+        location: String,
         /// The last record before them.
         last: i64,
     },
-    /// Records are not there.
+    /// Records are absent.
     Missing {
         /// The first of them.
         first: i64,
-        /// The last.
+        /// The last of them.
         last: i64,
     },
-    /// A head that was signed is of a later record than the last one that is there.
-    CutShort {
-        /// The last record that is there.
+    /// The chain ends before a record for which there is a checkpoint.
+    EndsBeforeCheckpoint {
+        /// The last record that is present.
         last: i64,
-        /// The record of the head.
+        /// The record of the checkpoint.
         head: i64,
     },
-    /// A record is another one than that whose head was signed.
-    Contradicted {
-        /// Which.
+    /// A record's hash is not that of its checkpoint.
+    CheckpointMismatch {
+        /// The record's number.
         seq: i64,
     },
-    /// There are records behind what the chain's position says is its end.
-    BeyondPosition {
+    /// Records are present beyond the delivered position of the chain.
+    BeyondDeliveredPosition {
         /// The first of them.
         seq: i64,
     },
-    /// The last record is another one than the chain's position says.
-    NotThePosition {
-        /// Which.
+    /// The last record's hash is not that of the chain's delivered position.
+    DeliveredHashMismatch {
+        /// The record's number.
         seq: i64,
     },
-    /// The chain itself is not known; somebody removed its row.
-    Unknown,
-    /// A head of a chain was signed, and neither its row nor a record is there.
-    NotHere,
-    /// The chain says that there was none before it, and begins with the hash of one.
-    NoBefore,
-    /// A chain that another is linked to is not there at all.
-    ChainMissing {
-        /// The one that is linked to it.
+    /// There are records of a chain that has no row in `audit_chains`.
+    ChainRowMissing,
+    /// There is a checkpoint of a chain that has neither a row nor records.
+    ChainAbsent,
+    /// The chain begins with the hash of a previous chain and names none.
+    PredecessorUnnamed,
+    /// A chain that another one is linked to is absent.
+    PredecessorMissing {
+        /// The chain that is linked to it.
         successor: String,
     },
-    /// A chain ends elsewhere than the one that is linked to it says.
-    EndsOtherwise {
-        /// The last record that is there.
+    /// A chain ends with another record than the one that its successor is linked to.
+    PredecessorEndMismatch {
+        /// The last record that is present.
         last: i64,
-        /// The one that is linked to it.
+        /// The chain that is linked to it.
         successor: String,
     },
-    /// A signed head is none.
-    UnprovenHead {
-        /// The record that it names.
+    /// The signature of a checkpoint is not valid.
+    InvalidCheckpoint {
+        /// The record that the checkpoint names.
         seq: i64,
-        /// Why.
+        /// Why it is not valid.
         error: SignatureError,
     },
-    /// A signed cut is none: what it tells of counts as missing.
-    UnprovenCut {
-        /// The first record that it says was removed.
+    /// The signature of a receipt is not valid. The records that it names count as missing.
+    InvalidReceipt {
+        /// The first record that it names.
         first: i64,
-        /// The last.
+        /// The last record that it names.
         last: i64,
-        /// Why.
+        /// Why it is not valid.
         error: SignatureError,
     },
 }
 
 impl Fault {
-    /// The first record that it is about; 0 where it is the chain itself.
+    /// Returns the number of the first record concerned; 0 if the fault is in the chain itself.
     #[must_use]
     pub fn seq(&self) -> i64 {
         match self {
             Self::Altered { seq }
             | Self::Replaced { seq }
-            | Self::Twice { seq }
-            | Self::NoNumber { seq }
-            | Self::NotRemoved { seq }
-            | Self::NoRun { first: seq, .. }
-            | Self::Contradicted { seq }
-            | Self::BeyondPosition { seq }
-            | Self::NotThePosition { seq }
-            | Self::UnprovenHead { seq, .. }
+            | Self::Duplicate { seq }
+            | Self::InvalidNumber { seq }
+            | Self::PresentAfterPruning { seq }
+            | Self::InvalidRange { first: seq, .. }
+            | Self::CheckpointMismatch { seq }
+            | Self::BeyondDeliveredPosition { seq }
+            | Self::DeliveredHashMismatch { seq }
+            | Self::InvalidCheckpoint { seq, .. }
             | Self::Missing { first: seq, .. }
-            | Self::UnprovenCut { first: seq, .. } => *seq,
-            Self::CutShort { last, .. }
-            | Self::EndsOtherwise { last, .. }
-            | Self::Torn { last, .. } => last.saturating_add(1),
-            Self::Unknown | Self::NotHere | Self::NoBefore | Self::ChainMissing { .. } => 0,
+            | Self::InvalidReceipt { first: seq, .. } => *seq,
+            Self::EndsBeforeCheckpoint { last, .. }
+            | Self::PredecessorEndMismatch { last, .. }
+            | Self::TornTail { last, .. } => last.saturating_add(1),
+            Self::ChainRowMissing
+            | Self::ChainAbsent
+            | Self::PredecessorUnnamed
+            | Self::PredecessorMissing { .. } => 0,
         }
     }
 
-    /// A short name for machines.
+    /// Returns the name in the output of `audit verify --json`. These names are public and do not change.
     #[must_use]
     pub fn name(&self) -> &'static str {
         match self {
             Self::Altered { .. } => "altered",
             Self::Replaced { .. } => "replaced",
-            Self::Twice { .. } => "twice",
-            Self::NoNumber { .. } => "no_number",
-            Self::NotRemoved { .. } => "not_removed",
-            Self::Torn { .. } => "torn",
-            Self::NotHere => "not_here",
-            Self::NoRun { .. } => "no_run",
+            Self::Duplicate { .. } => "twice",
+            Self::InvalidNumber { .. } => "no_number",
+            Self::PresentAfterPruning { .. } => "not_removed",
+            Self::TornTail { .. } => "torn",
+            Self::ChainAbsent => "not_here",
+            Self::InvalidRange { .. } => "no_run",
             Self::Missing { .. } => "missing",
-            Self::CutShort { .. } => "cut_short",
-            Self::Contradicted { .. } => "contradicted",
-            Self::BeyondPosition { .. } => "beyond_position",
-            Self::NotThePosition { .. } => "not_the_position",
-            Self::Unknown => "unknown_chain",
-            Self::NoBefore => "no_chain_before",
-            Self::ChainMissing { .. } => "chain_missing",
-            Self::EndsOtherwise { .. } => "ends_otherwise",
-            Self::UnprovenHead { .. } => "unproven_head",
-            Self::UnprovenCut { .. } => "unproven_cut",
+            Self::EndsBeforeCheckpoint { .. } => "cut_short",
+            Self::CheckpointMismatch { .. } => "contradicted",
+            Self::BeyondDeliveredPosition { .. } => "beyond_position",
+            Self::DeliveredHashMismatch { .. } => "not_the_position",
+            Self::ChainRowMissing => "unknown_chain",
+            Self::PredecessorUnnamed => "no_chain_before",
+            Self::PredecessorMissing { .. } => "chain_missing",
+            Self::PredecessorEndMismatch { .. } => "ends_otherwise",
+            Self::InvalidCheckpoint { .. } => "unproven_head",
+            Self::InvalidReceipt { .. } => "unproven_cut",
         }
     }
 }
@@ -175,65 +178,68 @@ impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Altered { seq } => {
-                write!(f, "record {seq} was altered: its hash is not that of what it says")
+                write!(f, "record {seq} was altered: its hash does not match its content")
             }
             Self::Replaced { seq: 0 } => {
-                f.write_str("record 1 does not follow the hash that the chain begins with")
+                f.write_str("record 1 does not follow the hash that the chain is linked to")
             }
             Self::Replaced { seq } => write!(
                 f,
-                "record {seq} is not the one that record {} was written after",
+                "record {seq} was replaced: record {} was written after another one",
                 seq.saturating_add(1)
             ),
-            Self::Twice { seq } => write!(f, "record {seq} is there more than once"),
-            Self::NotRemoved { seq } => {
-                write!(f, "record {seq} is there, and retention says that it removed it")
+            Self::Duplicate { seq } => write!(f, "record {seq} occurs more than once"),
+            Self::PresentAfterPruning { seq } => {
+                write!(
+                    f,
+                    "record {seq} is present, although a receipt says that retention removed it"
+                )
             }
-            Self::Torn { place, last } => write!(
+            Self::TornTail { location, last } => write!(
                 f,
-                "what follows record {last} does not follow it ({place}): a crash tore it before \
-                 any call was answered for it, or it was altered"
+                "the records after record {last} do not follow it ({location}): a crash interrupted \
+                 their writing before any call was answered, or they were altered"
             ),
-            Self::NotHere => f.write_str("a head of it was signed, and nothing of it is here"),
-            Self::NoNumber { seq } => write!(f, "no record can have the number {seq}"),
-            Self::NoRun { first, last } => {
-                write!(f, "no records {first} to {last} can have been removed")
+            Self::ChainAbsent => f.write_str("there is a signed head of it, and nothing else"),
+            Self::InvalidNumber { seq } => write!(f, "no record can have the number {seq}"),
+            Self::InvalidRange { first, last } => {
+                write!(f, "a receipt names records {first} to {last}, which is no possible range")
             }
             Self::Missing { first, last } if first == last => {
                 write!(f, "record {first} is missing")
             }
             Self::Missing { first, last } => write!(f, "records {first} to {last} are missing"),
-            Self::CutShort { last, head } => write!(
+            Self::EndsBeforeCheckpoint { last, head } => write!(
                 f,
                 "it ends with record {last}, and a signed head is of record {head}: the rest was \
                  removed, or is not delivered yet"
             ),
-            Self::Contradicted { seq } => {
-                write!(f, "record {seq} is not the one whose head was signed")
+            Self::CheckpointMismatch { seq } => {
+                write!(f, "record {seq} is not the one of its signed head")
             }
-            Self::BeyondPosition { seq } => {
-                write!(f, "record {seq} lies behind the end that audit_chains tells")
+            Self::BeyondDeliveredPosition { seq } => {
+                write!(f, "record {seq} is beyond the last one according to audit_chains")
             }
-            Self::NotThePosition { seq } => {
-                write!(f, "record {seq} is not the last one that audit_chains tells")
+            Self::DeliveredHashMismatch { seq } => {
+                write!(f, "record {seq} is not the last one according to audit_chains")
             }
-            Self::Unknown => f.write_str("it is not in audit_chains"),
-            Self::NoBefore => {
-                f.write_str("it begins with the hash of a chain before it, and names none")
+            Self::ChainRowMissing => f.write_str("it has no row in audit_chains"),
+            Self::PredecessorUnnamed => {
+                f.write_str("it begins with the hash of a previous chain, and names none")
             }
-            Self::ChainMissing { successor } => {
+            Self::PredecessorMissing { successor } => {
                 write!(f, "it is missing as a whole; chain {successor} follows it")
             }
-            Self::EndsOtherwise { last, successor } => write!(
+            Self::PredecessorEndMismatch { last, successor } => write!(
                 f,
-                "it ends with record {last}, and chain {successor} follows another one: later \
+                "it ends with record {last}, and chain {successor} is linked to another one: later \
                  records are missing, or were not delivered"
             ),
-            Self::UnprovenHead { seq, error } => {
-                write!(f, "the head of record {seq} proves nothing: {error}")
+            Self::InvalidCheckpoint { seq, error } => {
+                write!(f, "the signed head of record {seq} is not valid: {error}")
             }
-            Self::UnprovenCut { first, last, error } => {
-                write!(f, "that retention removed records {first} to {last} is not proven: {error}")
+            Self::InvalidReceipt { first, last, error } => {
+                write!(f, "the receipt for records {first} to {last} is not valid: {error}")
             }
         }
     }

@@ -1,4 +1,4 @@
-//! `audit export`.
+//! `audit export`: prints the log as JSON lines.
 
 use std::io::{self, BufWriter, Write};
 
@@ -8,10 +8,10 @@ use serde::Serialize;
 
 use super::FilterArgs;
 use crate::{
-    audit::export::{Opening, Statement},
+    audit::export::{ExportHeader, ExportStatement},
     cli::{Global, output},
     domain::clock::Clock,
-    store::audit::{EventFilter, Ledger},
+    store::audit::{AuditSnapshot, EventFilter},
 };
 
 #[derive(Args, Debug)]
@@ -23,42 +23,42 @@ pub(super) struct ExportArgs {
 pub(super) async fn run(global: &Global, args: ExportArgs) -> anyhow::Result<()> {
     let admin = global.admin(None).await?;
     let now = Clock::System.now();
-    let filter = args.filter.filter(now);
-    let mut ledger = Ledger::open(admin.pool()).await?;
-    let mut lines = Lines(BufWriter::with_capacity(1 << 18, io::stdout().lock()));
+    let filter = args.filter.into_filter(now);
+    let mut snapshot = AuditSnapshot::open(admin.pool()).await?;
+    let mut writer = LineWriter(BufWriter::with_capacity(1 << 18, io::stdout().lock()));
     let whole = filter == EventFilter::default();
-    lines.line(&Statement::AuditExport(Opening::new(now, whole)))?;
-    for claim in ledger.claims().await? {
-        lines.line(&Statement::Chain(claim))?;
+    writer.write(&ExportStatement::AuditExport(ExportHeader::new(now, whole)))?;
+    for claim in snapshot.claims().await? {
+        writer.write(&ExportStatement::Chain(claim))?;
     }
-    for cut in ledger.cuts().await? {
-        lines.line(&Statement::PruningReceipt(cut))?;
+    for receipt in snapshot.receipts().await? {
+        writer.write(&ExportStatement::PruningReceipt(receipt))?;
     }
-    for head in ledger.heads().await? {
-        lines.line(&Statement::ChainHead(head))?;
+    for checkpoint in snapshot.checkpoints().await? {
+        writer.write(&ExportStatement::Checkpoint(checkpoint))?;
     }
     let mut records = 0;
-    let mut events = ledger.events(&filter);
+    let mut events = snapshot.events(&filter);
     while let Some(event) = events.try_next().await? {
-        lines.line(&event)?;
+        writer.write(&event)?;
         records += 1;
     }
-    lines.line(&Statement::End { records })?;
-    lines.end()?;
+    writer.write(&ExportStatement::End { records })?;
+    writer.flush()?;
     output::note(format_args!("{records} records"));
     Ok(())
 }
 
-/// Standard output, line by line, and in large pieces.
-struct Lines<W: Write>(BufWriter<W>);
+/// Buffered standard output of JSON lines.
+struct LineWriter<W: Write>(BufWriter<W>);
 
-impl<W: Write> Lines<W> {
-    fn line(&mut self, value: &impl Serialize) -> anyhow::Result<()> {
+impl<W: Write> LineWriter<W> {
+    fn write(&mut self, value: &impl Serialize) -> anyhow::Result<()> {
         let line = serde_json::to_vec(value)?;
         output::check_written(self.0.write_all(&line).and_then(|()| self.0.write_all(b"\n")))
     }
 
-    fn end(mut self) -> anyhow::Result<()> {
+    fn flush(mut self) -> anyhow::Result<()> {
         output::check_written(self.0.flush())
     }
 }

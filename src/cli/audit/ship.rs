@@ -1,4 +1,4 @@
-//! `audit ship` and `audit retire`: what becomes of the journal of a replica that is gone.
+//! `audit ship` and `audit retire`: delivering the journal of a replica that is gone, or declaring it lost.
 
 use std::{io, path::PathBuf, process::ExitCode};
 
@@ -7,7 +7,7 @@ use clap::Args;
 use tokio::task;
 
 use crate::{
-    audit::journal::{Archive, TornTail},
+    audit::journal::{Archive, TornTail, with_causes},
     cli::{
         APPLICATION_NAME, Global,
         output::{self, Table},
@@ -15,20 +15,20 @@ use crate::{
     },
     config,
     files::state_dir::{StateDir, StateDirError},
-    services::journal_delivery::{self, Shipped},
+    services::journal_delivery::{self, DeliveredChain},
     store::admin::OpenChain,
 };
 
 #[derive(Args, Debug)]
 pub(super) struct ShipArgs {
-    /// Its state directory, or a copy of it; nothing there is changed
+    /// The replica's state directory, or a copy of it; nothing in it is changed
     #[arg(value_name = "DIR")]
     directory: PathBuf,
 }
 
 #[derive(Args, Debug)]
 pub(super) struct RetireArgs {
-    /// The replica, as `instance` in its events names it
+    /// The replica, by the value of `instance` in its events
     instance: String,
     /// Why, for the audit log
     #[arg(long, value_name = "TEXT")]
@@ -40,15 +40,19 @@ pub(super) async fn ship(global: &Global, args: ShipArgs) -> anyhow::Result<Exit
     let database = url.database(APPLICATION_NAME)?;
     database.check_schema().await?;
     let archive = task::spawn_blocking(move || open(&args.directory)).await??;
-    let shipped = journal_delivery::ship(&archive, database.connection()).await?;
+    let chains = journal_delivery::deliver_archive(&archive, database.connection()).await?;
     let mut table = Table::new(["CHAIN", "HAD", "HAS NOW"]);
     let mut delivered = 0;
-    let mut whole = true;
-    for Shipped { chain, from, to, stuck } in &shipped {
+    let mut complete = true;
+    for DeliveredChain { chain, from, to, unreadable } in &chains {
         delivered += to - from;
-        if let Some(error) = stuck {
-            whole = false;
-            output::note(format_args!("chain {} cannot be delivered on: {error}", chain.chain));
+        if let Some(error) = unreadable {
+            complete = false;
+            output::note(format_args!(
+                "chain {} cannot be read any further: {}",
+                chain.chain,
+                with_causes(error)
+            ));
         }
         table.row([chain.chain.clone(), from.to_string(), to.to_string()]);
     }
@@ -56,23 +60,23 @@ pub(super) async fn ship(global: &Global, args: ShipArgs) -> anyhow::Result<Exit
     output::note(format_args!("{delivered} records were delivered"));
     if let Some(torn) = archive.torn().filter(|torn| torn.records > 0) {
         let TornTail { file, line, records, .. } = torn;
-        whole = false;
+        complete = false;
         output::note(format_args!(
             "{file}: from line {line} on, {records} records do not follow those before, and were not \
              delivered: a crash tore them, or they were altered"
         ));
     }
-    Ok(ExitCode::from(u8::from(!whole)))
+    Ok(ExitCode::from(u8::from(!complete)))
 }
 
-/// Opens the journal of a directory that no broker uses.
+/// Opens the journal in a state directory, and locks the directory against a broker. Blocks on I/O.
 fn open(directory: &std::path::Path) -> anyhow::Result<Archive> {
     if !StateDir::journal_below(directory).is_dir() {
         bail!("{} is no state directory: it has no journal", directory.display());
     }
     let held = match StateDir::open(directory) {
         Ok(held) => Some(held),
-        // Where nothing can be written, no broker runs either.
+        // No broker runs in a directory that cannot be written, so that no lock is needed.
         Err(StateDirError::Io { error, .. })
             if error.kind() == io::ErrorKind::ReadOnlyFilesystem =>
         {
@@ -90,7 +94,7 @@ pub(super) async fn retire(global: &Global, args: RetireArgs) -> anyhow::Result<
     let admin = global.admin(args.reason.as_deref()).await?;
     let chains = admin.open_chains(&args.instance).await?;
     if chains.iter().any(|chain| chain.live) {
-        bail!("instance {} runs: it told so within the last minute", args.instance);
+        bail!("instance {} runs: it sent a heartbeat within the last minute", args.instance);
     }
     let mut retired = false;
     for chain in &chains {
@@ -98,8 +102,8 @@ pub(super) async fn retire(global: &Global, args: RetireArgs) -> anyhow::Result<
             output::note(format_args!("chain {} is retired already: {what}", chain.chain));
             continue;
         }
-        let what = what_may_be_missing(chain);
-        admin.retire(&chain.chain, &what).await?;
+        let what = describe_missing(chain);
+        admin.retire_chain(&chain.chain, &what).await?;
         output::line(format_args!("chain {} is retired: {what}", chain.chain))?;
         retired = true;
     }
@@ -107,20 +111,20 @@ pub(super) async fn retire(global: &Global, args: RetireArgs) -> anyhow::Result<
     Ok(())
 }
 
-/// What a chain that ends where it does may lack.
-fn what_may_be_missing(last: &OpenChain) -> String {
+/// Says which records of a chain may be missing.
+fn describe_missing(last: &OpenChain) -> String {
     let OpenChain { delivered_seq, started_at, .. } = last;
-    let told = last.told_seq.unwrap_or(*delivered_seq);
-    let missing = told - delivered_seq;
-    if last.stopped && last.told_seq.is_some() && missing == 0 {
+    let reported = last.reported_seq.unwrap_or(*delivered_seq);
+    let missing = reported - delivered_seq;
+    if last.stopped && last.reported_seq.is_some() && missing == 0 {
         return format!("it was stopped, and all {delivered_seq} records are there");
     }
     let until = match last.heartbeat_at {
-        Some(at) => format!("it was heard of last at {}", LocalTime(at)),
-        None => format!("it was opened at {} and not heard of", LocalTime(*started_at)),
+        Some(at) => format!("its last heartbeat was at {}", LocalTime(at)),
+        None => format!("it was opened at {} and sent no heartbeat", LocalTime(*started_at)),
     };
     let known = if missing > 0 {
-        format!("{missing} records, up to {told}, are missing for sure")
+        format!("{missing} records, up to {reported}, are certainly missing")
     } else {
         "none is known to be missing".to_owned()
     };
@@ -134,28 +138,31 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_may_be_missing_follows_from_what_was_delivered_and_what_was_told() {
+    fn what_may_be_missing_follows_from_the_delivered_and_the_reported_position() {
         let last = OpenChain {
             chain: "c1".into(),
             started_at: DateTime::UNIX_EPOCH,
             delivered_seq: 812,
-            told_seq: Some(840),
+            reported_seq: Some(840),
             heartbeat_at: Some(DateTime::UNIX_EPOCH),
             live: false,
             stopped: false,
             retired: None,
         };
         let says = |last: OpenChain, words: &str| {
-            let said = what_may_be_missing(&last);
+            let said = describe_missing(&last);
             assert!(said.contains(words), "{said}");
         };
-        says(last.clone(), "records after 812 may be missing; 28 records, up to 840, are missing");
         says(
-            OpenChain { told_seq: None, ..last.clone() },
-            "none is known to be missing; it was heard",
+            last.clone(),
+            "records after 812 may be missing; 28 records, up to 840, are certainly missing",
         );
-        says(OpenChain { heartbeat_at: None, ..last.clone() }, "and not heard of");
-        let stopped = OpenChain { stopped: true, told_seq: Some(812), ..last };
+        says(
+            OpenChain { reported_seq: None, ..last.clone() },
+            "none is known to be missing; its last heartbeat",
+        );
+        says(OpenChain { heartbeat_at: None, ..last.clone() }, "and sent no heartbeat");
+        let stopped = OpenChain { stopped: true, reported_seq: Some(812), ..last };
         says(stopped, "all 812 records are there");
     }
 }

@@ -1,36 +1,37 @@
-//! `audit tail`.
+//! `audit tail`: prints the last events, and follows later ones.
 
 use std::{collections::HashSet, time::Duration};
 
 use clap::Args;
 use sqlx::PgPool;
 
-use super::{FilterArgs, line::describe};
+use super::{FilterArgs, event_text::describe};
 use crate::{
     cli::{Global, output},
     domain::clock::{Clock, Timestamp, delta},
     store::audit::{EventFilter, StoredEvent, events_after, latest_events},
 };
 
-/// How often a follower asks for more.
-const PAUSE: Duration = Duration::from_secs(1);
-/// How far back it asks: a replica that was cut off for less delivers nothing that it misses.
+/// How often later events are queried.
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
+/// How far back each query goes: events are missed only if their replica was cut off from Postgres for
+/// longer.
 const OVERLAP: Duration = Duration::from_mins(2);
-/// Events a question.
-const PAGE: i64 = 1_000;
+/// Most events per query.
+const PAGE_SIZE: i64 = 1_000;
 
 #[derive(Args, Debug)]
 pub(super) struct TailArgs {
-    /// How many
+    /// How many events
     #[arg(short, default_value_t = 20, value_name = "N",
           value_parser = clap::value_parser!(i64).range(0..=1_000_000))]
     n: i64,
-    /// Goes on with those that come
+    /// Prints later events as they come
     #[arg(long, short, conflicts_with = "until")]
     follow: bool,
     #[command(flatten)]
     filter: FilterArgs,
-    /// Prints one JSON object a line
+    /// Prints one JSON object per line
     #[arg(long)]
     json: bool,
 }
@@ -38,7 +39,7 @@ pub(super) struct TailArgs {
 pub(super) async fn run(global: &Global, args: TailArgs) -> anyhow::Result<()> {
     let admin = global.admin(None).await?;
     let now = Clock::System.now();
-    let filter = args.filter.filter(now);
+    let filter = args.filter.into_filter(now);
     let last = latest_events(admin.pool(), &filter, args.n).await?;
     if last.is_empty() && !args.follow {
         output::note("no events");
@@ -59,10 +60,10 @@ async fn follow(
     json: bool,
 ) -> anyhow::Result<()> {
     loop {
-        Clock::System.sleep(PAUSE).await;
-        let mut after = printed.look_from();
+        Clock::System.sleep(POLL_INTERVAL).await;
+        let mut after = printed.query_from();
         loop {
-            let page = events_after(pool, filter, Some(after.clone()), PAGE).await?;
+            let page = events_after(pool, filter, Some(after.clone()), PAGE_SIZE).await?;
             let Some(last) = page.last() else { break };
             after = (last.at, last.chain.clone(), last.seq);
             for event in &page {
@@ -74,35 +75,36 @@ async fn follow(
     }
 }
 
-/// What a follower has printed of the time that it looks at again and again.
+/// The events that were printed, as far back as queries go.
 struct Printed {
-    /// What came before the follower did is not its concern, unless it is printed already.
+    /// Time of the last event that was printed at first. Earlier events are never printed.
     started_at: Timestamp,
+    /// Time of the newest event that was printed.
     newest: Timestamp,
-    places: HashSet<(Timestamp, String, i64)>,
+    positions: HashSet<(Timestamp, String, i64)>,
 }
 
 impl Printed {
     fn new(events: &[StoredEvent], now: Timestamp) -> Self {
         let started_at = events.last().map_or(now, |event| event.at);
-        let places = events.iter().map(place).collect();
-        Self { started_at, newest: started_at, places }
+        let positions = events.iter().map(position).collect();
+        Self { started_at, newest: started_at, positions }
     }
 
-    fn look_from(&mut self) -> (Timestamp, String, i64) {
+    fn query_from(&mut self) -> (Timestamp, String, i64) {
         let from = (self.newest - delta(OVERLAP)).max(self.started_at);
-        self.places.retain(|(at, ..)| *at >= from);
-        // No chain's name is empty, so this lies before every event of that moment.
+        self.positions.retain(|(at, ..)| *at >= from);
+        // No chain has an empty name, so this sorts before every event of that time.
         (from, String::new(), 0)
     }
 
     fn is_new(&mut self, event: &StoredEvent) -> bool {
         self.newest = self.newest.max(event.at);
-        self.places.insert(place(event))
+        self.positions.insert(position(event))
     }
 }
 
-fn place(event: &StoredEvent) -> (Timestamp, String, i64) {
+fn position(event: &StoredEvent) -> (Timestamp, String, i64) {
     (event.at, event.chain.clone(), event.seq)
 }
 
@@ -114,14 +116,14 @@ fn print(event: &StoredEvent, json: bool) -> anyhow::Result<()> {
 mod tests {
     use chrono::DateTime;
 
-    use super::{super::line::tests::event, *};
+    use super::{super::event_text::tests::event, *};
 
     #[test]
-    fn a_follower_prints_each_event_once_also_late_ones() {
+    fn late_events_are_printed_and_each_event_once() {
         let mut printed = Printed::new(&[event(10, 1)], DateTime::UNIX_EPOCH);
         assert!(!printed.is_new(&event(10, 1)));
         assert!(printed.is_new(&event(200, 3)));
-        let (from, ..) = printed.look_from();
+        let (from, ..) = printed.query_from();
         assert_eq!(from.timestamp(), 80);
         assert!(printed.is_new(&event(90, 2)));
         assert!(!printed.is_new(&event(200, 3)));

@@ -1,4 +1,4 @@
-//! `audit verify`.
+//! `audit verify`: verifies the log in the database, in a journal, or in an export.
 
 use std::{
     path::{Path, PathBuf},
@@ -13,14 +13,14 @@ use serde_json::{Value, json};
 use sqlx::PgPool;
 use tokio::{sync::mpsc, task};
 
-use super::lines::{Lines, heads_in};
+use super::export_reader::{ExportReader, read_checkpoints};
 use crate::{
     audit::{
         chain::{ChainHead, Digest, StoredEvent},
         checkpoint::SignedCheckpoint,
-        export::{Line, Statement},
+        export::{ExportLine, ExportStatement},
         journal::{Archive, TornTail},
-        verify::{Claim, Extent, Verdict, Verifier},
+        verify::{ChainClaim, Extent, VerificationReport, Verifier},
     },
     cli::{
         Global,
@@ -29,33 +29,33 @@ use crate::{
     },
     config::{self, Flags, KeyringFlag},
     crypto::{Keyring, VerifyingKeys},
-    store::audit::{EventFilter, Ledger},
+    store::audit::{AuditSnapshot, EventFilter},
 };
 
-/// How many records go from the reader to the verifier at once.
-const BATCH: usize = 1_000;
-/// How often a journal that changes meanwhile is read, before a last time.
-const MOST_READINGS: usize = 10;
-/// How many such batches may wait.
-const BATCHES: usize = 16;
+/// How many records are passed from the reader to the verifier at a time.
+const BATCH_RECORDS: usize = 1_000;
+/// How often reading a journal that changes meanwhile is tried again.
+const MAX_READS: usize = 10;
+/// How many batches may wait for the verifier.
+const QUEUED_BATCHES: usize = 16;
 
 #[derive(Args, Debug)]
 pub(super) struct VerifyArgs {
-    /// Proves the journal in this state directory, and not the database
+    /// Verifies the journal in this state directory instead of the database
     #[arg(long, value_name = "DIR", conflicts_with = "export")]
     journal: Option<PathBuf>,
-    /// Proves what `audit export` wrote, `-` for standard input, and not the database
+    /// Verifies an output of `audit export` instead of the database; `-` for standard input
     #[arg(long, value_name = "FILE")]
     export: Option<PathBuf>,
-    /// Demands that the export holds all that there was, and not a part
+    /// Fails unless the export holds the whole log
     #[arg(long, requires = "export")]
     whole: bool,
-    /// A head that was kept elsewhere: a file of them, such as a copy of audit-heads.jsonl or the
-    /// broker's JSON log, or CHAIN:SEQ:HASH. Any number of times
+    /// A signed head that was stored elsewhere: a file of them, such as a copy of audit-heads.jsonl or
+    /// the broker's JSON log, or CHAIN:SEQ:HASH. Can be given more than once
     #[arg(long = "head", value_name = "HEAD")]
-    heads: Vec<KnownHead>,
-    /// The public keys of signatures, as `keys public --signing` prints them; else those of the
-    /// keyring, if there is one
+    heads: Vec<HeadArgument>,
+    /// The public keys that check signatures, as `keys public --signing` prints them; default: those of
+    /// the keyring, if there is one
     #[arg(long, value_name = "FILE")]
     keys: Option<PathBuf>,
     #[command(flatten)]
@@ -65,50 +65,52 @@ pub(super) struct VerifyArgs {
     json: bool,
 }
 
-/// A head, or where heads are.
+/// A value of `--head`: a head, or a file of signed heads.
 #[derive(Clone, Debug, PartialEq)]
-enum KnownHead {
-    Here { chain: String, head: ChainHead },
-    In(PathBuf),
+enum HeadArgument {
+    Head { chain: String, head: ChainHead },
+    File(PathBuf),
 }
 
-impl FromStr for KnownHead {
+impl FromStr for HeadArgument {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let Some((place, hash)) = text.rsplit_once(':').filter(|(_, hash)| hash.len() == 64) else {
-            return Ok(Self::In(text.into()));
+        let Some((position, hash)) = text.rsplit_once(':').filter(|(_, hash)| hash.len() == 64)
+        else {
+            return Ok(Self::File(text.into()));
         };
         let malformed = || "neither a file nor CHAIN:SEQ:HASH".to_owned();
-        let (chain, seq) = place.rsplit_once(':').ok_or_else(malformed)?;
+        let (chain, seq) = position.rsplit_once(':').ok_or_else(malformed)?;
         let mut bytes = [0; 32];
         hex::decode_to_slice(hash, &mut bytes).map_err(|_| malformed())?;
         let head = ChainHead { seq: seq.parse().map_err(|_| malformed())?, hash: Digest(bytes) };
-        Ok(Self::Here { chain: chain.to_owned(), head })
+        Ok(Self::Head { chain: chain.to_owned(), head })
     }
 }
 
 pub(super) async fn run(global: &Global, args: VerifyArgs) -> anyhow::Result<ExitCode> {
     let keys = keys(global, args.keys.as_deref(), args.settings)?;
-    let proof = Proof::new(keys, args.heads)?;
-    let verdict = match (args.journal, args.export) {
+    let evidence = Evidence::new(keys, args.heads)?;
+    let report = match (args.journal, args.export) {
         (Some(directory), _) => {
-            task::spawn_blocking(move || proof.of_journal(&directory)).await??
+            task::spawn_blocking(move || evidence.verify_journal(&directory)).await??
         }
         (None, Some(file)) => {
-            task::spawn_blocking(move || proof.of_export(&file, args.whole)).await??
+            task::spawn_blocking(move || evidence.verify_export(&file, args.whole)).await??
         }
-        (None, None) => proof.of_database(global.admin(None).await?.pool()).await?,
+        (None, None) => evidence.verify_database(global.admin(None).await?.pool()).await?,
     };
     if args.json {
-        output::json(&in_json(&verdict))?;
+        output::json(&in_json(&report))?;
     } else {
-        print(&verdict)?;
+        print(&report)?;
     }
-    Ok(ExitCode::from(u8::from(!verdict.holds())))
+    Ok(ExitCode::from(u8::from(!report.holds())))
 }
 
-/// The keys to check signatures with; none if none are told of.
+/// The keys that check signatures: those of `file`, else those of the keyring; `None` if no keyring is
+/// configured.
 fn keys(
     global: &Global,
     file: Option<&Path>,
@@ -125,67 +127,69 @@ fn keys(
     Ok(file.map(|file| Keyring::load(&file)).transpose()?.as_ref().map(VerifyingKeys::from))
 }
 
-/// What a proof is made with.
-struct Proof {
+/// What a log is verified against.
+struct Evidence {
     keys: Option<VerifyingKeys>,
-    given: Vec<(String, ChainHead)>,
-    signed: Vec<SignedCheckpoint>,
+    /// Heads from the command line.
+    trusted: Vec<(String, ChainHead)>,
+    /// Checkpoints from files.
+    checkpoints: Vec<SignedCheckpoint>,
 }
 
-impl Proof {
-    /// Reads the heads that are in files.
-    fn new(keys: Option<VerifyingKeys>, heads: Vec<KnownHead>) -> anyhow::Result<Self> {
-        let (mut given, mut signed) = (Vec::new(), Vec::new());
+impl Evidence {
+    /// Reads the files that `heads` names.
+    fn new(keys: Option<VerifyingKeys>, heads: Vec<HeadArgument>) -> anyhow::Result<Self> {
+        let (mut trusted, mut checkpoints) = (Vec::new(), Vec::new());
         for head in heads {
             match head {
-                KnownHead::Here { chain, head } => given.push((chain, head)),
-                KnownHead::In(file) => {
-                    let heads = heads_in(&file)?;
-                    ensure!(!heads.is_empty(), "{} holds no signed head", file.display());
-                    signed.extend(heads);
+                HeadArgument::Head { chain, head } => trusted.push((chain, head)),
+                HeadArgument::File(file) => {
+                    let found = read_checkpoints(&file)?;
+                    ensure!(!found.is_empty(), "{} holds no signed head", file.display());
+                    checkpoints.extend(found);
                 }
             }
         }
-        Ok(Self { keys, given, signed })
+        Ok(Self { keys, trusted, checkpoints })
     }
 
-    fn begin(&self, extent: Extent) -> Verifier {
+    fn verifier(&self, extent: Extent) -> Verifier {
         let mut verifier = Verifier::new(extent, self.keys.clone());
-        for (chain, head) in &self.given {
-            verifier.unsigned_head(chain, *head);
+        for (chain, head) in &self.trusted {
+            verifier.add_trusted_head(chain, *head);
         }
-        for head in &self.signed {
-            verifier.head(head);
+        for checkpoint in &self.checkpoints {
+            verifier.add_checkpoint(checkpoint);
         }
         verifier
     }
 
-    /// Reads and decodes on one thread what another hashes.
-    async fn of_database(self, pool: &PgPool) -> anyhow::Result<Verdict> {
-        let mut verifier = self.begin(Extent::Whole);
-        let mut ledger = Ledger::open(pool).await?;
-        for claim in ledger.claims().await? {
-            claimed(&mut verifier, claim);
+    /// Verifies the database. Records are read and decoded here, and hashed on another thread.
+    async fn verify_database(self, pool: &PgPool) -> anyhow::Result<VerificationReport> {
+        let mut verifier = self.verifier(Extent::Whole);
+        let mut snapshot = AuditSnapshot::open(pool).await?;
+        for claim in snapshot.claims().await? {
+            add_chain(&mut verifier, claim);
         }
-        for cut in ledger.cuts().await? {
-            verifier.cut(cut);
+        for receipt in snapshot.receipts().await? {
+            verifier.add_receipt(receipt);
         }
-        for head in &ledger.heads().await? {
-            verifier.head(head);
+        for checkpoint in &snapshot.checkpoints().await? {
+            verifier.add_checkpoint(checkpoint);
         }
-        let (batches, mut taken) = mpsc::channel::<Vec<StoredEvent>>(BATCHES);
+        let (batches, mut received) = mpsc::channel::<Vec<StoredEvent>>(QUEUED_BATCHES);
         let verifying = task::spawn_blocking(move || {
-            while let Some(batch) = taken.blocking_recv() {
+            while let Some(batch) = received.blocking_recv() {
                 for event in &batch {
-                    verifier.record(event);
+                    verifier.add_record(event);
                 }
             }
             verifier
         });
         let filter = EventFilter::default();
-        let mut events = ledger.events(&filter).try_chunks(BATCH);
+        let mut events = snapshot.events(&filter).try_chunks(BATCH_RECORDS);
         while let Some(batch) = events.try_next().await.map_err(|error| error.1)? {
-            // Its end can only be a panic, which the join tells.
+            // The verifier can only have panicked; joining it reports that.
             if batches.send(batch).await.is_err() {
                 break;
             }
@@ -194,47 +198,47 @@ impl Proof {
         Ok(verifying.await?.finish())
     }
 
-    fn of_journal(&self, directory: &Path) -> anyhow::Result<Verdict> {
-        unless_twice(|| self.of_journal_now(directory))
+    fn verify_journal(&self, directory: &Path) -> anyhow::Result<VerificationReport> {
+        retry_while_changing(|| self.verify_journal_once(directory))
     }
 
-    fn of_journal_now(&self, directory: &Path) -> anyhow::Result<Verdict> {
-        let mut verifier = self.begin(Extent::Kept);
+    fn verify_journal_once(&self, directory: &Path) -> anyhow::Result<VerificationReport> {
+        let mut verifier = self.verifier(Extent::Retained);
         let archive = Archive::open(directory, None)?;
-        // A broker that writes there may be in the middle of a line.
+        // A tail without a complete record is ignored: a running broker may be writing it.
         if let Some(torn) = archive.torn().filter(|torn| torn.records > 0) {
             let TornTail { chain, last_seq, file, line, records } = torn;
-            verifier.torn(
+            verifier.add_torn_tail(
                 chain,
                 *last_seq,
-                format!("{file}, line {line}; {records} whole records"),
+                format!("{file}, line {line}; {records} complete records"),
             );
         }
         for chain in archive.chains() {
-            verifier.chain(Claim::of(&chain.link), chain.before);
+            verifier.add_chain(ChainClaim::of(&chain.link), chain.before);
             let mut reader = archive.reader(chain.link, chain.before);
             loop {
                 let events = reader.read()?;
                 if events.is_empty() {
                     break;
                 }
-                // The reader has compared their hashes.
+                // The reader has checked the hashes.
                 for event in &events {
-                    verifier.hashed_record(event, true);
+                    verifier.add_hashed_record(event, true);
                 }
             }
         }
         Ok(verifier.finish())
     }
 
-    fn of_export(&self, file: &Path, whole: bool) -> anyhow::Result<Verdict> {
-        let mut lines = Lines::open(file)?;
-        let first = lines.next()?;
+    fn verify_export(&self, file: &Path, whole: bool) -> anyhow::Result<VerificationReport> {
+        let mut export = ExportReader::open(file)?;
+        let first = export.next()?;
         let extent = match &first {
-            Some(Line::Statement(Statement::AuditExport(opening))) if opening.whole => {
+            Some(ExportLine::Statement(ExportStatement::AuditExport(header))) if header.whole => {
                 Extent::Whole
             }
-            Some(_) => Extent::Part,
+            Some(_) => Extent::Partial,
             None => bail!("{} is empty", file.display()),
         };
         ensure!(
@@ -242,64 +246,80 @@ impl Proof {
             "{} is a part of an audit log, not the whole of one",
             file.display()
         );
-        let has_end = matches!(first, Some(Line::Statement(Statement::AuditExport(_))));
-        let mut verifier = self.begin(extent);
+        let has_end = matches!(first, Some(ExportLine::Statement(ExportStatement::AuditExport(_))));
+        let mut verifier = self.verifier(extent);
         let (mut records, mut ended) = (0, !has_end);
-        while let Some(line) = lines.next()? {
+        while let Some(line) = export.next()? {
             match line {
-                Line::Record(event) => {
+                ExportLine::Record(event) => {
                     records += 1;
-                    verifier.record(&event);
+                    verifier.add_record(&event);
                 }
-                Line::Statement(Statement::AuditExport(_)) => {}
-                Line::Statement(Statement::Chain(claim)) => claimed(&mut verifier, claim),
-                Line::Statement(Statement::PruningReceipt(cut)) => verifier.cut(cut),
-                Line::Statement(Statement::ChainHead(head)) => verifier.head(&head),
-                Line::Statement(Statement::End { records: told }) if told == records => {
+                ExportLine::Statement(ExportStatement::AuditExport(_)) => {}
+                ExportLine::Statement(ExportStatement::Chain(claim)) => {
+                    add_chain(&mut verifier, claim);
+                }
+                ExportLine::Statement(ExportStatement::PruningReceipt(receipt)) => {
+                    verifier.add_receipt(receipt);
+                }
+                ExportLine::Statement(ExportStatement::Checkpoint(checkpoint)) => {
+                    verifier.add_checkpoint(&checkpoint);
+                }
+                ExportLine::Statement(ExportStatement::End { records: stated })
+                    if stated == records =>
+                {
                     ended = true;
                 }
-                Line::Statement(Statement::End { records: told }) => {
-                    bail!("{}: it ends after {records} records of {told}", file.display())
+                ExportLine::Statement(ExportStatement::End { records: stated }) => {
+                    bail!("{}: it ends after {records} records of {stated}", file.display())
                 }
             }
         }
         if !ended {
-            bail!("{}: its last line is missing: it was cut short", file.display());
+            bail!("{}: its last line is missing: the file is truncated", file.display());
         }
         Ok(verifier.finish())
     }
 }
 
-/// Tries `read` again as long as it fails in another way each time, some times at most. A broker that
-/// writes to a journal removes segments that somebody has just listed, and cuts those that it abandons.
-/// What it removes is the oldest, which is read first: what failed has not been read for long.
-fn unless_twice<T>(read: impl Fn() -> anyhow::Result<T>) -> anyhow::Result<T> {
+/// Calls `read` again while it fails differently each time, [`MAX_READS`] times at most.
+///
+/// A running broker deletes segments that were listed just before, and truncates those that it abandons,
+/// so that reading its journal can fail although nothing is wrong. The oldest segments are deleted and
+/// are also read first, so that a failed attempt was short.
+fn retry_while_changing<T>(read: impl Fn() -> anyhow::Result<T>) -> anyhow::Result<T> {
     let mut last = None;
-    for _ in 0..MOST_READINGS {
+    for _ in 0..MAX_READS {
         match read() {
-            Err(error) if last.replace(error.to_string()) != Some(error.to_string()) => {}
-            done => return done,
+            Err(error) => {
+                let text = format!("{error:#}");
+                if last.as_ref() == Some(&text) {
+                    return Err(error);
+                }
+                last = Some(text);
+            }
+            read => return read,
         }
     }
     read()
 }
 
-fn claimed(verifier: &mut Verifier, claim: Claim) {
+fn add_chain(verifier: &mut Verifier, claim: ChainClaim) {
     let root = claim.root();
-    verifier.chain(claim, root);
+    verifier.add_chain(claim, root);
 }
 
-fn print(verdict: &Verdict) -> anyhow::Result<()> {
-    for finding in &verdict.findings {
+fn print(report: &VerificationReport) -> anyhow::Result<()> {
+    for finding in &report.findings {
         output::line(format_args!("chain {}: {}", finding.chain, finding.fault))?;
     }
-    let untold = verdict.faults - verdict.findings.len() as u64;
-    if untold > 0 {
-        output::line(format_args!("and {untold} more"))?;
+    let unlisted = report.faults - report.findings.len() as u64;
+    if unlisted > 0 {
+        output::line(format_args!("and {unlisted} more"))?;
     }
     let mut table =
         Table::new(["CHAIN", "RECORDS", "REMOVED", "LAST", "SIGNED TO", "FROM", "TO", "HOLDS"]);
-    for chain in &verdict.chains {
+    for chain in &report.chains {
         table.row([
             chain.chain.clone(),
             chain.records.to_string(),
@@ -312,31 +332,31 @@ fn print(verdict: &Verdict) -> anyhow::Result<()> {
         ]);
     }
     table.print("there are no chains")?;
-    for notice in &verdict.notices {
+    for notice in &report.notices {
         output::note(format_args!("note: {notice}"));
     }
-    let (records, chains) = (verdict.records(), verdict.chains.len());
-    let holds = match (verdict.holds(), verdict.signatures_checked) {
+    let (records, chains) = (report.records(), report.chains.len());
+    let holds = match (report.holds(), report.signatures_checked) {
         (false, _) => "it does NOT hold",
         (true, true) => "all of it holds",
-        (true, false) => "it holds as far as can be told without keys",
+        (true, false) => "it holds as far as can be checked without keys",
     };
     output::note(format_args!("{records} records in {chains} chains: {holds}"));
     Ok(())
 }
 
-fn in_json(verdict: &Verdict) -> Value {
-    let findings = verdict.findings.iter().map(|finding| {
+fn in_json(report: &VerificationReport) -> Value {
+    let findings = report.findings.iter().map(|finding| {
         json!({
             "chain": finding.chain, "seq": finding.fault.seq(), "fault": finding.fault.name(),
             "says": finding.fault.to_string(),
         })
     });
     json!({
-        "holds": verdict.holds(), "signatures_checked": verdict.signatures_checked,
-        "records": verdict.records(), "faults": verdict.faults,
-        "findings": findings.collect::<Vec<_>>(), "notices": verdict.notices,
-        "chains": verdict.chains,
+        "holds": report.holds(), "signatures_checked": report.signatures_checked,
+        "records": report.records(), "faults": report.faults,
+        "findings": findings.collect::<Vec<_>>(), "notices": report.notices,
+        "chains": report.chains,
     })
 }
 
@@ -345,10 +365,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_fails_twice_alike_has_failed_and_what_changes_meanwhile_is_read_anew() {
+    fn reading_is_retried_until_it_fails_twice_in_the_same_way() {
         let tries = |outcomes: &[Result<u8, &'static str>]| {
             let tried = std::cell::Cell::new(0);
-            let read = unless_twice(|| {
+            let read = retry_while_changing(|| {
                 let outcome = outcomes[tried.get()];
                 tried.set(tried.get() + 1);
                 outcome.map_err(anyhow::Error::msg)
@@ -359,18 +379,19 @@ mod tests {
         assert_eq!(tries(&[Err("a"), Ok(1)]), (Ok(1), 2));
         assert_eq!(tries(&[Err("a"), Err("a"), Ok(1)]), (Err("a".into()), 2));
         assert_eq!(tries(&[Err("a"), Err("b"), Err("c"), Ok(1)]), (Ok(1), 4));
-        let ever_another = ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l"].map(Err);
-        assert_eq!(tries(&ever_another), (Err("k".into()), 11));
+        let always_different =
+            ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l"].map(Err);
+        assert_eq!(tries(&always_different), (Err("k".into()), 11));
     }
 
     #[test]
-    fn a_head_is_a_place_in_a_chain_or_a_file() {
+    fn a_head_is_a_position_with_a_hash_or_a_file() {
         let hash = "ab".repeat(32);
-        let parse = |text: &str| text.parse::<KnownHead>();
+        let parse = |text: &str| text.parse::<HeadArgument>();
         let head = ChainHead { seq: 12, hash: Digest([0xab; 32]) };
-        let here = KnownHead::Here { chain: "c00000001-0123456789abcdef".into(), head };
-        assert_eq!(parse(&format!("c00000001-0123456789abcdef:12:{hash}")), Ok(here));
-        assert_eq!(parse("/a:b/heads"), Ok(KnownHead::In("/a:b/heads".into())));
+        let expected = HeadArgument::Head { chain: "c00000001-0123456789abcdef".into(), head };
+        assert_eq!(parse(&format!("c00000001-0123456789abcdef:12:{hash}")), Ok(expected));
+        assert_eq!(parse("/a:b/heads"), Ok(HeadArgument::File("/a:b/heads".into())));
         for wrong in
             [format!("c1:x:{hash}"), format!("c1:{hash}"), format!("c1:1:{}", "x".repeat(64))]
         {

@@ -1,4 +1,4 @@
-//! `audit who`.
+//! `audit who`: lists who was given a token.
 
 use std::{
     collections::BTreeMap,
@@ -25,19 +25,19 @@ use crate::{
         clock::{Clock, Timestamp},
         secret::AccessToken,
     },
-    store::audit::{EventFilter, Ledger, StoredEvent},
+    store::audit::{AuditSnapshot, EventFilter, StoredEvent},
     upstream::rcs::stated_life,
 };
 
-/// How far from a token's life its records may lie: clocks differ, and calls wait.
-const AROUND: TimeDelta = TimeDelta::minutes(15);
+/// How far outside of a token's life its records are searched: clocks differ, and calls wait.
+const SEARCH_MARGIN: TimeDelta = TimeDelta::minutes(15);
 
 #[derive(Args, Debug)]
 pub(super) struct WhoArgs {
-    /// From then on: RFC 3339, or so long ago, such as 24h; by itself, the token's own life
+    /// Only events from this time on: RFC 3339, or a time ago, such as 24h; default: the token's life
     #[arg(long, value_name = "T")]
     since: Option<Moment>,
-    /// Before then
+    /// Only events before this time
     #[arg(long, value_name = "T")]
     until: Option<Moment>,
     #[command(flatten)]
@@ -47,14 +47,14 @@ pub(super) struct WhoArgs {
     json: bool,
 }
 
-/// One pair of hands.
+/// Somebody who was given the token, with equal records counted together.
 #[derive(Debug, Serialize)]
 struct Holder {
     account: Option<String>,
     event: String,
     caller: Option<String>,
     caller_kind: Option<String>,
-    /// Without the port, which differs from connection to connection.
+    /// The address without the port, which differs between connections.
     host: Option<String>,
     times: i64,
     first: LocalTime,
@@ -66,16 +66,16 @@ pub(super) async fn run(global: &Global, args: WhoArgs) -> anyhow::Result<ExitCo
     let token = read_token()?;
     let now = Clock::System.now();
     let (since, until) = match (&args.since, &args.until) {
-        (None, None) => life(&token),
+        (None, None) => search_bounds(&token),
         (since, until) => (since.map(|it| it.before(now)), until.map(|it| it.before(now))),
     };
     let fingerprints = keyring.fingerprints(&token);
     let admin = global.admin(None).await?;
-    let mut ledger = Ledger::open(admin.pool()).await?;
+    let mut snapshot = AuditSnapshot::open(admin.pool()).await?;
     let filter =
         EventFilter { since, until, fingerprints: Some(fingerprints), ..EventFilter::default() };
     let mut holders = BTreeMap::new();
-    let mut events = ledger.events(&filter);
+    let mut events = snapshot.events(&filter);
     while let Some(event) = events.try_next().await? {
         add(&mut holders, event);
     }
@@ -87,25 +87,25 @@ pub(super) async fn run(global: &Global, args: WhoArgs) -> anyhow::Result<ExitCo
 }
 
 fn read_token() -> anyhow::Result<AccessToken> {
-    const LONGEST: u64 = 64 << 10;
+    const MAX_BYTES: u64 = 64 << 10;
     if io::stdin().is_terminal() {
         output::note("the token, then Ctrl-D:");
     }
     let mut text = String::new();
-    io::stdin().take(LONGEST).read_to_string(&mut text).context("standard input is no text")?;
+    io::stdin().take(MAX_BYTES).read_to_string(&mut text).context("standard input is no text")?;
     match AccessToken::new(text.trim()) {
         Ok(token) => Ok(token),
         Err(error) => bail!("standard input holds no token: {error}"),
     }
 }
 
-/// When the token's records can have been made, if it says when it was issued.
-fn life(token: &AccessToken) -> (Option<Timestamp>, Option<Timestamp>) {
+/// The times between which the token's records can lie, if the token says when it was issued.
+fn search_bounds(token: &AccessToken) -> (Option<Timestamp>, Option<Timestamp>) {
     let Some((issued_at, expires_at)) = stated_life(token).filter(|(from, to)| from < to) else {
         output::note("the token does not say when it was issued: the whole log is searched");
         return (None, None);
     };
-    (Some(issued_at - AROUND), Some(expires_at + AROUND))
+    (Some(issued_at - SEARCH_MARGIN), Some(expires_at + SEARCH_MARGIN))
 }
 
 fn add(holders: &mut BTreeMap<[Option<String>; 5], Holder>, event: StoredEvent) {

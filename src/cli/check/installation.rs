@@ -103,7 +103,7 @@ async fn add_database_checks(
         0 => CheckResult::warning("brokers", "none has sent a heartbeat in the last minute"),
         live => CheckResult::ok("brokers", format!("{live} live")),
     });
-    results.push(match retention::least_kept(admin.pool()).await {
+    results.push(match retention::minimum_retention(admin.pool()).await {
         Ok(least) => retention_check(settings, least),
         Err(StoreError::Refused(why)) => CheckResult::failure(
             "roles",

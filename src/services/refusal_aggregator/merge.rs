@@ -1,18 +1,18 @@
-//! One record for many refusals of a kind.
+//! Merges refusals of one kind into one record.
 
 use std::{collections::BTreeSet, net::SocketAddr};
 
 use crate::{audit::record::Record, domain::clock::Timestamp};
 
-/// How many of the accounts that were asked for the record names.
-const MOST_ACCOUNTS: usize = 16;
+/// How many of the requested accounts the record names.
+const MAX_LISTED_ACCOUNTS: usize = 16;
 
-/// Refusals that become one record: it keeps what they have in common.
+/// Merged refusals. The record keeps what they have in common.
 #[derive(Debug)]
 pub(super) struct AggregatedRefusal {
     record: Record,
     until: Timestamp,
-    /// The first few of the accounts that were asked for.
+    /// The first requested accounts.
     accounts: BTreeSet<String>,
     more_accounts: bool,
 }
@@ -23,23 +23,23 @@ impl AggregatedRefusal {
         Self { until: first.at, record: first, accounts, more_accounts: false }
     }
 
-    pub(super) fn join(&mut self, other: Record) {
+    pub(super) fn add(&mut self, other: Record) {
         let record = &mut self.record;
         record.at = record.at.min(other.at);
         self.until = self.until.max(other.at);
         record.count = record.count.saturating_add(other.count);
         if record.peer != other.peer {
-            record.peer = same_host(record.peer.take(), other.peer);
+            record.peer = common_host(record.peer.take(), other.peer);
         }
-        agree(&mut record.caller_kind, other.caller_kind.as_ref());
-        agree(&mut record.account, other.account.as_ref());
-        agree(&mut record.generation, other.generation.as_ref());
-        agree(&mut record.token_fingerprint, other.token_fingerprint.as_ref());
-        agree(&mut record.trace_id, other.trace_id.as_ref());
+        keep_if_equal(&mut record.caller_kind, other.caller_kind.as_ref());
+        keep_if_equal(&mut record.account, other.account.as_ref());
+        keep_if_equal(&mut record.generation, other.generation.as_ref());
+        keep_if_equal(&mut record.token_fingerprint, other.token_fingerprint.as_ref());
+        keep_if_equal(&mut record.trace_id, other.trace_id.as_ref());
         record.detail.retain(|key, value| other.detail.get(key) == Some(value));
         record.latency_us = None;
         if let Some(account) = other.account {
-            if self.accounts.len() < MOST_ACCOUNTS {
+            if self.accounts.len() < MAX_LISTED_ACCOUNTS {
                 self.accounts.insert(account);
             } else {
                 self.more_accounts |= !self.accounts.contains(&account);
@@ -47,8 +47,8 @@ impl AggregatedRefusal {
         }
     }
 
-    /// The record. Of a single refusal it is that refusal's own.
-    pub(super) fn record(self) -> Record {
+    /// Returns the record. If only one refusal was added, that is its own record, unchanged.
+    pub(super) fn into_record(self) -> Record {
         let Self { record, until, accounts, more_accounts } = self;
         if record.count == 1 {
             return record;
@@ -60,21 +60,21 @@ impl AggregatedRefusal {
             if more_accounts {
                 names.push_str(",…");
             }
-            // As they were cleaned when they were asked for.
+            // Inserted directly, since the names were sanitized when they were requested.
             record.detail.insert("accounts".into(), names);
         }
         record
     }
 }
 
-fn agree<T: PartialEq>(kept: &mut Option<T>, other: Option<&T>) {
+fn keep_if_equal<T: PartialEq>(kept: &mut Option<T>, other: Option<&T>) {
     if kept.as_ref() != other {
         *kept = None;
     }
 }
 
-/// What two peers have in common: their address, if the port alone differs.
-fn same_host(one: Option<String>, other: Option<String>) -> Option<String> {
+/// What two peers have in common: the address, if only the ports differ.
+fn common_host(one: Option<String>, other: Option<String>) -> Option<String> {
     let host = |peer: &str| {
         peer.parse::<SocketAddr>().map_or_else(|_| peer.to_owned(), |peer| peer.ip().to_string())
     };

@@ -11,11 +11,11 @@ use crate::{
     files::state_dir::StateDir,
 };
 
-/// A refusal of `account` to who calls from `peer`, `second` seconds after a fixed moment.
+/// A refusal of `account` to a caller at `peer`, `second` seconds after the epoch.
 fn refusal(second: i64, peer: &str, account: &str) -> Record {
     let at = DateTime::UNIX_EPOCH + TimeDelta::seconds(second);
     let mut record = Record::new(at, Event::GetToken)
-        .account_as_asked(account)
+        .requested_account(account)
         .outcome("permission_denied", "NOT_GRANTED");
     record.peer = Some(peer.into());
     record.trace_id = Some(format!("{second:032}"));
@@ -24,19 +24,19 @@ fn refusal(second: i64, peer: &str, account: &str) -> Record {
 }
 
 #[test]
-fn an_origin_has_a_few_records_at_once_and_then_one_a_second() {
-    let mut state = State::default();
-    let alone = |state: &mut State, at| (0..100).filter(|_| state.pays(at)).count();
-    assert_eq!(alone(&mut state, Duration::ZERO), 20);
-    assert_eq!(alone(&mut state, Duration::from_millis(999)), 0);
-    assert_eq!(alone(&mut state, Duration::from_secs(1)), 1);
+fn a_kind_gets_a_burst_of_individual_records_and_then_one_per_second() {
+    let mut state = KindState::default();
+    let individual = |state: &mut KindState, at| (0..100).filter(|_| state.try_spend(at)).count();
+    assert_eq!(individual(&mut state, Duration::ZERO), 20);
+    assert_eq!(individual(&mut state, Duration::from_millis(999)), 0);
+    assert_eq!(individual(&mut state, Duration::from_secs(1)), 1);
     assert!(!state.is_idle(Duration::from_secs(20)));
     assert!(state.is_idle(Duration::from_secs(21)));
-    assert_eq!(alone(&mut state, Duration::from_mins(1)), 20);
+    assert_eq!(individual(&mut state, Duration::from_mins(1)), 20);
 }
 
 #[test]
-fn a_caller_is_one_origin_and_so_is_an_ipv6_network() {
+fn the_origin_is_the_caller_or_the_address_or_the_ipv6_network() {
     let origin = |peer: &str| Origin::of(&refusal(0, peer, "acme"));
     assert_eq!(origin("127.0.0.1:1"), origin("127.0.0.1:2"));
     assert_eq!(origin("127.0.0.1:1"), origin("[::ffff:127.0.0.1]:2"));
@@ -49,12 +49,12 @@ fn a_caller_is_one_origin_and_so_is_an_ipv6_network() {
 }
 
 #[test]
-fn a_folded_record_keeps_what_its_refusals_have_in_common() {
-    let mut folded =
+fn an_aggregated_record_keeps_what_its_refusals_have_in_common() {
+    let mut refusals =
         AggregatedRefusal::new(refusal(5, "127.0.0.1:1", "acme").with("refused", "ended"));
-    folded.join(refusal(3, "127.0.0.1:2", "acme").with("refused", "ended").with("more", "x"));
-    folded.join(refusal(9, "127.0.0.1:1", "acme").with("refused", "ended"));
-    let record = folded.record();
+    refusals.add(refusal(3, "127.0.0.1:2", "acme").with("refused", "ended").with("more", "x"));
+    refusals.add(refusal(9, "127.0.0.1:1", "acme").with("refused", "ended"));
+    let record = refusals.into_record();
     assert_eq!(record.count, 3);
     assert_eq!(record.at.timestamp(), 3);
     assert_eq!(record.peer.as_deref(), Some("127.0.0.1"));
@@ -66,34 +66,38 @@ fn a_folded_record_keeps_what_its_refusals_have_in_common() {
 }
 
 #[test]
-fn of_several_accounts_the_first_few_are_named() {
-    let mut folded = AggregatedRefusal::new(refusal(0, "127.0.0.1:1", "a\nb"));
+fn an_aggregated_record_names_the_first_accounts_of_several() {
+    let mut refusals = AggregatedRefusal::new(refusal(0, "127.0.0.1:1", "a\nb"));
     for nth in 0..30 {
-        folded.join(refusal(nth, "127.0.0.2:1", &format!("acme-{nth:02}")));
+        refusals.add(refusal(nth, "127.0.0.2:1", &format!("acme-{nth:02}")));
     }
-    let record = folded.record();
+    let record = refusals.into_record();
     assert_eq!((record.account, record.peer), (None, None));
     let accounts = &record.detail["accounts"];
     assert!(accounts.starts_with("a\\u{a}b,acme-00,acme-01,"), "{accounts}");
     assert!(accounts.ends_with(",acme-14,…"), "{accounts}");
 }
 
-/// A journal in a directory of its own, and what folds for it.
-struct Office {
-    folds: RefusalAggregator,
+/// A journal in a directory of its own, and an aggregator that writes to it.
+struct Fixture {
+    aggregator: RefusalAggregator,
     state_dir: StateDir,
-    _home: TempDir,
+    _directory: TempDir,
 }
 
-impl Office {
-    fn open() -> Self {
-        let home = TempDir::new().unwrap();
-        let state_dir = StateDir::open(home.path()).unwrap();
+impl Fixture {
+    fn new() -> Self {
+        let directory = TempDir::new().unwrap();
+        let state_dir = StateDir::open(directory.path()).unwrap();
         let journal = Journal::open(&state_dir, JournalSettings::default(), Clock::System).unwrap();
-        Self { folds: RefusalAggregator::new(journal, TaskTracker::new()), state_dir, _home: home }
+        Self {
+            aggregator: RefusalAggregator::new(journal, TaskTracker::new()),
+            state_dir,
+            _directory: directory,
+        }
     }
 
-    /// What is in the journal by now.
+    /// The records that are in the journal's files now.
     fn written(&self) -> Vec<StoredEvent> {
         let segments = fs::read_dir(self.state_dir.journal_dir()).unwrap();
         segments
@@ -111,70 +115,71 @@ impl Office {
 #[tokio::test]
 async fn every_refusal_is_counted_on_disk_before_it_is_answered_and_a_flood_makes_few_records() {
     const EACH: i64 = 400;
-    let office = Office::open();
+    let fixture = Fixture::new();
     let began = Instant::now();
     let refusals = (0..3 * EACH).map(|nth| {
         let refusal = refusal(nth, &format!("127.0.0.{}:{nth}", nth % 3 + 1), "acme");
-        office.folds.recorded(refusal, RECORD_WITHIN)
+        fixture.aggregator.record(refusal, DURABLE_WITHIN)
     });
     let answered = join_all(refusals).await;
     assert!(answered.iter().all(Result::is_ok));
-    // Nothing has been closed: what is answered is on disk.
-    let written = office.written();
+    // The journal is still open: what was answered is on disk already.
+    let written = fixture.written();
     for origin in 1..=3 {
         let peer = format!("127.0.0.{origin}");
         let of_it = written.iter().filter(|it| it.peer.as_ref().unwrap().starts_with(&peer));
         let counts: Vec<_> = of_it.map(|it| it.count).collect();
         assert_eq!(counts.iter().sum::<i64>(), EACH);
-        // Twenty at once; and for each second one more, and four with counts.
+        // Twenty in the burst; then per second one individual record and four aggregated ones.
         let most = 20 + 5 * (began.elapsed().as_secs() + 1);
         assert!(counts.len() as u64 <= most, "{counts:?}");
     }
 }
 
 #[tokio::test]
-async fn who_waits_for_a_folded_record_that_cannot_be_written_hears_of_it() {
-    let office = Office::open();
-    office.folds.0.journal.close().await;
-    let refusals =
-        (0..30).map(|nth| office.folds.recorded(refusal(nth, "[::1]:1", "a"), WINDOW * 40));
+async fn every_caller_gets_the_error_when_an_aggregated_record_cannot_be_written() {
+    let fixture = Fixture::new();
+    fixture.aggregator.0.journal.close().await;
+    let refusals = (0..30).map(|nth| {
+        fixture.aggregator.record(refusal(nth, "[::1]:1", "a"), AGGREGATION_WINDOW * 40)
+    });
     for answered in join_all(refusals).await {
         assert_eq!(answered, Err(AuditUnavailable::Unwritable));
     }
 }
 
 #[tokio::test]
-async fn a_refusal_whose_asker_has_gone_is_counted_too() {
-    let office = Office::open();
+async fn a_refusal_whose_caller_disconnected_is_counted_too() {
+    let fixture = Fixture::new();
     for nth in 0..30 {
-        drop(office.folds.way_of(refusal(nth, "127.0.0.1:1", "acme"), Duration::ZERO));
+        drop(fixture.aggregator.dispose(refusal(nth, "127.0.0.1:1", "acme"), Duration::ZERO));
     }
-    office.folds.0.tasks.close();
-    office.folds.0.tasks.wait().await;
-    assert_eq!(office.written().iter().map(|it| it.count).sum::<i64>(), 10);
+    fixture.aggregator.0.tasks.close();
+    fixture.aggregator.0.tasks.wait().await;
+    assert_eq!(fixture.written().iter().map(|it| it.count).sum::<i64>(), 10);
 }
 
 #[tokio::test]
-async fn beyond_so_many_origins_the_rest_is_folded_by_reason() {
-    let office = Office::open();
-    let way_of = |nth: usize, second| {
+async fn beyond_the_limit_of_kinds_refusals_are_aggregated_by_reason() {
+    let fixture = Fixture::new();
+    let dispose = |nth: usize, second| {
         let peer = format!("{}:1", std::net::Ipv4Addr::from_bits(u32::try_from(nth).unwrap()));
-        office.folds.way_of(refusal(0, &peer, "acme"), Duration::from_secs(second))
+        fixture.aggregator.dispose(refusal(0, &peer, "acme"), Duration::from_secs(second))
     };
-    for nth in 0..MOST_KINDS {
-        assert!(matches!(way_of(nth, 0), Way::Alone(_)));
+    for nth in 0..MAX_KINDS {
+        assert!(matches!(dispose(nth, 0), Disposition::Individual(_)));
     }
     for nth in 0..3 {
-        assert!(matches!(way_of(MOST_KINDS + nth, 0), Way::AggregatedRefusal(_)));
+        assert!(matches!(dispose(MAX_KINDS + nth, 0), Disposition::Aggregated(_)));
     }
     {
-        let kinds = office.folds.0.kinds();
-        assert_eq!(kinds.states.len(), MOST_KINDS + 1);
+        let kinds = fixture.aggregator.0.kinds.lock();
+        assert_eq!(kinds.states.len(), MAX_KINDS + 1);
         let any = kinds.states.iter().find(|(kind, _)| kind.origin == Origin::Any).unwrap().1;
-        let folded = format!("{:?}", any.open.as_ref().unwrap().folded);
-        assert!(folded.contains("count: 3"), "{folded}");
+        let merged = format!("{:?}", any.pending.as_ref().unwrap().refusal);
+        assert!(merged.contains("count: 3"), "{merged}");
     }
-    // The others are forgotten once they have been quiet.
-    assert!(matches!(way_of(MOST_KINDS, 1), Way::Alone(_)));
-    assert_eq!(office.folds.0.kinds().states.len(), 2);
+    // Idle kinds are removed.
+    assert!(matches!(dispose(MAX_KINDS, 1), Disposition::Individual(_)));
+    assert_eq!(fixture.aggregator.0.kinds.lock().states.len(), 2);
 }

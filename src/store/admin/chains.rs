@@ -1,41 +1,46 @@
-//! Chains of replicas that will deliver nothing more.
+//! Retirement of audit chains whose replica is lost and will deliver nothing more.
+
+use tracing::instrument;
 
 use super::{Admin, StoreError, ensure_affected};
 use crate::domain::clock::Timestamp;
 
-/// A chain that may not be there to its end, and what is known of that.
+/// A chain that may not be delivered completely, and what is known about it.
 #[derive(Clone, Debug)]
 pub struct OpenChain {
-    /// The chain.
+    /// Name of the chain.
     pub chain: String,
     /// When it was opened.
     pub started_at: Timestamp,
-    /// The last record that reached Postgres.
+    /// `seq` of the last record in Postgres.
     pub delivered_seq: i64,
-    /// The last record that the instance told of, if it told of any of this chain.
-    pub told_seq: Option<i64>,
-    /// When it told so.
+    /// `seq` of the last record that the instance reported in its heartbeat; `None` if it reported
+    /// no record of this chain.
+    pub reported_seq: Option<i64>,
+    /// Time of the instance's last heartbeat.
     pub heartbeat_at: Option<Timestamp>,
-    /// Whether it still runs: it was heard of in the last minute and has not stopped.
+    /// Whether the instance runs: it sent a heartbeat within the last minute and has not stopped.
     pub live: bool,
-    /// Whether it was stopped in order.
+    /// Whether the instance stopped in order.
     pub stopped: bool,
-    /// What was said of it before.
+    /// What an admin said about the chain when retiring it before.
     pub retired: Option<String>,
 }
 
 impl Admin {
-    /// The chains of an instance that no other is known to go on from: the last one, and those that were
-    /// not delivered to their end, in the order in which they were opened.
+    /// Returns the chains of an instance that no other chain is known to continue: the last one,
+    /// and those that were not delivered completely. They are in the order in which they were
+    /// opened.
     ///
     /// # Errors
-    /// [`StoreError::NotFound`] when no chain is known of it.
+    /// [`StoreError::NotFound`] when no chain of the instance is known.
+    #[instrument(level = "debug", skip_all, fields(instance))]
     pub async fn open_chains(&self, instance: &str) -> Result<Vec<OpenChain>, StoreError> {
         let chains = sqlx::query_as!(
             OpenChain,
             r#"/* store::admin::open_chains */
             select c.chain, c.started_at, c.delivered_seq, c.retired,
-                case when i.journal_chain = c.chain then i.journal_seq end as told_seq,
+                case when i.journal_chain = c.chain then i.journal_seq end as reported_seq,
                 i.heartbeat_at as "heartbeat_at?",
                 coalesce(i.stopped_at is not null, false) as "stopped!",
                 coalesce(i.stopped_at is null
@@ -58,14 +63,16 @@ impl Admin {
         Ok(chains)
     }
 
-    /// Says that nothing more will come of a chain, and what that means; it becomes an audit event.
+    /// Retires a chain: nothing more of it will be delivered. `what` says what may be missing.
+    /// Triggers make it an audit event.
     ///
     /// # Errors
-    /// [`StoreError::NotFound`] when it is not known.
-    pub async fn retire(&self, chain: &str, what: &str) -> Result<(), StoreError> {
+    /// [`StoreError::NotFound`] when there is no such chain.
+    #[instrument(level = "debug", skip_all, fields(chain))]
+    pub async fn retire_chain(&self, chain: &str, what: &str) -> Result<(), StoreError> {
         let mut transaction = self.begin().await?;
         let retired = sqlx::query!(
-            "/* store::admin::retire */
+            "/* store::admin::retire_chain */
             update audit_chains set retired = $2, retired_at = clock_timestamp() where chain = $1",
             chain,
             what,

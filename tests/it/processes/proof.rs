@@ -1,4 +1,4 @@
-//! `audit verify`, `export`, `who`, `ship` and `retire`, as a person runs them on what a broker wrote.
+//! The commands `audit verify`, `export`, `who`, `ship` and `retire` on the log of a real broker.
 
 use std::{fs, path::Path, process::Stdio};
 
@@ -14,16 +14,16 @@ use crate::harness::{
     proxy::Proxy,
 };
 
-/// What a broker left that was started twice and stopped in order: two chains, and a token.
-struct Left {
+/// The log of a broker that was started twice and stopped in order: two chains, and a token.
+struct StoppedBroker {
     world: World,
     site: Site,
     token: String,
-    /// What both starts logged.
+    /// The log lines of both starts.
     log: String,
 }
 
-impl Left {
+impl StoppedBroker {
     async fn new() -> Self {
         let world = World::new().await;
         world.register("acme", "id-1", "SK.1").await;
@@ -50,12 +50,12 @@ impl Left {
         self.site.directory.path().join("state")
     }
 
-    /// The heads that were signed, as a copy kept elsewhere has them.
+    /// The file of signed checkpoints.
     fn heads(&self) -> String {
         self.state().join("audit-heads.jsonl").to_str().unwrap().to_owned()
     }
 
-    /// The chains, in their order.
+    /// Names of the two chains, in order.
     async fn chains(&self) -> [String; 2] {
         let chains: Vec<String> =
             sqlx::query_scalar("select chain from audit_chains order by chain")
@@ -65,7 +65,7 @@ impl Left {
         chains.try_into().unwrap()
     }
 
-    /// A copy of the database to which somebody did something who may do all.
+    /// A copy of the database that a superuser tampered with. The commands use it from now on.
     async fn tampered(&mut self, what: &str) -> TestDatabase {
         let copy = self.world.database.copy().await;
         copy.sql(&format!("set session_replication_role = replica; {what}")).await;
@@ -84,7 +84,7 @@ impl Left {
     }
 }
 
-/// What a verifier that shares no code with ours says.
+/// Runs `docs/verify.py`, a verifier that shares no code with the broker.
 async fn python(arguments: &[&str]) -> Option<Ran> {
     let verifier = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/verify.py");
     let mut command = Command::new("python3");
@@ -96,7 +96,7 @@ async fn python(arguments: &[&str]) -> Option<Ran> {
             Some(Ran { code, stdout, stderr: text(output.stderr) })
         }
         Err(error) => {
-            // Whoever lands a change has it.
+            // Python is required where changes are checked before they are merged.
             assert!(std::env::var_os("CI").is_none(), "python3: {error}");
             None
         }
@@ -104,52 +104,55 @@ async fn python(arguments: &[&str]) -> Option<Ran> {
 }
 
 #[tokio::test]
-async fn a_log_holds_in_the_database_in_the_journal_and_in_an_export_by_two_verifiers() {
-    let left = Left::new().await;
-    let heads = left.heads();
-    let ran = left.verify(&["--head", &heads]).await;
+async fn a_log_verifies_in_the_database_in_the_journal_and_in_an_export_by_two_verifiers() {
+    let stopped = StoppedBroker::new().await;
+    let heads = stopped.heads();
+    let ran = stopped.verify(&["--head", &heads]).await;
     assert!(ran.stderr.contains("2 chains: all of it holds"), "{ran:?}");
     assert!(!ran.stderr.contains("note:"), "{ran:?}");
     let table = ran.ok();
     assert_eq!(table.lines().count(), 3, "{table}");
 
-    let journal = left.state();
-    left.verify(&["--journal", journal.to_str().unwrap(), "--head", &heads]).await.ok();
+    let journal = stopped.state();
+    stopped.verify(&["--journal", journal.to_str().unwrap(), "--head", &heads]).await.ok();
 
-    let export = left.site.run(&["audit", "export"]).await.ok();
-    let export = left.file("export.jsonl", &export);
-    let keys = left.site.run(&["keys", "public", "--signing"]).await.ok();
-    let keys = left.file("keys.pem", &keys);
+    let export = stopped.site.run(&["audit", "export"]).await.ok();
+    let export = stopped.file("export.jsonl", &export);
+    let keys = stopped.site.run(&["keys", "public", "--signing"]).await.ok();
+    let keys = stopped.file("keys.pem", &keys);
     let verified = ["--export", &export, "--whole", "--keys", &keys, "--head", &heads, "--json"];
-    let ran = left.verify(&verified).await.ok();
-    let verdict: serde_json::Value = serde_json::from_str(&ran).unwrap();
-    assert_eq!((&verdict["holds"], &verdict["notices"]), (&true.into(), &serde_json::json!([])));
-    // The log tells the same heads.
-    let log = left.file("broker.log", &left.log);
+    let ran = stopped.verify(&verified).await.ok();
+    let report: serde_json::Value = serde_json::from_str(&ran).unwrap();
+    assert_eq!((&report["holds"], &report["notices"]), (&true.into(), &serde_json::json!([])));
+    // The broker's log has the same checkpoints.
+    let log = stopped.file("broker.log", &stopped.log);
     let by_log = ["--export", &export, "--keys", &keys, "--head", &log, "--json"];
-    assert_eq!(left.verify(&by_log).await.ok(), ran);
+    assert_eq!(stopped.verify(&by_log).await.ok(), ran);
     let events = sqlx::query_scalar::<_, i64>("select count(*) from audit_events");
-    let events = events.fetch_one(left.world.database.pool()).await.unwrap();
-    assert_eq!(verdict["records"], events);
-    for chain in verdict["chains"].as_array().unwrap() {
-        assert_eq!(chain["signed_seq"], chain["last_seq"], "the last head is of the end: {chain}");
+    let events = events.fetch_one(stopped.world.database.pool()).await.unwrap();
+    assert_eq!(report["records"], events);
+    for chain in report["chains"].as_array().unwrap() {
+        assert_eq!(
+            chain["signed_seq"], chain["last_seq"],
+            "the last checkpoint covers the end: {chain}"
+        );
     }
 
     if let Some(ran) = python(&["--keys", &keys, "--heads", &heads, &export]).await {
-        let said = ran.ok();
-        for chain in verdict["chains"].as_array().unwrap() {
+        let output = ran.ok();
+        for chain in report["chains"].as_array().unwrap() {
             let (chain, seq, hash) = (&chain["chain"], &chain["last_seq"], &chain["last_hash"]);
             let line = format!("{} {seq} {}", chain.as_str().unwrap(), hash.as_str().unwrap());
-            assert!(said.contains(&line), "{said}");
+            assert!(output.contains(&line), "{output}");
         }
     }
 }
 
 #[tokio::test]
-async fn whatever_is_done_to_the_log_is_found_and_named() {
-    let mut left = Left::new().await;
-    let (heads, [first, last]) = (left.heads(), left.chains().await);
-    left.world.database.pool().close().await;
+async fn any_tampering_with_the_log_is_found_and_named() {
+    let mut stopped = StoppedBroker::new().await;
+    let (heads, [first, last]) = (stopped.heads(), stopped.chains().await);
+    stopped.world.database.pool().close().await;
     let of_first = format!("chain = '{first}'");
     let cases = [
         (format!("update audit_events set caller = 'm' where {of_first} and seq = 3"), &first, "record 3 was altered"),
@@ -180,26 +183,26 @@ async fn whatever_is_done_to_the_log_is_found_and_named() {
             &last,
             "names none",
         ),
-        (format!("update audit_heads set seq = seq - 1 where chain = '{last}'"), &last, "proves nothing"),
+        (format!("update audit_heads set seq = seq - 1 where chain = '{last}'"), &last, "is not valid"),
         (
             format!("insert into audit_cuts (chain, first_seq, prev_hash, last_seq, hash, at, key_id, signature)
                 select chain, seq, prev_hash, seq, hash, at, 'h', '' from audit_events where {of_first} and seq = 4;
                 delete from audit_events where {of_first} and seq = 4"),
             &first,
-            "that retention removed records 4 to 4 is not proven",
+            "the receipt for records 4 to 4 is not valid",
         ),
     ];
     for (tampering, chain, words) in cases {
-        let _copy = left.tampered(&tampering).await;
-        let said = left.verify(&[]).await.failed();
-        let line = said.lines().next().unwrap();
+        let _copy = stopped.tampered(&tampering).await;
+        let output = stopped.verify(&[]).await.failed();
+        let line = output.lines().next().unwrap();
         assert!(
             line.starts_with(&format!("chain {chain}: ")) && line.contains(words),
-            "{tampering}: {said}"
+            "{tampering}: {output}"
         );
     }
 
-    // What is consistent in itself is found by what was kept elsewhere.
+    // Consistent tampering is found by checkpoints that were stored elsewhere.
     for (tampering, words) in [
         (
             format!("delete from audit_events where chain = '{last}' and seq > 5;
@@ -211,87 +214,91 @@ async fn whatever_is_done_to_the_log_is_found_and_named() {
         (
             format!("delete from audit_events where chain = '{last}';
                 delete from audit_heads where chain = '{last}'; delete from audit_chains where chain = '{last}'"),
-            "a head of it was signed, and nothing of it is here",
+            "there is a signed head of it, and nothing else",
         ),
     ] {
-        let _copy = left.tampered(&tampering).await;
-        left.verify(&[]).await.ok();
-        let said = left.verify(&["--head", &heads]).await.failed();
-        assert!(said.contains(&format!("chain {last}: {words}")), "{said}");
+        let _copy = stopped.tampered(&tampering).await;
+        stopped.verify(&[]).await.ok();
+        let output = stopped.verify(&["--head", &heads]).await.failed();
+        assert!(output.contains(&format!("chain {last}: {words}")), "{output}");
     }
 }
 
 #[tokio::test]
-async fn an_export_or_a_journal_that_was_changed_or_cut_is_refused() {
-    let left = Left::new().await;
-    let [first, _] = left.chains().await;
-    let export = left.site.run(&["audit", "export"]).await.ok();
+async fn a_changed_or_truncated_export_or_journal_is_refused() {
+    let stopped = StoppedBroker::new().await;
+    let [first, _] = stopped.chains().await;
+    let export = stopped.site.run(&["audit", "export"]).await.ok();
     let edited = export.replacen("\"account\":\"unknown\"", "\"account\":\"another\"", 1);
-    let edited = left.file("edited.jsonl", &edited);
-    let said = left.verify(&["--export", &edited]).await.failed();
+    let edited = stopped.file("edited.jsonl", &edited);
+    let output = stopped.verify(&["--export", &edited]).await.failed();
     assert!(
-        said.starts_with(&format!("chain {first}: record")) && said.contains("was altered"),
-        "{said}"
+        output.starts_with(&format!("chain {first}: record")) && output.contains("was altered"),
+        "{output}"
     );
     if let Some(ran) = python(&[&edited]).await {
         assert!(ran.failed().contains("was altered"));
     }
-    // Finer than what is hashed: no other record may pass for this one.
+    // A time with more digits than are hashed: another record must not pass for this one.
     let (before, after) = export.split_once("\"get_token\"").unwrap();
     let (before, time) = before.rsplit_once("\"at\":\"").unwrap();
     let time = time.replacen('Z', "1Z", 1);
-    let finer = left.file("finer.jsonl", &format!("{before}\"at\":\"{time}\"get_token\"{after}"));
-    let said = left.verify(&["--export", &finer]).await.failed();
-    assert!(said.contains("a time is not in whole microseconds"), "{said}");
+    let finer =
+        stopped.file("finer.jsonl", &format!("{before}\"at\":\"{time}\"get_token\"{after}"));
+    let output = stopped.verify(&["--export", &finer]).await.failed();
+    assert!(output.contains("a time is not in whole microseconds"), "{output}");
     if let Some(ran) = python(&[&finer]).await {
         assert!(ran.failed().contains("was altered"));
     }
     let without = |chain: &str| {
         export.split_inclusive('\n').filter(|line| !line.contains(chain)).collect::<String>()
     };
-    let [_, last] = left.chains().await;
-    let (first_gone, last_gone) =
-        (left.file("first.jsonl", &without(&first)), left.file("last.jsonl", &without(&last)));
-    for (file, heads) in [(&first_gone, None), (&last_gone, Some(left.heads()))] {
+    let [_, last] = stopped.chains().await;
+    let (first_gone, last_gone) = (
+        stopped.file("first.jsonl", &without(&first)),
+        stopped.file("last.jsonl", &without(&last)),
+    );
+    for (file, heads) in [(&first_gone, None), (&last_gone, Some(stopped.heads()))] {
         let heads = heads.iter().flat_map(|heads| ["--heads", heads]);
         if let Some(ran) = python(&heads.chain([file.as_str()]).collect::<Vec<_>>()).await {
             ran.failed();
         }
     }
     let lines: Vec<_> = export.lines().collect();
-    let cut = left.file("cut.jsonl", &lines[..lines.len() - 1].join("\n"));
-    let said = left.verify(&["--export", &cut]).await.failed();
-    assert!(said.contains("its last line is missing"), "{said}");
+    let cut = stopped.file("cut.jsonl", &lines[..lines.len() - 1].join("\n"));
+    let output = stopped.verify(&["--export", &cut]).await.failed();
+    assert!(output.contains("its last line is missing"), "{output}");
     let shorter = [&lines[..lines.len() - 2], &lines[lines.len() - 1..]].concat().join("\n");
-    let shorter = left.file("shorter.jsonl", &shorter);
-    let said = left.verify(&["--export", &shorter]).await.failed();
-    assert!(said.contains("it ends after"), "{said}");
-    let no_export = left.file("none.jsonl", "a line of something else\n");
-    let said = left.verify(&["--export", &no_export]).await.failed();
-    assert!(said.contains("none.jsonl, line 1: neither a record nor"), "{said}");
+    let shorter = stopped.file("shorter.jsonl", &shorter);
+    let output = stopped.verify(&["--export", &shorter]).await.failed();
+    assert!(output.contains("it ends after"), "{output}");
+    let no_export = stopped.file("none.jsonl", "a line of something else\n");
+    let output = stopped.verify(&["--export", &no_export]).await.failed();
+    assert!(output.contains("none.jsonl, line 1: neither a record nor"), "{output}");
 
-    // A part is no whole, and says so.
-    let part = left.site.run(&["audit", "export", "--event", "get_token"]).await.ok();
-    let part = left.file("part.jsonl", &part);
-    let ran = left.verify(&["--export", &part]).await;
+    // A partial export is reported as such.
+    let part = stopped.site.run(&["audit", "export", "--event", "get_token"]).await.ok();
+    let part = stopped.file("part.jsonl", &part);
+    let ran = stopped.verify(&["--export", &part]).await;
     assert!(ran.code == Some(0) && ran.stderr.contains("this is a part of the log"), "{ran:?}");
-    let said = left.verify(&["--export", &part, "--whole"]).await.failed();
-    assert!(said.contains("part.jsonl is a part of an audit log, not the whole"), "{said}");
+    let output = stopped.verify(&["--export", &part, "--whole"]).await.failed();
+    assert!(output.contains("part.jsonl is a part of an audit log, not the whole"), "{output}");
 
-    let segment = fs::read_dir(left.state().join("journal")).unwrap().map(|it| it.unwrap().path());
+    let segment =
+        fs::read_dir(stopped.state().join("journal")).unwrap().map(|it| it.unwrap().path());
     let segment =
         segment.filter(|it| it.extension().is_some_and(|it| it == "jsonl")).min().unwrap();
     let text = fs::read_to_string(&segment).unwrap();
     fs::write(&segment, text.replacen("\"account\":\"unknown\"", "\"account\":\"another\"", 1))
         .unwrap();
-    let said = left.verify(&["--journal", left.state().to_str().unwrap()]).await.failed();
+    let output = stopped.verify(&["--journal", stopped.state().to_str().unwrap()]).await.failed();
     let name = segment.file_name().unwrap().to_str().unwrap();
-    assert!(said.contains(&format!("{name}, line ")) && said.contains("hash"), "{said}");
+    assert!(output.contains(&format!("{name}, line ")) && output.contains("hash"), "{output}");
 }
 
-/// The callers make the broker end segments and remove delivered ones all the while.
+/// The load makes the broker start segments and delete delivered ones all the time.
 #[tokio::test]
-async fn a_log_holds_while_its_broker_writes_it_with_and_without_a_backlog() {
+async fn a_log_verifies_while_its_broker_writes_it_with_and_without_a_backlog() {
     let world = World::new().await;
     let proxy = Proxy::to(world.database.url()).await;
     world.register("acme", "id-1", "SK.1").await;
@@ -317,14 +324,14 @@ async fn a_log_holds_while_its_broker_writes_it_with_and_without_a_backlog() {
     let state = site.directory.path().join("state");
     let journal = ["audit", "verify", "--journal", state.to_str().unwrap()];
     let written = async || {
-        let verdict = [&journal[..], &["--json"]].concat();
-        let verdict: serde_json::Value =
-            serde_json::from_str(&site.run(&verdict).await.ok()).unwrap();
-        verdict["chains"][0]["last_seq"].as_i64().unwrap()
+        let report = [&journal[..], &["--json"]].concat();
+        let report: serde_json::Value =
+            serde_json::from_str(&site.run(&report).await.ok()).unwrap();
+        report["chains"][0]["last_seq"].as_i64().unwrap()
     };
-    // A mebibyte is some two thousand records.
+    // A mebibyte holds about two thousand records.
     let begun = written().await;
-    eventually("segments that go", async || {
+    eventually("deleted segments", async || {
         site.run(&["audit", "verify"]).await.ok();
         (written().await > begun + 4_000).then_some(())
     })
@@ -349,13 +356,13 @@ async fn a_log_holds_while_its_broker_writes_it_with_and_without_a_backlog() {
 }
 
 #[tokio::test]
-async fn a_leaked_token_leads_to_those_who_were_given_it() {
-    let left = Left::new().await;
+async fn audit_who_lists_the_callers_that_were_given_a_token() {
+    let stopped = StoppedBroker::new().await;
     let who = async |input: &str, more: &[&str]| {
-        let command = left.site.command(&[&["audit", "who"], more].concat());
+        let command = stopped.site.command(&[&["audit", "who"], more].concat());
         crate::harness::process::run(command, input).await
     };
-    let table = who(&format!("{}\n", left.token), &[]).await.ok();
+    let table = who(&format!("{}\n", stopped.token), &[]).await.ok();
     let rows: Vec<_> = table.lines().skip(1).collect();
     assert!(rows.iter().any(|row| row.contains("acme") && row.contains("token_issued")), "{table}");
     let given = rows.iter().find(|row| row.contains("get_token")).unwrap();
@@ -365,7 +372,7 @@ async fn a_leaked_token_leads_to_those_who_were_given_it() {
     );
     assert!(given.contains(" 12 "), "six calls in each of two chains: {table}");
     let listed: serde_json::Value =
-        serde_json::from_str(&who(&left.token, &["--json"]).await.ok()).unwrap();
+        serde_json::from_str(&who(&stopped.token, &["--json"]).await.ok()).unwrap();
     assert_eq!(listed.as_array().unwrap().len(), rows.len());
 
     let unknown = who("eyJhbGciOiJIUzI1NiJ9.e30.c2ln", &[]).await;
@@ -376,7 +383,7 @@ async fn a_leaked_token_leads_to_those_who_were_given_it() {
 }
 
 #[tokio::test]
-async fn the_journal_of_a_replica_that_is_gone_is_shipped_once_and_only_when_nobody_uses_it() {
+async fn audit_ship_delivers_the_journal_of_a_lost_replica_once_and_not_that_of_a_running_one() {
     let world = World::new().await;
     let proxy = Proxy::to(world.database.url()).await;
     world.register("acme", "id-1", "SK.1").await;
@@ -394,8 +401,8 @@ async fn the_journal_of_a_replica_that_is_gone_is_shipped_once_and_only_when_nob
     let state = site.directory.path().join("state");
     let ship = ["audit", "ship", state.to_str().unwrap()];
     site.set("DATABASE_URL", world.database.url());
-    let said = site.run(&ship).await.failed();
-    assert!(said.contains("in use by another process"), "{said}");
+    let output = site.run(&ship).await.failed();
+    assert!(output.contains("in use by another process"), "{output}");
     serve.crash().await;
 
     let files = || -> Vec<_> {
@@ -411,25 +418,25 @@ async fn the_journal_of_a_replica_that_is_gone_is_shipped_once_and_only_when_nob
     let shipped = site.run(&ship).await;
     assert!(!shipped.stderr.starts_with("0 records"), "{shipped:?}");
     shipped.ok();
-    assert_eq!(files(), before, "nothing of it is changed");
+    assert_eq!(files(), before, "the journal is not changed");
     let again = site.run(&ship).await;
     assert!(again.stderr.contains("0 records were delivered"), "{again:?}");
-    let told = world.audit("event = 'get_token' and outcome = 'ok'").await.len();
-    assert_eq!(told, answered);
+    let recorded = world.audit("event = 'get_token' and outcome = 'ok'").await.len();
+    assert_eq!(recorded, answered);
     site.run(&["audit", "verify"]).await.ok();
 
     let elsewhere = site.directory.path().to_str().unwrap().to_owned();
-    let said = site.run(&["audit", "ship", &elsewhere]).await.failed();
-    assert!(said.contains("is no state directory"), "{said}");
-    assert!(!Path::new(&elsewhere).join("lock").exists(), "nothing is made there");
+    let output = site.run(&["audit", "ship", &elsewhere]).await.failed();
+    assert!(output.contains("is no state directory"), "{output}");
+    assert!(!Path::new(&elsewhere).join("lock").exists(), "no file is created there");
 }
 
 #[tokio::test]
-async fn a_lost_replica_is_retired_once_it_is_gone_and_the_log_says_what_may_be_missing() {
+async fn audit_retire_retires_a_replica_that_does_not_run_and_says_what_may_be_missing() {
     let world = World::new().await;
     let site = Site::new(world.database.url(), &world.upstream.base_url()).await;
-    let said = site.run(&["audit", "retire", "i-0000000000000000"]).await.failed();
-    assert!(said.contains("no audit chain of instance i-0000000000000000"), "{said}");
+    let output = site.run(&["audit", "retire", "i-0000000000000000"]).await.failed();
+    assert!(output.contains("no audit chain of instance i-0000000000000000"), "{output}");
     let serve = site.serve().await;
     let instance = fs::read_to_string(site.directory.path().join("state/instance")).unwrap();
     let instance = instance.trim();
@@ -438,32 +445,32 @@ async fn a_lost_replica_is_retired_once_it_is_gone_and_the_log_says_what_may_be_
     })
     .await;
     let retire = ["audit", "retire", instance, "--reason", "TICKET-7"];
-    let said = site.run(&retire).await.failed();
-    assert!(said.contains("runs: it told so within the last minute"), "{said}");
+    let output = site.run(&retire).await.failed();
+    assert!(output.contains("runs: it sent a heartbeat within the last minute"), "{output}");
     serve.crash().await;
-    // Its disk is lost, and so is what it had told of and not delivered.
+    // Its disk is lost with records that it had reported and not delivered.
     world
         .database
         .sql("update instances set heartbeat_at = now() - interval '2 minutes', journal_seq = 40")
         .await;
-    let said = site.run(&retire).await.ok();
-    assert!(said.contains("records, up to 40, are missing for sure"), "{said}");
-    let said = site.run(&retire).await.failed();
-    assert!(said.contains("is retired already") && said.contains("no chain left"), "{said}");
+    let output = site.run(&retire).await.ok();
+    assert!(output.contains("records, up to 40, are certainly missing"), "{output}");
+    let output = site.run(&retire).await.failed();
+    assert!(output.contains("is retired already") && output.contains("no chain left"), "{output}");
 
     let ran = site.run(&["audit", "verify"]).await;
     assert!(ran.stderr.contains("was retired: records after"), "{ran:?}");
     ran.ok();
-    // Another replica writes it into the log.
+    // Another replica records the retirement in the log.
     let other = site.replica();
     let _serving = other.serve().await;
     eventually("the event", async || {
-        let told = world
+        let recorded = world
             .audit(
                 "event = 'chain_retired' and detail->>'reason' = 'TICKET-7' and detail ? 'retired'",
             )
             .await;
-        (told.len() == 1).then_some(())
+        (recorded.len() == 1).then_some(())
     })
     .await;
 }

@@ -1,5 +1,5 @@
-//! Broker and Postgres are killed, stopped and ended in turns under load, as a seed has it: what was
-//! received is recorded, and what is recorded is delivered, once.
+//! Broker and Postgres are killed, suspended and stopped under load, in an order that a seed determines:
+//! every received token is recorded, and every record is delivered once.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -35,34 +35,34 @@ use crate::harness::{
     seed::Seed,
 };
 
-/// How many times something is done to them.
-const TURNS: u64 = 6;
+/// Number of disruptions.
+const DISRUPTIONS: u64 = 6;
 const PROGRAM: &str = env!("CARGO_BIN_EXE_token-broker");
 
-/// What callers count.
+/// Numbers of calls.
 #[derive(Default)]
 struct Counts {
     sent: AtomicI64,
     answered: AtomicI64,
 }
 
-/// Calls again and again until `stop`, and hangs up on some calls before they are answered. How often
-/// each generation was received.
+/// Calls repeatedly until `stop` is cancelled, and cancels some calls before they are answered. Returns how
+/// often each generation was received.
 async fn call(
     client: Client,
-    mut chance: Seed,
+    mut random: Seed,
     counts: Arc<Counts>,
     stop: CancellationToken,
 ) -> BTreeMap<i64, i64> {
     let mut received = BTreeMap::new();
     while !stop.is_cancelled() {
-        let account = if chance.below(8) == 0 { "unknown" } else { "acme" };
-        let patience = match chance.below(8) {
-            0 => Duration::from_micros(chance.below(2_000)),
+        let account = if random.below(8) == 0 { "unknown" } else { "acme" };
+        let limit = match random.below(8) {
+            0 => Duration::from_micros(random.below(2_000)),
             _ => Duration::from_mins(1),
         };
         counts.sent.fetch_add(1, Relaxed);
-        match timeout(patience, client.get(account)).await {
+        match timeout(limit, client.get(account)).await {
             Ok(Ok(token)) => {
                 *received.entry(token.generation.try_into().unwrap()).or_default() += 1;
                 counts.answered.fetch_add(1, Relaxed);
@@ -70,7 +70,7 @@ async fn call(
             Ok(Err(refused)) if refused.code() == tonic::Code::NotFound => {
                 counts.answered.fetch_add(1, Relaxed);
             }
-            // Nobody is there to answer: no reason to spin.
+            // No broker is running: wait before the next call.
             Ok(Err(_)) => tokio::time::sleep(Duration::from_millis(5)).await,
             Err(_) => {}
         }
@@ -78,8 +78,8 @@ async fn call(
     received
 }
 
-/// Everything that runs.
-struct World {
+/// The broker, its Postgres, and the counts of calls.
+struct Deployment {
     postgres: Option<EmbeddedPostgres>,
     place: Place,
     site: Site,
@@ -87,9 +87,9 @@ struct World {
     counts: Arc<Counts>,
 }
 
-impl World {
+impl Deployment {
     async fn start_postgres(&mut self) {
-        // The children of one that was killed may take a moment to notice.
+        // Child processes of a killed server may take a moment to end.
         let place = self.place.clone();
         let started = eventually("postgres again", async || {
             EmbeddedPostgres::start(place.clone(), Path::new(PROGRAM)).await.ok()
@@ -97,8 +97,8 @@ impl World {
         self.postgres = Some(started.await);
     }
 
-    /// What an admin does meanwhile, whoever follows it.
-    async fn change_something(&self) {
+    /// Makes a change as an admin, which becomes an audit event.
+    async fn change_accounts(&self) {
         let pool = Database::new(&self.postgres().url(DATABASE), "admin").unwrap().pool(1);
         let change = "update accounts set description = description || '.'";
         eventually("a change", async || sqlx::query(change).execute(&pool).await.ok()).await;
@@ -109,15 +109,15 @@ impl World {
         self.postgres.as_ref().unwrap()
     }
 
-    async fn take_a_turn(&mut self, chance: &mut Seed) {
+    async fn disrupt(&mut self, random: &mut Seed) {
         let so_far = self.counts.answered.load(Relaxed);
         eventually("answers", async || {
             (self.counts.answered.load(Relaxed) >= so_far + 50).then_some(())
         })
         .await;
-        self.change_something().await;
-        tokio::time::sleep(chance.millis(300)).await;
-        match chance.below(5) {
+        self.change_accounts().await;
+        tokio::time::sleep(random.millis(300)).await;
+        match random.below(5) {
             0 | 1 => {
                 self.serve.take().unwrap().crash().await;
                 self.serve = Some(self.site.serve().await);
@@ -133,19 +133,19 @@ impl World {
                 let pid = Pid::from_raw(killed.pid().try_into().unwrap());
                 nix::sys::signal::kill(pid, Signal::SIGKILL).unwrap();
                 drop(killed);
-                tokio::time::sleep(chance.millis(500)).await;
+                tokio::time::sleep(random.millis(500)).await;
                 self.start_postgres().await;
             }
             _ => {
                 let standstill = Standstill::of(self.postgres().pid());
-                tokio::time::sleep(chance.millis(1_500)).await;
+                tokio::time::sleep(random.millis(1_500)).await;
                 drop(standstill);
             }
         }
     }
 }
 
-/// All that the journal of the state directory holds.
+/// All records in the journal of the state directory.
 fn journaled(state: &Path) -> Vec<StoredEvent> {
     let archive = Archive::open(state, None).unwrap();
     let mut events = vec![];
@@ -167,8 +167,9 @@ async fn delivered(pool: &PgPool) -> Vec<StoredEvent> {
 }
 
 #[tokio::test]
-async fn what_is_received_is_recorded_and_delivered_once_whoever_is_killed() {
-    let mut chance = Seed::of("what_is_received_is_recorded_and_delivered_once_whoever_is_killed");
+async fn received_tokens_are_recorded_and_delivered_once_whichever_process_is_killed() {
+    let mut random =
+        Seed::of("received_tokens_are_recorded_and_delivered_once_whichever_process_is_killed");
     let directory = open_directory();
     let place = Place::Kept(directory.path().join("pg"));
     let postgres = EmbeddedPostgres::start(place.clone(), Path::new(PROGRAM)).await.unwrap();
@@ -193,22 +194,23 @@ async fn what_is_received_is_recorded_and_delivered_once_whoever_is_killed() {
             client.get("acme").await.ok()
         })
         .await;
-        let calling = call(client, chance.fork(), counts.clone(), stop.clone());
+        let calling = call(client, random.fork(), counts.clone(), stop.clone());
         callers.push((caller.to_owned(), tokio::spawn(calling)));
     }
-    let mut world = World { postgres: Some(postgres), place, site, serve: Some(serve), counts };
-    for _ in 0..TURNS {
-        world.take_a_turn(&mut chance).await;
+    let mut deployment =
+        Deployment { postgres: Some(postgres), place, site, serve: Some(serve), counts };
+    for _ in 0..DISRUPTIONS {
+        deployment.disrupt(&mut random).await;
     }
-    world.change_something().await;
+    deployment.change_accounts().await;
     stop.cancel();
     let mut received = BTreeMap::new();
     for (caller, calling) in callers {
         received.insert(caller, calling.await.unwrap());
     }
-    let mut serve = world.serve.take().unwrap();
+    let mut serve = deployment.serve.take().unwrap();
     let pool = Database::new(&url, "test").unwrap().pool(2);
-    // An order to stop is followed within limits: what they leave is delivered before it.
+    // Stopping delivers only within a time limit, so wait for delivery before.
     let expected = journaled(&state).len();
     eventually("delivery", async || {
         let there = "select count(*), (select count(*) from changes where audited_at is null)
@@ -220,22 +222,22 @@ async fn what_is_received_is_recorded_and_delivered_once_whoever_is_killed() {
     serve.signal(Signal::SIGTERM);
     assert_eq!(serve.ended().await.code(), Some(0), "{}", serve.stderr());
 
-    // Recorded = delivered: the same records, each once.
+    // The journal and Postgres have the same records, each once.
     let (journaled, delivered) = (journaled(&state), delivered(&pool).await);
     assert_eq!(journaled.len(), delivered.len());
-    let places = |events: &[StoredEvent]| -> BTreeSet<_> {
+    let positions = |events: &[StoredEvent]| -> BTreeSet<_> {
         events.iter().map(|event| (event.chain.clone(), event.seq, event.hash.0)).collect()
     };
-    assert_eq!(places(&journaled), places(&delivered));
-    // Each change is an event, once.
+    assert_eq!(positions(&journaled), positions(&delivered));
+    // Each change is recorded once.
     let changes: Vec<i64> =
         sqlx::query_scalar("select id from changes order by id").fetch_all(&pool).await.unwrap();
-    let mut told: Vec<i64> = delivered
+    let mut recorded_changes: Vec<i64> = delivered
         .iter()
         .filter_map(|event| Some(event.detail.get("change_id")?.parse().unwrap()))
         .collect();
-    told.sort_unstable();
-    assert_eq!(told, changes);
+    recorded_changes.sort_unstable();
+    assert_eq!(recorded_changes, changes);
     // Received ⊆ recorded ⊆ sent.
     let calls = delivered.iter().filter(|event| event.event == "get_token");
     let mut recorded = BTreeMap::<(&str, i64), i64>::new();
@@ -254,13 +256,14 @@ async fn what_is_received_is_recorded_and_delivered_once_whoever_is_killed() {
             assert!(known >= *times, "{caller} {generation}: {known} of {times} are recorded");
         }
     }
-    let (sent, answered) = (world.counts.sent.load(Relaxed), world.counts.answered.load(Relaxed));
+    let (sent, answered) =
+        (deployment.counts.sent.load(Relaxed), deployment.counts.answered.load(Relaxed));
     assert!(answered <= all && all <= sent, "{answered} answered, {all} recorded, {sent} sent");
-    assert!(answered < sent, "nobody hung up");
+    assert!(answered < sent, "no call was cancelled");
 
     let heads = state.join("audit-heads.jsonl");
-    world.site.run(&["audit", "verify", "--head", heads.to_str().unwrap()]).await.ok();
-    world.site.run(&["audit", "verify", "--journal", state.to_str().unwrap()]).await.ok();
+    deployment.site.run(&["audit", "verify", "--head", heads.to_str().unwrap()]).await.ok();
+    deployment.site.run(&["audit", "verify", "--journal", state.to_str().unwrap()]).await.ok();
     pool.close().await;
-    world.postgres.take().unwrap().stop().await;
+    deployment.postgres.take().unwrap().stop().await;
 }

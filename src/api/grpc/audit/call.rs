@@ -185,12 +185,12 @@ impl DraftRecord {
 
     /// Names the account as the caller wrote it.
     pub fn account(&self, name: &str) {
-        self.record(|record| record.account_as_asked(name));
+        self.record(|record| record.requested_account(name));
     }
 
     /// Names the accounts and patterns as the caller wrote them.
     pub fn accounts(&self, names: &[String]) {
-        self.record(|record| record.accounts_as_asked(names.iter().map(String::as_str)));
+        self.record(|record| record.requested_accounts(names.iter().map(String::as_str)));
     }
 
     /// Adds a detail.

@@ -171,7 +171,7 @@ async fn refusals_beyond_those_that_may_wait_are_answered_at_once_and_recorded_a
     let office = Office::open();
     let never = service_fn(|_| async { panic!("it is not admitted") });
     let stranger = Bearer::generate();
-    let waits = office.desk.refused.take(None).unwrap();
+    let waits = office.desk.refused.try_acquire(None).unwrap();
     for _ in 0..25 {
         let code = office.send(never, &stranger, Body::empty()).await;
         assert_eq!(code, Code::Unauthenticated);

@@ -58,7 +58,7 @@ async fn record(
         .outcome("unauthenticated", reason)
         .with("fault", fault);
     record.peer = Some(address.to_string());
-    if folds.recorded(record, RECORD_WITHIN).await.is_err() {
+    if folds.record(record, RECORD_WITHIN).await.is_err() {
         warn!(%address, "a refused handshake could not be recorded");
     }
 }

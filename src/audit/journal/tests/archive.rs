@@ -1,12 +1,12 @@
-//! Reading what another process wrote, or still writes.
+//! Archives: reading a journal that another process wrote or still writes.
 
 use super::*;
 
-fn names(disk: &Disk) -> Vec<(String, String)> {
+fn names(disk: &FaultyStorage) -> Vec<(String, String)> {
     disk.texts("")
 }
 
-fn read_archive(disk: &Disk) -> Result<Vec<StoredEvent>, JournalError> {
+fn read_archive(disk: &FaultyStorage) -> Result<Vec<StoredEvent>, JournalError> {
     let archive = Archive::open_on(Arc::new(disk.clone()), None)?;
     let mut events = Vec::new();
     for chain in archive.chains() {
@@ -23,8 +23,8 @@ fn read_archive(disk: &Disk) -> Result<Vec<StoredEvent>, JournalError> {
 }
 
 #[tokio::test]
-async fn an_archive_reads_all_that_is_durable_and_changes_nothing() {
-    let disk = Disk::default();
+async fn an_archive_reads_every_durable_record_and_changes_no_file() {
+    let disk = FaultyStorage::default();
     let limits = JournalSettings { segment_bytes: 1_500, ..settings() };
     let journal = open(&disk, limits).unwrap();
     for nth in 0..10 {
@@ -34,7 +34,7 @@ async fn an_archive_reads_all_that_is_durable_and_changes_nothing() {
     let journal = open(&disk, limits).unwrap();
     append(&journal, call(10)).await.unwrap();
     let expected = read_all(&journal);
-    // While it is written, and after a crash that tore its last line.
+    // While it is being written, and after a crash that tore its last line.
     let before = names(&disk);
     assert_eq!(read_archive(&disk).unwrap(), expected);
     assert_eq!(names(&disk), before);
@@ -47,18 +47,18 @@ async fn an_archive_reads_all_that_is_durable_and_changes_nothing() {
 }
 
 #[tokio::test]
-async fn an_archive_passes_over_a_segment_that_was_not_made_and_tells_of_damage() {
-    let disk = Disk::default();
+async fn an_archive_skips_a_segment_without_a_header_and_reports_damage() {
+    let disk = FaultyStorage::default();
     let journal = open(&disk, settings()).unwrap();
     for nth in 0..3 {
         append(&journal, call(nth)).await.unwrap();
     }
     journal.close().await;
     let (name, text) = disk.texts(".jsonl").remove(0);
-    let unmade = disk.after_power_loss(0);
+    let headerless = disk.after_power_loss(0);
     let next = name.replacen("c00000001-", "c00000002-", 1);
-    unmade.state().files.insert(next, faults::Stored::default());
-    assert_eq!(read_archive(&unmade).unwrap().len(), 3);
+    headerless.state().files.insert(next, faulty_storage::StoredFile::default());
+    assert_eq!(read_archive(&headerless).unwrap().len(), 3);
 
     let damaged = disk.after_power_loss(0);
     let edited = text.replace("acme-1", "acme-X").into_bytes();
@@ -68,13 +68,13 @@ async fn an_archive_passes_over_a_segment_that_was_not_made_and_tells_of_damage(
 }
 
 #[tokio::test]
-async fn an_archive_begins_where_the_first_segment_that_is_left_does() {
-    let disk = Disk::default();
+async fn an_archive_begins_with_the_oldest_segment_that_is_left() {
+    let disk = FaultyStorage::default();
     let limits = JournalSettings { segment_bytes: 1_500, max_bytes: 6_000, ..settings() };
     let journal = open(&disk, limits).unwrap();
     for nth in 0..20 {
         append(&journal, call(nth)).await.unwrap();
-        journal.delivered(&journal.chain().chain, i64::try_from(nth).unwrap());
+        journal.mark_delivered(&journal.chain().chain, i64::try_from(nth).unwrap());
     }
     journal.close().await;
     let events = read_archive(&disk).unwrap();

@@ -1,10 +1,10 @@
-//! Torn tails, damage, and readers with a foreign position.
+//! Torn tails, damage, and readers whose position is of another journal.
 
 use super::*;
 
 #[tokio::test]
-async fn a_torn_tail_is_set_aside_and_everything_before_it_kept() {
-    let disk = Disk::default();
+async fn a_torn_tail_is_moved_to_its_own_file_and_everything_before_it_is_kept() {
+    let disk = FaultyStorage::default();
     let journal = open(&disk, settings()).unwrap();
     for nth in 0..3 {
         append(&journal, call(nth)).await.unwrap();
@@ -15,26 +15,26 @@ async fn a_torn_tail_is_set_aside_and_everything_before_it_kept() {
     for tail in [torn.to_owned(), format!("{torn}\n"), format!("\0\0\0\n{torn}\n{torn}")] {
         let disk = disk.after_power_loss(0);
         disk.state().files.get_mut(&name).unwrap().bytes.extend_from_slice(tail.as_bytes());
-        let found = open(&disk, settings()).unwrap();
-        assert_eq!(read_all(&found).len(), 3);
+        let reopened = open(&disk, settings()).unwrap();
+        assert_eq!(read_all(&reopened).len(), 3);
         assert_eq!(disk.texts(".torn"), [(format!("{name}.torn"), tail)]);
         assert_eq!(disk.texts(".jsonl")[0].1, text);
     }
 }
 
 #[tokio::test]
-async fn a_segment_without_a_header_is_set_aside_unless_it_holds_records() {
-    let disk = Disk::default();
+async fn a_segment_without_a_header_is_moved_away_unless_it_holds_records() {
+    let disk = FaultyStorage::default();
     let journal = open(&disk, settings()).unwrap();
     append(&journal, call(0)).await.unwrap();
     journal.close().await;
     let (name, text) = disk.texts(".jsonl").remove(0);
 
-    let unmade = disk.after_power_loss(0);
-    unmade.state().files.get_mut(&name).unwrap().bytes.truncate(20);
-    let found = open(&unmade, settings()).unwrap();
-    assert_eq!(unmade.texts(".torn").len(), 1);
-    assert!(found.chain().chain.starts_with("c00000002-"), "numbers of starts are not reused");
+    let headerless = disk.after_power_loss(0);
+    headerless.state().files.get_mut(&name).unwrap().bytes.truncate(20);
+    let reopened = open(&headerless, settings()).unwrap();
+    assert_eq!(headerless.texts(".torn").len(), 1);
+    assert!(reopened.chain().chain.starts_with("c00000002-"), "numbers of starts are not reused");
 
     let tampered = disk.after_power_loss(0);
     let headless = text.replacen("journal", "journul", 1).into_bytes();
@@ -45,7 +45,7 @@ async fn a_segment_without_a_header_is_set_aside_unless_it_holds_records() {
 
 #[tokio::test]
 async fn damage_before_the_tail_is_reported_with_file_and_line() {
-    let disk = Disk::default();
+    let disk = FaultyStorage::default();
     let journal = open(&disk, settings()).unwrap();
     for nth in 0..5 {
         append(&journal, call(nth)).await.unwrap();
@@ -67,7 +67,7 @@ async fn damage_before_the_tail_is_reported_with_file_and_line() {
 
 #[tokio::test]
 async fn damage_in_an_older_segment_is_found_when_it_is_read() {
-    let disk = Disk::default();
+    let disk = FaultyStorage::default();
     let limits = JournalSettings { segment_bytes: 1_500, ..settings() };
     let journal = open(&disk, limits).unwrap();
     for nth in 0..10 {
@@ -77,14 +77,14 @@ async fn damage_in_an_older_segment_is_found_when_it_is_read() {
     let (name, text) = disk.texts(".jsonl").remove(0);
     let edited = text.replace("acme-1", "acme-X").into_bytes();
     disk.state().files.get_mut(&name).unwrap().bytes = edited;
-    let found = open(&disk, limits).unwrap();
-    let damage = read(&found, &found.chains()[0]).unwrap_err();
+    let reopened = open(&disk, limits).unwrap();
+    let damage = read(&reopened, &reopened.chains()[0]).unwrap_err();
     assert!(matches!(damage, ReadError::Damaged { line: 3, .. }), "{damage}");
 }
 
 #[tokio::test]
-async fn a_position_that_this_journal_never_had_is_noticed() {
-    let disk = Disk::default();
+async fn a_position_with_another_hash_is_refused() {
+    let disk = FaultyStorage::default();
     let journal = open(&disk, settings()).unwrap();
     for nth in 0..3 {
         append(&journal, call(nth)).await.unwrap();

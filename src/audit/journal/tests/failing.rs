@@ -1,4 +1,4 @@
-//! Disks that fail, fill up or are read-only.
+//! Storage that fails, fills up or is read-only.
 
 use proptest::prelude::*;
 
@@ -6,7 +6,7 @@ use super::*;
 
 #[tokio::test]
 async fn a_failed_sync_moves_the_batch_to_a_new_segment_under_the_same_numbers() {
-    let disk = Disk::default();
+    let disk = FaultyStorage::default();
     let journal = open(&disk, settings()).unwrap();
     append(&journal, call(0)).await.unwrap();
     disk.state().failing_syncs = 1;
@@ -14,56 +14,56 @@ async fn a_failed_sync_moves_the_batch_to_a_new_segment_under_the_same_numbers()
     append(&journal, call(2)).await.unwrap();
     assert!(journal.is_writable());
     let lines: Vec<_> = disk.texts(".jsonl").iter().map(|(_, t)| t.lines().count()).collect();
-    assert_eq!(lines, [2, 3], "headers included; the first was cut");
+    assert_eq!(lines, [2, 3], "headers included; the first segment was truncated");
     assert_eq!(accounts(&read_all(&journal)), ["acme-0", "acme-1", "acme-2"]);
-    let found = open(&disk.after_power_loss(0), settings()).unwrap();
-    assert_eq!(read_all(&found).len(), 3);
+    let reopened = open(&disk.after_power_loss(0), settings()).unwrap();
+    assert_eq!(read_all(&reopened).len(), 3);
 }
 
 #[tokio::test]
-async fn what_could_not_be_cut_from_an_abandoned_segment_is_overruled_by_its_successor() {
-    let disk = Disk::default();
+async fn records_that_could_not_be_truncated_from_an_abandoned_segment_are_ignored() {
+    let disk = FaultyStorage::default();
     let journal = open(&disk, settings()).unwrap();
     append(&journal, call(0)).await.unwrap();
     {
         let mut state = disk.state();
         state.failing_syncs = 1;
-        state.failing_cuts = 1;
+        state.failing_removals = 1;
     }
     append(&journal, call(1)).await.unwrap();
     append(&journal, call(2)).await.unwrap();
     journal.close().await;
     let first = &disk.texts(".jsonl")[0].1;
     assert_eq!(first.lines().count(), 3, "the header, the durable record, and the abandoned one");
-    let found = open(&disk.after_power_loss(10_000), settings()).unwrap();
-    assert_eq!(accounts(&read_all(&found)), ["acme-0", "acme-1", "acme-2"]);
+    let reopened = open(&disk.after_power_loss(10_000), settings()).unwrap();
+    assert_eq!(accounts(&read_all(&reopened)), ["acme-0", "acme-1", "acme-2"]);
 }
 
 #[tokio::test]
-async fn a_refused_call_that_could_not_be_cut_does_not_stand_for_the_record_with_its_number() {
-    let disk = Disk::default();
+async fn a_refused_call_that_could_not_be_truncated_does_not_replace_the_record_with_its_number() {
+    let disk = FaultyStorage::default();
     let journal = open(&disk, settings()).unwrap();
     append(&journal, call(0)).await.unwrap();
     {
         let mut state = disk.state();
         state.failing_syncs = 2;
-        state.failing_cuts = 2;
+        state.failing_removals = 2;
     }
     assert!(append(&journal, call(1)).await.is_err());
     until(|| journal.is_writable()).await;
     append(&journal, call(2)).await.unwrap();
     journal.close().await;
-    assert!(disk.texts(".jsonl")[0].1.contains("acme-1"), "the refused call is there still");
-    let found = open(&disk.after_power_loss(10_000), settings()).unwrap();
-    assert_eq!(accounts(&read_all(&found)), ["acme-0", "acme-2"]);
+    assert!(disk.texts(".jsonl")[0].1.contains("acme-1"), "the refused call is still in the file");
+    let reopened = open(&disk.after_power_loss(10_000), settings()).unwrap();
+    assert_eq!(accounts(&read_all(&reopened)), ["acme-0", "acme-2"]);
 }
 
 #[tokio::test]
-async fn a_full_disk_refuses_calls_keeps_the_rest_and_tells_how_many_were_lost() {
-    let disk = Disk::default();
+async fn a_full_disk_refuses_calls_retains_other_records_and_a_gap_record_counts_the_calls() {
+    let disk = FaultyStorage::default();
     let journal = open(&disk, settings()).unwrap();
     append(&journal, call(0)).await.unwrap();
-    // A part of a line fits still.
+    // Only a part of a line fits.
     disk.state().room = Some(100);
     assert_eq!(append(&journal, call(1)).await, Err(AuditUnavailable::Unwritable));
     assert!(!journal.is_writable());
@@ -74,9 +74,10 @@ async fn a_full_disk_refuses_calls_keeps_the_rest_and_tells_how_many_were_lost()
     until(|| journal.is_writable()).await;
     append(&journal, call(5)).await.unwrap();
     let events = read_all(&journal);
-    let told: Vec<_> = events.iter().map(|e| (&*e.event, e.account.as_deref(), e.count)).collect();
+    let recorded: Vec<_> =
+        events.iter().map(|e| (&*e.event, e.account.as_deref(), e.count)).collect();
     assert_eq!(
-        told,
+        recorded,
         [
             ("get_token", Some("acme-0"), 1),
             ("token_issued", Some("acme-3"), 1),
@@ -91,8 +92,8 @@ async fn a_full_disk_refuses_calls_keeps_the_rest_and_tells_how_many_were_lost()
 }
 
 #[tokio::test]
-async fn a_read_only_disk_refuses_and_recovers() {
-    let disk = Disk::default();
+async fn a_read_only_disk_makes_the_journal_unwritable_until_it_is_writable_again() {
+    let disk = FaultyStorage::default();
     let journal = open(&disk, settings()).unwrap();
     {
         let mut state = disk.state();
@@ -109,35 +110,35 @@ async fn a_read_only_disk_refuses_and_recovers() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(60))]
 
-    /// Whatever fails, and wherever the power goes: what was answered is there, once, in order.
+    /// Whatever fails before a power failure: each record that was reported durable is present, once and in order.
     #[test]
-    fn an_answered_record_survives_any_faults(
+    fn a_record_that_was_reported_durable_survives_any_faults(
         faults in proptest::collection::vec((0_u8..6, 0_usize..3, 0_usize..2_000), 1..12),
-        luck in 0_usize..3_000,
+        surviving in 0_usize..3_000,
     ) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-        let disk = Disk::default();
+        let disk = FaultyStorage::default();
         let limits = JournalSettings { segment_bytes: 2_500, ..settings() };
         let journal = open(&disk, limits).unwrap();
-        let mut answered = Vec::new();
+        let mut durable = Vec::new();
         for (nth, (kind, times, room)) in faults.into_iter().enumerate() {
             {
                 let mut state = disk.state();
                 state.failing_syncs = if kind == 0 { times } else { 0 };
-                state.failing_cuts = if kind <= 1 { times } else { 0 };
+                state.failing_removals = if kind <= 1 { times } else { 0 };
                 state.room = (kind == 2).then_some(room);
             }
             let account = format!("acme-{nth}");
             if runtime.block_on(append(&journal, call(nth))).is_ok() {
-                answered.push(account);
+                durable.push(account);
             }
         }
-        let disk = disk.after_power_loss(luck);
-        let found = open(&disk, limits).unwrap();
-        let events = read_all(&found);
+        let disk = disk.after_power_loss(surviving);
+        let reopened = open(&disk, limits).unwrap();
+        let events = read_all(&reopened);
         let recorded = accounts(&events);
         let kept: Vec<_> =
-            recorded.iter().filter(|name| answered.iter().any(|a| a == *name)).collect();
-        prop_assert_eq!(kept, answered.iter().collect::<Vec<_>>());
+            recorded.iter().filter(|name| durable.iter().any(|a| a == *name)).collect();
+        prop_assert_eq!(kept, durable.iter().collect::<Vec<_>>());
     }
 }

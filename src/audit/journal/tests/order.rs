@@ -1,11 +1,11 @@
-//! Order, chains and the end of a journal.
+//! The order of records, links between chains, and closing a journal.
 
 use std::sync::atomic::AtomicUsize;
 
 use super::*;
 
 #[tokio::test]
-async fn what_was_appended_reads_back_in_order_from_real_files() {
+async fn appended_records_read_back_in_order_from_real_files() {
     let dir = tempfile::tempdir().unwrap();
     let state_dir = StateDir::open(dir.path()).unwrap();
     let journal = Journal::open(&state_dir, settings(), Clock::System).unwrap();
@@ -22,7 +22,7 @@ async fn what_was_appended_reads_back_in_order_from_real_files() {
 }
 
 #[tokio::test]
-async fn each_start_opens_a_chain_linked_to_the_head_before_it() {
+async fn each_start_opens_a_chain_that_is_linked_to_the_previous_head() {
     let dir = tempfile::tempdir().unwrap();
     let state_dir = StateDir::open(dir.path()).unwrap();
     let mut last: Option<(String, ChainHead)> = None;
@@ -34,7 +34,7 @@ async fn each_start_opens_a_chain_linked_to_the_head_before_it() {
             link.linked_hash,
             last.as_ref().map_or(crate::audit::chain::Digest::ZERO, |(_, head)| head.hash)
         );
-        // The third start records nothing: the fourth is linked to it all the same.
+        // The third start records nothing; the fourth is linked to its empty chain.
         let mut head = link.root();
         if start != 2 {
             append(&journal, issue(start)).await.unwrap();
@@ -50,8 +50,8 @@ async fn each_start_opens_a_chain_linked_to_the_head_before_it() {
 }
 
 #[tokio::test]
-async fn a_full_segment_is_followed_by_another_and_the_chain_goes_on() {
-    let disk = Disk::default();
+async fn a_full_segment_is_followed_by_another_in_the_same_chain() {
+    let disk = FaultyStorage::default();
     let journal = open(&disk, JournalSettings { segment_bytes: 2_000, ..settings() }).unwrap();
     for nth in 0..20 {
         append(&journal, call(nth)).await.unwrap();
@@ -61,8 +61,8 @@ async fn a_full_segment_is_followed_by_another_and_the_chain_goes_on() {
 }
 
 #[tokio::test]
-async fn close_writes_what_is_queued_and_what_comes_later_is_refused() {
-    let disk = Disk::default();
+async fn close_writes_queued_records_and_later_appends_are_refused() {
+    let disk = FaultyStorage::default();
     let journal = open(&disk, settings()).unwrap();
     let waiting: Vec<_> = (0..100).map(|nth| journal.append(call(nth))).collect();
     journal.close().await;
@@ -88,8 +88,8 @@ async fn a_second_process_on_the_directory_is_refused_while_the_writer_lives() {
 }
 
 #[test]
-fn many_threads_get_gapless_numbers_and_keep_their_own_order() {
-    let disk = Disk::default();
+fn records_of_many_threads_get_gapless_numbers_in_each_threads_order() {
+    let disk = FaultyStorage::default();
     let journal = open(&disk, settings()).unwrap();
     let durable = AtomicUsize::new(0);
     thread::scope(|scope| {

@@ -1,38 +1,38 @@
-//! An event as a line for eyes.
+//! Formatting of an event as one line of text.
 
 use std::iter;
 
 use crate::{cli::time::LocalTime, store::audit::StoredEvent};
 
-/// A line for eyes; the hashes are left to `--json`.
+/// Formats an event as a line for people. The hashes are only in `--json`.
 pub(super) fn describe(event: &StoredEvent) -> String {
-    let known = |name, value: Option<&str>| Some(format!("{name}={}", word(value?)));
+    let text = |name, value: Option<&str>| Some(format!("{name}={}", word(value?)));
     let number = |name, value: Option<i64>| Some(format!("{name}={}", value?));
     let fields = [
-        known("reason", event.reason.as_deref()),
-        known("account", event.account.as_deref()),
-        known("caller", event.caller.as_deref()),
-        known("by", event.caller_kind.as_deref()),
-        known("peer", event.peer.as_deref()),
+        text("reason", event.reason.as_deref()),
+        text("account", event.account.as_deref()),
+        text("caller", event.caller.as_deref()),
+        text("by", event.caller_kind.as_deref()),
+        text("peer", event.peer.as_deref()),
         number("generation", event.generation),
-        known("token", event.token_fingerprint.as_deref()),
+        text("token", event.token_fingerprint.as_deref()),
         number("latency_us", event.latency_us),
         number("count", Some(event.count).filter(|count| *count != 1)),
-        known("trace", event.trace_id.as_deref()),
+        text("trace", event.trace_id.as_deref()),
     ];
     let details =
         event.detail.iter().map(|(name, value)| format!("{}={}", word(name), word(value)));
     let start = format!("{}  {:<22} {:<18}", LocalTime(event.at), event.event, event.outcome);
-    let place = format!("at {}/{}#{}", event.instance, event.chain, event.seq);
+    let position = format!("at {}/{}#{}", event.instance, event.chain, event.seq);
     let words: Vec<_> = iter::once(start)
         .chain(fields.into_iter().flatten())
         .chain(details)
-        .chain([place])
+        .chain([position])
         .collect();
     words.join(" ")
 }
 
-/// `value`, quoted where it would not read as one word.
+/// Quotes `value` unless it is one unambiguous word.
 fn word(value: &str) -> String {
     let plain = |c: char| !c.is_whitespace() && !c.is_control() && !matches!(c, '"' | '=');
     if !value.is_empty() && value.chars().all(plain) {
@@ -75,7 +75,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn an_event_is_one_line_with_all_that_is_known() {
+    fn an_event_is_one_line_with_all_its_columns() {
         let line = describe(&event(0, 7));
         assert!(!line.contains('\n'), "{line}");
         assert!(

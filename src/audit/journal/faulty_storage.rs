@@ -1,59 +1,56 @@
-//! A disk for tests: it fills up, fails, and forgets at a crash what was not synced.
+//! Storage in memory for tests. It can fail, fill up, and lose at a crash what was not synced.
 
-use std::{
-    collections::BTreeMap,
-    io,
-    sync::{Arc, Mutex, MutexGuard},
-};
+use std::{collections::BTreeMap, io, sync::Arc};
 
 use chrono::DateTime;
+use parking_lot::{Mutex, MutexGuard};
 
-use super::files::{Appending, Files, Listed};
+use super::storage::{AppendFile, FileInfo, JournalStorage};
 
-/// A disk in memory; clones share it.
+/// Storage in memory. Clones share it.
 #[derive(Clone, Default)]
-pub(crate) struct Disk(Arc<Mutex<State>>);
+pub(crate) struct FaultyStorage(Arc<Mutex<FaultState>>);
 
 #[derive(Default)]
-pub(crate) struct State {
-    pub(crate) files: BTreeMap<String, Stored>,
-    /// How many more syncs fail.
+pub(crate) struct FaultState {
+    pub(crate) files: BTreeMap<String, StoredFile>,
+    /// How many of the next syncs fail.
     pub(crate) failing_syncs: usize,
-    /// How many more cuts and removals fail.
-    pub(crate) failing_cuts: usize,
-    /// How many more bytes there is room for.
+    /// How many of the next truncations and removals fail.
+    pub(crate) failing_removals: usize,
+    /// How many more bytes can be written; `None` for no limit.
     pub(crate) room: Option<usize>,
     pub(crate) read_only: bool,
     pub(crate) syncs: usize,
-    /// Appends wait here while a test holds it.
+    /// Appends lock this first, so that a test can block them.
     pub(crate) gate: Option<Arc<Mutex<()>>>,
 }
 
 #[derive(Clone, Default)]
-pub(crate) struct Stored {
+pub(crate) struct StoredFile {
     pub(crate) bytes: Vec<u8>,
     synced: usize,
-    named: bool,
+    name_synced: bool,
 }
 
-impl Disk {
-    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap()
+impl FaultyStorage {
+    pub(crate) fn state(&self) -> MutexGuard<'_, FaultState> {
+        self.0.lock()
     }
 
-    /// What a machine finds after losing its power: of each file whose name was synced, the synced
-    /// bytes and the first `luck` of those that were not.
-    pub(crate) fn after_power_loss(&self, luck: usize) -> Self {
+    /// Returns what a machine finds after a power failure: the files whose names were synced, each
+    /// with its synced bytes and the first `surviving` of the unsynced ones.
+    pub(crate) fn after_power_loss(&self, surviving: usize) -> Self {
         let mut files = self.state().files.clone();
-        files.retain(|_, file| file.named);
+        files.retain(|_, file| file.name_synced);
         for file in files.values_mut() {
-            file.bytes.truncate(file.synced + luck);
+            file.bytes.truncate(file.synced + surviving);
             file.synced = file.bytes.len();
         }
-        Self(Arc::new(Mutex::new(State { files, ..State::default() })))
+        Self(Arc::new(Mutex::new(FaultState { files, ..FaultState::default() })))
     }
 
-    /// The names and texts of the files whose names end in `ending`.
+    /// Returns the names and contents of the files whose names end in `ending`.
     pub(crate) fn texts(&self, ending: &str) -> Vec<(String, String)> {
         let state = self.state();
         let files = state.files.iter().filter(|(name, _)| name.ends_with(ending));
@@ -61,15 +58,15 @@ impl Disk {
     }
 }
 
-impl State {
-    fn writable(&mut self, wanted: usize) -> io::Result<usize> {
+impl FaultState {
+    fn reserve(&mut self, wanted: usize) -> io::Result<usize> {
         if self.read_only {
             return Err(io::ErrorKind::ReadOnlyFilesystem.into());
         }
         let Some(room) = &mut self.room else { return Ok(wanted) };
-        let given = wanted.min(*room);
-        *room -= given;
-        Ok(given)
+        let fitting = wanted.min(*room);
+        *room -= fitting;
+        Ok(fitting)
     }
 
     fn sync(&mut self) -> io::Result<()> {
@@ -81,22 +78,22 @@ impl State {
         Ok(())
     }
 
-    fn cut(&mut self) -> io::Result<()> {
-        if self.failing_cuts > 0 {
-            self.failing_cuts -= 1;
-            return Err(io::Error::other("injected: the cut failed"));
+    fn fail_removal(&mut self) -> io::Result<()> {
+        if self.failing_removals > 0 {
+            self.failing_removals -= 1;
+            return Err(io::Error::other("injected: the removal failed"));
         }
         Ok(())
     }
 
-    fn file(&mut self, name: &str) -> io::Result<&mut Stored> {
+    fn file(&mut self, name: &str) -> io::Result<&mut StoredFile> {
         self.files.get_mut(name).ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 }
 
-impl Files for Disk {
-    fn list(&self) -> io::Result<Vec<Listed>> {
-        let listed = |(name, file): (&String, &Stored)| Listed {
+impl JournalStorage for FaultyStorage {
+    fn list(&self) -> io::Result<Vec<FileInfo>> {
+        let listed = |(name, file): (&String, &StoredFile)| FileInfo {
             name: name.clone(),
             len: file.bytes.len() as u64,
             modified: DateTime::UNIX_EPOCH,
@@ -104,13 +101,13 @@ impl Files for Disk {
         Ok(self.state().files.iter().map(listed).collect())
     }
 
-    fn create(&self, name: &str) -> io::Result<Box<dyn Appending>> {
+    fn create(&self, name: &str) -> io::Result<Box<dyn AppendFile>> {
         let mut state = self.state();
-        state.writable(0)?;
+        state.reserve(0)?;
         if state.files.contains_key(name) {
             return Err(io::ErrorKind::AlreadyExists.into());
         }
-        state.files.insert(name.to_owned(), Stored::default());
+        state.files.insert(name.to_owned(), StoredFile::default());
         Ok(Box::new(Handle { disk: self.clone(), name: name.to_owned() }))
     }
 
@@ -123,7 +120,7 @@ impl Files for Disk {
 
     fn truncate(&self, name: &str, len: u64) -> io::Result<()> {
         let mut state = self.state();
-        state.cut()?;
+        state.fail_removal()?;
         let file = state.file(name)?;
         file.bytes.truncate(usize::try_from(len).unwrap());
         file.synced = file.bytes.len();
@@ -132,45 +129,45 @@ impl Files for Disk {
 
     fn replace(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
         let mut state = self.state();
-        if state.writable(bytes.len())? < bytes.len() {
+        if state.reserve(bytes.len())? < bytes.len() {
             return Err(io::ErrorKind::StorageFull.into());
         }
-        let file = Stored { bytes: bytes.to_vec(), synced: bytes.len(), named: true };
+        let file = StoredFile { bytes: bytes.to_vec(), synced: bytes.len(), name_synced: true };
         state.files.insert(name.to_owned(), file);
         Ok(())
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
         let mut state = self.state();
-        state.cut()?;
+        state.fail_removal()?;
         state.files.remove(name).map(drop).ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
-    fn free(&self) -> io::Result<u64> {
+    fn free_bytes(&self) -> io::Result<u64> {
         Ok(self.state().room.map_or(u64::MAX, |room| room as u64))
     }
 
     fn sync_dir(&self) -> io::Result<()> {
         let mut state = self.state();
         state.sync()?;
-        state.files.values_mut().for_each(|file| file.named = true);
+        state.files.values_mut().for_each(|file| file.name_synced = true);
         Ok(())
     }
 }
 
 struct Handle {
-    disk: Disk,
+    disk: FaultyStorage,
     name: String,
 }
 
-impl Appending for Handle {
+impl AppendFile for Handle {
     fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
         let gate = self.disk.state().gate.clone();
-        let _held = gate.as_ref().map(|gate| gate.lock().unwrap());
+        let _held = gate.as_ref().map(|gate| gate.lock());
         let mut state = self.disk.state();
-        let given = state.writable(bytes.len())?;
-        state.file(&self.name)?.bytes.extend_from_slice(&bytes[..given]);
-        if given < bytes.len() { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+        let fitting = state.reserve(bytes.len())?;
+        state.file(&self.name)?.bytes.extend_from_slice(&bytes[..fitting]);
+        if fitting < bytes.len() { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
     }
 
     fn sync(&mut self) -> io::Result<()> {

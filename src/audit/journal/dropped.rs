@@ -1,4 +1,4 @@
-//! The count of what could not be written: nothing is dropped uncounted.
+//! Counts of records that could not be written, for the `audit_gap` record that reports them.
 
 use std::sync::atomic::{AtomicI64, Ordering};
 
@@ -7,47 +7,50 @@ use crate::{
     domain::clock::Timestamp,
 };
 
-/// What was dropped since the last gap record.
+/// Counts of the records that were dropped since the last durable `audit_gap` record. Any thread may
+/// add to them.
 #[derive(Debug, Default)]
-pub(super) struct Lost {
+pub(super) struct DroppedRecords {
     calls: AtomicI64,
     others: AtomicI64,
 }
 
-/// One reading of [`Lost`].
+/// A snapshot of [`DroppedRecords`].
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Counted {
+#[must_use]
+pub(super) struct DroppedCounts {
     calls: i64,
     others: i64,
 }
 
-impl Lost {
+impl DroppedRecords {
+    /// Counts a dropped record that stands for `count` calls or other events.
     pub(super) fn add(&self, is_call: bool, count: i64) {
         let counter = if is_call { &self.calls } else { &self.others };
         counter.fetch_add(count.max(1), Ordering::Relaxed);
     }
 
-    pub(super) fn counted(&self) -> Counted {
-        Counted {
+    pub(super) fn snapshot(&self) -> DroppedCounts {
+        DroppedCounts {
             calls: self.calls.load(Ordering::Relaxed),
             others: self.others.load(Ordering::Relaxed),
         }
     }
 
-    /// Takes off what a durable record tells now.
-    pub(super) fn told(&self, counted: Counted) {
-        self.calls.fetch_sub(counted.calls, Ordering::Relaxed);
-        self.others.fetch_sub(counted.others, Ordering::Relaxed);
+    /// Subtracts what a durable `audit_gap` record reports.
+    pub(super) fn subtract(&self, reported: DroppedCounts) {
+        self.calls.fetch_sub(reported.calls, Ordering::Relaxed);
+        self.others.fetch_sub(reported.others, Ordering::Relaxed);
     }
 }
 
-impl Counted {
+impl DroppedCounts {
     pub(super) fn any(self) -> bool {
         self.calls != 0 || self.others != 0
     }
 
-    /// The record that tells; `None` if there is nothing to tell.
-    pub(super) fn record(self, at: Timestamp) -> Option<Record> {
+    /// The `audit_gap` record that reports these counts; `None` if nothing was dropped.
+    pub(super) fn gap_record(self, at: Timestamp) -> Option<Record> {
         if !self.any() {
             return None;
         }

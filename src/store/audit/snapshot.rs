@@ -1,38 +1,46 @@
-//! The audit log at one moment, with all that is claimed of it: what is proven and exported.
+//! Consistent snapshots of the audit log, for verification and export.
 
 use std::collections::BTreeMap;
 
 use futures_util::{Stream, StreamExt};
 use sqlx::{PgPool, Postgres, Transaction, types::Json};
+use tracing::instrument;
 
-use super::{EventFilter, Row, StoredEvent, digest};
+use super::{
+    filter::EventFilter,
+    row::{EventRow, digest},
+};
 use crate::{
     audit::{
+        chain::StoredEvent,
         checkpoint::{PruningReceipt, Signature, SignedCheckpoint},
-        verify::Claim,
+        verify::ChainClaim,
     },
     store::StoreError,
 };
 
-/// The audit log as one snapshot shows it, however long reading it takes. Retention waits for it.
-pub struct Ledger(Transaction<'static, Postgres>);
+/// A transaction that shows the whole audit log as of one moment, however long reading it takes.
+/// Retention waits for its end.
+pub struct AuditSnapshot(Transaction<'static, Postgres>);
 
-impl Ledger {
-    /// Takes a snapshot.
+impl AuditSnapshot {
+    /// Begins a transaction with repeatable-read isolation and without a statement timeout.
     ///
     /// # Errors
-    /// When the database cannot be reached.
+    /// When a statement fails.
+    #[instrument(level = "debug", skip_all)]
     pub async fn open(pool: &PgPool) -> Result<Self, StoreError> {
         let begin = "begin isolation level repeatable read, read only";
         let mut transaction = pool.begin_with(begin).await?;
-        // Before the snapshot is taken, so that retention removes no day that it shows.
+        // Locked before the first query takes the snapshot, so that retention does not remove a day
+        // that the snapshot shows.
         sqlx::query!(
-            "/* store::audit::ledger::open */ lock table audit_events in access share mode"
+            "/* store::audit::snapshot::open */ lock table audit_events in access share mode"
         )
         .execute(&mut *transaction)
         .await?;
         sqlx::query!(
-            "/* store::audit::ledger::open */
+            "/* store::audit::snapshot::open */
             select set_config('statement_timeout', '0', true)"
         )
         .fetch_one(&mut *transaction)
@@ -40,13 +48,14 @@ impl Ledger {
         Ok(Self(transaction))
     }
 
-    /// What the database says of each chain.
+    /// Returns what the database claims about each chain, by name.
     ///
     /// # Errors
-    /// When the database cannot be reached.
-    pub async fn claims(&mut self) -> Result<Vec<Claim>, StoreError> {
+    /// When the statement fails, or a row holds a malformed hash.
+    #[instrument(level = "debug", skip_all)]
+    pub async fn claims(&mut self) -> Result<Vec<ChainClaim>, StoreError> {
         let rows = sqlx::query!(
-            "/* store::audit::ledger::claims */
+            "/* store::audit::snapshot::claims */
             select chain, instance, started_at, linked_chain, linked_hash, delivered_seq,
                 delivered_hash, retired
             from audit_chains order by chain"
@@ -55,7 +64,7 @@ impl Ledger {
         .await?;
         rows.into_iter()
             .map(|row| {
-                Ok(Claim {
+                Ok(ChainClaim {
                     chain: row.chain,
                     instance: row.instance,
                     started_at: row.started_at,
@@ -69,13 +78,14 @@ impl Ledger {
             .collect()
     }
 
-    /// What retention says that it removed.
+    /// Returns the receipts of the ranges that retention removed, by chain and number.
     ///
     /// # Errors
-    /// When the database cannot be reached.
-    pub async fn cuts(&mut self) -> Result<Vec<PruningReceipt>, StoreError> {
+    /// When the statement fails, or a row holds a malformed hash.
+    #[instrument(level = "debug", skip_all)]
+    pub async fn receipts(&mut self) -> Result<Vec<PruningReceipt>, StoreError> {
         let rows = sqlx::query!(
-            "/* store::audit::ledger::cuts */
+            "/* store::audit::snapshot::receipts */
             select chain, first_seq, prev_hash, last_seq, hash, at, key_id, signature
             from audit_cuts order by chain, first_seq"
         )
@@ -96,13 +106,14 @@ impl Ledger {
             .collect()
     }
 
-    /// The signed heads.
+    /// Returns the signed checkpoints, by chain and number.
     ///
     /// # Errors
-    /// When the database cannot be reached.
-    pub async fn heads(&mut self) -> Result<Vec<SignedCheckpoint>, StoreError> {
+    /// When the statement fails, or a row holds a malformed hash.
+    #[instrument(level = "debug", skip_all)]
+    pub async fn checkpoints(&mut self) -> Result<Vec<SignedCheckpoint>, StoreError> {
         let rows = sqlx::query!(
-            "/* store::audit::ledger::heads */
+            "/* store::audit::snapshot::checkpoints */
             select chain, seq, hash, at, key_id, signature from audit_heads order by chain, seq"
         )
         .fetch_all(&mut *self.0)
@@ -120,15 +131,16 @@ impl Ledger {
             .collect()
     }
 
-    /// The records that `filter` lets through, by time, which is nearly the order of each chain.
+    /// Streams the records that `filter` selects, by time. Within each chain, that is nearly the
+    /// order of numbers.
     pub fn events<'a>(
         &'a mut self,
         filter: &'a EventFilter,
     ) -> impl Stream<Item = Result<StoredEvent, StoreError>> + 'a {
         let (since, until) = filter.times(None);
         sqlx::query_as!(
-            Row,
-            r#"/* store::audit::ledger::events */
+            EventRow,
+            r#"/* store::audit::snapshot::events */
             select instance, chain, seq, at, event, caller, caller_kind, peer, account, outcome,
                 reason, generation, token_fingerprint, trace_id, latency_us, count,
                 detail as "detail: Json<BTreeMap<String, String>>", prev_hash, hash

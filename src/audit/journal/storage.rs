@@ -1,5 +1,7 @@
-//! The journal's directory, as little of it as the journal needs; a trait, so that tests can have
-//! a disk that fails.
+//! The directory operations that a journal needs, as a trait: tests replace it by storage that
+//! fails.
+//!
+//! Everything here blocks on I/O.
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
@@ -10,49 +12,51 @@ use std::{
 
 use crate::domain::clock::Timestamp;
 
-/// A file in the directory.
+/// A file of the directory.
 #[derive(Clone, Debug)]
-pub(super) struct Listed {
+pub(super) struct FileInfo {
     pub(super) name: String,
     pub(super) len: u64,
     pub(super) modified: Timestamp,
 }
 
-/// A directory of flat files.
-pub(super) trait Files: Send + Sync + 'static {
-    /// What is there.
-    fn list(&self) -> io::Result<Vec<Listed>>;
-    /// Makes a file that was not there, for appending. Its name is on disk after [`Files::sync_dir`].
-    fn create(&self, name: &str) -> io::Result<Box<dyn Appending>>;
-    /// Reads up to `len` bytes from `offset`; fewer only at the file's end.
+/// A directory of files, without subdirectories. The names are those of files in it.
+pub(super) trait JournalStorage: Send + Sync + 'static {
+    /// Lists all files.
+    fn list(&self) -> io::Result<Vec<FileInfo>>;
+    /// Creates a file for appending. Fails if it exists. Its name is durable only after
+    /// [`JournalStorage::sync_dir`].
+    fn create(&self, name: &str) -> io::Result<Box<dyn AppendFile>>;
+    /// Reads `len` bytes from `offset`; fewer only at the end of the file.
     fn read(&self, name: &str, offset: u64, len: usize) -> io::Result<Vec<u8>>;
-    /// Cuts a file and has that on disk.
+    /// Truncates a file and syncs it.
     fn truncate(&self, name: &str, len: u64) -> io::Result<()>;
-    /// Puts `bytes` in the place of a file, whole or not at all, and has that on disk.
+    /// Replaces the contents of a file atomically and durably; creates the file if it does not
+    /// exist.
     fn replace(&self, name: &str, bytes: &[u8]) -> io::Result<()>;
     /// Removes a file.
     fn remove(&self, name: &str) -> io::Result<()>;
-    /// Has the names on disk.
+    /// Makes the names of created, renamed and removed files durable.
     fn sync_dir(&self) -> io::Result<()>;
-    /// How many bytes the disk still takes.
-    fn free(&self) -> io::Result<u64>;
+    /// Returns how many bytes the file system can still take.
+    fn free_bytes(&self) -> io::Result<u64>;
 }
 
-/// A file open for appending.
-pub(super) trait Appending: Send {
-    /// Appends all of `bytes`; after an error some may be there.
+/// A file that is open for appending.
+pub(super) trait AppendFile: Send {
+    /// Appends `bytes`. After an error, a part of them may be in the file.
     fn append(&mut self, bytes: &[u8]) -> io::Result<()>;
-    /// Has what was appended on disk.
+    /// Syncs what was appended to disk.
     fn sync(&mut self) -> io::Result<()>;
 }
 
-/// A real directory.
+/// A directory of the file system.
 pub(super) struct Directory {
     path: PathBuf,
 }
 
 impl Directory {
-    /// Makes the directory, for the owner alone, if it is not there.
+    /// Creates the directory with mode 0700 if it does not exist, and makes its name durable.
     pub(super) fn open(path: &Path) -> io::Result<Self> {
         DirBuilder::new().recursive(true).mode(0o700).create(path)?;
         if let Some(parent) = path.parent() {
@@ -61,28 +65,29 @@ impl Directory {
         Ok(Self { path: path.to_owned() })
     }
 
-    /// A directory that is there, or whose absence its first use tells.
+    /// Returns a directory without checking that it exists: the first operation fails if it does
+    /// not.
     pub(super) fn existing(path: &Path) -> Self {
         Self { path: path.to_owned() }
     }
 }
 
-impl Files for Directory {
-    fn list(&self) -> io::Result<Vec<Listed>> {
-        let mut listed = Vec::new();
+impl JournalStorage for Directory {
+    fn list(&self) -> io::Result<Vec<FileInfo>> {
+        let mut files = Vec::new();
         for entry in fs::read_dir(&self.path)? {
             let entry = entry?;
             let metadata = entry.metadata()?;
-            // No name of the journal's own is anything but UTF-8.
+            // All names that the journal gives are UTF-8.
             if let (true, Ok(name)) = (metadata.is_file(), entry.file_name().into_string()) {
                 let modified = metadata.modified()?.into();
-                listed.push(Listed { name, len: metadata.len(), modified });
+                files.push(FileInfo { name, len: metadata.len(), modified });
             }
         }
-        Ok(listed)
+        Ok(files)
     }
 
-    fn create(&self, name: &str) -> io::Result<Box<dyn Appending>> {
+    fn create(&self, name: &str) -> io::Result<Box<dyn AppendFile>> {
         let mut options = OpenOptions::new();
         let file = options.append(true).create_new(true).mode(0o600).open(self.path.join(name))?;
         Ok(Box::new(file))
@@ -111,12 +116,13 @@ impl Files for Directory {
     }
 
     fn replace(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
-        let draft = self.path.join(format!("{name}.new"));
+        let temporary = self.path.join(format!("{name}.new"));
         let mut options = OpenOptions::new();
-        let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&draft)?;
+        let mut file =
+            options.write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
         file.write_all(bytes)?;
         file.sync_all()?;
-        fs::rename(&draft, self.path.join(name))?;
+        fs::rename(&temporary, self.path.join(name))?;
         self.sync_dir()
     }
 
@@ -128,13 +134,13 @@ impl Files for Directory {
         File::open(&self.path)?.sync_all()
     }
 
-    fn free(&self) -> io::Result<u64> {
-        let disk = rustix::fs::statvfs(&self.path)?;
-        Ok(disk.f_bavail.saturating_mul(disk.f_frsize))
+    fn free_bytes(&self) -> io::Result<u64> {
+        let stats = rustix::fs::statvfs(&self.path)?;
+        Ok(stats.f_bavail.saturating_mul(stats.f_frsize))
     }
 }
 
-impl Appending for File {
+impl AppendFile for File {
     fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.write_all(bytes)
     }

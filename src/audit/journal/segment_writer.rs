@@ -1,0 +1,207 @@
+//! Writes a chain's records to segment files: appends and syncs, starts new segments, and deletes
+//! delivered ones.
+
+use std::{io, sync::Arc};
+
+use thiserror::Error;
+
+use super::{
+    catalog::Segment,
+    segment::{Header, encode, name_of},
+    settings::SyncMode,
+    shared::Shared,
+    storage::AppendFile,
+};
+use crate::audit::chain::{ChainHead, StoredEvent};
+
+/// Why a batch was not written.
+#[derive(Debug, Error)]
+pub(super) enum WriteError {
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error("the records that wait for Postgres fill the journal's {0} bytes")]
+    Full(u64),
+}
+
+/// The segment that is being written.
+struct OpenSegment {
+    name: String,
+    file: Box<dyn AppendFile>,
+    /// Length of its durable part in bytes.
+    len: u64,
+    /// Whether its durable part holds a record, and not the header alone.
+    holds_records: bool,
+}
+
+/// Owned by the writer thread. Every method blocks on I/O.
+pub(super) struct SegmentWriter {
+    shared: Arc<Shared>,
+    segment: Option<OpenSegment>,
+    /// The last durable record.
+    head: ChainHead,
+    /// `seq` of the last record that was synced. With [`SyncMode::Write`], `head` is ahead of it.
+    synced_seq: i64,
+}
+
+impl SegmentWriter {
+    /// Creates a segment for the records after the chain's root.
+    pub(super) fn new(shared: Arc<Shared>) -> io::Result<Self> {
+        let head = shared.link.root();
+        let mut writer = Self { shared, segment: None, head, synced_seq: 0 };
+        writer.segment = Some(writer.open_segment()?);
+        Ok(writer)
+    }
+
+    /// Numbers and hashes `events`, and makes them durable.
+    ///
+    /// After an error the segment is abandoned and the records go to a new one: after a failed sync, it
+    /// is unknown which pages of the file the kernel still holds. If that fails too, nothing was written
+    /// and the head stays where it was.
+    pub(super) fn write<'a>(
+        &mut self,
+        events: impl ExactSizeIterator<Item = &'a mut StoredEvent>,
+    ) -> Result<(), WriteError> {
+        let mut head = self.head;
+        let mut lines = Vec::with_capacity(events.len() * 640);
+        for event in events {
+            event.link_after(&mut head);
+            encode(event, self.synced_seq, &mut lines);
+        }
+        self.make_room(lines.len() as u64)?;
+        if let Some(segment) = self.segment.take() {
+            match self.commit(segment, &lines, head) {
+                Ok(()) => return Ok(()),
+                Err(error) => {
+                    tracing::warn!(%error, "an audit segment is abandoned after an error");
+                }
+            }
+        }
+        let segment = self.open_segment()?;
+        Ok(self.commit(segment, &lines, head)?)
+    }
+
+    /// Appends `lines`, which end at `head`, to `segment`, and syncs if necessary. Abandons the
+    /// segment on an error.
+    fn commit(
+        &mut self,
+        mut segment: OpenSegment,
+        lines: &[u8],
+        head: ChainHead,
+    ) -> io::Result<()> {
+        let full = segment.len + lines.len() as u64 >= self.shared.settings.segment_bytes;
+        let sync = self.shared.settings.sync == SyncMode::Fsync || full;
+        let appended = segment.file.append(lines);
+        let written = if sync { appended.and_then(|()| segment.file.sync()) } else { appended };
+        if let Err(error) = written {
+            self.abandon(&segment);
+            return Err(error);
+        }
+        segment.len += lines.len() as u64;
+        segment.holds_records = true;
+        self.head = head;
+        if sync {
+            self.synced_seq = head.seq;
+        }
+        self.shared.catalog().extend_open(head.seq, segment.len);
+        *self.shared.head() = head;
+        if full {
+            self.shared.catalog().close_open(self.shared.clock.now());
+            self.remove_expired();
+        } else {
+            self.segment = Some(segment);
+        }
+        Ok(())
+    }
+
+    /// Truncates a segment after its last durable record, or removes it if it has none. If that
+    /// fails, the next segment's header says where it ends.
+    fn abandon(&self, segment: &OpenSegment) {
+        let truncated = if segment.holds_records {
+            self.shared.catalog().close_open(self.shared.clock.now());
+            self.shared.segments.storage.truncate(&segment.name, segment.len)
+        } else {
+            self.shared.catalog().remove(&segment.name);
+            self.shared.segments.storage.remove(&segment.name)
+        };
+        if let Err(error) = truncated {
+            tracing::warn!(%error, segment = segment.name, "an abandoned audit segment was not truncated");
+        }
+    }
+
+    /// Creates the segment that continues after `head`, with its name and header durable.
+    fn open_segment(&self) -> io::Result<OpenSegment> {
+        let header = Header::new(&self.shared.link, self.head);
+        let name = name_of(&self.shared.link.chain, header.first_seq);
+        let line = header.line();
+        let file = match self.create_segment_file(&name, &line) {
+            // Left by an abandoned attempt that wrote no record.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                self.shared.segments.storage.remove(&name)?;
+                self.create_segment_file(&name, &line)?
+            }
+            made => made?,
+        };
+        let len = line.len() as u64;
+        self.shared.catalog().add(Segment {
+            name: name.clone(),
+            link: Arc::clone(&self.shared.link),
+            before: self.head,
+            last_seq: self.head.seq,
+            len,
+            closed_at: None,
+        });
+        Ok(OpenSegment { name, file, len, holds_records: false })
+    }
+
+    fn create_segment_file(&self, name: &str, header: &[u8]) -> io::Result<Box<dyn AppendFile>> {
+        let mut file = self.shared.segments.storage.create(name)?;
+        file.append(header)?;
+        file.sync()?;
+        self.shared.segments.storage.sync_dir()?;
+        Ok(file)
+    }
+
+    /// Deletes delivered segments, the oldest first, until `bytes` more fit within the limit.
+    fn make_room(&self, bytes: u64) -> Result<(), WriteError> {
+        let limit = self.shared.settings.max_bytes;
+        loop {
+            let oldest = {
+                let catalog = self.shared.catalog();
+                if catalog.bytes().saturating_add(bytes) <= limit {
+                    return Ok(());
+                }
+                catalog.oldest_delivered().map(|segment| segment.name.clone())
+            };
+            self.remove(&oldest.ok_or(WriteError::Full(limit))?)?;
+        }
+    }
+
+    /// Deletes the delivered segments whose retention is over.
+    pub(super) fn remove_expired(&self) {
+        let now = self.shared.clock.now();
+        let expired = self.shared.catalog().expired(now, self.shared.settings.retention);
+        for name in expired {
+            if let Err(error) = self.remove(&name) {
+                tracing::warn!(%error, segment = name, "a delivered audit segment was not deleted");
+            }
+        }
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        match self.shared.segments.storage.remove(name) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => self.shared.catalog().remove(name),
+        }
+        Ok(())
+    }
+
+    /// Closes the last segment. Syncs it, since commits do not with [`SyncMode::Write`].
+    pub(super) fn close(self) {
+        if let Some(mut segment) = self.segment {
+            if let Err(error) = segment.file.sync() {
+                tracing::error!(%error, "the last audit segment was not synced at the end");
+            }
+            self.shared.catalog().close_open(self.shared.clock.now());
+        }
+    }
+}

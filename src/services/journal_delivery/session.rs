@@ -1,0 +1,223 @@
+//! Delivery over one connection.
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+use chrono::{Datelike, NaiveDate};
+use sqlx::{ConnectOptions, Connection, PgConnection, postgres::PgConnectOptions};
+use tracing::instrument;
+
+use super::{error::DeliveryError, source::JournalSource};
+use crate::{
+    audit::{
+        chain::{ChainHead, StoredEvent},
+        checkpoint_signer::CheckpointSigner,
+        journal::{ChainReader, LocalChain, ReadError, with_causes},
+    },
+    store::{StoreError, audit},
+};
+
+/// The detail of an event that names the row of `changes` that it records.
+pub const CHANGE_ID: &str = "change_id";
+
+/// Most rows in one transaction. More would be no faster, and hold locks for longer.
+const MAX_ROWS_PER_TRANSACTION: usize = 500;
+/// How long one exchange with Postgres may take before the connection is given up.
+const EXCHANGE_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// The delivery of one chain.
+pub(super) struct ChainDelivery {
+    pub(super) chain: LocalChain,
+    /// The chain's position in Postgres.
+    pub(super) position: ChainHead,
+    /// `None` while a blocking task reads with it.
+    reader: Option<ChainReader>,
+    /// Why the chain cannot be read any further. Other chains are delivered meanwhile.
+    pub(super) unreadable: Option<ReadError>,
+}
+
+/// A connection to Postgres, and what is known while it lasts.
+pub(super) struct Session<'a> {
+    source: &'a dyn JournalSource,
+    connection: PgConnection,
+    /// Days whose partitions exist. Forgotten with the connection, since a failure may mean that somebody
+    /// dropped a partition.
+    partitions: BTreeSet<NaiveDate>,
+}
+
+impl<'a> Session<'a> {
+    pub(super) async fn connect(
+        source: &'a dyn JournalSource,
+        options: &PgConnectOptions,
+    ) -> Result<Self, DeliveryError> {
+        let connection = within_timeout(async { Ok(options.connect().await?) }).await?;
+        Ok(Self { source, connection, partitions: BTreeSet::new() })
+    }
+
+    /// Registers all chains of the source, and reads their positions.
+    #[instrument(level = "debug", skip_all)]
+    pub(super) async fn register_chains(&mut self) -> Result<Vec<ChainDelivery>, DeliveryError> {
+        let mut deliveries = Vec::new();
+        for chain in self.source.chains() {
+            let registered = audit::register_chain(&mut self.connection, &chain.link);
+            let position = within_timeout(registered).await?;
+            if position.seq > chain.last_seq {
+                tracing::error!(
+                    chain = chain.link.chain,
+                    delivered = position.seq,
+                    journal = chain.last_seq,
+                    "Postgres has audit records that this journal has lost"
+                );
+            }
+            self.source.mark_delivered(&chain.link.chain, position.seq);
+            let reader = Some(self.source.reader(Arc::clone(&chain.link), position));
+            deliveries.push(ChainDelivery { chain, position, reader, unreadable: None });
+        }
+        Ok(deliveries)
+    }
+
+    /// Delivers what is durable of one chain. Returns whether there was anything to deliver.
+    #[instrument(level = "debug", skip_all, fields(chain = delivery.chain.link.chain))]
+    pub(super) async fn deliver_all(
+        &mut self,
+        delivery: &mut ChainDelivery,
+    ) -> Result<bool, DeliveryError> {
+        let mut any = false;
+        while delivery.unreadable.is_none() {
+            let events = match read(delivery).await? {
+                Ok(events) if events.is_empty() => break,
+                Ok(events) => events,
+                Err(ReadError::Missing { .. }) if self.skip_deleted(delivery) => continue,
+                Err(error) => {
+                    let chain = &delivery.chain.link.chain;
+                    let why = with_causes(&error);
+                    tracing::error!(
+                        chain,
+                        error = why,
+                        "an audit chain cannot be read any further"
+                    );
+                    delivery.unreadable = Some(error);
+                    break;
+                }
+            };
+            for batch in events.chunks(MAX_ROWS_PER_TRANSACTION) {
+                self.deliver(delivery, batch).await?;
+                any = true;
+            }
+        }
+        Ok(any)
+    }
+
+    /// Skips the records that neither the database nor the journal has any more: the database was
+    /// restored to an earlier state, and the journal had deleted them as delivered. Returns `false` if
+    /// there are none. Verification reports the gap; to wait for the records would fill the journal, and
+    /// lose later ones as well.
+    fn skip_deleted(&self, delivery: &mut ChainDelivery) -> bool {
+        let chain = &delivery.chain.link.chain;
+        let local = self.source.chains().into_iter().find(|local| local.link.chain == *chain);
+        let Some(local) = local.filter(|local| local.before.seq > delivery.position.seq) else {
+            return false;
+        };
+        let reader = delivery.reader.as_ref();
+        if reader.is_none_or(|reader| reader.head().seq >= local.before.seq) {
+            return false;
+        }
+        tracing::error!(
+            chain,
+            first = delivery.position.seq + 1,
+            last = local.before.seq,
+            "audit records that the database lost are not in the journal any more: a gap stays"
+        );
+        delivery.reader = Some(self.source.reader(Arc::clone(&local.link), local.before));
+        true
+    }
+
+    /// Delivers records in one transaction, after creating the partitions that they need.
+    async fn deliver(
+        &mut self,
+        delivery: &mut ChainDelivery,
+        events: &[StoredEvent],
+    ) -> Result<(), DeliveryError> {
+        let Some(last) = events.last() else { return Ok(()) };
+        for day in partition_days(events) {
+            if !self.partitions.contains(&day) {
+                within_timeout(audit::ensure_partition(&mut self.connection, day)).await?;
+                self.partitions.insert(day);
+            }
+        }
+        let (link, changes) = (&delivery.chain.link, change_ids(events));
+        let delivered =
+            audit::deliver(&mut self.connection, link, delivery.position, events, &changes);
+        if !within_timeout(delivered).await? {
+            return Err(DeliveryError::PositionConflict(link.chain.clone()));
+        }
+        delivery.position = last.head();
+        self.source.mark_delivered(&link.chain, last.seq);
+        Ok(())
+    }
+
+    /// Stores the latest checkpoint, if one is due and Postgres has the records that it covers.
+    pub(super) async fn store_checkpoint(
+        &mut self,
+        signer: &CheckpointSigner,
+        delivery: &ChainDelivery,
+    ) -> Result<(), DeliveryError> {
+        if let Some(checkpoint) = signer.due(&delivery.chain.link.chain, delivery.position.seq) {
+            within_timeout(audit::store_checkpoint(&mut self.connection, &checkpoint)).await?;
+            signer.mark_stored(&checkpoint);
+        }
+        Ok(())
+    }
+
+    pub(super) async fn close(self) -> Result<(), DeliveryError> {
+        within_timeout(async { Ok(self.connection.close().await?) }).await
+    }
+}
+
+/// The days of `events`, and the day after the last of them, so that its partition exists before it is
+/// needed.
+fn partition_days(events: &[StoredEvent]) -> BTreeSet<NaiveDate> {
+    let mut days: BTreeSet<_> = events.iter().map(|event| event.at.date_naive()).collect();
+    let next = days.last().and_then(NaiveDate::succ_opt);
+    days.extend(next.filter(|next| next.year() <= 9999));
+    days
+}
+
+/// Reads the chain's next records on a thread that may block.
+async fn read(
+    delivery: &mut ChainDelivery,
+) -> Result<Result<Vec<StoredEvent>, ReadError>, DeliveryError> {
+    let mut reader = delivery.reader.take().ok_or(DeliveryError::Interrupted)?;
+    let read = tokio::task::spawn_blocking(move || (reader.read(), reader)).await;
+    let (events, reader) = read.map_err(|_| DeliveryError::Interrupted)?;
+    delivery.reader = Some(reader);
+    Ok(events)
+}
+
+fn change_ids(events: &[StoredEvent]) -> Vec<i64> {
+    events.iter().filter_map(|event| event.detail.get(CHANGE_ID)?.parse().ok()).collect()
+}
+
+async fn within_timeout<T>(
+    exchange: impl Future<Output = Result<T, StoreError>>,
+) -> Result<T, DeliveryError> {
+    let answered = tokio::time::timeout(EXCHANGE_TIMEOUT, exchange).await;
+    Ok(answered.map_err(|_| DeliveryError::Timeout(EXCHANGE_TIMEOUT))??)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::audit::{
+        chain::tests::link,
+        record::{Event, Record},
+    };
+
+    #[test]
+    fn only_decimal_change_ids_count() {
+        let event = |id: &str| {
+            let record = Record::new(chrono::DateTime::UNIX_EPOCH, Event::GrantChanged);
+            StoredEvent::from_record(record.with(CHANGE_ID, id), &link())
+        };
+        assert_eq!(change_ids(&[event("7"), event("x"), event(""), event("12")]), [7, 12]);
+    }
+}
