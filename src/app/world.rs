@@ -10,7 +10,7 @@ use std::{
 };
 
 use sqlx::PgPool;
-use tokio::{net::TcpListener, runtime::Handle, task::JoinHandle, time::Instant};
+use tokio::{net::TcpListener, runtime::Handle, task::JoinHandle};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic_health::server::HealthReporter;
 use tracing::info;
@@ -388,12 +388,10 @@ impl World {
             folds,
             directory: self.directory.clone(),
             trust_domain: plan.trust_domain.clone(),
-            rates: CallerRates::default(),
-            default_rate: plan.caller_rate,
+            rates: CallerRates::new(plan.caller_rate),
             default_deadline: plan.default_deadline,
             longest_deadline: plan.longest_deadline,
             clock: self.clock.clone(),
-            epoch: Instant::now(),
             metrics: self.metrics.clone(),
             calls,
             refused: Arc::new(KeyedSemaphore::new(MOST_REFUSED)),

@@ -23,12 +23,15 @@ use crate::audit::{
     journal::{AuditUnavailable, Journal},
     record::{Event, Record},
 };
-use crate::services::caller_rates::network_of;
+use crate::services::{
+    client_network::network_of,
+    gcra::{Gcra, Quota},
+};
 
-/// How many refusals of one kind are recorded one by one before any is folded.
-const AT_ONCE: u32 = 20;
-/// The time after which one more is.
-const ONE_EACH: Duration = Duration::from_secs(1);
+/// How many refusals of one kind get records of their own: up to 20 at once, then one a second.
+const OWN_RECORDS: Quota = Quota::one_per_second(20);
+/// How often idle kinds may be removed at most.
+const SWEEP_EVERY: Duration = Duration::from_secs(1);
 /// How long a record with a count waits for others to join it.
 const WINDOW: Duration = Duration::from_millis(250);
 /// How long that record may take to become durable.
@@ -75,8 +78,8 @@ enum Origin {
 
 #[derive(Default)]
 struct State {
-    /// When the records made one by one so far would have been paid for.
-    paid_until: Duration,
+    /// Limits the refusals that get records of their own.
+    own_records: Gcra,
     open: Option<Open>,
 }
 
@@ -167,7 +170,7 @@ impl Kinds {
     fn state_of(&mut self, mut kind: Kind, now: Duration) -> (Kind, &mut State) {
         if self.states.len() >= MOST_KINDS && !self.states.contains_key(&kind) {
             if self.sweep_at <= now {
-                self.sweep_at = now + ONE_EACH;
+                self.sweep_at = now + SWEEP_EVERY;
                 self.states.retain(|_, state| !state.is_idle(now));
             }
             if self.states.len() >= MOST_KINDS {
@@ -182,16 +185,11 @@ impl Kinds {
 impl State {
     /// Takes the price of a record of its own, if it can be paid.
     fn pays(&mut self, now: Duration) -> bool {
-        let next = self.paid_until.max(now) + ONE_EACH;
-        let pays = next <= now + ONE_EACH * AT_ONCE;
-        if pays {
-            self.paid_until = next;
-        }
-        pays
+        self.own_records.take(OWN_RECORDS, now).is_ok()
     }
 
     fn is_idle(&self, now: Duration) -> bool {
-        self.open.is_none() && self.paid_until <= now
+        self.open.is_none() && self.own_records.is_idle(now)
     }
 }
 

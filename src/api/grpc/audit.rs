@@ -32,10 +32,8 @@ use crate::{
     },
     domain::clock::Clock,
     services::{
-        caller_directory::CallerDirectory,
-        caller_rates::{CallerRates, network_of},
-        keyed_semaphore::KeyedSemaphore,
-        refusal_aggregator::RefusalAggregator,
+        caller_directory::CallerDirectory, caller_rates::CallerRates, client_network::network_of,
+        keyed_semaphore::KeyedSemaphore, refusal_aggregator::RefusalAggregator,
         token_provider::Refusal,
     },
     telemetry::{Method, Metrics},
@@ -54,18 +52,14 @@ pub struct AuditLayer {
     pub directory: Arc<CallerDirectory>,
     /// Whose SPIFFE IDs count.
     pub trust_domain: Option<Arc<str>>,
-    /// What each caller used of its rate.
+    /// The rate limit of each caller.
     pub rates: CallerRates,
-    /// Calls a second of a caller that has no rate of its own.
-    pub default_rate: u32,
     /// The deadline of a call that brings none.
     pub default_deadline: Duration,
     /// The longest deadline that a call may bring.
     pub longest_deadline: Duration,
     /// Time.
     pub clock: Clock,
-    /// The moment from which rates are counted.
-    pub epoch: Instant,
     /// Counters.
     pub metrics: Arc<Metrics>,
     /// The calls under way: their records are still to be written.
@@ -226,9 +220,8 @@ impl AuditLayer {
         let found = finder.identify(request.headers(), certificate);
         let identified = found.map_err(|unidentified| draft.unidentified(unidentified))?;
         draft.identified(&identified);
-        let rate = identified.caller.rate_limit.unwrap_or(self.default_rate);
         self.rates
-            .take(identified.caller.id, rate, arrived.saturating_duration_since(self.epoch))
+            .take(&identified.caller, arrived)
             .map_err(|retry_after| Refusal::CallerRate { retry_after })?;
         let asked = deadline_of(request.headers())?.unwrap_or(self.default_deadline);
         // A stream only begins by then: it lasts for as long as its caller wants.

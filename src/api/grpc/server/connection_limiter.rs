@@ -13,7 +13,7 @@ use std::{
 use tokio::{sync::watch, time::Instant};
 use tracing::warn;
 
-use crate::services::caller_rates::network_of;
+use crate::services::client_network::network_of;
 
 /// How often it is said at most that an address has too many connections.
 const WARN_AGAIN: Duration = Duration::from_mins(1);
