@@ -29,7 +29,7 @@ use world::World;
 
 use crate::{
     api::{
-        grpc::server::{ConnectionLimiter, Workers},
+        grpc::server::{ConnectionLimiter, WorkerThreads},
         ops,
     },
     audit::{
@@ -119,9 +119,9 @@ pub struct App {
     journal: Journal,
     clock: Clock,
     health: Health,
-    guests: Arc<ConnectionLimiter>,
+    connection_limiter: Arc<ConnectionLimiter>,
     /// Outlive every call that was taken up.
-    workers: Arc<Workers>,
+    workers: Arc<WorkerThreads>,
     /// How long a stop lets callers find out.
     grace: Duration,
     ready: Arc<AtomicBool>,
@@ -176,7 +176,7 @@ impl App {
                     journal,
                     clock: world.clock,
                     health: started.health,
-                    guests: started.guests,
+                    connection_limiter: started.connection_limiter,
                     workers: started.workers,
                     grace,
                     ready: world.ready,
@@ -211,7 +211,7 @@ impl App {
         self.ready.store(false, Ordering::Relaxed);
         self.health.stop().await;
         // Balancers look at health now and then: until they have, calls keep coming, and are answered.
-        let _ = timeout(self.grace, self.guests.gone()).await;
+        let _ = timeout(self.grace, self.connection_limiter.until_none()).await;
         self.stop.cancel();
         for task in self.serving {
             let _ = task.await;
@@ -221,7 +221,7 @@ impl App {
         if timeout(CALLS_WITHIN, self.calls.wait()).await.is_err() {
             warn!("some calls did not end");
         }
-        self.workers.end().await;
+        self.workers.shut_down().await;
         self.stop_following.cancel();
         for task in self.following {
             // The disk may hang, and a head's write with it.

@@ -24,9 +24,9 @@ use super::{
 use crate::{
     api::{
         grpc::{
-            self, TokenServer,
+            self, TokenServiceHandler,
             audit::AuditLayer,
-            server::{ConnectionLimiter, ConnectionServer, Workers},
+            server::{ConnectionLimiter, ConnectionServer, WorkerThreads},
         },
         ops::Ops,
     },
@@ -90,8 +90,8 @@ pub(super) struct World {
 /// What runs once everything was loaded.
 pub(super) struct Started {
     pub(super) health: Health,
-    pub(super) guests: Arc<ConnectionLimiter>,
-    pub(super) workers: Arc<Workers>,
+    pub(super) connection_limiter: Arc<ConnectionLimiter>,
+    pub(super) workers: Arc<WorkerThreads>,
     pub(super) stop: CancellationToken,
     pub(super) stop_delivery: CancellationToken,
     pub(super) serving: Vec<JoinHandle<()>>,
@@ -183,19 +183,19 @@ impl World {
         let calls = TaskTracker::new();
         let folds = RefusalAggregator::new(self.journal.clone(), calls.clone());
         let (routes, health) = self.routes(&plan, waker, calls.clone(), folds.clone())?;
-        let guests = Arc::new(ConnectionLimiter::default());
+        let connection_limiter = Arc::new(ConnectionLimiter::default());
         let failed = CancellationToken::new();
-        let workers = Workers::start(plan.workers, &failed).map_err(StartError::Workers)?;
+        let workers = WorkerThreads::start(plan.workers, &failed).map_err(StartError::Workers)?;
         let workers = Arc::new(workers);
-        let door = ConnectionServer {
+        let server = ConnectionServer {
             routes,
             balancers: plan.balancers.as_slice().into(),
             tls: self.tls.clone(),
-            guests: guests.clone(),
+            limiter: connection_limiter.clone(),
             workers: workers.clone(),
-            most: plan.most_connections,
-            leave_within: plan.longest_deadline + LEAVE_BEYOND_DEADLINE,
-            folds,
+            max_connections: plan.most_connections,
+            drain_timeout: plan.longest_deadline + LEAVE_BEYOND_DEADLINE,
+            refusals: folds,
             clock: self.clock.clone(),
         };
 
@@ -218,7 +218,7 @@ impl World {
             watch(
                 "grpc",
                 &stop,
-                Box::pin(grpc::server::serve(grpc, door, stop.clone(), plan.drain)),
+                Box::pin(grpc::server::serve(grpc, server, stop.clone(), plan.drain)),
             ),
         ];
         let mut following = vec![
@@ -244,7 +244,7 @@ impl World {
         self.ready.store(true, Ordering::Relaxed);
         Ok(Started {
             health,
-            guests,
+            connection_limiter,
             workers,
             stop,
             stop_delivery,
@@ -365,37 +365,37 @@ impl World {
         calls: TaskTracker,
         folds: RefusalAggregator,
     ) -> Result<(tonic::service::Routes, HealthReporter), StartError> {
-        let broker = TokenProvider {
+        let provider = TokenProvider {
             cache: self.cache.clone(),
-            directory: self.directory.clone(),
+            callers: self.directory.clone(),
             clock: self.clock.clone(),
             policy: plan.policy,
             max_staleness: plan.max_staleness,
-            reach: self.reach.clone(),
-            waits: Arc::new(KeyedSemaphore::new(plan.most_waits)),
-            streams: Arc::new(KeyedSemaphore::new(plan.most_streams)),
-            waker,
+            connectivity: self.reach.clone(),
+            wait_permits: Arc::new(KeyedSemaphore::new(plan.most_waits)),
+            stream_permits: Arc::new(KeyedSemaphore::new(plan.most_streams)),
+            refresh_trigger: waker,
             pool: self.pool.clone(),
             runtime: Handle::current(),
         };
-        let server = TokenServer {
-            broker,
+        let handler = TokenServiceHandler {
+            provider,
             journal: self.journal.clone(),
             api_base_url: plan.upstream.target.base_url().into(),
         };
-        let desk = AuditLayer {
+        let audit = AuditLayer {
             journal: self.journal.clone(),
-            folds,
-            directory: self.directory.clone(),
+            refusals: folds,
+            callers: self.directory.clone(),
             trust_domain: plan.trust_domain.clone(),
             rates: CallerRates::new(plan.caller_rate),
             default_deadline: plan.default_deadline,
-            longest_deadline: plan.longest_deadline,
+            max_deadline: plan.longest_deadline,
             clock: self.clock.clone(),
             metrics: self.metrics.clone(),
             calls,
-            refused: Arc::new(KeyedSemaphore::new(MOST_REFUSED)),
+            refusal_waits: Arc::new(KeyedSemaphore::new(MOST_REFUSED)),
         };
-        Ok(grpc::routes(server, Arc::new(desk))?)
+        Ok(grpc::routes(handler, Arc::new(audit))?)
     }
 }

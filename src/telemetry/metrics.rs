@@ -36,8 +36,9 @@ pub enum Method {
 const METHODS: [&str; 5] =
     ["get_token", "watch_tokens", "report_rejected_token", "list_accounts", "unknown_method"];
 
-/// The names of gRPC's status codes, by their number, as the audit log writes them.
-const CODES: [&str; 17] = [
+/// The names of gRPC's status codes in lower case, indexed by their number. The labels of metrics and the
+/// outcomes in the audit log use them.
+pub const GRPC_CODE_NAMES: [&str; 17] = [
     "ok",
     "cancelled",
     "unknown",
@@ -112,7 +113,7 @@ const RESULTS: [&str; 9] = [
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
-    calls: [[Counter; CODES.len()]; METHODS.len()],
+    calls: [[Counter; GRPC_CODE_NAMES.len()]; METHODS.len()],
     call_seconds: CallSeconds,
     issues: [Counter; RESULTS.len()],
     sources: Sources,
@@ -128,7 +129,7 @@ impl Metrics {
         let family = Family::<[(&str, &str); 2], Counter>::default();
         let calls = array::from_fn(|method| {
             array::from_fn(|code| {
-                let labels = [("method", METHODS[method]), ("code", CODES[code])];
+                let labels = [("method", METHODS[method]), ("code", GRPC_CODE_NAMES[code])];
                 family.get_or_create_owned(&labels)
             })
         });
@@ -154,7 +155,7 @@ impl Metrics {
 
     /// Counts a call that ended with the gRPC status of number `code` after `took`.
     pub fn call(&self, method: Method, code: i32, took: Duration) {
-        let code = usize::try_from(code).ok().filter(|code| *code < CODES.len());
+        let code = usize::try_from(code).ok().filter(|code| *code < GRPC_CODE_NAMES.len());
         self.calls[method as usize][code.unwrap_or(UNKNOWN_CODE)].inc();
         self.call_seconds.0[method as usize].observe(took);
     }

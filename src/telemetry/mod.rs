@@ -20,7 +20,7 @@ use tracing_subscriber::{
 
 pub use self::{
     gauges::{AccountGauges, Gauges, JournalGauges},
-    metrics::{IssueResult, METRICS_CONTENT_TYPE, Method, Metrics},
+    metrics::{GRPC_CODE_NAMES, IssueResult, METRICS_CONTENT_TYPE, Method, Metrics},
 };
 
 /// What is logged unless `RUST_LOG` says otherwise: of sqlx not the server's mere notices.
