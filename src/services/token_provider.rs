@@ -6,7 +6,7 @@
 //! | `token_provider.rs` | the operations behind the RPCs, with their effects |
 //! | `decide.rs` | the decisions: serve, wait or refuse; reuse time; what becomes of a report |
 //! | `refusal.rs` | why a call is refused |
-//! | `list.rs` | pages of accounts |
+//! | `list.rs` | pages of accounts for `ListAccounts` |
 
 mod decide;
 mod list;
@@ -16,6 +16,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use decide::{Decision, decide, decide_report};
 pub use decide::{ReportOutcome, TokenRequest};
+pub use list::{ListedAccount, ListedToken};
 pub use refusal::CallRefusal;
 use sqlx::PgPool;
 use tokio::{
@@ -30,13 +31,12 @@ use crate::{
     domain::{
         account::AccountName,
         caller::{AccountPattern, Caller, CallerId, Right},
-        clock::{Clock, Timestamp},
+        clock::Clock,
         refresh_policy::RefreshPolicy,
-        refresh_state::AccountState,
         token::{Generation, Token},
     },
     services::{
-        account_cache::{AccountCache, AccountSnapshot, CachedAccount},
+        account_cache::{AccountCache, CachedAccount},
         caller_directory::CallerDirectory,
         connectivity::DatabaseConnectivity,
         keyed_semaphore::{KeyedPermit, KeyedSemaphore},
@@ -78,31 +78,6 @@ pub struct TokenProvider {
     /// The runtime that drives the pool's connections. Calls are served on other runtimes, and a connection
     /// must not be tied to one of those.
     pub runtime: Handle,
-}
-
-/// An account as `ListAccounts` shows it.
-#[derive(Clone, Debug)]
-pub struct ListedAccount {
-    /// The account's name.
-    pub name: AccountName,
-    /// The state at the time of the call.
-    pub state: AccountState,
-    /// The token, live or expired, if the account has one.
-    pub token: Option<ListedToken>,
-    /// When the next attempt to issue is due, but not before the time of the call. `None` if none is
-    /// planned until something changes.
-    pub next_attempt_at: Option<Timestamp>,
-}
-
-/// What `ListAccounts` shows of a token: never the token itself.
-#[derive(Clone, Copy, Debug)]
-pub struct ListedToken {
-    /// When the token was issued.
-    pub issued_at: Timestamp,
-    /// When the token expires.
-    pub expires_at: Timestamp,
-    /// The token's generation.
-    pub generation: Generation,
 }
 
 impl TokenProvider {
@@ -246,24 +221,8 @@ impl TokenProvider {
         self.check_grants_are_current()?;
         let now = self.clock.now();
         let (found, more) = list::page(&self.cache, caller, after, limit, now);
-        Ok((found.iter().map(|snapshot| self.listed(snapshot, now)).collect(), more))
-    }
-
-    fn listed(&self, snapshot: &AccountSnapshot, now: Timestamp) -> ListedAccount {
-        let token = snapshot.token.as_deref();
-        ListedAccount {
-            name: snapshot.account.name.clone(),
-            state: snapshot.state(now),
-            token: token.map(|token| ListedToken {
-                issued_at: token.issued_at,
-                expires_at: token.expires_at,
-                generation: token.generation,
-            }),
-            next_attempt_at: self
-                .policy
-                .next_attempt(&snapshot.account, &snapshot.progress, token)
-                .map(|at| at.max(now)),
-        }
+        let listed = |snapshot: &Arc<_>| ListedAccount::new(snapshot, &self.policy, now);
+        Ok((found.iter().map(listed).collect(), more))
     }
 
     /// Returns the accounts that `patterns` select for `caller` at this moment, each once. A pattern selects

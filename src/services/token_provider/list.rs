@@ -7,12 +7,58 @@ use crate::{
         account::AccountName,
         caller::{Caller, Right},
         clock::Timestamp,
+        refresh_policy::RefreshPolicy,
+        refresh_state::AccountState,
+        token::Generation,
     },
     services::account_cache::{AccountCache, AccountSnapshot},
 };
 
 /// How many accounts are read from the cache at a time: its lock is held, and loads wait, that long.
 const BATCH: usize = 64;
+
+/// An account as `ListAccounts` shows it.
+#[derive(Clone, Debug)]
+pub struct ListedAccount {
+    /// The account's name.
+    pub name: AccountName,
+    /// The state at the time of the call.
+    pub state: AccountState,
+    /// The token, live or expired, if the account has one.
+    pub token: Option<ListedToken>,
+    /// When the next attempt to issue is due, but not before the time of the call. `None` if none is
+    /// planned until something changes.
+    pub next_attempt_at: Option<Timestamp>,
+}
+
+/// What `ListAccounts` shows of a token: never the token itself.
+#[derive(Clone, Copy, Debug)]
+pub struct ListedToken {
+    /// When the token was issued.
+    pub issued_at: Timestamp,
+    /// When the token expires.
+    pub expires_at: Timestamp,
+    /// The token's generation.
+    pub generation: Generation,
+}
+
+impl ListedAccount {
+    pub(super) fn new(snapshot: &AccountSnapshot, policy: &RefreshPolicy, now: Timestamp) -> Self {
+        let token = snapshot.token.as_deref();
+        Self {
+            name: snapshot.account.name.clone(),
+            state: snapshot.state(now),
+            token: token.map(|token| ListedToken {
+                issued_at: token.issued_at,
+                expires_at: token.expires_at,
+                generation: token.generation,
+            }),
+            next_attempt_at: policy
+                .next_attempt(&snapshot.account, &snapshot.progress, token)
+                .map(|at| at.max(now)),
+        }
+    }
+}
 
 /// Returns up to `limit` accounts after the name `after` that `caller` may list, sorted by name, and
 /// whether there are more.

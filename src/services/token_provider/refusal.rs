@@ -61,7 +61,7 @@ pub enum CallRefusal {
         retry_after: Duration,
     },
     /// The token expired while the audit record of the call was being written.
-    #[error("the token ended before it could be answered")]
+    #[error("the token expired before it could be sent")]
     TokenEnded,
     /// The audit record of the call cannot be written, so the call is not answered.
     #[error("the call cannot be recorded")]
@@ -70,7 +70,7 @@ pub enum CallRefusal {
     #[error("the grants were not confirmed by the database for too long")]
     GrantsStale,
     /// The caller exceeded its rate limit.
-    #[error("the caller is beyond its rate")]
+    #[error("the caller exceeded its rate limit")]
     CallerRate {
         /// How long the caller should wait before it tries again.
         retry_after: Duration,

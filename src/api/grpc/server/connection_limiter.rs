@@ -30,6 +30,7 @@ pub struct ConnectionLimiter {
 }
 
 /// Counts a connection as open until it is dropped.
+#[must_use]
 pub(super) struct ConnectionPermit {
     limiter: Arc<ConnectionLimiter>,
     address: IpAddr,
