@@ -26,7 +26,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     )?;
 
     let mut config = Config::new();
-    // A token must not be printable: `src/proto.rs` has the `Debug` that leaves it out.
+    // A token must not be printable: `src/api/proto.rs` has the `Debug` that leaves it out.
     config.skip_debug(["token_broker.v1.GetTokenResponse"]);
     tonic_prost_build::configure().compile_fds_with_config(files, config)?;
     Ok(())

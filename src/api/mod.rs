@@ -1,4 +1,4 @@
-//! What callers, operators and probes touch: gRPC, and HTTP for operations.
+//! The network interfaces: gRPC for callers, HTTP for operators and probes.
 
 pub mod grpc;
 pub mod ops;

@@ -1,9 +1,9 @@
-//! The HTTP face for operators: liveness, readiness, metrics.
+//! The HTTP endpoints for operators and probes: liveness, readiness, metrics.
 //!
-//! It has no secrets to tell and does nothing, and listens on loopback unless told otherwise. Each
-//! connection carries one request, which must be whole within [`HEADERS_WITHIN`] and over within
-//! [`ENDS_WITHIN`]. When there are [`MAX_CONNECTIONS`], the oldest gives way to a new one: silent
-//! sockets cannot keep a probe out, as it ends long before it is the oldest.
+//! They show no secret and change nothing, and listen on loopback unless configured otherwise. Each
+//! connection carries one request, whose headers must arrive within [`HEADERS_TIMEOUT`], and which must be
+//! answered within [`CONNECTION_TIMEOUT`]. When [`MAX_CONNECTIONS`] are open, the oldest is closed for a new
+//! one. So idle sockets cannot keep a probe out: a probe ends long before its connection is the oldest.
 
 use std::{collections::VecDeque, fmt, io, sync::Arc, time::Duration};
 
@@ -27,16 +27,16 @@ use tower::ServiceExt;
 
 use crate::telemetry::{METRICS_CONTENT_TYPE, Metrics};
 
-/// How many connections are open at most.
+/// How many connections may be open at the same time.
 const MAX_CONNECTIONS: usize = 64;
-/// How long a request's head may take to arrive.
-const HEADERS_WITHIN: Duration = Duration::from_secs(5);
-/// How long a connection lasts at most.
-const ENDS_WITHIN: Duration = Duration::from_secs(10);
-/// How long to wait when no connection can be accepted, mostly for want of file descriptors.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// How long the headers of a request may take to arrive.
+const HEADERS_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a connection may last.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
+/// The pause after a failed `accept`, which fails again at once as long as no file descriptors are left.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
-/// What the index page says.
+/// The text of the index page.
 const INDEX: &str = "\
 token-broker
 
@@ -45,10 +45,10 @@ token-broker
 /metrics  OpenMetrics
 ";
 
-/// What the operators' face shows.
+/// What the endpoints show. Cheap to clone.
 #[derive(Clone)]
 pub struct Ops {
-    /// Tells how things stand now. It must not block.
+    /// Returns the present readiness. It must not block.
     pub readiness: Arc<dyn Fn() -> Readiness + Send + Sync>,
     /// The metrics to export.
     pub metrics: Arc<Metrics>,
@@ -60,36 +60,36 @@ impl fmt::Debug for Ops {
     }
 }
 
-/// Whether the broker can answer calls, and what it stands on.
+/// Whether the broker can answer calls, and the checks that decide it.
 #[derive(Clone, Debug, Default)]
 pub struct Readiness {
-    /// What was looked at, in the order in which to show it.
+    /// The results of the checks, in the order in which they are shown.
     pub checks: Vec<Check>,
 }
 
 impl Readiness {
-    /// Ready is who has all that is required.
+    /// Ready when every required check passes.
     #[must_use]
     pub fn is_ready(&self) -> bool {
         self.checks.iter().all(|check| check.ok || !check.required)
     }
 }
 
-/// One thing that the broker stands on.
+/// The result of a check of something that the broker depends on.
 #[derive(Clone, Debug, Serialize)]
 pub struct Check {
-    /// Its name, such as `journal` or `postgres`.
+    /// The name, such as `journal` or `postgres`.
     pub name: &'static str,
-    /// Whether it is there.
+    /// Whether the check passes.
     pub ok: bool,
-    /// Whether the broker is unready without it. Postgres and the upstream are not required: live
-    /// tokens are served without them, and to take every replica away would help nobody.
+    /// Whether the broker is unready without it. Postgres and the upstream are not required: live tokens are
+    /// served without them, and if every replica became unready, nobody would be served.
     pub required: bool,
-    /// More, in words; never a secret.
+    /// More for people to read; never a secret.
     pub detail: String,
 }
 
-/// Serves `ops` on `listener` until `stop`, then lets the requests under way end.
+/// Serves `ops` on `listener` until `stop` is cancelled, then waits for the requests in progress to end.
 pub async fn serve(listener: TcpListener, ops: Ops, stop: CancellationToken) {
     let router = router(ops);
     let mut connections = JoinSet::new();
@@ -115,31 +115,31 @@ pub async fn serve(listener: TcpListener, ops: Ops, stop: CancellationToken) {
     while connections.join_next().await.is_some() {}
 }
 
-/// Serves one request. What fails is the client's own affair: it is gone, or no client at all.
+/// Serves one request. Errors are ignored: they mean that the client is gone or does not speak HTTP.
 async fn serve_connection(stream: TcpStream, router: Router) {
     let service = service_fn(move |request| router.clone().oneshot(request));
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(HEADERS_WITHIN)
+        .header_read_timeout(HEADERS_TIMEOUT)
         .keep_alive(false)
         .serve_connection(TokioIo::new(stream), service);
-    let _ = timeout(ENDS_WITHIN, connection).await;
+    let _ = timeout(CONNECTION_TIMEOUT, connection).await;
 }
 
-/// Waits, unless it was the one connection that failed: without file descriptors, `accept` would
-/// fail again at once.
+/// Waits after `accept` failed, unless only the accepted connection failed: without file descriptors,
+/// `accept` would fail again at once.
 async fn pause_after(error: &io::Error) {
     use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
     if !matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset) {
-        tracing::warn!(%error, "cannot accept a connection to the operators' port");
-        sleep(ACCEPT_PAUSE).await;
+        tracing::warn!(%error, "cannot accept a connection to the ops port");
+        sleep(ACCEPT_RETRY).await;
     }
 }
 
 fn router(ops: Ops) -> Router {
     Router::new()
-        .route("/", get(|| async { fresh(INDEX) }))
-        .route("/livez", get(|| async { fresh("ok\n") }))
+        .route("/", get(|| async { uncached(INDEX) }))
+        .route("/livez", get(|| async { uncached("ok\n") }))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
         .with_state(ops)
@@ -154,17 +154,17 @@ async fn readyz(State(ops): State<Ops>) -> Response {
     let readiness = (ops.readiness)();
     let ready = readiness.is_ready();
     let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    fresh((status, Json(Body { ready, checks: readiness.checks })))
+    uncached((status, Json(Body { ready, checks: readiness.checks })))
 }
 
 async fn metrics(State(ops): State<Ops>) -> Response {
-    fresh(([(header::CONTENT_TYPE, METRICS_CONTENT_TYPE)], ops.metrics.encode()))
+    uncached(([(header::CONTENT_TYPE, METRICS_CONTENT_TYPE)], ops.metrics.encode()))
 }
 
-/// An answer that nothing on its way may keep.
-fn fresh(answer: impl IntoResponse) -> Response {
+/// Returns `response` with the header that forbids proxies and clients to cache it.
+fn uncached(response: impl IntoResponse) -> Response {
     const NO_STORE: [(HeaderName, &str); 1] = [(header::CACHE_CONTROL, "no-store")];
-    (NO_STORE, answer).into_response()
+    (NO_STORE, response).into_response()
 }
 
 #[cfg(test)]
@@ -181,14 +181,14 @@ mod tests {
 
     use super::*;
 
-    struct Face {
+    struct TestServer {
         address: SocketAddr,
-        journal: Arc<AtomicBool>,
+        journal_is_writable: Arc<AtomicBool>,
         stop: CancellationToken,
         task: JoinHandle<()>,
     }
 
-    impl Face {
+    impl TestServer {
         async fn start() -> Self {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let address = listener.local_addr().unwrap();
@@ -200,69 +200,69 @@ mod tests {
             let stop = CancellationToken::new();
             let ops = Ops { readiness, metrics: Arc::new(Metrics::new("1.2.3")) };
             let task = tokio::spawn(serve(listener, ops, stop.clone()));
-            Self { address, journal, stop, task }
+            Self { address, journal_is_writable: journal, stop, task }
         }
 
         async fn connect(&self) -> TcpStream {
             TcpStream::connect(self.address).await.unwrap()
         }
 
-        /// The whole answer to a GET; the server closes the connection after it.
+        /// Returns the whole response to a GET; the server closes the connection after it.
         async fn get(&self, path: &str) -> String {
             let mut stream = self.connect().await;
             let request = format!("GET {path} HTTP/1.1\r\nhost: ops\r\n\r\n");
             stream.write_all(request.as_bytes()).await.unwrap();
-            rest_of(stream).await
+            read_to_end(stream).await
         }
     }
 
-    async fn rest_of(mut stream: TcpStream) -> String {
+    async fn read_to_end(mut stream: TcpStream) -> String {
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.unwrap();
         answer
     }
 
-    /// A broker without Postgres, whose journal is writable or not.
+    /// The readiness of a broker without Postgres, whose journal is writable or not.
     fn readiness(journal: bool) -> Readiness {
         let check = |name, ok, required| Check { name, ok, required, detail: String::new() };
         Readiness { checks: vec![check("journal", journal, true), check("postgres", false, false)] }
     }
 
-    fn body(answer: &str) -> &str {
+    fn body_of(answer: &str) -> &str {
         answer.split_once("\r\n\r\n").unwrap().1
     }
 
     #[tokio::test]
     async fn a_running_broker_is_live() {
-        let answer = Face::start().await.get("/livez").await;
+        let answer = TestServer::start().await.get("/livez").await;
         assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
-        assert_eq!(body(&answer), "ok\n");
+        assert_eq!(body_of(&answer), "ok\n");
     }
 
     #[tokio::test]
-    async fn postgres_away_is_said_but_does_not_make_a_replica_unready() {
-        let answer = Face::start().await.get("/readyz").await;
+    async fn without_postgres_a_replica_is_ready_and_says_that_postgres_is_away() {
+        let answer = TestServer::start().await.get("/readyz").await;
         assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
-        let told: serde_json::Value = serde_json::from_str(body(&answer)).unwrap();
-        assert_eq!(told["ready"], true);
-        assert_eq!(told["checks"][1]["name"], "postgres");
-        assert_eq!(told["checks"][1]["ok"], false);
+        let body: serde_json::Value = serde_json::from_str(body_of(&answer)).unwrap();
+        assert_eq!(body["ready"], true);
+        assert_eq!(body["checks"][1]["name"], "postgres");
+        assert_eq!(body["checks"][1]["ok"], false);
     }
 
     #[tokio::test]
-    async fn what_is_required_and_missing_makes_a_replica_unready_until_it_is_back() {
-        let face = Face::start().await;
-        face.journal.store(false, Ordering::Relaxed);
-        let answer = face.get("/readyz").await;
+    async fn a_failed_required_check_makes_a_replica_unready_until_it_passes_again() {
+        let server = TestServer::start().await;
+        server.journal_is_writable.store(false, Ordering::Relaxed);
+        let answer = server.get("/readyz").await;
         assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
-        assert!(body(&answer).starts_with("{\"ready\":false,"), "{answer}");
-        face.journal.store(true, Ordering::Relaxed);
-        assert!(face.get("/readyz").await.starts_with("HTTP/1.1 200 "));
+        assert!(body_of(&answer).starts_with("{\"ready\":false,"), "{answer}");
+        server.journal_is_writable.store(true, Ordering::Relaxed);
+        assert!(server.get("/readyz").await.starts_with("HTTP/1.1 200 "));
     }
 
     #[tokio::test]
-    async fn metrics_are_open_metrics() {
-        let answer = Face::start().await.get("/metrics").await;
+    async fn metrics_are_in_the_open_metrics_format() {
+        let answer = TestServer::start().await.get("/metrics").await;
         let (head, body) = answer.split_once("\r\n\r\n").unwrap();
         assert!(head.contains("content-type: application/openmetrics-text; version=1.0.0"));
         assert!(head.contains("cache-control: no-store"));
@@ -272,37 +272,37 @@ mod tests {
 
     #[tokio::test]
     async fn the_index_lists_every_path() {
-        let face = Face::start().await;
-        let index = face.get("/").await;
+        let server = TestServer::start().await;
+        let index = server.get("/").await;
         for path in ["/livez", "/readyz", "/metrics"] {
-            assert!(body(&index).contains(path));
-            assert!(!face.get(path).await.starts_with("HTTP/1.1 404 "));
+            assert!(body_of(&index).contains(path));
+            assert!(!server.get(path).await.starts_with("HTTP/1.1 404 "));
         }
-        assert!(face.get("/nothing").await.starts_with("HTTP/1.1 404 "));
+        assert!(server.get("/nothing").await.starts_with("HTTP/1.1 404 "));
     }
 
     #[tokio::test]
-    async fn silent_sockets_give_way_to_a_probe() {
-        let face = Face::start().await;
-        let mut silent = Vec::new();
+    async fn idle_sockets_are_closed_to_make_room_for_a_probe() {
+        let server = TestServer::start().await;
+        let mut idle = Vec::new();
         for _ in 0..MAX_CONNECTIONS {
-            silent.push(face.connect().await);
+            idle.push(server.connect().await);
         }
-        assert!(face.get("/livez").await.starts_with("HTTP/1.1 200 "));
-        let oldest = silent.swap_remove(0);
-        assert_eq!(rest_of(oldest).await, "", "the oldest was closed without an answer");
+        assert!(server.get("/livez").await.starts_with("HTTP/1.1 200 "));
+        let oldest = idle.swap_remove(0);
+        assert_eq!(read_to_end(oldest).await, "", "the oldest was closed without an answer");
     }
 
     #[tokio::test]
-    async fn stopping_lets_a_request_under_way_end() {
-        let face = Face::start().await;
-        let mut stream = face.connect().await;
+    async fn a_stop_waits_for_a_request_in_progress() {
+        let server = TestServer::start().await;
+        let mut stream = server.connect().await;
         stream.write_all(b"GET /livez HTTP/1.1\r\n").await.unwrap();
-        // Connections are accepted in order: once a later one was answered, this one is in.
-        face.get("/livez").await;
-        face.stop.cancel();
+        // Connections are accepted in order: once a later one was answered, this one is accepted.
+        server.get("/livez").await;
+        server.stop.cancel();
         stream.write_all(b"host: ops\r\n\r\n").await.unwrap();
-        assert!(rest_of(stream).await.starts_with("HTTP/1.1 200 "));
-        face.task.await.unwrap();
+        assert!(read_to_end(stream).await.starts_with("HTTP/1.1 200 "));
+        server.task.await.unwrap();
     }
 }

@@ -14,7 +14,7 @@ use super::{
     supervise::supervise, wiring::GrpcServer,
 };
 use crate::{
-    api::grpc::server::{ConnectionLimiter, Workers, serve},
+    api::grpc::server::{ConnectionLimiter, WorkerThreads, serve},
     audit::{
         checkpoint_signer::CheckpointSigner,
         record::{Event, Record},
@@ -34,7 +34,7 @@ pub(super) struct RunningServices {
     health: GrpcHealth,
     limiter: Arc<ConnectionLimiter>,
     /// The threads that serve connections. They must outlive every call that has begun.
-    workers: Arc<Workers>,
+    workers: Arc<WorkerThreads>,
     signer: Arc<CheckpointSigner>,
     /// The calls that have not appended their records yet.
     calls: TaskTracker,
@@ -149,14 +149,14 @@ impl RunningServices {
         self.health.stop().await;
         // Load balancers notice the health only at their next check. Until then they send calls, which
         // are still answered.
-        let _ = timeout(self.shutdown_notice, self.limiter.gone()).await;
+        let _ = timeout(self.shutdown_notice, self.limiter.until_none()).await;
         self.serving.stop().await;
         // Calls whose connections were closed still append their records.
         self.calls.close();
         if timeout(CALLS_TIMEOUT, self.calls.wait()).await.is_err() {
             warn!("some calls did not end in time");
         }
-        self.workers.end().await;
+        self.workers.shut_down().await;
         // The signer's task writes to the disk, which may hang.
         self.background.stop_within(DISK_TIMEOUT).await;
         let stopped = Record::new(clock.now(), Event::Stopped);

@@ -2,16 +2,16 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::{runtime::Handle, time::Instant};
+use tokio::runtime::Handle;
 use tokio_util::task::TaskTracker;
 use tonic_health::server::HealthReporter;
 
 use super::{app_config::AppConfig, components::Components, error::StartError};
 use crate::{
     api::grpc::{
-        self, TokenServer,
+        self, TokenServiceHandler,
         audit::AuditLayer,
-        server::{ConnectionLimiter, ConnectionServer, Workers},
+        server::{ConnectionLimiter, ConnectionServer, WorkerThreads},
     },
     audit::checkpoint_signer::CheckpointSigner,
     files::state_dir::StateDir,
@@ -44,7 +44,7 @@ pub(super) struct GrpcServer {
     pub(super) health: HealthReporter,
     pub(super) limiter: Arc<ConnectionLimiter>,
     /// The threads that serve connections.
-    pub(super) workers: Arc<Workers>,
+    pub(super) workers: Arc<WorkerThreads>,
     /// The calls that have not appended their audit records yet.
     pub(super) calls: TaskTracker,
 }
@@ -163,24 +163,25 @@ impl Components {
         let calls = TaskTracker::new();
         let refusals = RefusalAggregator::new(self.journal.clone(), calls.clone());
         let audit = self.audit_layer(config, calls.clone(), refusals.clone());
-        let server = TokenServer {
-            broker: self.token_provider(config, trigger),
+        let handler = TokenServiceHandler {
+            provider: self.token_provider(config, trigger),
             journal: self.journal.clone(),
             api_base_url: config.settings.upstream.base_url().into(),
         };
-        let (routes, health) = grpc::routes(server, Arc::new(audit))?;
+        let (routes, health) = grpc::routes(handler, Arc::new(audit))?;
         let limiter = Arc::new(ConnectionLimiter::default());
-        let workers = Workers::start(config.workers, &self.failed).map_err(StartError::Workers)?;
+        let workers =
+            WorkerThreads::start(config.workers, &self.failed).map_err(StartError::Workers)?;
         let workers = Arc::new(workers);
         let server = ConnectionServer {
             routes,
             balancers: config.settings.proxy_protocol_from.as_slice().into(),
             tls: self.tls.clone(),
-            guests: limiter.clone(),
+            limiter: limiter.clone(),
             workers: workers.clone(),
-            most: config.max_connections,
-            leave_within: config.settings.deadline_max + CLOSE_BEYOND_DEADLINE,
-            folds: refusals,
+            max_connections: config.max_connections,
+            drain_timeout: config.settings.deadline_max + CLOSE_BEYOND_DEADLINE,
+            refusals,
             clock: self.clock.clone(),
         };
         Ok(GrpcServer { server, health, limiter, workers, calls })
@@ -189,14 +190,14 @@ impl Components {
     fn token_provider(&self, config: &AppConfig, trigger: RefreshTrigger) -> TokenProvider {
         TokenProvider {
             cache: self.cache.clone(),
-            directory: self.directory.clone(),
+            callers: self.directory.clone(),
             clock: self.clock.clone(),
             policy: config.settings.refresh_policy(),
             max_staleness: config.settings.max_authorization_staleness,
-            reach: self.connectivity.clone(),
-            waits: Arc::new(KeyedSemaphore::new(config.max_waiting_calls)),
-            streams: Arc::new(KeyedSemaphore::new(config.max_streams)),
-            waker: trigger,
+            connectivity: self.connectivity.clone(),
+            wait_permits: Arc::new(KeyedSemaphore::new(config.max_waiting_calls)),
+            stream_permits: Arc::new(KeyedSemaphore::new(config.max_streams)),
+            refresh_trigger: trigger,
             pool: self.pool.clone(),
             runtime: Handle::current(),
         }
@@ -211,18 +212,16 @@ impl Components {
         let settings = &config.settings;
         AuditLayer {
             journal: self.journal.clone(),
-            folds: refusals,
-            directory: self.directory.clone(),
+            refusals,
+            callers: self.directory.clone(),
             trust_domain: settings.trust_domain.as_deref().map(Into::into),
-            rates: CallerRates::default(),
-            default_rate: settings.caller_rate,
+            rates: CallerRates::new(settings.caller_rate),
             default_deadline: settings.deadline_default,
-            longest_deadline: settings.deadline_max,
+            max_deadline: settings.deadline_max,
             clock: self.clock.clone(),
-            epoch: Instant::now(),
             metrics: self.metrics.clone(),
             calls,
-            refused: Arc::new(KeyedSemaphore::new(MAX_REFUSED_CALLS)),
+            refusal_waits: Arc::new(KeyedSemaphore::new(MAX_REFUSED_CALLS)),
         }
     }
 }

@@ -5,6 +5,7 @@
 //! |---|---|
 //! | [`account_cache`], [`account_loader`] | hold each account as it is known now; fill that from the database |
 //! | [`caller_directory`], [`caller_rates`], [`keyed_semaphore`] | know callers by their credentials; bound what each may use |
+//! | [`gcra`], [`client_network`] | the rate limit algorithm; which addresses count as one client |
 //! | [`connectivity`] | knows whether the database answers, and what a replica may do while it does not |
 //! | [`refresher`] | issues tokens and stores them |
 //! | [`change_feed`] | follows committed changes |
@@ -17,7 +18,9 @@ pub mod account_loader;
 pub mod caller_directory;
 pub mod caller_rates;
 pub mod change_feed;
+pub mod client_network;
 pub mod connectivity;
+pub mod gcra;
 pub mod journal_delivery;
 pub mod keyed_semaphore;
 pub mod refresher;

@@ -23,18 +23,19 @@ use tokio::{sync::watch, time::Instant};
 use tokio_util::task::TaskTracker;
 
 use self::merge::AggregatedRefusal;
-use crate::{
-    audit::{
-        journal::{AuditUnavailable, Journal},
-        record::{Event, Record},
-    },
-    services::caller_rates::network_of,
+use crate::audit::{
+    journal::{AuditUnavailable, Journal},
+    record::{Event, Record},
+};
+use crate::services::{
+    client_network::network_of,
+    gcra::{Gcra, Quota},
 };
 
-/// How many refusals of one kind get a record each before any is aggregated.
-const BURST: u32 = 20;
-/// The time after which one more refusal of that kind gets its own record.
-const INDIVIDUAL_INTERVAL: Duration = Duration::from_secs(1);
+/// How many refusals of one kind get a record each: up to 20 at once, then one a second.
+const INDIVIDUAL_RECORDS: Quota = Quota::one_per_second(20);
+/// The least time between two removals of idle kinds.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 /// How long an aggregated record waits for further refusals.
 const AGGREGATION_WINDOW: Duration = Duration::from_millis(250);
 /// How long an aggregated record may take to become durable.
@@ -85,9 +86,8 @@ enum Origin {
 
 #[derive(Default)]
 struct KindState {
-    /// Each individual record moves this on by one interval, from now at the earliest. It may be at most
-    /// [`BURST`] intervals ahead (a leaky bucket).
-    paid_until: Duration,
+    /// Limits the individual records.
+    individual_records: Gcra,
     pending: Option<PendingAggregate>,
 }
 
@@ -172,7 +172,7 @@ impl KindTable {
     fn state_of(&mut self, mut kind: RefusalKind, now: Duration) -> (RefusalKind, &mut KindState) {
         if self.states.len() >= MAX_KINDS && !self.states.contains_key(&kind) {
             if self.sweep_at <= now {
-                self.sweep_at = now + INDIVIDUAL_INTERVAL;
+                self.sweep_at = now + SWEEP_INTERVAL;
                 self.states.retain(|_, state| !state.is_idle(now));
             }
             if self.states.len() >= MAX_KINDS {
@@ -187,17 +187,12 @@ impl KindTable {
 impl KindState {
     /// Spends the allowance for an individual record; `false` if there is none left.
     fn try_spend(&mut self, now: Duration) -> bool {
-        let next = self.paid_until.max(now) + INDIVIDUAL_INTERVAL;
-        let allowed = next <= now + INDIVIDUAL_INTERVAL * BURST;
-        if allowed {
-            self.paid_until = next;
-        }
-        allowed
+        self.individual_records.take(INDIVIDUAL_RECORDS, now).is_ok()
     }
 
     /// Whether the state is that of a new kind, so that it can be removed.
     fn is_idle(&self, now: Duration) -> bool {
-        self.pending.is_none() && self.paid_until <= now
+        self.pending.is_none() && self.individual_records.is_idle(now)
     }
 }
 

@@ -1,4 +1,12 @@
-//! The use case: who may, what is there, what to wait for. An answer never calls the upstream.
+//! The token service proper: checks a caller's grants, answers from the cache, and waits for tokens that
+//! are being issued. It never calls the upstream; the refresher does.
+//!
+//! | file | holds |
+//! |---|---|
+//! | `token_provider.rs` | the operations behind the RPCs, with their effects |
+//! | `decide.rs` | the decisions: serve, wait or refuse; reuse time; what becomes of a report |
+//! | `refusal.rs` | why a call is refused |
+//! | `list.rs` | pages of accounts for `ListAccounts` |
 
 mod decide;
 mod list;
@@ -6,9 +14,10 @@ mod refusal;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use decide::{Decision, decide, judge_report};
+use decide::{Decision, decide, decide_report};
 pub use decide::{ReportOutcome, TokenRequest};
-pub use refusal::Refusal;
+pub use list::{ListedAccount, ListedToken};
+pub use refusal::CallRefusal;
 use sqlx::PgPool;
 use tokio::{
     runtime::Handle,
@@ -16,19 +25,18 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 use tokio_util::task::AbortOnDropHandle;
-use tracing::warn;
+use tracing::{instrument, warn};
 
 use crate::{
     domain::{
         account::AccountName,
         caller::{AccountPattern, Caller, CallerId, Right},
-        clock::{Clock, Timestamp},
-        refresh_policy::{IssueView, RefreshPolicy},
-        refresh_state::AccountState,
+        clock::Clock,
+        refresh_policy::RefreshPolicy,
         token::{Generation, Token},
     },
     services::{
-        account_cache::{AccountCache, AccountSnapshot, CachedAccount},
+        account_cache::{AccountCache, CachedAccount},
         caller_directory::CallerDirectory,
         connectivity::DatabaseConnectivity,
         keyed_semaphore::{KeyedPermit, KeyedSemaphore},
@@ -37,276 +45,271 @@ use crate::{
     store::{callers::CredentialKey, leases},
 };
 
-/// When a call that is shed may come again: what others wait for is there by then, or is not to be had.
-const SHED_FOR: Duration = Duration::from_secs(1);
-/// How many times a pattern is held against a name before others on the same thread have their turn.
-const LOOKS: usize = 10_000;
-/// How long one look at the database for a report may take.
-const REPORT_WITHIN: Duration = Duration::from_secs(2);
+/// Retry delay of a call that is shed: about as long as one issue takes, after which others no longer wait.
+const SHED_RETRY: Duration = Duration::from_secs(1);
+/// How many matches of a pattern with a name are made before other tasks of the thread may run.
+const MATCHES_BEFORE_YIELD: usize = 10_000;
+/// How long storing a report may take; also the retry delay when it failed.
+const STORE_REPORT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Answers callers. Cheap to clone.
+/// Answers callers. Cheap to clone: clones share everything.
 #[derive(Clone)]
 pub struct TokenProvider {
-    /// The accounts.
+    /// The accounts with their tokens.
     pub cache: Arc<AccountCache>,
-    /// The callers.
-    pub directory: Arc<CallerDirectory>,
-    /// Time.
+    /// The callers with their credentials and grants.
+    pub callers: Arc<CallerDirectory>,
+    /// The clock by which tokens and grants end.
     pub clock: Clock,
-    /// When tokens are replaced.
+    /// Decides when tokens are replaced.
     pub policy: RefreshPolicy,
-    /// How long grants are trusted without the database.
+    /// How long grants are trusted without confirmation by the database.
     pub max_staleness: Duration,
-    /// Whether tokens can be issued without the database, while it is away.
-    pub reach: Arc<DatabaseConnectivity>,
-    /// The calls that may wait at once. Those that find a live token never do.
-    pub waits: Arc<KeyedSemaphore<CallerId>>,
-    /// The streams that may be open at once.
-    pub streams: Arc<KeyedSemaphore<CallerId>>,
-    /// Whom to wake when somebody waits.
-    pub waker: RefreshTrigger,
-    /// Where a report is noted, for all replicas.
+    /// Whether the database answers, and whether this replica may issue without it.
+    pub connectivity: Arc<DatabaseConnectivity>,
+    /// Limits the calls that wait at the same time. Calls that find a live token need no permit.
+    pub wait_permits: Arc<KeyedSemaphore<CallerId>>,
+    /// Limits the `WatchTokens` streams that are open at the same time.
+    pub stream_permits: Arc<KeyedSemaphore<CallerId>>,
+    /// Has the refresher look at an account at once.
+    pub refresh_trigger: RefreshTrigger,
+    /// The database, where reports are stored for all replicas.
     pub pool: PgPool,
-    /// Where the pool's connections live. A call may be answered on another runtime.
+    /// The runtime that drives the pool's connections. Calls are served on other runtimes, and a connection
+    /// must not be tied to one of those.
     pub runtime: Handle,
 }
 
-/// An account as a caller may list it.
-#[derive(Clone, Debug)]
-pub struct Listed {
-    /// Its name.
-    pub name: AccountName,
-    /// Where it stands.
-    pub state: AccountState,
-    /// Its token's times and generation, without the token.
-    pub token: Option<(Timestamp, Timestamp, Generation)>,
-    /// When the upstream is called next.
-    pub next_attempt_at: Option<Timestamp>,
-}
-
 impl TokenProvider {
-    /// The account's token for `caller`, as `ask` wants it; waits up to `deadline`.
+    /// Returns a live token of `account` for `caller`, waiting up to `deadline` if that is what
+    /// [`decide`] says.
+    ///
+    /// Cancel safe: a dropped call only gives back its wait permit. An issue that it triggered goes on.
     ///
     /// # Errors
-    /// The [`Refusal`] to be told.
+    /// The refusal that the caller is to read.
     pub async fn get_token(
         &self,
         caller: &Caller,
         account: &AccountName,
-        ask: TokenRequest,
+        request: TokenRequest,
         deadline: Instant,
-    ) -> Result<Arc<Token>, Refusal> {
-        let slot = self.permitted(caller, Right::Get, account)?;
-        slot.note_request(self.clock.now());
-        // Armed before the look, so that no change falls between the look and the wait.
+    ) -> Result<Arc<Token>, CallRefusal> {
+        let cached = self.authorize(caller, Right::Get, account)?;
+        cached.note_request(self.clock.now());
+        let mut wait_permit = None;
         let mut changes = None;
-        let mut place = None;
         loop {
-            let standing = self.reach.current();
-            match decide(&slot.snapshot(), &ask, &self.policy, standing, self.clock.now()) {
+            let connectivity = self.connectivity.current();
+            match decide(&cached.snapshot(), &request, &self.policy, connectivity, self.clock.now())
+            {
                 Decision::Serve(token) => return Ok(token),
                 Decision::Refuse(refusal) => return Err(refusal),
                 Decision::Wait => {}
             }
-            if place.is_none() {
-                place = Some(place_of(&self.waits, caller)?);
+            if wait_permit.is_none() {
+                wait_permit = Some(acquire(&self.wait_permits, caller)?);
             }
-            let Some((changes, reach)) = &mut changes else {
-                changes = Some((slot.changes(), self.reach.changes()));
-                self.waker.wake(slot.id());
+            // Subscribe first and decide once more after it, so that no change between the decision and
+            // the subscription is missed.
+            let Some((account_changes, connectivity_changes)) = &mut changes else {
+                changes = Some((cached.changes(), self.connectivity.changes()));
+                self.refresh_trigger.wake(cached.id());
                 continue;
             };
             tokio::select! {
-                _ = changes.changed() => {}
-                _ = reach.changed() => {}
-                () = sleep_until(deadline) => return self.too_late(&slot, &ask),
+                _ = account_changes.changed() => {}
+                _ = connectivity_changes.changed() => {}
+                () = sleep_until(deadline) => return self.answer_at_deadline(&cached, &request),
             }
         }
     }
 
-    /// A place for a stream of `caller`, which lasts as long as it.
-    ///
-    /// # Errors
-    /// [`Refusal::Overloaded`] when there is none.
-    pub fn stream(&self, caller: &Caller) -> Result<KeyedPermit<CallerId>, Refusal> {
-        place_of(&self.streams, caller)
-    }
-
-    /// What to say at the deadline: a live token that is not what was asked for in time to live is
-    /// still better than none.
-    fn too_late(&self, slot: &CachedAccount, ask: &TokenRequest) -> Result<Arc<Token>, Refusal> {
-        let now = self.clock.now();
-        match slot.snapshot().live_token(now) {
-            Some(token) if token.generation > ask.newer_than => Ok(token.clone()),
-            _ => Err(Refusal::DeadlineExceeded),
+    /// Answers a call whose deadline has come: with the live token if its generation suffices, even where
+    /// it lives for less than `min_ttl`, since a token that works is better than an error.
+    fn answer_at_deadline(
+        &self,
+        cached: &CachedAccount,
+        request: &TokenRequest,
+    ) -> Result<Arc<Token>, CallRefusal> {
+        match cached.snapshot().live_token(self.clock.now()) {
+            Some(token) if token.generation > request.newer_than => Ok(token.clone()),
+            _ => Err(CallRefusal::DeadlineExceeded),
         }
     }
 
-    /// Takes a caller's report that the upstream refused `generation` of the account's token.
+    /// Takes a permit for a `WatchTokens` stream of `caller`; the stream holds it as long as it is open.
     ///
     /// # Errors
-    /// The [`Refusal`] to be told.
-    pub async fn report(
+    /// [`CallRefusal::Overloaded`] when all permits, or the caller's share of them, are taken.
+    pub fn acquire_stream(&self, caller: &Caller) -> Result<KeyedPermit<CallerId>, CallRefusal> {
+        acquire(&self.stream_permits, caller)
+    }
+
+    /// Takes a caller's report that the upstream refused the account's token of `generation`, with the code
+    /// `upstream_code`. What becomes of it is decided by [`decide_report`]; a report that leads to a reissue
+    /// is stored in the database first, so that whichever replica issues next knows it.
+    ///
+    /// # Errors
+    /// The refusal that the caller is to read: [`CallRefusal::DatabaseUnavailable`] when the report cannot
+    /// be stored within 2 seconds.
+    #[instrument(skip_all, fields(%account, generation))]
+    pub async fn report_rejected_token(
         &self,
         caller: &Caller,
         account: &AccountName,
         generation: u64,
         upstream_code: &str,
-    ) -> Result<ReportOutcome, Refusal> {
-        let slot = self.permitted(caller, Right::Report, account)?;
-        let now = self.clock.now();
-        let view = slot.snapshot();
-        if !view.account.enabled {
-            return Err(Refusal::AccountDisabled);
+    ) -> Result<ReportOutcome, CallRefusal> {
+        let cached = self.authorize(caller, Right::Report, account)?;
+        let snapshot = cached.snapshot();
+        if !snapshot.account.enabled {
+            return Err(CallRefusal::AccountDisabled);
         }
-        let outcome = judge_report(&view, generation, upstream_code, &self.policy, now);
-        if !matches!(outcome, ReportOutcome::Reissuing { noted: false, .. }) {
+        let now = self.clock.now();
+        let outcome = decide_report(&snapshot, generation, upstream_code, &self.policy, now);
+        if !matches!(outcome, ReportOutcome::Reissuing { already_stored: false, .. }) {
             return Ok(outcome);
         }
-        let reported = view.token.as_ref().map(|token| token.generation);
-        let (pool, id) = (self.pool.clone(), slot.id());
-        let note = self.runtime.spawn(async move {
-            timeout(REPORT_WITHIN, leases::mark_possibly_revoked(&pool, id, reported)).await
+        let reported = snapshot.token.as_ref().map(|token| token.generation);
+        self.store_report(&cached, account, reported).await?;
+        self.cache.update(&cached, |snapshot| {
+            let mut snapshot = snapshot.clone();
+            // If a new token arrived meanwhile, it is not the reported one.
+            snapshot.refresh.possibly_revoked |= snapshot
+                .token
+                .as_ref()
+                .is_some_and(|token| token.generation.as_u64() == generation);
+            snapshot
         });
-        match AbortOnDropHandle::new(note).await {
-            Ok(Ok(Ok(()))) => {}
-            Ok(Ok(Err(error))) => {
-                warn!(%account, %error, "a report cannot be noted");
-                return Err(Refusal::DatabaseUnavailable { retry_after: REPORT_WITHIN });
-            }
-            // No answer in time, or the runtime ends.
-            Ok(Err(_)) | Err(_) => {
-                return Err(Refusal::DatabaseUnavailable { retry_after: REPORT_WITHIN });
-            }
-        }
-        self.cache.update(&slot, |view| {
-            let mut view = view.clone();
-            // A successor that came meanwhile was not reported.
-            view.refresh.possibly_revoked |=
-                view.token.as_ref().is_some_and(|token| token.generation.as_u64() == generation);
-            view
-        });
-        self.waker.wake(slot.id());
+        self.refresh_trigger.wake(cached.id());
         Ok(outcome)
     }
 
-    /// Up to `limit` accounts after `after` that `caller` may list, by name, and whether there are
-    /// more.
+    /// Marks the token of generation `reported` in the database as possibly revoked. The statement runs on
+    /// [`TokenProvider::runtime`]; a dropped call aborts it.
+    async fn store_report(
+        &self,
+        cached: &CachedAccount,
+        account: &AccountName,
+        reported: Option<Generation>,
+    ) -> Result<(), CallRefusal> {
+        let (pool, id) = (self.pool.clone(), cached.id());
+        let stored = self.runtime.spawn(async move {
+            timeout(STORE_REPORT_TIMEOUT, leases::mark_possibly_revoked(&pool, id, reported)).await
+        });
+        match AbortOnDropHandle::new(stored).await {
+            Ok(Ok(Ok(()))) => return Ok(()),
+            Ok(Ok(Err(error))) => warn!(%account, %error, "a report cannot be stored"),
+            Ok(Err(_)) => warn!(%account, "a report was not stored in time"),
+            // The runtime shuts down.
+            Err(_) => {}
+        }
+        Err(CallRefusal::DatabaseUnavailable { retry_after: STORE_REPORT_TIMEOUT })
+    }
+
+    /// Returns up to `limit` accounts, sorted by name and after the name `after`, that `caller` may list,
+    /// and whether there are more.
     ///
     /// # Errors
-    /// [`Refusal::GrantsStale`].
+    /// [`CallRefusal::GrantsStale`].
     pub fn list(
         &self,
         caller: &Caller,
         after: Option<&AccountName>,
         limit: usize,
-    ) -> Result<(Vec<Listed>, bool), Refusal> {
-        self.trust_grants()?;
+    ) -> Result<(Vec<ListedAccount>, bool), CallRefusal> {
+        self.check_grants_are_current()?;
         let now = self.clock.now();
         let (found, more) = list::page(&self.cache, caller, after, limit, now);
-        Ok((found.iter().map(|view| self.listed(view, now)).collect(), more))
+        let listed = |snapshot: &Arc<_>| ListedAccount::new(snapshot, &self.policy, now);
+        Ok((found.iter().map(listed).collect(), more))
     }
 
-    fn listed(&self, view: &AccountSnapshot, now: Timestamp) -> Listed {
-        let token = view.token.as_deref();
-        Listed {
-            name: view.account.name.clone(),
-            state: view.state(now),
-            token: token.map(|token| (token.issued_at, token.expires_at, token.generation)),
-            next_attempt_at: self
-                .policy
-                .next_issue_at(&IssueView::cached(
-                    &view.account,
-                    &view.refresh,
-                    self.policy.scheduled_at(&view.account.name, token),
-                    None,
-                ))
-                .map(|at| at.max(now)),
-        }
-    }
-
-    /// The accounts that `patterns` mean for `caller` at this moment.
+    /// Returns the accounts that `patterns` select for `caller` at this moment, each once. A pattern selects
+    /// among the accounts that the caller's grants cover; a plain name must be one of them.
     ///
     /// # Errors
-    /// For a plain name without a grant or without an account, as [`TokenProvider::get_token`] has them; a
-    /// pattern is silently limited to what the caller may have.
-    pub async fn watched(
+    /// For a plain name without a grant or without an account, as in [`TokenProvider::get_token`].
+    pub async fn watched_accounts(
         &self,
         caller: &Caller,
         patterns: &[AccountPattern],
-    ) -> Result<Vec<Arc<CachedAccount>>, Refusal> {
-        self.trust_grants()?;
-        let mut named = BTreeMap::new();
-        let mut wild = Vec::new();
+    ) -> Result<Vec<Arc<CachedAccount>>, CallRefusal> {
+        self.check_grants_are_current()?;
+        let mut selected = BTreeMap::new();
+        let mut wildcards = Vec::new();
         for pattern in patterns {
             match pattern.as_name() {
                 Some(name) => {
-                    let slot = self.permitted(caller, Right::Get, &name)?;
-                    named.insert(slot.id(), slot);
+                    let cached = self.authorize(caller, Right::Get, &name)?;
+                    selected.insert(cached.id(), cached);
                 }
-                None => wild.push(pattern),
+                None => wildcards.push(pattern),
             }
         }
-        if !wild.is_empty() {
+        if !wildcards.is_empty() {
             let now = self.clock.now();
-            let between = LOOKS.div_ceil(wild.len());
-            for (nth, slot) in self.cache.all().into_iter().enumerate() {
-                if nth % between == between - 1 {
+            let accounts_before_yield = MATCHES_BEFORE_YIELD.div_ceil(wildcards.len());
+            for (nth, cached) in self.cache.all().into_iter().enumerate() {
+                if nth % accounts_before_yield == accounts_before_yield - 1 {
                     yield_now().await;
                 }
-                let name = &slot.snapshot().account.name;
-                let meant = wild.iter().any(|pattern| pattern.matches(name.as_str()));
-                if meant && caller.permits(Right::Get, name, now) {
-                    named.insert(slot.id(), slot.clone());
+                let name = &cached.snapshot().account.name;
+                let matches = wildcards.iter().any(|pattern| pattern.matches(name.as_str()));
+                if matches && caller.permits(Right::Get, name, now) {
+                    selected.insert(cached.id(), cached.clone());
                 }
             }
         }
-        Ok(named.into_values().collect())
+        Ok(selected.into_values().collect())
     }
 
-    /// The caller as it is now, for a stream that outlives a change of its grants or the end of the
-    /// credential that it was opened with.
+    /// Returns the caller of an open stream as it is now, with its present grants, if the credential that
+    /// opened the stream is still accepted.
     ///
     /// # Errors
-    /// [`Refusal::GrantsStale`], or [`Refusal::CredentialRefused`] once the credential is of no use.
-    pub fn still_admitted(&self, proof: &CredentialKey) -> Result<Arc<Caller>, Refusal> {
-        self.trust_grants()?;
-        let admitted = self.directory.by_proof(proof, self.clock.now());
-        admitted.map_err(|_| Refusal::CredentialRefused)
+    /// [`CallRefusal::GrantsStale`], or [`CallRefusal::CredentialRefused`] once the credential has ended or
+    /// was revoked, or the caller was disabled.
+    pub fn reauthenticate(&self, credential: &CredentialKey) -> Result<Arc<Caller>, CallRefusal> {
+        self.check_grants_are_current()?;
+        let admitted = self.callers.by_proof(credential, self.clock.now());
+        admitted.map_err(|_| CallRefusal::CredentialRefused)
     }
 
-    /// How long `token` may be kept before asking again.
+    /// Returns how long a caller may reuse `token` before it asks again.
     #[must_use]
     pub fn reuse_for(&self, account: &AccountName, token: &Token) -> Duration {
         decide::reuse_for(account, token, &self.policy, self.clock.now())
     }
 
-    /// The account, if a grant of `caller` covers it. Whether it exists is told only then.
-    fn permitted(
+    /// Returns the account if a grant of `caller` covers it with `right`. Only then does the answer depend
+    /// on whether the account exists.
+    fn authorize(
         &self,
         caller: &Caller,
         right: Right,
         account: &AccountName,
-    ) -> Result<Arc<CachedAccount>, Refusal> {
-        self.trust_grants()?;
+    ) -> Result<Arc<CachedAccount>, CallRefusal> {
+        self.check_grants_are_current()?;
         if !caller.permits(right, account, self.clock.now()) {
-            return Err(Refusal::NotGranted);
+            return Err(CallRefusal::NotGranted);
         }
-        self.cache.by_name(account).ok_or(Refusal::NoSuchAccount)
+        self.cache.by_name(account).ok_or(CallRefusal::NoSuchAccount)
     }
 
-    fn trust_grants(&self) -> Result<(), Refusal> {
-        if self.directory.is_current(self.clock.now(), self.max_staleness) {
+    fn check_grants_are_current(&self) -> Result<(), CallRefusal> {
+        if self.callers.is_current(self.clock.now(), self.max_staleness) {
             Ok(())
         } else {
-            Err(Refusal::GrantsStale)
+            Err(CallRefusal::GrantsStale)
         }
     }
 }
 
-fn place_of(
-    places: &Arc<KeyedSemaphore<CallerId>>,
+fn acquire(
+    permits: &Arc<KeyedSemaphore<CallerId>>,
     caller: &Caller,
-) -> Result<KeyedPermit<CallerId>, Refusal> {
-    places.try_acquire(caller.id).ok_or(Refusal::Overloaded { retry_after: SHED_FOR })
+) -> Result<KeyedPermit<CallerId>, CallRefusal> {
+    permits.try_acquire(caller.id).ok_or(CallRefusal::Overloaded { retry_after: SHED_RETRY })
 }

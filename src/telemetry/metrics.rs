@@ -54,8 +54,9 @@ impl Method {
     }
 }
 
-/// The names of gRPC's status codes by number, as the audit log writes them.
-const CODES: [&str; 17] = [
+/// The names of gRPC's status codes in lower case, indexed by their number. The labels of metrics and the
+/// outcomes in the audit log use them.
+pub const GRPC_CODE_NAMES: [&str; 17] = [
     "ok",
     "cancelled",
     "unknown",
@@ -147,7 +148,7 @@ impl IssueResult {
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
-    calls: [[Counter; CODES.len()]; Method::ALL.len()],
+    calls: [[Counter; GRPC_CODE_NAMES.len()]; Method::ALL.len()],
     call_seconds: CallSeconds,
     issues: [Counter; IssueResult::ALL.len()],
     sources: Sources,
@@ -163,7 +164,8 @@ impl Metrics {
         let family = Family::<[(&str, &str); 2], Counter>::default();
         let calls = array::from_fn(|method| {
             array::from_fn(|code| {
-                let labels = [("method", Method::ALL[method].as_str()), ("code", CODES[code])];
+                let labels =
+                    [("method", Method::ALL[method].as_str()), ("code", GRPC_CODE_NAMES[code])];
                 family.get_or_create_owned(&labels)
             })
         });
@@ -190,7 +192,7 @@ impl Metrics {
     /// Counts a call that took `took` and ended with the gRPC status number `code`. A number that gRPC does
     /// not define counts as `unknown`.
     pub fn call(&self, method: Method, code: i32, took: Duration) {
-        let code = usize::try_from(code).ok().filter(|code| *code < CODES.len());
+        let code = usize::try_from(code).ok().filter(|code| *code < GRPC_CODE_NAMES.len());
         self.calls[method as usize][code.unwrap_or(UNKNOWN_CODE)].inc();
         self.call_seconds.0[method as usize].observe(took);
     }

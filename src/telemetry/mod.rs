@@ -20,7 +20,7 @@ use tracing_subscriber::{
 
 pub use self::{
     gauges::{AccountGauges, Gauges, JournalGauges},
-    metrics::{IssueResult, METRICS_CONTENT_TYPE, Method, Metrics},
+    metrics::{GRPC_CODE_NAMES, IssueResult, METRICS_CONTENT_TYPE, Method, Metrics},
 };
 
 /// The filter without `RUST_LOG`. At `info`, sqlx logs each notice of the server.

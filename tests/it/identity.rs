@@ -1,4 +1,4 @@
-//! Who calls: TLS, client certificates and bearers.
+//! Identification of callers by TLS client certificates and bearers, and of clients behind balancers.
 
 use std::{
     collections::BTreeSet,
@@ -34,17 +34,17 @@ use crate::harness::{
 const DOMAIN: &str = "example.com";
 const BILLING: &str = "spiffe://example.com/billing";
 
-/// A broker's process with TLS, the account `acme`, and callers that are known by certificates.
-struct Secured {
+/// A broker process with TLS, the account `acme`, and callers with certificates and bearers.
+struct TlsBroker {
     world: World,
     site: Site,
     serve: Process,
-    ours: Authority,
-    callers: Authority,
+    broker_ca: Authority,
+    callers_ca: Authority,
     bearer: Bearer,
 }
 
-impl Secured {
+impl TlsBroker {
     async fn new() -> Self {
         let world = World::new().await;
         world.register("acme", "id-1", "SK.1").await;
@@ -62,14 +62,14 @@ impl Secured {
                 ))
                 .await;
         }
-        let (ours, callers) = (Authority::new("ours"), Authority::new("callers"));
+        let (broker_ca, callers_ca) = (Authority::new("ours"), Authority::new("callers"));
         let mut site = Site::new(world.database.url(), &world.upstream.base_url()).await;
-        site.set_tls(&write(site.directory.path(), &ours.issue(&[BROKER]), &[&callers]));
+        site.set_tls(&write(site.directory.path(), &broker_ca.issue(&[BROKER]), &[&callers_ca]));
         site.set("TOKEN_BROKER_TRUST_DOMAIN", DOMAIN);
         let serve = site.serve().await;
-        let secured = Self { world, site, serve, ours, callers, bearer };
-        secured.world.until_state("acme", "fresh").await;
-        secured
+        let broker = Self { world, site, serve, broker_ca, callers_ca, bearer };
+        broker.world.until_state("acme", "fresh").await;
+        broker
     }
 
     fn port(&self) -> u16 {
@@ -81,10 +81,10 @@ impl Secured {
     }
 
     async fn channel(&self, own: Option<&Certified>) -> Result<Channel, tonic::transport::Error> {
-        connect(self.port(), &self.ours, own).await
+        connect(self.port(), &self.broker_ca, own).await
     }
 
-    /// What a caller with that certificate hears: its token, or why not.
+    /// Calls with that certificate and bearer. Returns the token, or the refusal's code and reason.
     async fn get(
         &self,
         own: Option<&Certified>,
@@ -115,32 +115,32 @@ async fn get(channel: Channel, bearer: Option<&Bearer>) -> Result<String, Status
 }
 
 #[tokio::test]
-async fn a_caller_is_known_by_its_certificate_or_by_its_bearer() {
-    let secured = Secured::new().await;
-    let billing = secured.callers.issue(&[BILLING]);
-    let search = secured.callers.issue(&["other.example.com", "search.example.com"]);
-    let token = secured.get(Some(&billing), None).await.unwrap();
-    assert_eq!(secured.get(Some(&search), None).await, Ok(token.clone()));
-    assert_eq!(secured.get(None, Some(&secured.bearer)).await, Ok(token.clone()));
-    // What is sent on purpose counts.
-    assert_eq!(secured.get(Some(&billing), Some(&secured.bearer)).await, Ok(token));
-    let world = secured.stop().await;
-    let told: Vec<String> = sqlx::query_scalar(
+async fn a_caller_is_identified_by_its_certificate_or_by_its_bearer() {
+    let broker = TlsBroker::new().await;
+    let billing = broker.callers_ca.issue(&[BILLING]);
+    let search = broker.callers_ca.issue(&["other.example.com", "search.example.com"]);
+    let token = broker.get(Some(&billing), None).await.unwrap();
+    assert_eq!(broker.get(Some(&search), None).await, Ok(token.clone()));
+    assert_eq!(broker.get(None, Some(&broker.bearer)).await, Ok(token.clone()));
+    // A bearer, which is sent on purpose, takes precedence over the certificate.
+    assert_eq!(broker.get(Some(&billing), Some(&broker.bearer)).await, Ok(token));
+    let world = broker.stop().await;
+    let callers: Vec<String> = sqlx::query_scalar(
         "select caller || ' by ' || caller_kind from audit_events where event = 'get_token'
          order by at, chain, seq",
     )
     .fetch_all(world.database.pool())
     .await
     .unwrap();
-    assert_eq!(told, ["billing by spiffe", "search by dns", "demo by bearer", "demo by bearer"]);
+    assert_eq!(callers, ["billing by spiffe", "search by dns", "demo by bearer", "demo by bearer"]);
 }
 
 #[tokio::test]
-async fn who_shows_nothing_or_what_does_not_count_is_refused_and_the_log_says_why() {
-    let secured = Secured::new().await;
-    let callers = &secured.callers;
-    assert_eq!(secured.get(None, None).await, Err("Unauthenticated CREDENTIAL_MISSING".into()));
-    let stranger = Bearer::generate();
+async fn a_missing_or_unacceptable_credential_is_refused_and_the_audit_log_says_why() {
+    let broker = TlsBroker::new().await;
+    let callers = &broker.callers_ca;
+    assert_eq!(broker.get(None, None).await, Err("Unauthenticated CREDENTIAL_MISSING".into()));
+    let unknown = Bearer::generate();
     for (names, why) in [
         (&[BILLING, "spiffe://example.com/other"][..], "the certificate has more than one URI"),
         (&["spiffe://example.org/billing"], "another trust domain"),
@@ -148,50 +148,54 @@ async fn who_shows_nothing_or_what_does_not_count_is_refused_and_the_log_says_wh
             &["https://example.com/billing", "search.example.com"],
             "the certificate's URI is no SPIFFE ID",
         ),
-        (&["unknown.example.com"], "no name is known"),
+        (&["unknown.example.com"], "no DNS name is registered"),
     ] {
         let own = callers.issue(names);
         let refused = Err("Unauthenticated CREDENTIAL_REFUSED".to_owned());
-        assert_eq!(secured.get(Some(&own), None).await, refused, "{names:?}");
+        assert_eq!(broker.get(Some(&own), None).await, refused, "{names:?}");
         let why = why.replace('\'', "''");
         let known = format!("reason = 'CREDENTIAL_REFUSED' and detail->>'refused' like '{why}%'");
-        eventually(&why, async || (!secured.world.audit(&known).await.is_empty()).then_some(()))
+        eventually(&why, async || (!broker.world.audit(&known).await.is_empty()).then_some(()))
             .await;
     }
     let billing = callers.issue(&[BILLING]);
-    let refused = secured.get(Some(&billing), Some(&stranger)).await;
-    assert_eq!(refused, Err("Unauthenticated CREDENTIAL_REFUSED".into()), "no second chance");
-    // Ended, by SQL: live within a second, on connections that are there too.
-    let channel = secured.channel(Some(&billing)).await.unwrap();
+    let refused = broker.get(Some(&billing), Some(&unknown)).await;
+    assert_eq!(
+        refused,
+        Err("Unauthenticated CREDENTIAL_REFUSED".into()),
+        "the certificate is not tried after the bearer"
+    );
+    // A revocation by SQL takes effect within a second, also on open connections.
+    let channel = broker.channel(Some(&billing)).await.unwrap();
     get(channel.clone(), None).await.unwrap();
-    secured.world.database.sql("update caller_credentials set revoked_at = now()").await;
+    broker.world.database.sql("update caller_credentials set revoked_at = now()").await;
     eventually("revoked", async || get(channel.clone(), None).await.err()).await;
-    secured.stop().await;
+    broker.stop().await;
 }
 
 #[tokio::test]
 async fn a_handshake_that_is_refused_is_recorded_with_its_reason() {
-    let secured = Secured::new().await;
+    let broker = TlsBroker::new().await;
     let strange = Authority::new("strange").issue(&[BILLING]);
-    let expired = secured.callers.issue_expired(&[BILLING]);
-    // A client of TLS 1.3 hears of it with its first call.
+    let expired = broker.callers_ca.issue_expired(&[BILLING]);
+    // A client of TLS 1.3 learns of the refusal only by its first call.
     for own in [&strange, &expired] {
-        assert!(secured.get(Some(own), None).await.is_err());
+        assert!(broker.get(Some(own), None).await.is_err());
     }
-    let mut plain = TcpStream::connect(secured.site.grpc).await.unwrap();
+    let mut plain = TcpStream::connect(broker.site.grpc).await.unwrap();
     plain.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
-    // A probe that only connects is none.
-    drop(TcpStream::connect(secured.site.grpc).await.unwrap());
+    // A probe that only connects is not recorded.
+    drop(TcpStream::connect(broker.site.grpc).await.unwrap());
     // A client may try more than once.
-    let told = async |world: &World| {
-        let told = world.audit("event = 'handshake_refused' and peer like '127.0.0.1:%'").await;
-        told.into_iter().collect::<BTreeSet<_>>().into_iter().collect::<Vec<_>>()
+    let reasons = async |world: &World| {
+        let refused = world.audit("event = 'handshake_refused' and peer like '127.0.0.1:%'").await;
+        refused.into_iter().collect::<BTreeSet<_>>().into_iter().collect::<Vec<_>>()
     };
-    eventually("three reasons", async || (told(&secured.world).await.len() == 3).then_some(()))
+    eventually("three reasons", async || (reasons(&broker.world).await.len() == 3).then_some(()))
         .await;
-    let told = told(&secured.stop().await).await;
+    let reasons = reasons(&broker.stop().await).await;
     assert_eq!(
-        told,
+        reasons,
         [
             "handshake_refused/-/-/unauthenticated/CERTIFICATE_EXPIRED",
             "handshake_refused/-/-/unauthenticated/NO_TLS",
@@ -201,10 +205,10 @@ async fn a_handshake_that_is_refused_is_recorded_with_its_reason() {
 }
 
 #[tokio::test]
-async fn certificates_change_under_load_without_a_dropped_call() {
-    let secured = Secured::new().await;
-    let old = secured.callers.issue(&[BILLING]);
-    let channel = secured.channel(Some(&old)).await.unwrap();
+async fn certificates_are_replaced_under_load_without_a_failed_call() {
+    let broker = TlsBroker::new().await;
+    let old = broker.callers_ca.issue(&[BILLING]);
+    let channel = broker.channel(Some(&old)).await.unwrap();
     let stop = CancellationToken::new();
     let load = {
         let (channel, stop) = (channel.clone(), stop.clone());
@@ -217,26 +221,26 @@ async fn certificates_change_under_load_without_a_dropped_call() {
             calls
         })
     };
-    let path = secured.files();
+    let path = broker.files();
     for round in 0..2 {
-        // Our own and the callers' CA are replaced at once.
+        // The broker's certificate and the callers' CA are replaced at the same time.
         let (ours, callers) = (Authority::new("ours again"), Authority::new("callers again"));
         write(path, &ours.issue(&[BROKER]), &[&callers]);
         let own = callers.issue(&[BILLING]);
         let changed = eventually("the new certificates", async || {
-            let channel = connect(secured.port(), &ours, Some(&own)).await.ok()?;
+            let channel = connect(broker.port(), &ours, Some(&own)).await.ok()?;
             get(channel, None).await.ok()
         });
         changed.await;
         assert!(
-            secured.get(Some(&old), None).await.is_err(),
-            "round {round}: the old CA is no more"
+            broker.get(Some(&old), None).await.is_err(),
+            "round {round}: the old CA is no longer trusted"
         );
 
         if round == 0 {
             continue;
         }
-        // What cannot be used changes nothing, however often it is looked at.
+        // Files that cannot be used change nothing, however often the broker reads them.
         spoil(path, "broker.key", "no key");
         spoil(
             path,
@@ -245,24 +249,24 @@ async fn certificates_change_under_load_without_a_dropped_call() {
         );
         let until = tokio::time::Instant::now() + std::time::Duration::from_secs(5);
         while tokio::time::Instant::now() < until {
-            let channel = connect(secured.port(), &ours, Some(&own)).await.unwrap();
+            let channel = connect(broker.port(), &ours, Some(&own)).await.unwrap();
             get(channel, None).await.unwrap();
             tokio::time::sleep(std::time::Duration::from_millis(200)).await;
         }
     }
     stop.cancel();
     assert!(load.await.unwrap() > 0);
-    secured.stop().await;
+    broker.stop().await;
 }
 
-/// As one replaces what is in use: the new is let in before the old goes, each second anew. Nobody who keeps
-/// up loses a call, on connections that stay or on new ones.
+/// Certificates, grants and bearers are rotated the recommended way: the new one is accepted before the old
+/// one ends. A client that keeps up loses no call, neither on a lasting connection nor on new ones.
 #[tokio::test]
-async fn what_lets_callers_in_changes_each_second_under_load_and_no_call_is_lost() {
+async fn certificates_grants_and_bearers_are_rotated_under_load_and_no_call_is_lost() {
     const ROUNDS: usize = 6;
-    let secured = Secured::new().await;
-    let database = &secured.world.database;
-    // Who a caller trusts and what it shows; changed under it.
+    let broker = TlsBroker::new().await;
+    let database = &broker.world.database;
+    // The CAs that the load's clients trust, and the certificate that they show; each round replaces them.
     let authorities = |kind: &str| -> Vec<_> {
         (0..=ROUNDS).map(|nth| Arc::new(Authority::new(&format!("{kind} {nth}")))).collect()
     };
@@ -271,9 +275,9 @@ async fn what_lets_callers_in_changes_each_second_under_load_and_no_call_is_lost
         [Arc::new(Authority::new("none")), ours[0].clone()],
         callers[0].issue(&[BILLING]),
     )));
-    let path = secured.files();
+    let path = broker.files();
     write(path, &ours[0].issue(&[BROKER]), &[&callers[0]]);
-    let port = secured.port();
+    let port = broker.port();
     eventually("the first certificates", async || {
         let ([_, trusted], own) = present.lock().unwrap().clone();
         get(connect(port, &trusted, Some(&own)).await.ok()?, None).await.ok()
@@ -293,7 +297,7 @@ async fn what_lets_callers_in_changes_each_second_under_load_and_no_call_is_lost
                         let both = [&*trusted[0], &*trusted[1]];
                         match connect_trusting(port, &both, Some(&own)).await {
                             Ok(connected) => break connected,
-                            // It did not keep up: what it trusts was replaced meanwhile.
+                            // This client did not keep up: the CAs were replaced meanwhile.
                             Err(error) => {
                                 let now = &present.lock().unwrap().0;
                                 assert!(!Arc::ptr_eq(&now[1], &trusted[1]), "{error:?}");
@@ -307,12 +311,12 @@ async fn what_lets_callers_in_changes_each_second_under_load_and_no_call_is_lost
             calls
         });
     }
-    let mut bearer = secured.bearer.clone();
+    let mut bearer = broker.bearer.clone();
     for round in 1..=ROUNDS {
-        // Both are trusted, on both sides, and the old are still in use.
+        // Both sides trust the old and the new CA; certificates of the old one are still in use.
         present.lock().unwrap().0 = [ours[round - 1].clone(), ours[round].clone()];
         write(path, &ours[round].issue(&[BROKER]), &[&callers[round - 1], &callers[round]]);
-        // Grants are replaced in one transaction.
+        // The grant is replaced in one transaction.
         let pattern = if round % 2 == 0 { "acme" } else { "ac*" };
         database
             .sql(&format!(
@@ -321,7 +325,7 @@ async fn what_lets_callers_in_changes_each_second_under_load_and_no_call_is_lost
                      where name = 'billing'; commit"
             ))
             .await;
-        // A bearer follows another, which then ends.
+        // A new bearer is added, then the old one is revoked.
         let next = Bearer::generate();
         sqlx::query(
             "insert into caller_credentials (caller_id, kind, bearer_sha256)
@@ -344,7 +348,7 @@ async fn what_lets_callers_in_changes_each_second_under_load_and_no_call_is_lost
             .unwrap();
         eventually("the old bearer's end", async || by_bearer(&bearer).await.err()).await;
         bearer = next;
-        // The callers' new certificates are of use once the broker knows their CA.
+        // The callers' new certificates are accepted once the broker has read their CA.
         let own = callers[round].issue(&[BILLING]);
         eventually("the new CA", async || {
             let channel = connect_trusting(port, &trusted, Some(&own)).await.ok()?;
@@ -357,7 +361,7 @@ async fn what_lets_callers_in_changes_each_second_under_load_and_no_call_is_lost
     while let Some(calls) = load.join_next().await {
         assert!(calls.unwrap() > ROUNDS);
     }
-    secured.stop().await;
+    broker.stop().await;
 }
 
 fn spoil(directory: &Path, name: &str, text: &str) {
@@ -391,14 +395,14 @@ async fn tls_files_that_cannot_be_used_are_one_error_that_names_the_file() {
     }
 }
 
-/// Passes connections on to `broker`, each after `header`.
+/// Forwards connections to `broker`, each after `header`.
 async fn balancer(
     broker: SocketAddr,
     header: &'static [u8],
 ) -> (SocketAddr, AbortOnDropHandle<()>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let passing = tokio::spawn(async move {
+    let forwarding = tokio::spawn(async move {
         let mut connections = JoinSet::new();
         loop {
             let (mut client, _) = listener.accept().await.unwrap();
@@ -409,13 +413,13 @@ async fn balancer(
             });
         }
     });
-    (address, AbortOnDropHandle::new(passing))
+    (address, AbortOnDropHandle::new(forwarding))
 }
 
-const PROXIED: &[u8] = b"PROXY TCP4 203.0.113.9 198.51.100.1 4321 443\r\n";
+const PROXY_HEADER: &[u8] = b"PROXY TCP4 203.0.113.9 198.51.100.1 4321 443\r\n";
 
 #[tokio::test]
-async fn behind_a_balancer_the_peer_is_who_it_names_with_tls_too() {
+async fn behind_a_balancer_the_peer_is_the_client_that_it_names_also_with_tls() {
     for with_tls in [false, true] {
         let world = World::new().await;
         world.register("acme", "id-1", "SK.1").await;
@@ -428,7 +432,7 @@ async fn behind_a_balancer_the_peer_is_who_it_names_with_tls_too() {
         (plan.settings.tls, plan.settings.proxy_protocol_from) = (tls, balancers);
         let broker = world.start_with(plan).await;
         world.until_state("acme", "fresh").await;
-        let (address, _passing) = balancer(broker.app.grpc_address, PROXIED).await;
+        let (address, _forwarding) = balancer(broker.app.grpc_address, PROXY_HEADER).await;
         let channel = if with_tls {
             connect(address.port(), &ours, None).await.unwrap()
         } else {
@@ -437,7 +441,7 @@ async fn behind_a_balancer_the_peer_is_who_it_names_with_tls_too() {
         };
         get(channel, Some(&bearer)).await.unwrap();
 
-        // Its own probe, and one who leaves out who he is.
+        // The balancer's own health check, and a connection without a header.
         let (own, _probing) = balancer(broker.app.grpc_address, b"PROXY UNKNOWN\r\n").await;
         if !with_tls {
             let probe = Endpoint::from_shared(format!("http://{own}")).unwrap();
@@ -445,13 +449,14 @@ async fn behind_a_balancer_the_peer_is_who_it_names_with_tls_too() {
         }
         let mut direct = TcpStream::connect(broker.app.grpc_address).await.unwrap();
         direct.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
-        // Closed or reset, with nothing said.
-        let mut said = vec![];
-        let _ = direct.read_to_end(&mut said).await;
-        assert!(said.is_empty());
+        // It is closed or reset without an answer.
+        let mut received = vec![];
+        let _ = direct.read_to_end(&mut received).await;
+        assert!(received.is_empty());
         eventually("the record", async || {
-            let told = world.audit("reason = 'NO_PROXY_HEADER' and peer like '127.0.0.1:%'").await;
-            (told.len() == 1).then_some(())
+            let refused =
+                world.audit("reason = 'NO_PROXY_HEADER' and peer like '127.0.0.1:%'").await;
+            (refused.len() == 1).then_some(())
         })
         .await;
         broker.stop().await;
@@ -469,7 +474,7 @@ async fn behind_a_balancer_the_peer_is_who_it_names_with_tls_too() {
 }
 
 #[tokio::test]
-async fn nobody_else_may_say_whom_he_speaks_for() {
+async fn a_proxy_header_from_an_untrusted_address_is_refused() {
     let world = World::new().await;
     world.register("acme", "id-1", "SK.1").await;
     let bearer = world.caller("demo", &["acme"]).await;
@@ -478,14 +483,14 @@ async fn nobody_else_may_say_whom_he_speaks_for() {
     plan.settings.proxy_protocol_from = balancers;
     let broker = world.start_with(plan).await;
     world.until_state("acme", "fresh").await;
-    let (address, _passing) = balancer(broker.app.grpc_address, PROXIED).await;
+    let (address, _forwarding) = balancer(broker.app.grpc_address, PROXY_HEADER).await;
     let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
-    let heard = match endpoint.connect().await {
+    let answer = match endpoint.connect().await {
         Ok(channel) => get(channel, Some(&bearer)).await.map_err(|status| status.to_string()),
         Err(error) => Err(error.to_string()),
     };
-    assert!(heard.is_err(), "{heard:?}");
-    // Who says nothing is served under his own address.
+    assert!(answer.is_err(), "{answer:?}");
+    // A client that sends no header is served under its own address.
     broker.client(&bearer).await.get("acme").await.unwrap();
     broker.stop().await;
     assert!(world.audit("peer like '203.%'").await.is_empty());

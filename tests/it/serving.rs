@@ -1,4 +1,4 @@
-//! What callers get: tokens, refusals with their reasons, and a record of each call.
+//! What callers get: tokens, refusals with their reasons, and an audit record of each call.
 
 use std::time::{Duration, Instant};
 
@@ -29,7 +29,7 @@ async fn every_call_is_one_audit_event_whatever_its_outcome() {
     world.register("acme", "id-1", "SK.1").await;
     let broker = world.start().await;
     let client = broker.client(&bearer).await;
-    let stranger = broker.client(&Bearer::generate()).await;
+    let unknown = broker.client(&Bearer::generate()).await;
 
     let token = client.get("acme").await.unwrap();
     let refused = [
@@ -38,15 +38,15 @@ async fn every_call_is_one_audit_event_whatever_its_outcome() {
         (client.get(&"x".repeat(5_000)).await, "InvalidArgument"),
         (client.get("other").await, "PermissionDenied NOT_GRANTED"),
         (client.get("gone").await, "NotFound NO_SUCH_ACCOUNT"),
-        (stranger.get("acme").await, "Unauthenticated CREDENTIAL_REFUSED"),
+        (unknown.get("acme").await, "Unauthenticated CREDENTIAL_REFUSED"),
     ];
     for (answer, expected) in refused {
         assert_eq!(refusal(&answer.unwrap_err()), expected);
     }
-    let bare = GetTokenRequest { account: "acme".into(), ..Default::default() };
-    let missing = client.grpc.clone().get_token(bare.clone()).await.unwrap_err();
+    let without_bearer = GetTokenRequest { account: "acme".into(), ..Default::default() };
+    let missing = client.grpc.clone().get_token(without_bearer.clone()).await.unwrap_err();
     assert_eq!(refusal(&missing), "Unauthenticated CREDENTIAL_MISSING");
-    let mut malformed = Request::new(bare);
+    let mut malformed = Request::new(without_bearer);
     malformed.metadata_mut().insert("authorization", "Bearer nonsense".parse().unwrap());
     let malformed = client.grpc.clone().get_token(malformed).await.unwrap_err();
     assert_eq!(refusal(&malformed), "Unauthenticated BEARER_MALFORMED");
@@ -89,12 +89,12 @@ async fn every_call_is_one_audit_event_whatever_its_outcome() {
 }
 
 #[tokio::test]
-async fn while_the_upstream_is_down_live_tokens_are_served_to_their_end_and_never_beyond() {
+async fn while_the_upstream_is_down_tokens_are_served_until_they_expire_and_never_after() {
     let manual = ManualClock::new(Clock::System.now());
     let world = World::with(Clock::Manual(manual.clone()), Faults::default()).await;
     let bearer = world.caller("demo", &["*"]).await;
     world.register("acme", "id-1", "SK.1").await;
-    // The floor is the database's, whose clock does not move with the test's.
+    // The minimum issue interval is measured by the database's clock, which does not move with the test's.
     let mut plan = world.plan();
     plan.settings.min_issue_interval = Duration::ZERO;
     let broker = world.start_with(plan).await;
@@ -127,11 +127,11 @@ async fn while_the_upstream_is_down_live_tokens_are_served_to_their_end_and_neve
 }
 
 #[tokio::test]
-async fn a_call_for_a_token_that_is_on_its_way_waits_and_its_deadline_is_kept() {
+async fn a_call_waits_for_a_token_that_is_being_issued_but_not_beyond_its_deadline() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["*"]).await;
     world.upstream.set_faults(Faults { answer: Answer::Hang, ..Faults::default() });
-    // The deadline is the broker's own: a client that sent one would keep it too.
+    // The client sends no deadline, since it would enforce it itself; the broker's default applies.
     let mut plan = world.plan();
     plan.settings.deadline_default = Duration::from_millis(500);
     let broker = world.start_with(plan).await;
@@ -145,7 +145,7 @@ async fn a_call_for_a_token_that_is_on_its_way_waits_and_its_deadline_is_kept() 
     let malformed = client.grpc.clone().get_token(request).await.unwrap_err();
     assert_eq!(malformed.code(), Code::InvalidArgument);
 
-    // A caller that goes away is recorded as well, once its call has arrived.
+    // A call that its client cancels is recorded too, if it had arrived at the broker.
     let cancelled = "outcome = 'cancelled'";
     eventually("a cancelled call", async || {
         let request = GetTokenRequest { account: "acme".into(), ..Default::default() };
@@ -160,14 +160,14 @@ async fn a_call_for_a_token_that_is_on_its_way_waits_and_its_deadline_is_kept() 
     broker.stop().await;
     let events =
         world.audit("event = 'get_token' and detail->>'field' is distinct from 'account'").await;
-    let [late, malformed, gone, ..] = &events[..] else { panic!("{events:?}") };
+    let [late, malformed, cancelled, ..] = &events[..] else { panic!("{events:?}") };
     assert_eq!(late, "get_token/demo/acme/deadline_exceeded/-");
     assert_eq!(malformed, "get_token/demo/-/invalid_argument/-");
-    assert_eq!(gone, "get_token/demo/acme/cancelled/-");
+    assert_eq!(cancelled, "get_token/demo/acme/cancelled/-");
 }
 
 #[tokio::test]
-async fn a_reported_token_is_served_until_its_successor_is_there_and_reissued_once() {
+async fn a_reported_token_is_reissued_once_and_served_until_the_new_one_is_there() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["*"]).await;
     world.register("acme", "id-1", "SK.1").await;
@@ -183,7 +183,7 @@ async fn a_reported_token_is_served_until_its_successor_is_there_and_reissued_on
         client.grpc.clone().report_rejected_token(request).await.unwrap().into_inner().outcome()
     };
     assert_eq!(report(first.generation, "63001").await, Outcome::NotATokenFault);
-    eventually("the floor to pass", async || {
+    eventually("the minimum issue interval to pass", async || {
         (report(first.generation, "61003").await != Outcome::TooSoon).then_some(())
     })
     .await;
@@ -201,7 +201,7 @@ async fn a_reported_token_is_served_until_its_successor_is_there_and_reissued_on
 }
 
 #[tokio::test]
-async fn a_stream_carries_each_token_each_replacement_and_each_end() {
+async fn a_stream_carries_each_token_each_replacement_and_each_end_of_an_account() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["acme*", "b"]).await;
     world.register("acme-1", "id-1", "SK.1").await;
@@ -255,7 +255,7 @@ async fn a_stream_carries_each_token_each_replacement_and_each_end() {
 }
 
 #[tokio::test]
-async fn accounts_are_listed_by_page_and_only_those_that_may_be_seen() {
+async fn accounts_are_listed_by_page_and_only_those_that_grants_cover() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["a*"]).await;
     for n in 1..=5 {
@@ -284,7 +284,7 @@ async fn accounts_are_listed_by_page_and_only_those_that_may_be_seen() {
 }
 
 #[tokio::test]
-async fn a_caller_beyond_its_rate_is_told_when_to_come_back() {
+async fn a_caller_that_exceeds_its_rate_is_refused_with_a_retry_delay() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["*"]).await;
     world.database.sql("update callers set rate_limit = 1").await;
@@ -326,7 +326,7 @@ async fn grants_and_bearers_change_without_a_restart() {
 
 #[tokio::test]
 async fn a_flood_of_refusals_is_counted_in_few_records_while_others_are_served() {
-    // As many as a connection has streams.
+    // As many as a connection may have streams.
     const FLOOD: i64 = 1_000;
     let world = World::new().await;
     let bearer = world.caller("demo", &["acme"]).await;
@@ -336,8 +336,8 @@ async fn a_flood_of_refusals_is_counted_in_few_records_while_others_are_served()
     eventually("a token", async || client.get("acme").await.ok()).await;
 
     let began = Instant::now();
-    let nobody = broker.client(&Bearer::generate()).await;
-    let flood = join_all((0..FLOOD).map(|_| nobody.get("acme")));
+    let unknown = broker.client(&Bearer::generate()).await;
+    let flood = join_all((0..FLOOD).map(|_| unknown.get("acme")));
     let served = async {
         for _ in 0..20 {
             client.get("acme").await.unwrap();
@@ -356,12 +356,13 @@ async fn a_flood_of_refusals_is_counted_in_few_records_while_others_are_served()
     .await
     .unwrap();
     assert_eq!(counted.0, FLOOD);
-    let most = 20 + 5 * (began.elapsed().as_secs() + 1);
-    assert!(counted.1.unsigned_abs() <= most, "{counted:?}");
+    // 20 records at once, then one a second, and an aggregated one each 250 ms.
+    let max_records = 20 + 5 * (began.elapsed().as_secs() + 1);
+    assert!(counted.1.unsigned_abs() <= max_records, "{counted:?}");
 }
 
 #[tokio::test]
-async fn calls_that_would_wait_beyond_a_bound_are_shed_and_live_tokens_are_served() {
+async fn calls_beyond_the_limit_of_waiting_calls_are_shed_while_live_tokens_are_served() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["*"]).await;
     let broker = world.start_with(AppConfig { max_waiting_calls: 2, ..world.plan() }).await;
@@ -375,7 +376,7 @@ async fn calls_that_would_wait_beyond_a_bound_are_shed_and_live_tokens_are_serve
     let waiting: Vec<tokio::task::JoinHandle<()>> = (0..2)
         .map(|_| {
             let client = client.clone();
-            // One that is shed comes again: a probe may have been before it.
+            // A call that is shed is repeated: another call may hold the permit at the moment.
             tokio::spawn(async move {
                 loop {
                     let _ = client.get("slow").await;
@@ -385,8 +386,8 @@ async fn calls_that_would_wait_beyond_a_bound_are_shed_and_live_tokens_are_serve
         })
         .collect();
     let shed = eventually("a call that is shed", async || {
-        let ask = GetTokenRequest { account: "slow".into(), ..Default::default() };
-        let mut request = client.request(ask);
+        let request = GetTokenRequest { account: "slow".into(), ..Default::default() };
+        let mut request = client.request(request);
         request.set_timeout(Duration::from_millis(200));
         let refused = client.grpc.clone().get_token(request).await.unwrap_err();
         (refused.code() == Code::ResourceExhausted).then_some(refused)
@@ -402,7 +403,7 @@ async fn calls_that_would_wait_beyond_a_bound_are_shed_and_live_tokens_are_serve
 }
 
 #[tokio::test]
-async fn one_address_has_a_quarter_of_the_connections() {
+async fn one_address_may_have_a_quarter_of_the_connections() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["acme"]).await;
     world.register("acme", "id-1", "SK.1").await;
@@ -411,16 +412,16 @@ async fn one_address_has_a_quarter_of_the_connections() {
     let (first, second) = (broker.client(&bearer).await, broker.client(&bearer).await);
     first.get("acme").await.unwrap();
     second.get("acme").await.unwrap();
-    // Who is let in is told the settings first.
+    // A connection that is served receives the server's settings first; this one must receive nothing.
     let mut third = tokio::net::TcpStream::connect(broker.app.grpc_address).await.unwrap();
     let _ = third.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await;
-    let mut told = vec![];
-    let closed = third.read_to_end(&mut told);
+    let mut received = vec![];
+    let closed = third.read_to_end(&mut received);
     let _ = tokio::time::timeout(crate::harness::PATIENCE, closed).await.expect("it is closed");
-    assert!(told.is_empty(), "{told:?}");
+    assert!(received.is_empty(), "{received:?}");
     first.get("acme").await.unwrap();
     drop(first);
-    // There is room again, once the first is seen to be gone.
+    // There is room again once the broker has noticed that the first connection is closed.
     let another = eventually("another connection", async || {
         let endpoint = format!("http://{}", broker.app.grpc_address);
         let endpoint = tonic::transport::Endpoint::from_shared(endpoint).unwrap();
@@ -441,7 +442,7 @@ fn client_request(bearer: &Bearer) -> Request<GetTokenRequest> {
 }
 
 #[tokio::test]
-async fn a_stop_says_so_and_goes_on_answering_until_the_callers_have_gone() {
+async fn a_stopping_broker_reports_not_serving_and_answers_until_its_callers_have_disconnected() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["*"]).await;
     world.register("acme", "id-1", "SK.1").await;
@@ -451,7 +452,7 @@ async fn a_stop_says_so_and_goes_on_answering_until_the_callers_have_gone() {
     let (client, grpc) = (broker.client(&bearer).await, broker.app.grpc_address);
     eventually("a token", async || client.get("acme").await.ok()).await;
     let stopping = tokio::spawn(broker.stop());
-    eventually("health that says it", async || {
+    eventually("health that reports not serving", async || {
         let channel = tonic::transport::Endpoint::from_shared(format!("http://{grpc}")).unwrap();
         let mut health = tonic_health::pb::health_client::HealthClient::new(channel.connect_lazy());
         let answer = health.check(tonic_health::pb::HealthCheckRequest::default()).await.ok()?;
@@ -465,7 +466,7 @@ async fn a_stop_says_so_and_goes_on_answering_until_the_callers_have_gone() {
     assert!(!stopping.is_finished());
     drop(client);
     stopping.await.unwrap();
-    let told = world.audit("event in ('get_token', 'stopped')").await;
-    assert_eq!(told.last().unwrap(), "stopped/-/-/ok/-");
-    assert!(told.len() > 10, "{told:?}");
+    let records = world.audit("event in ('get_token', 'stopped')").await;
+    assert_eq!(records.last().unwrap(), "stopped/-/-/ok/-");
+    assert!(records.len() > 10, "{records:?}");
 }

@@ -1,7 +1,9 @@
-//! The layer that records each call of `TokenService`: from the arrival of its headers to the
-//! durable record, without which no answer leaves.
+//! The layer around `TokenService`: it authenticates and rate limits each call, bounds it by its deadline,
+//! and records it. No answer leaves before its audit record is durable.
 
-mod call;
+mod context;
+mod deadline;
+mod draft_record;
 
 use std::{
     convert::Infallible,
@@ -14,8 +16,10 @@ use std::{
     time::Duration,
 };
 
-pub use call::{CallContext, DraftRecord, Peer};
-use call::{Deadline, deadline_of, event_of, method_of, trace_id_of};
+pub use context::CallContext;
+use context::trace_id_of;
+use deadline::{Deadline, timeout_of};
+pub use draft_record::DraftRecord;
 use futures_util::FutureExt;
 use http::{Request, Response};
 use tokio::time::Instant;
@@ -24,7 +28,12 @@ use tonic::{Code, Status, body::Body, server::NamedService};
 use tower::Service;
 use tracing::error;
 
-use super::{connection::Connection, identity::Identifier, status::outcome};
+use super::{
+    authentication::Authenticator,
+    connection::{ConnectionActivity, ConnectionPeer},
+    method::{event_of, has_response_stream, method_of},
+    status::outcome_of,
+};
 use crate::{
     audit::{
         journal::{AuditUnavailable, Journal},
@@ -32,59 +41,55 @@ use crate::{
     },
     domain::clock::Clock,
     services::{
-        caller_directory::CallerDirectory,
-        caller_rates::{CallerRates, network_of},
-        keyed_semaphore::KeyedSemaphore,
-        refusal_aggregator::RefusalAggregator,
-        token_provider::Refusal,
+        caller_directory::CallerDirectory, caller_rates::CallerRates, client_network::network_of,
+        keyed_semaphore::KeyedSemaphore, refusal_aggregator::RefusalAggregator,
+        token_provider::CallRefusal,
     },
-    telemetry::{Method, Metrics},
+    telemetry::Metrics,
 };
 
-/// The longest that an answer waits for its record.
-const RECORD_WITHIN: Duration = Duration::from_secs(5);
+/// The longest that an answer waits for its record to be durable.
+const RECORD_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What the layer needs; shared by all connections.
+/// What the layer needs; all connections share it.
 pub struct AuditLayer {
     /// The audit log.
     pub journal: Journal,
-    /// Makes one record of refusals that repeat.
-    pub folds: RefusalAggregator,
-    /// The callers.
-    pub directory: Arc<CallerDirectory>,
-    /// Whose SPIFFE IDs count.
+    /// Records refusals: many equal ones as one record with a count.
+    pub refusals: RefusalAggregator,
+    /// The registered callers.
+    pub callers: Arc<CallerDirectory>,
+    /// The trust domain whose SPIFFE IDs are accepted.
     pub trust_domain: Option<Arc<str>>,
-    /// What each caller used of its rate.
+    /// The rate limit of each caller.
     pub rates: CallerRates,
-    /// Calls a second of a caller that has no rate of its own.
-    pub default_rate: u32,
-    /// The deadline of a call that brings none.
+    /// The time of a call that sends no `grpc-timeout`, and the time until a stream must have begun.
     pub default_deadline: Duration,
-    /// The longest deadline that a call may bring.
-    pub longest_deadline: Duration,
-    /// Time.
+    /// The longest time that a call may ask for; a longer one is cut to it.
+    pub max_deadline: Duration,
+    /// The clock of records and tokens.
     pub clock: Clock,
-    /// The moment from which rates are counted.
-    pub epoch: Instant,
-    /// Counters.
+    /// Counts calls by method and status.
     pub metrics: Arc<Metrics>,
-    /// The calls under way: their records are still to be written.
+    /// The calls in progress. At the shutdown they are waited for before the journal is closed, since each
+    /// still writes its record.
     pub calls: TaskTracker,
-    /// The calls that are refused by their headers and not answered yet, by address.
-    pub refused: Arc<KeyedSemaphore<Option<IpAddr>>>,
+    /// Limits the unauthenticated or rate limited calls that wait for their record, by client network
+    /// (`None` where the address is unknown).
+    pub refusal_waits: Arc<KeyedSemaphore<Option<IpAddr>>>,
 }
 
-/// A service whose every call is recorded.
+/// A service whose calls pass through the [`AuditLayer`].
 #[derive(Clone)]
 pub struct AuditService<S> {
     inner: S,
-    desk: Arc<AuditLayer>,
+    layer: Arc<AuditLayer>,
 }
 
 impl<S> AuditService<S> {
-    /// Records the calls of `inner` at `desk`.
-    pub fn new(inner: S, desk: Arc<AuditLayer>) -> Self {
-        Self { inner, desk }
+    /// Wraps `inner`.
+    pub fn new(inner: S, layer: Arc<AuditLayer>) -> Self {
+        Self { inner, layer }
     }
 }
 
@@ -108,21 +113,23 @@ where
         self.inner.poll_ready(context)
     }
 
+    /// Answers the call in a task of its own. A client that resets its stream drops only the returned
+    /// future; the task learns of it by `cancelled` and still writes the record.
     fn call(&mut self, request: Request<Body>) -> Self::Future {
         let inner = self.inner.clone();
-        let desk = self.desk.clone();
+        let layer = self.layer.clone();
         let arrived = Instant::now();
-        let gone = CancellationToken::new();
-        // A caller that resets its stream drops this future, not the task: its record is written.
-        let hangs_up = gone.clone().drop_guard();
-        let calls = desk.calls.clone();
-        let answer = calls.spawn(async move { desk.answer(inner, request, arrived, gone).await });
+        let cancelled = CancellationToken::new();
+        let cancel_on_drop = cancelled.clone().drop_guard();
+        let calls = layer.calls.clone();
+        let answer =
+            calls.spawn(async move { layer.answer(inner, request, arrived, cancelled).await });
         Box::pin(async move {
             let answered = answer.await;
-            hangs_up.disarm();
-            Ok(answered.unwrap_or_else(|bug| {
-                error!(error = %bug, "a call was lost");
-                Status::internal("a fault of the broker's own").into_http()
+            cancel_on_drop.disarm();
+            Ok(answered.unwrap_or_else(|error| {
+                error!(%error, "the task of a call failed: the call may lack its audit record");
+                internal_error()
             }))
         })
     }
@@ -134,134 +141,149 @@ impl AuditLayer {
         inner: S,
         request: Request<Body>,
         arrived: Instant,
-        gone: CancellationToken,
+        cancelled: CancellationToken,
     ) -> Response<Body>
     where
         S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>,
     {
         let method = method_of(request.uri().path());
+        let peer = request.extensions().get::<ConnectionPeer>();
         let mut record = Record::new(self.clock.now(), event_of(method));
-        let peer = request.extensions().get::<Peer>();
         record.peer = peer.map(|peer| peer.address.to_string());
         record.trace_id = trace_id_of(request.headers());
         let draft = DraftRecord::new(record);
 
-        let (deadline, context) = match self.admit(&request, method, arrived, &draft) {
-            Ok(admitted) => admitted,
+        let response = match self.admit(&request, arrived, &draft) {
+            Ok((deadline, context)) => {
+                // A panic of the RPC is caught, so that the call is recorded like any other.
+                let response = respond(inner, request, context, deadline, &cancelled, &draft);
+                let response = AssertUnwindSafe(response).catch_unwind().await;
+                let response = response.unwrap_or_else(|_| {
+                    error!(?method, "an RPC panicked");
+                    internal_error()
+                });
+                self.record(response, deadline, arrived, &draft).await
+            }
             Err(refusal) => {
                 let status = draft.refuse(refusal);
-                let from = peer.map(|peer| peer.address.ip());
-                // The rest of it is heard meanwhile.
+                let address = peer.map(|peer| peer.address.ip());
+                // Dropping the request has the rest of its body read and discarded meanwhile.
                 drop(request);
-                let answered = self.turn_away(from, status, &draft, arrived).await;
-                self.metrics.call(method, code_of(&answered).into(), arrived.elapsed());
-                return answered;
+                self.reject(address, status, arrived, &draft).await
             }
-        };
-        // A method that panics is a call like any other: it is recorded.
-        let responding = respond(inner, request, context, deadline, &gone, &draft);
-        let responding = AssertUnwindSafe(responding);
-        let response = responding.catch_unwind().await.unwrap_or_else(|_| {
-            error!(?method, "a call panicked");
-            Status::internal("a fault of the broker's own").into_http()
-        });
-        let code = code_of(&response);
-        let (record, token_ends) = draft.finish(outcome(code), arrived.elapsed());
-        let within = deadline.left_for_record(RECORD_WITHIN);
-        let recorded = if code == Code::Ok {
-            self.journal.append(record).durable(within).await
-        } else {
-            self.folds.record(record, within).await
-        };
-        let response = match recorded {
-            // The caller's time ended first: the journal is not to blame.
-            Err(AuditUnavailable::TooSlow(_)) if deadline.has_passed() => {
-                Status::from(Refusal::DeadlineExceeded).into_http()
-            }
-            Err(_) => Status::from(Refusal::AuditUnavailable).into_http(),
-            // The wait for the record may have outlived the token.
-            Ok(()) if token_ends.is_some_and(|end| end <= self.clock.now()) => {
-                Status::from(Refusal::TokenEnded).into_http()
-            }
-            Ok(()) => response,
         };
         self.metrics.call(method, code_of(&response).into(), arrived.elapsed());
         response
     }
 
-    /// Records a call that is refused by its headers, and answers it. Anybody may send these, as many as
-    /// connections have streams: only so many wait for their record. The others are answered while it is
-    /// on its way, unless nothing can be recorded.
-    async fn turn_away(
-        &self,
-        from: Option<IpAddr>,
-        status: Status,
-        draft: &DraftRecord,
-        arrived: Instant,
-    ) -> Response<Body> {
-        let place = self.refused.try_acquire(from.map(network_of));
-        let (record, _) = draft.finish(outcome(status.code()), arrived.elapsed());
-        let within = if place.is_some() { RECORD_WITHIN } else { Duration::ZERO };
-        match self.folds.record(record, within).await {
-            Ok(()) => status.into_http(),
-            Err(AuditUnavailable::TooSlow(_)) if place.is_none() => status.into_http(),
-            Err(_) => Status::from(Refusal::AuditUnavailable).into_http(),
-        }
-    }
-
+    /// Decides by its headers whether a call may reach its RPC: authenticates the caller, takes one call of
+    /// its rate, and determines the deadline.
     fn admit(
         &self,
         request: &Request<Body>,
-        method: Method,
         arrived: Instant,
         draft: &DraftRecord,
-    ) -> Result<(Deadline, CallContext), Refusal> {
-        let finder = Identifier {
-            directory: &self.directory,
+    ) -> Result<(Deadline, CallContext), CallRefusal> {
+        let authenticator = Authenticator {
+            callers: &self.callers,
             trust_domain: self.trust_domain.as_deref(),
             now: self.clock.now(),
         };
-        let certificate =
-            request.extensions().get::<Peer>().and_then(|it| it.certificate.as_deref());
-        let found = finder.identify(request.headers(), certificate);
-        let identified = found.map_err(|unidentified| draft.unidentified(unidentified))?;
-        draft.identified(&identified);
-        let rate = identified.caller.rate_limit.unwrap_or(self.default_rate);
+        let peer = request.extensions().get::<ConnectionPeer>();
+        let certificate = peer.and_then(|peer| peer.certificate.as_deref());
+        let authenticated = authenticator
+            .authenticate(request.headers(), certificate)
+            .map_err(|failure| draft.set_authentication_failure(failure))?;
+        draft.set_caller(&authenticated);
         self.rates
-            .take(identified.caller.id, rate, arrived.saturating_duration_since(self.epoch))
-            .map_err(|retry_after| Refusal::CallerRate { retry_after })?;
-        let asked = deadline_of(request.headers())?.unwrap_or(self.default_deadline);
-        // A stream only begins by then: it lasts for as long as its caller wants.
-        let longest = if streams(method) { self.default_deadline } else { self.longest_deadline };
-        let deadline = Deadline(arrived + asked.min(longest));
-        let connection = request.extensions().get::<Connection>();
-        connection.inspect(|connection| connection.admitted());
+            .take(&authenticated.caller, arrived)
+            .map_err(|retry_after| CallRefusal::CallerRate { retry_after })?;
+        let timeout = timeout_of(request.headers())?.unwrap_or(self.default_deadline);
+        // A stream only has to begin by its deadline; then it lasts as long as its client wants.
+        let is_stream = has_response_stream(request.uri().path());
+        let max_timeout = if is_stream { self.default_deadline } else { self.max_deadline };
+        let deadline = Deadline(arrived + timeout.min(max_timeout));
+        let connection = request.extensions().get::<ConnectionActivity>();
+        connection.inspect(|connection| connection.note_authenticated());
         let context = CallContext {
-            caller: identified.caller,
-            proof: identified.proof,
-            deadline: deadline.for_method(arrived),
+            caller: authenticated.caller,
+            credential: authenticated.credential,
+            deadline: deadline.for_rpc(arrived),
             draft: draft.clone(),
-            leaving: connection.map(|it| it.leaving().clone()).unwrap_or_default(),
+            draining: connection.map(|it| it.draining().clone()).unwrap_or_default(),
         };
         Ok((deadline, context))
     }
+
+    /// Writes the record of a call that reached its RPC. Returns the response to send: the RPC's own only
+    /// when the record is durable, and, if it holds a token, while the token is live.
+    async fn record(
+        &self,
+        response: Response<Body>,
+        deadline: Deadline,
+        arrived: Instant,
+        draft: &DraftRecord,
+    ) -> Response<Body> {
+        let code = code_of(&response);
+        let (record, token_expires_at) = draft.finish(outcome_of(code), arrived.elapsed());
+        let timeout = deadline.time_for_record(RECORD_TIMEOUT);
+        let recorded = if code == Code::Ok {
+            self.journal.append(record).durable(timeout).await
+        } else {
+            self.refusals.record(record, timeout).await
+        };
+        match recorded {
+            // The caller's time ended first, so the journal is not at fault.
+            Err(AuditUnavailable::TooSlow(_)) if deadline.has_passed() => {
+                Status::from(CallRefusal::DeadlineExceeded).into_http()
+            }
+            Err(_) => Status::from(CallRefusal::AuditUnavailable).into_http(),
+            // The token may have expired during the wait for the record.
+            Ok(()) if token_expires_at.is_some_and(|at| at <= self.clock.now()) => {
+                Status::from(CallRefusal::TokenEnded).into_http()
+            }
+            Ok(()) => response,
+        }
+    }
+
+    /// Records a call that is refused by its headers. Returns the response to send.
+    ///
+    /// Anybody can cause such calls, as many as connections and streams allow. So only a limited number of
+    /// them waits for the record; beyond it, calls are answered while their record is being written, unless
+    /// nothing can be recorded.
+    async fn reject(
+        &self,
+        address: Option<IpAddr>,
+        status: Status,
+        arrived: Instant,
+        draft: &DraftRecord,
+    ) -> Response<Body> {
+        let wait_permit = self.refusal_waits.try_acquire(address.map(network_of));
+        let (record, _) = draft.finish(outcome_of(status.code()), arrived.elapsed());
+        let timeout = if wait_permit.is_some() { RECORD_TIMEOUT } else { Duration::ZERO };
+        match self.refusals.record(record, timeout).await {
+            Ok(()) => status.into_http(),
+            Err(AuditUnavailable::TooSlow(_)) if wait_permit.is_none() => status.into_http(),
+            Err(_) => Status::from(CallRefusal::AuditUnavailable).into_http(),
+        }
+    }
 }
 
-/// Has an admitted call answered, unless its deadline or its caller ends it first.
+/// Calls the RPC, unless the deadline passes or the client cancels the call first.
 async fn respond<S>(
     mut inner: S,
     mut request: Request<Body>,
     context: CallContext,
     deadline: Deadline,
-    gone: &CancellationToken,
+    cancelled: &CancellationToken,
     draft: &DraftRecord,
 ) -> Response<Body>
 where
     S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>,
 {
-    // A call that waited for its turn until now is not worth an answer that nobody hears.
+    // The call may have waited for its turn on the thread until after its deadline.
     if deadline.has_passed() {
-        return draft.refuse(Refusal::DeadlineExceeded).into_http();
+        return draft.refuse(CallRefusal::DeadlineExceeded).into_http();
     }
     request.extensions_mut().insert(context);
     tokio::select! {
@@ -270,17 +292,18 @@ where
             Ok(response) => response,
             Err(never) => match never {},
         },
-        () = gone.cancelled() => draft.refuse(Refusal::Cancelled).into_http(),
-        () = deadline.passes() => draft.refuse(Refusal::DeadlineExceeded).into_http(),
+        () = cancelled.cancelled() => draft.refuse(CallRefusal::Cancelled).into_http(),
+        () = deadline.passes() => draft.refuse(CallRefusal::DeadlineExceeded).into_http(),
     }
 }
 
-/// Whether a call of `method` is answered with a stream, which lasts as long as its caller wants.
-fn streams(method: Method) -> bool {
-    method == Method::WatchTokens
+/// The response to a call in which a bug of the broker showed. Its cause is in the log only.
+fn internal_error() -> Response<Body> {
+    Status::internal("internal error").into_http()
 }
 
-/// The gRPC status that a response's headers tell; a success tells it in its trailers.
+/// Returns the gRPC status in a response's headers. A successful response has none there: its status comes
+/// in the trailers.
 fn code_of(response: &Response<Body>) -> Code {
     response
         .headers()

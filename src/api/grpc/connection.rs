@@ -1,162 +1,176 @@
-//! What goes on on a connection: one on which nothing does is let go, and so is one whose client does not
-//! read what it asked for.
+//! What each request knows of its connection: who the peer is, and what else the connection is doing.
 
-use std::{
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
+use parking_lot::{Mutex, MutexGuard};
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::{Instant, sleep, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
 
-/// Streams of health and reflection at once.
-const PUBLIC_STREAMS: usize = 16;
-/// How long a connection may have no call before it is told to finish.
-const IDLE: Duration = Duration::from_mins(10);
-/// The same until its first call of a known caller, whatever else it is used for.
-const UNKNOWN: Duration = Duration::from_mins(1);
-/// How long an answer may wait for its client to read it; up to twice that.
-const UNREAD: Duration = Duration::from_secs(15);
+use crate::tls::PeerIdentity;
 
-/// A connection, as its requests carry it. Cheap to clone.
+/// How many streams of health and reflection a connection may have at the same time.
+const MAX_PUBLIC_STREAMS: usize = 16;
+/// How long a connection may have no call before it is closed.
+const IDLE_TIMEOUT: Duration = Duration::from_mins(10);
+/// How long a connection may last without a call of an authenticated caller, whatever else it is used for.
+const UNAUTHENTICATED_TIMEOUT: Duration = Duration::from_mins(1);
+/// How long a response may wait for its client to read it. It is checked once in this time, so the
+/// connection is closed after one to two times as long.
+const UNREAD_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// The other end of a connection. Each request carries it as an extension.
 #[derive(Clone, Debug)]
-pub(super) struct Connection(Arc<Inner>);
+pub(super) struct ConnectionPeer {
+    /// The client's address; behind a trusted balancer, the address that the balancer names.
+    pub(super) address: SocketAddr,
+    /// The identity in the verified client certificate, if the client showed one.
+    pub(super) certificate: Option<Arc<PeerIdentity>>,
+}
+
+/// Tracks the calls of a connection, to decide when it is idle and whether its client reads the responses.
+/// Each request carries it as an extension. Cheap to clone.
+#[derive(Clone, Debug)]
+pub(super) struct ConnectionActivity(Arc<Shared>);
 
 #[derive(Debug)]
-struct Inner {
+struct Shared {
     calls: Mutex<Calls>,
-    public: Arc<Semaphore>,
-    leaving: CancellationToken,
+    public_streams: Arc<Semaphore>,
+    draining: CancellationToken,
 }
 
 #[derive(Debug)]
 struct Calls {
-    begun: Instant,
-    under_way: usize,
-    /// When the last one ended.
-    ended: Option<Instant>,
-    /// A known caller has called.
-    known: bool,
-    /// The answers that wait to be read: those of this turn, and those of the one before.
+    connected_at: Instant,
+    in_flight: usize,
+    last_ended_at: Option<Instant>,
+    /// Whether an authenticated caller has made a call.
+    authenticated: bool,
+    /// The number of responses that are ready and not sent completely: those that became ready in the
+    /// present period of [`UNREAD_TIMEOUT`], and those of the period before.
     unread: [usize; 2],
-    turn: u64,
+    /// The number of the present period.
+    period: u64,
 }
 
-/// A call, until its answer has left or is given up.
+/// Counts a call as in flight until its response was sent completely or given up.
 #[derive(Debug)]
-pub(super) struct Call {
-    connection: Connection,
-    /// The turn in which its answer was ready.
-    answered: Option<u64>,
+pub(super) struct CallGuard {
+    connection: ConnectionActivity,
+    /// The period in which the response became ready.
+    response_ready_in: Option<u64>,
 }
 
-impl Default for Connection {
+impl Default for ConnectionActivity {
     fn default() -> Self {
         let calls = Calls {
-            begun: Instant::now(),
-            under_way: 0,
-            ended: None,
-            known: false,
+            connected_at: Instant::now(),
+            in_flight: 0,
+            last_ended_at: None,
+            authenticated: false,
             unread: [0, 0],
-            turn: 0,
+            period: 0,
         };
-        Self(Arc::new(Inner {
+        Self(Arc::new(Shared {
             calls: Mutex::new(calls),
-            public: Arc::new(Semaphore::new(PUBLIC_STREAMS)),
-            leaving: CancellationToken::new(),
+            public_streams: Arc::new(Semaphore::new(MAX_PUBLIC_STREAMS)),
+            draining: CancellationToken::new(),
         }))
     }
 }
 
-impl Connection {
-    /// Counts a call.
-    pub(super) fn begin(&self) -> Call {
-        self.calls().under_way += 1;
-        Call { connection: self.clone(), answered: None }
+impl ConnectionActivity {
+    /// Counts a call that begins.
+    #[must_use]
+    pub(super) fn begin_call(&self) -> CallGuard {
+        self.calls().in_flight += 1;
+        CallGuard { connection: self.clone(), response_ready_in: None }
     }
 
-    /// Notes that a call came from a known caller.
-    pub(super) fn admitted(&self) {
-        self.calls().known = true;
+    /// Notes that a caller was authenticated, after which the longer idle timeout applies.
+    pub(super) fn note_authenticated(&self) {
+        self.calls().authenticated = true;
     }
 
-    /// A place for a stream of a service that anybody may call.
-    pub(super) fn public_stream(&self) -> Option<OwnedSemaphorePermit> {
-        Arc::clone(&self.0.public).try_acquire_owned().ok()
+    /// Takes a permit for a stream of health or reflection; `None` if the connection has 16 already.
+    pub(super) fn try_acquire_public_stream(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.0.public_streams).try_acquire_owned().ok()
     }
 
-    /// Cancelled when the connection is to end: its streams are to end before.
-    pub(super) fn leaving(&self) -> &CancellationToken {
-        &self.0.leaving
+    /// Is cancelled when the connection should end; its streams must end first.
+    pub(super) fn draining(&self) -> &CancellationToken {
+        &self.0.draining
     }
 
-    /// Returns once no call has been under way for long.
+    /// Returns once the connection was idle for too long. Cancel safe.
     pub(super) async fn idle(&self) {
         loop {
-            let until = self.calls().idle_at(Instant::now());
-            if until <= Instant::now() {
+            let deadline = self.calls().idle_deadline(Instant::now());
+            if deadline <= Instant::now() {
                 return;
             }
-            sleep_until(until).await;
+            sleep_until(deadline).await;
         }
     }
 
-    /// Returns once an answer has waited for long to be read.
+    /// Returns once a response has waited for too long to be read. Cancel safe.
     pub(super) async fn unread(&self) {
         loop {
-            sleep(UNREAD).await;
-            if self.calls().next_turn() {
+            sleep(UNREAD_TIMEOUT).await;
+            if self.calls().begin_period() {
                 return;
             }
         }
     }
 
     fn calls(&self) -> MutexGuard<'_, Calls> {
-        // No code panics while it holds this lock.
-        self.0.calls.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.calls.lock()
     }
 }
 
 impl Calls {
-    /// When it will have been idle for too long, if no call begins and those at `now` end.
-    fn idle_at(&self, now: Instant) -> Instant {
-        if !self.known {
-            return self.begun + UNKNOWN;
+    /// Returns when the connection will have been idle for too long, if the calls in flight end at `now` and
+    /// no other begins.
+    fn idle_deadline(&self, now: Instant) -> Instant {
+        if !self.authenticated {
+            return self.connected_at + UNAUTHENTICATED_TIMEOUT;
         }
-        let since = if self.under_way > 0 { now } else { self.ended.unwrap_or(self.begun) };
-        since + IDLE
+        let idle_since =
+            if self.in_flight > 0 { now } else { self.last_ended_at.unwrap_or(self.connected_at) };
+        idle_since + IDLE_TIMEOUT
     }
 
-    /// Begins another turn; whether an answer has waited for all of the last one.
-    fn next_turn(&mut self) -> bool {
-        let waited = self.unread[1] > 0;
+    /// Begins the next period. Returns whether a response was unread during all of the last one.
+    fn begin_period(&mut self) -> bool {
+        let unread_for_a_period = self.unread[1] > 0;
         self.unread = [0, self.unread[0]];
-        self.turn += 1;
-        waited
+        self.period += 1;
+        unread_for_a_period
     }
 }
 
-impl Call {
-    /// The answer is ready, and is no stream: its client is expected to read it.
-    pub(super) fn answered(&mut self) {
+impl CallGuard {
+    /// Notes that the response is ready, so that its client is expected to read it from now on. Not to be
+    /// called for streams, which last as long as their clients want.
+    pub(super) fn response_ready(&mut self) {
         let mut calls = self.connection.calls();
         calls.unread[0] += 1;
-        self.answered = Some(calls.turn);
+        self.response_ready_in = Some(calls.period);
     }
 }
 
-impl Drop for Call {
+impl Drop for CallGuard {
     fn drop(&mut self) {
         let mut calls = self.connection.calls();
-        calls.under_way -= 1;
-        calls.ended = Some(Instant::now());
-        if let Some(turn) = self.answered {
-            // One that waited for longer has ended the connection.
-            let ago = usize::try_from(calls.turn - turn).unwrap_or(usize::MAX);
-            if let Some(unread) = calls.unread.get_mut(ago) {
+        calls.in_flight -= 1;
+        calls.last_ended_at = Some(Instant::now());
+        if let Some(period) = self.response_ready_in {
+            // Responses of earlier periods are no longer counted: the first of them ended the connection.
+            let age = usize::try_from(calls.period - period).unwrap_or(usize::MAX);
+            if let Some(unread) = calls.unread.get_mut(age) {
                 *unread -= 1;
             }
         }
@@ -168,40 +182,42 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_known_caller_s_connection_is_idle_once_its_last_answer_has_left_for_long() {
-        let connection = Connection::default();
-        let begun = connection.calls().begun;
-        let idle_at = |minutes| connection.calls().idle_at(begun + Duration::from_mins(minutes));
-        let (first, second) = (connection.begin(), connection.begin());
-        assert_eq!(idle_at(3), begun + UNKNOWN, "whatever a stranger calls");
-        connection.admitted();
+    fn an_authenticated_connection_is_idle_some_time_after_its_last_call_ended() {
+        let connection = ConnectionActivity::default();
+        let connected_at = connection.calls().connected_at;
+        let idle_deadline =
+            |minutes| connection.calls().idle_deadline(connected_at + Duration::from_mins(minutes));
+        let (first, second) = (connection.begin_call(), connection.begin_call());
+        let unauthenticated = connected_at + UNAUTHENTICATED_TIMEOUT;
+        assert_eq!(idle_deadline(3), unauthenticated, "whatever is in flight");
+        connection.note_authenticated();
         drop(second);
-        assert_eq!(idle_at(3), begun + Duration::from_mins(13));
+        assert_eq!(idle_deadline(3), connected_at + Duration::from_mins(13));
         drop(first);
-        let ended = connection.calls().ended.unwrap();
-        assert!(ended > begun && idle_at(15) == ended + IDLE);
+        let ended_at = connection.calls().last_ended_at.unwrap();
+        assert!(ended_at > connected_at && idle_deadline(15) == ended_at + IDLE_TIMEOUT);
     }
 
     #[test]
-    fn an_answer_that_waits_for_a_whole_turn_is_told_and_one_that_leaves_is_not() {
-        let connection = Connection::default();
-        let turn = || connection.calls().next_turn();
-        let (mut slow, mut quick) = (connection.begin(), connection.begin());
-        let stream = connection.begin();
-        quick.answered();
+    fn a_response_that_is_unread_for_a_whole_period_is_reported_once() {
+        let connection = ConnectionActivity::default();
+        let begin_period = || connection.calls().begin_period();
+        let (mut slow, mut quick) = (connection.begin_call(), connection.begin_call());
+        let stream = connection.begin_call();
+        quick.response_ready();
         drop(quick);
-        assert!(!turn());
-        slow.answered();
-        assert!(!turn(), "it has waited for less than a turn");
+        assert!(!begin_period());
+        slow.response_ready();
+        assert!(!begin_period(), "it is unread for less than a period");
         drop(slow);
-        assert!(!turn());
-        let mut stuck = connection.begin();
-        stuck.answered();
-        assert!(!turn());
-        assert!(turn());
-        assert!(!turn(), "it is told once");
+        assert!(!begin_period());
+        let mut stuck = connection.begin_call();
+        stuck.response_ready();
+        assert!(!begin_period());
+        assert!(begin_period());
+        assert!(!begin_period(), "it is reported once");
         drop((stuck, stream));
-        assert_eq!(connection.calls().under_way, 0);
+        assert_eq!(connection.calls().in_flight, 0);
         assert_eq!(connection.calls().unread, [0, 0]);
     }
 }

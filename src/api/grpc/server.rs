@@ -1,18 +1,21 @@
-//! The front door: takes connections, bounds what each may do, and lets them go in time.
+//! The server of gRPC connections: it accepts connections, limits how many there are and what each may do,
+//! and ends them in time.
+//!
+//! A connection is accepted, and prepared by [`ConnectionServer`], on the main runtime: PROXY protocol, limit
+//! per address, TLS, HTTP/2 preface. What a client must do before it costs more than a socket happens there.
+//! Then the connection moves to a worker thread, which serves its calls (`http2.rs`).
 
-mod arriving;
 mod connection_limiter;
 mod handshake;
+mod http2;
 mod preface;
-mod proxied;
+mod proxy_protocol;
+mod request_body;
 mod socket;
-mod workers;
+mod worker_threads;
 
-use std::{convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
-use http::Request;
-use hyper::{body::Incoming, server::conn::http2, service::service_fn};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use ipnet::IpNet;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -23,284 +26,209 @@ use tokio::{
 };
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
-use tonic::{body::Body, service::Routes};
-use tower::Service;
+use tonic::service::Routes;
+use tower::BoxError;
 use tracing::{debug, warn};
 
+pub use self::{connection_limiter::ConnectionLimiter, worker_threads::WorkerThreads};
 use self::{
-    arriving::Arriving,
     connection_limiter::ConnectionPermit,
-    preface::Greeted,
-    socket::{Move, Socket},
+    http2::{Lifetime, serve_connection},
+    preface::PrefacedStream,
+    socket::{MoveToRuntime, Socket},
 };
-pub use self::{connection_limiter::ConnectionLimiter, workers::Workers};
-use super::{audit::Peer, connection::Connection, held::Held, is_stream};
+use super::connection::ConnectionPeer;
 use crate::{domain::clock::Clock, services::refusal_aggregator::RefusalAggregator, tls::Tls};
 
-/// One address has this share of the connections at most, one in so many: one client's fault leaves room for
-/// others.
+/// One address may have this fraction (1/4) of all connections, so that a client that leaks connections
+/// leaves room for others.
 const SHARE_OF_AN_ADDRESS: usize = 4;
-/// The age at which a connection is told to finish, so that callers spread over replicas that came
-/// later; with up to a quarter less, so that those of one moment do not all come again at one moment.
-const AGE: Duration = Duration::from_mins(30);
-/// Streams at once on a connection.
-const MOST_STREAMS: u32 = 1_000;
-/// Streams that a client may reset before we have answered them (rapid reset).
-const MOST_RESETS: usize = 100;
-/// The headers of a request, in bytes.
-const LONGEST_HEADERS: u32 = 16 * 1024;
-/// What a client may send on a stream before we have taken it, in bytes: the longest request.
-const STREAM_WINDOW: u32 = 64 * 1024;
-/// The same of a connection. `h2` counts a small piece of data as 256 bytes and ends a connection for which
-/// it keeps more of them than fill half of this, so a small request in two pieces on each stream must fit.
-const CONNECTION_WINDOW: u32 = 4 * 256 * MOST_STREAMS;
-/// What of an answer waits for a client that does not read it, in bytes.
-const MOST_UNSENT: usize = 64 * 1024;
-/// How long a balancer may take to say whose connection it passes on.
-const PROXIED_WITHIN: Duration = Duration::from_secs(10);
+/// The age at which a connection drains, so that clients spread over replicas that were added later. Each
+/// connection's limit is up to a quarter shorter, so that connections opened together end at different times.
+const MAX_CONNECTION_AGE: Duration = Duration::from_mins(30);
+/// How long a trusted balancer may take to send the PROXY protocol header.
+const PROXY_HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a TLS handshake may take.
-const HANDSHAKE_WITHIN: Duration = Duration::from_secs(10);
-/// How long a client may take to say that it speaks HTTP/2: before that, nothing else would end the
-/// connection.
-const PREFACE_WITHIN: Duration = Duration::from_secs(10);
-/// A silent peer is asked whether it lives, and how long it may take to say so.
-const KEEPALIVE: Duration = Duration::from_secs(30);
-const KEEPALIVE_WITHIN: Duration = Duration::from_secs(20);
-/// The pause after the listener failed, as it does while no descriptors are left.
-const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a client may take to send the HTTP/2 preface. Without it, silent connections would stay open.
+const PREFACE_TIMEOUT: Duration = Duration::from_secs(10);
+/// The pause after a failed `accept`, which fails again at once as long as no file descriptors are left.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+/// How long to wait for aborted connections to leave their worker threads, and how often to check.
+const ABORT_TIMEOUT: Duration = Duration::from_secs(1);
+const ABORT_CHECK_INTERVAL: Duration = Duration::from_millis(1);
 
-/// How long connections that were cut may take to be gone, and how often to look.
-const GONE_WITHIN: Duration = Duration::from_secs(1);
-const GONE_AGAIN: Duration = Duration::from_millis(1);
-/// Why a connection is cut whose client takes no answers.
-const UNREAD: &str = "answers are not read";
-
-/// What a connection ends with, if not by itself.
-type Broken = Box<dyn std::error::Error + Send + Sync>;
-
-/// What stands behind the door.
+/// What the server needs to serve a connection. Cheap to clone.
 #[derive(Clone)]
 pub struct ConnectionServer {
-    /// What is served.
+    /// The services to serve.
     pub routes: Routes,
-    /// Whose connections begin with a header of the PROXY protocol.
+    /// The networks of trusted balancers: connections from there must begin with a PROXY protocol header.
     pub balancers: Arc<[IpNet]>,
-    /// TLS; without it, plain text.
+    /// The TLS configuration; without one, connections are plaintext.
     pub tls: Option<Arc<Tls>>,
-    /// Who is in.
-    pub guests: Arc<ConnectionLimiter>,
-    /// Who serves them.
-    pub workers: Arc<Workers>,
-    /// How many may be in at once.
-    pub most: usize,
-    /// How long a connection that was told to finish may take: longer than any call.
-    pub leave_within: Duration,
-    /// Records handshakes that are refused.
-    pub folds: RefusalAggregator,
-    /// Time.
+    /// Counts and limits the connections of each address.
+    pub limiter: Arc<ConnectionLimiter>,
+    /// The threads that serve the connections.
+    pub workers: Arc<WorkerThreads>,
+    /// How many connections may be open at the same time.
+    pub max_connections: usize,
+    /// How long a connection may take to end once it drains. Longer than any call may take.
+    pub drain_timeout: Duration,
+    /// Records refused handshakes.
+    pub refusals: RefusalAggregator,
+    /// The clock of audit records.
     pub clock: Clock,
 }
 
-/// Serves until `stop`; then tells each connection to finish, and returns when all have ended or
-/// `drain` has passed.
+/// Accepts and serves connections until `stop` is cancelled. Then drains every connection, and returns when
+/// all have ended; those that are left after `drain` are aborted.
 pub async fn serve(
     listener: TcpListener,
-    door: ConnectionServer,
+    server: ConnectionServer,
     stop: CancellationToken,
     drain: Duration,
 ) {
-    let places = Arc::new(Semaphore::new(door.most));
+    let permits = Arc::new(Semaphore::new(server.max_connections));
     let mut connections = JoinSet::new();
     loop {
         let accepted = tokio::select! {
             () = stop.cancelled() => break,
             Some(_) = connections.join_next(), if !connections.is_empty() => continue,
-            accepted = accept(&listener, &places) => accepted,
+            accepted = accept(&listener, &permits) => accepted,
         };
         match accepted {
-            Ok(Arrival { stream, address, place }) => {
-                let (door, stop) = (door.clone(), stop.clone());
+            Ok(AcceptedConnection { stream, address, permit }) => {
+                let (server, stop) = (server.clone(), stop.clone());
                 connections.spawn(async move {
-                    let _place = place;
-                    if let Err(error) = door.let_in(stream, address, stop).await {
-                        debug!(%address, %error, "a connection ended");
+                    let _permit = permit;
+                    if let Err(error) = server.prepare_and_serve(stream, address, stop).await {
+                        debug!(%address, %error, "a connection ended with an error");
                     }
                 });
             }
             Err(error) => {
-                warn!(%error, "no connection can be accepted");
-                sleep(ACCEPT_AGAIN).await;
+                warn!(%error, "cannot accept a connection");
+                sleep(ACCEPT_RETRY).await;
             }
         }
     }
     drop(listener);
-    let finished = async { while connections.join_next().await.is_some() {} };
-    if timeout(drain, finished).await.is_err() {
-        warn!("some connections did not end in time and are cut");
+    let all_ended = async { while connections.join_next().await.is_some() {} };
+    if timeout(drain, all_ended).await.is_err() {
+        warn!("some connections did not end in time and are aborted");
         connections.shutdown().await;
     }
-    // Those that were cut are gone from their threads in a moment, and begin no call that nobody waits for.
-    let gone = async {
-        while !door.workers.are_idle() {
-            sleep(GONE_AGAIN).await;
+    // Aborted connections leave their worker threads promptly; wait for that, so that no call starts after
+    // the drain.
+    let workers_idle = async {
+        while !server.workers.are_idle() {
+            sleep(ABORT_CHECK_INTERVAL).await;
         }
     };
-    let _ = timeout(GONE_WITHIN, gone).await;
+    let _ = timeout(ABORT_TIMEOUT, workers_idle).await;
 }
 
-/// Who stands at the door.
-struct Arrival {
+struct AcceptedConnection {
     stream: TcpStream,
     address: SocketAddr,
-    place: OwnedSemaphorePermit,
+    permit: OwnedSemaphorePermit,
 }
 
-async fn accept(listener: &TcpListener, places: &Arc<Semaphore>) -> io::Result<Arrival> {
-    let place = places.clone().acquire_owned().await.map_err(io::Error::other)?;
+/// Accepts the next connection, once there are fewer than the maximum. Connections beyond it wait in the
+/// kernel's backlog.
+async fn accept(
+    listener: &TcpListener,
+    permits: &Arc<Semaphore>,
+) -> io::Result<AcceptedConnection> {
+    let permit = permits.clone().acquire_owned().await.map_err(io::Error::other)?;
     let (stream, address) = listener.accept().await?;
-    Ok(Arrival { stream, address, place })
+    Ok(AcceptedConnection { stream, address, permit })
 }
 
 impl ConnectionServer {
-    /// Serves one connection to its end. What a client must do before it is served is done here, out of
-    /// the way of those who serve.
-    async fn let_in(
+    /// Prepares an accepted connection and serves it to its end. Returns early when `stop` is cancelled
+    /// during the preparation; dropping the future closes the connection.
+    async fn prepare_and_serve(
         &self,
         stream: TcpStream,
-        from: SocketAddr,
+        address: SocketAddr,
         stop: CancellationToken,
-    ) -> Result<(), Broken> {
+    ) -> Result<(), BoxError> {
         stream.set_nodelay(true)?;
         let mut socket = Socket::new(stream);
+        let client_address = self.client_address(&mut socket, address);
         let address = tokio::select! {
             () = stop.cancelled() => return Ok(()),
-            address = timeout(PROXIED_WITHIN, self.client_of(&mut socket, from)) => address??,
+            address = timeout(PROXY_HEADER_TIMEOUT, client_address) => address??,
         };
-        let most = self.most / SHARE_OF_AN_ADDRESS;
-        let Some(guest) = self.guests.welcome(address.ip(), most) else {
-            self.guests.warn_of_too_many(address.ip(), most);
-            return Err("too many connections of one address".into());
+        let max_per_address = self.max_connections / SHARE_OF_AN_ADDRESS;
+        let Some(permit) = self.limiter.try_acquire(address.ip(), max_per_address) else {
+            self.limiter.warn_of_too_many(address.ip(), max_per_address);
+            return Err("the address has too many connections".into());
         };
         let Some(tls) = &self.tls else {
-            let peer = Peer { address, certificate: None };
-            return self.seat(socket, peer, guest, stop).await;
+            let peer = ConnectionPeer { address, certificate: None };
+            return self.serve_on_worker(socket, peer, permit, stop).await;
         };
-        let shaking = TlsAcceptor::from(tls.config()).accept(socket);
+        let handshake = TlsAcceptor::from(tls.config()).accept(socket);
         let stream = tokio::select! {
             () = stop.cancelled() => return Ok(()),
-            shaken = timeout(HANDSHAKE_WITHIN, shaking) => match shaken? {
+            accepted = timeout(HANDSHAKE_TIMEOUT, handshake) => match accepted? {
                 Ok(stream) => stream,
                 Err(error) => {
-                    handshake::record_refused(&self.folds, &self.clock, address, &error).await;
+                    handshake::record_failure(&self.refusals, &self.clock, address, &error).await;
                     return Err(error.into());
                 }
             },
         };
-        let certificate = handshake::shown(&stream).map(Arc::new);
-        self.seat(stream, Peer { address, certificate }, guest, stop).await
+        let certificate = handshake::client_identity(&stream).map(Arc::new);
+        self.serve_on_worker(stream, ConnectionPeer { address, certificate }, permit, stop).await
     }
 
-    /// Whose connection it is: that of `from`, or of whom a balancer names.
-    async fn client_of(&self, socket: &mut Socket, from: SocketAddr) -> Result<SocketAddr, Broken> {
-        let ip = from.ip().to_canonical();
+    /// Returns the address of the client: that of the connection, or the one that a trusted balancer names.
+    async fn client_address(
+        &self,
+        socket: &mut Socket,
+        address: SocketAddr,
+    ) -> Result<SocketAddr, BoxError> {
+        let ip = address.ip().to_canonical();
         if !self.balancers.iter().any(|network| network.contains(&ip)) {
-            return Ok(from);
+            return Ok(address);
         }
-        match proxied::client_of(socket).await {
-            Ok(client) => Ok(client.unwrap_or(from)),
+        match proxy_protocol::read_client_address(socket).await {
+            Ok(client) => Ok(client.unwrap_or(address)),
             Err(error) => {
-                handshake::record_unproxied(&self.folds, &self.clock, from, &error).await;
+                handshake::record_no_proxy_header(&self.refusals, &self.clock, address, &error)
+                    .await;
                 Err(error.into())
             }
         }
     }
 
-    /// Hears what the client says first, and gives it to the least busy of those who serve.
-    async fn seat<S>(
+    /// Waits for the HTTP/2 preface, moves the connection to the worker thread with the fewest connections,
+    /// and returns when it has ended there.
+    async fn serve_on_worker<S>(
         &self,
         stream: S,
-        peer: Peer,
-        guest: ConnectionPermit,
+        peer: ConnectionPeer,
+        permit: ConnectionPermit,
         stop: CancellationToken,
-    ) -> Result<(), Broken>
+    ) -> Result<(), BoxError>
     where
-        S: Move + AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        S: MoveToRuntime + AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let mut greeted = tokio::select! {
+        let mut stream = tokio::select! {
             () = stop.cancelled() => return Ok(()),
-            greeted = timeout(PREFACE_WITHIN, Greeted::by_client(stream)) => greeted??,
+            stream = timeout(PREFACE_TIMEOUT, PrefacedStream::after_preface(stream)) => stream??,
         };
-        let (routes, age, leave_within) = (self.routes.clone(), guest.age(AGE), self.leave_within);
-        let served = self.workers.least_busy().run(async move {
-            greeted.move_here()?;
-            converse(greeted, peer, routes, age, leave_within, stop).await
+        let routes = self.routes.clone();
+        let max_age = permit.jittered(MAX_CONNECTION_AGE);
+        let lifetime = Lifetime { max_age, drain_timeout: self.drain_timeout, stop };
+        let served = self.workers.reserve_slot().run(async move {
+            stream.move_to_current_runtime()?;
+            serve_connection(stream, peer, routes, lifetime).await
         });
         served.await?
     }
-}
-
-/// Serves the calls of a connection until it ends, is too old or idle, or `stop`.
-async fn converse<S>(
-    stream: S,
-    peer: Peer,
-    routes: Routes,
-    age: Duration,
-    leave_within: Duration,
-    stop: CancellationToken,
-) -> Result<(), Broken>
-where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-{
-    let line = Connection::default();
-    let service = {
-        let line = line.clone();
-        service_fn(move |request: Request<Incoming>| {
-            let (mut routes, mut call) = (routes.clone(), line.begin());
-            let (streams, reflects) = (is_stream(request.uri().path()), reflects(&request));
-            let mut request = request.map(|body| Body::new(Arriving::new(body, reflects)));
-            request.extensions_mut().insert(peer.clone());
-            request.extensions_mut().insert(line.clone());
-            async move {
-                let answer = routes.call(request).await?;
-                if !streams {
-                    call.answered();
-                }
-                // The call goes on until its answer has left.
-                Ok::<_, Infallible>(answer.map(|body| Held::new(body, call)))
-            }
-        })
-    };
-    let mut connection = std::pin::pin!(
-        http2::Builder::new(TokioExecutor::new())
-            .timer(TokioTimer::new())
-            .max_concurrent_streams(MOST_STREAMS)
-            .max_pending_accept_reset_streams(MOST_RESETS)
-            .max_local_error_reset_streams(MOST_RESETS)
-            .max_header_list_size(LONGEST_HEADERS)
-            .initial_stream_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW)
-            .max_send_buf_size(MOST_UNSENT)
-            .keep_alive_interval(KEEPALIVE)
-            .keep_alive_timeout(KEEPALIVE_WITHIN)
-            .serve_connection(TokioIo::new(stream), service)
-    );
-    tokio::select! {
-        ended = connection.as_mut() => return Ok(ended?),
-        () = line.unread() => return Err(UNREAD.into()),
-        () = stop.cancelled() => {}
-        () = sleep(age) => {}
-        () = line.idle() => {}
-    }
-    line.leaving().cancel();
-    connection.as_mut().graceful_shutdown();
-    tokio::select! {
-        ended = connection => Ok(ended?),
-        () = line.unread() => Err(UNREAD.into()),
-        () = sleep(leave_within) => Err("the last calls did not end in time".into()),
-    }
-}
-
-/// Whether it is a call of reflection, whose client sends one message after another.
-fn reflects<B>(request: &Request<B>) -> bool {
-    request.uri().path().ends_with("/ServerReflectionInfo")
 }

@@ -1,65 +1,120 @@
-//! Refusals as gRPC statuses with the contract's reasons and rich details.
+//! The gRPC status of each refusal: its code, its reason, and details for clients to act on.
 
 use std::{collections::HashMap, time::Duration};
 
 use tonic::{Code, Status, metadata::MetadataValue};
 use tonic_types::{ErrorDetails, StatusExt};
 
-use crate::services::token_provider::Refusal;
+use crate::{services::token_provider::CallRefusal, telemetry::GRPC_CODE_NAMES};
 
-/// The domain of every reason.
-pub const DOMAIN: &str = "token-broker";
-/// Tells gRPC's own retries when to come back, in milliseconds.
+/// The `domain` of every `ErrorInfo`.
+pub const ERROR_DOMAIN: &str = "token-broker";
+/// The trailer that tells gRPC's built-in retries how long to wait, in milliseconds (gRFC A6).
 const PUSHBACK: &str = "grpc-retry-pushback-ms";
-/// What is told when there is no better guess.
-const RETRY: Duration = Duration::from_secs(1);
+/// Retry delay reported to the client when no better estimate is known.
+const DEFAULT_RETRY: Duration = Duration::from_secs(1);
 
-impl Refusal {
+/// Declares [`Reason`] from one list, so that no reason lacks a name or a code.
+macro_rules! reasons {
+    ($($(#[$doc:meta])* $variant:ident = ($name:literal, $code:ident),)+) => {
+        /// The `reason` of an `ErrorInfo`: a stable name on which clients act. `README.md` lists them for
+        /// users.
+        #[derive(Clone, Copy, Debug, Eq, PartialEq)]
+        pub enum Reason {
+            $($(#[$doc])* $variant,)+
+        }
+
+        impl Reason {
+            /// Every reason.
+            pub const ALL: &[Self] = &[$(Self::$variant,)+];
+
+            /// The name on the wire, in the audit log and in `README.md`.
+            #[must_use]
+            pub const fn name(self) -> &'static str {
+                match self {
+                    $(Self::$variant => $name,)+
+                }
+            }
+
+            /// The status code that this reason always comes with.
+            #[must_use]
+            pub const fn code(self) -> Code {
+                match self {
+                    $(Self::$variant => Code::$code,)+
+                }
+            }
+        }
+    };
+}
+
+reasons! {
+    /// No bearer and no client certificate.
+    CredentialMissing = ("CREDENTIAL_MISSING", Unauthenticated),
+    /// The metadata is not a well-formed bearer.
+    BearerMalformed = ("BEARER_MALFORMED", Unauthenticated),
+    /// An unknown, ended or revoked credential, or a disabled caller.
+    CredentialRefused = ("CREDENTIAL_REFUSED", Unauthenticated),
+    /// No grant covers the account.
+    NotGranted = ("NOT_GRANTED", PermissionDenied),
+    /// There is no such account.
+    NoSuchAccount = ("NO_SUCH_ACCOUNT", NotFound),
+    /// The account is disabled.
+    AccountDisabled = ("ACCOUNT_DISABLED", FailedPrecondition),
+    /// The upstream refuses the account's credential.
+    CredentialRejected = ("CREDENTIAL_REJECTED", FailedPrecondition),
+    /// The upstream refuses the broker's address, or the account.
+    EgressRejected = ("EGRESS_REJECTED", FailedPrecondition),
+    /// The upstream does not answer as it should.
+    UpstreamUnavailable = ("UPSTREAM_UNAVAILABLE", Unavailable),
+    /// The database does not answer.
+    DatabaseUnavailable = ("DATABASE_UNAVAILABLE", Unavailable),
+    /// The token expired before it could be answered.
+    TokenEnded = ("TOKEN_ENDED", Unavailable),
+    /// The audit record cannot be written.
+    AuditUnavailable = ("AUDIT_UNAVAILABLE", Unavailable),
+    /// The grants were not confirmed for too long.
+    GrantsStale = ("GRANTS_STALE", Unavailable),
+    /// The caller exceeded its rate limit.
+    CallerRate = ("CALLER_RATE", ResourceExhausted),
+    /// Too many calls wait.
+    Overloaded = ("OVERLOADED", ResourceExhausted),
+}
+
+impl CallRefusal {
+    /// The reason of the refusal, or the status code of one that has no reason.
+    const fn classify(&self) -> Result<Reason, Code> {
+        Ok(match self {
+            Self::Invalid { .. } => return Err(Code::InvalidArgument),
+            Self::DeadlineExceeded => return Err(Code::DeadlineExceeded),
+            Self::Cancelled => return Err(Code::Cancelled),
+            Self::CredentialMissing => Reason::CredentialMissing,
+            Self::BearerMalformed => Reason::BearerMalformed,
+            Self::CredentialRefused => Reason::CredentialRefused,
+            Self::NotGranted => Reason::NotGranted,
+            Self::NoSuchAccount => Reason::NoSuchAccount,
+            Self::AccountDisabled => Reason::AccountDisabled,
+            Self::CredentialRejected { .. } => Reason::CredentialRejected,
+            Self::EgressRejected { .. } => Reason::EgressRejected,
+            Self::UpstreamUnavailable { .. } => Reason::UpstreamUnavailable,
+            Self::DatabaseUnavailable { .. } => Reason::DatabaseUnavailable,
+            Self::TokenEnded => Reason::TokenEnded,
+            Self::AuditUnavailable => Reason::AuditUnavailable,
+            Self::GrantsStale => Reason::GrantsStale,
+            Self::CallerRate { .. } => Reason::CallerRate,
+            Self::Overloaded { .. } => Reason::Overloaded,
+        })
+    }
+
     /// The status code.
     #[must_use]
     pub fn code(&self) -> Code {
-        match self {
-            Self::Invalid { .. } => Code::InvalidArgument,
-            Self::CredentialMissing | Self::BearerMalformed | Self::CredentialRefused => {
-                Code::Unauthenticated
-            }
-            Self::NotGranted => Code::PermissionDenied,
-            Self::NoSuchAccount => Code::NotFound,
-            Self::AccountDisabled
-            | Self::CredentialRejected { .. }
-            | Self::EgressRejected { .. } => Code::FailedPrecondition,
-            Self::UpstreamUnavailable { .. }
-            | Self::DatabaseUnavailable { .. }
-            | Self::TokenEnded
-            | Self::AuditUnavailable
-            | Self::GrantsStale => Code::Unavailable,
-            Self::CallerRate { .. } | Self::Overloaded { .. } => Code::ResourceExhausted,
-            Self::DeadlineExceeded => Code::DeadlineExceeded,
-            Self::Cancelled => Code::Cancelled,
-        }
+        self.classify().map_or_else(|code| code, Reason::code)
     }
 
-    /// The reason of the `ErrorInfo`, if the contract gives this refusal one.
+    /// The reason, if this refusal has one.
     #[must_use]
-    pub fn reason(&self) -> Option<&'static str> {
-        match self {
-            Self::Invalid { .. } | Self::DeadlineExceeded | Self::Cancelled => None,
-            Self::CredentialMissing => Some("CREDENTIAL_MISSING"),
-            Self::BearerMalformed => Some("BEARER_MALFORMED"),
-            Self::CredentialRefused => Some("CREDENTIAL_REFUSED"),
-            Self::NotGranted => Some("NOT_GRANTED"),
-            Self::NoSuchAccount => Some("NO_SUCH_ACCOUNT"),
-            Self::AccountDisabled => Some("ACCOUNT_DISABLED"),
-            Self::CredentialRejected { .. } => Some("CREDENTIAL_REJECTED"),
-            Self::EgressRejected { .. } => Some("EGRESS_REJECTED"),
-            Self::UpstreamUnavailable { .. } => Some("UPSTREAM_UNAVAILABLE"),
-            Self::DatabaseUnavailable { .. } => Some("DATABASE_UNAVAILABLE"),
-            Self::TokenEnded => Some("TOKEN_ENDED"),
-            Self::AuditUnavailable => Some("AUDIT_UNAVAILABLE"),
-            Self::GrantsStale => Some("GRANTS_STALE"),
-            Self::CallerRate { .. } => Some("CALLER_RATE"),
-            Self::Overloaded { .. } => Some("OVERLOADED"),
-        }
+    pub fn reason(&self) -> Option<Reason> {
+        self.classify().ok()
     }
 
     fn retry_after(&self) -> Option<Duration> {
@@ -68,7 +123,7 @@ impl Refusal {
             | Self::DatabaseUnavailable { retry_after }
             | Self::CallerRate { retry_after }
             | Self::Overloaded { retry_after } => Some(*retry_after),
-            Self::TokenEnded | Self::AuditUnavailable | Self::GrantsStale => Some(RETRY),
+            Self::TokenEnded | Self::AuditUnavailable | Self::GrantsStale => Some(DEFAULT_RETRY),
             _ => None,
         }
     }
@@ -83,8 +138,8 @@ impl Refusal {
     }
 }
 
-impl From<Refusal> for Status {
-    fn from(refusal: Refusal) -> Self {
+impl From<CallRefusal> for Status {
+    fn from(refusal: CallRefusal) -> Self {
         let mut details = ErrorDetails::new();
         if let Some(reason) = refusal.reason() {
             let metadata: HashMap<String, String> = refusal
@@ -92,9 +147,9 @@ impl From<Refusal> for Status {
                 .map(|code| ("upstream_code".to_owned(), code.to_owned()))
                 .into_iter()
                 .collect();
-            details.set_error_info(reason, DOMAIN, metadata);
+            details.set_error_info(reason.name(), ERROR_DOMAIN, metadata);
         }
-        if let Refusal::Invalid { field, description } = &refusal {
+        if let CallRefusal::Invalid { field, description } = &refusal {
             details.add_bad_request_violation(*field, description.clone());
         }
         let retry_after = refusal.retry_after();
@@ -102,50 +157,37 @@ impl From<Refusal> for Status {
             details.set_retry_info(retry_after);
         }
         let mut status = Status::with_error_details(refusal.code(), refusal.to_string(), details);
-        if let Some(pause) = retry_after {
-            let pause = u64::try_from(pause.as_millis()).unwrap_or(u64::MAX);
-            status.metadata_mut().insert(PUSHBACK, MetadataValue::from(pause));
+        if let Some(delay) = retry_after {
+            let milliseconds = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX);
+            status.metadata_mut().insert(PUSHBACK, MetadataValue::from(milliseconds));
         }
         status
     }
 }
 
-/// The code's name in the audit log and in metrics: the contract's, in lower case.
+/// Returns the name of a status code in lower case, as the audit log's `outcome` has it.
 #[must_use]
-pub fn outcome(code: Code) -> &'static str {
-    match code {
-        Code::Ok => "ok",
-        Code::Cancelled => "cancelled",
-        Code::Unknown => "unknown",
-        Code::InvalidArgument => "invalid_argument",
-        Code::DeadlineExceeded => "deadline_exceeded",
-        Code::NotFound => "not_found",
-        Code::AlreadyExists => "already_exists",
-        Code::PermissionDenied => "permission_denied",
-        Code::ResourceExhausted => "resource_exhausted",
-        Code::FailedPrecondition => "failed_precondition",
-        Code::Aborted => "aborted",
-        Code::OutOfRange => "out_of_range",
-        Code::Unimplemented => "unimplemented",
-        Code::Internal => "internal",
-        Code::Unavailable => "unavailable",
-        Code::DataLoss => "data_loss",
-        Code::Unauthenticated => "unauthenticated",
-    }
+pub fn outcome_of(code: Code) -> &'static str {
+    // The discriminants are gRPC's numbers, which are the indexes of the names.
+    GRPC_CODE_NAMES[code as usize]
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     #[test]
-    fn a_refusal_carries_its_reason_its_code_and_when_to_come_back() {
-        let refusal = Refusal::UpstreamUnavailable { retry_after: Duration::from_millis(1_500) };
+    fn a_refusal_carries_its_code_its_reason_and_its_retry_delay() {
+        let refusal =
+            CallRefusal::UpstreamUnavailable { retry_after: Duration::from_millis(1_500) };
         let status = Status::from(refusal);
         assert_eq!(status.code(), Code::Unavailable);
         let details = status.get_error_details();
         let info = details.error_info().unwrap();
-        assert_eq!((info.reason.as_str(), info.domain.as_str()), ("UPSTREAM_UNAVAILABLE", DOMAIN));
+        assert_eq!(info.reason, "UPSTREAM_UNAVAILABLE");
+        assert_eq!(info.domain, ERROR_DOMAIN);
         let retry = details.retry_info().unwrap().retry_delay.unwrap();
         assert_eq!(retry, Duration::from_millis(1_500));
         assert_eq!(status.metadata().get(PUSHBACK).unwrap(), "1500");
@@ -153,15 +195,54 @@ mod tests {
 
     #[test]
     fn a_rejected_credential_tells_the_upstreams_code() {
-        let refusal = Refusal::CredentialRejected { upstream_code: Some("61006".into()) };
+        let refusal = CallRefusal::CredentialRejected { upstream_code: Some("61006".into()) };
         let details = Status::from(refusal).get_error_details();
         assert_eq!(details.error_info().unwrap().metadata["upstream_code"], "61006");
     }
 
     #[test]
     fn a_bad_request_names_the_field() {
-        let refusal = Refusal::Invalid { field: "account", description: "is empty".into() };
+        let refusal = CallRefusal::Invalid { field: "account", description: "is empty".into() };
         let details = Status::from(refusal).get_error_details();
         assert_eq!(details.bad_request().unwrap().field_violations[0].field, "account");
+    }
+
+    #[test]
+    fn every_code_has_its_own_name_in_the_audit_log() {
+        for number in 0..=16 {
+            let code = Code::from(number);
+            assert_eq!(outcome_of(code).replace('_', ""), format!("{code:?}").to_lowercase());
+        }
+    }
+
+    /// The words in backticks that are written as gRPC codes and reasons are: `UPPER_CASE`.
+    fn constants(text: &str) -> impl Iterator<Item = &str> {
+        text.split('`')
+            .skip(1)
+            .step_by(2)
+            .filter(|word| word.bytes().all(|byte| byte.is_ascii_uppercase() || byte == b'_'))
+    }
+
+    /// Each row of the table has the status and the reason; a row without a status continues the one above.
+    #[test]
+    fn the_readme_lists_exactly_these_reasons_each_with_its_status() {
+        let readme = include_str!("../../../README.md");
+        let (_, section) = readme.split_once("\n## Using it from a service\n").unwrap();
+        let section = section.split("\n## ").next().unwrap();
+        let mut listed = BTreeSet::new();
+        let mut status = None;
+        for row in section.lines().filter(|line| line.starts_with('|')) {
+            let cells: Vec<_> = row.split('|').map(str::trim).collect();
+            let [_, first, second, ..] = cells[..] else { panic!("{row}") };
+            let is_code = |word: &&str| GRPC_CODE_NAMES.contains(&&*word.to_lowercase());
+            let Some(code) = constants(first).find(is_code).or(status) else { continue };
+            status = Some(code);
+            listed.extend(constants(second).map(|reason| (code.to_lowercase(), reason)));
+        }
+        let declared: BTreeSet<_> = Reason::ALL
+            .iter()
+            .map(|reason| (outcome_of(reason.code()).to_owned(), reason.name()))
+            .collect();
+        assert_eq!(listed, declared);
     }
 }

@@ -1,4 +1,5 @@
-//! A stream of tokens: each current one at once, then each replacement and each end.
+//! The streams of `WatchTokens`: the current token of each watched account at once, then each new token and
+//! each end of an account.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -13,7 +14,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-use super::{TokenServer, audit::CallContext, token_response};
+use super::{audit::CallContext, convert::token_response};
 use crate::{
     api::proto::{
         AccountEnded, WatchTokensResponse, account_ended::Reason,
@@ -30,228 +31,223 @@ use crate::{
     },
     services::{
         account_cache::CachedAccount,
-        token_provider::{Refusal, TokenProvider},
+        token_provider::{CallRefusal, TokenProvider},
     },
     store::callers::CredentialKey,
 };
 
-/// How many events may wait for a slow caller before the stream waits for it.
-const BUFFERED: usize = 16;
-/// How often the credential and the grants are looked at for their end, which no event tells of.
-const ENDS_AGAIN: Duration = Duration::from_secs(1);
-/// How many accounts are looked at before others on the same thread have their turn.
-const LOOKS: usize = 256;
-/// How long the record of a token may take to become durable.
-const RECORD_WITHIN: Duration = Duration::from_secs(5);
+/// How many events are buffered for a slow client; then the stream waits for it.
+const BUFFERED_EVENTS: usize = 16;
+/// How often the credential and the grants are checked for their end. Their changes cause events; the
+/// passing of their end does not.
+const EXPIRY_CHECK_INTERVAL: Duration = Duration::from_secs(1);
+/// How many accounts are visited before other tasks of the thread may run.
+const ACCOUNTS_BEFORE_YIELD: usize = 256;
+/// How long the audit record of a pushed token may take to become durable.
+const RECORD_TIMEOUT: Duration = Duration::from_secs(5);
 
-type Sender = mpsc::Sender<Result<WatchTokensResponse, Status>>;
+type EventSender = mpsc::Sender<Result<WatchTokensResponse, Status>>;
 
-/// Starts a stream for the call's caller.
+/// Starts a stream for the caller of `context` and returns its receiving end. A task sends the events; it
+/// ends when the receiver is dropped, when the connection drains (the stream then ends without an error, and
+/// the client opens it again elsewhere), or with a refusal.
 ///
 /// # Errors
-/// When a plain name among `patterns` may not be watched.
+/// When the caller has too many streams, or may not watch a plain name among `patterns`.
 pub(super) async fn start(
-    server: &TokenServer,
+    provider: TokenProvider,
+    journal: Journal,
+    api_base_url: Arc<str>,
     context: &CallContext,
     patterns: Vec<AccountPattern>,
-) -> Result<ReceiverStream<Result<WatchTokensResponse, Status>>, Refusal> {
-    let broker = server.broker.clone();
-    let place = broker.stream(&context.caller)?;
-    // Armed before the first look, so that nothing falls between the two.
-    let changes = broker.cache.changes();
-    let access = broker.directory.changes();
-    let slots = broker.watched(&context.caller, &patterns).await?;
-    let mut template = context.draft.so_far();
-    template.event = Event::TokenPushed;
-    let (sender, receiver) = mpsc::channel(BUFFERED);
-    let stream = Stream {
-        broker,
-        journal: server.journal.clone(),
-        api_base_url: server.api_base_url.clone(),
+) -> Result<ReceiverStream<Result<WatchTokensResponse, Status>>, CallRefusal> {
+    let permit = provider.acquire_stream(&context.caller)?;
+    // Subscribe before the accounts are read, so that no change between the two is missed.
+    let account_changes = provider.cache.changes();
+    let caller_changes = provider.callers.changes();
+    let accounts = provider.watched_accounts(&context.caller, &patterns).await?;
+    let mut record_template = context.draft.snapshot();
+    record_template.event = Event::TokenPushed;
+    let (events, receiver) = mpsc::channel(BUFFERED_EVENTS);
+    let stream = WatchStream {
+        provider,
+        journal,
+        api_base_url,
         caller: context.caller.clone(),
-        proof: context.proof.clone(),
+        credential: context.credential.clone(),
         patterns,
-        sent: HashMap::new(),
-        template,
-        sender: sender.clone(),
+        watched: HashMap::new(),
+        record_template,
+        events: events.clone(),
     };
-    // A clean end: the caller comes again, to another replica or to the next start.
-    let stop = context.leaving.clone();
+    let draining = context.draining.clone();
     tokio::spawn(async move {
-        let _place = place;
+        let _permit = permit;
         tokio::select! {
-            () = stop.cancelled() => {}
-            () = sender.closed() => {}
-            () = stream.run(slots, changes, access, &stop) => {}
+            () = draining.cancelled() => {}
+            () = events.closed() => {}
+            // The stream has told the client why it ended, or the client is gone.
+            _ = stream.run(accounts, account_changes, caller_changes, &draining) => {}
         }
     });
     Ok(ReceiverStream::new(receiver))
 }
 
-struct Stream {
-    broker: TokenProvider,
+struct WatchStream {
+    provider: TokenProvider,
     journal: Journal,
     api_base_url: Arc<str>,
+    /// The caller with its grants, as they were last seen.
     caller: Arc<Caller>,
-    /// What the caller showed: the stream ends with it.
-    proof: CredentialKey,
+    /// The credential that opened the stream. When it ends, so does the stream.
+    credential: CredentialKey,
     patterns: Vec<AccountPattern>,
-    /// The generation that was last sent of each account on the stream.
-    sent: HashMap<AccountId, (AccountName, Option<Generation>)>,
-    /// The record of a pushed token, but for the token.
-    template: Record,
-    sender: Sender,
+    /// The accounts on the stream, with the generation that was last sent of each.
+    watched: HashMap<AccountId, (AccountName, Option<Generation>)>,
+    /// The audit record of a pushed token, without the account and the token.
+    record_template: Record,
+    events: EventSender,
 }
 
-/// The stream is over: the caller is gone, or was told why.
-struct Over;
+/// The stream has ended: the client is gone, or was sent a status.
+struct Ended;
 
-impl Stream {
+impl WatchStream {
     async fn run(
         mut self,
-        slots: Vec<Arc<CachedAccount>>,
-        changes: broadcast::Receiver<Arc<CachedAccount>>,
-        access: watch::Receiver<()>,
-        stop: &CancellationToken,
-    ) {
-        // `Over` only ends the loop.
-        let _ = self.follow(slots, changes, access, stop).await;
-    }
-
-    async fn follow(
-        &mut self,
-        slots: Vec<Arc<CachedAccount>>,
-        mut changes: broadcast::Receiver<Arc<CachedAccount>>,
-        mut access: watch::Receiver<()>,
-        stop: &CancellationToken,
-    ) -> Result<(), Over> {
-        for slot in slots {
-            self.consider(&slot).await?;
+        accounts: Vec<Arc<CachedAccount>>,
+        mut account_changes: broadcast::Receiver<Arc<CachedAccount>>,
+        mut caller_changes: watch::Receiver<()>,
+        draining: &CancellationToken,
+    ) -> Result<(), Ended> {
+        for account in accounts {
+            self.visit(&account).await?;
         }
-        let mut again = tokio::time::interval(ENDS_AGAIN);
-        while !stop.is_cancelled() {
+        let mut expiry_check = tokio::time::interval(EXPIRY_CHECK_INTERVAL);
+        while !draining.is_cancelled() {
             tokio::select! {
-                event = changes.recv() => match event {
-                    Ok(slot) => self.consider(&slot).await?,
-                    Err(RecvError::Lagged(_)) => self.look_at_all().await?,
+                change = account_changes.recv() => match change {
+                    Ok(account) => self.visit(&account).await?,
+                    Err(RecvError::Lagged(_)) => self.visit_all().await?,
                     Err(RecvError::Closed) => return Ok(()),
                 },
-                _ = access.changed() => {
+                _ = caller_changes.changed() => {
                     let before = self.caller.clone();
-                    self.admitted().await?;
-                    // Nearly all changes are about others.
+                    self.reauthenticate().await?;
+                    // Nearly all changes concern other callers.
                     if *before != *self.caller {
-                        self.look_at_all().await?;
+                        self.visit_all().await?;
                     }
                 }
-                _ = again.tick() => self.look_for_ends().await?,
+                _ = expiry_check.tick() => self.remove_expired_grants().await?,
             }
         }
         Ok(())
     }
 
-    /// Takes the caller's grants as they are now; a caller whose credential ended is told so.
-    async fn admitted(&mut self) -> Result<(), Over> {
-        match self.broker.still_admitted(&self.proof) {
+    /// Takes the caller's present grants. Ends the stream if its credential is no longer accepted.
+    async fn reauthenticate(&mut self) -> Result<(), Ended> {
+        match self.provider.reauthenticate(&self.credential) {
             Ok(caller) => {
                 self.caller = caller;
                 Ok(())
             }
-            Err(refusal) => self.end(refusal).await,
+            Err(refusal) => self.end_with(refusal).await,
         }
     }
 
-    async fn look_at_all(&mut self) -> Result<(), Over> {
-        for (nth, slot) in self.broker.cache.all().into_iter().enumerate() {
-            if nth % LOOKS == LOOKS - 1 {
+    async fn visit_all(&mut self) -> Result<(), Ended> {
+        for (nth, account) in self.provider.cache.all().into_iter().enumerate() {
+            if nth % ACCOUNTS_BEFORE_YIELD == ACCOUNTS_BEFORE_YIELD - 1 {
                 yield_now().await;
             }
-            self.consider(&slot).await?;
+            self.visit(&account).await?;
         }
-        self.look_for_ends().await
+        self.remove_expired_grants().await
     }
 
-    async fn look_for_ends(&mut self) -> Result<(), Over> {
-        self.admitted().await?;
-        // Only a grant with an end can end without a change that is told of.
+    /// Ends the accounts on the stream that no grant covers any more.
+    async fn remove_expired_grants(&mut self) -> Result<(), Ended> {
+        self.reauthenticate().await?;
+        // A grant without an end only ends by a change, which causes a visit of all accounts.
         if self.caller.grants.iter().all(|grant| grant.ends_at.is_none()) {
             return Ok(());
         }
-        let now = self.broker.clock.now();
-        let ended: Vec<_> = self
-            .sent
+        let now = self.provider.clock.now();
+        let expired: Vec<_> = self
+            .watched
             .iter()
             .filter(|(_, (name, _))| !self.caller.permits(Right::Get, name, now))
             .map(|(id, _)| *id)
             .collect();
-        for id in ended {
-            self.account_ended(id, Reason::NotGranted).await?;
+        for id in expired {
+            self.end_account(id, Reason::NotGranted).await?;
         }
         Ok(())
     }
 
-    /// Sends what is new about an account, if it is one of the stream's.
-    async fn consider(&mut self, slot: &CachedAccount) -> Result<(), Over> {
-        self.admitted().await?;
-        let view = slot.snapshot();
-        let name = &view.account.name;
-        let now = self.broker.clock.now();
-        if view.removed {
-            return self.account_ended(slot.id(), Reason::Removed).await;
+    /// Sends what is new about an account, if the stream watches it.
+    async fn visit(&mut self, account: &CachedAccount) -> Result<(), Ended> {
+        self.reauthenticate().await?;
+        let snapshot = account.snapshot();
+        let name = &snapshot.account.name;
+        let now = self.provider.clock.now();
+        if snapshot.removed {
+            return self.end_account(account.id(), Reason::Removed).await;
         }
-        let wanted = self.patterns.iter().any(|pattern| pattern.matches(name.as_str()))
+        let watched = self.patterns.iter().any(|pattern| pattern.matches(name.as_str()))
             && self.caller.permits(Right::Get, name, now);
-        if !wanted {
-            return self.account_ended(slot.id(), Reason::NotGranted).await;
+        if !watched {
+            return self.end_account(account.id(), Reason::NotGranted).await;
         }
-        if !view.account.enabled {
-            return self.account_ended(slot.id(), Reason::Disabled).await;
+        if !snapshot.account.enabled {
+            return self.end_account(account.id(), Reason::Disabled).await;
         }
-        let sent = self.sent.entry(slot.id()).or_insert_with(|| (name.clone(), None)).1;
-        slot.note_request(now);
-        match view.live_token(now) {
+        let sent = self.watched.entry(account.id()).or_insert_with(|| (name.clone(), None)).1;
+        account.note_request(now);
+        match snapshot.live_token(now) {
             Some(token) if sent != Some(token.generation) => {
-                self.push(slot.id(), name, token).await
+                self.push(account.id(), name, token).await
             }
             _ => Ok(()),
         }
     }
 
-    /// Records a token, waits until the record is durable, and sends it if it still lives.
+    /// Records a token, waits until the record is durable, and then sends the token if it is still live.
     async fn push(
         &mut self,
         id: AccountId,
         name: &AccountName,
         token: &Arc<Token>,
-    ) -> Result<(), Over> {
-        let record = Record { at: self.broker.clock.now(), ..self.template.clone() }
+    ) -> Result<(), Ended> {
+        let record = Record { at: self.provider.clock.now(), ..self.record_template.clone() }
             .account(name)
             .token(token.generation, &token.fingerprint);
-        if self.journal.append(record).durable(RECORD_WITHIN).await.is_err() {
-            return self.end(Refusal::AuditUnavailable).await;
+        if self.journal.append(record).durable(RECORD_TIMEOUT).await.is_err() {
+            return self.end_with(CallRefusal::AuditUnavailable).await;
         }
-        self.sent.insert(id, (name.clone(), Some(token.generation)));
-        if !token.is_live(self.broker.clock.now()) {
+        self.watched.insert(id, (name.clone(), Some(token.generation)));
+        if !token.is_live(self.provider.clock.now()) {
             return Ok(());
         }
-        let response = token_response(&self.broker, &self.api_base_url, name, token);
+        let response = token_response(&self.provider, &self.api_base_url, name, token);
         self.send(name, ProtoEvent::Token(response)).await
     }
 
-    /// Tells that an account left the stream, if it was on it.
-    async fn account_ended(&mut self, id: AccountId, reason: Reason) -> Result<(), Over> {
-        let Some((name, _)) = self.sent.remove(&id) else { return Ok(()) };
+    /// Takes an account off the stream and tells the client, if it was on the stream.
+    async fn end_account(&mut self, id: AccountId, reason: Reason) -> Result<(), Ended> {
+        let Some((name, _)) = self.watched.remove(&id) else { return Ok(()) };
         self.send(&name, ProtoEvent::Ended(AccountEnded { reason: reason.into() })).await
     }
 
-    async fn send(&self, name: &AccountName, event: ProtoEvent) -> Result<(), Over> {
+    async fn send(&self, name: &AccountName, event: ProtoEvent) -> Result<(), Ended> {
         let response = WatchTokensResponse { account: name.to_string(), event: Some(event) };
-        self.sender.send(Ok(response)).await.map_err(|_| Over)
+        self.events.send(Ok(response)).await.map_err(|_| Ended)
     }
 
-    async fn end(&self, refusal: Refusal) -> Result<(), Over> {
-        // A caller that is gone need not be told.
-        let _ = self.sender.send(Err(refusal.into())).await;
-        Err(Over)
+    async fn end_with(&self, refusal: CallRefusal) -> Result<(), Ended> {
+        // This fails only if the client is gone.
+        let _ = self.events.send(Err(refusal.into())).await;
+        Err(Ended)
     }
 }

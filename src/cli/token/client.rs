@@ -16,7 +16,7 @@ use super::super::{
 };
 use crate::{
     api::{
-        grpc::status::outcome,
+        grpc::status::outcome_of,
         proto::{
             GetTokenRequest, GetTokenResponse, WatchTokensRequest, WatchTokensResponse,
             token_service_client::TokenServiceClient,
@@ -155,7 +155,7 @@ impl CallError {
             _ => None,
         };
         Self {
-            code: outcome(status.code()).to_uppercase(),
+            code: outcome_of(status.code()).to_uppercase(),
             reason,
             message: status.message().to_owned(),
             hint,

@@ -1,8 +1,9 @@
-//! What to answer: pure functions of an account's view, the request and the moment.
+//! The decisions about calls: serve, wait or refuse; how long a token may be reused; what becomes of a
+//! report. All are pure functions of a snapshot of the account, the request and the present moment.
 
-use std::{sync::Arc, time::Duration};
+use std::{cmp::Ordering, sync::Arc, time::Duration};
 
-use super::Refusal;
+use super::CallRefusal;
 use crate::{
     domain::{
         account::AccountName,
@@ -14,19 +15,19 @@ use crate::{
     services::{account_cache::AccountSnapshot, connectivity::Connectivity},
 };
 
-/// What is told as the pause when nothing better is known.
-const SOON: Duration = Duration::from_secs(1);
-/// The least time for which a token may be kept, unless it ends before.
-const LEAST_REUSE: Duration = Duration::from_secs(1);
-/// Codes of other APIs that do not speak of the token: a new one would not help.
+/// Retry delay reported to the client when no better estimate is known, and the shortest one reported.
+const DEFAULT_RETRY: Duration = Duration::from_secs(1);
+/// The shortest reuse time told for a token that lives at least that long.
+const MIN_REUSE: Duration = Duration::from_secs(1);
+/// Error codes of the upstream's other APIs that do not concern the token: a new token would not help.
 const NOT_TOKEN_FAULTS: [&str; 5] = ["61001", "61002", "63001", "64001", "64002"];
 
-/// What a caller asks for beside the account.
+/// Which token a caller wants of an account.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct TokenRequest {
-    /// The life that the token should have left; clamped by [`RefreshPolicy::longest_min_ttl`].
+    /// The least time that the token should still live; clamped by [`RefreshPolicy::longest_min_ttl`].
     pub min_ttl: Duration,
-    /// Only a token of a later generation will do.
+    /// The token must be of a later generation than this.
     pub newer_than: Generation,
 }
 
@@ -34,66 +35,79 @@ pub struct TokenRequest {
 #[derive(Clone, Debug)]
 pub(super) enum Decision {
     Serve(Arc<Token>),
+    /// A new token may come soon: decide again when the account or the connectivity has changed.
     Wait,
-    Refuse(Refusal),
+    Refuse(CallRefusal),
 }
 
-/// Decides on a call. A live token is served whatever the account's refresh state, unless the
-/// account is disabled; a wish for a longer or newer one is waited for while there is hope.
+/// Decides whether a call for a token is served, waits, or is refused.
+///
+/// A live token is served whatever the account's refresh state, unless the account is disabled. A call
+/// that wants a token with more life left, or of a later generation, waits as long as one may still come;
+/// when none will come soon, the live token is served if its generation suffices.
 pub(super) fn decide(
-    view: &AccountSnapshot,
-    ask: &TokenRequest,
+    snapshot: &AccountSnapshot,
+    request: &TokenRequest,
     policy: &RefreshPolicy,
-    standing: Connectivity,
+    connectivity: Connectivity,
     now: Timestamp,
 ) -> Decision {
-    if view.removed {
-        return Decision::Refuse(Refusal::NoSuchAccount);
+    if snapshot.removed {
+        return Decision::Refuse(CallRefusal::NoSuchAccount);
     }
-    if !view.account.enabled {
-        return Decision::Refuse(Refusal::AccountDisabled);
+    if !snapshot.account.enabled {
+        return Decision::Refuse(CallRefusal::AccountDisabled);
     }
-    let acceptable = view.live_token(now).filter(|token| token.generation > ask.newer_than);
-    let hopeless = hopeless(view, standing, now);
-    match (acceptable, hopeless) {
-        (Some(token), None) if is_short(token, ask, policy, now) => Decision::Wait,
+    let acceptable = snapshot.live_token(now).filter(|token| token.generation > request.newer_than);
+    let no_new_token = why_no_new_token_soon(snapshot, connectivity, now);
+    match (acceptable, no_new_token) {
+        (Some(token), None) if has_too_little_life(token, request, policy, now) => Decision::Wait,
         (Some(token), _) => Decision::Serve(token.clone()),
         (None, Some(refusal)) => Decision::Refuse(refusal),
         (None, None) => Decision::Wait,
     }
 }
 
-/// Whether `token` has less left than was asked for, as far as that may be asked for.
-fn is_short(token: &Token, ask: &TokenRequest, policy: &RefreshPolicy, now: Timestamp) -> bool {
-    token.time_left(now) < ask.min_ttl.min(policy.longest_min_ttl(token))
+/// Whether `token` lives for less time than `request` wants, as far as the policy allows to want it.
+fn has_too_little_life(
+    token: &Token,
+    request: &TokenRequest,
+    policy: &RefreshPolicy,
+    now: Timestamp,
+) -> bool {
+    token.time_left(now) < request.min_ttl.min(policy.longest_min_ttl(token))
 }
 
-/// Why no new token will come soon; `None` while one may.
-fn hopeless(view: &AccountSnapshot, standing: Connectivity, now: Timestamp) -> Option<Refusal> {
-    let progress = &view.refresh;
+/// Returns the refusal that says why no new token will come soon, or `None` while one may come.
+fn why_no_new_token_soon(
+    snapshot: &AccountSnapshot,
+    connectivity: Connectivity,
+    now: Timestamp,
+) -> Option<CallRefusal> {
+    let progress = &snapshot.refresh;
     let leased = progress.lease_until.is_some_and(|until| until > now);
-    if standing == Connectivity::Partitioned && !leased {
-        return Some(Refusal::DatabaseUnavailable { retry_after: SOON });
+    if connectivity == Connectivity::Partitioned && !leased {
+        return Some(CallRefusal::DatabaseUnavailable { retry_after: DEFAULT_RETRY });
     }
-    let failure = progress.current_failure(view.account.credential_version)?;
-    if view.account.wants_reissue(progress) || leased {
+    let failure = progress.current_failure(snapshot.account.credential_version)?;
+    if snapshot.account.wants_reissue(progress) || leased {
         return None;
     }
     let upstream_code = failure.code.clone();
     match failure.class {
-        // The secret before a refused rotation goes on issuing.
-        class if class.suspends() && view.account.previous.is_some() => None,
-        class if class.suspends() => Some(Refusal::CredentialRejected { upstream_code }),
-        FailureClass::EgressRejected => Some(Refusal::EgressRejected { upstream_code }),
-        _ => progress
-            .next_attempt_at
-            .filter(|at| *at > now)
-            .map(|at| Refusal::UpstreamUnavailable { retry_after: until_from(now, at).max(SOON) }),
+        // After a rotation whose new secret is refused, the previous secret goes on issuing.
+        class if class.suspends() && snapshot.account.previous.is_some() => None,
+        class if class.suspends() => Some(CallRefusal::CredentialRejected { upstream_code }),
+        FailureClass::EgressRejected => Some(CallRefusal::EgressRejected { upstream_code }),
+        _ => progress.next_attempt_at.filter(|at| *at > now).map(|at| {
+            let retry_after = until_from(now, at).max(DEFAULT_RETRY);
+            CallRefusal::UpstreamUnavailable { retry_after }
+        }),
     }
 }
 
-/// How long `token` may be kept before asking again: until its replacement is due, after which a
-/// new one may end it; never longer than it lives, and always above zero.
+/// Returns how long a caller may reuse `token` before it asks again: until the replacement is due, since
+/// a new token may end the older one. It is never longer than the token lives, and always above zero.
 pub(super) fn reuse_for(
     account: &AccountName,
     token: &Token,
@@ -101,36 +115,36 @@ pub(super) fn reuse_for(
     now: Timestamp,
 ) -> Duration {
     until_from(now, policy.advisory_refresh_at(account, token))
-        .max(LEAST_REUSE)
+        .max(MIN_REUSE)
         .min(token.time_left(now))
         .max(Duration::from_millis(1))
 }
 
-/// What comes of a report.
+/// What becomes of a caller's report that the upstream refused a token.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum ReportOutcome {
-    /// A new token is being issued, or will be after the pause.
+    /// The token is replaced by a new one.
     Reissuing {
-        /// When it is tried.
+        /// When the caller should ask for the new token.
         retry_after: Duration,
-        /// Whether the token was reported before.
-        noted: bool,
+        /// Whether there is nothing left to store: the token was reported before, or there is none.
+        already_stored: bool,
     },
-    /// There is a later token already.
+    /// The account has a token of a later generation already.
     AlreadyReplaced,
-    /// The token was issued too recently.
+    /// The token was issued too recently, or its generation is not known here yet.
     TooSoon {
-        /// When another report is heard.
+        /// When another report would be accepted.
         retry_after: Duration,
     },
-    /// A new token would not help.
+    /// The code does not concern the token, so a new one would not help.
     NotATokenFault,
 }
 
-/// Judges a report of `generation`. A token is reissued at most once for its reports, and not
-/// within the floor between issues.
-pub(super) fn judge_report(
-    view: &AccountSnapshot,
+/// Decides what becomes of a report of `generation`. A token is reissued at most once for all its reports,
+/// and not within the minimum issue interval.
+pub(super) fn decide_report(
+    snapshot: &AccountSnapshot,
     generation: u64,
     upstream_code: &str,
     policy: &RefreshPolicy,
@@ -139,24 +153,26 @@ pub(super) fn judge_report(
     if NOT_TOKEN_FAULTS.contains(&upstream_code) {
         return ReportOutcome::NotATokenFault;
     }
-    let progress = &view.refresh;
-    let pause = progress.attempt_started_at.map_or(Duration::ZERO, |started| {
+    let progress = &snapshot.refresh;
+    let interval_left = progress.attempt_started_at.map_or(Duration::ZERO, |started| {
         until_from(now, started + delta(policy.min_issue_interval))
     });
-    let Some(token) = &view.token else {
-        return ReportOutcome::Reissuing { retry_after: pause.max(SOON), noted: true };
+    let already_reissuing = ReportOutcome::Reissuing {
+        retry_after: interval_left.max(DEFAULT_RETRY),
+        already_stored: true,
     };
+    let Some(token) = &snapshot.token else { return already_reissuing };
     match generation.cmp(&token.generation.as_u64()) {
-        std::cmp::Ordering::Less => ReportOutcome::AlreadyReplaced,
-        // Another replica's token that has not arrived here yet.
-        std::cmp::Ordering::Greater => ReportOutcome::TooSoon { retry_after: SOON },
-        std::cmp::Ordering::Equal if progress.possibly_revoked => {
-            ReportOutcome::Reissuing { retry_after: pause.max(SOON), noted: true }
+        Ordering::Less => ReportOutcome::AlreadyReplaced,
+        // Another replica issued that token, and it has not arrived here yet.
+        Ordering::Greater => ReportOutcome::TooSoon { retry_after: DEFAULT_RETRY },
+        Ordering::Equal if progress.possibly_revoked => already_reissuing,
+        Ordering::Equal if !interval_left.is_zero() => {
+            ReportOutcome::TooSoon { retry_after: interval_left }
         }
-        std::cmp::Ordering::Equal if !pause.is_zero() => {
-            ReportOutcome::TooSoon { retry_after: pause }
+        Ordering::Equal => {
+            ReportOutcome::Reissuing { retry_after: DEFAULT_RETRY, already_stored: false }
         }
-        std::cmp::Ordering::Equal => ReportOutcome::Reissuing { retry_after: SOON, noted: false },
     }
 }
 
@@ -178,8 +194,8 @@ mod tests {
         DateTime::UNIX_EPOCH + TimeDelta::seconds(second)
     }
 
-    /// Generation 7 lives from 0 to 1000.
-    fn view() -> AccountSnapshot {
+    /// An account whose token of generation 7 lives from second 0 to second 1000.
+    fn snapshot() -> AccountSnapshot {
         AccountSnapshot {
             account: Account::example(1, "acme"),
             refresh: RefreshState { attempt_started_at: Some(at(0)), ..RefreshState::default() },
@@ -189,63 +205,67 @@ mod tests {
     }
 
     fn failing(class: FailureClass, next_attempt_at: Option<Timestamp>) -> AccountSnapshot {
-        let mut view = view();
-        view.refresh.next_attempt_at = next_attempt_at;
-        view.refresh.failure = Some(IssueFailure {
+        let mut snapshot = snapshot();
+        snapshot.refresh.next_attempt_at = next_attempt_at;
+        snapshot.refresh.failure = Some(IssueFailure {
             class,
             code: Some("61006".into()),
             message: String::new(),
             version: CredentialVersion(1),
         });
-        view
+        snapshot
     }
 
-    fn ask() -> TokenRequest {
+    fn any_token() -> TokenRequest {
         TokenRequest::default()
     }
 
-    /// What was decided, in a word.
-    fn decided(view: &AccountSnapshot, ask: TokenRequest, second: i64) -> &'static str {
-        decided_while(Connectivity::Connected, view, ask, second)
+    /// The decision while the database is connected, as a word.
+    fn decided(snapshot: &AccountSnapshot, request: TokenRequest, second: i64) -> &'static str {
+        decided_with(Connectivity::Connected, snapshot, request, second)
     }
 
-    fn decided_while(
-        standing: Connectivity,
-        view: &AccountSnapshot,
-        ask: TokenRequest,
+    fn decided_with(
+        connectivity: Connectivity,
+        snapshot: &AccountSnapshot,
+        request: TokenRequest,
         second: i64,
     ) -> &'static str {
-        match decide(view, &ask, &POLICY, standing, at(second)) {
+        match decide(snapshot, &request, &POLICY, connectivity, at(second)) {
             Decision::Serve(_) => "serve",
             Decision::Wait => "wait",
-            Decision::Refuse(Refusal::NoSuchAccount) => "no such account",
-            Decision::Refuse(Refusal::AccountDisabled) => "disabled",
-            Decision::Refuse(Refusal::CredentialRejected { .. }) => "rejected",
-            Decision::Refuse(Refusal::EgressRejected { .. }) => "egress",
-            Decision::Refuse(Refusal::UpstreamUnavailable { .. }) => "unavailable",
-            Decision::Refuse(Refusal::DatabaseUnavailable { .. }) => "database",
+            Decision::Refuse(CallRefusal::NoSuchAccount) => "no such account",
+            Decision::Refuse(CallRefusal::AccountDisabled) => "disabled",
+            Decision::Refuse(CallRefusal::CredentialRejected { .. }) => "rejected",
+            Decision::Refuse(CallRefusal::EgressRejected { .. }) => "egress",
+            Decision::Refuse(CallRefusal::UpstreamUnavailable { .. }) => "unavailable",
+            Decision::Refuse(CallRefusal::DatabaseUnavailable { .. }) => "database",
             Decision::Refuse(_) => "another",
         }
     }
 
     #[test]
     fn a_live_token_is_served_whatever_the_refresh_state() {
-        assert_eq!(decided(&view(), ask(), 999), "serve");
+        assert_eq!(decided(&snapshot(), any_token(), 999), "serve");
         for class in FailureClass::ALL {
-            assert_eq!(decided(&failing(class, Some(at(5_000))), ask(), 999), "serve", "{class:?}");
+            assert_eq!(
+                decided(&failing(class, Some(at(5_000))), any_token(), 999),
+                "serve",
+                "{class:?}"
+            );
         }
     }
 
     #[test]
     fn a_disabled_account_is_refused_at_once_even_with_a_live_token() {
-        let mut view = view();
-        view.account.enabled = false;
-        assert_eq!(decided(&view, ask(), 1), "disabled");
+        let mut snapshot = snapshot();
+        snapshot.account.enabled = false;
+        assert_eq!(decided(&snapshot, any_token(), 1), "disabled");
     }
 
     #[test]
-    fn an_ended_token_is_waited_for_or_refused_with_the_reason() {
-        assert_eq!(decided(&view(), ask(), 1_000), "wait");
+    fn without_a_live_token_a_call_waits_or_is_refused_with_the_reason() {
+        assert_eq!(decided(&snapshot(), any_token(), 1_000), "wait");
         for (class, expected) in [
             (FailureClass::Rejected, "rejected"),
             (FailureClass::Intake, "rejected"),
@@ -254,108 +274,112 @@ mod tests {
             (FailureClass::RateLimited, "unavailable"),
             (FailureClass::Malformed, "unavailable"),
         ] {
-            assert_eq!(decided(&failing(class, Some(at(5_000))), ask(), 1_000), expected);
+            assert_eq!(decided(&failing(class, Some(at(5_000))), any_token(), 1_000), expected);
         }
         assert_eq!(
-            decided(&failing(FailureClass::Unreachable, Some(at(999))), ask(), 1_000),
+            decided(&failing(FailureClass::Unreachable, Some(at(999))), any_token(), 1_000),
             "wait"
         );
     }
 
     #[test]
-    fn a_changed_credential_is_waited_for_not_refused_for_the_old_ones_fault() {
-        let mut view = failing(FailureClass::Rejected, None);
-        view.account.credential_version = CredentialVersion(2);
-        assert_eq!(decided(&view, ask(), 1_000), "wait");
+    fn after_a_change_of_the_credential_a_call_waits_and_is_not_refused_for_the_old_one() {
+        let mut snapshot = failing(FailureClass::Rejected, None);
+        snapshot.account.credential_version = CredentialVersion(2);
+        assert_eq!(decided(&snapshot, any_token(), 1_000), "wait");
     }
 
     #[test]
-    fn who_is_cut_off_serves_what_it_has_and_waits_only_for_what_is_under_way() {
-        let cut_off = |view: &AccountSnapshot, ask, second| {
-            decided_while(Connectivity::Partitioned, view, ask, second)
+    fn a_partitioned_replica_serves_its_live_tokens_and_waits_only_for_an_attempt_under_way() {
+        let partitioned = |snapshot: &AccountSnapshot, request, second| {
+            decided_with(Connectivity::Partitioned, snapshot, request, second)
         };
-        let hour = TokenRequest { min_ttl: Duration::from_hours(1), ..ask() };
-        assert_eq!(cut_off(&view(), ask(), 999), "serve");
-        assert_eq!(cut_off(&view(), hour, 999), "serve");
-        assert_eq!(cut_off(&view(), ask(), 1_000), "database");
-        assert_eq!(decided_while(Connectivity::SoleReplica, &view(), ask(), 1_000), "wait");
-        let mut under_way = view();
+        let hour = TokenRequest { min_ttl: Duration::from_hours(1), ..any_token() };
+        assert_eq!(partitioned(&snapshot(), any_token(), 999), "serve");
+        assert_eq!(partitioned(&snapshot(), hour, 999), "serve");
+        assert_eq!(partitioned(&snapshot(), any_token(), 1_000), "database");
+        assert_eq!(
+            decided_with(Connectivity::SoleReplica, &snapshot(), any_token(), 1_000),
+            "wait"
+        );
+        let mut under_way = snapshot();
         under_way.refresh.lease_until = Some(at(1_020));
-        assert_eq!(cut_off(&under_way, ask(), 1_000), "wait");
-        assert_eq!(cut_off(&under_way, ask(), 1_020), "database");
+        assert_eq!(partitioned(&under_way, any_token(), 1_000), "wait");
+        assert_eq!(partitioned(&under_way, any_token(), 1_020), "database");
     }
 
     #[test]
-    fn a_longer_life_is_waited_for_within_what_a_refresh_can_give() {
-        let hour = TokenRequest { min_ttl: Duration::from_hours(1), ..ask() };
-        assert_eq!(decided(&view(), hour, 100), "serve");
-        assert_eq!(decided(&view(), hour, 801), "wait");
-        assert_eq!(decided(&view(), ask(), 801), "serve");
+    fn a_call_waits_for_a_min_ttl_up_to_what_a_refresh_can_give() {
+        let hour = TokenRequest { min_ttl: Duration::from_hours(1), ..any_token() };
+        assert_eq!(decided(&snapshot(), hour, 100), "serve");
+        assert_eq!(decided(&snapshot(), hour, 801), "wait");
+        assert_eq!(decided(&snapshot(), any_token(), 801), "serve");
         let down = failing(FailureClass::Unreachable, Some(at(5_000)));
         assert_eq!(decided(&down, hour, 801), "serve");
     }
 
     #[test]
-    fn a_newer_generation_is_waited_for() {
-        let newer = TokenRequest { newer_than: Generation(7), ..ask() };
-        assert_eq!(decided(&view(), newer, 1), "wait");
-        let older = TokenRequest { newer_than: Generation(6), ..ask() };
-        assert_eq!(decided(&view(), older, 1), "serve");
+    fn a_call_waits_for_a_newer_generation() {
+        let newer = TokenRequest { newer_than: Generation(7), ..any_token() };
+        assert_eq!(decided(&snapshot(), newer, 1), "wait");
+        let older = TokenRequest { newer_than: Generation(6), ..any_token() };
+        assert_eq!(decided(&snapshot(), older, 1), "serve");
     }
 
     #[test]
-    fn a_report_leads_to_one_reissue_of_its_generation_outside_the_floor() {
-        let judge = |view: &AccountSnapshot, generation, code, second| {
-            judge_report(view, generation, code, &POLICY, at(second))
+    fn a_report_leads_to_one_reissue_of_its_generation_and_not_within_the_minimum_issue_interval() {
+        let report = |snapshot: &AccountSnapshot, generation, code, second| {
+            decide_report(snapshot, generation, code, &POLICY, at(second))
         };
-        let reissuing = ReportOutcome::Reissuing { retry_after: SOON, noted: false };
-        assert_eq!(judge(&view(), 7, "61003", 100), reissuing);
-        assert_eq!(judge(&view(), 7, "", 100), reissuing);
-        assert_eq!(judge(&view(), 6, "61003", 100), ReportOutcome::AlreadyReplaced);
+        let reissuing =
+            ReportOutcome::Reissuing { retry_after: DEFAULT_RETRY, already_stored: false };
+        assert_eq!(report(&snapshot(), 7, "61003", 100), reissuing);
+        assert_eq!(report(&snapshot(), 7, "", 100), reissuing);
+        assert_eq!(report(&snapshot(), 6, "61003", 100), ReportOutcome::AlreadyReplaced);
         assert_eq!(
-            judge(&view(), 7, "61004", 10),
+            report(&snapshot(), 7, "61004", 10),
             ReportOutcome::TooSoon { retry_after: Duration::from_secs(20) }
         );
         for code in NOT_TOKEN_FAULTS {
-            assert_eq!(judge(&view(), 7, code, 100), ReportOutcome::NotATokenFault);
+            assert_eq!(report(&snapshot(), 7, code, 100), ReportOutcome::NotATokenFault);
         }
-        let mut reported = view();
+        let mut reported = snapshot();
         reported.refresh.possibly_revoked = true;
         assert!(matches!(
-            judge(&reported, 7, "61003", 100),
-            ReportOutcome::Reissuing { noted: true, .. }
+            report(&reported, 7, "61003", 100),
+            ReportOutcome::Reissuing { already_stored: true, .. }
         ));
     }
 
     proptest! {
         #[test]
-        fn an_ended_token_is_never_served(
+        fn an_expired_token_is_never_served(
             second in 0_i64..3_000, min_ttl in 0_u64..5_000, newer_than in 0_i64..10,
             failed in proptest::option::of(0_usize..6), next in 0_i64..4_000,
-            standing in proptest::sample::select(vec![
+            connectivity in proptest::sample::select(vec![
                 Connectivity::Connected, Connectivity::SoleReplica, Connectivity::Partitioned,
             ]),
         ) {
-            let view = failed.map_or_else(view, |class| {
+            let snapshot = failed.map_or_else(snapshot, |class| {
                 failing(FailureClass::ALL[class], Some(at(next)))
             });
-            let ask = TokenRequest {
+            let request = TokenRequest {
                 min_ttl: Duration::from_secs(min_ttl),
                 newer_than: Generation(newer_than),
             };
-            if let Decision::Serve(token) = decide(&view, &ask, &POLICY, standing, at(second)) {
+            if let Decision::Serve(token) = decide(&snapshot, &request, &POLICY, connectivity, at(second)) {
                 prop_assert!(token.expires_at > at(second));
-                prop_assert!(token.generation > ask.newer_than);
+                prop_assert!(token.generation > request.newer_than);
             }
         }
 
         #[test]
-        fn a_served_token_may_be_kept_for_some_time_but_not_beyond_its_end(second in 0_i64..1_000) {
-            let view = view();
-            let token = view.token.unwrap();
-            let kept = reuse_for(&view.account.name, &token, &POLICY, at(second));
-            prop_assert!(!kept.is_zero());
-            prop_assert!(at(second) + delta(kept) <= token.expires_at);
+        fn a_served_token_may_be_reused_for_some_time_but_not_beyond_its_expiry(second in 0_i64..1_000) {
+            let snapshot = snapshot();
+            let token = snapshot.token.unwrap();
+            let reuse = reuse_for(&snapshot.account.name, &token, &POLICY, at(second));
+            prop_assert!(!reuse.is_zero());
+            prop_assert!(at(second) + delta(reuse) <= token.expires_at);
         }
     }
 }

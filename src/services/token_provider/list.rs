@@ -1,4 +1,4 @@
-//! A page of accounts, by name.
+//! Pages of the accounts that a caller may list, sorted by name.
 
 use std::{ops::Bound, sync::Arc};
 
@@ -7,16 +7,70 @@ use crate::{
         account::AccountName,
         caller::{Caller, Right},
         clock::Timestamp,
+        refresh_policy::{IssueView, RefreshPolicy},
+        refresh_state::AccountState,
+        token::Generation,
     },
     services::account_cache::{AccountCache, AccountSnapshot},
 };
 
-/// How many accounts are taken from the cache at a time: loads wait no longer than that takes.
-const STRETCH: usize = 64;
+/// How many accounts are read from the cache at a time: its lock is held, and loads wait, that long.
+const BATCH: usize = 64;
 
-/// Up to `limit` accounts after `after` that `caller` may list, by name, and whether there are more.
-/// What no grant covers is passed over, so that a page costs what a page is long. Only a pattern that
-/// begins alike for many accounts and ends otherwise, as `*-prod` may, has all those looked at.
+/// An account as `ListAccounts` shows it.
+#[derive(Clone, Debug)]
+pub struct ListedAccount {
+    /// The account's name.
+    pub name: AccountName,
+    /// The state at the time of the call.
+    pub state: AccountState,
+    /// The token, live or expired, if the account has one.
+    pub token: Option<ListedToken>,
+    /// When the next attempt to issue is due, but not before the time of the call. `None` if none is
+    /// planned until something changes.
+    pub next_attempt_at: Option<Timestamp>,
+}
+
+/// What `ListAccounts` shows of a token: never the token itself.
+#[derive(Clone, Copy, Debug)]
+pub struct ListedToken {
+    /// When the token was issued.
+    pub issued_at: Timestamp,
+    /// When the token expires.
+    pub expires_at: Timestamp,
+    /// The token's generation.
+    pub generation: Generation,
+}
+
+impl ListedAccount {
+    pub(super) fn new(snapshot: &AccountSnapshot, policy: &RefreshPolicy, now: Timestamp) -> Self {
+        let token = snapshot.token.as_deref();
+        Self {
+            name: snapshot.account.name.clone(),
+            state: snapshot.state(now),
+            token: token.map(|token| ListedToken {
+                issued_at: token.issued_at,
+                expires_at: token.expires_at,
+                generation: token.generation,
+            }),
+            next_attempt_at: policy
+                .next_issue_at(&IssueView::cached(
+                    &snapshot.account,
+                    &snapshot.refresh,
+                    policy.scheduled_at(&snapshot.account.name, token),
+                    None,
+                ))
+                .map(|at| at.max(now)),
+        }
+    }
+}
+
+/// Returns up to `limit` accounts after the name `after` that `caller` may list, sorted by name, and
+/// whether there are more.
+///
+/// Names that no grant can cover are skipped by searching for the next name that one can, so the cost
+/// depends on the length of the page and not on the number of accounts. The exception is a pattern whose
+/// fixed end decides, such as `*-prod`: every account is then looked at.
 pub(super) fn page(
     cache: &AccountCache,
     caller: &Caller,
@@ -25,31 +79,31 @@ pub(super) fn page(
     now: Timestamp,
 ) -> (Vec<Arc<AccountSnapshot>>, bool) {
     let mut found = Vec::new();
-    // Where the last look ended: the name itself is done with.
+    // The last name that was looked at.
     let mut last = after.cloned();
-    'look: loop {
+    'batches: loop {
         let done = last.as_ref().map_or("", AccountName::as_str);
         let Some(next) = caller.first_covered_from(Right::List, done, now) else { break };
         let from = if next == done { Bound::Excluded(done) } else { Bound::Included(next) };
-        let stretch = cache.range_by_name(from, STRETCH);
-        if stretch.is_empty() {
+        let batch = cache.range_by_name(from, BATCH);
+        if batch.is_empty() {
             break;
         }
-        for (name, slot) in stretch {
-            let view = slot.snapshot();
+        for (name, cached) in batch {
+            let snapshot = cached.snapshot();
             let permitted = caller.permits(Right::List, &name, now);
-            // One that is being renamed at this moment is found under its other name.
-            if permitted && view.account.name == name {
+            // An account that is being renamed at this moment is listed under its new name only.
+            if permitted && snapshot.account.name == name {
                 if found.len() == limit {
                     return (found, true);
                 }
-                found.push(view);
+                found.push(snapshot);
             }
-            let name_follows =
+            let next_name_may_be_covered =
                 caller.first_covered_from(Right::List, name.as_str(), now) == Some(name.as_str());
             last = Some(name);
-            if !name_follows {
-                continue 'look;
+            if !next_name_may_be_covered {
+                continue 'batches;
             }
         }
     }
@@ -75,7 +129,8 @@ mod tests {
 
     fn cache(names: &[String]) -> AccountCache {
         let cache = AccountCache::default();
-        // As accounts that are renamed, deleted and inserted again leave it.
+        // Some accounts are renamed, and some deleted and inserted again, since that is where an index of
+        // names could go wrong.
         let ids: BTreeMap<_, _> = names.iter().zip(0..).collect();
         for (nth, (name, id)) in (0..).zip(&ids) {
             let account = |name: &str| Account::example(*id, name);
@@ -90,7 +145,7 @@ mod tests {
         cache
     }
 
-    /// The same by looking at every account.
+    /// The reference: the same page by looking at every account.
     fn scan(
         cache: &AccountCache,
         caller: &Caller,
@@ -98,7 +153,7 @@ mod tests {
         limit: usize,
         now: Timestamp,
     ) -> (Vec<AccountName>, bool) {
-        let names = cache.all().into_iter().map(|slot| slot.snapshot().account.name.clone());
+        let names = cache.all().into_iter().map(|cached| cached.snapshot().account.name.clone());
         let mut names: Vec<_> = names
             .filter(|name| after.is_none_or(|after| name > after))
             .filter(|name| caller.permits(Right::List, name, now))
@@ -109,7 +164,7 @@ mod tests {
         (names, more)
     }
 
-    /// A few letters, so that names and patterns meet.
+    /// Names and patterns have two letters only, so that they often match.
     fn grants() -> impl Strategy<Value = Vec<Grant>> {
         let pattern = prop_oneof!["[ab]{1,3}", "[ab]{0,2}[*][ab]{0,2}"];
         let rights = prop_oneof![9 => Just(Right::List), 1 => Just(Right::Get)];
@@ -124,7 +179,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_pages_are_those_of_a_look_at_every_account(
+        fn the_pages_equal_those_of_a_scan_of_every_account(
             names in proptest::collection::vec("[abc]{1,5}", 0..200),
             grants in grants(),
             after in proptest::option::of("[abc]{1,5}"),
@@ -135,7 +190,7 @@ mod tests {
             let mut after: Option<AccountName> = after.map(|name| name.parse().unwrap());
             loop {
                 let (found, more) = page(&cache, &caller, after.as_ref(), limit, now);
-                let found: Vec<_> = found.iter().map(|view| view.account.name.clone()).collect();
+                let found: Vec<_> = found.iter().map(|snapshot| snapshot.account.name.clone()).collect();
                 let expected = scan(&cache, &caller, after.as_ref(), limit, now);
                 prop_assert_eq!((found.clone(), more), expected);
                 let Some(last) = found.into_iter().next_back().filter(|_| more) else { break };

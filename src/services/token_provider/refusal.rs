@@ -1,30 +1,32 @@
-//! Why a call gets no token.
+//! Why a call is refused.
 
 use std::time::Duration;
 
 use thiserror::Error;
 
-/// A refusal, in the words that a caller may read. `grpc::status` gives each its status and reason.
+/// Why a call is refused. The texts are those that the caller reads, so none of them holds a secret or an
+/// upstream body. `api::grpc::status` maps each to a gRPC status and a reason.
 #[derive(Clone, Debug, Error, Eq, PartialEq)]
-pub enum Refusal {
-    /// The request itself is wrong.
+pub enum CallRefusal {
+    /// A field of the request is malformed.
     #[error("{field}: {description}")]
     Invalid {
-        /// The field at fault.
+        /// The malformed field.
         field: &'static str,
         /// What is wrong with it.
         description: String,
     },
-    /// No identity was shown.
+    /// The caller sent no bearer and showed no client certificate.
     #[error("no credential: send `authorization: Bearer tbk_…`, or show a client certificate")]
     CredentialMissing,
-    /// What was shown is no bearer of ours.
+    /// The `authorization` metadata is not a well-formed bearer.
     #[error("the authorization metadata is no well-formed bearer")]
     BearerMalformed,
-    /// Unknown, ended or disabled: the same words for all.
+    /// The credential is unknown, has ended, was revoked, or its caller is disabled. The text is the same
+    /// for all of them, so that a caller cannot probe which credentials exist.
     #[error("the credential is refused")]
     CredentialRefused,
-    /// No grant covers the account, which may or may not exist.
+    /// No grant covers the account. Whether the account exists is not told.
     #[error("no grant covers this account")]
     NotGranted,
     /// A grant covers the name, but there is no such account.
@@ -33,55 +35,56 @@ pub enum Refusal {
     /// An admin disabled the account.
     #[error("the account is disabled")]
     AccountDisabled,
-    /// No live token is left and the upstream refuses the credential.
+    /// No live token is left, and the upstream refuses the account's credential.
     #[error("no live token is left, and the upstream refuses the account's credential")]
     CredentialRejected {
-        /// The upstream's code, if it gave one.
+        /// The upstream's error code, if it sent one.
         upstream_code: Option<String>,
     },
-    /// No live token is left and the upstream refuses the account or our address.
+    /// No live token is left, and the upstream refuses the account or the broker's address.
     #[error("no live token is left, and the upstream refuses the account or the broker's address")]
     EgressRejected {
-        /// The upstream's code, if it gave one.
+        /// The upstream's error code, if it sent one.
         upstream_code: Option<String>,
     },
-    /// No live token is left and the upstream cannot be reached.
+    /// No live token is left, and the upstream cannot be reached or answers wrongly.
     #[error("no live token is left, and the upstream does not answer as it should")]
     UpstreamUnavailable {
-        /// When it is tried next.
+        /// Time until the next attempt to issue a token.
         retry_after: Duration,
     },
-    /// What the call needs would have to be written to the database, which does not answer.
+    /// The call needs the database, which does not answer: no live token is left and this replica may not
+    /// issue without the database, or a report cannot be stored.
     #[error("the broker's database does not answer")]
     DatabaseUnavailable {
-        /// When to try again.
+        /// How long the caller should wait before it tries again.
         retry_after: Duration,
     },
-    /// The token ended while the call was recorded.
-    #[error("the token ended before it could be answered")]
+    /// The token expired while the audit record of the call was being written.
+    #[error("the token expired before it could be sent")]
     TokenEnded,
-    /// The call cannot be recorded, so it is not answered.
+    /// The audit record of the call cannot be written, so the call is not answered.
     #[error("the call cannot be recorded")]
     AuditUnavailable,
-    /// The grants were not confirmed by the database for too long.
+    /// The database has not confirmed the grants for longer than `MAX_AUTHORIZATION_STALENESS`.
     #[error("the grants were not confirmed by the database for too long")]
     GrantsStale,
-    /// The caller asks more often than it may.
-    #[error("the caller is beyond its rate")]
+    /// The caller exceeded its rate limit.
+    #[error("the caller exceeded its rate limit")]
     CallerRate {
-        /// When to try again.
+        /// How long the caller should wait before it tries again.
         retry_after: Duration,
     },
-    /// Too many calls wait already.
+    /// As many calls wait for tokens, or as many streams are open, as may at once.
     #[error("too many calls wait for tokens")]
     Overloaded {
-        /// When to try again.
+        /// How long the caller should wait before it tries again.
         retry_after: Duration,
     },
-    /// There was no answer before the deadline.
+    /// The deadline passed before there was an answer.
     #[error("no token before the deadline")]
     DeadlineExceeded,
-    /// The caller went away.
+    /// The caller cancelled the call.
     #[error("the call was cancelled")]
     Cancelled,
 }

@@ -1,5 +1,5 @@
-//! No secret, bearer or token leaves by anything that is written: each is a canary here, sent down
-//! good and bad ways, and every output is searched.
+//! No secret, bearer or token is found in any output. The tests send canary values through successful and
+//! failing operations, and then search every output for them.
 
 use std::{collections::BTreeSet, fs, path::Path};
 
@@ -24,15 +24,15 @@ use crate::harness::{
     process::{Site, run},
 };
 
-/// As much as can be asked for; more than what `trace` alone turns on.
-const EVERYTHING: &str = "trace,h2::codec=trace,h2::hpack=trace,h2::proto=trace,h2::client=trace,\
+/// The most verbose log filter: it names the targets that the broker silences under a plain `trace`.
+const MOST_VERBOSE: &str = "trace,h2::codec=trace,h2::hpack=trace,h2::proto=trace,h2::client=trace,\
     h2::server=trace,hyper::proto=trace,hyper_util::client=trace,reqwest::connect=trace,\
     tonic::transport=trace,sqlx::query=trace";
 const SECRET: &str = "SK.canary-right";
 const WRONG_SECRET: &str = "SK.canary-wrong";
-const NO_BEARER: &str = "canary-no-bearer";
+const MALFORMED_BEARER: &str = "canary-no-bearer";
 
-/// What must not be found.
+/// The values that must not be found.
 struct Canaries(BTreeSet<String>);
 
 impl Canaries {
@@ -40,32 +40,32 @@ impl Canaries {
         self.0.insert(canary.into());
     }
 
-    /// A token, and its payload and signature alone: a part of it is as bad.
+    /// Adds a token, and its payload and its signature on their own.
     fn add_token(&mut self, token: &str) {
         self.0.extend(token.split('.').skip(1).chain([token]).map(str::to_owned));
     }
 
     #[track_caller]
-    fn assert_absent(&self, place: &str, text: &[u8]) {
+    fn assert_absent(&self, output: &str, text: &[u8]) {
         for canary in &self.0 {
             let found = text.windows(canary.len()).position(|part| part == canary.as_bytes());
             if let Some(at) = found {
                 let around =
                     &text[at.saturating_sub(200)..(at + canary.len() + 50).min(text.len())];
-                panic!("{canary} in {place}: {}", String::from_utf8_lossy(around));
+                panic!("{canary} in {output}: {}", String::from_utf8_lossy(around));
             }
         }
     }
 
-    /// Searches every file below `directory` but those that are named.
-    fn assert_absent_below(&self, directory: &Path, but: &[&str]) {
+    /// Searches every file below `directory`, except those with a name in `except`.
+    fn assert_absent_below(&self, directory: &Path, except: &[&str]) {
         for entry in fs::read_dir(directory).unwrap() {
             let path = entry.unwrap().path();
-            if but.contains(&path.file_name().unwrap().to_str().unwrap()) {
+            if except.contains(&path.file_name().unwrap().to_str().unwrap()) {
                 continue;
             }
             if path.is_dir() {
-                self.assert_absent_below(&path, but);
+                self.assert_absent_below(&path, except);
             } else {
                 self.assert_absent(path.to_str().unwrap(), &fs::read(&path).unwrap());
             }
@@ -73,7 +73,7 @@ impl Canaries {
     }
 }
 
-/// All rows of all tables and views of ours, as text.
+/// Returns the name and all rows, as text, of each table and view of the broker.
 async fn dump(pool: &PgPool) -> Vec<(String, String)> {
     let tables: Vec<String> = sqlx::query_scalar(
         "select c.oid::regclass::text from pg_class c
@@ -92,7 +92,7 @@ async fn dump(pool: &PgPool) -> Vec<(String, String)> {
     dumped
 }
 
-/// The server's log without its STATEMENT lines and what continues them.
+/// Returns the Postgres server's log without its STATEMENT lines and their continuations.
 fn log_without_statements(postgres: &EmbeddedPostgres) -> String {
     let log = fs::read_to_string(postgres.directory().join("log")).unwrap();
     let mut in_statement = false;
@@ -104,7 +104,7 @@ fn log_without_statements(postgres: &EmbeddedPostgres) -> String {
 }
 
 #[tokio::test]
-#[expect(clippy::too_many_lines, reason = "one list of ways, then one of outputs")]
+#[expect(clippy::too_many_lines, reason = "one list of operations, then one of outputs")]
 async fn no_secret_bearer_or_token_is_found_in_anything_that_a_broker_writes() {
     let postgres = start_own().await;
     let url = postgres.url(DATABASE);
@@ -112,21 +112,21 @@ async fn no_secret_bearer_or_token_is_found_in_anything_that_a_broker_writes() {
     upstream.add_account("id-1", SECRET);
     upstream.add_account("id-2", "SK.other");
     let mut site = Site::new(&url, &upstream.base_url()).await;
-    site.set("RUST_LOG", EVERYTHING);
-    let mut canaries = Canaries([SECRET, WRONG_SECRET, NO_BEARER].map(str::to_owned).into());
-    let mut words: Vec<(String, String)> = vec![];
+    site.set("RUST_LOG", MOST_VERBOSE);
+    let mut canaries = Canaries([SECRET, WRONG_SECRET, MALFORMED_BEARER].map(str::to_owned).into());
+    let mut outputs: Vec<(String, String)> = vec![];
     let keyring = fs::read_to_string(site.directory.path().join("keyring")).unwrap();
     let keys = keyring.lines().filter_map(|line| line.strip_prefix("key = "));
     keys.for_each(|key| canaries.add(key.trim_matches('"')));
 
-    // The commands: taken and refused secrets, bearers good, unknown and malformed.
+    // The commands: accepted and refused secrets; valid, unknown and malformed bearers.
     site.run(&["migrate"]).await.ok();
     let mut serve = site.serve().await;
     let pool = Database::new(&url, "test").unwrap().pool(2);
     let bearer = site.run(&["caller", "add", "demo", "--bearer"]).await.ok();
     site.run(&["caller", "grant", "demo", "*"]).await.ok();
-    let (bearer, stranger) = (Bearer::parse(&bearer).unwrap(), Bearer::generate());
-    for bearer in [&bearer, &stranger] {
+    let (bearer, unknown) = (Bearer::parse(&bearer).unwrap(), Bearer::generate());
+    for bearer in [&bearer, &unknown] {
         canaries.add(bearer.expose().trim_start_matches("tbk_"));
     }
     for (name, client_id, secret) in [
@@ -139,14 +139,14 @@ async fn no_secret_bearer_or_token_is_found_in_anything_that_a_broker_writes() {
         let added = ["account", "add", name, "--client-id", client_id, "--wait"];
         let ran = site.run_with_secret(&added, &secret).await;
         assert_eq!(ran.code == Some(0), name == "acme", "{ran:?}");
-        words.push((format!("account add {name}"), format!("{ran:?}")));
+        outputs.push((format!("account add {name}"), format!("{ran:?}")));
     }
-    for bearer in [stranger.expose(), NO_BEARER, "tbk_canary-no-bearer"] {
+    for bearer in [unknown.expose(), MALFORMED_BEARER, "tbk_canary-no-bearer"] {
         let mut command = site.command(&["token", "get", "acme"]);
         command.env("TOKEN_BROKER_BEARER", bearer);
         let ran = run(command, "").await;
         assert_ne!(ran.code, Some(0), "{ran:?}");
-        words.push(("token get".to_owned(), format!("{ran:?}")));
+        outputs.push(("token get".to_owned(), format!("{ran:?}")));
     }
 
     // The calls: served, refused, reported, streamed.
@@ -155,10 +155,9 @@ async fn no_secret_bearer_or_token_is_found_in_anything_that_a_broker_writes() {
     canaries.add_token(&token.access_token);
     let mut refusals: Vec<Status> = vec![];
     refusals.push(client.get("wrong").await.unwrap_err());
-    refusals
-        .push(Client::connect(&site.endpoint(), &stranger).await.get("acme").await.unwrap_err());
+    refusals.push(Client::connect(&site.endpoint(), &unknown).await.get("acme").await.unwrap_err());
     let mut malformed = client.request(token_broker::api::proto::GetTokenRequest::default());
-    malformed.metadata_mut().insert("authorization", NO_BEARER.parse().unwrap());
+    malformed.metadata_mut().insert("authorization", MALFORMED_BEARER.parse().unwrap());
     refusals.push(client.grpc.clone().get_token(malformed).await.unwrap_err());
     let watch = WatchTokensRequest { accounts: vec!["acme".to_owned()] };
     let mut stream =
@@ -172,8 +171,8 @@ async fn no_secret_bearer_or_token_is_found_in_anything_that_a_broker_writes() {
     client.grpc.clone().report_rejected_token(Request::new(report.clone())).await.unwrap_err();
     client.grpc.clone().report_rejected_token(client.request(report)).await.unwrap();
 
-    // Sent by mistake in the place of a name or a code.
-    for secret in [&token.access_token, bearer.expose(), stranger.expose(), SECRET] {
+    // Secrets sent by mistake in the place of an account name or an upstream code.
+    for secret in [&token.access_token, bearer.expose(), unknown.expose(), SECRET] {
         let (mut grpc, account) = (client.grpc.clone(), secret.to_owned());
         refusals.push(client.get(&account).await.unwrap_err());
         let watch = WatchTokensRequest { accounts: vec!["acme".to_owned(), account.clone()] };
@@ -189,7 +188,7 @@ async fn no_secret_bearer_or_token_is_found_in_anything_that_a_broker_writes() {
         }
     }
 
-    // The upstream: answers that carry a token which cannot be used, and a secret refused in it.
+    // The upstream: answers with a token that cannot be used, and a refused secret.
     for answer in [
         Answer::TruncatedJson,
         Answer::BrokenOff,
@@ -221,16 +220,16 @@ async fn no_secret_bearer_or_token_is_found_in_anything_that_a_broker_writes() {
     .await;
 
     for path in ["/metrics", "/readyz", "/livez", "/"] {
-        words.push((path.to_owned(), http(site.ops, "GET", path, "").await.1));
+        outputs.push((path.to_owned(), http(site.ops, "GET", path, "").await.1));
     }
     serve.signal(Signal::SIGTERM);
     assert_eq!(serve.ended().await.code(), Some(0));
     let logged = serve.stderr();
-    for looked_at in [r#""level":"TRACE""#, r#""target":"h2::"#] {
-        assert!(logged.contains(looked_at), "the test looks at the right place");
+    for expected in [r#""level":"TRACE""#, r#""target":"h2::"#] {
+        assert!(logged.contains(expected), "the log is as verbose as the test assumes");
     }
-    words.push(("the log".to_owned(), logged));
-    words.push(("standard output".to_owned(), serve.stdout()));
+    outputs.push(("the log".to_owned(), logged));
+    outputs.push(("standard output".to_owned(), serve.stdout()));
     let state = site.directory.path().join("state");
     for arguments in [
         &["audit", "tail", "-n", "100000", "--json"][..],
@@ -246,9 +245,9 @@ async fn no_secret_bearer_or_token_is_found_in_anything_that_a_broker_writes() {
     ] {
         let ran = run(site.command(arguments), &token.access_token).await;
         assert_eq!(ran.code, Some(0), "{ran:?}");
-        words.push((arguments.join(" "), ran.stdout + &ran.stderr));
+        outputs.push((arguments.join(" "), ran.stdout + &ran.stderr));
     }
-    words.extend(
+    outputs.extend(
         refusals.iter().map(|status| ("a status".to_owned(), format!("{status:?} {status}"))),
     );
     let mistaken: i64 = sqlx::query_scalar(
@@ -258,12 +257,12 @@ async fn no_secret_bearer_or_token_is_found_in_anything_that_a_broker_writes() {
     .fetch_one(&pool)
     .await
     .unwrap();
-    assert_eq!(mistaken, 4 * 4, "the calls that a secret was sent with are recorded");
-    words.extend(dump(&pool).await);
-    words.push(("the server's log".to_owned(), log_without_statements(&postgres)));
+    assert_eq!(mistaken, 4 * 4, "the calls with a secret in the wrong place are recorded");
+    outputs.extend(dump(&pool).await);
+    outputs.push(("the server's log".to_owned(), log_without_statements(&postgres)));
 
-    for (place, text) in &words {
-        canaries.assert_absent(place, text.as_bytes());
+    for (output, text) in &outputs {
+        canaries.assert_absent(output, text.as_bytes());
     }
     canaries.assert_absent_below(site.directory.path(), &["keyring"]);
     pool.close().await;
@@ -271,15 +270,15 @@ async fn no_secret_bearer_or_token_is_found_in_anything_that_a_broker_writes() {
 }
 
 #[tokio::test]
-async fn a_value_that_our_checks_refuse_is_in_no_error_and_in_the_server_s_log_as_statement_alone()
-{
+async fn a_refused_value_is_in_no_error_and_in_the_postgres_log_only_as_part_of_the_statement() {
     let postgres = start_own().await;
     let url = postgres.url(DATABASE);
     Database::new(&url, "test").unwrap().migrate().await.unwrap();
     let mut connection = PgConnection::connect(&url).await.unwrap();
-    // The embedded server is quieter than others are.
-    for loud in ["set log_min_error_statement = 'error'", "set log_error_verbosity = 'verbose'"] {
-        sqlx::raw_sql(loud).execute(&mut connection).await.unwrap();
+    // The embedded server logs less than others do by default.
+    for setting in ["set log_min_error_statement = 'error'", "set log_error_verbosity = 'verbose'"]
+    {
+        sqlx::raw_sql(setting).execute(&mut connection).await.unwrap();
     }
     let canaries = Canaries([SECRET.to_owned()].into());
     let values = |name: &str, client_id: &str, secret: &str| {
@@ -328,7 +327,7 @@ async fn a_value_that_our_checks_refuse_is_in_no_error_and_in_the_server_s_log_a
         let mut transaction = connection.begin().await.unwrap();
         let done = sqlx::raw_sql(AssertSqlSafe(statement.clone())).execute(&mut *transaction).await;
         transaction.rollback().await.unwrap();
-        // Some nulls are put right instead.
+        // Some of the nulls are replaced by valid values instead of being refused.
         assert!(done.is_err() || n >= refused, "{statement}");
         if let Err(error) = done {
             canaries.assert_absent(&statement, format!("{error:?}").as_bytes());
@@ -336,7 +335,10 @@ async fn a_value_that_our_checks_refuse_is_in_no_error_and_in_the_server_s_log_a
     }
 
     let log = fs::read(postgres.directory().join("log")).unwrap();
-    assert!(String::from_utf8_lossy(&log).contains(SECRET), "the test looks at the right place");
+    assert!(
+        String::from_utf8_lossy(&log).contains(SECRET),
+        "statements are logged, as the test assumes"
+    );
     canaries.assert_absent("the server's log", log_without_statements(&postgres).as_bytes());
     connection.close().await.unwrap();
     postgres.stop().await;

@@ -1,5 +1,5 @@
-//! The end of a broker: within its limit, whatever its peers do, without a lost record, and without an
-//! error where another replica is there.
+//! The shutdown of a broker: it ends within its time limit whatever its clients do, loses no record, and
+//! costs no client an error while another replica serves.
 
 use std::{
     net::SocketAddr,
@@ -36,15 +36,15 @@ use crate::harness::{
 const GET_TOKEN: &str = "/token_broker.v1.TokenService/GetToken";
 const WATCH_TOKENS: &str = "/token_broker.v1.TokenService/WatchTokens";
 
-/// A broker with an account and a caller.
-struct Stage {
+/// A broker process with an account and a caller.
+struct BrokerUnderTest {
     world: World,
     site: Site,
     serve: Process,
     bearer: Bearer,
 }
 
-impl Stage {
+impl BrokerUnderTest {
     async fn new(drain: &str) -> Self {
         let world = World::new().await;
         world.register("acme", "id-1", "SK.1").await;
@@ -52,10 +52,10 @@ impl Stage {
         let mut site = Site::new(world.database.url(), &world.upstream.base_url()).await;
         site.set("TOKEN_BROKER_DRAIN", drain);
         let serve = site.serve().await;
-        let stage = Self { world, site, serve, bearer };
-        let client = stage.client().await;
+        let broker = Self { world, site, serve, bearer };
+        let client = broker.client().await;
         eventually("a token", async || client.get("acme").await.ok()).await;
-        stage
+        broker
     }
 
     async fn client(&self) -> Client {
@@ -66,8 +66,8 @@ impl Stage {
         format!("Bearer {}", self.bearer.expose())
     }
 
-    /// A client that has a stream of tokens, and does nothing of what it is told.
-    async fn zombie(&self) -> Raw {
+    /// A client that watches tokens and ignores everything that the server asks, such as GOAWAY.
+    async fn client_that_ignores_goaway(&self) -> Raw {
         let mut raw = Raw::connect(self.site.grpc).await;
         let watch = call(WATCH_TOKENS, Some(&self.authorization()));
         let asks = frame(DATA, END_STREAM, 1, &message(b"\x0a\x04acme"));
@@ -77,8 +77,8 @@ impl Stage {
         raw
     }
 
-    /// A client that has asked for much, and reads nothing of it.
-    async fn deaf(&self) -> TcpStream {
+    /// A client that has made many calls and reads no response.
+    async fn client_that_reads_nothing(&self) -> TcpStream {
         let mut stream = TcpStream::connect(self.site.grpc).await.unwrap();
         let no_window = frame(SETTINGS, NONE, 0, &[0, 4, 0, 0, 0, 0]);
         stream.write_all(&[PREFACE, &no_window].concat()).await.unwrap();
@@ -91,15 +91,15 @@ impl Stage {
         stream
     }
 
-    /// Every record is delivered, and follows from what was signed.
+    /// Checks that every record was delivered and that the audit log agrees with the signed checkpoints.
     async fn verify(&self) {
         let heads = self.site.directory.path().join("state/audit-heads.jsonl");
         self.site.run(&["audit", "verify", "--head", heads.to_str().unwrap()]).await.ok();
     }
 }
 
-/// Calls until it is refused or cut off; how often it was answered, and what it heard at last.
-fn call_on(client: Client, stop: CancellationToken) -> JoinHandle<(usize, Option<Status>)> {
+/// Calls until `stop` or the first error. Returns the number of answers, and the error.
+fn call_repeatedly(client: Client, stop: CancellationToken) -> JoinHandle<(usize, Option<Status>)> {
     tokio::spawn(async move {
         let mut answered = 0;
         while !stop.is_cancelled() {
@@ -113,85 +113,87 @@ fn call_on(client: Client, stop: CancellationToken) -> JoinHandle<(usize, Option
 }
 
 #[tokio::test]
-async fn a_stop_ends_in_its_time_though_peers_are_dead_and_loses_no_record() {
-    let mut stage = Stage::new("2s").await;
-    let (zombie, deaf) = (stage.zombie().await, stage.deaf().await);
-    let silent = TcpStream::connect(stage.site.grpc).await.unwrap();
-    let mut unfinished = Raw::connect(stage.site.grpc).await;
-    let begun = call(GET_TOKEN, Some(&stage.authorization()));
+async fn a_stop_ends_in_time_whatever_clients_do_and_loses_no_record() {
+    let mut broker = BrokerUnderTest::new("2s").await;
+    let ignoring = broker.client_that_ignores_goaway().await;
+    let unreading = broker.client_that_reads_nothing().await;
+    let silent = TcpStream::connect(broker.site.grpc).await.unwrap();
+    let mut unfinished = Raw::connect(broker.site.grpc).await;
+    let begun = call(GET_TOKEN, Some(&broker.authorization()));
     assert!(unfinished.send(&frame(HEADERS, END_HEADERS, 1, &begun)).await);
     let mut callers = vec![];
     for _ in 0..3 {
-        callers.push(call_on(stage.client().await, CancellationToken::new()));
+        callers.push(call_repeatedly(broker.client().await, CancellationToken::new()));
     }
     let of_callers = "event = 'get_token' and outcome = 'ok' and caller = 'demo'";
-    eventually("load", async || (stage.world.audit(of_callers).await.len() > 300).then_some(()))
+    eventually("load", async || (broker.world.audit(of_callers).await.len() > 300).then_some(()))
         .await;
 
-    stage.serve.signal(Signal::SIGTERM);
-    assert_eq!(stage.serve.ended().await.code(), Some(0), "{}", stage.serve.stderr());
-    let said = stage.serve.stderr();
-    assert!(said.contains("some connections did not end in time and are cut"), "{said}");
-    drop((zombie, deaf, silent, unfinished));
+    broker.serve.signal(Signal::SIGTERM);
+    assert_eq!(broker.serve.ended().await.code(), Some(0), "{}", broker.serve.stderr());
+    let log = broker.serve.stderr();
+    assert!(log.contains("some connections did not end in time and are aborted"), "{log}");
+    drop((ignoring, unreading, silent, unfinished));
     let mut answered = 0;
     for caller in callers {
         let (answers, _) = caller.await.unwrap();
         answered += answers;
     }
-    // One of the first, 100 of the deaf one, and those of the callers: what they heard is recorded.
-    let recorded = stage.world.audit(of_callers).await.len();
+    // Recorded are also the setup's first call and the 100 calls whose responses were not read. So there are
+    // more records than answers; there must never be fewer.
+    let recorded = broker.world.audit(of_callers).await.len();
     assert!(recorded > answered, "{answered} answered, {recorded} recorded");
-    let last = stage.world.audit("event = 'stopped'").await;
+    let last = broker.world.audit("event = 'stopped'").await;
     assert_eq!(last.len(), 1, "the stop is delivered");
-    stage.verify().await;
+    broker.verify().await;
 }
 
 #[tokio::test]
-async fn a_second_signal_ends_it_at_once_and_the_next_start_delivers() {
-    // Longer than the test would wait.
-    let mut stage = Stage::new("5m").await;
-    let _zombie = stage.zombie().await;
-    stage.serve.signal(Signal::SIGTERM);
-    eventually("that it stops", async || {
-        stage.serve.stderr().contains("stopping; a second signal").then_some(())
+async fn a_second_signal_ends_the_process_at_once_and_the_next_start_delivers_its_records() {
+    // The drain is longer than the test waits.
+    let mut broker = BrokerUnderTest::new("5m").await;
+    let _ignoring = broker.client_that_ignores_goaway().await;
+    broker.serve.signal(Signal::SIGTERM);
+    eventually("the stop to begin", async || {
+        broker.serve.stderr().contains("stopping; a second signal").then_some(())
     })
     .await;
-    stage.serve.signal(Signal::SIGTERM);
-    assert_eq!(stage.serve.ended().await.code(), Some(1), "{}", stage.serve.stderr());
-    assert!(stage.serve.stderr().contains("stopped at once"), "{}", stage.serve.stderr());
-    stage.serve = stage.site.serve().await;
-    stage.serve.signal(Signal::SIGTERM);
-    assert_eq!(stage.serve.ended().await.code(), Some(0), "{}", stage.serve.stderr());
-    stage.verify().await;
+    broker.serve.signal(Signal::SIGTERM);
+    assert_eq!(broker.serve.ended().await.code(), Some(1), "{}", broker.serve.stderr());
+    assert!(broker.serve.stderr().contains("stopped at once"), "{}", broker.serve.stderr());
+    broker.serve = broker.site.serve().await;
+    broker.serve.signal(Signal::SIGTERM);
+    assert_eq!(broker.serve.ended().await.code(), Some(0), "{}", broker.serve.stderr());
+    broker.verify().await;
 }
 
 #[tokio::test]
-async fn watchers_get_a_clean_end_and_hold_no_stop() {
-    // Longer than the test would wait.
-    let mut stage = Stage::new("4m").await;
-    let client = stage.client().await;
+async fn open_streams_end_cleanly_at_a_stop_and_do_not_delay_it() {
+    // The drain is longer than the test waits.
+    let mut broker = BrokerUnderTest::new("4m").await;
+    let client = broker.client().await;
     let watch = WatchTokensRequest { accounts: vec!["acme".into()] };
     let tokens = client.grpc.clone().watch_tokens(client.request(watch)).await.unwrap();
     let mut tokens = tokens.into_inner();
     assert!(tokens.message().await.unwrap().is_some());
-    let channel = Endpoint::from_shared(stage.site.endpoint()).unwrap().connect().await.unwrap();
+    let channel = Endpoint::from_shared(broker.site.endpoint()).unwrap().connect().await.unwrap();
     let mut health = HealthClient::new(channel);
     let states = health.watch(HealthCheckRequest::default()).await.unwrap();
     let mut states = states.into_inner();
     assert_eq!(states.message().await.unwrap().unwrap().status(), ServingStatus::Serving.into());
-    stage.serve.signal(Signal::SIGTERM);
+    broker.serve.signal(Signal::SIGTERM);
     let told = states.message().await.unwrap().unwrap();
     assert_eq!(told.status(), ServingStatus::NotServing.into());
     assert_eq!(states.message().await.unwrap_err().code(), tonic::Code::Unavailable);
-    // No token is pushed any more, and no error is told.
+    // The stream ends without another token and without an error.
     assert!(tokens.message().await.unwrap().is_none());
-    assert_eq!(stage.serve.ended().await.code(), Some(0), "{}", stage.serve.stderr());
-    let said = stage.serve.stderr();
-    assert!(!said.contains("did not end in time"), "{said}");
-    stage.verify().await;
+    assert_eq!(broker.serve.ended().await.code(), Some(0), "{}", broker.serve.stderr());
+    let log = broker.serve.stderr();
+    assert!(!log.contains("did not end in time"), "{log}");
+    broker.verify().await;
 }
 
-/// A balancer for connections: new ones go in turns to those replicas whose health says that they serve.
+/// A TCP load balancer: new connections go in turn to the replicas whose health check reports serving.
 struct Balancer {
     address: SocketAddr,
     serving: Vec<Arc<AtomicBool>>,
@@ -199,7 +201,7 @@ struct Balancer {
 }
 
 impl Balancer {
-    async fn before(replicas: &[SocketAddr]) -> Self {
+    async fn in_front_of(replicas: &[SocketAddr]) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let serving: Vec<_> = replicas.iter().map(|_| Arc::new(AtomicBool::new(false))).collect();
@@ -238,7 +240,7 @@ async fn balance(listener: TcpListener, targets: Vec<(SocketAddr, Arc<AtomicBool
         let (mut client, _) = listener.accept().await.unwrap();
         let turn = next.fetch_add(1, Relaxed);
         let in_turn = (0..targets.len()).map(|nth| &targets[(turn + nth) % targets.len()]);
-        // With nobody there, the client's connection ends.
+        // Without a serving replica the client's connection is closed.
         let Some((target, _)) = in_turn.clone().find(|(_, serving)| serving.load(Relaxed)) else {
             continue;
         };
@@ -252,20 +254,20 @@ async fn balance(listener: TcpListener, targets: Vec<(SocketAddr, Arc<AtomicBool
 }
 
 #[tokio::test]
-async fn a_rolling_restart_costs_no_caller_an_error() {
-    let mut stage = Stage::new("8s").await;
-    let other = stage.site.replica();
+async fn a_rolling_restart_causes_no_caller_an_error() {
+    let mut broker = BrokerUnderTest::new("8s").await;
+    let other = broker.site.replica();
     let mut second = other.serve().await;
-    let balancer = Balancer::before(&[stage.site.grpc, other.grpc]).await;
+    let balancer = Balancer::in_front_of(&[broker.site.grpc, other.grpc]).await;
     balancer.until_all_serve().await;
     let stop = CancellationToken::new();
     let mut callers = vec![];
     for _ in 0..4 {
-        let client = Client::connect(&format!("http://{}", balancer.address), &stage.bearer).await;
-        callers.push(call_on(client, stop.clone()));
+        let client = Client::connect(&format!("http://{}", balancer.address), &broker.bearer).await;
+        callers.push(call_repeatedly(client, stop.clone()));
     }
     for _ in 0..2 {
-        for (site, serve) in [(&stage.site, &mut stage.serve), (&other, &mut second)] {
+        for (site, serve) in [(&broker.site, &mut broker.serve), (&other, &mut second)] {
             serve.signal(Signal::SIGTERM);
             assert_eq!(serve.ended().await.code(), Some(0), "{}", serve.stderr());
             *serve = site.serve().await;

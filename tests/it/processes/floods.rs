@@ -1,5 +1,5 @@
-//! Clients that abuse what HTTP/2 lets them do. Whatever they send, another client's calls all succeed,
-//! memory stays bounded, and descriptors return.
+//! Clients that abuse HTTP/2. Whatever they send, all calls of another client succeed, memory stays bounded,
+//! and file descriptors are released.
 
 use std::{
     net::SocketAddr,
@@ -34,18 +34,18 @@ const GET_TOKEN: &str = "/token_broker.v1.TokenService/GetToken";
 const CHECK: &str = "/grpc.health.v1.Health/Check";
 const WATCH_HEALTH: &str = "/grpc.health.v1.Health/Watch";
 const ENHANCE_YOUR_CALM: u32 = 0xb;
-/// How much more memory than before all floods together may take, in KiB. Without bounds each of
-/// several takes more by itself.
-const MOST_MEMORY: u64 = 256 * 1024;
+/// How much the peak memory may grow during all floods of a test, in KiB. Without limits, several of the
+/// floods would each take more.
+const MAX_MEMORY_GROWTH: u64 = 256 * 1024;
 
-/// A client that does nothing wrong, and calls all the while.
-struct Victim {
+/// A well-behaved client that calls all the time.
+struct BystanderClient {
     calls: Arc<AtomicU64>,
     stop: CancellationToken,
     calling: JoinHandle<()>,
 }
 
-impl Victim {
+impl BystanderClient {
     fn start(client: Client) -> Self {
         let (calls, stop) = (Arc::new(AtomicU64::new(0)), CancellationToken::new());
         let calling = tokio::spawn({
@@ -60,8 +60,8 @@ impl Victim {
         Self { calls, stop, calling }
     }
 
-    /// Returns once it was answered some times more.
-    async fn goes_on(&self, during: &str) {
+    /// Returns once more than 20 further calls were answered. Panics if one failed.
+    async fn is_still_served(&self, during: &str) {
         let so_far = self.calls.load(Relaxed);
         eventually(during, async || {
             let failed = self.calling.is_finished();
@@ -77,18 +77,20 @@ impl Victim {
     }
 }
 
-struct Stage {
+/// A broker process with an account, a caller, and a bystander whose calls must all succeed.
+struct BrokerUnderTest {
     _world: World,
     site: Site,
     serve: Process,
     bearer: String,
-    victim: Victim,
-    /// Before anything happened.
+    bystander: BystanderClient,
+    /// The open file descriptors before the first flood.
     descriptors: usize,
+    /// The peak memory before the first flood, in KiB.
     memory: u64,
 }
 
-impl Stage {
+impl BrokerUnderTest {
     async fn new() -> Self {
         let world = World::new().await;
         world.register("acme", "id-1", "SK.1").await;
@@ -97,69 +99,73 @@ impl Stage {
         let serve = site.serve().await;
         let client = Client::connect(&site.endpoint(), &bearer).await;
         eventually("a token", async || client.get("acme").await.ok()).await;
-        let victim = Victim::start(client);
-        victim.goes_on("the beginning").await;
+        let bystander = BystanderClient::start(client);
+        bystander.is_still_served("the beginning").await;
         let (descriptors, memory) = (serve.descriptors(), serve.peak_memory());
         let bearer = format!("Bearer {}", bearer.expose());
-        Self { _world: world, site, serve, bearer, victim, descriptors, memory }
+        Self { _world: world, site, serve, bearer, bystander, descriptors, memory }
     }
 
     fn address(&self) -> SocketAddr {
         self.site.grpc
     }
 
-    /// The connections of a flood are gone, and nothing is left of them.
-    async fn recovered(&self, flood: &str) {
-        self.victim.goes_on(flood).await;
+    /// Checks that the bystander is served and that the descriptors and the memory of a flood are released.
+    async fn assert_recovered(&self, flood: &str) {
+        self.bystander.is_still_served(flood).await;
         eventually(&format!("the descriptors of: {flood}"), async || {
-            // Those of the pool come and go.
+            // The number of database connections varies.
             (self.serve.descriptors() <= self.descriptors + 16).then_some(())
         })
         .await;
         let grown = self.serve.peak_memory().saturating_sub(self.memory);
-        assert!(grown <= MOST_MEMORY, "{flood}: {grown} KiB");
+        assert!(grown <= MAX_MEMORY_GROWTH, "{flood}: {grown} KiB");
     }
 
     async fn stop(mut self) {
-        self.victim.stop().await;
+        self.bystander.stop().await;
         self.serve.signal(nix::sys::signal::Signal::SIGTERM);
         assert_eq!(self.serve.ended().await.code(), Some(0), "{}", self.serve.stderr());
     }
 }
 
-/// Odd numbers, as clients have them.
+/// Returns the stream numbers that clients use: the odd ones.
 fn streams(count: u32) -> impl Iterator<Item = u32> {
     (0..count).map(|nth| 2 * nth + 1)
 }
 
-/// Sends again and again what `next` makes, until the server has had enough.
-async fn until_refused(mut raw: Raw, most: u32, next: impl Fn(u32) -> Vec<u8>) -> Vec<Frame> {
-    for stream in streams(most) {
+/// Sends what `next` makes for one stream after another, until the server closes the connection or `max`
+/// times. Returns what the server sent.
+async fn until_refused(mut raw: Raw, max: u32, next: impl Fn(u32) -> Vec<u8>) -> Vec<Frame> {
+    for stream in streams(max) {
         if !raw.send(&next(stream)).await {
             break;
         }
     }
-    // What it has not read yet may all have found room on the way.
+    // The sends may have succeeded into buffers, so wait for the server's end in any case.
     raw.ended().await
 }
 
-/// The heads of answers.
+/// Returns the HEADERS frames.
 fn headers(frames: &[Frame]) -> impl Iterator<Item = &Frame> {
     frames.iter().filter(|frame| frame.0 == HEADERS)
 }
 
-fn assert_calm(flood: &str, frames: &[Frame], says: &str) {
-    let told = goaway(frames);
-    // What the server said last is lost if the client still sends when it closes.
-    if let Some((code, why)) = told {
-        assert!(code == ENHANCE_YOUR_CALM && why == says, "{flood}: {code} {why}");
+/// Checks that a GOAWAY, if one arrived, has ENHANCE_YOUR_CALM and `expected` as its debug data.
+fn assert_calm(flood: &str, frames: &[Frame], expected: &str) {
+    // The GOAWAY is lost if the client still sends when the server closes.
+    if let Some((code, debug_data)) = goaway(frames) {
+        assert!(
+            code == ENHANCE_YOUR_CALM && debug_data == expected,
+            "{flood}: {code} {debug_data}"
+        );
     }
 }
 
 #[tokio::test]
-async fn frames_that_cost_a_server_more_than_a_client_end_that_client_alone() {
-    let stage = Stage::new().await;
-    let address = stage.address();
+async fn floods_of_cheap_frames_close_only_the_connection_that_sends_them() {
+    let broker = BrokerUnderTest::new().await;
+    let address = broker.address();
     let open = call(GET_TOKEN, None);
 
     let flood = "rapid reset";
@@ -169,40 +175,40 @@ async fn frames_that_cost_a_server_more_than_a_client_end_that_client_alone() {
     })
     .await;
     assert_calm(flood, &frames, "too_many_resets");
-    stage.recovered(flood).await;
+    broker.assert_recovered(flood).await;
 
     let flood = "resets that the server is made to send";
     let frames = until_refused(Raw::connect(address).await, 200_000, |stream| {
-        // A window beyond all bounds is an error of the stream's.
+        // A window beyond 2^31 - 1 is an error of the stream, which the server resets.
         let beyond = frame(WINDOW_UPDATE, NONE, stream, &0x7fff_ffff_u32.to_be_bytes());
         [frame(HEADERS, END_HEADERS, stream, &open), beyond].concat()
     })
     .await;
     assert_calm(flood, &frames, "too_many_internal_resets");
-    stage.recovered(flood).await;
+    broker.assert_recovered(flood).await;
 
     let flood = "headers that never end";
     let mut raw = Raw::connect(address).await;
     assert!(raw.send(&frame(HEADERS, NONE, 1, &open)).await);
     let frames = until_refused(raw, 100_000, |_| frame(CONTINUATION, NONE, 1, &[])).await;
     assert_calm(flood, &frames, "too_many_continuations");
-    stage.recovered(flood).await;
+    broker.assert_recovered(flood).await;
 
-    let flood = "headers that never end and say something";
+    let flood = "headers that never end and are not empty";
     let mut raw = Raw::connect(address).await;
     assert!(raw.send(&frame(HEADERS, NONE, 1, &open)).await);
     let more = header("x", &"y".repeat(4_000));
     let frames = until_refused(raw, 100_000, |_| frame(CONTINUATION, NONE, 1, &more)).await;
     assert!(goaway(&frames).is_none_or(|(code, _)| code != 0), "{flood}");
-    stage.recovered(flood).await;
+    broker.assert_recovered(flood).await;
 
-    let flood = "data of nothing";
+    let flood = "empty data frames";
     let mut raw = Raw::connect(address).await;
-    let admitted = call(GET_TOKEN, Some(&stage.bearer));
+    let admitted = call(GET_TOKEN, Some(&broker.bearer));
     assert!(raw.send(&frame(HEADERS, END_HEADERS, 1, &admitted)).await);
     let frames = until_refused(raw, 200_000, |_| frame(DATA, NONE, 1, &[]).repeat(10)).await;
     assert_calm(flood, &frames, "too_many_data_frames");
-    stage.recovered(flood).await;
+    broker.assert_recovered(flood).await;
 
     for (flood, bytes) in [
         ("pings", frame(PING, NONE, 0, &[0; 8])),
@@ -211,31 +217,34 @@ async fn frames_that_cost_a_server_more_than_a_client_end_that_client_alone() {
         ("frames of an unknown kind", frame(0xbe, NONE, 0, &[0; 100])),
     ] {
         let mut raw = Raw::connect(address).await;
-        // Some of them are borne with: what they cost is answered as they come, or nothing.
+        // The server may tolerate some of them, those that cost it little.
         for _ in 0..1_000 {
             if !raw.send(&bytes.repeat(100)).await {
                 break;
             }
         }
-        stage.victim.goes_on(flood).await;
+        broker.bystander.is_still_served(flood).await;
         drop(raw);
-        stage.recovered(flood).await;
+        broker.assert_recovered(flood).await;
     }
-    stage.stop().await;
+    broker.stop().await;
 }
 
 #[tokio::test]
-async fn streams_that_are_opened_and_left_hurt_nobody() {
-    let stage = Stage::new().await;
-    let address = stage.address();
+async fn streams_that_are_opened_and_left_do_not_affect_others() {
+    let broker = BrokerUnderTest::new().await;
+    let address = broker.address();
     for (flood, block) in [
         ("calls without a credential whose message never comes", call(GET_TOKEN, None)),
-        ("calls with a credential whose message never comes", call(GET_TOKEN, Some(&stage.bearer))),
+        (
+            "calls with a credential whose message never comes",
+            call(GET_TOKEN, Some(&broker.bearer)),
+        ),
         ("health checks whose message never comes", call(CHECK, None)),
     ] {
         let floods = (0..20).map(|_| async {
             let mut raw = Raw::connect(address).await;
-            // Twice as many as a connection may have.
+            // Twice as many as a connection may have streams.
             for stream in streams(2_000) {
                 if !raw.send(&frame(HEADERS, END_HEADERS, stream, &block)).await {
                     break;
@@ -244,12 +253,12 @@ async fn streams_that_are_opened_and_left_hurt_nobody() {
             raw
         });
         let held = join_all(floods).await;
-        stage.victim.goes_on(flood).await;
+        broker.bystander.is_still_served(flood).await;
         drop(held);
-        stage.recovered(flood).await;
+        broker.assert_recovered(flood).await;
     }
 
-    let flood = "health that is watched by one client on many streams";
+    let flood = "one client that watches health on many streams";
     let mut raw = Raw::connect(address).await;
     let watch = call(WATCH_HEALTH, None);
     for stream in streams(100) {
@@ -257,21 +266,21 @@ async fn streams_that_are_opened_and_left_hurt_nobody() {
         let opened = [frame(HEADERS, END_HEADERS, stream, &watch), asks].concat();
         assert!(raw.send(&opened).await);
     }
-    // Each has an answer: 16 the first state, the others that they are shed.
+    // Each stream is answered: 16 with the first state, the others are shed.
     raw.until(flood, |frames| headers(frames).count() == 100).await;
     let states = |frames: &[Frame]| frames.iter().filter(|frame| frame.0 == DATA).count();
     raw.until(flood, |frames| states(frames) == 16).await;
-    stage.victim.goes_on(flood).await;
+    broker.bystander.is_still_served(flood).await;
     raw.until(flood, |frames| states(frames) == 16).await;
     drop(raw);
-    stage.recovered(flood).await;
+    broker.assert_recovered(flood).await;
 
-    let flood = "answers that nobody reads";
-    // No answer may be sent, and each is asked for.
+    let flood = "responses that are not read";
+    // A window of 0 forbids the server to send data.
     let no_window = [0, 4, 0, 0, 0, 0];
     let floods = (0..5).map(|_| async {
         let mut raw = Raw::with_settings(address, &no_window).await;
-        let (block, asks) = (call(GET_TOKEN, Some(&stage.bearer)), message(b"\x0a\x04acme"));
+        let (block, asks) = (call(GET_TOKEN, Some(&broker.bearer)), message(b"\x0a\x04acme"));
         for stream in streams(1_000) {
             let asks = frame(DATA, END_STREAM, stream, &asks);
             let asked = [frame(HEADERS, END_HEADERS, stream, &block), asks].concat();
@@ -280,20 +289,20 @@ async fn streams_that_are_opened_and_left_hurt_nobody() {
         raw
     });
     let held = join_all(floods).await;
-    stage.victim.goes_on(flood).await;
+    broker.bystander.is_still_served(flood).await;
     drop(held);
-    stage.recovered(flood).await;
-    stage.stop().await;
+    broker.assert_recovered(flood).await;
+    broker.stop().await;
 }
 
 #[tokio::test]
-async fn who_does_not_read_or_does_not_go_on_is_cut() {
-    let stage = Stage::new().await;
-    let address = stage.address();
-    let flood = "answers that nobody reads, without a credential and with one";
+async fn a_client_that_reads_nothing_is_disconnected_and_an_unfinished_message_ends_its_stream() {
+    let broker = BrokerUnderTest::new().await;
+    let address = broker.address();
+    let flood = "responses that are not read, without a credential and with one";
     let no_window = [0, 4, 0, 0, 0, 0];
     let mut unread = vec![];
-    let list = call("/token_broker.v1.TokenService/ListAccounts", Some(&stage.bearer));
+    let list = call("/token_broker.v1.TokenService/ListAccounts", Some(&broker.bearer));
     for block in [call(CHECK, None), list] {
         let mut raw = Raw::with_settings(address, &no_window).await;
         for stream in streams(500) {
@@ -304,14 +313,14 @@ async fn who_does_not_read_or_does_not_go_on_is_cut() {
         raw.until(flood, |frames| headers(frames).count() > 0).await;
         unread.push(raw);
     }
-    stage.victim.goes_on(flood).await;
+    broker.bystander.is_still_served(flood).await;
 
-    let flood = "messages of streams that do not go on";
+    let flood = "messages of streams that are never finished";
     let mut begun = vec![];
     for block in [
         call(WATCH_HEALTH, None),
         call("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", None),
-        call("/token_broker.v1.TokenService/WatchTokens", Some(&stage.bearer)),
+        call("/token_broker.v1.TokenService/WatchTokens", Some(&broker.bearer)),
     ] {
         let mut raw = Raw::connect(address).await;
         let part = [&[0][..], &4_000_u32.to_be_bytes(), &[b'x'; 3_999]].concat();
@@ -320,47 +329,47 @@ async fn who_does_not_read_or_does_not_go_on_is_cut() {
         begun.push(raw);
     }
     for raw in begun {
-        // The stream is over, and the connection is not.
-        let over =
+        // The stream has ended, and the connection has not.
+        let stream_ended =
             |frame: &Frame| frame.2 == 1 && (frame.1 & END_STREAM != 0 || frame.0 == RST_STREAM);
-        raw.until(flood, |frames| frames.iter().any(over)).await;
+        raw.until(flood, |frames| frames.iter().any(stream_ended)).await;
     }
     for raw in unread {
         raw.ended().await;
     }
-    stage.recovered(flood).await;
-    stage.stop().await;
+    broker.assert_recovered(flood).await;
+    broker.stop().await;
 }
 
 #[tokio::test]
-async fn what_is_too_large_or_no_http_2_at_all_is_refused_and_forgotten() {
-    let stage = Stage::new().await;
-    let address = stage.address();
+async fn too_large_messages_and_headers_and_bytes_that_are_not_http_2_are_refused() {
+    let broker = BrokerUnderTest::new().await;
+    let address = broker.address();
 
     let flood = "messages that are too large";
     let floods = (0..20).map(|_| async {
         let mut raw = Raw::connect(address).await;
-        let block = call(GET_TOKEN, Some(&stage.bearer));
+        let block = call(GET_TOKEN, Some(&broker.bearer));
         let part = frame(DATA, NONE, 1, &[b'x'; 16 * 1024]);
         let begun = [&[0][..], &(1_u32 << 30).to_be_bytes()].concat();
         raw.send(&frame(HEADERS, END_HEADERS, 1, &block)).await;
         raw.send(&frame(DATA, NONE, 1, &begun)).await;
-        // What comes after the refusal is taken and forgotten.
+        // What is sent after the refusal is read and discarded.
         for _ in 0..256 {
             if !raw.send(&part).await {
                 break;
             }
         }
-        // Whichever is first: the message is refused, or what was sent beyond the window is.
-        let over = |frame: &Frame| frame.2 == 1 && [HEADERS, RST_STREAM].contains(&frame.0);
+        // Whichever is first: the message is refused, or the data beyond the window is.
+        let stream_ended = |frame: &Frame| frame.2 == 1 && [HEADERS, RST_STREAM].contains(&frame.0);
         let refused = |frames: &[Frame]| {
-            goaway(frames).is_some_and(|(code, _)| code != 0) || frames.iter().any(over)
+            goaway(frames).is_some_and(|(code, _)| code != 0) || frames.iter().any(stream_ended)
         };
         raw.until_or_end(flood, refused).await;
         raw
     });
     drop(join_all(floods).await);
-    stage.recovered(flood).await;
+    broker.assert_recovered(flood).await;
 
     let flood = "headers that are too large";
     let mut raw = Raw::connect(address).await;
@@ -368,11 +377,11 @@ async fn what_is_too_large_or_no_http_2_at_all_is_refused_and_forgotten() {
     let more = header("z", &"y".repeat(8_000));
     assert!(raw.send(&frame(HEADERS, NONE, 1, &block)).await);
     assert!(raw.send(&frame(CONTINUATION, END_HEADERS, 1, &more)).await);
-    // 431, or the end of the stream.
+    // The server answers 431 or resets the stream.
     let refused = |frame: &Frame| frame.2 == 1 && [HEADERS, RST_STREAM].contains(&frame.0);
     raw.until(flood, |frames| frames.iter().any(refused)).await;
     drop(raw);
-    stage.recovered(flood).await;
+    broker.assert_recovered(flood).await;
 
     let flood = "garbage";
     let garbage: Vec<u8> =
@@ -381,10 +390,11 @@ async fn what_is_too_large_or_no_http_2_at_all_is_refused_and_forgotten() {
         let garbage = &garbage;
         async move {
             let mut stream = TcpStream::connect(address).await.unwrap();
-            // It is closed at once, or as soon as it is no HTTP/2.
+            // The connection is closed at the first byte that differs from the preface.
             let _ = stream.write_all(&garbage[nth * 7..]).await;
-            let mut said = vec![];
-            let _ = timeout(PATIENCE, stream.read_to_end(&mut said)).await.expect("it is closed");
+            let mut received = vec![];
+            let closed = stream.read_to_end(&mut received);
+            let _ = timeout(PATIENCE, closed).await.expect("it is closed");
         }
     });
     join_all(floods).await;
@@ -397,27 +407,27 @@ async fn what_is_too_large_or_no_http_2_at_all_is_refused_and_forgotten() {
         }
     });
     join_all(floods).await;
-    stage.recovered(flood).await;
-    stage.stop().await;
+    broker.assert_recovered(flood).await;
+    broker.stop().await;
 }
 
 #[tokio::test]
-async fn who_says_nothing_is_not_waited_for() {
-    let stage = Stage::new().await;
-    let flood = "silent sockets";
-    let silent = (0..300).map(|_| TcpStream::connect(stage.address()));
+async fn silent_connections_are_closed() {
+    let broker = BrokerUnderTest::new().await;
+    let flood = "silent connections";
+    let silent = (0..300).map(|_| TcpStream::connect(broker.address()));
     let silent: Vec<_> = join_all(silent).await.into_iter().map(Result::unwrap).collect();
-    stage.victim.goes_on(flood).await;
+    broker.bystander.is_still_served(flood).await;
     for mut stream in silent {
         let closed = timeout(PATIENCE, stream.read(&mut [0; 1])).await.expect("it is closed");
-        assert!(closed.is_ok_and(|read| read == 0), "nothing is said to them");
+        assert!(closed.is_ok_and(|read| read == 0), "they receive nothing");
     }
-    stage.recovered(flood).await;
-    stage.stop().await;
+    broker.assert_recovered(flood).await;
+    broker.stop().await;
 }
 
 #[tokio::test]
-async fn a_handshake_that_does_not_go_on_is_given_up_while_others_come_in() {
+async fn unfinished_tls_handshakes_time_out_while_others_succeed() {
     let world = World::new().await;
     world.register("acme", "id-1", "SK.1").await;
     let mut site = Site::new(world.database.url(), &world.upstream.base_url()).await;
@@ -426,7 +436,7 @@ async fn a_handshake_that_does_not_go_on_is_given_up_while_others_come_in() {
     site.set_tls(&files);
     let mut serve = site.serve().await;
     let before = serve.descriptors();
-    // The beginning of a ClientHello, and no more.
+    // Each client sends the beginning of a ClientHello and no more.
     let slow = (0..200).map(|_| async {
         let mut stream = TcpStream::connect(site.grpc).await.unwrap();
         stream.write_all(&[22, 3, 1, 2, 0, 1, 0, 1]).await.unwrap();

@@ -1,4 +1,4 @@
-//! The recipe of `docs/tls.md`, as it stands there, and what it says one gets.
+//! Runs the commands of `docs/tls.md` as they stand there, and checks that the result works as it says.
 
 use nix::sys::signal::Signal;
 
@@ -11,7 +11,7 @@ use crate::harness::{
 const TLS: &str = include_str!("../../../docs/tls.md");
 
 #[tokio::test]
-async fn certificates_of_the_documented_recipe_let_a_caller_in_over_tls() {
+async fn certificates_made_by_the_documented_commands_identify_a_caller_over_tls() {
     let world = World::new().await;
     world.register("acme", "id-1", "SK.1").await;
     let mut site = Site::new(world.database.url(), &world.upstream.base_url()).await;

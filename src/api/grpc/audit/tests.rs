@@ -16,25 +16,25 @@ use crate::{
     store::callers::{CallerCredential, CredentialKey},
 };
 
-/// A desk with one caller, and a journal in a directory of its own.
-struct Office {
-    desk: Arc<AuditLayer>,
+/// An audit layer with one caller, whose journal is in a temporary directory.
+struct Harness {
+    layer: Arc<AuditLayer>,
     bearer: Bearer,
-    manual: ManualClock,
+    clock: ManualClock,
     state_dir: StateDir,
-    _home: TempDir,
+    _directory: TempDir,
 }
 
-impl Office {
-    fn open() -> Self {
+impl Harness {
+    fn new() -> Self {
         let manual = ManualClock::new(Clock::System.now());
         let clock = Clock::Manual(manual.clone());
-        let home = TempDir::new().unwrap();
-        let state_dir = StateDir::open(home.path()).unwrap();
+        let directory = TempDir::new().unwrap();
+        let state_dir = StateDir::open(directory.path()).unwrap();
         let journal = Journal::open(&state_dir, JournalSettings::default(), clock.clone()).unwrap();
         let bearer = Bearer::generate();
-        let directory = CallerDirectory::default();
-        directory.replace(vec![CallerCredential {
+        let callers = CallerDirectory::default();
+        callers.replace(vec![CallerCredential {
             caller: Arc::new(Caller {
                 id: CallerId(1),
                 name: "demo".into(),
@@ -47,35 +47,33 @@ impl Office {
             revoked: false,
         }]);
         let calls = TaskTracker::new();
-        let desk = AuditLayer {
-            folds: RefusalAggregator::new(journal.clone(), calls.clone()),
+        let layer = AuditLayer {
+            refusals: RefusalAggregator::new(journal.clone(), calls.clone()),
             journal,
-            directory: Arc::new(directory),
+            callers: Arc::new(callers),
             trust_domain: None,
-            rates: CallerRates::default(),
-            default_rate: 1_000,
+            rates: CallerRates::new(1_000),
             default_deadline: Duration::from_mins(1),
-            longest_deadline: Duration::from_mins(1),
+            max_deadline: Duration::from_mins(1),
             clock,
-            epoch: Instant::now(),
             metrics: Arc::new(Metrics::new("test")),
             calls,
-            refused: Arc::new(KeyedSemaphore::new(1)),
+            refusal_waits: Arc::new(KeyedSemaphore::new(1)),
         };
-        Self { desk: Arc::new(desk), bearer, manual, state_dir, _home: home }
+        Self { layer: Arc::new(layer), bearer, clock: manual, state_dir, _directory: directory }
     }
 
-    /// What becomes of a `GetToken` that `method` answers: the status, and the journal's text.
+    /// Makes a `GetToken` call whose RPC is `rpc`. Returns the status and the journal's text.
     async fn call<F>(
         &self,
-        method: impl Fn(CallContext) -> F + Clone + Send + 'static,
+        rpc: impl Fn(CallContext) -> F + Clone + Send + 'static,
     ) -> (Code, String)
     where
         F: Future<Output = ()> + Send + 'static,
     {
         let inner = service_fn(move |request: Request<Body>| {
             let context = request.extensions().get::<CallContext>().unwrap().clone();
-            let answered = method(context);
+            let answered = rpc(context);
             async move {
                 answered.await;
                 Ok::<_, Infallible>(Response::new(Body::empty()))
@@ -98,15 +96,15 @@ impl Office {
             .header("authorization", format!("Bearer {}", bearer.expose()))
             .body(body)
             .unwrap();
-        let response = AuditService::new(inner, self.desk.clone()).call(request).await.unwrap();
+        let response = AuditService::new(inner, self.layer.clone()).call(request).await.unwrap();
         code_of(&response)
     }
 
-    /// What the journal holds in the end.
+    /// Closes the journal and returns its text.
     async fn journal(&self) -> String {
-        self.desk.calls.close();
-        self.desk.calls.wait().await;
-        self.desk.journal.close().await;
+        self.layer.calls.close();
+        self.layer.calls.wait().await;
+        self.layer.journal.close().await;
         let segments = fs::read_dir(self.state_dir.journal_dir()).unwrap();
         segments
             .map(|segment| segment.unwrap().path())
@@ -117,15 +115,15 @@ impl Office {
 }
 
 #[tokio::test]
-async fn a_token_that_ends_while_its_record_is_written_does_not_leave() {
-    let office = Office::open();
+async fn a_token_that_expires_while_its_record_is_written_is_not_sent() {
+    let harness = Harness::new();
     let mut token = Token::example(7, 1);
-    token.expires_at = office.desk.clock.now() + chrono::TimeDelta::seconds(1);
-    let manual = office.manual.clone();
-    let (code, journal) = office
+    token.expires_at = harness.layer.clock.now() + chrono::TimeDelta::seconds(1);
+    let manual = harness.clock.clone();
+    let (code, journal) = harness
         .call(move |context| {
-            context.draft.token(&token);
-            // Time passes between the decision and the commit of the record.
+            context.draft.set_token(&token);
+            // The token expires between the RPC's answer and the commit of the record.
             manual.advance(Duration::from_secs(1));
             async {}
         })
@@ -135,13 +133,13 @@ async fn a_token_that_ends_while_its_record_is_written_does_not_leave() {
 }
 
 #[tokio::test]
-async fn a_live_token_leaves_once_its_record_is_durable() {
-    let office = Office::open();
+async fn a_live_token_is_sent_once_its_record_is_durable() {
+    let harness = Harness::new();
     let mut token = Token::example(7, 1);
-    token.expires_at = office.desk.clock.now() + chrono::TimeDelta::seconds(1);
-    let (code, journal) = office
+    token.expires_at = harness.layer.clock.now() + chrono::TimeDelta::seconds(1);
+    let (code, journal) = harness
         .call(move |context| {
-            context.draft.token(&token);
+            context.draft.set_token(&token);
             async {}
         })
         .await;
@@ -151,36 +149,36 @@ async fn a_live_token_leaves_once_its_record_is_durable() {
 
 #[tokio::test]
 async fn a_call_that_panics_is_recorded_as_internal() {
-    let office = Office::open();
-    let (code, journal) = office.call(|_| async { panic!("a fault that the test is about") }).await;
+    let harness = Harness::new();
+    let (code, journal) = harness.call(|_| async { panic!("the test's own panic") }).await;
     assert_eq!(code, Code::Internal);
     assert!(journal.contains("\"outcome\":\"internal\""), "{journal}");
 }
 
 #[tokio::test]
 async fn a_call_that_cannot_be_recorded_is_not_answered() {
-    let office = Office::open();
-    office.desk.journal.close().await;
-    let (code, journal) = office.call(|_| async {}).await;
+    let harness = Harness::new();
+    harness.layer.journal.close().await;
+    let (code, journal) = harness.call(|_| async {}).await;
     assert_eq!(code, Code::Unavailable);
     assert!(!journal.contains("get_token"), "{journal}");
 }
 
 #[tokio::test]
-async fn refusals_beyond_those_that_may_wait_are_answered_at_once_and_recorded_all_the_same() {
-    let office = Office::open();
-    let never = service_fn(|_| async { panic!("it is not admitted") });
-    let stranger = Bearer::generate();
-    let waits = office.desk.refused.try_acquire(None).unwrap();
+async fn refusals_without_a_wait_permit_are_answered_at_once_and_still_recorded() {
+    let harness = Harness::new();
+    let unreachable = service_fn(|_| async { panic!("the call is not admitted") });
+    let unknown = Bearer::generate();
+    let only_permit = harness.layer.refusal_waits.try_acquire(None).unwrap();
     for _ in 0..25 {
-        let code = office.send(never, &stranger, Body::empty()).await;
+        let code = harness.send(unreachable, &unknown, Body::empty()).await;
         assert_eq!(code, Code::Unauthenticated);
     }
-    drop(waits);
-    // Who has a place waits for the record of them all.
-    let code = office.send(never, &stranger, Body::empty()).await;
+    drop(only_permit);
+    // With a permit, the call waits for the record that counts them all.
+    let code = harness.send(unreachable, &unknown, Body::empty()).await;
     assert_eq!(code, Code::Unauthenticated);
-    let journal = office.journal().await;
+    let journal = harness.journal().await;
     let counts = journal.split("\"count\":").skip(1).map(|rest| {
         let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
         digits.parse::<u32>().unwrap()

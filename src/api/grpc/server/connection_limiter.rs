@@ -1,37 +1,38 @@
-//! Who is connected: how many, and from where.
+//! Counts the open connections, and limits those of each address.
 
 use std::{
     collections::HashMap,
     net::IpAddr,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicU32, Ordering},
     },
     time::Duration,
 };
 
+use parking_lot::Mutex;
 use tokio::{sync::watch, time::Instant};
 use tracing::warn;
 
-use crate::services::caller_rates::network_of;
+use crate::services::client_network::network_of;
 
-/// How often it is said at most that an address has too many connections.
-const WARN_AGAIN: Duration = Duration::from_mins(1);
+/// How often the log says, at most, that an address has too many connections.
+const WARNING_INTERVAL: Duration = Duration::from_mins(1);
 
-/// The connections that are there.
+/// The open connections by address. The addresses of one IPv6 /64 count as one.
 #[derive(Debug)]
 pub struct ConnectionLimiter {
-    from: Mutex<HashMap<IpAddr, usize>>,
-    all: watch::Sender<usize>,
-    /// Counts those that came, for their jitter.
-    came: AtomicU32,
-    /// When it was last said that an address has too many.
-    warned: Mutex<Option<Instant>>,
+    by_address: Mutex<HashMap<IpAddr, usize>>,
+    total: watch::Sender<usize>,
+    /// The number of connections so far, which spreads their maximum ages.
+    accepted: AtomicU32,
+    last_warning: Mutex<Option<Instant>>,
 }
 
-/// A connection that is there while this lives.
+/// Counts a connection as open until it is dropped.
+#[must_use]
 pub(super) struct ConnectionPermit {
-    guests: Arc<ConnectionLimiter>,
+    limiter: Arc<ConnectionLimiter>,
     address: IpAddr,
     number: u32,
 }
@@ -39,59 +40,55 @@ pub(super) struct ConnectionPermit {
 impl Default for ConnectionLimiter {
     fn default() -> Self {
         Self {
-            from: Mutex::default(),
-            all: watch::Sender::new(0),
-            came: AtomicU32::new(0),
-            warned: Mutex::default(),
+            by_address: Mutex::default(),
+            total: watch::Sender::new(0),
+            accepted: AtomicU32::new(0),
+            last_warning: Mutex::default(),
         }
     }
 }
 
 impl ConnectionLimiter {
-    /// Counts a connection from `address`; `None` if it has `most` already.
-    pub(super) fn welcome(
+    /// Counts a connection from `address`. Returns `None` if the address has `max` already.
+    pub(super) fn try_acquire(
         self: &Arc<Self>,
         address: IpAddr,
-        most: usize,
+        max: usize,
     ) -> Option<ConnectionPermit> {
         let address = network_of(address);
-        let mut from = self.from();
-        let count = from.entry(address).or_default();
-        if *count >= most {
+        let mut by_address = self.by_address.lock();
+        let count = by_address.entry(address).or_default();
+        if *count >= max {
             return None;
         }
         *count += 1;
-        self.all.send_modify(|all| *all += 1);
-        let number = self.came.fetch_add(1, Ordering::Relaxed);
-        Some(ConnectionPermit { guests: Arc::clone(self), address, number })
+        self.total.send_modify(|total| *total += 1);
+        let number = self.accepted.fetch_add(1, Ordering::Relaxed);
+        Some(ConnectionPermit { limiter: Arc::clone(self), address, number })
     }
 
-    /// Says, once a minute at most, that `address` has all the connections that it may have.
-    pub(super) fn warn_of_too_many(&self, address: IpAddr, most: usize) {
+    /// Logs that `address` has all the connections that it may have; once a minute at most, whatever the
+    /// addresses.
+    pub(super) fn warn_of_too_many(&self, address: IpAddr, max: usize) {
         let now = Instant::now();
-        let mut warned = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
-        if warned.is_none_or(|at| now - at >= WARN_AGAIN) {
-            *warned = Some(now);
-            warn!(%address, most, "an address has as many connections as it may: more are closed");
+        let mut last_warning = self.last_warning.lock();
+        if last_warning.is_none_or(|at| now - at >= WARNING_INTERVAL) {
+            *last_warning = Some(now);
+            warn!(%address, max, "an address has as many connections as it may: more are closed");
         }
     }
 
-    /// Returns once nobody is connected.
-    pub async fn gone(&self) {
-        // The sender lives in this, so the wait cannot fail.
-        let _ = self.all.subscribe().wait_for(|all| *all == 0).await;
-    }
-
-    fn from(&self) -> MutexGuard<'_, HashMap<IpAddr, usize>> {
-        // No code panics while it holds this lock.
-        self.from.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Returns once no connection is open. Cancel safe.
+    pub async fn until_none(&self) {
+        // The wait fails only if the sender is dropped, and `self` owns it.
+        let _ = self.total.subscribe().wait_for(|total| *total == 0).await;
     }
 }
 
 impl ConnectionPermit {
-    /// How old this connection may become, at most `limit` and up to a quarter less.
-    pub(super) fn age(&self, limit: Duration) -> Duration {
-        // Knuth's multiplicative hash: numbers that follow each other lie far apart.
+    /// Returns `limit` or up to a quarter less, different for connections that follow each other.
+    pub(super) fn jittered(&self, limit: Duration) -> Duration {
+        // Knuth's multiplicative hash maps consecutive numbers to values that are far apart.
         let spread = f64::from(self.number.wrapping_mul(2_654_435_769)) / f64::from(u32::MAX);
         limit.mul_f64(1.0 - spread / 4.0)
     }
@@ -99,14 +96,14 @@ impl ConnectionPermit {
 
 impl Drop for ConnectionPermit {
     fn drop(&mut self) {
-        let mut from = self.guests.from();
-        if let Some(count) = from.get_mut(&self.address) {
+        let mut by_address = self.limiter.by_address.lock();
+        if let Some(count) = by_address.get_mut(&self.address) {
             *count -= 1;
             if *count == 0 {
-                from.remove(&self.address);
+                by_address.remove(&self.address);
             }
         }
-        self.guests.all.send_modify(|all| *all -= 1);
+        self.limiter.total.send_modify(|total| *total -= 1);
     }
 }
 
@@ -115,27 +112,27 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn an_address_has_so_many_and_leaves_room_for_others() {
-        let guests = Arc::new(ConnectionLimiter::default());
+    async fn an_address_has_its_maximum_of_connections_and_others_are_not_affected() {
+        let limiter = Arc::new(ConnectionLimiter::default());
         let (one, other): (IpAddr, IpAddr) = ([10, 0, 0, 1].into(), [10, 0, 0, 2].into());
-        let first = guests.welcome(one, 2).unwrap();
-        let second = guests.welcome("::ffff:10.0.0.1".parse().unwrap(), 2).unwrap();
-        assert!(guests.welcome(one, 2).is_none());
-        let third = guests.welcome(other, 2).unwrap();
+        let first = limiter.try_acquire(one, 2).unwrap();
+        let second = limiter.try_acquire("::ffff:10.0.0.1".parse().unwrap(), 2).unwrap();
+        assert!(limiter.try_acquire(one, 2).is_none());
+        let third = limiter.try_acquire(other, 2).unwrap();
         drop(first);
-        assert!(guests.welcome(one, 2).is_some());
+        assert!(limiter.try_acquire(one, 2).is_some());
         drop((second, third));
-        guests.gone().await;
-        assert!(guests.from().is_empty());
+        limiter.until_none().await;
+        assert!(limiter.by_address.lock().is_empty());
     }
 
     #[test]
-    fn connections_of_one_moment_end_at_many() {
-        let guests = Arc::new(ConnectionLimiter::default());
+    fn connections_opened_together_have_different_maximum_ages() {
+        let limiter = Arc::new(ConnectionLimiter::default());
         let limit = Duration::from_mins(30);
         let mut ages: Vec<_> = (0..100)
-            .map(|_| guests.welcome([10, 0, 0, 1].into(), 100).unwrap())
-            .map(|guest| guest.age(limit))
+            .map(|_| limiter.try_acquire([10, 0, 0, 1].into(), 100).unwrap())
+            .map(|permit| permit.jittered(limit))
             .collect();
         assert!(ages.iter().all(|age| (limit * 3 / 4..=limit).contains(age)));
         ages.sort_unstable();

@@ -1,4 +1,5 @@
-//! TLS handshakes: whom the client's certificate names, and what is recorded of those that are refused.
+//! The client's identity after a TLS handshake, and the audit records of connections that are refused before
+//! they make a call.
 
 use std::{io, net::SocketAddr, time::Duration};
 
@@ -13,42 +14,46 @@ use crate::{
     tls::PeerIdentity,
 };
 
-/// How long a refused handshake's record may take; nobody waits for it.
-const RECORD_WITHIN: Duration = Duration::from_secs(5);
+/// How long the record may take to become durable. The connection is kept that long, but the client waits for
+/// nothing.
+const RECORD_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Whom the client's certificate names, if it showed one. The handshake has verified it.
-pub(super) fn shown(stream: &TlsStream<Socket>) -> Option<PeerIdentity> {
+/// Returns the identity in the client's certificate, if it showed one. The handshake has verified it.
+pub(super) fn client_identity(stream: &TlsStream<Socket>) -> Option<PeerIdentity> {
     let (_, session) = stream.get_ref();
     session.peer_certificates().and_then(|chain| chain.first()).map(PeerIdentity::of)
 }
 
-/// Records a handshake that the client lost. One that it only broke off, as probes do, is none.
-pub(super) async fn record_refused(
-    folds: &RefusalAggregator,
+/// Records a handshake that failed by a fault in TLS. One whose client only closed the connection, as TCP
+/// probes do, is not recorded.
+pub(super) async fn record_failure(
+    refusals: &RefusalAggregator,
     clock: &Clock,
     address: SocketAddr,
     error: &io::Error,
 ) {
-    let Some(fault) = error.get_ref().and_then(|it| it.downcast_ref::<rustls::Error>()) else {
+    let Some(fault) = error.get_ref().and_then(|source| source.downcast_ref::<rustls::Error>())
+    else {
         return;
     };
-    record(folds, clock, address, reason(fault), &fault.to_string()).await;
+    record(refusals, clock, address, reason(fault), &fault.to_string()).await;
 }
 
-/// Records a connection of a balancer that did not say whose it is. One that was only broken off is none.
-pub(super) async fn record_unproxied(
-    folds: &RefusalAggregator,
+/// Records a connection from a trusted balancer that began without a PROXY protocol header. One that was only
+/// closed is not recorded.
+pub(super) async fn record_no_proxy_header(
+    refusals: &RefusalAggregator,
     clock: &Clock,
     address: SocketAddr,
     error: &io::Error,
 ) {
     if error.kind() == io::ErrorKind::InvalidData {
-        record(folds, clock, address, "NO_PROXY_HEADER", &error.to_string()).await;
+        record(refusals, clock, address, "NO_PROXY_HEADER", &error.to_string()).await;
     }
 }
 
 async fn record(
-    folds: &RefusalAggregator,
+    refusals: &RefusalAggregator,
     clock: &Clock,
     address: SocketAddr,
     reason: &str,
@@ -58,12 +63,12 @@ async fn record(
         .outcome("unauthenticated", reason)
         .with("fault", fault);
     record.peer = Some(address.to_string());
-    if folds.record(record, RECORD_WITHIN).await.is_err() {
+    if refusals.record(record, RECORD_TIMEOUT).await.is_err() {
         warn!(%address, "a refused handshake could not be recorded");
     }
 }
 
-/// The reason of a refused handshake, for the audit log.
+/// Returns the `reason` of a failed handshake in the audit log. `docs/tls.md` lists them.
 fn reason(fault: &rustls::Error) -> &'static str {
     use rustls::{CertificateError, Error};
     match fault {

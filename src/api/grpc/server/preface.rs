@@ -1,4 +1,4 @@
-//! The first words of an HTTP/2 client, heard before anything is done for it.
+//! The HTTP/2 connection preface, which is awaited before a connection takes a worker slot.
 
 use std::{
     io::{self, IoSlice},
@@ -8,59 +8,63 @@ use std::{
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 
-use super::socket::Move;
+use super::socket::MoveToRuntime;
 
-/// What an HTTP/2 client says first.
+/// What an HTTP/2 client sends first (RFC 9113, section 3.4).
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// A stream whose client has said that it speaks HTTP/2. The words are read once more.
-pub(super) struct Greeted<S> {
+/// A stream whose client has sent the preface. Reading it returns the preface once more, since the HTTP/2
+/// implementation expects it.
+pub(super) struct PrefacedStream<S> {
     stream: S,
-    /// How much of the preface is still to be read again.
-    left: usize,
+    /// How many bytes of the preface are still to be returned.
+    preface_left: usize,
 }
 
-impl<S: AsyncRead + Unpin> Greeted<S> {
-    /// Waits for the preface; the caller bounds how long.
-    pub(super) async fn by_client(mut stream: S) -> io::Result<Self> {
-        let mut said = [0; PREFACE.len()];
-        let mut heard = 0;
-        while heard < said.len() {
-            let more = stream.read(&mut said[heard..]).await?;
-            heard += more;
-            if more == 0 || !PREFACE.starts_with(&said[..heard]) {
+impl<S: AsyncRead + Unpin> PrefacedStream<S> {
+    /// Reads the preface. Sets no timeout of its own.
+    ///
+    /// # Errors
+    /// At the first byte that differs from the preface, and when the client closes before its end.
+    pub(super) async fn after_preface(mut stream: S) -> io::Result<Self> {
+        let mut buffer = [0; PREFACE.len()];
+        let mut received = 0;
+        while received < buffer.len() {
+            let more = stream.read(&mut buffer[received..]).await?;
+            received += more;
+            if more == 0 || !PREFACE.starts_with(&buffer[..received]) {
                 let kind = io::ErrorKind::InvalidData;
-                return Err(io::Error::new(kind, "this is no HTTP/2 client"));
+                return Err(io::Error::new(kind, "the client does not speak HTTP/2"));
             }
         }
-        Ok(Self { stream, left: PREFACE.len() })
+        Ok(Self { stream, preface_left: PREFACE.len() })
     }
 }
 
-impl<S: Move> Move for Greeted<S> {
-    fn move_here(&mut self) -> io::Result<()> {
-        self.stream.move_here()
+impl<S: MoveToRuntime> MoveToRuntime for PrefacedStream<S> {
+    fn move_to_current_runtime(&mut self) -> io::Result<()> {
+        self.stream.move_to_current_runtime()
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Greeted<S> {
+impl<S: AsyncRead + Unpin> AsyncRead for PrefacedStream<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if self.left > 0 {
-            let rest = &PREFACE[PREFACE.len() - self.left..];
+        if self.preface_left > 0 {
+            let rest = &PREFACE[PREFACE.len() - self.preface_left..];
             let part = &rest[..rest.len().min(buffer.remaining())];
             buffer.put_slice(part);
-            self.left -= part.len();
+            self.preface_left -= part.len();
             return Poll::Ready(Ok(()));
         }
         Pin::new(&mut self.stream).poll_read(context, buffer)
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Greeted<S> {
+impl<S: AsyncWrite + Unpin> AsyncWrite for PrefacedStream<S> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -97,9 +101,9 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_preface_in_pieces_is_waited_for_and_read_again() {
+    async fn a_preface_in_pieces_is_awaited_and_can_be_read_again() {
         let (mut client, server) = duplex(64);
-        let greeting = tokio::spawn(Greeted::by_client(server));
+        let reading = tokio::spawn(PrefacedStream::after_preface(server));
         for piece in PREFACE.chunks(7) {
             client.write_all(piece).await.unwrap();
             tokio::task::yield_now().await;
@@ -107,17 +111,17 @@ mod tests {
         client.write_all(b"more").await.unwrap();
         client.shutdown().await.unwrap();
         let mut all = Vec::new();
-        greeting.await.unwrap().unwrap().read_to_end(&mut all).await.unwrap();
+        reading.await.unwrap().unwrap().read_to_end(&mut all).await.unwrap();
         assert_eq!(all, [&PREFACE[..], b"more"].concat());
     }
 
     #[tokio::test]
     async fn anything_else_is_refused_at_its_first_wrong_byte() {
-        for said in [&b"GET / HTTP/1.1"[..], b"PRI * HTTP/1.1", b"\x16\x03\x01", b"PRI"] {
+        for sent in [&b"GET / HTTP/1.1"[..], b"PRI * HTTP/1.1", b"\x16\x03\x01", b"PRI"] {
             let (mut client, server) = duplex(64);
-            client.write_all(said).await.unwrap();
+            client.write_all(sent).await.unwrap();
             client.shutdown().await.unwrap();
-            assert!(Greeted::by_client(server).await.is_err(), "{said:?}");
+            assert!(PrefacedStream::after_preface(server).await.is_err(), "{sent:?}");
         }
     }
 }

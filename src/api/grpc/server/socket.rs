@@ -1,5 +1,5 @@
-//! Streams that move from the runtime which accepted them to the one that serves them. One that stayed
-//! with the first would have each of its wake-ups cross threads.
+//! Streams that move from the runtime that accepted them to the one that serves them. A stream that stayed
+//! registered with the first runtime would cause a switch between threads at each wake-up.
 
 use std::{
     io::{self, IoSlice},
@@ -13,20 +13,20 @@ use tokio::{
 };
 use tokio_rustls::server::TlsStream;
 
-/// A TCP stream that can move.
+/// A TCP stream that can move to another runtime.
 #[derive(Debug)]
 pub(super) struct Socket {
-    /// Not there only if a move has failed.
+    /// `None` only after a move has failed.
     stream: Option<TcpStream>,
 }
 
-/// What can move to the runtime that calls this.
-pub(super) trait Move {
-    /// Has the present runtime watch the stream, and the former one forget it.
+/// A stream that can move to the runtime of the calling task.
+pub(super) trait MoveToRuntime {
+    /// Registers the stream with the current runtime, and removes it from its former one.
     ///
     /// # Errors
-    /// When it cannot be watched; the stream is lost then.
-    fn move_here(&mut self) -> io::Result<()>;
+    /// When the registration fails. The stream is closed then.
+    fn move_to_current_runtime(&mut self) -> io::Result<()>;
 }
 
 impl Socket {
@@ -39,8 +39,8 @@ impl Socket {
     }
 }
 
-impl Move for Socket {
-    fn move_here(&mut self) -> io::Result<()> {
+impl MoveToRuntime for Socket {
+    fn move_to_current_runtime(&mut self) -> io::Result<()> {
         if let Some(stream) = self.stream.take() {
             self.stream = Some(TcpStream::from_std(stream.into_std()?)?);
         }
@@ -48,9 +48,9 @@ impl Move for Socket {
     }
 }
 
-impl Move for TlsStream<Socket> {
-    fn move_here(&mut self) -> io::Result<()> {
-        self.get_mut().0.move_here()
+impl MoveToRuntime for TlsStream<Socket> {
+    fn move_to_current_runtime(&mut self) -> io::Result<()> {
+        self.get_mut().0.move_to_current_runtime()
     }
 }
 
@@ -104,7 +104,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_stream_goes_on_where_it_moved_to_after_its_first_runtime_is_gone() {
+    fn a_moved_stream_works_on_after_its_first_runtime_has_shut_down() {
         let runtime =
             || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let first = runtime();
@@ -113,20 +113,20 @@ mod tests {
             let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
             let mut socket = Socket::new(listener.accept().await.unwrap().0);
             client.write_all(b"onetwo").await.unwrap();
-            let mut said = [0; 3];
-            socket.read_exact(&mut said).await.unwrap();
-            assert_eq!(&said, b"one");
+            let mut received = [0; 3];
+            socket.read_exact(&mut received).await.unwrap();
+            assert_eq!(&received, b"one");
             (Socket::new(client), socket)
         });
         runtime().block_on(async {
-            client.move_here().unwrap();
-            socket.move_here().unwrap();
+            client.move_to_current_runtime().unwrap();
+            socket.move_to_current_runtime().unwrap();
             first.shutdown_background();
-            let mut said = [0; 3];
-            // What came before it moved, and what comes after.
+            let mut received = [0; 3];
+            // The first was received before the move, the second after it.
             for expected in [b"two", b"six"] {
-                socket.read_exact(&mut said).await.unwrap();
-                assert_eq!(&said, expected);
+                socket.read_exact(&mut received).await.unwrap();
+                assert_eq!(&received, expected);
                 client.write_all(b"six").await.unwrap();
             }
         });

@@ -1,4 +1,4 @@
-//! Bodies of answers that hold something until they have left or are given up.
+//! A response body that keeps a guard alive.
 
 use std::{
     pin::Pin,
@@ -7,20 +7,20 @@ use std::{
 
 use http_body::{Body, Frame, SizeHint};
 
-/// A body with what it holds.
+/// A body that drops its guard when it was sent completely, or when its stream is reset.
 #[derive(Debug)]
-pub(super) struct Held<B, T> {
+pub(super) struct GuardedBody<B, G> {
     body: B,
-    _held: T,
+    _guard: G,
 }
 
-impl<B, T> Held<B, T> {
-    pub(super) fn new(body: B, held: T) -> Self {
-        Self { body, _held: held }
+impl<B, G> GuardedBody<B, G> {
+    pub(super) fn new(body: B, guard: G) -> Self {
+        Self { body, _guard: guard }
     }
 }
 
-impl<B: Body + Unpin, T: Unpin> Body for Held<B, T> {
+impl<B: Body + Unpin, G: Unpin> Body for GuardedBody<B, G> {
     type Data = B::Data;
     type Error = B::Error;
 

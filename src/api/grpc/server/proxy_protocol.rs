@@ -1,5 +1,5 @@
-//! The PROXY protocol, versions 1 and 2: a balancer says first whose connection it passes on. See
-//! <https://www.haproxy.org/download/1.8/doc/proxy-protocol.txt>.
+//! The PROXY protocol, versions 1 and 2, by which a balancer tells the address of the client whose connection
+//! it forwards. See <https://www.haproxy.org/download/1.8/doc/proxy-protocol.txt>.
 
 use std::{
     io::{self, ErrorKind},
@@ -9,40 +9,42 @@ use std::{
 use proxy_header::{ParseConfig, ProxyHeader};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
-/// The longest line of version 1, its end included.
-const LONGEST_LINE: usize = 107;
-/// What version 2 begins with: a signature, a byte of version and one of family, and the length of the rest.
-const FIXED: usize = 16;
-/// The longest rest that is read: both addresses, and extensions that nobody here looks at.
-const LONGEST_REST: usize = 4_096;
+/// The longest header of version 1, a line, in bytes and with its end.
+const MAX_V1_LEN: usize = 107;
+/// The length of the part of version 2 that is always there, in bytes: a signature, version, family, and the
+/// length of the rest.
+const V2_FIXED_LEN: usize = 16;
+/// The longest rest of version 2 that is accepted, in bytes: both addresses, and extensions, which are
+/// ignored.
+const MAX_V2_REST_LEN: usize = 4_096;
 
-/// Reads the header and nothing beyond it; the client's address, or `None` where the balancer speaks for
-/// itself, as its probes do.
+/// Reads the header and nothing beyond it. Returns the client's address, or `None` where the connection is
+/// the balancer's own, such as a health check.
 ///
 /// # Errors
-/// When there is no such header.
-pub(super) async fn client_of(
+/// [`ErrorKind::InvalidData`] when the stream does not begin with a valid header.
+pub(super) async fn read_client_address(
     stream: &mut (impl AsyncRead + Unpin),
 ) -> io::Result<Option<SocketAddr>> {
     let mut header = vec![stream.read_u8().await?];
     match header[0] {
         b'P' => {
             while !header.ends_with(b"\r\n") {
-                if header.len() == LONGEST_LINE {
+                if header.len() == MAX_V1_LEN {
                     return Err(malformed());
                 }
                 header.push(stream.read_u8().await?);
             }
         }
         b'\r' => {
-            header.resize(FIXED, 0);
+            header.resize(V2_FIXED_LEN, 0);
             stream.read_exact(&mut header[1..]).await?;
             let rest = usize::from(u16::from_be_bytes([header[14], header[15]]));
-            if rest > LONGEST_REST {
+            if rest > MAX_V2_REST_LEN {
                 return Err(malformed());
             }
-            header.resize(FIXED + rest, 0);
-            stream.read_exact(&mut header[FIXED..]).await?;
+            header.resize(V2_FIXED_LEN + rest, 0);
+            stream.read_exact(&mut header[V2_FIXED_LEN..]).await?;
         }
         _ => return Err(malformed()),
     }
@@ -62,31 +64,32 @@ mod tests {
 
     use super::*;
 
+    /// Returns the result for `bytes`, and how many of them were not read.
     fn read(bytes: &[u8]) -> (Result<Option<String>, ErrorKind>, usize) {
         let mut left = bytes;
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-        let client = runtime.block_on(client_of(&mut left));
-        let client = client.map(|client| client.map(|it| it.to_string()));
+        let client = runtime.block_on(read_client_address(&mut left));
+        let client = client.map(|client| client.map(|address| address.to_string()));
         (client.map_err(|error| error.kind()), left.len())
     }
 
     #[test]
-    fn both_versions_tell_the_client_and_what_follows_is_left() {
+    fn both_versions_name_the_client_and_what_follows_is_not_read() {
         let address = ProxiedAddress::stream(
             "[2001:db8::7]:4321".parse().unwrap(),
             "[2001:db8::1]:50051".parse().unwrap(),
         );
-        let mut second = vec![];
-        ProxyHeader::with_address(address).encode_v2(&mut second).unwrap();
-        let first = b"PROXY TCP4 192.0.2.7 198.51.100.1 4321 50051\r\n".to_vec();
-        for (header, client) in [(first, "192.0.2.7:4321"), (second, "[2001:db8::7]:4321")] {
+        let mut v2 = vec![];
+        ProxyHeader::with_address(address).encode_v2(&mut v2).unwrap();
+        let v1 = b"PROXY TCP4 192.0.2.7 198.51.100.1 4321 50051\r\n".to_vec();
+        for (header, client) in [(v1, "192.0.2.7:4321"), (v2, "[2001:db8::7]:4321")] {
             let bytes = [&header[..], b"PRI"].concat();
             assert_eq!(read(&bytes), (Ok(Some(client.into())), 3));
         }
     }
 
     #[test]
-    fn a_balancer_that_speaks_for_itself_is_nobody_else() {
+    fn a_connection_of_the_balancer_s_own_names_no_client() {
         let mut local = vec![];
         ProxyHeader::with_local().encode_v2(&mut local).unwrap();
         for header in [local, b"PROXY UNKNOWN\r\n".to_vec()] {
@@ -95,13 +98,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_header_is_refused_as_early_as_it_is_known() {
+    fn an_invalid_header_is_refused_at_the_first_byte_that_shows_it() {
         let endless = [&b"PROXY TCP4 "[..], &[b'1'; 200]].concat();
         let large = [&b"\r\n\r\n\0\r\nQUIT\n\x21\x11"[..], &[0xff, 0xff], &[0; 9]].concat();
         for (bytes, left) in [
             (&b"PRI * HTTP/2.0\r\n\r\n"[..], 2),
             (b"\x16\x03\x01", 2),
-            (&endless, endless.len() - LONGEST_LINE),
+            (&endless, endless.len() - MAX_V1_LEN),
             (&large, 9),
         ] {
             assert_eq!(read(bytes), (Err(ErrorKind::InvalidData), left));

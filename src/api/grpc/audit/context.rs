@@ -1,0 +1,55 @@
+//! What the audit layer hands to an RPC.
+
+use std::sync::Arc;
+
+use http::HeaderMap;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::draft_record::DraftRecord;
+use crate::{domain::caller::Caller, store::callers::CredentialKey};
+
+/// What an RPC knows of its call; an extension of the request.
+#[derive(Clone)]
+pub struct CallContext {
+    /// The authenticated caller.
+    pub caller: Arc<Caller>,
+    /// The credential by which the caller was authenticated.
+    pub credential: CredentialKey,
+    /// When the RPC must have its answer: a little before the call's deadline, so that the answer, even if
+    /// it is an error, still arrives.
+    pub deadline: Instant,
+    /// The audit record of the call.
+    pub draft: DraftRecord,
+    /// Is cancelled when the connection should end; a stream must end then.
+    pub draining: CancellationToken,
+}
+
+/// Returns the trace id in a W3C `traceparent` header, if it is well formed.
+pub(super) fn trace_id_of(headers: &HeaderMap) -> Option<String> {
+    let text = headers.get("traceparent")?.to_str().ok()?;
+    let id = text.split('-').nth(1)?;
+    let well_formed = id.len() == 32
+        && id.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+        && id.bytes().any(|b| b != b'0');
+    well_formed.then(|| id.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_well_formed_trace_id_is_recorded() {
+        let trace = |value: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert("traceparent", value.parse().unwrap());
+            trace_id_of(&headers)
+        };
+        let id = "4bf92f3577b34da6a3ce929d0e0e4736";
+        assert_eq!(trace(&format!("00-{id}-00f067aa0ba902b7-01")).as_deref(), Some(id));
+        for bad in ["", "00", "00-short-1-01", &format!("00-{}-1-01", "0".repeat(32))] {
+            assert_eq!(trace(bad), None);
+        }
+    }
+}

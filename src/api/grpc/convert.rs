@@ -1,0 +1,147 @@
+//! Checks and converts the fields of requests, and builds responses.
+
+use std::time::Duration;
+
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use prost_types::{Duration as ProtoDuration, Timestamp as ProtoTimestamp};
+
+use crate::{
+    api::proto::{self, GetTokenResponse, ListAccountsRequest, account::State},
+    domain::{
+        account::{AccountName, Invalid},
+        caller::AccountPattern,
+        clock::Timestamp,
+        refresh_state::AccountState,
+        token::{Generation, Token},
+    },
+    services::token_provider::{CallRefusal, ListedAccount, TokenProvider},
+};
+
+/// How many names or patterns one stream may watch.
+const MAX_PATTERNS: usize = 1_000;
+/// The length of a page when the request does not say.
+const DEFAULT_PAGE_SIZE: usize = 100;
+/// The length of the longest page; a larger request gets this.
+const MAX_PAGE_SIZE: usize = 1_000;
+
+pub(super) fn account_name(name: &str) -> Result<AccountName, CallRefusal> {
+    name.parse().map_err(|error: Invalid| invalid("account", error.to_string()))
+}
+
+/// Converts a generation that a client sent. One beyond the range of ours is later than all of ours.
+pub(super) fn generation(sent: u64) -> Generation {
+    Generation(i64::try_from(sent).unwrap_or(i64::MAX))
+}
+
+pub(super) fn min_ttl(sent: Option<ProtoDuration>) -> Result<Duration, CallRefusal> {
+    let Some(sent) = sent else { return Ok(Duration::ZERO) };
+    match (u64::try_from(sent.seconds), u32::try_from(sent.nanos)) {
+        (Ok(seconds), Ok(nanos)) if nanos < 1_000_000_000 => Ok(Duration::new(seconds, nanos)),
+        _ => Err(invalid("min_ttl", "must be a duration that is not negative")),
+    }
+}
+
+pub(super) fn patterns(accounts: &[String]) -> Result<Vec<AccountPattern>, CallRefusal> {
+    if accounts.is_empty() {
+        return Err(invalid("accounts", "name at least one account or pattern"));
+    }
+    if accounts.len() > MAX_PATTERNS {
+        let description = format!("at most {MAX_PATTERNS} names or patterns a stream");
+        return Err(invalid("accounts", description));
+    }
+    let parse = |pattern: &String| {
+        pattern.parse().map_err(|error: Invalid| invalid("accounts", error.to_string()))
+    };
+    accounts.iter().map(parse).collect()
+}
+
+/// Which page of the accounts a client wants.
+pub(super) struct PageRequest {
+    /// The last name of the page before.
+    pub(super) after: Option<AccountName>,
+    /// The number of accounts, at most.
+    pub(super) size: usize,
+}
+
+pub(super) fn page_request(request: &ListAccountsRequest) -> Result<PageRequest, CallRefusal> {
+    let size = match usize::try_from(request.page_size) {
+        Ok(0) => DEFAULT_PAGE_SIZE,
+        Ok(size) => size.min(MAX_PAGE_SIZE),
+        Err(_) => return Err(invalid("page_size", "must not be negative")),
+    };
+    if request.page_token.is_empty() {
+        return Ok(PageRequest { after: None, size });
+    }
+    let after = URL_SAFE_NO_PAD
+        .decode(&request.page_token)
+        .ok()
+        .and_then(|name| String::from_utf8(name).ok())
+        .and_then(|name| name.parse().ok())
+        .ok_or_else(|| invalid("page_token", "is none that this service returned"))?;
+    Ok(PageRequest { after: Some(after), size })
+}
+
+/// Returns the token of the page after `last`. It is opaque to clients.
+pub(super) fn page_token(last: &AccountName) -> String {
+    URL_SAFE_NO_PAD.encode(last.as_str())
+}
+
+fn invalid(field: &'static str, description: impl Into<String>) -> CallRefusal {
+    CallRefusal::Invalid { field, description: description.into() }
+}
+
+pub(super) fn token_response(
+    provider: &TokenProvider,
+    api_base_url: &str,
+    account: &AccountName,
+    token: &Token,
+) -> GetTokenResponse {
+    let now = provider.clock.now();
+    GetTokenResponse {
+        access_token: token.access_token.expose().to_owned(),
+        expires_at: Some(proto_timestamp(token.expires_at)),
+        generation: token.generation.as_u64(),
+        issued_at: Some(proto_timestamp(token.issued_at)),
+        reuse_for: Some(proto_duration(provider.reuse_for(account, token))),
+        expires_in: Some(proto_duration(token.time_left(now))),
+        allowed_ip: token.allowed_ip.clone().unwrap_or_default(),
+        api_base_url: api_base_url.to_owned(),
+    }
+}
+
+pub(super) fn proto_account(listed: &ListedAccount) -> proto::Account {
+    let state = match listed.state {
+        AccountState::Pending => State::Pending,
+        AccountState::Fresh => State::Fresh,
+        AccountState::Refreshing => State::Refreshing,
+        AccountState::Expired => State::Expired,
+        AccountState::Rejected => State::Rejected,
+        AccountState::EgressRejected => State::EgressRejected,
+        AccountState::Unreachable => State::Unreachable,
+        AccountState::Disabled => State::Disabled,
+    };
+    let token = listed.token.as_ref();
+    proto::Account {
+        name: listed.name.to_string(),
+        state: state.into(),
+        issued_at: token.map(|token| proto_timestamp(token.issued_at)),
+        expires_at: token.map(|token| proto_timestamp(token.expires_at)),
+        generation: token.map_or(0, |token| token.generation.as_u64()),
+        next_attempt_at: listed.next_attempt_at.map(proto_timestamp),
+    }
+}
+
+fn proto_timestamp(at: Timestamp) -> ProtoTimestamp {
+    ProtoTimestamp {
+        seconds: at.timestamp(),
+        nanos: i32::try_from(at.timestamp_subsec_nanos()).unwrap_or_default(),
+    }
+}
+
+/// Converts a duration; one beyond the range of the proto's type is clamped.
+pub(super) fn proto_duration(duration: Duration) -> ProtoDuration {
+    ProtoDuration {
+        seconds: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX),
+        nanos: i32::try_from(duration.subsec_nanos()).unwrap_or_default(),
+    }
+}

@@ -1,0 +1,140 @@
+//! Rate limits by the generic cell rate algorithm (GCRA): one atomic number per limited party.
+
+use std::{
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
+
+/// How fast events may come: one per interval in the long run, and a burst of some at once.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Quota {
+    /// Time that one event costs, in nanoseconds.
+    interval: u64,
+    /// How far the cost of the accepted events may run ahead of the clock, in nanoseconds.
+    burst: u64,
+}
+
+impl Quota {
+    /// Allows `rate` events per second, of which one second's worth may come at once. A rate of 0
+    /// counts as 1.
+    #[must_use]
+    pub const fn per_second(rate: u32) -> Self {
+        const SECOND: u64 = 1_000_000_000;
+        let rate = if rate == 0 { 1 } else { rate };
+        Self { interval: SECOND / rate as u64, burst: SECOND }
+    }
+
+    /// Allows one event per second, and up to `burst` events at once.
+    #[must_use]
+    pub const fn one_per_second(burst: u32) -> Self {
+        let one = Self::per_second(1);
+        Self { burst: one.interval * burst as u64, ..one }
+    }
+}
+
+/// The events of one limited party so far, as the moment up to which their cost is paid: GCRA's
+/// theoretical arrival time, in nanoseconds since the epoch that the user of this type chose.
+///
+/// The quota is an argument of each call, so that it can change at any time. The moment is an argument
+/// too, so that tests control it; calls of several threads may come slightly out of order.
+#[derive(Debug, Default)]
+pub struct Gcra(AtomicU64);
+
+impl Gcra {
+    /// Accepts one event at `now`, given as the time since the epoch, if `quota` allows it.
+    ///
+    /// # Errors
+    /// How long to wait until an event would be accepted, when the quota is used up. A refused event
+    /// costs nothing.
+    pub fn take(&self, quota: Quota, now: Duration) -> Result<(), Duration> {
+        let now = nanoseconds(now);
+        let Quota { interval, burst } = quota;
+        // No other memory depends on the order in which threads see this number.
+        let taken = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |paid_until| {
+            let next = paid_until.max(now) + interval;
+            (next - now <= burst).then_some(next)
+        });
+        taken.map(drop).map_err(|paid_until| {
+            Duration::from_nanos((paid_until.max(now) + interval).saturating_sub(now + burst))
+        })
+    }
+
+    /// Whether all events are paid for at `now`, so that this state equals a new one.
+    #[must_use]
+    pub fn is_idle(&self, now: Duration) -> bool {
+        self.0.load(Ordering::Relaxed) <= nanoseconds(now)
+    }
+}
+
+/// Clamps to half of the range, so that sums do not overflow: 292 years.
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX).min(u64::MAX / 2)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn accepted(gcra: &Gcra, quota: Quota, now: Duration) -> usize {
+        (0..100).filter(|_| gcra.take(quota, now).is_ok()).count()
+    }
+
+    #[test]
+    fn a_burst_is_accepted_at_once_and_then_one_event_per_interval() {
+        let (gcra, quota) = (Gcra::default(), Quota::one_per_second(20));
+        assert_eq!(accepted(&gcra, quota, Duration::ZERO), 20);
+        assert_eq!(accepted(&gcra, quota, Duration::from_millis(999)), 0);
+        assert_eq!(accepted(&gcra, quota, Duration::from_secs(1)), 1);
+        assert!(!gcra.is_idle(Duration::from_secs(20)));
+        assert!(gcra.is_idle(Duration::from_secs(21)));
+        assert_eq!(accepted(&gcra, quota, Duration::from_mins(1)), 20);
+    }
+
+    #[test]
+    fn a_refusal_tells_when_the_next_event_is_accepted() {
+        let (gcra, quota) = (Gcra::default(), Quota::per_second(10));
+        let now = Duration::from_secs(5);
+        assert_eq!(accepted(&gcra, quota, now), 10);
+        let wait = gcra.take(quota, now).unwrap_err();
+        assert_eq!(wait, Duration::from_millis(100));
+        let too_early = now + wait.saturating_sub(Duration::from_nanos(1));
+        assert!(gcra.take(quota, too_early).is_err());
+        assert_eq!(gcra.take(quota, now + wait), Ok(()));
+    }
+
+    #[test]
+    fn the_quota_can_change_between_calls() {
+        let gcra = Gcra::default();
+        let now = Duration::from_secs(5);
+        assert_eq!(accepted(&gcra, Quota::per_second(10), now), 10);
+        assert_eq!(accepted(&gcra, Quota::per_second(1_000), now), 0);
+        let later = now + Duration::from_millis(100);
+        assert_eq!(accepted(&gcra, Quota::per_second(1_000), later), 100);
+    }
+
+    proptest! {
+        #[test]
+        fn no_more_than_the_rate_and_one_burst_is_ever_accepted(
+            rate in 1_u32..500, steps in proptest::collection::vec(0_u64..20_000_000, 1..500),
+        ) {
+            let (gcra, quota) = (Gcra::default(), Quota::per_second(rate));
+            let (mut now, mut taken) = (0, 0_u64);
+            for step in steps {
+                now += step;
+                taken += u64::from(gcra.take(quota, Duration::from_nanos(now)).is_ok());
+            }
+            // The interval is rounded down, which lets at most one event in a million through more.
+            prop_assert!(taken <= u64::from(rate) + now * u64::from(rate) / 1_000_000_000 + 1);
+        }
+
+        #[test]
+        fn no_moment_and_no_rate_make_it_panic(rate: u32, moments: Vec<u64>) {
+            let gcra = Gcra::default();
+            for moment in moments {
+                let _ = gcra.take(Quota::per_second(rate), Duration::from_secs(moment));
+            }
+        }
+    }
+}
