@@ -47,7 +47,7 @@ impl Reconciler {
         loop {
             self.pending.wait_until_any().await;
             self.reconcile_all().await;
-            // Real time: a test's clock may stand still.
+            // In real time, since the clock of a test may stand still.
             tokio::time::sleep(PAUSE).await;
         }
     }
