@@ -75,6 +75,7 @@ pub(super) fn readiness(world: &World) -> Arc<dyn Fn() -> Readiness + Send + Syn
         let (writable, roomy) = (journal.is_writable(), journal.is_ready());
         let standing = reach.standing();
         let answered = reach.has_answered();
+        let problem = reach.problem();
         let reached = answered && standing == Connectivity::Connected;
         let undelivered = journal.stats().undelivered;
         let check = |name, ok, required, detail: String| Check { name, ok, required, detail };
@@ -99,15 +100,23 @@ pub(super) fn readiness(world: &World) -> Arc<dyn Fn() -> Readiness + Send + Syn
                 ),
                 check(
                     "postgres",
-                    reached,
+                    reached && problem.is_none(),
                     false,
-                    match standing {
-                        _ if !answered => "has not answered yet",
-                        Connectivity::Connected => "followed",
-                        Connectivity::SoleReplica => "does not answer; issuing goes on without it",
-                        Connectivity::Partitioned => "does not answer; serving what is known",
-                    }
-                    .to_owned(),
+                    match (standing, problem) {
+                        (Connectivity::SoleReplica, _) => {
+                            "does not answer; issuing goes on without it".to_owned()
+                        }
+                        (Connectivity::Partitioned, _) => {
+                            "does not answer; serving what is known".to_owned()
+                        }
+                        (Connectivity::Connected, _) if !answered => {
+                            "has not answered yet".to_owned()
+                        }
+                        (Connectivity::Connected, Some(problem)) => {
+                            format!("answers, but its changes cannot be followed: {problem}")
+                        }
+                        (Connectivity::Connected, None) => "followed".to_owned(),
+                    },
                 ),
                 check(
                     "delivery",

@@ -21,7 +21,7 @@ use crate::{
         record::{Event, Record},
     },
     files::state_dir::StateDir,
-    store::deployment::{self, Deployment, Home},
+    store::deployment::{self, DatabaseIdentity, Deployment},
 };
 
 /// How many of the events that went back are told one by one.
@@ -29,7 +29,7 @@ const MOST_TOLD: usize = 100;
 
 /// A database that this replica goes on with.
 pub(super) struct Recognised {
-    pub(super) home: Home,
+    pub(super) home: DatabaseIdentity,
     /// What is to be recorded, if it is not as it was left and that was accepted.
     pub(super) accepted: Option<Record>,
 }
@@ -173,8 +173,8 @@ pub(super) async fn recognise(
     if older > 0 && !strange.contains(&Strange::Foreign) {
         strange.push(Strange::Older { records: older });
     }
-    let elsewhere = accepted_elsewhere(memory.as_ref(), &found.home);
-    let mut recognised = Recognised { home: found.home, accepted: None };
+    let elsewhere = accepted_elsewhere(memory.as_ref(), &found.identity);
+    let mut recognised = Recognised { home: found.identity, accepted: None };
     if !strange.is_empty() {
         let lost = lost(journal.clone(), chains, delivered.clone()).await;
         let known = elsewhere && strange.iter().all(|it| matches!(it, Strange::Older { .. }));
@@ -204,10 +204,12 @@ pub(super) async fn recognise(
 
 fn strange(memory: Option<&Memory>, found: &Deployment, ours: &str) -> Vec<Strange> {
     let mut strange = Vec::new();
-    if memory.is_some_and(|memory| memory.deployment != found.home.id) {
+    if memory.is_some_and(|memory| memory.deployment != found.identity.id) {
         strange.push(Strange::Foreign);
     }
-    if memory.is_some_and(|it| it.deployment == found.home.id && it.epoch > found.home.epoch) {
+    if memory
+        .is_some_and(|it| it.deployment == found.identity.id && it.epoch > found.identity.epoch)
+    {
         strange.push(Strange::GivenUp);
     }
     if found.moved {
@@ -220,7 +222,7 @@ fn strange(memory: Option<&Memory>, found: &Deployment, ours: &str) -> Vec<Stran
 }
 
 /// Whether another replica was told since our last start that what it found is meant.
-fn accepted_elsewhere(memory: Option<&Memory>, found: &Home) -> bool {
+fn accepted_elsewhere(memory: Option<&Memory>, found: &DatabaseIdentity) -> bool {
     memory.is_some_and(|memory| memory.deployment == found.id && memory.epoch < found.epoch)
 }
 
@@ -319,8 +321,8 @@ mod tests {
     }
 
     fn found(epoch: i64, moved: bool) -> Deployment {
-        let home = Home { id: "ours".into(), epoch };
-        Deployment { home, upstream: "staging".into(), moved }
+        let identity = DatabaseIdentity { id: "ours".into(), epoch };
+        Deployment { identity, upstream: "staging".into(), moved }
     }
 
     #[test]
@@ -340,7 +342,7 @@ mod tests {
 
     #[test]
     fn what_another_replica_accepted_since_is_accepted() {
-        let home = found(2, false).home;
+        let home = found(2, false).identity;
         assert!(accepted_elsewhere(Some(&memory("ours", 1)), &home));
         assert!(!accepted_elsewhere(Some(&memory("ours", 2)), &home));
         assert!(!accepted_elsewhere(Some(&memory("theirs", 1)), &home));

@@ -7,7 +7,6 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, warn};
 
 use super::StartError;
-use crate::store::StoreError;
 
 /// The pause between two tries to reach the database at the start.
 const REACH_AGAIN: Duration = Duration::from_secs(1);
@@ -24,7 +23,7 @@ pub(super) async fn until_reached<T, F: Future<Output = Result<T, StartError>>>(
             done = step() => done,
         };
         match done {
-            Err(StartError::Store(StoreError::Unreachable(why))) => {
+            Err(StartError::Store(why)) if why.is_unavailable() => {
                 if !std::mem::replace(&mut told, true) {
                     warn!(%why, "the database cannot be reached yet; waiting for it");
                 }

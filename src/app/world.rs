@@ -42,7 +42,7 @@ use crate::{
         account_loader::AccountLoader,
         caller_directory::CallerDirectory,
         caller_rates::CallerRates,
-        change_feed::{ChangeFeed, Identity},
+        change_feed::{ChangeFeed, ReplicaIdentity},
         connectivity::DatabaseConnectivity,
         journal_delivery::JournalDelivery,
         keyed_semaphore::KeyedSemaphore,
@@ -53,7 +53,7 @@ use crate::{
     },
     store::{
         accounts,
-        deployment::Home,
+        deployment::DatabaseIdentity,
         instances,
         leases::{self, LeaseHolder},
         within,
@@ -324,25 +324,25 @@ impl World {
         &self,
         plan: &AppConfig,
         state_dir: &StateDir,
-        home: Home,
+        database_identity: DatabaseIdentity,
         waker: RefreshTrigger,
     ) -> ChangeFeed {
         ChangeFeed {
-            identity: Identity {
+            replica: ReplicaIdentity {
                 instance: state_dir.instance().to_owned(),
                 replica: state_dir.replica(),
                 key_ids: plan.keyring.key_ids().iter().map(ToString::to_string).collect(),
                 started_at: self.clock.now(),
             },
             database: plan.database.clone(),
-            home,
+            database_identity,
             pool: self.pool.clone(),
             keyring: plan.keyring.clone(),
             loader: self.loader.clone(),
             cache: self.cache.clone(),
             directory: self.directory.clone(),
-            reach: self.reach.clone(),
-            waker,
+            connectivity: self.reach.clone(),
+            refresh: waker,
             journal: self.journal.clone(),
             clock: self.clock.clone(),
         }

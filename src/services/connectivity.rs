@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use parking_lot::Mutex;
 use tokio::sync::watch;
 use tracing::{info, warn};
 
@@ -22,6 +23,8 @@ pub struct DatabaseConnectivity {
     standing: watch::Sender<Connectivity>,
     /// Whether it has answered at all.
     answered: AtomicBool,
+    /// Why the change feed fails although the database answers.
+    problem: Mutex<Option<String>>,
     /// Whether the last heartbeat met no other replica.
     lone: AtomicBool,
     /// Whether the upstream ends older tokens when it issues a new one. Where it does not, two
@@ -36,6 +39,7 @@ impl DatabaseConnectivity {
         Self {
             standing: watch::Sender::new(Connectivity::Connected),
             answered: AtomicBool::new(false),
+            problem: Mutex::new(None),
             lone: AtomicBool::new(false),
             ends_older,
         }
@@ -64,8 +68,32 @@ impl DatabaseConnectivity {
         self.lone.store(others == 0, Ordering::Relaxed);
     }
 
-    /// The database did not answer, for the reason `why`.
+    /// Forgets how many other replicas there are, because the database refuses this replica's heartbeat:
+    /// the others do not see it, and it must not take itself for the only one.
+    pub fn heartbeat_refused(&self) {
+        self.lone.store(false, Ordering::Relaxed);
+    }
+
+    /// Stores that the database answers, but that the change feed fails because of `problem`. The replica
+    /// counts as connected: it may issue only by lease.
+    pub fn failing(&self, problem: String) {
+        let news = self.problem.lock().replace(problem.clone()).as_ref() != Some(&problem);
+        if news {
+            warn!(%problem, "the database answers, but its changes cannot be followed");
+        }
+        self.answers();
+    }
+
+    /// Returns why the change feed fails although the database answers, if it does.
+    #[must_use]
+    pub fn problem(&self) -> Option<String> {
+        self.problem.lock().clone()
+    }
+
+    /// Stores that the database does not answer at all, for the reason `why`. A statement that was
+    /// refused, or a single lost session, is no such reason: see [`Self::failing`].
     pub fn lost(&self, why: &str) {
+        *self.problem.lock() = None;
         let alone = !self.ends_older || self.lone.load(Ordering::Relaxed);
         let standing = if alone { Connectivity::SoleReplica } else { Connectivity::Partitioned };
         if self.change(standing, Connectivity::Connected) {
@@ -78,8 +106,13 @@ impl DatabaseConnectivity {
         }
     }
 
-    /// The database answered.
+    /// Stores that the database answered and that its changes were followed.
     pub fn found(&self) {
+        *self.problem.lock() = None;
+        self.answers();
+    }
+
+    fn answers(&self) {
         self.answered.store(true, Ordering::Relaxed);
         if self.change(Connectivity::Connected, Connectivity::SoleReplica)
             || self.change(Connectivity::Connected, Connectivity::Partitioned)
@@ -120,6 +153,32 @@ mod tests {
         assert_eq!(standing_of(true, Some(0)), Connectivity::SoleReplica);
         assert_eq!(standing_of(false, None), Connectivity::SoleReplica);
         assert_eq!(standing_of(false, Some(2)), Connectivity::SoleReplica);
+    }
+
+    #[test]
+    fn a_database_that_refuses_something_is_not_lost() {
+        let reach = DatabaseConnectivity::new(true);
+        reach.met(0);
+        reach.failing("refused".into());
+        assert_eq!(
+            (reach.standing(), reach.problem()),
+            (Connectivity::Connected, Some("refused".into()))
+        );
+        reach.lost("test");
+        assert_eq!((reach.standing(), reach.problem()), (Connectivity::SoleReplica, None));
+        reach.failing("refused".into());
+        assert_eq!(reach.standing(), Connectivity::Connected, "issuing needs a lease again");
+        reach.found();
+        assert_eq!(reach.problem(), None);
+    }
+
+    #[test]
+    fn a_replica_whose_heartbeat_is_refused_does_not_count_as_the_only_one() {
+        let reach = DatabaseConnectivity::new(true);
+        reach.met(0);
+        reach.heartbeat_refused();
+        reach.lost("test");
+        assert_eq!(reach.standing(), Connectivity::Partitioned);
     }
 
     #[test]

@@ -58,7 +58,7 @@ impl Retention {
         let pool = self.database.pool(1);
         match self.remove_days(&pool, calls).await {
             Ok(()) => {}
-            Err(StoreError::Refused(why)) => {
+            Err(why @ StoreError::MissingPrivilege(_)) => {
                 warn!(%why, "no audit records are removed: run deploy/roles.sql, as after each migration");
             }
             Err(error) => warn!(%error, "it cannot be told which audit records are over"),
@@ -86,8 +86,7 @@ impl Retention {
                 Err(error) => {
                     warn!(day = %day.day, %error, "audit records that are over are not removed yet");
                     // Whoever reads the log for long is in the way of every other day too.
-                    let StoreError::Database { code, .. } = error else { continue };
-                    if code == LOCK_NOT_AVAILABLE {
+                    if error.sqlstate() == Some(LOCK_NOT_AVAILABLE) {
                         return Ok(());
                     }
                 }

@@ -266,7 +266,7 @@ impl TokenProvider {
     /// [`Refusal::GrantsStale`], or [`Refusal::CredentialRefused`] once the credential is of no use.
     pub fn still_admitted(&self, proof: &CredentialKey) -> Result<Arc<Caller>, Refusal> {
         self.trust_grants()?;
-        let admitted = self.directory.by_proof(proof, self.clock.now());
+        let admitted = self.directory.authenticate(proof, self.clock.now());
         admitted.map_err(|_| Refusal::CredentialRefused)
     }
 

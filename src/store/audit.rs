@@ -2,7 +2,7 @@
 
 mod ledger;
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt::Display};
 
 use chrono::{DateTime, NaiveDate};
 use sqlx::{Connection, PgConnection, PgPool, types::Json};
@@ -21,7 +21,7 @@ use crate::{
 /// Makes a chain known, unless it is, and tells how far it is delivered.
 ///
 /// # Errors
-/// [`StoreError::Corrupt`] when the chain's name is taken by another chain, or its position is no
+/// [`StoreError::Conflict`] when the chain's name is taken by another chain, or its position is no
 /// hash.
 pub async fn register_chain(
     connection: &mut PgConnection,
@@ -50,12 +50,13 @@ pub async fn register_chain(
     .fetch_one(connection)
     .await?;
     if row.instance != link.instance || row.linked_hash != link.linked_hash.0 {
-        let chain = &link.chain;
-        return Err(StoreError::Corrupt(format!(
-            "audit chain {chain} is known with another start"
-        )));
+        let message = format!("audit chain {} is known with another start", link.chain);
+        return Err(StoreError::Conflict { message, cause: None });
     }
-    Ok(ChainHead { seq: row.delivered_seq, hash: digest("delivered_hash", &row.delivered_hash)? })
+    Ok(ChainHead {
+        seq: row.delivered_seq,
+        hash: digest("audit_chains", &link.chain, &row.delivered_hash)?,
+    })
 }
 
 /// Makes the partition of a UTC day, unless it is there.
@@ -337,7 +338,10 @@ impl TryFrom<Row> for StoredEvent {
     type Error = StoreError;
 
     fn try_from(row: Row) -> Result<Self, StoreError> {
+        let id = format_args!("{} {}", row.chain, row.seq);
         Ok(Self {
+            prev_hash: digest("audit_events", id, &row.prev_hash)?,
+            hash: digest("audit_events", id, &row.hash)?,
             instance: row.instance,
             chain: row.chain,
             seq: row.seq,
@@ -355,13 +359,11 @@ impl TryFrom<Row> for StoredEvent {
             latency_us: row.latency_us,
             count: row.count,
             detail: row.detail.0,
-            prev_hash: digest("prev_hash", &row.prev_hash)?,
-            hash: digest("hash", &row.hash)?,
         })
     }
 }
 
-fn digest(column: &str, bytes: &[u8]) -> Result<Digest, StoreError> {
+fn digest(table: &'static str, id: impl Display, bytes: &[u8]) -> Result<Digest, StoreError> {
     Digest::from_bytes(bytes)
-        .ok_or_else(|| StoreError::Corrupt(format!("column {column} is not a SHA-256")))
+        .ok_or_else(|| StoreError::unreadable_row(table, id, "a hash is not a SHA-256"))
 }

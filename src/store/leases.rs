@@ -196,9 +196,10 @@ async fn stamp(
     let replaces = row.generation.map(Generation);
     let attempt = IssueAttempt {
         account,
-        client_id: row.client_id.parse().map_err(|_| {
-            StoreError::Corrupt(format!("accounts row {account}: malformed client_id"))
-        })?,
+        client_id: row
+            .client_id
+            .parse()
+            .map_err(|_| StoreError::unreadable_row("accounts", account, "malformed client_id"))?,
         credential: AccountCredential {
             version: CredentialVersion(version),
             secret: sealed_secret.unwrap_or_default().into(),

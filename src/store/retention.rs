@@ -209,7 +209,7 @@ impl Removal {
     /// Removes what was shown, all of which must be cut; how many records that was.
     ///
     /// # Errors
-    /// [`StoreError::Refused`] when something is not cut; and when the database cannot be reached.
+    /// [`StoreError::MissingPrivilege`] when something is not cut; and when the database cannot be reached.
     pub async fn finish(mut self) -> Result<i64, StoreError> {
         let removed = sqlx::query_scalar!(
             r#"/* store::retention::finish */

@@ -121,7 +121,7 @@ impl Identifier<'_> {
     }
 
     fn by_proof(self, kind: CallerKind, proof: CredentialKey) -> Result<Identified, Unidentified> {
-        match self.directory.by_proof(&proof, self.now) {
+        match self.directory.authenticate(&proof, self.now) {
             Ok(caller) => Ok(Identified { caller, kind, proof }),
             Err(refused) => {
                 let why = refused.as_ref().map(|refused| refused.why);
@@ -149,7 +149,7 @@ mod tests {
         };
         let credential = |caller: &Arc<Caller>, proof| CallerCredential {
             caller: caller.clone(),
-            proof,
+            key: proof,
             ends_at: None,
             revoked: false,
         };

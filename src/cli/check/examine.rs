@@ -100,7 +100,7 @@ async fn ask(
     });
     findings.push(match retention::least_kept(admin.pool()).await {
         Ok(least) => retention_finding(settings, least),
-        Err(StoreError::Refused(why)) => Finding::bad(
+        Err(why @ StoreError::MissingPrivilege(_)) => Finding::bad(
             "roles",
             format!("{why}: run deploy/roles.sql again, as after each migration"),
         ),

@@ -1,7 +1,7 @@
 //! Chains of replicas that will deliver nothing more.
 
-use super::{Admin, StoreError, ensure_affected};
-use crate::domain::clock::Timestamp;
+use super::connection::{Admin, ensure_affected};
+use crate::{domain::clock::Timestamp, store::StoreError};
 
 /// A chain that may not be there to its end, and what is known of that.
 #[derive(Clone, Debug)]
