@@ -27,12 +27,12 @@ use crate::{
         record::{Event, Record},
     },
     files::state_dir::StateDir,
-    store::deployment::{self, Deployment, Home},
+    store::deployment::{self, DatabaseIdentity, Deployment},
 };
 
 /// A database that passed the check.
 pub(super) struct VerifiedDatabase {
-    pub(super) home: Home,
+    pub(super) identity: DatabaseIdentity,
     /// The audit record to write, if the database differs and the difference was accepted.
     pub(super) acceptance: Option<Record>,
 }
@@ -68,9 +68,9 @@ pub(super) async fn verify(
     if missing > 0 && !differences.contains(&Difference::OtherDeployment) {
         differences.push(Difference::Older { records: missing });
     }
-    let accepted_elsewhere = accepted_elsewhere(remembered.as_ref(), &found.home)
+    let accepted_elsewhere = accepted_elsewhere(remembered.as_ref(), &found.identity)
         && differences.iter().all(|it| matches!(it, Difference::Older { .. }));
-    let mut verified = VerifiedDatabase { home: found.home, acceptance: None };
+    let mut verified = VerifiedDatabase { identity: found.identity, acceptance: None };
     if !differences.is_empty() {
         let lost = lost_records(journal.clone(), chains, delivered.clone()).await;
         if !accepted_elsewhere {
@@ -78,7 +78,7 @@ pub(super) async fn verify(
                 return Err(DatabaseMismatch { differences, lost }.into());
             }
             let ends_older = config.settings.new_token_ends_older;
-            verified.home = deployment::accept(pool, &ours, ends_older).await?;
+            verified.identity = deployment::accept(pool, &ours, ends_older).await?;
         }
         warn!(
             differences = join(&differences),
@@ -90,8 +90,10 @@ pub(super) async fn verify(
             journal.mark_delivered(&name, delivered.get(&name).map_or(0, |head| head.seq));
         }
     }
-    let now =
-        RememberedDatabase { deployment: verified.home.id.clone(), epoch: verified.home.epoch };
+    let now = RememberedDatabase {
+        deployment: verified.identity.id.clone(),
+        epoch: verified.identity.epoch,
+    };
     if remembered.as_ref() != Some(&now) {
         now.write(&file).map_err(StartError::DatabaseFile)?;
         info!(
@@ -110,10 +112,12 @@ fn differences(
     ours: &str,
 ) -> Vec<Difference> {
     let mut differences = Vec::new();
-    if remembered.is_some_and(|it| it.deployment != found.home.id) {
+    if remembered.is_some_and(|it| it.deployment != found.identity.id) {
         differences.push(Difference::OtherDeployment);
     }
-    if remembered.is_some_and(|it| it.deployment == found.home.id && it.epoch > found.home.epoch) {
+    if remembered
+        .is_some_and(|it| it.deployment == found.identity.id && it.epoch > found.identity.epoch)
+    {
         differences.push(Difference::Superseded);
     }
     if found.moved {
@@ -127,7 +131,7 @@ fn differences(
 }
 
 /// Whether another replica accepted a restored database since this one last started.
-fn accepted_elsewhere(remembered: Option<&RememberedDatabase>, found: &Home) -> bool {
+fn accepted_elsewhere(remembered: Option<&RememberedDatabase>, found: &DatabaseIdentity) -> bool {
     remembered.is_some_and(|it| it.deployment == found.id && it.epoch < found.epoch)
 }
 
@@ -236,8 +240,8 @@ mod tests {
     }
 
     fn found(epoch: i64, moved: bool) -> Deployment {
-        let home = Home { id: "ours".into(), epoch };
-        Deployment { home, upstream: "staging".into(), moved }
+        let identity = DatabaseIdentity { id: "ours".into(), epoch };
+        Deployment { identity, upstream: "staging".into(), moved }
     }
 
     #[test]
@@ -258,11 +262,11 @@ mod tests {
 
     #[test]
     fn a_database_that_another_replica_accepted_since_is_accepted() {
-        let home = found(2, false).home;
-        assert!(accepted_elsewhere(Some(&remembered("ours", 1)), &home));
-        assert!(!accepted_elsewhere(Some(&remembered("ours", 2)), &home));
-        assert!(!accepted_elsewhere(Some(&remembered("theirs", 1)), &home));
-        assert!(!accepted_elsewhere(None, &home));
+        let identity = found(2, false).identity;
+        assert!(accepted_elsewhere(Some(&remembered("ours", 1)), &identity));
+        assert!(!accepted_elsewhere(Some(&remembered("ours", 2)), &identity));
+        assert!(!accepted_elsewhere(Some(&remembered("theirs", 1)), &identity));
+        assert!(!accepted_elsewhere(None, &identity));
     }
 
     #[test]

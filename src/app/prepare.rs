@@ -71,7 +71,7 @@ pub(super) async fn prepare(
 
     let issuer = components.token_issuer(config, state_dir, Arc::new(pending));
     let (refresher, trigger) = Refresher::new(issuer);
-    let change_feed = components.change_feed(config, state_dir, verified.home, trigger.clone());
+    let change_feed = components.change_feed(config, state_dir, verified.identity, trigger.clone());
     let snapshot = until_reachable(give_up, || async { Ok(change_feed.start().await?) }).await?;
     Ok(Prepared { refresher, trigger, change_feed, snapshot })
 }

@@ -57,14 +57,20 @@ fn journal_check(journal: &Journal) -> Check {
 }
 
 fn postgres_check(connectivity: &DatabaseConnectivity) -> Check {
-    let detail = match connectivity.current() {
-        _ if !connectivity.has_answered() => "has not answered yet",
-        Connectivity::Connected => "answers",
-        Connectivity::SoleReplica => "does not answer; issuing goes on without it",
-        Connectivity::Partitioned => "does not answer; serving what is known",
+    let problem = connectivity.problem();
+    let ok = answers(connectivity) && problem.is_none();
+    let detail = match (connectivity.current(), problem) {
+        (Connectivity::SoleReplica, _) => "does not answer; issuing goes on without it".into(),
+        (Connectivity::Partitioned, _) => "does not answer; serving what is known".into(),
+        (Connectivity::Connected, _) if !connectivity.has_answered() => {
+            "has not answered yet".into()
+        }
+        (Connectivity::Connected, Some(problem)) => {
+            format!("answers, but its changes cannot be followed: {problem}")
+        }
+        (Connectivity::Connected, None) => "answers".into(),
     };
-    let ok = answers(connectivity);
-    Check { name: "postgres", ok, required: false, detail: detail.into() }
+    Check { name: "postgres", ok, required: false, detail }
 }
 
 fn delivery_check(connectivity: &DatabaseConnectivity, journal: &Journal) -> Check {

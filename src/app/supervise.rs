@@ -7,7 +7,6 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, warn};
 
 use super::error::StartError;
-use crate::store::StoreError;
 
 /// The pause between two attempts to reach the database at the start.
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
@@ -29,7 +28,7 @@ pub(super) async fn until_reachable<T, F: Future<Output = Result<T, StartError>>
             result = step() => result,
         };
         match result {
-            Err(StartError::Store(StoreError::Unreachable(why))) => {
+            Err(StartError::Store(why)) if why.is_unavailable() => {
                 if !std::mem::replace(&mut warned, true) {
                     warn!(%why, "the database cannot be reached yet; waiting for it");
                 }

@@ -17,7 +17,7 @@ use crate::{
     files::state_dir::StateDir,
     services::{
         caller_rates::CallerRates,
-        change_feed::{ChangeFeed, Identity},
+        change_feed::{ChangeFeed, ReplicaIdentity},
         journal_delivery::JournalDelivery,
         keyed_semaphore::KeyedSemaphore,
         refresher::{
@@ -28,7 +28,7 @@ use crate::{
         retention::Retention,
         token_provider::TokenProvider,
     },
-    store::{deployment::Home, leases::LeaseHolder},
+    store::{deployment::DatabaseIdentity, leases::LeaseHolder},
 };
 
 /// How much longer than an attempt a lease lasts: the time to store the token.
@@ -89,30 +89,30 @@ impl Components {
         TokenIssuer::new(issue_settings, infrastructure, state)
     }
 
-    /// Returns the feed that follows changes in the database `home`.
+    /// Returns the feed that follows changes in the database with this identity.
     pub(super) fn change_feed(
         &self,
         config: &AppConfig,
         state_dir: &StateDir,
-        home: Home,
+        database_identity: DatabaseIdentity,
         trigger: RefreshTrigger,
     ) -> ChangeFeed {
         ChangeFeed {
-            identity: Identity {
+            replica: ReplicaIdentity {
                 instance: state_dir.instance().to_owned(),
                 replica: state_dir.replica(),
                 key_ids: config.keyring.key_ids().iter().map(ToString::to_string).collect(),
                 started_at: self.clock.now(),
             },
             database: self.database.clone(),
-            home,
+            database_identity,
             pool: self.pool.clone(),
             keyring: config.keyring.clone(),
             loader: self.loader.clone(),
             cache: self.cache.clone(),
             directory: self.directory.clone(),
-            reach: self.connectivity.clone(),
-            waker: trigger,
+            connectivity: self.connectivity.clone(),
+            refresh: trigger,
             journal: self.journal.clone(),
             clock: self.clock.clone(),
         }

@@ -91,10 +91,20 @@ pub async fn run(cli: Cli) -> ExitCode {
         // The reader of the output, such as `head`, needs no more of it.
         Err(error) if error.is::<Closed>() => ExitCode::SUCCESS,
         Err(error) => {
-            output::note(format_args!("error: {error:#}"));
+            output::note(format_args!("error: {}", chain(&error)));
             ExitCode::from(if error.is::<InvalidSettings>() { 2 } else { 1 })
         }
     }
+}
+
+/// Returns the texts of `error` and of its causes, without those that a text before them contains:
+/// errors of the database are complete by themselves, and name their cause too.
+fn chain(error: &anyhow::Error) -> String {
+    error.chain().fold(String::new(), |texts, cause| match cause.to_string() {
+        text if texts.contains(&text) => texts,
+        text if texts.is_empty() => text,
+        text => format!("{texts}: {text}"),
+    })
 }
 
 async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {

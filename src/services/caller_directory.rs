@@ -1,4 +1,6 @@
-//! Who calls: the callers by what they show, swapped whole when anything changes.
+//! The callers of the service, looked up by the credential that they present.
+//!
+//! The whole index is replaced whenever anything in the database changes, so that lookups take no lock.
 
 use std::{
     collections::HashMap,
@@ -20,20 +22,22 @@ use crate::{
     store::callers::{CallerCredential, CredentialKey},
 };
 
-/// All credentials of all callers, and when they were last known to be true.
+/// The credentials of all callers, and when the database last confirmed that they are up to date.
 #[derive(Debug)]
 pub struct CallerDirectory {
     index: ArcSwap<HashMap<CredentialKey, CallerCredential>>,
     changed: watch::Sender<()>,
+    /// Milliseconds since the Unix epoch.
     confirmed_ms: AtomicI64,
 }
 
-/// Why a credential that is known is refused all the same.
+/// A credential that is registered but not accepted. The details are for the audit log only: a caller is
+/// told no more than for an unknown credential.
 #[derive(Clone, Debug)]
-pub struct Refused {
-    /// Whose it is, for the audit log alone.
+pub struct RefusedCredential {
+    /// The caller to whom the credential belongs.
     pub caller: Arc<Caller>,
-    /// Why, for the audit log alone: callers hear the same as for an unknown one.
+    /// The reason, such as `credential revoked`.
     pub why: &'static str,
 }
 
@@ -48,54 +52,57 @@ impl Default for CallerDirectory {
 }
 
 impl CallerDirectory {
-    /// Replaces everything with `credentials`.
+    /// Replaces all credentials. Of several with the same key, the last one counts.
     pub fn replace(&self, credentials: Vec<CallerCredential>) {
         let index = credentials
             .into_iter()
-            .map(|credential| (credential.proof.clone(), credential))
+            .map(|credential| (credential.key.clone(), credential))
             .collect::<HashMap<_, _>>();
         self.index.store(Arc::new(index));
         self.changed.send_replace(());
     }
 
-    /// Notes that the database confirmed the present content at `now`.
+    /// Stores that the credentials were up to date at `now`.
     pub fn confirm(&self, now: Timestamp) {
         self.confirmed_ms.store(now.timestamp_millis(), Ordering::Relaxed);
     }
 
-    /// Whether the content was confirmed within `staleness` before `now`.
+    /// Returns whether the credentials were confirmed within the last `staleness` before `now`.
     #[must_use]
     pub fn is_current(&self, now: Timestamp, staleness: Duration) -> bool {
         (now - delta(staleness)).timestamp_millis() <= self.confirmed_ms.load(Ordering::Relaxed)
     }
 
-    /// Wakes whenever the content has changed.
+    /// Returns a receiver that is notified whenever the credentials are replaced.
     #[must_use]
     pub fn changes(&self) -> watch::Receiver<()> {
         self.changed.subscribe()
     }
 
-    /// The caller who shows `proof` at `now`.
+    /// Returns the caller whose credential `key` is, if it is accepted at `now`.
     ///
-    /// The lookup of a bearer is by its hash, and hashes are compared in constant time: what its timing tells
-    /// is about hashes, from which no bearer can be made.
+    /// Bearers are looked up by their SHA-256, and the hashes are compared in constant time. The time that
+    /// a lookup takes can tell something about hashes, from which no bearer can be derived.
     ///
     /// # Errors
-    /// `None` for an unknown proof; [`Refused`] for one that has ended or was revoked, or whose caller is
-    /// disabled.
-    pub fn by_proof(
+    /// Returns `None` for an unknown key, and [`RefusedCredential`] for a credential that has ended or was
+    /// revoked, or whose caller is disabled.
+    pub fn authenticate(
         &self,
-        proof: &CredentialKey,
+        key: &CredentialKey,
         now: Timestamp,
-    ) -> Result<Arc<Caller>, Option<Refused>> {
+    ) -> Result<Arc<Caller>, Option<RefusedCredential>> {
         let index = self.index.load();
-        admit(index.get(proof).ok_or(None)?, now)
+        accept(index.get(key).ok_or(None)?, now)
     }
 }
 
-fn admit(credential: &CallerCredential, now: Timestamp) -> Result<Arc<Caller>, Option<Refused>> {
+fn accept(
+    credential: &CallerCredential,
+    now: Timestamp,
+) -> Result<Arc<Caller>, Option<RefusedCredential>> {
     let caller = &credential.caller;
-    let refused = |why| Some(Refused { caller: caller.clone(), why });
+    let refused = |why| Some(RefusedCredential { caller: caller.clone(), why });
     if !caller.enabled {
         return Err(refused("caller disabled"));
     }
@@ -115,7 +122,7 @@ mod tests {
     use super::*;
     use crate::domain::caller::CallerId;
 
-    const PROOF: CredentialKey = CredentialKey::BearerSha256([7; 32]);
+    const KEY: CredentialKey = CredentialKey::BearerSha256([7; 32]);
 
     fn directory(enabled: bool, ends_at: Option<Timestamp>) -> CallerDirectory {
         let caller = Arc::new(Caller {
@@ -126,41 +133,41 @@ mod tests {
             grants: vec![],
         });
         let directory = CallerDirectory::default();
-        directory.replace(vec![CallerCredential { caller, proof: PROOF, ends_at, revoked: false }]);
+        directory.replace(vec![CallerCredential { caller, key: KEY, ends_at, revoked: false }]);
         directory
     }
 
     #[test]
-    fn a_bearer_is_known_by_its_hash_until_its_end() {
+    fn a_bearer_is_accepted_by_its_hash_until_its_end() {
         let now = DateTime::UNIX_EPOCH;
         let end = now + TimeDelta::seconds(1);
         let directory = directory(true, Some(end));
-        assert!(directory.by_proof(&PROOF, now).is_ok());
+        assert!(directory.authenticate(&KEY, now).is_ok());
         assert!(matches!(
-            directory.by_proof(&CredentialKey::BearerSha256([8; 32]), now),
+            directory.authenticate(&CredentialKey::BearerSha256([8; 32]), now),
             Err(None)
         ));
-        assert!(matches!(directory.by_proof(&PROOF, end), Err(Some(_))));
+        assert!(matches!(directory.authenticate(&KEY, end), Err(Some(_))));
     }
 
     #[test]
-    fn a_revoked_credential_is_refused_and_named_for_the_audit() {
+    fn a_revoked_credential_is_refused_and_its_caller_is_named() {
         let directory = directory(true, None);
-        let mut revoked = directory.index.load()[&PROOF].clone();
+        let mut revoked = directory.index.load()[&KEY].clone();
         revoked.revoked = true;
         directory.replace(vec![revoked]);
-        let refused = directory.by_proof(&PROOF, DateTime::UNIX_EPOCH).unwrap_err().unwrap();
+        let refused = directory.authenticate(&KEY, DateTime::UNIX_EPOCH).unwrap_err().unwrap();
         assert_eq!((&*refused.caller.name, refused.why), ("demo", "credential revoked"));
     }
 
     #[test]
-    fn a_disabled_caller_is_refused_and_named_for_the_audit() {
-        let refused = directory(false, None).by_proof(&PROOF, DateTime::UNIX_EPOCH).unwrap_err();
+    fn a_disabled_caller_is_refused_and_named() {
+        let refused = directory(false, None).authenticate(&KEY, DateTime::UNIX_EPOCH).unwrap_err();
         assert_eq!(&*refused.unwrap().caller.name, "demo");
     }
 
     #[test]
-    fn what_was_never_confirmed_is_not_current() {
+    fn credentials_that_were_never_or_long_ago_confirmed_are_not_current() {
         let (now, day) = (DateTime::UNIX_EPOCH + TimeDelta::days(9), Duration::from_hours(24));
         let directory = directory(true, None);
         assert!(!directory.is_current(now, day));

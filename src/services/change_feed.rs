@@ -1,5 +1,9 @@
-//! Follows what admins and other replicas commit: seals what was written into the intake column,
-//! loads what changed, wakes the refresher, and writes changes into the audit log.
+//! Follows what admins and other replicas commit to the database.
+//!
+//! The feed polls, and a notification makes the next poll come at once. Each poll seals client secrets
+//! that admins have written, loads the accounts and callers that have changed, has the refresher plan
+//! them anew, and writes the changes into the audit journal. Beside that, the feed stores this replica's
+//! heartbeat, and it is what decides whether the database counts as connected.
 
 use std::{sync::Arc, time::Duration};
 
@@ -9,7 +13,7 @@ use tokio::{
     time::{Instant, timeout},
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, error, info};
+use tracing::{debug, error, info, warn};
 
 use crate::{
     audit::{
@@ -32,159 +36,183 @@ use crate::{
         accounts::{self, Intake},
         callers,
         changes::{self, Change, ChangeListener},
-        deployment::Home,
+        deployment::DatabaseIdentity,
         instances::{self, Heartbeat},
         leases, within,
     },
 };
 
-/// How often everything is looked at; a notification only makes it sooner. The contract promises
-/// that an admin's statement takes effect within a second.
-const POLL: Duration = Duration::from_millis(500);
-/// The pause before a lost listening connection is made anew.
-const LISTEN_AGAIN: Duration = Duration::from_secs(1);
-/// How often the replica tells that it lives, and when accounts were last asked for.
-const HEARTBEAT: Duration = Duration::from_secs(10);
-/// A replica that has not told so for this long is not there: three heartbeats were missed.
+/// The pause between two polls; a notification ends it early. An admin's statement is to take effect
+/// within a second, also when its notification is lost.
+const POLL_INTERVAL: Duration = Duration::from_millis(500);
+/// The pause before a lost listening connection is opened again.
+const RECONNECT_PAUSE: Duration = Duration::from_secs(1);
+/// How long the end of a run may take to store that this instance has stopped.
+const STOP_TIMEOUT: Duration = Duration::from_secs(1);
+/// The pause between two heartbeats, with which the time of the last request for each account is stored.
+const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(10);
+/// A replica whose last heartbeat is older than this, three intervals, counts as gone.
 const ABSENT_AFTER: Duration = Duration::from_secs(30);
-/// For how many accounts that is told at once.
-const NOTED: usize = 500;
-/// How many changes are written into the audit log at once.
-const CHANGES: i64 = 500;
-/// How long these may take to become durable.
-const RECORD_WITHIN: Duration = Duration::from_secs(5);
+/// The most accounts whose last requests are stored by one statement.
+const REQUESTS_BATCH: usize = 500;
+/// The most changes that are claimed for the audit journal at once.
+const CHANGES_BATCH: i64 = 500;
+/// How long the records of one such batch may take to become durable.
+const RECORD_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What a replica tells of itself.
+/// What a replica reports about itself in its heartbeat.
 #[derive(Clone, Debug)]
-pub struct Identity {
-    /// The instance.
+pub struct ReplicaIdentity {
+    /// The id of the instance, which belongs to its state directory.
     pub instance: String,
-    /// Its number in generations.
+    /// The number of the replica, which is part of the generations of its tokens.
     pub replica: u16,
-    /// The keys that its keyring holds.
+    /// The ids of the keys in its keyring.
     pub key_ids: Vec<String>,
-    /// When it started.
+    /// When the process started.
     pub started_at: Timestamp,
 }
 
-/// Whether changes are to be taken again that this instance took before.
+/// Whether this instance has claimed changes in the database that may be missing in its journal, and
+/// must claim again to record them.
+///
+/// Whether a claimed change reached the journal can be told only once everything that the journal held
+/// has arrived in Postgres, where records name their change. Until then nothing is claimed.
 #[derive(Clone, Copy, Debug)]
-enum Retake {
-    /// Those that it took are in the journal.
-    No,
-    /// Taking was cut off by an error: what was taken is not known.
-    Partitioned,
-    /// Once so many records of this start, and all of earlier starts, are in Postgres.
-    After(u64),
+enum Reclaim {
+    /// Every claimed change is in the journal.
+    NotNeeded,
+    /// Recording was interrupted, and what was claimed is unknown.
+    Needed,
+    /// Claim again once this many records of this process, and all of earlier ones, are in Postgres.
+    AfterDelivery(u64),
 }
 
-/// All that following needs.
+/// The task that follows the database, and what it reads and informs.
 pub struct ChangeFeed {
-    /// Who we are.
-    pub identity: Identity,
-    /// Where to listen.
+    /// What this replica reports about itself.
+    pub replica: ReplicaIdentity,
+    /// The options for the connections that listen and probe.
     pub database: Database,
-    /// Which database that is.
-    pub home: Home,
-    /// Where to read.
+    /// The identity that the database must keep.
+    pub database_identity: DatabaseIdentity,
+    /// The connections for everything else.
     pub pool: PgPool,
-    /// Opens what `account seal` sealed, and seals it for the row.
+    /// Opens what `account seal` has sealed, and seals it for the row.
     pub keyring: Arc<Keyring>,
-    /// Brings the cache to what the database has.
+    /// Loads changed accounts into the cache.
     pub loader: Arc<AccountLoader>,
-    /// The accounts.
+    /// The accounts, with the times at which they were last requested.
     pub cache: Arc<AccountCache>,
-    /// The callers.
+    /// The callers, which the feed replaces.
     pub directory: Arc<CallerDirectory>,
-    /// Where it is told whether the database answers.
-    pub reach: Arc<DatabaseConnectivity>,
-    /// The refresher.
-    pub waker: RefreshTrigger,
-    /// The audit log.
+    /// Whether the database answers, which the feed finds out.
+    pub connectivity: Arc<DatabaseConnectivity>,
+    /// Has the refresher plan a changed account anew.
+    pub refresh: RefreshTrigger,
+    /// The audit journal, in which changes are recorded.
     pub journal: Journal,
-    /// Time.
+    /// The clock by which callers are confirmed and requests are selected.
     pub clock: Clock,
 }
 
 impl ChangeFeed {
-    /// Loads everything once, and returns from where to follow. Call it before serving.
+    /// Loads everything once, and returns the snapshot from which [`Self::run`] continues. Must be called
+    /// before anything is served.
     ///
     /// # Errors
-    /// When the database cannot be read.
+    /// Returns the database's error.
     pub async fn start(&self) -> Result<String, StoreError> {
         let snapshot = changes::snapshot(&self.pool).await?;
-        // The state directory is ours alone, so an earlier process of this instance is gone.
-        leases::release_all(&self.pool, &self.identity.instance).await?;
+        // Only one process at a time can lock the state directory that the instance belongs to, so the
+        // leases of an earlier process have no holder.
+        leases::release_all(&self.pool, &self.replica.instance).await?;
         self.seal_intake().await?;
         let accounts = self.loader.load_all().await?;
         self.load_callers().await?;
-        // Before anything is issued, the others can know that we are there, and we of them.
-        self.tell().await?;
+        // The other replicas must be able to see this one, and this one them, before anything is issued.
+        self.send_heartbeat().await?;
         info!(accounts, "accounts and callers are loaded");
         Ok(snapshot)
     }
 
-    /// Follows from `snapshot` until `stop`.
+    /// Follows the database from `snapshot` until `stop`. Returns earlier only when the database was
+    /// replaced by another one, which ends the broker.
     pub async fn run(self, snapshot: String, stop: CancellationToken) {
         let notified = Notify::new();
         tokio::select! {
             () = stop.cancelled() => {}
             () = self.listen(&notified) => {}
             () = self.poll(snapshot, &notified) => {}
-            () = self.beat() => {}
+            () = self.keep_alive() => {}
         }
-        let stopped = instances::stopped(&self.pool, &self.identity.instance);
-        if !matches!(timeout(LISTEN_AGAIN, stopped).await, Ok(Ok(()))) {
-            debug!("the end of this instance cannot be told to the database");
+        let stopped = instances::mark_stopped(&self.pool, &self.replica.instance);
+        if !matches!(timeout(STOP_TIMEOUT, stopped).await, Ok(Ok(()))) {
+            debug!("that this instance has stopped cannot be stored in the database");
         }
     }
 
-    /// Passes notifications on. Never ends.
+    /// Passes notifications of the database on to `notified`. Never returns.
     async fn listen(&self, notified: &Notify) {
         loop {
             if let Ok(mut listener) = ChangeListener::connect(&self.database).await {
-                // What was committed while nobody listened is found by this look.
+                // What was committed while there was no connection is found by this poll.
                 notified.notify_one();
                 while listener.wait().await.is_ok() {
                     notified.notify_one();
                 }
             }
-            tokio::time::sleep(LISTEN_AGAIN).await;
+            tokio::time::sleep(RECONNECT_PAUSE).await;
         }
     }
 
-    /// Looks again and again. Ends when the database is not the same any more.
+    /// Polls until the database is not the same any more.
     async fn poll(&self, mut snapshot: String, notified: &Notify) {
-        // What this instance took before it was stopped, and did not record, is taken again once.
-        let mut retake = Retake::After(0);
+        // An earlier process may have claimed changes and ended before it had recorded them.
+        let mut reclaim = Reclaim::AfterDelivery(0);
         loop {
-            match self.look(&mut snapshot, &mut retake).await {
+            match self.poll_once(&mut snapshot, &mut reclaim).await {
                 Ok(()) => {}
                 Err(error @ StoreError::Replaced(_)) => {
                     error!(%error, "the broker ends: nothing that it knows may be true any more");
                     return;
                 }
-                Err(error) => self.reach.mark_lost(&error.to_string()),
+                Err(error) => self.report_failure(&error).await,
             }
             tokio::select! {
-                () = tokio::time::sleep(POLL) => {}
+                () = tokio::time::sleep(POLL_INTERVAL) => {}
                 () = notified.notified() => {}
             }
         }
     }
 
-    /// One look at everything that was committed since `snapshot`, which moves on only when all of
-    /// it was taken in.
+    /// Tells `connectivity` what a failed poll says about the database.
     ///
-    /// Whether changes that were taken for the audit log reached the journal can be said only once
-    /// all that the journal held has arrived in Postgres: until then `retake` has none taken.
-    async fn look(&self, snapshot: &mut String, retake: &mut Retake) -> Result<(), StoreError> {
+    /// Only a server that does not answer at all counts as lost: a replica may then issue without leases.
+    /// A refused statement, for example for a missing privilege, proves that the server answers; a lost
+    /// session or a statement that took too long proves nothing, so the server is probed.
+    async fn report_failure(&self, error: &StoreError) {
+        if error.may_be_outage() && self.database.probe().await.is_err() {
+            self.connectivity.mark_lost(&error.to_string());
+        } else {
+            self.connectivity.mark_failing(error.to_string());
+        }
+    }
+
+    /// Takes in everything that was committed since `snapshot`, which advances only when all of it was
+    /// taken in, and records the changes in the journal unless `reclaim` demands to wait.
+    async fn poll_once(
+        &self,
+        snapshot: &mut String,
+        reclaim: &mut Reclaim,
+    ) -> Result<(), StoreError> {
         self.seal_intake().await?;
-        let committed = within(changes::since(&self.pool, snapshot, &self.home)).await?;
+        let committed =
+            within(changes::since(&self.pool, snapshot, &self.database_identity)).await?;
         if !committed.accounts.is_empty() {
             self.loader.load(&committed.accounts).await?;
             for id in &committed.accounts {
-                self.waker.wake(AccountId(*id));
+                self.refresh.wake(AccountId(*id));
             }
         }
         if committed.access {
@@ -192,24 +220,25 @@ impl ChangeFeed {
         }
         *snapshot = committed.snapshot;
         self.directory.confirm(self.clock.now());
-        self.reach.mark_connected();
-        let again = match *retake {
-            Retake::No if !committed.unrecorded => return Ok(()),
-            Retake::No => false,
-            Retake::Partitioned => {
-                *retake = Retake::After(self.journal.stats().appended);
+        self.connectivity.mark_connected();
+        let again = match *reclaim {
+            Reclaim::NotNeeded if !committed.unrecorded => return Ok(()),
+            Reclaim::NotNeeded => false,
+            Reclaim::Needed => {
+                *reclaim = Reclaim::AfterDelivery(self.journal.stats().appended);
                 return Ok(());
             }
-            Retake::After(mark) if !self.has_delivered(mark) => return Ok(()),
-            Retake::After(_) => true,
+            Reclaim::AfterDelivery(count) if !self.has_delivered(count) => return Ok(()),
+            Reclaim::AfterDelivery(_) => true,
         };
-        *retake = Retake::Partitioned;
+        // Stays so if recording fails.
+        *reclaim = Reclaim::Needed;
         self.record_changes(again).await?;
-        *retake = Retake::No;
+        *reclaim = Reclaim::NotNeeded;
         Ok(())
     }
 
-    /// Whether `count` records of this start, and all of earlier ones, are in Postgres.
+    /// Returns whether the first `count` records of this process, and all of earlier ones, are in Postgres.
     fn has_delivered(&self, count: u64) -> bool {
         let stats = self.journal.stats();
         let delivered = stats.durable.saturating_sub(stats.undelivered);
@@ -222,6 +251,7 @@ impl ChangeFeed {
         Ok(())
     }
 
+    /// Seals the client secrets in the intake column, and empties the column.
     async fn seal_intake(&self) -> Result<(), StoreError> {
         let mut sealed = 0;
         loop {
@@ -238,7 +268,8 @@ impl ChangeFeed {
         Ok(())
     }
 
-    /// Seals what an admin wrote for its row, or says why it cannot be.
+    /// Seals what an admin has written into the intake column for its row, or says what is wrong with it,
+    /// without quoting it.
     fn seal(&self, intake: &Intake) -> Result<Vec<u8>, String> {
         let secret = if intake.value.starts_with(SEALED_PREFIX) {
             let opened = self.keyring.open_intake(&intake.client_id, &intake.value);
@@ -249,73 +280,89 @@ impl ChangeFeed {
         Ok(self.keyring.seal_secret(intake.id, intake.version, &secret))
     }
 
-    /// Writes changes into the audit log until there are none left.
-    async fn record_changes(&self, again: bool) -> Result<(), StoreError> {
+    /// Claims changes and appends their records to the journal until there are none left. With `reclaim`,
+    /// claims one batch, among it what this instance claimed before.
+    async fn record_changes(&self, reclaim: bool) -> Result<(), StoreError> {
         loop {
-            let taken = changes::take(&self.pool, &self.identity.instance, again, CHANGES);
-            let taken = within(taken).await?;
-            let more = taken.len() >= usize::try_from(CHANGES).unwrap_or(usize::MAX);
-            let records: Vec<_> =
-                taken.into_iter().map(|change| self.journal.append(record(&change))).collect();
-            let until = Instant::now() + RECORD_WITHIN;
+            let claimed =
+                changes::claim(&self.pool, &self.replica.instance, reclaim, CHANGES_BATCH);
+            let claimed = within(claimed).await?;
+            let more = claimed.len() >= usize::try_from(CHANGES_BATCH).unwrap_or(usize::MAX);
+            let records: Vec<_> = claimed
+                .into_iter()
+                .map(|change| self.journal.append(audit_record(&change)))
+                .collect();
+            let until = Instant::now() + RECORD_TIMEOUT;
             for appended in records {
-                // A record that is not a call is kept until it can be written.
+                // If it takes longer, the journal keeps the record and writes it later: only records of
+                // calls can be given up.
                 let _ = appended.durable(until.saturating_duration_since(Instant::now())).await;
             }
-            // Taken again, a full batch would be the same one: the rest waits for the next start.
-            if !more || again {
+            // Claiming again would return the same full batch: the rest waits for the next start.
+            if !more || reclaim {
                 return Ok(());
             }
         }
     }
 
-    /// Tells again and again that the replica lives, and when accounts were last asked for. Never
-    /// ends.
-    async fn beat(&self) {
+    /// Sends a heartbeat at each interval. Never returns.
+    async fn keep_alive(&self) {
         loop {
-            tokio::time::sleep(HEARTBEAT).await;
-            if let Err(error) = within(self.tell()).await {
-                debug!(%error, "the heartbeat cannot be told");
+            tokio::time::sleep(HEARTBEAT_INTERVAL).await;
+            match within(self.send_heartbeat()).await {
+                Ok(()) => {}
+                // Polling finds out whether the database answers.
+                Err(error) if error.may_be_outage() => {
+                    debug!(%error, "the heartbeat cannot be stored");
+                }
+                Err(error) => {
+                    warn!(%error, "the database refuses the heartbeat: other replicas do not see this one");
+                    self.connectivity.heartbeat_refused();
+                }
             }
         }
     }
 
-    async fn tell(&self) -> Result<(), StoreError> {
-        let beat = Heartbeat {
-            instance: &self.identity.instance,
-            replica: self.identity.replica,
+    /// Stores that this replica lives and when accounts were last requested from it, and counts the other
+    /// replicas.
+    async fn send_heartbeat(&self) -> Result<(), StoreError> {
+        let heartbeat = Heartbeat {
+            instance: &self.replica.instance,
+            replica: self.replica.replica,
             version: env!("CARGO_PKG_VERSION"),
-            key_ids: &self.identity.key_ids,
-            started_at: self.identity.started_at,
+            key_ids: &self.replica.key_ids,
+            started_at: self.replica.started_at,
             chain: &self.journal.chain().chain,
             seq: self.journal.head().seq,
         };
-        let (ids, moments) = self.requests_since(self.clock.now() - 2 * HEARTBEAT);
-        instances::beat(&self.pool, &beat).await?;
-        self.reach
-            .heartbeat_stored(instances::others(&self.pool, beat.instance, ABSENT_AFTER).await?);
-        for (ids, moments) in ids.chunks(NOTED).zip(moments.chunks(NOTED)) {
+        let (ids, moments) = self.requests_since(self.clock.now() - 2 * HEARTBEAT_INTERVAL);
+        instances::store_heartbeat(&self.pool, &heartbeat).await?;
+        let others = instances::count_others(&self.pool, heartbeat.instance, ABSENT_AFTER).await?;
+        self.connectivity.heartbeat_stored(others);
+        for (ids, moments) in ids.chunks(REQUESTS_BATCH).zip(moments.chunks(REQUESTS_BATCH)) {
             accounts::note_requests(&self.pool, ids, moments).await?;
         }
         Ok(())
     }
 
-    /// The accounts that were asked for since `since`, and when.
+    /// Returns the ids of the accounts that were requested at or after `since`, and the times of their last
+    /// requests, in the same order.
     fn requests_since(&self, since: Timestamp) -> (Vec<i64>, Vec<Timestamp>) {
         let since = since.timestamp_millis();
         self.cache
             .all()
             .iter()
-            .filter(|slot| slot.requested_ms() >= since)
-            .filter_map(|slot| {
-                Some((slot.id().0, Timestamp::from_timestamp_millis(slot.requested_ms())?))
+            .filter(|account| account.requested_ms() >= since)
+            .filter_map(|account| {
+                let requested = Timestamp::from_timestamp_millis(account.requested_ms())?;
+                Some((account.id().0, requested))
             })
             .unzip()
     }
 }
 
-/// The audit record of a change.
-fn record(change: &Change) -> Record {
+/// Returns the audit record of a change.
+fn audit_record(change: &Change) -> Record {
     let event = match (change.table.as_str(), change.operation.as_str()) {
         ("accounts", "insert") => Event::AccountRegistered,
         ("accounts", "delete") => Event::AccountRemoved,
@@ -363,7 +410,7 @@ mod tests {
     }
 
     #[test]
-    fn a_change_becomes_the_event_of_its_table_with_who_made_it() {
+    fn a_change_is_recorded_as_the_event_of_its_table_with_who_made_it() {
         for (table, operation, event) in [
             ("accounts", "insert", "account_registered"),
             ("accounts", "update", "account_changed"),
@@ -375,7 +422,7 @@ mod tests {
             ("audit_chains", "retire", "chain_retired"),
             ("audit_retention", "update", "retention_changed"),
         ] {
-            let record = record(&change(table, operation));
+            let record = audit_record(&change(table, operation));
             assert_eq!(record.event.as_str(), event);
             assert_eq!(record.detail["session_user"], "jane");
             assert_eq!(record.detail["change_id"], "7");

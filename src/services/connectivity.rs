@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use parking_lot::Mutex;
 use tokio::sync::watch;
 use tracing::{info, warn};
 
@@ -25,6 +26,8 @@ pub struct DatabaseConnectivity {
     current: watch::Sender<Connectivity>,
     /// Whether the database has answered since the start.
     answered: AtomicBool,
+    /// Why the change feed fails although the database answers.
+    problem: Mutex<Option<String>>,
     /// Whether the last stored heartbeat found no other live replica.
     only_replica: AtomicBool,
     /// Whether the upstream ends older tokens when it issues a new one.
@@ -40,6 +43,7 @@ impl DatabaseConnectivity {
         Self {
             current: watch::Sender::new(Connectivity::Connected),
             answered: AtomicBool::new(false),
+            problem: Mutex::new(None),
             only_replica: AtomicBool::new(false),
             new_token_ends_older,
         }
@@ -69,10 +73,33 @@ impl DatabaseConnectivity {
         self.only_replica.store(other_replicas == 0, Ordering::Relaxed);
     }
 
-    /// Notes that the database did not answer; `reason` is logged. Whether issuing goes on is decided
-    /// once, as the connection is lost: a replica that is partitioned stays so until the database
-    /// answers again.
+    /// Forgets how many other replicas there are, because the database refuses this replica's heartbeat:
+    /// the others do not see it, and it must not take itself for the only one.
+    pub fn heartbeat_refused(&self) {
+        self.only_replica.store(false, Ordering::Relaxed);
+    }
+
+    /// Notes that the database answers, but that the change feed fails because of `problem`. The replica
+    /// counts as connected: it may issue only with a lease.
+    pub fn mark_failing(&self, problem: String) {
+        let changed = self.problem.lock().replace(problem.clone()).as_ref() != Some(&problem);
+        if changed {
+            warn!(%problem, "the database answers, but its changes cannot be followed");
+        }
+        self.mark_answering();
+    }
+
+    /// Returns why the change feed fails although the database answers, if it does.
+    #[must_use]
+    pub fn problem(&self) -> Option<String> {
+        self.problem.lock().clone()
+    }
+
+    /// Notes that the database did not answer at all; `reason` is logged. A refused statement or a single
+    /// lost session is no such reason: see [`Self::mark_failing`]. Whether issuing goes on is decided once,
+    /// as the connection is lost: a replica that is partitioned stays so until the database answers again.
     pub fn mark_lost(&self, reason: &str) {
+        *self.problem.lock() = None;
         let safe = !self.new_token_ends_older || self.only_replica.load(Ordering::Relaxed);
         let lost = if safe { Connectivity::SoleReplica } else { Connectivity::Partitioned };
         if self.change(Connectivity::Connected, lost) {
@@ -85,8 +112,13 @@ impl DatabaseConnectivity {
         }
     }
 
-    /// Notes that the database answered.
+    /// Notes that the database answered and that its changes were followed.
     pub fn mark_connected(&self) {
+        *self.problem.lock() = None;
+        self.mark_answering();
+    }
+
+    fn mark_answering(&self) {
         self.answered.store(true, Ordering::Relaxed);
         if self.change(Connectivity::SoleReplica, Connectivity::Connected)
             || self.change(Connectivity::Partitioned, Connectivity::Connected)
@@ -128,6 +160,35 @@ mod tests {
         assert_eq!(after_loss(true, Some(0)), Connectivity::SoleReplica);
         assert_eq!(after_loss(false, None), Connectivity::SoleReplica);
         assert_eq!(after_loss(false, Some(2)), Connectivity::SoleReplica);
+    }
+
+    #[test]
+    fn a_database_that_refuses_something_is_not_lost() {
+        let connectivity = DatabaseConnectivity::new(true);
+        connectivity.heartbeat_stored(0);
+        connectivity.mark_failing("refused".into());
+        assert_eq!(
+            (connectivity.current(), connectivity.problem()),
+            (Connectivity::Connected, Some("refused".into()))
+        );
+        connectivity.mark_lost("test");
+        assert_eq!(
+            (connectivity.current(), connectivity.problem()),
+            (Connectivity::SoleReplica, None)
+        );
+        connectivity.mark_failing("refused".into());
+        assert_eq!(connectivity.current(), Connectivity::Connected, "issuing needs a lease again");
+        connectivity.mark_connected();
+        assert_eq!(connectivity.problem(), None);
+    }
+
+    #[test]
+    fn a_replica_whose_heartbeat_is_refused_does_not_count_as_the_only_one() {
+        let connectivity = DatabaseConnectivity::new(true);
+        connectivity.heartbeat_stored(0);
+        connectivity.heartbeat_refused();
+        connectivity.mark_lost("test");
+        assert_eq!(connectivity.current(), Connectivity::Partitioned);
     }
 
     #[test]

@@ -273,7 +273,7 @@ impl TokenProvider {
     /// was revoked, or the caller was disabled.
     pub fn reauthenticate(&self, credential: &CredentialKey) -> Result<Arc<Caller>, CallRefusal> {
         self.check_grants_are_current()?;
-        let admitted = self.callers.by_proof(credential, self.clock.now());
+        let admitted = self.callers.authenticate(credential, self.clock.now());
         admitted.map_err(|_| CallRefusal::CredentialRefused)
     }
 

@@ -128,7 +128,7 @@ pub async fn load<'e>(
 impl Row {
     fn read(self) -> Result<LoadedAccount, StoreError> {
         let id = self.id;
-        let corrupt = |what: &str| StoreError::Corrupt(format!("accounts row {id}: {what}"));
+        let corrupt = |problem| StoreError::unreadable_row("accounts", id, problem);
         let failure = match (&self.error_class, self.error_version) {
             (Some(class), Some(version)) => Some(IssueFailure {
                 // A newer release may know more classes. A failure of such a class is retried.

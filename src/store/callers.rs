@@ -1,42 +1,43 @@
-//! Callers, their credentials and grants, as identity and permits need them.
+//! Callers, their credentials and their grants, for authentication and authorisation.
 
 use std::{collections::HashMap, sync::Arc};
 
 use aws_lc_rs::constant_time::verify_slices_are_equal;
 use sqlx::PgPool;
-use tracing::error;
+use tracing::{error, instrument};
 
-use super::StoreError;
+use super::{StoreError, execution::repeat_on_conflict};
 use crate::domain::{
     caller::{Caller, CallerId, CallerKind, Grant},
     clock::Timestamp,
 };
 
-/// One way in which a caller may show who it is.
+/// A credential by which a caller is recognised.
 #[derive(Clone, Debug)]
 pub struct CallerCredential {
-    /// Whose it is.
+    /// The caller to whom the credential belongs.
     pub caller: Arc<Caller>,
-    /// What must be shown.
-    pub proof: CredentialKey,
-    /// From when on it is refused.
+    /// What the caller must present.
+    pub key: CredentialKey,
+    /// When the credential stops being accepted; `None` for never.
     pub ends_at: Option<Timestamp>,
-    /// Whether an admin took it back. It is known still, so that the log can tell whose it was.
+    /// Whether an admin revoked it. Revoked credentials are kept, so that the audit log can name the
+    /// caller of a refused call.
     pub revoked: bool,
 }
 
-/// What a caller shows.
-#[expect(clippy::derived_hash_with_manual_eq, reason = "what is equal has the same hash")]
+/// What a caller presents, by which its credential is looked up.
+#[expect(clippy::derived_hash_with_manual_eq, reason = "equal keys have the same hash")]
 #[derive(Clone, Debug, Eq, Hash)]
 pub enum CredentialKey {
-    /// A bearer with this SHA-256.
+    /// The SHA-256 of a bearer.
     BearerSha256([u8; 32]),
-    /// A verified certificate with this name.
+    /// A name in a verified client certificate, and which kind of name it is.
     Identity(CallerKind, String),
 }
 
 impl PartialEq for CredentialKey {
-    /// Hashes of bearers are compared in constant time.
+    /// Compares hashes of bearers in constant time.
     fn eq(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::BearerSha256(ours), Self::BearerSha256(theirs)) => {
@@ -50,32 +51,39 @@ impl PartialEq for CredentialKey {
     }
 }
 
-/// Every credential that is not revoked, with its caller and the caller's grants.
+/// Loads every credential, revoked ones included, with its caller and the caller's grants. Rows that
+/// cannot be read are logged and left out. Where an identity was revoked and registered again, the
+/// credential in force comes last.
 ///
 /// # Errors
-/// When the database cannot be read.
+/// Returns the database's error.
+#[instrument(level = "debug", skip_all)]
 pub async fn load(pool: &PgPool) -> Result<Vec<CallerCredential>, StoreError> {
-    // One transaction at one snapshot: a caller and its grants belong together.
+    repeat_on_conflict(|| try_load(pool)).await
+}
+
+async fn try_load(pool: &PgPool) -> Result<Vec<CallerCredential>, StoreError> {
+    // All three tables are read from one snapshot: a caller without its grants would be refused.
     let mut transaction =
         pool.begin_with("begin isolation level repeatable read read only").await?;
     let callers = sqlx::query!(
-        "-- store::callers::load
+        "-- store::callers::try_load
         select id, name, enabled, rate_limit from callers"
     )
     .fetch_all(&mut *transaction)
     .await?;
     let mut grants: HashMap<i64, Vec<Grant>> = HashMap::new();
     for row in sqlx::query!(
-        "-- store::callers::load
+        "-- store::callers::try_load
         select caller_id, pattern, rights, ends_at from grants"
     )
     .fetch_all(&mut *transaction)
     .await?
     {
         let rights = row.rights.iter().map(|right| right.parse()).collect();
-        // One row that somebody wrote past the triggers must not stop all the others.
+        // A row that was written past the triggers must not keep the others from being loaded.
         let (Ok(pattern), Ok(rights)) = (row.pattern.parse(), rights) else {
-            error!(caller = row.caller_id, "a malformed grant is passed over");
+            error!(caller = row.caller_id, "a malformed grant is ignored");
             continue;
         };
         let grant = Grant { pattern, rights, ends_at: row.ends_at };
@@ -95,10 +103,9 @@ pub async fn load(pool: &PgPool) -> Result<Vec<CallerCredential>, StoreError> {
         })
         .collect();
     let rows = sqlx::query!(
-        "-- store::callers::load
+        "-- store::callers::try_load
         select id, caller_id, kind, bearer_sha256, identity, ends_at, revoked_at
         from caller_credentials
-        -- Of an identity that was revoked and given anew, the last one counts.
         order by revoked_at nulls last"
     )
     .fetch_all(&mut *transaction)
@@ -108,7 +115,7 @@ pub async fn load(pool: &PgPool) -> Result<Vec<CallerCredential>, StoreError> {
     let mut credentials = Vec::with_capacity(rows.len());
     for row in rows {
         let Some(caller) = callers.get(&row.caller_id) else { continue };
-        let proof = match (row.kind.as_str(), row.bearer_sha256, row.identity) {
+        let key = match (row.kind.as_str(), row.bearer_sha256, row.identity) {
             ("bearer", Some(hash), None) => {
                 <[u8; 32]>::try_from(hash).ok().map(CredentialKey::BearerSha256)
             }
@@ -116,13 +123,13 @@ pub async fn load(pool: &PgPool) -> Result<Vec<CallerCredential>, StoreError> {
             ("dns", None, Some(name)) => Some(CredentialKey::Identity(CallerKind::Dns, name)),
             _ => None,
         };
-        let Some(proof) = proof else {
-            error!(credential = row.id, "a malformed credential is passed over");
+        let Some(key) = key else {
+            error!(credential = row.id, "a malformed credential is ignored");
             continue;
         };
         credentials.push(CallerCredential {
             caller: caller.clone(),
-            proof,
+            key,
             ends_at: row.ends_at,
             revoked: row.revoked_at.is_some(),
         });

@@ -1,32 +1,38 @@
-//! Following what others commit, and the changes that become audit events.
+//! What was committed since a snapshot, the changes to be recorded in the audit log, and the
+//! notifications that announce both.
 
 use std::collections::BTreeMap;
 
 use sqlx::{PgPool, postgres::PgListener};
 
-use super::{Database, StoreError, deployment::Home, tokens};
+use tracing::instrument;
+
+use super::{Database, StoreError, deployment::DatabaseIdentity, tokens};
 use crate::domain::clock::Timestamp;
 
-/// The channel on which the triggers tell of changes.
+/// The channel on which the triggers announce changes.
 const CHANNEL: &str = "token_broker_changes";
 
-/// What was committed since a snapshot.
+/// What was committed between two snapshots.
 #[derive(Debug)]
-pub struct Committed {
-    /// The snapshot up to which this tells, to be given to the next call.
+pub struct CommittedChanges {
+    /// The later snapshot, as `pg_snapshot` text, from which the next call continues.
     pub snapshot: String,
-    /// Accounts that were inserted, changed, deleted, or whose token or attempt changed.
+    /// The ids of accounts that were inserted, changed or deleted, or whose token or refresh state
+    /// changed; sorted, each once.
     pub accounts: Vec<i64>,
     /// Whether callers, credentials or grants changed.
     pub access: bool,
-    /// Whether there are changes that no instance has taken for the audit log yet.
+    /// Whether there are changes that no instance has claimed for the audit log yet.
     pub unrecorded: bool,
 }
 
-/// The snapshot of this moment: the start for [`since`]. Take it before loading anything.
+/// Returns the present snapshot, from which [`since`] can continue. Take it before loading anything, so
+/// that what is committed during the load is reported afterwards.
 ///
 /// # Errors
-/// When the database cannot be reached.
+/// Returns the database's error.
+#[instrument(level = "debug", skip_all)]
 pub async fn snapshot(pool: &PgPool) -> Result<String, StoreError> {
     let snapshot = sqlx::query_scalar!(
         r#"-- store::changes::snapshot
@@ -37,17 +43,22 @@ pub async fn snapshot(pool: &PgPool) -> Result<String, StoreError> {
     Ok(snapshot)
 }
 
-/// What was committed after `snapshot` was taken.
+/// Returns what was committed after `snapshot` was taken.
 ///
-/// Rows are told apart by whether their transaction was visible in the snapshot, not by time or
-/// number: a transaction that commits late is not missed, and one that is still open holds nothing
-/// up. Rows restored from another server's dump may carry transaction numbers of the future; those
-/// were loaded at the start and are passed over.
+/// A row is new if its transaction was not visible in the snapshot, whatever its time or number: a
+/// transaction that commits late is not missed, and one that is still open delays nothing. Rows
+/// restored from another server's dump may carry transaction numbers of the future; they were loaded
+/// at the start, and are ignored.
 ///
 /// # Errors
-/// [`StoreError::Replaced`] when this is not `home` any more, or is in a state of before `snapshot`;
-/// and when the database cannot be reached.
-pub async fn since(pool: &PgPool, snapshot: &str, home: &Home) -> Result<Committed, StoreError> {
+/// Returns [`StoreError::Replaced`] when the database is not `expected` any more, or its history does
+/// not reach `snapshot`, and the database's error.
+#[instrument(level = "debug", skip_all)]
+pub async fn since(
+    pool: &PgPool,
+    snapshot: &str,
+    expected: &DatabaseIdentity,
+) -> Result<CommittedChanges, StoreError> {
     let rows = sqlx::query!(
         r#"-- store::changes::since
         with latest as (select pg_current_snapshot() as now, $1::text::pg_snapshot as before),
@@ -71,12 +82,12 @@ pub async fn since(pool: &PgPool, snapshot: &str, home: &Home) -> Result<Committ
             pg_snapshot_xmax(now) < pg_snapshot_xmax(before)
         from latest"#,
         snapshot,
-        home.id,
-        home.epoch,
+        expected.id,
+        expected.epoch,
     )
     .fetch_all(pool)
     .await?;
-    let mut committed = Committed {
+    let mut committed = CommittedChanges {
         snapshot: snapshot.to_owned(),
         accounts: Vec::new(),
         access: false,
@@ -85,7 +96,7 @@ pub async fn since(pool: &PgPool, snapshot: &str, home: &Home) -> Result<Committ
     for row in rows {
         match (row.source.as_deref(), row.row_id) {
             (Some("accounts"), Some(id)) => committed.accounts.push(id),
-            // Only to be recorded.
+            // The cache holds nothing of these; they are only recorded in the audit log.
             (Some("audit_events" | "audit_chains" | "audit_retention"), _) => {}
             (Some(_), _) => committed.access = true,
             (None, _) if row.elsewhere.unwrap_or_default() => {
@@ -108,39 +119,42 @@ pub async fn since(pool: &PgPool, snapshot: &str, home: &Home) -> Result<Committ
     Ok(committed)
 }
 
-/// One change, as its trigger wrote it.
+/// A change to accounts, access or the audit log's retention, as its trigger recorded it.
 #[derive(Debug)]
 pub struct Change {
-    /// Its number.
+    /// The number of the row in `changes`.
     pub id: i64,
-    /// When it was made.
+    /// When the trigger recorded the change.
     pub at: Timestamp,
-    /// `accounts`, `callers`, `caller_credentials`, `grants`, `audit_events` or `audit_chains`.
+    /// The table: `accounts`, `callers`, `caller_credentials`, `grants`, `audit_events`, `audit_chains`
+    /// or `audit_retention`.
     pub table: String,
-    /// `insert`, `update` or `delete`; `prune` of a day's events, `retire` of a chain.
+    /// `insert`, `update` or `delete`; `prune` for the removal of a day's events, `retire` for a chain.
     pub operation: String,
-    /// The name of the account, caller or chain, or the day.
+    /// The name of the account, caller or chain that was changed, or the day that was removed.
     pub subject: String,
-    /// Who and what, as flat strings.
+    /// Who made the change and what was changed, as strings, never secrets.
     pub detail: BTreeMap<String, String>,
 }
 
-/// Takes up to `limit` changes for `instance` to record: those that nobody has taken, and, with
-/// `again`, those that it took before and that did not reach the audit log.
+/// Claims up to `limit` changes that `instance` is to record in its journal, and returns them in order:
+/// those that no instance has claimed, and, with `reclaim`, those that it claimed before and that are
+/// not in the audit log.
 ///
-/// A change stays with the instance that took it: only its journal can tell whether it was
-/// recorded. Ask `again` only when all that the journal held before was delivered.
+/// A change stays with the instance that claimed it, since only its journal tells whether the change
+/// was recorded. Reclaim only when everything that the journal held has been delivered.
 ///
 /// # Errors
-/// When the database cannot be reached.
-pub async fn take(
+/// Returns the database's error. If the connection was lost, the claim may have been committed.
+#[instrument(level = "debug", skip_all, fields(reclaim))]
+pub async fn claim(
     pool: &PgPool,
     instance: &str,
-    again: bool,
+    reclaim: bool,
     limit: i64,
 ) -> Result<Vec<Change>, StoreError> {
     let rows = sqlx::query!(
-        r#"-- store::changes::take
+        r#"-- store::changes::claim
         with mine as (
             select id from changes
             where audited_at is null and (recorder is null or ($2 and recorder = $1))
@@ -151,7 +165,7 @@ pub async fn take(
             c.client_address, c.application_name, c.actor, c.reason,
             c.what as "what: sqlx::types::Json<BTreeMap<String, String>>""#,
         instance,
-        again,
+        reclaim,
         limit,
     )
     .fetch_all(pool)
@@ -183,15 +197,16 @@ pub async fn take(
     Ok(changes)
 }
 
-/// Listens for the notifications of changes and of tokens. Each only says: look now. Polling finds
-/// all of it too.
+/// A session that listens for the notifications of changes and of new tokens. A notification only
+/// says that polling now finds something: one that is lost delays nothing beyond the next poll.
 pub struct ChangeListener(PgListener);
 
 impl ChangeListener {
-    /// Connects and listens.
+    /// Opens a connection of its own and starts to listen.
     ///
     /// # Errors
-    /// When the database cannot be reached.
+    /// Returns the database's error.
+    #[instrument(level = "debug", skip_all)]
     pub async fn connect(database: &Database) -> Result<Self, StoreError> {
         let pool = database.pool(1);
         let mut listener = PgListener::connect_with(&pool).await?;
@@ -199,11 +214,12 @@ impl ChangeListener {
         Ok(Self(listener))
     }
 
-    /// Waits for a notification, or for the loss of the connection: both mean that it is time to
-    /// look.
+    /// Waits until there may be something to find: for a notification, or for a lost connection, which
+    /// is opened again by the next call. Safe to cancel.
     ///
     /// # Errors
-    /// When the connection cannot be made anew; connect again after a pause.
+    /// Returns the database's error when the connection cannot be opened again; connect anew after a
+    /// pause.
     pub async fn wait(&mut self) -> Result<(), StoreError> {
         self.0.try_recv().await?;
         Ok(())

@@ -1,36 +1,40 @@
-//! What the database belongs to, and whether it is still where it was.
+//! The identity of the database: which deployment and upstream it belongs to, and whether it is still in
+//! the server where it was last used.
 
 use std::collections::BTreeMap;
 
 use sqlx::{PgPool, Postgres, Transaction};
 
-use super::StoreError;
+use tracing::instrument;
+
+use super::{StoreError, execution::repeat_on_conflict};
 use crate::audit::chain::{ChainHead, Digest};
 
-/// Which database this is.
+/// The identity of a database. It changes when a restored database or a copy is accepted in its place.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Home {
-    /// The deployment's own id.
+pub struct DatabaseIdentity {
+    /// The id of the deployment, made at the first start.
     pub id: String,
-    /// How often a restored database was accepted.
+    /// How often a restored database or a copy was accepted.
     pub epoch: i64,
 }
 
-/// The database as it stands.
+/// What the database says about itself.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Deployment {
-    /// Which it says that it is.
-    pub home: Home,
-    /// The upstream whose accounts it has.
+    /// The identity that it claims to have. A copy claims that of its original.
+    pub identity: DatabaseIdentity,
+    /// The upstream to which its accounts belong.
     pub upstream: String,
-    /// Whether it lies elsewhere than when it was used last.
+    /// Whether it is in another server, or under another `oid`, than when it was last used.
     pub moved: bool,
 }
 
-/// The database that belongs to `upstream`, or to the one that it was first used with.
+/// Returns what the database says about itself. At the first start, assigns it to `upstream`.
 ///
 /// # Errors
-/// When the database cannot be reached.
+/// Returns the database's error.
+#[instrument(level = "debug", skip_all)]
 pub async fn open(pool: &PgPool, upstream: &str) -> Result<Deployment, StoreError> {
     sqlx::query!(
         "-- store::deployment::open
@@ -39,7 +43,7 @@ pub async fn open(pool: &PgPool, upstream: &str) -> Result<Deployment, StoreErro
     )
     .execute(pool)
     .await?;
-    // Until a release that knows of places has used it, it has none.
+    // A row that was just inserted does not name the server yet.
     sqlx::query!(
         "-- store::deployment::open
         update deployment set system_identifier = c.system_identifier, database_oid = d.oid::bigint
@@ -57,30 +61,47 @@ pub async fn open(pool: &PgPool, upstream: &str) -> Result<Deployment, StoreErro
     )
     .fetch_one(pool)
     .await?;
-    let home = Home { id: row.id, epoch: row.epoch };
-    Ok(Deployment { home, upstream: row.upstream, moved: row.moved })
+    let identity = DatabaseIdentity { id: row.id, epoch: row.epoch };
+    Ok(Deployment { identity, upstream: row.upstream, moved: row.moved })
 }
 
-/// Makes this database, wherever it lies and whatever state it is in, the deployment's own. Its
-/// tokens go if they are another upstream's; with `ends_older` the others are doubtful, since later
-/// ones may have been issued. Returns its new home.
+/// Accepts this database as the deployment's own, in whatever server and state it is, and returns its
+/// new identity. Replicas that know the former identity stop using it.
+///
+/// Tokens of another upstream are deleted. If the upstream revokes older tokens when it issues a new
+/// one (`ends_older`), the other tokens are marked as possibly revoked: newer ones may have been
+/// issued since this state of the database.
 ///
 /// # Errors
-/// When the database cannot be reached.
-pub async fn accept(pool: &PgPool, upstream: &str, ends_older: bool) -> Result<Home, StoreError> {
+/// Returns the database's error. Nothing is changed then, unless the connection was lost during the
+/// commit.
+#[instrument(level = "debug", skip_all)]
+pub async fn accept(
+    pool: &PgPool,
+    upstream: &str,
+    ends_older: bool,
+) -> Result<DatabaseIdentity, StoreError> {
+    repeat_on_conflict(|| try_accept(pool, upstream, ends_older)).await
+}
+
+async fn try_accept(
+    pool: &PgPool,
+    upstream: &str,
+    ends_older: bool,
+) -> Result<DatabaseIdentity, StoreError> {
     let mut transaction = pool.begin().await?;
     sqlx::query!(
-        "-- store::deployment::accept
+        "-- store::deployment::try_accept
         delete from tokens where exists (select from deployment where upstream <> $1)",
         upstream,
     )
     .execute(&mut *transaction)
     .await?;
     if ends_older {
-        doubt_all(&mut transaction).await?;
+        mark_all_possibly_revoked(&mut transaction).await?;
     }
     let row = sqlx::query!(
-        "-- store::deployment::accept
+        "-- store::deployment::try_accept
         update deployment set upstream = $1, epoch = epoch + 1,
             system_identifier = c.system_identifier, database_oid = d.oid::bigint
         from pg_control_system() c, pg_database d
@@ -91,12 +112,14 @@ pub async fn accept(pool: &PgPool, upstream: &str, ends_older: bool) -> Result<H
     .fetch_one(&mut *transaction)
     .await?;
     transaction.commit().await?;
-    Ok(Home { id: row.id, epoch: row.epoch })
+    Ok(DatabaseIdentity { id: row.id, epoch: row.epoch })
 }
 
-async fn doubt_all(transaction: &mut Transaction<'_, Postgres>) -> Result<(), StoreError> {
+async fn mark_all_possibly_revoked(
+    transaction: &mut Transaction<'_, Postgres>,
+) -> Result<(), StoreError> {
     sqlx::query!(
-        "-- store::deployment::doubt_all
+        "-- store::deployment::mark_all_possibly_revoked
         update refreshes set suspect = true, changed = pg_current_xact_id()
         where account_id in (select account_id from tokens)",
     )
@@ -105,10 +128,12 @@ async fn doubt_all(transaction: &mut Transaction<'_, Postgres>) -> Result<(), St
     Ok(())
 }
 
-/// How far each of `chains` that the database knows is delivered.
+/// Returns the last record that was delivered of each of `chains`. Chains that the database does not
+/// know are left out.
 ///
 /// # Errors
-/// When the database cannot be reached.
+/// Returns [`StoreError::UnreadableRow`] when a hash is malformed, and the database's error.
+#[instrument(level = "debug", skip_all)]
 pub async fn delivered(
     pool: &PgPool,
     chains: &[String],
@@ -123,18 +148,19 @@ pub async fn delivered(
     rows.into_iter()
         .map(|row| {
             let hash = Digest::from_bytes(&row.delivered_hash).ok_or_else(|| {
-                StoreError::Corrupt(format!("audit_chains: {} has no SHA-256", row.chain))
+                StoreError::unreadable_row("audit_chains", &row.chain, "a hash is not a SHA-256")
             })?;
             Ok((row.chain, ChainHead { seq: row.delivered_seq, hash }))
         })
         .collect()
 }
 
-/// The upstream that the database belongs to, once a broker has run on it; `None` also where there
-/// is no schema yet.
+/// Returns the upstream that the database belongs to; `None` before the first start of a broker, also
+/// when there is no schema yet.
 ///
 /// # Errors
-/// When the database cannot be reached.
+/// Returns the database's error.
+#[instrument(level = "debug", skip_all)]
 pub async fn upstream(pool: &PgPool) -> Result<Option<String>, StoreError> {
     let upstream = sqlx::query_scalar!(
         "-- store::deployment::upstream
@@ -143,7 +169,7 @@ pub async fn upstream(pool: &PgPool) -> Result<Option<String>, StoreError> {
     .fetch_optional(pool)
     .await;
     match upstream.map_err(StoreError::from) {
-        Err(StoreError::Schema(_)) => Ok(None),
+        Err(StoreError::UndefinedTable(_)) => Ok(None),
         upstream => upstream,
     }
 }

@@ -1,38 +1,40 @@
-//! The replicas, and the keys that they publish.
+//! The replicas that use the database, and the intake keys that they publish.
 
 use std::time::Duration;
 
 use sqlx::PgPool;
+use tracing::instrument;
 
 use super::{StoreError, interval};
 use crate::domain::clock::Timestamp;
 
-/// What a replica tells of itself.
+/// What a replica reports about itself.
 #[derive(Clone, Debug)]
 pub struct Heartbeat<'a> {
-    /// The instance.
+    /// The id of the instance, which belongs to its state directory.
     pub instance: &'a str,
-    /// Its number in generations.
+    /// The number of the replica, which is part of the generations of its tokens.
     pub replica: u16,
     /// The release that runs.
     pub version: &'a str,
-    /// The keys that its keyring holds.
+    /// The ids of the keys in its keyring.
     pub key_ids: &'a [String],
-    /// When it started.
+    /// When the process started.
     pub started_at: Timestamp,
-    /// The chain that its journal writes.
+    /// The audit chain that its journal writes.
     pub chain: &'a str,
-    /// The last durable record of that.
+    /// The number of that chain's last durable record.
     pub seq: i64,
 }
 
-/// Tells that the replica lives, by the database's clock.
+/// Stores a heartbeat, with the time of the database's clock.
 ///
 /// # Errors
-/// When the database cannot be reached.
-pub async fn beat(pool: &PgPool, beat: &Heartbeat<'_>) -> Result<(), StoreError> {
+/// Returns the database's error.
+#[instrument(level = "debug", skip_all)]
+pub async fn store_heartbeat(pool: &PgPool, heartbeat: &Heartbeat<'_>) -> Result<(), StoreError> {
     sqlx::query!(
-        "-- store::instances::beat
+        "-- store::instances::store_heartbeat
         insert into instances
             (id, replica, version, key_ids, started_at, heartbeat_at, journal_chain, journal_seq)
         values ($1, $2, $3, $4, $5, clock_timestamp(), $6, $7)
@@ -40,43 +42,51 @@ pub async fn beat(pool: &PgPool, beat: &Heartbeat<'_>) -> Result<(), StoreError>
             key_ids = excluded.key_ids, started_at = excluded.started_at,
             heartbeat_at = excluded.heartbeat_at, stopped_at = null,
             journal_chain = excluded.journal_chain, journal_seq = excluded.journal_seq",
-        beat.instance,
-        i32::from(beat.replica),
-        beat.version,
-        beat.key_ids,
-        beat.started_at,
-        beat.chain,
-        beat.seq,
+        heartbeat.instance,
+        i32::from(heartbeat.replica),
+        heartbeat.version,
+        heartbeat.key_ids,
+        heartbeat.started_at,
+        heartbeat.chain,
+        heartbeat.seq,
     )
     .execute(pool)
     .await?;
     Ok(())
 }
 
-/// How many other replicas told within the last `within` that they live, and have not stopped since.
+/// Counts the replicas other than `instance` that stored a heartbeat within the last `period` and have
+/// not stopped.
 ///
 /// # Errors
-/// When the database cannot be reached.
-pub async fn others(pool: &PgPool, instance: &str, within: Duration) -> Result<i64, StoreError> {
+/// Returns the database's error.
+#[instrument(level = "debug", skip_all)]
+pub async fn count_others(
+    pool: &PgPool,
+    instance: &str,
+    period: Duration,
+) -> Result<i64, StoreError> {
     let others = sqlx::query_scalar!(
-        r#"-- store::instances::others
+        r#"-- store::instances::count_others
         select count(*) as "others!" from instances
         where id <> $1 and stopped_at is null and heartbeat_at > clock_timestamp() - $2::interval"#,
         instance,
-        interval(within),
+        interval(period),
     )
     .fetch_one(pool)
     .await?;
     Ok(others)
 }
 
-/// Tells that the replica stopped on purpose.
+/// Stores that the replica has stopped in an orderly way, so that the others do not wait for its next
+/// heartbeat.
 ///
 /// # Errors
-/// When the database cannot be reached.
-pub async fn stopped(pool: &PgPool, instance: &str) -> Result<(), StoreError> {
+/// Returns the database's error.
+#[instrument(level = "debug", skip_all)]
+pub async fn mark_stopped(pool: &PgPool, instance: &str) -> Result<(), StoreError> {
     sqlx::query!(
-        "-- store::instances::stopped
+        "-- store::instances::mark_stopped
         update instances set stopped_at = clock_timestamp() where id = $1",
         instance,
     )
@@ -85,10 +95,12 @@ pub async fn stopped(pool: &PgPool, instance: &str) -> Result<(), StoreError> {
     Ok(())
 }
 
-/// Publishes the public halves of the intake keys, for `account add` and `account seal`.
+/// Publishes the public halves of the intake keys, which `account add` and `account seal` use. `primary`
+/// is the id of the one to which new secrets are to be sealed.
 ///
 /// # Errors
-/// When the database cannot be reached.
+/// Returns the database's error; some of the keys may be published then.
+#[instrument(level = "debug", skip_all)]
 pub async fn publish_intake_keys(
     pool: &PgPool,
     keys: &[(String, Vec<u8>)],

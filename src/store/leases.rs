@@ -200,7 +200,11 @@ async fn stamp_attempt(
     let replaces = refresh.stored_generation;
     let generation = Generation::next(stamped.attempt_started_at, holder.replica, replaces);
     let attempt = account.attempt(version, generation).ok_or_else(|| {
-        StoreError::Corrupt(format!("accounts row {}: no credential {}", account.id, version.0))
+        StoreError::unreadable_row(
+            "accounts",
+            account.id,
+            "it has no credential of the decided version",
+        )
     })?;
     Ok(Lease { id: stamped.lease_id, attempt, replaces, previous_attempt_lost })
 }

@@ -225,7 +225,7 @@ impl DayRemoval {
     /// that were.
     ///
     /// # Errors
-    /// [`StoreError::Refused`] when a record has no receipt; otherwise when a statement fails.
+    /// [`StoreError::MissingPrivilege`] when a record has no receipt; otherwise when a statement fails.
     #[instrument(level = "debug", skip_all, fields(day = %self.day.day))]
     pub async fn commit(mut self) -> Result<i64, StoreError> {
         let removed = sqlx::query_scalar!(

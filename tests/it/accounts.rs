@@ -1,4 +1,4 @@
-//! What an admin's plain SQL does, within moments and without a restart.
+//! An admin's plain SQL takes effect within moments and without a restart.
 
 use std::time::Duration;
 
@@ -35,7 +35,7 @@ async fn an_inserted_account_is_sealed_and_served() {
 }
 
 #[tokio::test]
-async fn a_wrong_secret_shows_as_rejected_with_a_hint_and_is_tried_once_until_it_changes() {
+async fn a_wrong_secret_is_reported_as_rejected_with_a_hint_and_tried_only_once_until_it_changes() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["*"]).await;
     let broker = world.start().await;
@@ -48,7 +48,7 @@ async fn a_wrong_secret_shows_as_rejected_with_a_hint_and_is_tried_once_until_it
     let refused = client.get("acme").await.unwrap_err();
     assert_eq!(refusal(&refused), "FailedPrecondition CREDENTIAL_REJECTED");
 
-    // Callers, and everything that wakes the refresher, lead to no second try.
+    // Neither calls nor changes that trigger the refresher lead to a second attempt.
     for _ in 0..20 {
         client.get("acme").await.unwrap_err();
     }
@@ -65,10 +65,10 @@ async fn a_wrong_secret_shows_as_rejected_with_a_hint_and_is_tried_once_until_it
 }
 
 #[tokio::test]
-async fn a_secret_that_was_emptied_before_it_was_sealed_is_asked_for_again() {
+async fn the_hint_asks_for_a_secret_that_was_emptied_before_it_was_sealed() {
     let world = World::new().await;
     let broker = world.start().await;
-    // In one transaction, so that no broker comes between.
+    // One transaction, so that the broker cannot seal the secret in between.
     let empty = "update accounts set client_secret = null";
     let register = "insert into accounts (name, client_id, client_secret)
         values ('acme', 'id-1', 'SK.1')";
@@ -100,7 +100,7 @@ async fn a_secret_that_was_emptied_before_it_was_sealed_is_asked_for_again() {
 }
 
 #[tokio::test]
-async fn a_refused_new_secret_does_not_stop_the_one_before_it() {
+async fn the_previous_secret_goes_on_issuing_when_the_new_one_is_refused() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["*"]).await;
     let broker = world.start().await;
@@ -111,10 +111,10 @@ async fn a_refused_new_secret_does_not_stop_the_one_before_it() {
 
     world.database.sql("update accounts set client_secret = 'SK.wrong'").await;
     world.until_state("acme", "rejected").await;
-    assert_eq!(kept(&world).await, Some(1));
+    assert_eq!(previous_version(&world).await, Some(1));
     assert_eq!(client.get("acme").await.unwrap().generation, first.generation);
 
-    // A reissue tries the new secret, and when that is refused again the old one goes on.
+    // The new secret was refused, so the next token is issued by the previous one.
     world.upstream.set_faults(Faults { token_life: Duration::from_secs(3), ..Faults::default() });
     world.database.sql("update accounts set enabled = false").await;
     world.database.sql("update tokens set expires_at = now() + interval '1 second', changed = pg_current_xact_id()").await;
@@ -128,8 +128,8 @@ async fn a_refused_new_secret_does_not_stop_the_one_before_it() {
     broker.stop().await;
 }
 
-/// The version of the secret before the current one, if that is kept.
-async fn kept(world: &World) -> Option<i64> {
+/// Returns the version of the previous secret, if it is kept.
+async fn previous_version(world: &World) -> Option<i64> {
     sqlx::query_scalar("select previous_version from accounts")
         .fetch_one(world.database.pool())
         .await
@@ -137,7 +137,7 @@ async fn kept(world: &World) -> Option<i64> {
 }
 
 #[tokio::test]
-async fn a_secret_that_is_refused_or_never_issued_is_not_kept_by_a_rotation() {
+async fn a_rotation_does_not_keep_a_secret_that_is_refused_or_never_issued_a_token() {
     let world = World::new().await;
     let never_sealed = "insert into accounts (name, client_id, client_secret)
         values ('acme', 'id-1', 'SK.wrong')";
@@ -149,29 +149,33 @@ async fn a_secret_that_is_refused_or_never_issued_is_not_kept_by_a_rotation() {
         world.database.sql(&format!("update accounts set client_secret = '{secret}'")).await;
     };
     rotate("SK.1").await;
-    assert_eq!(kept(&world).await, None, "one that never issued");
+    assert_eq!(previous_version(&world).await, None, "the first secret never issued a token");
     world.until_state("acme", "fresh").await;
     rotate("SK.wrong").await;
-    assert_eq!(kept(&world).await, Some(2), "one that did");
+    assert_eq!(previous_version(&world).await, Some(2), "the second one did");
     world.until_state("acme", "rejected").await;
     rotate("SK.1").await;
-    assert_eq!(kept(&world).await, Some(2), "the one before, which did");
-    let issued = async || kept(&world).await.is_none().then_some(());
+    assert_eq!(
+        previous_version(&world).await,
+        Some(2),
+        "the second one is still kept, since the third was refused"
+    );
+    let issued = async || previous_version(&world).await.is_none().then_some(());
     eventually("a token by the new secret", issued).await;
 
-    // Refused during the rotation: the console has another key by now.
+    // The present secret is refused while it is being rotated, since the upstream has another one now.
     world.upstream.add_account("id-1", "SK.2");
     world.upstream.set_faults(Faults { latency: Duration::from_millis(500), ..Faults::default() });
     world.database.sql("update accounts set reissue_requested_at = now()").await;
     world.until_state("acme", "refreshing").await;
     rotate("SK.wrong").await;
     world.until_state("acme", "rejected").await;
-    assert_eq!(kept(&world).await, None, "one that is refused");
+    assert_eq!(previous_version(&world).await, None, "the secret was refused");
     broker.stop().await;
 }
 
 #[tokio::test]
-async fn disabling_and_deleting_take_effect_and_a_new_row_of_the_name_is_another_account() {
+async fn disabling_and_deleting_take_effect_and_a_new_row_with_the_same_name_is_another_account() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["*"]).await;
     let broker = world.start().await;
@@ -213,7 +217,7 @@ async fn a_transaction_that_commits_late_is_not_missed() {
     .execute(&mut *late)
     .await
     .unwrap();
-    // Others commit, and the follower moves on, while the transaction is open.
+    // While that transaction is open, others commit, and the change feed advances.
     world.register("early", "id-2", "SK.2").await;
     world.until_state("early", "fresh").await;
     world.database.sql("update accounts set description = 'again' where name = 'early'").await;
@@ -223,7 +227,7 @@ async fn a_transaction_that_commits_late_is_not_missed() {
 }
 
 #[tokio::test]
-async fn a_lost_listening_connection_costs_moments() {
+async fn after_a_lost_listening_connection_a_change_still_takes_effect_within_moments() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["*"]).await;
     let broker = world.start().await;
@@ -241,7 +245,7 @@ async fn a_lost_listening_connection_costs_moments() {
 }
 
 #[tokio::test]
-async fn a_swapped_secret_of_the_newest_account_does_not_hold_up_the_start() {
+async fn a_sealed_secret_that_was_copied_to_the_newest_account_does_not_prevent_a_start() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["*"]).await;
     let broker = world.start().await;
@@ -268,11 +272,11 @@ async fn a_swapped_secret_of_the_newest_account_does_not_hold_up_the_start() {
     world.until_state("three", "rejected").await;
     let error = world.status("three", "last_error").await;
     assert!(error.starts_with("the stored secret does not open"), "{error}");
-    assert_eq!(world.upstream.attempts("id-3"), 1, "the swapped secret was never sent");
+    assert_eq!(world.upstream.attempts("id-3"), 1, "the copied secret was never sent");
     assert_eq!(world.status("one", "state").await, "fresh");
 
     world.database.sql("update accounts set client_secret = 'SK.3' where name = 'three'").await;
-    eventually("an issue by the secret that was put right", async || {
+    eventually("a token by the corrected secret", async || {
         (world.upstream.issued("id-3") == 2).then_some(())
     })
     .await;
@@ -281,7 +285,7 @@ async fn a_swapped_secret_of_the_newest_account_does_not_hold_up_the_start() {
 }
 
 #[tokio::test]
-async fn a_value_sealed_for_another_row_or_version_does_not_open() {
+async fn a_value_that_was_sealed_for_another_row_is_not_used() {
     let world = World::new().await;
     let bearer = world.caller("demo", &["*"]).await;
     let broker = world.start().await;
@@ -291,7 +295,7 @@ async fn a_value_sealed_for_another_row_or_version_does_not_open() {
     world.until_state("one", "fresh").await;
     world.until_state("two", "fresh").await;
 
-    // Somebody with the database gives `two` the secret and the token of `one`.
+    // Somebody with access to the database copies the secret of `one` to `two`, and later the token.
     world
         .database
         .sql(
@@ -301,7 +305,7 @@ async fn a_value_sealed_for_another_row_or_version_does_not_open() {
         )
         .await;
     world.until_state("two", "rejected").await;
-    assert_eq!(world.upstream.attempts("id-2"), 1, "the swapped secret was never sent");
+    assert_eq!(world.upstream.attempts("id-2"), 1, "the copied secret was never sent");
     broker.stop().await;
 
     world
@@ -324,7 +328,7 @@ async fn a_value_sealed_for_another_row_or_version_does_not_open() {
 #[tokio::test]
 async fn changes_made_by_sql_become_audit_events_with_who_made_them() {
     let world = World::new().await;
-    // Before any broker ran, too.
+    // This change is made before any broker has run.
     world.register("early", "id-1", "SK.1").await;
     let broker = world.start().await;
     world

@@ -5,6 +5,7 @@ mod harness;
 
 mod accounts;
 mod audit;
+mod database_errors;
 mod documents;
 mod fuzzed;
 #[cfg(feature = "embedded-postgres")]

@@ -60,7 +60,7 @@ async fn a_database_that_stopped_answering_is_used_again_once_it_answers() {
 }
 
 /// Waits until `/readyz` says `words`.
-async fn until_readiness_says(broker: &Broker, words: &str) {
+pub(crate) async fn until_readiness_says(broker: &Broker, words: &str) {
     eventually(&format!("`{words}` in readiness"), async || {
         let (_, body) = http(broker.app.ops_address, "GET", "/readyz", "").await;
         body.contains(words).then_some(())

@@ -1,4 +1,4 @@
-//! The embedded Postgres: it answers, it is private, and it is gone with its parent.
+//! The embedded Postgres: it serves the store, only its user can connect, and it ends with its parent.
 
 use std::{
     env, fs,
@@ -28,11 +28,11 @@ use crate::harness::database::start_own;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_token-broker");
 
-/// How long anything here may take on a busy machine before it counts as failed.
+/// How long a test waits for something to happen before it fails, with a margin for a busy machine.
 const PATIENCE: Duration = Duration::from_mins(1);
 
 #[tokio::test]
-async fn it_answers_the_store_and_is_gone_when_stopped() {
+async fn it_serves_the_store_and_leaves_nothing_when_stopped() {
     let postgres = start_own().await;
     let (pid, place) = (postgres.pid(), postgres.directory().to_owned());
 
@@ -46,7 +46,7 @@ async fn it_answers_the_store_and_is_gone_when_stopped() {
 }
 
 #[tokio::test]
-async fn it_is_open_to_its_user_alone() {
+async fn only_its_user_can_connect() {
     let postgres = start_own().await;
     let url = postgres.url(DATABASE);
 
@@ -60,7 +60,7 @@ async fn it_is_open_to_its_user_alone() {
 }
 
 #[tokio::test]
-async fn its_log_holds_errors_without_their_statements() {
+async fn its_log_contains_errors_without_their_statements() {
     let postgres = start_own().await;
     let mut connection = PgConnection::connect(&postgres.url(DATABASE)).await.unwrap();
 
@@ -72,11 +72,11 @@ async fn its_log_holds_errors_without_their_statements() {
 }
 
 #[tokio::test]
-async fn psql_takes_the_line_that_is_printed() {
+async fn psql_runs_with_the_command_line_that_is_printed() {
     let postgres = start_own().await;
     let line = format!("{} -Atc 'select 6 * 7'", postgres.psql_line(DATABASE));
 
-    // A port in the environment must not lead elsewhere.
+    // A port in the environment must not lead to another server.
     let output = Command::new("sh").args(["-c", &line]).env("PGPORT", "1").output().unwrap();
 
     let psql_is_missing = output.status.code() == Some(127);
@@ -85,7 +85,7 @@ async fn psql_takes_the_line_that_is_printed() {
 }
 
 #[tokio::test]
-async fn two_at_once_do_not_meet() {
+async fn two_at_a_time_are_independent() {
     let (one, other) = tokio::join!(start_own(), start_own());
 
     let mut connection = PgConnection::connect(&one.url(DATABASE)).await.unwrap();
@@ -97,7 +97,7 @@ async fn two_at_once_do_not_meet() {
 }
 
 #[tokio::test]
-async fn a_kept_directory_keeps_its_rows_and_serves_one_at_a_time() {
+async fn a_kept_directory_keeps_its_rows_and_can_be_used_by_one_process_at_a_time() {
     let directory = directory();
     let place = Place::Kept(directory.path().join("a & b/kept"));
     let program = Path::new(PROGRAM);
@@ -116,15 +116,15 @@ async fn a_kept_directory_keeps_its_rows_and_serves_one_at_a_time() {
 }
 
 #[tokio::test]
-async fn dropping_it_ends_it() {
+async fn dropping_it_ends_the_server() {
     let postgres = start_own().await;
     let (pid, place) = (postgres.pid(), postgres.directory().to_owned());
     drop(postgres);
-    eventually("the server is gone", || !runs(pid) && !place.exists());
+    eventually("the server has ended", || !runs(pid) && !place.exists());
 }
 
 #[tokio::test]
-async fn signals_to_the_guard_s_group_do_not_end_it() {
+async fn signals_to_the_guard_s_process_group_do_not_end_the_server() {
     let postgres = start_own().await;
     let guard = number(postgres.guard_pid().unwrap());
 
@@ -138,7 +138,7 @@ async fn signals_to_the_guard_s_group_do_not_end_it() {
 }
 
 #[tokio::test]
-async fn a_server_that_was_killed_takes_its_guard_and_directory_along() {
+async fn a_killed_server_ends_its_guard_and_leaves_no_directory() {
     let postgres = start_own().await;
     let place = postgres.directory().to_owned();
     kill(number(postgres.pid()), Signal::SIGKILL).unwrap();
@@ -147,7 +147,7 @@ async fn a_server_that_was_killed_takes_its_guard_and_directory_along() {
 }
 
 #[tokio::test]
-async fn what_a_killed_guard_left_is_removed_by_the_next() {
+async fn the_directory_of_a_killed_guard_is_removed_by_the_next_start() {
     let postgres = start_own().await;
     let place = postgres.directory().to_owned();
     kill(number(postgres.guard_pid().unwrap()), Signal::SIGKILL).unwrap();
@@ -157,7 +157,7 @@ async fn what_a_killed_guard_left_is_removed_by_the_next() {
     start_own().await.stop().await;
 
     assert!(!place.exists());
-    // It would end by itself, but within a minute only.
+    // The server would end by itself, but only after up to a minute.
     let _ = kill(number(orphan), Signal::SIGKILL);
 }
 
@@ -165,7 +165,8 @@ async fn what_a_killed_guard_left_is_removed_by_the_next() {
 async fn a_parent_that_ends_during_the_start_leaves_nothing() {
     let installation = Installation::find_or_download().await.unwrap();
     let directory = directory();
-    // Each stop of the start: before the directory, within initdb, and about the server's start.
+    // The delays reach every stage of the start: before the directory exists, during initdb, and around
+    // the start of the server.
     for delay in [0, 50, 200, 400, 600, 800] {
         let place = directory.path().join(delay.to_string());
         let mut guard = guard("temporary", installation.binaries(), &place);
@@ -192,7 +193,7 @@ async fn a_guard_without_a_parent_refuses_to_run() {
 }
 
 #[tokio::test]
-async fn a_path_too_long_for_a_socket_is_said_before_anything_is_made() {
+async fn a_path_that_is_too_long_for_a_socket_is_refused_before_anything_is_created() {
     let directory = directory();
     let place = directory.path().join("long".repeat(30));
 
@@ -203,33 +204,36 @@ async fn a_path_too_long_for_a_socket_is_said_before_anything_is_made() {
 }
 
 #[tokio::test]
-async fn programs_that_are_missing_are_named_and_nothing_is_left() {
+async fn missing_programs_are_named_and_nothing_is_left() {
     let directory = directory();
     let place = directory.path().join("place");
 
     let mut guard = guard("temporary", Path::new("/nowhere"), &place);
-    let mut words = String::new();
-    guard.stdout.take().unwrap().read_to_string(&mut words).unwrap();
+    let mut output = String::new();
+    guard.stdout.take().unwrap().read_to_string(&mut output).unwrap();
 
-    assert!(words.starts_with("/nowhere/initdb cannot be run: "), "{words}");
+    assert!(output.starts_with("/nowhere/initdb cannot be run: "), "{output}");
     assert!(!guard.wait().unwrap().success());
     assert!(!place.exists());
 }
 
 #[tokio::test]
-async fn a_directory_that_is_no_database_is_refused_in_the_server_s_words() {
+async fn a_directory_that_is_no_database_is_refused_with_the_server_s_message() {
     let directory = directory();
     let place = directory.path().join("place");
     fs::create_dir_all(place.join("data")).unwrap();
 
     let error = EmbeddedPostgres::start(Place::Kept(place), Path::new(PROGRAM)).await.unwrap_err();
 
-    let words = error.to_string();
-    assert!(words.starts_with("the embedded postgres did not start: postgres failed\n"), "{words}");
-    assert!(words.contains("postgres"), "{words}");
+    let message = error.to_string();
+    assert!(
+        message.starts_with("the embedded postgres did not start: postgres failed\n"),
+        "{message}"
+    );
+    assert!(message.contains("postgres"), "{message}");
 }
 
-/// Runs the guard as its parent would.
+/// Starts the guard as its parent does.
 fn guard(keeping: &str, binaries: &Path, place: &Path) -> Child {
     Command::new(PROGRAM)
         .args([GUARD_COMMAND, keeping])
@@ -241,19 +245,20 @@ fn guard(keeping: &str, binaries: &Path, place: &Path) -> Child {
         .unwrap()
 }
 
+/// Returns the first column of a query's only row.
 async fn answer(url: &str, question: &'static str) -> String {
     let mut connection = PgConnection::connect(url).await.unwrap();
     sqlx::query(question).fetch_one(&mut connection).await.unwrap().get(0)
 }
 
-/// A directory of the test's own that the server's user may enter.
+/// Creates a temporary directory that the server's user may enter.
 fn directory() -> TempDir {
     let directory = tempfile::Builder::new().prefix("tb-it-").tempdir().unwrap();
     fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
     directory
 }
 
-/// Does the process run? One that ended and waits for its parent to notice does not.
+/// Returns whether the process runs. One that has ended and waits for its parent to collect it does not.
 fn runs(pid: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     let zombie = stat.rsplit_once(')').is_some_and(|(_, rest)| rest.starts_with(" Z"));

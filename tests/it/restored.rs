@@ -1,8 +1,9 @@
-//! A database that is a copy, an older state, or another's is noticed, and used only if that is meant.
+//! A database that is a copy, an older state or another deployment's is detected, and used only if an admin
+//! accepts it.
 
 use token_broker::{
     app::AppConfig,
-    store::{StoreError, changes, deployment::Home},
+    store::{StoreError, changes, deployment::DatabaseIdentity},
 };
 
 use crate::harness::{
@@ -12,12 +13,12 @@ use crate::harness::{
     eventually,
 };
 
-/// What an admin sees who has the audit log count the events that match.
+/// Returns how many audit events match the SQL condition.
 async fn count(world: &World, where_: &str) -> usize {
     world.audit(where_).await.len()
 }
 
-/// Has the database say that it is where it is, as one that was restored in its own place does.
+/// Makes the copy of a database look like one that was restored under its former `oid` in its server.
 async fn restored_in_place(database: &TestDatabase) {
     let here = "update deployment set database_oid =
         (select oid::bigint from pg_database where datname = current_database())";
@@ -25,7 +26,8 @@ async fn restored_in_place(database: &TestDatabase) {
 }
 
 #[tokio::test]
-async fn a_copy_of_the_database_is_refused_until_it_is_accepted_and_then_the_original_is() {
+async fn a_copy_of_the_database_is_refused_until_it_is_accepted_and_the_original_is_refused_from_then_on()
+ {
     let mut world = World::new().await;
     let bearer = world.caller("demo", &["*"]).await;
     world.register("acme", "id-1", "SK.1").await;
@@ -43,7 +45,7 @@ async fn a_copy_of_the_database_is_refused_until_it_is_accepted_and_then_the_ori
 
     let broker = world.start_with(AppConfig { accept_restored: true, ..world.plan() }).await;
     let client = broker.client(&bearer).await;
-    // The original's broker may have issued since.
+    // A broker on the original may have issued since, so the token of the copy may be revoked.
     let after = eventually("a newer token", async || {
         client.get("acme").await.ok().filter(|token| token.generation > before.generation)
     })
@@ -54,7 +56,11 @@ async fn a_copy_of_the_database_is_refused_until_it_is_accepted_and_then_the_ori
 
     let broker = world.start().await;
     broker.stop().await;
-    assert_eq!(count(&world, "event = 'database_accepted'").await, 1, "once is enough");
+    assert_eq!(
+        count(&world, "event = 'database_accepted'").await,
+        1,
+        "it needs to be accepted only once"
+    );
 
     world.database = original;
     let error = refused(world.plan()).await;
@@ -62,11 +68,11 @@ async fn a_copy_of_the_database_is_refused_until_it_is_accepted_and_then_the_ori
 }
 
 #[tokio::test]
-async fn an_older_state_of_the_database_is_refused_with_a_list_of_what_went_back() {
+async fn an_older_state_of_the_database_is_refused_with_a_list_of_what_was_lost() {
     let mut world = World::new().await;
     let bearer = world.caller("demo", &["*"]).await;
     world.register("acme", "id-1", "SK.1").await;
-    // Another replica, which is not there when the database goes back.
+    // A second replica, which does not run while the older state is restored and accepted.
     let other = tempfile::tempdir().unwrap();
     let mut replica = world.plan();
     replica.settings.state_dir = other.path().to_owned();
@@ -104,7 +110,7 @@ async fn an_older_state_of_the_database_is_refused_with_a_list_of_what_went_back
     .await;
     assert!(world.upstream.is_live(&after.access_token));
     broker.stop().await;
-    // The journal has what the database forgot, and delivers it again.
+    // The journal still has the records that the database lost, and delivers them again.
     assert!(count(&world, "true").await > recorded);
     assert_eq!(count(&world, "event = 'account_registered' and account = 'late'").await, 1);
     assert_eq!(
@@ -140,7 +146,7 @@ async fn a_broker_whose_database_is_replaced_ends() {
         .fetch_one(world.database.pool())
         .await
         .unwrap();
-    let home = Home { id: home.0, epoch: home.1 };
+    let home = DatabaseIdentity { id: home.0, epoch: home.1 };
     let now = changes::snapshot(world.database.pool()).await.unwrap();
     changes::since(world.database.pool(), &now, &home).await.unwrap();
     let later = "99999999999:99999999999:";

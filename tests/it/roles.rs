@@ -1,4 +1,7 @@
-//! What each role of `deploy/roles.sql` may do, and may not.
+//! What each role of `deploy/roles.sql` may do and may not do, and what a broker does when its role lacks
+//! a privilege.
+
+use std::time::Duration;
 
 use sqlx::AssertSqlSafe;
 use token_broker::{
@@ -8,13 +11,19 @@ use token_broker::{
     app::AppConfig,
     config::DatabaseUrl,
     crypto::bearer::Bearer,
+    dev::simulator::Faults,
+    domain::clock::{Clock, ManualClock},
 };
 use url::Url;
 
-use crate::harness::{
-    broker::{Client, World, refusal},
-    database::TestDatabase,
-    eventually,
+use crate::{
+    harness::{
+        broker::{Client, World, refusal},
+        database::TestDatabase,
+        eventually,
+        http::http,
+    },
+    outages::until_readiness_says,
 };
 
 const ROLES: &str = include_str!("../../deploy/roles.sql");
@@ -24,7 +33,7 @@ const ACCOUNTS: &str = "token_broker_accounts";
 const ACCESS: &str = "token_broker_access";
 const AUDITOR: &str = "token_broker_auditor";
 
-/// An account, a caller with credential and grant, and an audit record.
+/// Inserts an account, a caller with a credential and a grant, and an audit record.
 const ROWS: &str = "
     insert into accounts (name, client_id, client_secret) values ('acme', 'acme-id', 'hunter2');
     insert into callers (name) values ('shop');
@@ -43,7 +52,7 @@ async fn database_with_roles() -> TestDatabase {
     database
 }
 
-/// Runs a statement as a role, and takes it back.
+/// Runs a statement as `role` in a transaction that is rolled back.
 async fn attempt(database: &TestDatabase, role: &str, statement: &str) -> sqlx::Result<()> {
     let mut transaction = database.pool().begin().await?;
     for statement in [format!("set local role {role}"), statement.to_owned()] {
@@ -52,6 +61,7 @@ async fn attempt(database: &TestDatabase, role: &str, statement: &str) -> sqlx::
     transaction.rollback().await
 }
 
+/// Asserts that `role` may run each of `statements`.
 async fn may(role: &str, statements: &[&str]) {
     let database = database_with_roles().await;
     for statement in statements {
@@ -60,6 +70,7 @@ async fn may(role: &str, statements: &[&str]) {
     }
 }
 
+/// Asserts that the server refuses `role` each of `statements` for a missing privilege.
 async fn may_not(role: &str, statements: &[&str]) {
     let database = database_with_roles().await;
     for statement in statements {
@@ -70,13 +81,13 @@ async fn may_not(role: &str, statements: &[&str]) {
 }
 
 #[tokio::test]
-async fn the_script_can_be_repeated() {
+async fn the_script_can_be_run_again() {
     let database = database_with_roles().await;
     database.sql(ROLES).await;
 }
 
 #[tokio::test]
-async fn the_script_takes_back_what_it_does_not_grant() {
+async fn the_script_revokes_what_it_does_not_grant() {
     let database = database_with_roles().await;
     database.sql("grant select, update (name) on accounts to token_broker_auditor").await;
     database.sql(ROLES).await;
@@ -86,7 +97,7 @@ async fn the_script_takes_back_what_it_does_not_grant() {
 }
 
 #[tokio::test]
-async fn runtime_does_the_work_of_the_broker() {
+async fn the_runtime_role_may_do_what_the_broker_does() {
     may(
         RUNTIME,
         &[
@@ -132,7 +143,7 @@ async fn runtime_does_the_work_of_the_broker() {
 }
 
 #[tokio::test]
-async fn runtime_changes_neither_audit_nor_accounts_nor_access() {
+async fn the_runtime_role_changes_neither_audit_records_nor_accounts_nor_access() {
     may_not(
         RUNTIME,
         &[
@@ -166,7 +177,7 @@ async fn runtime_changes_neither_audit_nor_accounts_nor_access() {
 }
 
 #[tokio::test]
-async fn accounts_manages_accounts() {
+async fn the_accounts_role_manages_accounts() {
     may(
         ACCOUNTS,
         &[
@@ -188,7 +199,7 @@ async fn accounts_manages_accounts() {
 }
 
 #[tokio::test]
-async fn accounts_reads_no_secret_and_grants_no_access() {
+async fn the_accounts_role_reads_no_secret_and_grants_no_access() {
     may_not(
         ACCOUNTS,
         &[
@@ -213,7 +224,7 @@ async fn accounts_reads_no_secret_and_grants_no_access() {
 }
 
 #[tokio::test]
-async fn access_manages_callers() {
+async fn the_access_role_manages_callers() {
     may(
         ACCESS,
         &[
@@ -236,7 +247,7 @@ async fn access_manages_callers() {
 }
 
 #[tokio::test]
-async fn access_sees_neither_accounts_nor_hashes_nor_audit() {
+async fn the_access_role_reads_neither_accounts_nor_hashes_nor_audit_records() {
     may_not(
         ACCESS,
         &[
@@ -254,7 +265,7 @@ async fn access_sees_neither_accounts_nor_hashes_nor_audit() {
 }
 
 #[tokio::test]
-async fn auditor_reads_what_happened() {
+async fn the_auditor_role_reads_audit_records_and_changes() {
     may(
         AUDITOR,
         &[
@@ -269,7 +280,7 @@ async fn auditor_reads_what_happened() {
 }
 
 #[tokio::test]
-async fn auditor_writes_nothing_and_sees_neither_accounts_nor_access() {
+async fn the_auditor_role_writes_nothing_and_reads_neither_accounts_nor_access() {
     may_not(
         AUDITOR,
         &[
@@ -291,7 +302,7 @@ async fn auditor_writes_nothing_and_sees_neither_accounts_nor_access() {
 }
 
 #[tokio::test]
-async fn a_role_s_statement_is_recorded_under_the_one_who_logged_in() {
+async fn a_change_under_a_role_is_recorded_with_the_login_that_assumed_it() {
     let database = database_with_roles().await;
     database
         .sql(
@@ -308,7 +319,7 @@ async fn a_role_s_statement_is_recorded_under_the_one_who_logged_in() {
     assert!(recorded);
 }
 
-/// Runs statements as a role, for good.
+/// Runs statements as `role` in a transaction that is committed.
 async fn sql_as(database: &TestDatabase, role: &str, statements: &str) {
     let mut transaction = database.pool().begin().await.unwrap();
     for statements in [format!("set local role {role}"), statements.to_owned()] {
@@ -317,8 +328,8 @@ async fn sql_as(database: &TestDatabase, role: &str, statements: &str) {
     transaction.commit().await.unwrap();
 }
 
-/// The broker's plan with a database that it enters as the runtime role.
-fn plan_as_runtime(world: &World) -> AppConfig {
+/// Returns the configuration of a broker that uses its database with the runtime role.
+fn config_as_runtime(world: &World) -> AppConfig {
     let mut url = Url::parse(world.database.url()).unwrap();
     url.query_pairs_mut().append_pair("options", &format!("-c role={RUNTIME}"));
     let mut plan = world.plan();
@@ -355,11 +366,11 @@ async fn the_broker_and_its_admins_need_no_more_than_their_roles() {
         "insert into accounts (name, client_id, client_secret) values ('acme', 'id-1', 'SK.1')";
     sql_as(database, ACCOUNTS, register).await;
 
-    // Sealed at the start, issued, served, reported, reissued.
-    let broker = world.start_with(plan_as_runtime(&world)).await;
+    // The secret is sealed at the start; a token is issued, served, reported and issued anew.
+    let broker = world.start_with(config_as_runtime(&world)).await;
     let client = broker.client(&bearer).await;
     let first = client.get("acme").await.unwrap();
-    let reported = eventually("the floor to pass", async || {
+    let reported = eventually("the minimum issue interval to pass", async || {
         let report = client.request(ReportRejectedTokenRequest {
             account: "acme".into(),
             generation: first.generation,
@@ -380,7 +391,7 @@ async fn the_broker_and_its_admins_need_no_more_than_their_roles() {
     };
     let second = newer_than(first.generation).await;
 
-    // Rotated, sealed while it runs; disabled, enabled.
+    // The secret is rotated, and sealed while the broker runs; the account is disabled and enabled.
     world.upstream.add_account("id-1", "SK.new");
     sql_as(database, ACCOUNTS, "update accounts set client_secret = 'SK.new'").await;
     let third = newer_than(second.generation).await;
@@ -391,7 +402,7 @@ async fn the_broker_and_its_admins_need_no_more_than_their_roles() {
     broker.stop().await;
 
     let requests = world.upstream.requests();
-    let broker = world.start_with(plan_as_runtime(&world)).await;
+    let broker = world.start_with(config_as_runtime(&world)).await;
     let client = broker.client(&bearer).await;
     assert_eq!(client.get("acme").await.unwrap().generation, third.generation);
     assert_eq!(world.upstream.requests(), requests, "the token survived the restart");
@@ -419,7 +430,7 @@ async fn the_broker_and_its_admins_need_no_more_than_their_roles() {
     assert_eq!(
         grouped,
         [
-            // Sealed twice, rotated, the secret before dropped, disabled, enabled.
+            // Sealed twice, rotated, the previous secret dropped, disabled, enabled.
             "account_changed 6",
             "account_registered 1",
             "account_removed 1",
@@ -436,5 +447,45 @@ async fn the_broker_and_its_admins_need_no_more_than_their_roles() {
     .fetch_one(database.pool())
     .await
     .unwrap();
-    assert!(stopped, "the instance told of itself");
+    assert!(stopped, "the instance has reported itself");
+}
+
+#[tokio::test]
+async fn a_missing_privilege_is_reported_and_no_token_is_issued_without_a_lease() {
+    let manual = ManualClock::new(Clock::System.now());
+    let world = World::with(Clock::Manual(manual.clone()), Faults::default()).await;
+    world.database.sql(ROLES).await;
+    let bearer = world.caller("demo", &["*"]).await;
+    world.register("acme", "id-1", "SK.1").await;
+    let broker = world.start_with(config_as_runtime(&world)).await;
+    let client = broker.client(&bearer).await;
+    let token = client.get("acme").await.unwrap();
+
+    // The change feed needs this privilege, and so does a claim of a lease.
+    world.database.sql("revoke select on refreshes from token_broker_runtime").await;
+    until_readiness_says(&broker, "permission denied for table refreshes (SQLSTATE 42501)").await;
+    // No other replica is there, and the token is about to end: if the database counted as lost, the
+    // replica would issue now.
+    manual.advance(Duration::from_secs(59 * 60 + 30));
+    for _ in 0..20 {
+        assert_eq!(client.get("acme").await.unwrap().generation, token.generation);
+        let (status, body) = http(broker.app.ops_address, "GET", "/readyz", "").await;
+        assert_eq!(status, 200);
+        assert!(!body.contains("does not answer"), "{body}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert_eq!(world.upstream.requests(), 1);
+
+    world.database.sql("grant select on refreshes to token_broker_runtime").await;
+    until_readiness_says(&broker, "\"answers\"").await;
+    eventually("a newer token", async || {
+        manual.advance(Duration::from_millis(100));
+        let next = client.get("acme").await.ok()?;
+        (next.generation > token.generation).then_some(())
+    })
+    .await;
+    assert_eq!(world.upstream.requests(), 2);
+    broker.stop().await;
+    let without_lease = world.audit("event = 'token_issued' and detail ? 'database'").await;
+    assert!(without_lease.is_empty(), "{without_lease:?}");
 }

@@ -137,7 +137,7 @@ impl Authenticator<'_> {
         kind: CallerKind,
         credential: CredentialKey,
     ) -> Result<AuthenticatedCaller, AuthenticationFailure> {
-        match self.callers.by_proof(&credential, self.now) {
+        match self.callers.authenticate(&credential, self.now) {
             Ok(caller) => Ok(AuthenticatedCaller { caller, kind, credential }),
             Err(refused) => {
                 let cause = refused.as_ref().map(|refused| refused.why);
@@ -165,9 +165,9 @@ mod tests {
             let (id, name) = (CallerId(id), name.into());
             Arc::new(Caller { id, name, enabled, rate_limit: None, grants: vec![] })
         };
-        let credential = |caller: &Arc<Caller>, proof| CallerCredential {
+        let credential = |caller: &Arc<Caller>, key| CallerCredential {
             caller: caller.clone(),
-            proof,
+            key,
             ends_at: None,
             revoked: false,
         };

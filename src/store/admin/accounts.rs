@@ -1,50 +1,57 @@
-//! Accounts, as an admin sees and changes them.
+//! The statements behind the command `account`.
 
-use super::{Admin, StoreError, ensure_affected, violates};
-use crate::domain::{
-    account::{AccountName, ClientId},
-    caller::AccountPattern,
-    clock::Timestamp,
+use tracing::instrument;
+
+use super::connection::{Admin, ensure_affected, violates};
+use crate::{
+    domain::{
+        account::{AccountName, ClientId},
+        caller::AccountPattern,
+        clock::Timestamp,
+    },
+    store::{StoreError, execution::repeat_on_conflict},
 };
 
-/// An account to be registered.
+/// The values of an account that is to be registered.
 #[derive(Clone, Debug)]
 pub struct NewAccount<'a> {
-    /// Its name.
+    /// The name by which callers ask for the account's tokens.
     pub name: &'a AccountName,
-    /// Its login at the upstream.
+    /// The account's login at the upstream.
     pub client_id: &'a ClientId,
-    /// Its secret, sealed to the intake key for this login: `sealed:…`.
+    /// The client secret as `account seal` prints it (`sealed:…`), sealed for this `client_id`.
     pub sealed_secret: &'a str,
-    /// For people.
+    /// A text for people; the broker does not interpret it.
     pub description: &'a str,
 }
 
-/// A new secret for an account.
+/// A new client secret for an account, and possibly a new client id.
 #[derive(Clone, Debug)]
 pub struct Rotation<'a> {
-    /// Whose.
+    /// The account's name.
     pub name: &'a AccountName,
-    /// The login that the secret was sealed for.
+    /// The client id from now on, for which the secret was sealed.
     pub client_id: &'a ClientId,
-    /// The login that it had when the secret was sealed; another one would not open it.
+    /// The client id that the account had when the secret was sealed. If it was changed since, the
+    /// rotation is refused.
     pub from_client_id: &'a str,
-    /// `sealed:…`.
+    /// The new client secret as `account seal` prints it (`sealed:…`).
     pub sealed_secret: &'a str,
-    /// Drops the old secret at once, instead of when the new one has issued.
+    /// Whether the old secret is dropped at once. Otherwise it is kept until a token was issued by the
+    /// new one.
     pub purge_old: bool,
 }
 
-/// Which accounts are meant; every enabled one that fits all that is set.
+/// A selection of the enabled accounts: those that match every condition that is set.
 #[derive(Clone, Debug)]
 pub struct Selection {
-    /// By name.
+    /// A pattern that the name matches.
     pub pattern: Option<AccountPattern>,
-    /// By a state of `account_status`.
+    /// The state in the view `account_status`, such as `rejected`.
     pub state: Option<String>,
 }
 
-/// An account in a list.
+/// One row of the view `account_status`.
 #[derive(Clone, Debug)]
 #[expect(missing_docs, reason = "the columns of `account_status`")]
 pub struct AccountSummary {
@@ -63,33 +70,34 @@ pub struct AccountSummary {
     pub hint: String,
 }
 
-/// All that may be told of an account.
+/// Everything about an account that may be shown: all but its secrets and its token.
 #[derive(Clone, Debug)]
 pub struct AccountDetails {
-    /// Where it stands.
+    /// The account's row in the view `account_status`.
     pub status: AccountSummary,
-    /// For people.
+    /// The admin's text for people.
     pub description: String,
-    /// How many credentials it has had.
+    /// The number of the present credential; the first one has the number 1.
     pub credential_version: i64,
-    /// Whether the secret before the last rotation is kept still.
+    /// Whether the secret from before the last rotation is still kept.
     pub keeps_previous_secret: bool,
-    /// When a new token was last asked for by hand.
+    /// When an admin last requested a new token.
     pub reissue_requested_at: Option<Timestamp>,
-    /// When it was registered.
+    /// When the account was registered.
     pub created_at: Timestamp,
-    /// When its row last changed.
+    /// When the account's row last changed.
     pub updated_at: Timestamp,
 }
 
-/// What has come of an account's present credential and of the last request for a new token.
+/// Whether the account's present credential, and the last request for a new token if there is one,
+/// have led to a token or to a failure yet. `account … --wait` polls it.
 #[derive(Clone, Debug)]
 pub struct Outcome {
-    /// A token was issued.
+    /// Whether a token was issued.
     pub issued: bool,
-    /// An attempt failed.
+    /// Whether an attempt failed.
     pub failed: bool,
-    /// Where the account stands.
+    /// The account's row in the view `account_status`.
     pub status: AccountSummary,
 }
 
@@ -97,7 +105,9 @@ impl Admin {
     /// Registers an account.
     ///
     /// # Errors
-    /// [`StoreError::Refused`] when the name or the login is taken, with the account that has it.
+    /// Returns [`StoreError::Conflict`] when the name or the client id is taken, naming the account
+    /// that has it.
+    #[instrument(level = "debug", skip_all, fields(account = %account.name))]
     pub async fn add_account(&self, account: &NewAccount<'_>) -> Result<(), StoreError> {
         let mut transaction = self.begin().await?;
         let inserted = sqlx::query!(
@@ -115,15 +125,17 @@ impl Admin {
             Ok(_) => Ok(transaction.commit().await?),
             Err(error) => {
                 transaction.rollback().await?;
-                Err(self.name_the_rival(error, account.name, account.client_id).await)
+                Err(self.name_conflict(error, account.name, account.client_id).await)
             }
         }
     }
 
-    /// Replaces an account's secret, and its login if another one is given.
+    /// Replaces an account's client secret, and its client id if another one is given.
     ///
     /// # Errors
-    /// [`StoreError::NotFound`] when there is no such account, or its login was changed meanwhile.
+    /// Returns [`StoreError::NotFound`] when there is no such account, or its client id was changed
+    /// meanwhile, and [`StoreError::Conflict`] when another account has the new client id.
+    #[instrument(level = "debug", skip_all, fields(account = %rotation.name))]
     pub async fn rotate(&self, rotation: &Rotation<'_>) -> Result<(), StoreError> {
         let mut transaction = self.begin().await?;
         if rotation.purge_old {
@@ -154,38 +166,41 @@ impl Admin {
             }
             Err(error) => {
                 transaction.rollback().await?;
-                Err(self.name_the_rival(error, rotation.name, rotation.client_id).await)
+                Err(self.name_conflict(error, rotation.name, rotation.client_id).await)
             }
         }
     }
 
-    /// Says which account is in the way, where `error` is that one is.
-    async fn name_the_rival(
+    /// Converts `error`. If it says that the name or the client id is taken, names the account that
+    /// has it.
+    async fn name_conflict(
         &self,
         error: sqlx::Error,
         name: &AccountName,
         client_id: &ClientId,
     ) -> StoreError {
         if violates(&error, "accounts_name_key") {
-            return StoreError::Refused(format!("account {name} already exists"));
+            return StoreError::taken(format!("account {name} already exists"), error);
         }
         if !violates(&error, "accounts_provider_client_id_key") {
             return error.into();
         }
         let owner = sqlx::query_scalar!(
-            "/* store::admin::name_the_rival */
+            "/* store::admin::name_conflict */
              select name from accounts where provider = 'rcs' and client_id = $1",
             client_id.as_str(),
         )
         .fetch_optional(&self.pool)
         .await;
-        StoreError::Refused(match owner {
+        let message = match owner {
             Ok(Some(owner)) => format!("client id {client_id} already belongs to account {owner}"),
             _ => format!("client id {client_id} already belongs to another account"),
-        })
+        };
+        StoreError::taken(message, error)
     }
 
-    /// All accounts, by name.
+    /// Returns all accounts, ordered by name.
+    #[instrument(level = "debug", skip_all)]
     pub async fn accounts(&self) -> Result<Vec<AccountSummary>, StoreError> {
         Ok(sqlx::query_as!(
             AccountSummary,
@@ -200,6 +215,7 @@ impl Admin {
         .await?)
     }
 
+    #[instrument(level = "debug", skip_all, fields(account = %name))]
     async fn account_status(&self, name: &AccountName) -> Result<AccountSummary, StoreError> {
         sqlx::query_as!(
             AccountSummary,
@@ -213,10 +229,14 @@ impl Admin {
         )
         .fetch_optional(&self.pool)
         .await?
-        .ok_or_else(|| no_such(name))
+        .ok_or_else(|| not_found(name))
     }
 
-    /// One account.
+    /// Returns what may be shown of one account.
+    ///
+    /// # Errors
+    /// Returns [`StoreError::NotFound`] when there is no such account.
+    #[instrument(level = "debug", skip_all, fields(account = %name))]
     pub async fn account(&self, name: &AccountName) -> Result<AccountDetails, StoreError> {
         let status = self.account_status(name).await?;
         let row = sqlx::query!(
@@ -229,7 +249,7 @@ impl Admin {
         )
         .fetch_optional(&self.pool)
         .await?
-        .ok_or_else(|| no_such(name))?;
+        .ok_or_else(|| not_found(name))?;
         Ok(AccountDetails {
             status,
             description: row.description,
@@ -241,7 +261,11 @@ impl Admin {
         })
     }
 
-    /// The login of an account.
+    /// Returns an account's login at the upstream.
+    ///
+    /// # Errors
+    /// Returns [`StoreError::NotFound`] when there is no such account.
+    #[instrument(level = "debug", skip_all, fields(account = %name))]
     pub async fn client_id(&self, name: &AccountName) -> Result<String, StoreError> {
         sqlx::query_scalar!(
             "/* store::admin::client_id */ select client_id from accounts where name = $1",
@@ -249,15 +273,22 @@ impl Admin {
         )
         .fetch_optional(&self.pool)
         .await?
-        .ok_or_else(|| no_such(name))
+        .ok_or_else(|| not_found(name))
     }
 
-    /// Asks for new tokens now. Returns whose, by name.
+    /// Requests new tokens for the selected accounts, and returns their names, sorted. A broker issues
+    /// them; this does not wait for it.
+    #[instrument(level = "debug", skip_all)]
     pub async fn reissue(&self, selection: &Selection) -> Result<Vec<String>, StoreError> {
+        // Brokers lock the same rows, in another order.
+        repeat_on_conflict(|| self.try_reissue(selection)).await
+    }
+
+    async fn try_reissue(&self, selection: &Selection) -> Result<Vec<String>, StoreError> {
         let like = selection.pattern.as_ref().map(like);
         let mut transaction = self.begin().await?;
         let mut names = sqlx::query_scalar!(
-            "/* store::admin::reissue */
+            "/* store::admin::try_reissue */
              update accounts a set reissue_requested_at = now()
              from account_status s
              where s.name = a.name and a.enabled
@@ -274,7 +305,12 @@ impl Admin {
         Ok(names)
     }
 
-    /// Enables or disables an account.
+    /// Enables or disables an account. Brokers keep a disabled account's token, and serve it again once
+    /// it is enabled, while it lives.
+    ///
+    /// # Errors
+    /// Returns [`StoreError::NotFound`] when there is no such account.
+    #[instrument(level = "debug", skip_all, fields(account = %name, enabled))]
     pub async fn enable_account(
         &self,
         name: &AccountName,
@@ -292,7 +328,11 @@ impl Admin {
         Ok(transaction.commit().await?)
     }
 
-    /// Removes an account with its token.
+    /// Removes an account together with its token.
+    ///
+    /// # Errors
+    /// Returns [`StoreError::NotFound`] when there is no such account.
+    #[instrument(level = "debug", skip_all, fields(account = %name))]
     pub async fn remove_account(&self, name: &AccountName) -> Result<(), StoreError> {
         let mut transaction = self.begin().await?;
         let done = sqlx::query!(
@@ -305,7 +345,12 @@ impl Admin {
         Ok(transaction.commit().await?)
     }
 
-    /// What has come of the account's present credential, and of a request for a new token, so far.
+    /// Returns whether the account's present credential and the last request for a new token have led
+    /// to a token or to a failure so far.
+    ///
+    /// # Errors
+    /// Returns [`StoreError::NotFound`] when there is no such account.
+    #[instrument(level = "debug", skip_all, fields(account = %name))]
     pub async fn outcome(&self, name: &AccountName) -> Result<Outcome, StoreError> {
         let row = sqlx::query!(
             r#"/* store::admin::outcome */
@@ -325,7 +370,7 @@ impl Admin {
         )
         .fetch_optional(&self.pool)
         .await?
-        .ok_or_else(|| no_such(name))?;
+        .ok_or_else(|| not_found(name))?;
         let status = self.account_status(name).await?;
         Ok(Outcome { issued: row.issued, failed: row.failed, status })
     }
@@ -335,11 +380,12 @@ fn no_account(name: &AccountName) -> String {
     format!("there is no account {name}")
 }
 
-fn no_such(name: &AccountName) -> StoreError {
+fn not_found(name: &AccountName) -> StoreError {
     StoreError::NotFound(no_account(name))
 }
 
-/// The pattern for SQL's `like`, with its own wildcards escaped.
+/// Converts a pattern to one of SQL's `like`. Names may contain `_`, which `like` takes for a
+/// wildcard; it is escaped.
 fn like(pattern: &AccountPattern) -> String {
     pattern.to_string().replace('_', "\\_").replace('*', "%")
 }
@@ -349,7 +395,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_underscore_in_a_pattern_is_no_wildcard_of_sql() {
+    fn an_underscore_in_a_pattern_matches_only_itself_in_sql() {
         assert_eq!(like(&"a_b-*".parse().unwrap()), "a\\_b-%");
         assert_eq!(like(&"acme".parse().unwrap()), "acme");
     }

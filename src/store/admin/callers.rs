@@ -1,52 +1,57 @@
-//! Callers, their credentials and grants, as an admin sees and changes them.
+//! The statements behind the command `caller`: callers, their credentials and their grants.
 
 use sqlx::{Postgres, Transaction};
+use tracing::instrument;
 
-use super::{Admin, StoreError, ensure_affected, violates};
-use crate::domain::{
-    account::AccountName,
-    caller::{AccountPattern, CallerKind, Right},
-    clock::Timestamp,
+use super::connection::{Admin, ensure_affected, violates};
+use crate::{
+    domain::{
+        account::AccountName,
+        caller::{AccountPattern, CallerKind, Right},
+        clock::Timestamp,
+    },
+    store::StoreError,
 };
 
-/// A caller to be registered. Callers' names follow the rule of accounts' names.
+/// The values of a caller that is to be registered. Names of callers follow the same rule as names of
+/// accounts, so they share the type.
 #[derive(Clone, Debug)]
 pub struct NewCaller<'a> {
-    /// Its name.
+    /// The caller's name.
     pub name: &'a AccountName,
-    /// Calls a second; `None` means the broker's default.
+    /// The limit in calls per second; `None` means the broker's default.
     pub rate_limit: Option<i32>,
-    /// For people.
+    /// A text for people; the broker does not interpret it.
     pub description: &'a str,
-    /// The hash of its first bearer.
+    /// The SHA-256 of the caller's first bearer.
     pub bearer_sha256: Option<[u8; 32]>,
-    /// SPIFFE IDs and DNS names of its certificates.
+    /// The SPIFFE IDs and DNS names of the caller's certificates.
     pub identities: &'a [(CallerKind, String)],
 }
 
-/// A bearer for a caller that is there.
+/// A further bearer for a registered caller.
 #[derive(Clone, Copy, Debug)]
 pub struct NewBearer<'a> {
-    /// Its hash.
+    /// The SHA-256 of the bearer.
     pub sha256: [u8; 32],
-    /// Until when it is taken.
+    /// When the bearer stops being accepted; `None` for never.
     pub ends_at: Option<Timestamp>,
-    /// For people.
+    /// A text for people; the broker does not interpret it.
     pub description: &'a str,
 }
 
-/// Accounts, rights and an end, for a caller.
+/// Rights on accounts that a caller is to be granted.
 #[derive(Clone, Debug)]
 pub struct NewGrant<'a> {
-    /// Which accounts.
+    /// The patterns of the accounts' names. Each becomes a grant of its own.
     pub patterns: &'a [AccountPattern],
-    /// What may be done with them.
+    /// What the caller may do with these accounts.
     pub rights: &'a [Right],
-    /// Until when.
+    /// When the grants end; `None` for never.
     pub ends_at: Option<Timestamp>,
 }
 
-/// A caller in a list.
+/// A caller, and how many of its credentials and grants are in force.
 #[derive(Clone, Debug)]
 #[expect(missing_docs, reason = "the columns of `callers`, and counts")]
 pub struct CallerSummary {
@@ -55,24 +60,24 @@ pub struct CallerSummary {
     pub rate_limit: Option<i32>,
     pub description: String,
     pub created_at: Timestamp,
-    /// Those in force.
+    /// How many credentials are in force.
     pub credentials: i64,
-    /// Those in force.
+    /// How many grants are in force.
     pub grants: i64,
 }
 
-/// All that may be told of a caller.
+/// Everything about a caller that may be shown: all but the hashes of its bearers.
 #[derive(Clone, Debug)]
 pub struct CallerDetails {
-    /// The caller.
+    /// The caller itself.
     pub summary: CallerSummary,
-    /// How it is known, also formerly.
+    /// The credentials by which the caller is or was recognised.
     pub credentials: Vec<CredentialDetails>,
-    /// What it may use, also formerly.
+    /// The grants that are in force or were.
     pub grants: Vec<GrantDetails>,
 }
 
-/// A way in which a caller is known.
+/// A credential by which a caller is or was recognised.
 #[derive(Clone, Debug)]
 #[expect(missing_docs, reason = "the columns of `caller_credentials`")]
 pub struct CredentialDetails {
@@ -83,11 +88,11 @@ pub struct CredentialDetails {
     pub created_at: Timestamp,
     pub ends_at: Option<Timestamp>,
     pub revoked_at: Option<Timestamp>,
-    /// Whether it is taken now.
+    /// Whether the credential is accepted now.
     pub in_force: bool,
 }
 
-/// A grant.
+/// Rights of a caller on the accounts that match a pattern.
 #[derive(Clone, Debug)]
 #[expect(missing_docs, reason = "the columns of `grants`")]
 pub struct GrantDetails {
@@ -95,16 +100,16 @@ pub struct GrantDetails {
     pub rights: Vec<String>,
     pub ends_at: Option<Timestamp>,
     pub created_at: Timestamp,
-    /// Whether it holds now.
+    /// Whether the grant has not ended.
     pub in_force: bool,
 }
 
-/// A bearer, in a list over all callers or of one.
+/// A bearer together with its caller.
 #[derive(Clone, Debug)]
 pub struct BearerSummary {
-    /// Whose.
+    /// The name of the caller whose bearer it is.
     pub caller: String,
-    /// What may be told of it.
+    /// Everything about the bearer that may be shown.
     pub credential: CredentialDetails,
 }
 
@@ -112,7 +117,8 @@ impl Admin {
     /// Registers a caller with its first credentials.
     ///
     /// # Errors
-    /// [`StoreError::Refused`] when the name, or an identity, is taken.
+    /// Returns [`StoreError::Conflict`] when the name or an identity is taken.
+    #[instrument(level = "debug", skip_all, fields(caller = %caller.name))]
     pub async fn add_caller(&self, caller: &NewCaller<'_>) -> Result<(), StoreError> {
         let mut transaction = self.begin().await?;
         let id = sqlx::query_scalar!(
@@ -126,7 +132,7 @@ impl Admin {
         .await
         .map_err(|error| {
             if violates(&error, "callers_name_key") {
-                return StoreError::Refused(format!("caller {} already exists", caller.name));
+                return StoreError::taken(format!("caller {} already exists", caller.name), error);
             }
             error.into()
         })?;
@@ -140,7 +146,8 @@ impl Admin {
         Ok(transaction.commit().await?)
     }
 
-    /// All callers, by name.
+    /// Returns all callers, ordered by name.
+    #[instrument(level = "debug", skip_all)]
     pub async fn callers(&self) -> Result<Vec<CallerSummary>, StoreError> {
         Ok(sqlx::query_as!(
             CallerSummary,
@@ -157,14 +164,18 @@ impl Admin {
         .await?)
     }
 
-    /// One caller.
+    /// Returns what may be shown of one caller.
+    ///
+    /// # Errors
+    /// Returns [`StoreError::NotFound`] when there is no such caller.
+    #[instrument(level = "debug", skip_all, fields(caller = %name))]
     pub async fn caller(&self, name: &AccountName) -> Result<CallerDetails, StoreError> {
         let summary = self
             .callers()
             .await?
             .into_iter()
             .find(|caller| caller.name == name.as_str())
-            .ok_or_else(|| no_such(name))?;
+            .ok_or_else(|| not_found(name))?;
         let credentials = sqlx::query_as!(
             CredentialDetails,
             r#"/* store::admin::caller */
@@ -190,7 +201,11 @@ impl Admin {
         Ok(CallerDetails { summary, credentials, grants })
     }
 
-    /// Grants rights on accounts; a grant on the same pattern is replaced.
+    /// Grants rights on accounts. A grant that the caller has on the same pattern is replaced.
+    ///
+    /// # Errors
+    /// Returns [`StoreError::NotFound`] when there is no such caller.
+    #[instrument(level = "debug", skip_all, fields(caller = %name))]
     pub async fn grant(&self, name: &AccountName, grant: &NewGrant<'_>) -> Result<(), StoreError> {
         let rights: Vec<String> = grant.rights.iter().map(|right| right.as_str().into()).collect();
         let mut transaction = self.begin().await?;
@@ -212,7 +227,11 @@ impl Admin {
         Ok(transaction.commit().await?)
     }
 
-    /// Takes grants away. All of them must be there.
+    /// Removes the caller's grants on exactly these patterns, or none if one of them is missing.
+    ///
+    /// # Errors
+    /// Returns [`StoreError::NotFound`] when there is no such caller or grant.
+    #[instrument(level = "debug", skip_all, fields(caller = %name))]
     pub async fn ungrant(
         &self,
         name: &AccountName,
@@ -235,7 +254,11 @@ impl Admin {
         Ok(transaction.commit().await?)
     }
 
-    /// Sets a caller's own limit, in calls a second, or takes it away.
+    /// Sets the caller's limit in calls per second; `None` means the broker's default.
+    ///
+    /// # Errors
+    /// Returns [`StoreError::NotFound`] when there is no such caller.
+    #[instrument(level = "debug", skip_all, fields(caller = %name))]
     pub async fn limit_caller(
         &self,
         name: &AccountName,
@@ -253,7 +276,11 @@ impl Admin {
         Ok(transaction.commit().await?)
     }
 
-    /// Enables or disables a caller.
+    /// Enables or disables a caller. The calls of a disabled one are refused.
+    ///
+    /// # Errors
+    /// Returns [`StoreError::NotFound`] when there is no such caller.
+    #[instrument(level = "debug", skip_all, fields(caller = %name, enabled))]
     pub async fn enable_caller(&self, name: &AccountName, enabled: bool) -> Result<(), StoreError> {
         let mut transaction = self.begin().await?;
         let done = sqlx::query!(
@@ -267,7 +294,11 @@ impl Admin {
         Ok(transaction.commit().await?)
     }
 
-    /// Removes a caller with its credentials and grants.
+    /// Removes a caller together with its credentials and grants.
+    ///
+    /// # Errors
+    /// Returns [`StoreError::NotFound`] when there is no such caller.
+    #[instrument(level = "debug", skip_all, fields(caller = %name))]
     pub async fn remove_caller(&self, name: &AccountName) -> Result<(), StoreError> {
         let mut transaction = self.begin().await?;
         let done = sqlx::query!(
@@ -280,7 +311,11 @@ impl Admin {
         Ok(transaction.commit().await?)
     }
 
-    /// Adds a bearer; the others stay. Returns its number, by which it is revoked.
+    /// Adds a bearer to those that the caller has, and returns the id by which it can be revoked.
+    ///
+    /// # Errors
+    /// Returns [`StoreError::NotFound`] when there is no such caller.
+    #[instrument(level = "debug", skip_all, fields(caller = %name))]
     pub async fn add_bearer(
         &self,
         name: &AccountName,
@@ -293,7 +328,8 @@ impl Admin {
         Ok(id)
     }
 
-    /// The bearers of one caller, or of all; by caller and number.
+    /// Returns the bearers of the caller `name`, or of all callers, ordered by caller and id.
+    #[instrument(level = "debug", skip_all)]
     pub async fn bearers(
         &self,
         name: Option<&AccountName>,
@@ -328,7 +364,11 @@ impl Admin {
             .collect())
     }
 
-    /// Ends a bearer now. Returns whose it was.
+    /// Revokes a bearer, and returns the name of its caller.
+    ///
+    /// # Errors
+    /// Returns [`StoreError::NotFound`] when there is no such bearer, or it is already revoked.
+    #[instrument(level = "debug", skip_all, fields(bearer = id))]
     pub async fn revoke_bearer(&self, id: i64) -> Result<String, StoreError> {
         let mut transaction = self.begin().await?;
         let caller = sqlx::query_scalar!(
@@ -359,7 +399,7 @@ async fn caller_id(
     )
     .fetch_optional(&mut **transaction)
     .await?
-    .ok_or_else(|| no_such(name))
+    .ok_or_else(|| not_found(name))
 }
 
 async fn insert_bearer(
@@ -397,7 +437,7 @@ async fn insert_identity(
     .await
     .map_err(|error| {
         if violates(&error, "caller_credentials_kind_identity_key") {
-            return StoreError::Refused(format!("{identity} already belongs to a caller"));
+            return StoreError::taken(format!("{identity} already belongs to a caller"), error);
         }
         error.into()
     })?;
@@ -408,6 +448,6 @@ fn no_caller(name: &AccountName) -> String {
     format!("there is no caller {name}")
 }
 
-fn no_such(name: &AccountName) -> StoreError {
+fn not_found(name: &AccountName) -> StoreError {
     StoreError::NotFound(no_caller(name))
 }

@@ -2,8 +2,8 @@
 
 use tracing::instrument;
 
-use super::{Admin, StoreError, ensure_affected};
-use crate::domain::clock::Timestamp;
+use super::connection::{Admin, ensure_affected};
+use crate::{domain::clock::Timestamp, store::StoreError};
 
 /// A chain that may not be delivered completely, and what is known about it.
 #[derive(Clone, Debug)]

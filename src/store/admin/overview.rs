@@ -1,52 +1,55 @@
-//! What the doctor and `keys` ask of the database.
+//! What the commands `check`, `keys` and `account` read about the deployment as a whole.
 
-use super::{Admin, StoreError};
-use crate::{crypto::IntakePublicKey, domain::clock::Timestamp};
+use tracing::instrument;
 
-/// How many tokens have to be issued.
+use super::connection::Admin;
+use crate::{crypto::IntakePublicKey, domain::clock::Timestamp, store::StoreError};
+
+/// The numbers from which the rate of issues follows.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Load {
-    /// Enabled accounts.
+    /// How many accounts are enabled.
     pub accounts: i64,
-    /// The mean life of the tokens that are there, in seconds.
+    /// The mean life of the stored tokens, in seconds; `None` when there is none.
     pub mean_life_seconds: Option<f64>,
 }
 
-/// The newest token, as far as it may be told.
+/// The newest stored token, without the token itself.
 #[derive(Clone, Debug)]
 pub struct LastIssue {
-    /// Whose it is.
+    /// The name of the account for which it was issued.
     pub account: String,
     /// When it was issued.
     pub issued_at: Timestamp,
-    /// The address that the upstream saw.
+    /// The address from which the upstream saw the broker call, if it told.
     pub allowed_ip: Option<String>,
 }
 
-/// A broker's process.
+/// A replica that has not reported that it stopped.
 #[derive(Clone, Debug)]
 pub struct InstanceSummary {
-    /// Its id.
+    /// The id of the instance.
     pub id: String,
-    /// Its release.
+    /// The release that it runs.
     pub version: String,
-    /// The keys that it has loaded.
+    /// The ids of the keys that it has loaded.
     pub key_ids: Vec<String>,
-    /// Whether it was heard of in the last minute and has not stopped.
+    /// Whether it sent a heartbeat within the last minute.
     pub live: bool,
 }
 
-/// A public intake key that brokers published.
+/// An intake key whose public half the brokers have published.
 #[derive(Clone, Debug)]
 pub struct PublishedKey {
-    /// Its name.
+    /// The key's id.
     pub key_id: String,
     /// Whether new secrets are sealed to it.
     pub is_primary: bool,
 }
 
 impl Admin {
-    /// The server's version.
+    /// Returns the version of the PostgreSQL server.
+    #[instrument(level = "debug", skip_all)]
     pub async fn server_version(&self) -> Result<String, StoreError> {
         Ok(sqlx::query_scalar!(
             r#"/* store::admin::server_version */ select current_setting('server_version') as "version!""#
@@ -55,7 +58,8 @@ impl Admin {
         .await?)
     }
 
-    /// Which of `roles` do not exist, and whether this session is a superuser's.
+    /// Returns those of `roles` that do not exist, and whether this session is a superuser's.
+    #[instrument(level = "debug", skip_all)]
     pub async fn missing_roles(&self, roles: &[String]) -> Result<(Vec<String>, bool), StoreError> {
         let row = sqlx::query!(
             r#"/* store::admin::missing_roles */
@@ -69,14 +73,16 @@ impl Admin {
         Ok((row.missing, row.superuser))
     }
 
-    /// The upstream that the database belongs to, once a broker has served from it.
+    /// Returns the upstream that the database belongs to; `None` before the first start of a broker.
+    #[instrument(level = "debug", skip_all)]
     pub async fn upstream(&self) -> Result<Option<String>, StoreError> {
         Ok(sqlx::query_scalar!("/* store::admin::upstream */ select upstream from deployment")
             .fetch_optional(&self.pool)
             .await?)
     }
 
-    /// How much there is to issue.
+    /// Returns the numbers from which the rate of issues follows.
+    #[instrument(level = "debug", skip_all)]
     pub async fn load(&self) -> Result<Load, StoreError> {
         Ok(sqlx::query_as!(
             Load,
@@ -91,7 +97,8 @@ impl Admin {
         .await?)
     }
 
-    /// The newest token.
+    /// Returns what may be shown of the newest stored token.
+    #[instrument(level = "debug", skip_all)]
     pub async fn last_issue(&self) -> Result<Option<LastIssue>, StoreError> {
         Ok(sqlx::query_as!(
             LastIssue,
@@ -104,7 +111,8 @@ impl Admin {
         .await?)
     }
 
-    /// The brokers' processes that have not said that they stopped.
+    /// Returns the replicas that have not reported that they stopped, ordered by id.
+    #[instrument(level = "debug", skip_all)]
     pub async fn instances(&self) -> Result<Vec<InstanceSummary>, StoreError> {
         Ok(sqlx::query_as!(
             InstanceSummary,
@@ -117,7 +125,8 @@ impl Admin {
         .await?)
     }
 
-    /// The intake keys that brokers published.
+    /// Returns the intake keys that brokers have published, ordered by id.
+    #[instrument(level = "debug", skip_all)]
     pub async fn published_keys(&self) -> Result<Vec<PublishedKey>, StoreError> {
         Ok(sqlx::query_as!(
             PublishedKey,
@@ -127,10 +136,11 @@ impl Admin {
         .await?)
     }
 
-    /// The key that new secrets are to be sealed to.
+    /// Returns the public key to which new client secrets are to be sealed.
     ///
     /// # Errors
-    /// [`StoreError::NotFound`] before a broker has published one.
+    /// Returns [`StoreError::NotFound`] before a broker has published one.
+    #[instrument(level = "debug", skip_all)]
     pub async fn intake_key(&self) -> Result<IntakePublicKey, StoreError> {
         let row = sqlx::query!(
             "/* store::admin::intake_key */
@@ -146,7 +156,8 @@ impl Admin {
                     .into(),
             )
         })?;
-        IntakePublicKey::new(&row.key_id, &row.public_key)
-            .map_err(|error| StoreError::Corrupt(error.to_string()))
+        IntakePublicKey::new(&row.key_id, &row.public_key).map_err(|_| {
+            StoreError::unreadable_row("intake_keys", &row.key_id, "the public key is malformed")
+        })
     }
 }

@@ -18,7 +18,7 @@ use crate::{
 /// Inserts the row of a chain unless it exists, and returns the chain's delivered position.
 ///
 /// # Errors
-/// [`StoreError::Corrupt`] when the row is of another instance or another link, or its hash is
+/// [`StoreError::Conflict`] when the row is of another instance or another link, or its hash is
 /// malformed; otherwise when the statement fails.
 #[instrument(level = "debug", skip_all, fields(chain = link.chain))]
 pub async fn register_chain(
@@ -49,11 +49,13 @@ pub async fn register_chain(
     .await?;
     if row.instance != link.instance || row.linked_hash != link.linked_hash.0 {
         let chain = &link.chain;
-        return Err(StoreError::Corrupt(format!(
-            "audit chain {chain} is registered with another instance or link"
-        )));
+        let message = format!("audit chain {chain} is registered with another instance or link");
+        return Err(StoreError::Conflict { message, cause: None });
     }
-    Ok(ChainHead { seq: row.delivered_seq, hash: digest("delivered_hash", &row.delivered_hash)? })
+    Ok(ChainHead {
+        seq: row.delivered_seq,
+        hash: digest("audit_chains", &link.chain, &row.delivered_hash)?,
+    })
 }
 
 /// Creates the partition of a UTC day unless it exists.

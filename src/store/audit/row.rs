@@ -1,6 +1,6 @@
 //! Conversion of rows of `audit_events`.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt::Display};
 
 use sqlx::types::Json;
 
@@ -37,7 +37,10 @@ impl TryFrom<EventRow> for StoredEvent {
     type Error = StoreError;
 
     fn try_from(row: EventRow) -> Result<Self, StoreError> {
+        let id = format_args!("{} {}", row.chain, row.seq);
         Ok(Self {
+            prev_hash: digest("audit_events", id, &row.prev_hash)?,
+            hash: digest("audit_events", id, &row.hash)?,
             instance: row.instance,
             chain: row.chain,
             seq: row.seq,
@@ -55,13 +58,16 @@ impl TryFrom<EventRow> for StoredEvent {
             latency_us: row.latency_us,
             count: row.count,
             detail: row.detail.0,
-            prev_hash: digest("prev_hash", &row.prev_hash)?,
-            hash: digest("hash", &row.hash)?,
         })
     }
 }
 
-pub(super) fn digest(column: &str, bytes: &[u8]) -> Result<Digest, StoreError> {
+/// Reads a hash of the row `id` of `table`.
+pub(super) fn digest(
+    table: &'static str,
+    id: impl Display,
+    bytes: &[u8],
+) -> Result<Digest, StoreError> {
     Digest::from_bytes(bytes)
-        .ok_or_else(|| StoreError::Corrupt(format!("column {column} is not a SHA-256")))
+        .ok_or_else(|| StoreError::unreadable_row(table, id, "a hash is not a SHA-256"))
 }

@@ -64,14 +64,15 @@ impl AuditSnapshot {
         .await?;
         rows.into_iter()
             .map(|row| {
+                let read = |bytes| digest("audit_chains", &row.chain, bytes);
                 Ok(ChainClaim {
+                    linked_hash: read(&row.linked_hash)?,
+                    last_hash: Some(read(&row.delivered_hash)?),
                     chain: row.chain,
                     instance: row.instance,
                     started_at: row.started_at,
                     linked_chain: row.linked_chain,
-                    linked_hash: digest("linked_hash", &row.linked_hash)?,
                     last_seq: Some(row.delivered_seq),
-                    last_hash: Some(digest("delivered_hash", &row.delivered_hash)?),
                     retired: row.retired,
                 })
             })
@@ -93,12 +94,13 @@ impl AuditSnapshot {
         .await?;
         rows.into_iter()
             .map(|row| {
+                let id = format_args!("{} {}", row.chain, row.first_seq);
                 Ok(PruningReceipt {
+                    prev_hash: digest("audit_cuts", id, &row.prev_hash)?,
+                    hash: digest("audit_cuts", id, &row.hash)?,
                     chain: row.chain,
                     first_seq: row.first_seq,
-                    prev_hash: digest("prev_hash", &row.prev_hash)?,
                     last_seq: row.last_seq,
-                    hash: digest("hash", &row.hash)?,
                     at: row.at,
                     signature: Signature { key_id: row.key_id, signature: row.signature },
                 })
@@ -120,10 +122,11 @@ impl AuditSnapshot {
         .await?;
         rows.into_iter()
             .map(|row| {
+                let id = format_args!("{} {}", row.chain, row.seq);
                 Ok(SignedCheckpoint {
+                    hash: digest("audit_heads", id, &row.hash)?,
                     chain: row.chain,
                     seq: row.seq,
-                    hash: digest("hash", &row.hash)?,
                     at: row.at,
                     signature: Signature { key_id: row.key_id, signature: row.signature },
                 })

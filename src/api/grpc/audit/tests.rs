@@ -42,7 +42,7 @@ impl Harness {
                 rate_limit: None,
                 grants: vec![],
             }),
-            proof: CredentialKey::BearerSha256(bearer.sha256()),
+            key: CredentialKey::BearerSha256(bearer.sha256()),
             ends_at: None,
             revoked: false,
         }]);

@@ -1,0 +1,381 @@
+//! What can go wrong with the database, by what a caller does about it.
+//!
+//! No text of these errors quotes a row, a parameter or a URL: an error may end up in a log, on a
+//! terminal or in an answer of `/readyz`. The server's detail, hint, context and statement are
+//! therefore never printed, by `Debug` neither.
+
+use std::fmt::{self, Display, Formatter};
+
+use sqlx::postgres::PgDatabaseError;
+use thiserror::Error;
+
+/// The `SQLSTATE` of a relation that does not exist: the schema is missing or too old.
+const UNDEFINED_TABLE: &str = "42P01";
+/// The `SQLSTATE` of a statement that the login's role may not execute.
+const INSUFFICIENT_PRIVILEGE: &str = "42501";
+/// The `SQLSTATE` of a value that a check constraint or a trigger refused.
+const CHECK_VIOLATION: &str = "23514";
+/// The `SQLSTATE` of a login beyond the server's `max_connections`.
+const TOO_MANY_CONNECTIONS: &str = "53300";
+
+/// An error of the database or of the driver that talks to it.
+///
+/// The kinds differ in what follows from them:
+///
+/// | kind | the server answers | what to do |
+/// |---|---|---|
+/// | [`ConnectionLost`](Self::ConnectionLost) | this session is lost; a new one may work | try again later |
+/// | [`TimedOut`](Self::TimedOut) | unknown | try again later, after asking whether it answers at all |
+/// | [`TransactionConflict`](Self::TransactionConflict) | yes | repeat the transaction |
+/// | all others | yes | a person has to change something |
+#[derive(Debug, Error)]
+pub enum StoreError {
+    /// There is no session with the server: it could not be opened, or it ended.
+    #[error("the database cannot be reached: {reason}")]
+    ConnectionLost {
+        /// Why, without the database's URL.
+        reason: String,
+        /// The error behind it; its text is part of `reason`.
+        #[source]
+        cause: DatabaseCause,
+    },
+    /// Nothing was heard of the server in time. It may hang, or it may answer others, for example
+    /// while a lock holds up one statement.
+    #[error("the database took too long: {reason}")]
+    TimedOut {
+        /// What took too long.
+        reason: &'static str,
+    },
+    /// The server ended the transaction because of another one: a serialization failure or a
+    /// deadlock. Nothing of it was committed, and it may be repeated.
+    #[error("the database ended a transaction that was in conflict with another one: {0}")]
+    TransactionConflict(#[source] DatabaseCause),
+    /// The login's role may not do that (`SQLSTATE` 42501), or a trigger forbids it to everybody.
+    #[error("{} ({})", .0.message(), .0)]
+    MissingPrivilege(#[source] DatabaseCause),
+    /// A check constraint or trigger refused a value (`SQLSTATE` 23514). The message is the
+    /// trigger's, written for admins.
+    #[error("{}", .0.message())]
+    InvalidValue(#[source] DatabaseCause),
+    /// A unique name or key is taken.
+    #[error("{message}")]
+    Conflict {
+        /// What is taken, and by whom if that is known.
+        message: String,
+        /// The server's error, unless the conflict was found without one.
+        #[source]
+        cause: Option<DatabaseCause>,
+    },
+    /// The server refused a statement or a login for any other reason.
+    #[error("the database refused a statement ({}): {}", .0, .0.message())]
+    Refused(#[source] DatabaseCause),
+    /// There is no row of that name.
+    #[error("{0}")]
+    NotFound(String),
+    /// The schema lacks migrations that this release needs.
+    #[error("{0}")]
+    Schema(String),
+    /// A table of this release does not exist.
+    #[error("{}: run `token-broker migrate`", .0.message())]
+    UndefinedTable(#[source] DatabaseCause),
+    /// The database was restored, or another one took its place, since it was last read.
+    #[error("the database is not the same any more: {0}")]
+    Replaced(&'static str),
+    /// A row holds a value that no release writes: somebody wrote past the triggers.
+    #[error("{table} row {id}: {problem}")]
+    UnreadableRow {
+        /// The table.
+        table: &'static str,
+        /// The row's primary key.
+        id: String,
+        /// What is wrong, without the value.
+        problem: &'static str,
+    },
+    /// A column of a result has another type than the statement was compiled for.
+    #[error("column {column} holds an unexpected value")]
+    UnreadableColumn {
+        /// The column's name or index.
+        column: String,
+        /// The driver's error.
+        #[source]
+        cause: DatabaseCause,
+    },
+    /// The database's URL cannot be used. The text never quotes it: it may hold a password.
+    #[error("DATABASE_URL is not a postgresql://user@host/database URL")]
+    InvalidUrl,
+    /// The driver failed before it sent anything, or could not make sense of the answer.
+    #[error("the database driver failed: {0}")]
+    Driver(#[source] DatabaseCause),
+}
+
+impl StoreError {
+    /// Reports the row `id` of `table` as unreadable because of `problem`, which must not quote the
+    /// row.
+    #[must_use]
+    pub(super) fn unreadable_row(
+        table: &'static str,
+        id: impl Display,
+        problem: &'static str,
+    ) -> Self {
+        Self::UnreadableRow { table, id: id.to_string(), problem }
+    }
+
+    /// Reports that what `error`, a violation of a unique constraint, is about is taken, in words
+    /// for an admin.
+    #[must_use]
+    pub(super) fn taken(message: String, error: sqlx::Error) -> Self {
+        Self::Conflict { message, cause: Some(DatabaseCause(error)) }
+    }
+
+    /// Returns the `SQLSTATE` with which the server answered, if it did.
+    #[must_use]
+    pub fn sqlstate(&self) -> Option<&str> {
+        match self {
+            Self::ConnectionLost { cause, .. }
+            | Self::UnreadableColumn { cause, .. }
+            | Self::Conflict { cause: Some(cause), .. }
+            | Self::TransactionConflict(cause)
+            | Self::MissingPrivilege(cause)
+            | Self::InvalidValue(cause)
+            | Self::Refused(cause)
+            | Self::UndefinedTable(cause)
+            | Self::Driver(cause) => cause.sqlstate(),
+            Self::TimedOut { .. }
+            | Self::Conflict { cause: None, .. }
+            | Self::NotFound(_)
+            | Self::Schema(_)
+            | Self::Replaced(_)
+            | Self::UnreadableRow { .. }
+            | Self::InvalidUrl => None,
+        }
+    }
+
+    /// Returns whether the session with the server is lost. Whether the server answers on a new
+    /// session is another question.
+    #[must_use]
+    pub fn is_connection_lost(&self) -> bool {
+        matches!(self, Self::ConnectionLost { .. })
+    }
+
+    /// Returns whether the error leaves open that the server does not answer at all. All other
+    /// errors prove that it does: nothing else may be taken for an outage.
+    #[must_use]
+    pub fn may_be_outage(&self) -> bool {
+        matches!(self, Self::ConnectionLost { .. } | Self::TimedOut { .. })
+    }
+
+    /// Returns whether a start should wait and try again: the server cannot be reached yet, or has
+    /// no connection to spare.
+    #[must_use]
+    pub fn is_unavailable(&self) -> bool {
+        self.may_be_outage() || self.sqlstate() == Some(TOO_MANY_CONNECTIONS)
+    }
+
+    /// Returns whether the same transaction may succeed when it is repeated at once.
+    #[must_use]
+    pub fn is_retryable(&self) -> bool {
+        matches!(self, Self::TransactionConflict(_))
+    }
+}
+
+impl From<sqlx::Error> for StoreError {
+    fn from(error: sqlx::Error) -> Self {
+        let cause = DatabaseCause(error);
+        if let Some(sqlstate) = cause.sqlstate() {
+            return match Kind::of(sqlstate) {
+                Kind::ConnectionLost => {
+                    Self::ConnectionLost { reason: cause.message().to_owned(), cause }
+                }
+                Kind::TransactionConflict => Self::TransactionConflict(cause),
+                Kind::MissingPrivilege => Self::MissingPrivilege(cause),
+                Kind::InvalidValue => Self::InvalidValue(cause),
+                Kind::Conflict => {
+                    Self::Conflict { message: cause.message().to_owned(), cause: Some(cause) }
+                }
+                Kind::UndefinedTable => Self::UndefinedTable(cause),
+                Kind::Refused => Self::Refused(cause),
+            };
+        }
+        match &cause.0 {
+            sqlx::Error::PoolTimedOut => {
+                Self::TimedOut { reason: "no connection became free in time" }
+            }
+            sqlx::Error::RowNotFound => Self::NotFound("no such row".into()),
+            sqlx::Error::ColumnDecode { index, .. } => {
+                Self::UnreadableColumn { column: index.clone(), cause }
+            }
+            sqlx::Error::Io(_)
+            | sqlx::Error::Tls(_)
+            | sqlx::Error::Protocol(_)
+            | sqlx::Error::PoolClosed => Self::ConnectionLost { reason: cause.to_string(), cause },
+            _ => Self::Driver(cause),
+        }
+    }
+}
+
+/// The kind of error that a `SQLSTATE` stands for.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Kind {
+    ConnectionLost,
+    TransactionConflict,
+    MissingPrivilege,
+    InvalidValue,
+    Conflict,
+    UndefinedTable,
+    Refused,
+}
+
+impl Kind {
+    /// Classifies a `SQLSTATE` (PostgreSQL manual, appendix "PostgreSQL Error Codes").
+    ///
+    /// Errors that a server reports while it lives are not lost connections, even where it refuses
+    /// this client everything: a wrong password (28P01), a missing database (3D000), a statement
+    /// that took too long (57014), no connection left (53300).
+    fn of(sqlstate: &str) -> Self {
+        match sqlstate {
+            // Class 08 is what a connection pooler reports when it has no server. The server shuts
+            // down, has crashed, starts up, or ended a session that was idle.
+            "57P01" | "57P02" | "57P03" | "57P05" => Self::ConnectionLost,
+            _ if sqlstate.starts_with("08") => Self::ConnectionLost,
+            // Serialization failure; deadlock.
+            "40001" | "40P01" => Self::TransactionConflict,
+            INSUFFICIENT_PRIVILEGE => Self::MissingPrivilege,
+            CHECK_VIOLATION => Self::InvalidValue,
+            // Unique and exclusion constraints.
+            "23505" | "23P01" => Self::Conflict,
+            UNDEFINED_TABLE => Self::UndefinedTable,
+            _ => Self::Refused,
+        }
+    }
+}
+
+/// The error of the server or the driver from which a [`StoreError`] was made.
+///
+/// Its text names the `SQLSTATE`, or what failed in the driver. Neither `Display` nor `Debug` shows
+/// what the wrapped error says beyond that, and it is no one's `source`: its texts can quote rows.
+pub struct DatabaseCause(sqlx::Error);
+
+impl DatabaseCause {
+    fn server(&self) -> Option<&PgDatabaseError> {
+        self.0.as_database_error()?.try_downcast_ref()
+    }
+
+    /// Returns the `SQLSTATE`, if the server reported the error.
+    #[must_use]
+    pub fn sqlstate(&self) -> Option<&str> {
+        self.server().map(PgDatabaseError::code)
+    }
+
+    /// Returns the server's primary message, without its detail.
+    ///
+    /// Messages of class 22 (data exceptions) quote the value that was refused, so they are replaced.
+    fn message(&self) -> &str {
+        match self.server() {
+            Some(error) if error.code().starts_with("22") => "a value is malformed or out of range",
+            Some(error) => error.message(),
+            None => "the driver failed",
+        }
+    }
+}
+
+impl Display for DatabaseCause {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        if let Some(sqlstate) = self.sqlstate() {
+            return write!(f, "SQLSTATE {sqlstate}");
+        }
+        match &self.0 {
+            sqlx::Error::Io(error) => write!(f, "{error}"),
+            sqlx::Error::Tls(error) => write!(f, "TLS: {error}"),
+            sqlx::Error::Protocol(_) => f.write_str("the server's answer is malformed"),
+            sqlx::Error::PoolClosed => f.write_str("the pool is closed"),
+            sqlx::Error::PoolTimedOut => f.write_str("no connection became free in time"),
+            sqlx::Error::Configuration(_) => {
+                f.write_str("the settings of the connection cannot be used")
+            }
+            sqlx::Error::ColumnNotFound(column) => write!(f, "there is no column {column}"),
+            sqlx::Error::TypeNotFound { type_name } => write!(f, "there is no type {type_name}"),
+            sqlx::Error::ColumnDecode { .. } | sqlx::Error::Decode(_) => {
+                f.write_str("a value cannot be decoded")
+            }
+            sqlx::Error::Encode(_) => f.write_str("a parameter cannot be encoded"),
+            _ => f.write_str("an unexpected error of the driver"),
+        }
+    }
+}
+
+impl fmt::Debug for DatabaseCause {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        write!(f, "DatabaseCause({self})")
+    }
+}
+
+impl std::error::Error for DatabaseCause {}
+
+#[cfg(test)]
+mod tests {
+    use std::{error::Error, io};
+
+    use super::*;
+
+    #[test]
+    fn each_sqlstate_has_its_kind() {
+        for (sqlstate, kind) in [
+            ("08006", Kind::ConnectionLost),
+            ("08P01", Kind::ConnectionLost),
+            ("57P01", Kind::ConnectionLost),
+            ("57P02", Kind::ConnectionLost),
+            ("57P03", Kind::ConnectionLost),
+            ("57P05", Kind::ConnectionLost),
+            ("40001", Kind::TransactionConflict),
+            ("40P01", Kind::TransactionConflict),
+            ("42501", Kind::MissingPrivilege),
+            ("23514", Kind::InvalidValue),
+            ("23505", Kind::Conflict),
+            ("23P01", Kind::Conflict),
+            ("42P01", Kind::UndefinedTable),
+            // A server that answers with these is not lost.
+            ("22P02", Kind::Refused),
+            ("23503", Kind::Refused),
+            ("25006", Kind::Refused),
+            ("25P03", Kind::Refused),
+            ("28000", Kind::Refused),
+            ("28P01", Kind::Refused),
+            ("3D000", Kind::Refused),
+            ("53100", Kind::Refused),
+            ("53300", Kind::Refused),
+            ("55P03", Kind::Refused),
+            ("57014", Kind::Refused),
+            ("XX001", Kind::Refused),
+        ] {
+            assert_eq!(Kind::of(sqlstate), kind, "{sqlstate}");
+        }
+    }
+
+    #[test]
+    fn only_lost_connections_and_timeouts_leave_open_whether_the_server_answers() {
+        let refused = || io::Error::from(io::ErrorKind::ConnectionRefused);
+        for (error, lost, may_be_outage) in [
+            (sqlx::Error::Io(refused()), true, true),
+            (sqlx::Error::Tls(refused().into()), true, true),
+            (sqlx::Error::Protocol("canary".into()), true, true),
+            (sqlx::Error::PoolClosed, true, true),
+            (sqlx::Error::PoolTimedOut, false, true),
+            (sqlx::Error::RowNotFound, false, false),
+            (sqlx::Error::Configuration("canary".into()), false, false),
+            (sqlx::Error::Decode("canary".into()), false, false),
+            (
+                sqlx::Error::ColumnDecode { index: "at".into(), source: "canary".into() },
+                false,
+                false,
+            ),
+        ] {
+            let error = StoreError::from(error);
+            let kind = (error.is_connection_lost(), error.may_be_outage());
+            assert_eq!(kind, (lost, may_be_outage), "{error}");
+            assert!(!error.is_retryable() && error.sqlstate().is_none());
+            let source = error.source().map(ToString::to_string).unwrap_or_default();
+            let texts = format!("{error} {error:?} {error:#?} {source}");
+            assert!(!texts.contains("canary"), "{texts}");
+        }
+    }
+}
