@@ -26,10 +26,12 @@ use tonic::{
 };
 
 use crate::harness::{
-    broker::{World, refusal},
-    certificates::{Authority, BROKER, Certified, connect, connect_trusting, write},
+    broker::{Fixture, code_and_reason},
+    certificates::{
+        BROKER_DNS_NAME, PemIdentity, TestCa, connect_tls, connect_tls_trusting, write_tls_files,
+    },
     eventually,
-    process::{Process, Site},
+    process::{BrokerProcess, BrokerSetup},
 };
 
 const DOMAIN: &str = "example.com";
@@ -37,23 +39,23 @@ const BILLING: &str = "spiffe://example.com/billing";
 
 /// A broker's process with TLS, the account `acme`, and callers that are known by certificates.
 struct Secured {
-    world: World,
-    site: Site,
-    serve: Process,
-    ours: Authority,
-    callers: Authority,
+    fixture: Fixture,
+    setup: BrokerSetup,
+    serve: BrokerProcess,
+    ours: TestCa,
+    callers: TestCa,
     bearer: Bearer,
 }
 
 impl Secured {
     async fn new() -> Self {
-        let world = World::new().await;
-        world.register("acme", "id-1", "SK.1").await;
-        let bearer = world.caller("demo", &["acme"]).await;
+        let fixture = Fixture::new().await;
+        fixture.add_account("acme", "id-1", "SK.1").await;
+        let bearer = fixture.add_caller("demo", &["acme"]).await;
         for (caller, kind, identity) in
             [("billing", "spiffe", BILLING), ("search", "dns", "search.example.com")]
         {
-            world
+            fixture
                 .database
                 .sql(&format!(
                     "insert into callers (name) values ('{caller}');
@@ -63,44 +65,49 @@ impl Secured {
                 ))
                 .await;
         }
-        let (ours, callers) = (Authority::new("ours"), Authority::new("callers"));
-        let mut site = Site::new(world.database.url(), &world.upstream.base_url()).await;
-        site.set_tls(&write(site.directory.path(), &ours.issue(&[BROKER]), &[&callers]));
-        site.set("TOKEN_BROKER_TRUST_DOMAIN", DOMAIN);
-        let serve = site.serve().await;
-        let secured = Self { world, site, serve, ours, callers, bearer };
-        secured.world.until_state("acme", "fresh").await;
+        let (ours, callers) = (TestCa::new("ours"), TestCa::new("callers"));
+        let mut setup =
+            BrokerSetup::new(fixture.database.url(), &fixture.upstream.base_url()).await;
+        setup.set_tls(&write_tls_files(
+            setup.directory.path(),
+            &ours.issue(&[BROKER_DNS_NAME]),
+            &[&callers],
+        ));
+        setup.set("TOKEN_BROKER_TRUST_DOMAIN", DOMAIN);
+        let serve = setup.serve().await;
+        let secured = Self { fixture, setup, serve, ours, callers, bearer };
+        secured.fixture.wait_for_state("acme", "fresh").await;
         secured
     }
 
     fn port(&self) -> u16 {
-        self.site.grpc.port()
+        self.setup.grpc.port()
     }
 
     fn files(&self) -> &Path {
-        self.site.directory.path()
+        self.setup.directory.path()
     }
 
-    async fn channel(&self, own: Option<&Certified>) -> Result<Channel, tonic::transport::Error> {
-        connect(self.port(), &self.ours, own).await
+    async fn channel(&self, own: Option<&PemIdentity>) -> Result<Channel, tonic::transport::Error> {
+        connect_tls(self.port(), &self.ours, own).await
     }
 
     /// What a caller with that certificate hears: its token, or why not.
     async fn get(
         &self,
-        own: Option<&Certified>,
+        own: Option<&PemIdentity>,
         bearer: Option<&Bearer>,
     ) -> Result<String, String> {
         match self.channel(own).await {
-            Ok(channel) => get(channel, bearer).await.map_err(|status| refusal(&status)),
+            Ok(channel) => get(channel, bearer).await.map_err(|status| code_and_reason(&status)),
             Err(error) => Err(format!("no connection: {error:?}")),
         }
     }
 
-    async fn stop(mut self) -> World {
+    async fn stop(mut self) -> Fixture {
         self.serve.signal(Signal::SIGTERM);
-        assert_eq!(self.serve.ended().await.code(), Some(0), "{}", self.serve.stderr());
-        self.world
+        assert_eq!(self.serve.wait().await.code(), Some(0), "{}", self.serve.stderr());
+        self.fixture
     }
 }
 
@@ -125,12 +132,12 @@ async fn a_caller_is_known_by_its_certificate_or_by_its_bearer() {
     assert_eq!(secured.get(None, Some(&secured.bearer)).await, Ok(token.clone()));
     // What is sent on purpose counts.
     assert_eq!(secured.get(Some(&billing), Some(&secured.bearer)).await, Ok(token));
-    let world = secured.stop().await;
+    let fixture = secured.stop().await;
     let told: Vec<String> = sqlx::query_scalar(
         "select caller || ' by ' || caller_kind from audit_events where event = 'get_token'
          order by at, chain, seq",
     )
-    .fetch_all(world.database.pool())
+    .fetch_all(fixture.database.pool())
     .await
     .unwrap();
     assert_eq!(told, ["billing by spiffe", "search by dns", "demo by bearer", "demo by bearer"]);
@@ -156,8 +163,10 @@ async fn who_shows_nothing_or_what_does_not_count_is_refused_and_the_log_says_wh
         assert_eq!(secured.get(Some(&own), None).await, refused, "{names:?}");
         let why = why.replace('\'', "''");
         let known = format!("reason = 'CREDENTIAL_REFUSED' and detail->>'refused' like '{why}%'");
-        eventually(&why, async || (!secured.world.audit(&known).await.is_empty()).then_some(()))
-            .await;
+        eventually(&why, async || {
+            (!secured.fixture.audit_events(&known).await.is_empty()).then_some(())
+        })
+        .await;
     }
     let billing = callers.issue(&[BILLING]);
     let refused = secured.get(Some(&billing), Some(&stranger)).await;
@@ -165,7 +174,7 @@ async fn who_shows_nothing_or_what_does_not_count_is_refused_and_the_log_says_wh
     // Ended, by SQL: live within a second, on connections that are there too.
     let channel = secured.channel(Some(&billing)).await.unwrap();
     get(channel.clone(), None).await.unwrap();
-    secured.world.database.sql("update caller_credentials set revoked_at = now()").await;
+    secured.fixture.database.sql("update caller_credentials set revoked_at = now()").await;
     eventually("revoked", async || get(channel.clone(), None).await.err()).await;
     secured.stop().await;
 }
@@ -173,22 +182,23 @@ async fn who_shows_nothing_or_what_does_not_count_is_refused_and_the_log_says_wh
 #[tokio::test]
 async fn a_handshake_that_is_refused_is_recorded_with_its_reason() {
     let secured = Secured::new().await;
-    let strange = Authority::new("strange").issue(&[BILLING]);
+    let strange = TestCa::new("strange").issue(&[BILLING]);
     let expired = secured.callers.issue_expired(&[BILLING]);
     // A client of TLS 1.3 hears of it with its first call.
     for own in [&strange, &expired] {
         assert!(secured.get(Some(own), None).await.is_err());
     }
-    let mut plain = TcpStream::connect(secured.site.grpc).await.unwrap();
+    let mut plain = TcpStream::connect(secured.setup.grpc).await.unwrap();
     plain.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
     // A probe that only connects is none.
-    drop(TcpStream::connect(secured.site.grpc).await.unwrap());
+    drop(TcpStream::connect(secured.setup.grpc).await.unwrap());
     // A client may try more than once.
-    let told = async |world: &World| {
-        let told = world.audit("event = 'handshake_refused' and peer like '127.0.0.1:%'").await;
+    let told = async |fixture: &Fixture| {
+        let told =
+            fixture.audit_events("event = 'handshake_refused' and peer like '127.0.0.1:%'").await;
         told.into_iter().collect::<BTreeSet<_>>().into_iter().collect::<Vec<_>>()
     };
-    eventually("three reasons", async || (told(&secured.world).await.len() == 3).then_some(()))
+    eventually("three reasons", async || (told(&secured.fixture).await.len() == 3).then_some(()))
         .await;
     let told = told(&secured.stop().await).await;
     assert_eq!(
@@ -221,11 +231,11 @@ async fn certificates_change_under_load_without_a_dropped_call() {
     let path = secured.files();
     for round in 0..2 {
         // Our own and the callers' CA are replaced at once.
-        let (ours, callers) = (Authority::new("ours again"), Authority::new("callers again"));
-        write(path, &ours.issue(&[BROKER]), &[&callers]);
+        let (ours, callers) = (TestCa::new("ours again"), TestCa::new("callers again"));
+        write_tls_files(path, &ours.issue(&[BROKER_DNS_NAME]), &[&callers]);
         let own = callers.issue(&[BILLING]);
         let changed = eventually("the new certificates", async || {
-            let channel = connect(secured.port(), &ours, Some(&own)).await.ok()?;
+            let channel = connect_tls(secured.port(), &ours, Some(&own)).await.ok()?;
             get(channel, None).await.ok()
         });
         changed.await;
@@ -246,7 +256,7 @@ async fn certificates_change_under_load_without_a_dropped_call() {
         );
         let until = tokio::time::Instant::now() + std::time::Duration::from_secs(5);
         while tokio::time::Instant::now() < until {
-            let channel = connect(secured.port(), &ours, Some(&own)).await.unwrap();
+            let channel = connect_tls(secured.port(), &ours, Some(&own)).await.unwrap();
             get(channel, None).await.unwrap();
             tokio::time::sleep(std::time::Duration::from_millis(200)).await;
         }
@@ -262,22 +272,22 @@ async fn certificates_change_under_load_without_a_dropped_call() {
 async fn what_lets_callers_in_changes_each_second_under_load_and_no_call_is_lost() {
     const ROUNDS: usize = 6;
     let secured = Secured::new().await;
-    let database = &secured.world.database;
+    let database = &secured.fixture.database;
     // Who a caller trusts and what it shows; changed under it.
     let authorities = |kind: &str| -> Vec<_> {
-        (0..=ROUNDS).map(|nth| Arc::new(Authority::new(&format!("{kind} {nth}")))).collect()
+        (0..=ROUNDS).map(|nth| Arc::new(TestCa::new(&format!("{kind} {nth}")))).collect()
     };
     let (ours, callers) = (authorities("ours"), authorities("callers"));
     let present = Arc::new(Mutex::new((
-        [Arc::new(Authority::new("none")), ours[0].clone()],
+        [Arc::new(TestCa::new("none")), ours[0].clone()],
         callers[0].issue(&[BILLING]),
     )));
     let path = secured.files();
-    write(path, &ours[0].issue(&[BROKER]), &[&callers[0]]);
+    write_tls_files(path, &ours[0].issue(&[BROKER_DNS_NAME]), &[&callers[0]]);
     let port = secured.port();
     eventually("the first certificates", async || {
         let ([_, trusted], own) = present.lock().unwrap().clone();
-        get(connect(port, &trusted, Some(&own)).await.ok()?, None).await.ok()
+        get(connect_tls(port, &trusted, Some(&own)).await.ok()?, None).await.ok()
     })
     .await;
 
@@ -292,7 +302,7 @@ async fn what_lets_callers_in_changes_each_second_under_load_and_no_call_is_lost
                     channel = Some(loop {
                         let (trusted, own) = present.lock().unwrap().clone();
                         let both = [&*trusted[0], &*trusted[1]];
-                        match connect_trusting(port, &both, Some(&own)).await {
+                        match connect_tls_trusting(port, &both, Some(&own)).await {
                             Ok(connected) => break connected,
                             // It did not keep up: what it trusts was replaced meanwhile.
                             Err(error) => {
@@ -312,7 +322,11 @@ async fn what_lets_callers_in_changes_each_second_under_load_and_no_call_is_lost
     for round in 1..=ROUNDS {
         // Both are trusted, on both sides, and the old are still in use.
         present.lock().unwrap().0 = [ours[round - 1].clone(), ours[round].clone()];
-        write(path, &ours[round].issue(&[BROKER]), &[&callers[round - 1], &callers[round]]);
+        write_tls_files(
+            path,
+            &ours[round].issue(&[BROKER_DNS_NAME]),
+            &[&callers[round - 1], &callers[round]],
+        );
         // Grants are replaced in one transaction.
         let pattern = if round % 2 == 0 { "acme" } else { "ac*" };
         database
@@ -334,7 +348,7 @@ async fn what_lets_callers_in_changes_each_second_under_load_and_no_call_is_lost
         .unwrap();
         let trusted = [&*ours[round - 1], &*ours[round]];
         let by_bearer = async |bearer: &Bearer| {
-            let channel = connect_trusting(port, &trusted, None).await.unwrap();
+            let channel = connect_tls_trusting(port, &trusted, None).await.unwrap();
             get(channel, Some(bearer)).await
         };
         eventually("the new bearer", async || by_bearer(&next).await.ok()).await;
@@ -348,7 +362,7 @@ async fn what_lets_callers_in_changes_each_second_under_load_and_no_call_is_lost
         // The callers' new certificates are of use once the broker knows their CA.
         let own = callers[round].issue(&[BILLING]);
         eventually("the new CA", async || {
-            let channel = connect_trusting(port, &trusted, Some(&own)).await.ok()?;
+            let channel = connect_tls_trusting(port, &trusted, Some(&own)).await.ok()?;
             get(channel, None).await.ok()
         })
         .await;
@@ -367,9 +381,9 @@ fn spoil(directory: &Path, name: &str, text: &str) {
 
 #[tokio::test]
 async fn tls_files_that_cannot_be_used_are_one_error_that_names_the_file() {
-    let world = World::new().await;
-    let (ours, other) = (Authority::new("ours"), Authority::new("other"));
-    let (broker, another) = (ours.issue(&[BROKER]), other.issue(&[BROKER]));
+    let fixture = Fixture::new().await;
+    let (ours, other) = (TestCa::new("ours"), TestCa::new("other"));
+    let (broker, another) = (ours.issue(&[BROKER_DNS_NAME]), other.issue(&[BROKER_DNS_NAME]));
     let directory = tempfile::tempdir().unwrap();
     for (file, text, words) in [
         ("broker.pem", None, "broker.pem: No such file"),
@@ -379,13 +393,14 @@ async fn tls_files_that_cannot_be_used_are_one_error_that_names_the_file() {
         ("broker.key", Some(&*another.key), "cannot be used: "),
         ("callers.pem", Some("nobody"), "callers.pem: it holds no certificate in PEM"),
     ] {
-        let tls = write(directory.path(), &broker, &[&other]);
+        let tls = write_tls_files(directory.path(), &broker, &[&other]);
         match text {
             Some(text) => spoil(directory.path(), file, text),
             None => fs::remove_file(directory.path().join(file)).unwrap(),
         }
         let error =
-            crate::harness::broker::refused(AppConfig { tls: Some(tls), ..world.plan() }).await;
+            crate::harness::broker::start_error(AppConfig { tls: Some(tls), ..fixture.config() })
+                .await;
         assert!(error.starts_with("TLS cannot be served: ") && error.contains(words), "{error}");
         assert!(!error.contains("PRIVATE"), "{error}");
     }
@@ -417,18 +432,19 @@ const PROXIED: &[u8] = b"PROXY TCP4 203.0.113.9 198.51.100.1 4321 443\r\n";
 #[tokio::test]
 async fn behind_a_balancer_the_peer_is_who_it_names_with_tls_too() {
     for with_tls in [false, true] {
-        let world = World::new().await;
-        world.register("acme", "id-1", "SK.1").await;
-        let bearer = world.caller("demo", &["acme"]).await;
-        let ours = Authority::new("ours");
+        let fixture = Fixture::new().await;
+        fixture.add_account("acme", "id-1", "SK.1").await;
+        let bearer = fixture.add_caller("demo", &["acme"]).await;
+        let ours = TestCa::new("ours");
         let files = tempfile::tempdir().unwrap();
-        let tls = with_tls.then(|| write(files.path(), &ours.issue(&[BROKER]), &[]));
+        let tls =
+            with_tls.then(|| write_tls_files(files.path(), &ours.issue(&[BROKER_DNS_NAME]), &[]));
         let balancers = vec!["127.0.0.0/8".parse().unwrap()];
-        let broker = world.start_with(AppConfig { tls, balancers, ..world.plan() }).await;
-        world.until_state("acme", "fresh").await;
+        let broker = fixture.start_with(AppConfig { tls, balancers, ..fixture.config() }).await;
+        fixture.wait_for_state("acme", "fresh").await;
         let (address, _passing) = balancer(broker.app.grpc_address, PROXIED).await;
         let channel = if with_tls {
-            connect(address.port(), &ours, None).await.unwrap()
+            connect_tls(address.port(), &ours, None).await.unwrap()
         } else {
             let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
             endpoint.connect().await.unwrap()
@@ -448,7 +464,9 @@ async fn behind_a_balancer_the_peer_is_who_it_names_with_tls_too() {
         let _ = direct.read_to_end(&mut said).await;
         assert!(said.is_empty());
         eventually("the record", async || {
-            let told = world.audit("reason = 'NO_PROXY_HEADER' and peer like '127.0.0.1:%'").await;
+            let told = fixture
+                .audit_events("reason = 'NO_PROXY_HEADER' and peer like '127.0.0.1:%'")
+                .await;
             (told.len() == 1).then_some(())
         })
         .await;
@@ -457,7 +475,7 @@ async fn behind_a_balancer_the_peer_is_who_it_names_with_tls_too() {
             "select distinct split_part(peer, ':', 1) from audit_events where event = 'get_token'
              order by 1",
         )
-        .fetch_all(world.database.pool())
+        .fetch_all(fixture.database.pool())
         .await
         .unwrap();
         let expected: &[_] =
@@ -468,12 +486,12 @@ async fn behind_a_balancer_the_peer_is_who_it_names_with_tls_too() {
 
 #[tokio::test]
 async fn nobody_else_may_say_whom_he_speaks_for() {
-    let world = World::new().await;
-    world.register("acme", "id-1", "SK.1").await;
-    let bearer = world.caller("demo", &["acme"]).await;
+    let fixture = Fixture::new().await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let bearer = fixture.add_caller("demo", &["acme"]).await;
     let balancers = vec!["192.0.2.0/24".parse().unwrap()];
-    let broker = world.start_with(AppConfig { balancers, ..world.plan() }).await;
-    world.until_state("acme", "fresh").await;
+    let broker = fixture.start_with(AppConfig { balancers, ..fixture.config() }).await;
+    fixture.wait_for_state("acme", "fresh").await;
     let (address, _passing) = balancer(broker.app.grpc_address, PROXIED).await;
     let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
     let heard = match endpoint.connect().await {
@@ -484,5 +502,5 @@ async fn nobody_else_may_say_whom_he_speaks_for() {
     // Who says nothing is served under his own address.
     broker.client(&bearer).await.get("acme").await.unwrap();
     broker.stop().await;
-    assert!(world.audit("peer like '203.%'").await.is_empty());
+    assert!(fixture.audit_events("peer like '203.%'").await.is_empty());
 }

@@ -1,19 +1,22 @@
-//! The integration tests: real Postgres, a real upstream on loopback, the real binary.
+//! The integration tests: the broker in this process or the real program, with a real Postgres and a
+//! simulated upstream.
+//!
+//! Without `DATABASE_URL` they use an embedded Postgres. Without the feature `embedded-postgres` they
+//! need `DATABASE_URL`, and the tests that stop or kill their server are skipped (see `skipped`).
 #![cfg(test)]
 
+#[path = "../harness/mod.rs"]
 mod harness;
 
 mod accounts;
 mod audit;
 mod documents;
 mod fuzzed;
-#[cfg(feature = "embedded-postgres")]
 mod identity;
 mod inputs;
 mod outages;
 #[cfg(feature = "embedded-postgres")]
 mod postgres;
-#[cfg(feature = "embedded-postgres")]
 mod processes;
 mod promises;
 mod refresh;
@@ -21,3 +24,25 @@ mod restored;
 mod roles;
 mod serving;
 mod upstream;
+
+/// Names the tests that are not compiled without the feature `embedded-postgres`, so that
+/// `cargo test --no-default-features` lists them as ignored.
+#[cfg(not(feature = "embedded-postgres"))]
+mod skipped {
+    macro_rules! skipped {
+        ($($test:ident)*) => {$(
+            #[test]
+            #[ignore = "needs the feature embedded-postgres"]
+            fn $test() {}
+        )*};
+    }
+
+    skipped! {
+        inputs_an_unlogged_statement
+        postgres
+        processes_canaries
+        processes_crashes_standstill
+        processes_dev
+        processes_turns
+    }
+}

@@ -17,13 +17,13 @@ use tonic_health::pb::{
 use tonic_types::StatusExt;
 
 use crate::harness::{
-    broker::{Broker, World, refusal},
+    broker::{Fixture, TestBroker, code_and_reason},
+    database_proxy::DatabaseProxy,
     eventually,
     http::http,
-    proxy::Proxy,
 };
 
-impl World {
+impl Fixture {
     /// As if another replica were there, and stayed.
     async fn with_another_replica(&self) {
         self.database
@@ -35,31 +35,31 @@ impl World {
     }
 
     /// A broker that reaches its database by `proxy`.
-    fn plan_by(&self, proxy: &Proxy) -> AppConfig {
-        AppConfig { database: Database::new(proxy.url(), "token-broker").unwrap(), ..self.plan() }
+    fn plan_by(&self, proxy: &DatabaseProxy) -> AppConfig {
+        AppConfig { database: Database::new(proxy.url(), "token-broker").unwrap(), ..self.config() }
     }
 }
 
 #[tokio::test]
 async fn a_database_that_fell_silent_is_used_again_once_it_answers() {
-    let world = World::new().await;
-    let proxy = Proxy::to(world.database.url()).await;
-    let bearer = world.caller("demo", &["*"]).await;
+    let fixture = Fixture::new().await;
+    let proxy = DatabaseProxy::start(fixture.database.url()).await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
     // One connection: a single step that never gave its own back would end all use of the database.
-    let broker = world.start_with(AppConfig { connections: 1, ..world.plan_by(&proxy) }).await;
+    let broker = fixture.start_with(AppConfig { connections: 1, ..fixture.plan_by(&proxy) }).await;
     let client = broker.client(&bearer).await;
 
-    proxy.fall_silent();
+    proxy.blackhole();
     until_readiness_says(&broker, "does not answer").await;
-    proxy.open();
+    proxy.forward();
 
-    world.register("acme", "id-1", "SK.1").await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
     eventually("a token", async || client.get("acme").await.ok()).await;
     broker.stop().await;
 }
 
 /// Waits until `/readyz` says `words`.
-async fn until_readiness_says(broker: &Broker, words: &str) {
+async fn until_readiness_says(broker: &TestBroker, words: &str) {
     eventually(&format!("`{words}` in readiness"), async || {
         let (_, body) = http(broker.app.ops_address, "GET", "/readyz", "").await;
         body.contains(words).then_some(())
@@ -77,20 +77,20 @@ async fn health(grpc: SocketAddr) -> ServingStatus {
 
 #[tokio::test]
 async fn a_full_journal_fails_closed_shows_in_health_and_recovers_once_it_is_delivered() {
-    let world = World::new().await;
-    let proxy = Proxy::to(world.database.url()).await;
-    let bearer = world.caller("demo", &["*"]).await;
-    world.register("acme", "id-1", "SK.1").await;
-    let mut plan = world.plan_by(&proxy);
+    let fixture = Fixture::new().await;
+    let proxy = DatabaseProxy::start(fixture.database.url()).await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let mut plan = fixture.plan_by(&proxy);
     plan.journal = JournalSettings { segment_bytes: 4 << 10, max_bytes: 32 << 10, ..plan.journal };
-    let broker = world.start_with(plan).await;
+    let broker = fixture.start_with(plan).await;
     let (grpc, ops) = (broker.app.grpc_address, broker.app.ops_address);
     let client = broker.client(&bearer).await;
     client.get("acme").await.unwrap();
     assert_eq!(health(grpc).await, ServingStatus::Serving);
 
     // Nothing is delivered any more, so nothing may be deleted.
-    proxy.cut();
+    proxy.disconnect();
     let mut answered = 0;
     let refused = loop {
         match client.get("acme").await {
@@ -99,64 +99,64 @@ async fn a_full_journal_fails_closed_shows_in_health_and_recovers_once_it_is_del
         }
         assert!(answered < 1_000, "the journal never filled");
     };
-    assert_eq!(refusal(&refused), "Unavailable AUDIT_UNAVAILABLE");
+    assert_eq!(code_and_reason(&refused), "Unavailable AUDIT_UNAVAILABLE");
     assert_eq!(http(ops, "GET", "/readyz", "").await.0, 503);
     eventually("health that says it", async || {
         (health(grpc).await == ServingStatus::NotServing).then_some(())
     })
     .await;
 
-    proxy.open();
+    proxy.forward();
     eventually("a token again", async || client.get("acme").await.ok()).await;
     eventually("health that says it", async || {
         (health(grpc).await == ServingStatus::Serving).then_some(())
     })
     .await;
     broker.stop().await;
-    let told = world.audit("event = 'get_token' and outcome = 'ok'").await.len();
+    let told = fixture.audit_events("event = 'get_token' and outcome = 'ok'").await.len();
     assert!(told >= answered + 2, "{told} recorded of {answered} answered");
 }
 
 #[tokio::test]
 async fn one_of_several_serves_to_the_end_without_the_database_and_then_says_so_at_once() {
     let manual = ManualClock::new(Clock::System.now());
-    let world = World::with(Clock::Manual(manual.clone()), Faults::default()).await;
-    let proxy = Proxy::to(world.database.url()).await;
-    let bearer = world.caller("demo", &["*"]).await;
-    world.register("acme", "id-1", "SK.1").await;
-    world.with_another_replica().await;
-    let broker = world.start_with(world.plan_by(&proxy)).await;
+    let fixture = Fixture::with(Clock::Manual(manual.clone()), Faults::default()).await;
+    let proxy = DatabaseProxy::start(fixture.database.url()).await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    fixture.with_another_replica().await;
+    let broker = fixture.start_with(fixture.plan_by(&proxy)).await;
     let client = broker.client(&bearer).await;
     let token = client.get("acme").await.unwrap();
 
-    proxy.cut();
+    proxy.disconnect();
     until_readiness_says(&broker, "serving what is known").await;
     // The other one issues, for all that is known here: a second token would end its own.
     manual.advance(Duration::from_mins(59));
     assert_eq!(client.get("acme").await.unwrap().generation, token.generation);
     manual.advance(Duration::from_mins(1));
     let refused = client.get("acme").await.unwrap_err();
-    assert_eq!(refusal(&refused), "Unavailable DATABASE_UNAVAILABLE");
+    assert_eq!(code_and_reason(&refused), "Unavailable DATABASE_UNAVAILABLE");
     assert!(refused.get_error_details().retry_info().is_some());
-    assert_eq!(world.upstream.requests(), 1);
+    assert_eq!(fixture.upstream.requests(), 1);
 
-    proxy.open();
+    proxy.forward();
     until_readiness_says(&broker, "followed").await;
     manual.advance(Duration::from_secs(1));
     let next = client.get("acme").await.unwrap();
     assert!(next.generation > token.generation);
-    assert_eq!(world.upstream.requests(), 2);
+    assert_eq!(fixture.upstream.requests(), 2);
     broker.stop().await;
 }
 
 #[tokio::test]
 async fn a_call_that_waits_hears_at_once_that_the_database_is_gone() {
-    let world = World::new().await;
-    let proxy = Proxy::to(world.database.url()).await;
-    let bearer = world.caller("demo", &["*"]).await;
-    world.register("acme", "id-1", "SK.1").await;
-    world.with_another_replica().await;
-    let broker = world.start_with(world.plan_by(&proxy)).await;
+    let fixture = Fixture::new().await;
+    let proxy = DatabaseProxy::start(fixture.database.url()).await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    fixture.with_another_replica().await;
+    let broker = fixture.start_with(fixture.plan_by(&proxy)).await;
     let client = broker.client(&bearer).await;
     let token = client.get("acme").await.unwrap();
 
@@ -172,16 +172,16 @@ async fn a_call_that_waits_hears_at_once_that_the_database_is_gone() {
             client.get_with(newer).await
         }
     });
-    proxy.cut();
+    proxy.disconnect();
     let refused = waiting.await.unwrap().unwrap_err();
-    assert_eq!(refusal(&refused), "Unavailable DATABASE_UNAVAILABLE");
+    assert_eq!(code_and_reason(&refused), "Unavailable DATABASE_UNAVAILABLE");
     broker.stop().await;
 }
 
 /// The generation of the stored token.
-async fn stored_generation(world: &World) -> u64 {
+async fn stored_generation(fixture: &Fixture) -> u64 {
     let generation: i64 = sqlx::query_scalar("select generation from tokens")
-        .fetch_one(world.database.pool())
+        .fetch_one(fixture.database.pool())
         .await
         .unwrap();
     generation.unsigned_abs()
@@ -190,16 +190,16 @@ async fn stored_generation(world: &World) -> u64 {
 #[tokio::test]
 async fn a_lone_replica_keeps_tokens_fresh_without_the_database_and_loses_nothing() {
     let manual = ManualClock::new(Clock::System.now());
-    let world = World::with(Clock::Manual(manual.clone()), Faults::default()).await;
-    let proxy = Proxy::to(world.database.url()).await;
-    let bearer = world.caller("demo", &["*"]).await;
-    world.register("acme", "id-1", "SK.1").await;
-    let broker = world.start_with(world.plan_by(&proxy)).await;
+    let fixture = Fixture::with(Clock::Manual(manual.clone()), Faults::default()).await;
+    let proxy = DatabaseProxy::start(fixture.database.url()).await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let broker = fixture.start_with(fixture.plan_by(&proxy)).await;
     let client = broker.client(&bearer).await;
     let first = client.get("acme").await.unwrap();
     let mut calls = 1;
 
-    proxy.cut();
+    proxy.disconnect();
     until_readiness_says(&broker, "issuing goes on without it").await;
     let mut served = first.clone();
     for life in 1..=3 {
@@ -214,41 +214,44 @@ async fn a_lone_replica_keeps_tokens_fresh_without_the_database_and_loses_nothin
         })
         .await;
         calls += 1;
-        assert!(world.upstream.is_live(&next.access_token));
-        assert_eq!(world.upstream.requests(), 1 + life);
+        assert!(fixture.upstream.is_live(&next.access_token));
+        assert_eq!(fixture.upstream.requests(), 1 + life);
         served = next;
     }
-    assert_eq!(stored_generation(&world).await, first.generation);
+    assert_eq!(stored_generation(&fixture).await, first.generation);
 
-    proxy.open();
+    proxy.forward();
     eventually("what was issued is stored", async || {
-        (stored_generation(&world).await == served.generation).then_some(())
+        (stored_generation(&fixture).await == served.generation).then_some(())
     })
     .await;
     broker.stop().await;
-    assert_eq!(world.audit("event = 'token_issued'").await.len(), 4);
-    assert_eq!(world.audit("event = 'token_issued' and detail ? 'database'").await.len(), 3);
-    assert_eq!(world.audit("event = 'get_token'").await.len(), calls);
+    assert_eq!(fixture.audit_events("event = 'token_issued'").await.len(), 4);
+    assert_eq!(
+        fixture.audit_events("event = 'token_issued' and detail ? 'database'").await.len(),
+        3
+    );
+    assert_eq!(fixture.audit_events("event = 'get_token'").await.len(), calls);
 
-    let broker = world.start().await;
+    let broker = fixture.start().await;
     let after = broker.client(&bearer).await.get("acme").await.unwrap();
     assert_eq!(after.access_token, served.access_token);
-    assert_eq!(world.upstream.requests(), 4);
+    assert_eq!(fixture.upstream.requests(), 4);
     broker.stop().await;
 }
 
 #[tokio::test]
 async fn what_was_issued_without_the_database_and_lost_is_issued_anew_at_the_next_start() {
     let manual = ManualClock::new(Clock::System.now());
-    let world = World::with(Clock::Manual(manual.clone()), Faults::default()).await;
-    let proxy = Proxy::to(world.database.url()).await;
-    let bearer = world.caller("demo", &["*"]).await;
-    world.register("acme", "id-1", "SK.1").await;
-    let broker = world.start_with(world.plan_by(&proxy)).await;
+    let fixture = Fixture::with(Clock::Manual(manual.clone()), Faults::default()).await;
+    let proxy = DatabaseProxy::start(fixture.database.url()).await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let broker = fixture.start_with(fixture.plan_by(&proxy)).await;
     let client = broker.client(&bearer).await;
     let stored = client.get("acme").await.unwrap();
 
-    proxy.cut();
+    proxy.disconnect();
     until_readiness_says(&broker, "issuing goes on without it").await;
     manual.advance(Duration::from_secs(59 * 60 + 30));
     let lost = eventually("the next token", async || {
@@ -257,16 +260,16 @@ async fn what_was_issued_without_the_database_and_lost_is_issued_anew_at_the_nex
     })
     .await;
     broker.stop().await;
-    assert!(!world.upstream.is_live(&stored.access_token));
+    assert!(!fixture.upstream.is_live(&stored.access_token));
     // By its times, the stored token would pass for a good one.
-    world.database.sql("update tokens set expires_at = expires_at + interval '10 hours'").await;
+    fixture.database.sql("update tokens set expires_at = expires_at + interval '10 hours'").await;
 
-    let broker = world.start().await;
+    let broker = fixture.start().await;
     let client = broker.client(&bearer).await;
     manual.advance(Duration::from_secs(1));
     let next = eventually("a live token", async || {
         let token = client.get("acme").await.unwrap();
-        world.upstream.is_live(&token.access_token).then_some(token)
+        fixture.upstream.is_live(&token.access_token).then_some(token)
     })
     .await;
     assert_ne!(next.access_token, lost.access_token);
@@ -275,31 +278,31 @@ async fn what_was_issued_without_the_database_and_lost_is_issued_anew_at_the_nex
 
 #[tokio::test]
 async fn a_token_that_came_as_the_database_went_is_served_and_stored_later() {
-    let world = World::new().await;
-    let proxy = Proxy::to(world.database.url()).await;
-    let bearer = world.caller("demo", &["*"]).await;
-    world.with_another_replica().await;
-    let broker = world.start_with(world.plan_by(&proxy)).await;
+    let fixture = Fixture::new().await;
+    let proxy = DatabaseProxy::start(fixture.database.url()).await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.with_another_replica().await;
+    let broker = fixture.start_with(fixture.plan_by(&proxy)).await;
     let client = broker.client(&bearer).await;
     let latency = Duration::from_secs(2);
-    world.upstream.set_faults(Faults { latency, ..Faults::default() });
-    world.register("acme", "id-1", "SK.1").await;
-    eventually("a call under way", async || (world.upstream.requests() == 1).then_some(())).await;
-    proxy.cut();
+    fixture.upstream.set_faults(Faults { latency, ..Faults::default() });
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    eventually("a call under way", async || (fixture.upstream.requests() == 1).then_some(())).await;
+    proxy.disconnect();
     until_readiness_says(&broker, "serving what is known").await;
 
     let token = eventually("the token", async || client.get("acme").await.ok()).await;
-    assert_eq!(world.upstream.live_token("id-1"), Some(token.access_token));
-    proxy.open();
+    assert_eq!(fixture.upstream.live_token("id-1"), Some(token.access_token));
+    proxy.forward();
     eventually("the token is stored", async || {
         let stored: Option<i64> = sqlx::query_scalar("select generation from tokens")
-            .fetch_optional(world.database.pool())
+            .fetch_optional(fixture.database.pool())
             .await
             .unwrap();
         (stored.map(i64::unsigned_abs) == Some(token.generation)).then_some(())
     })
     .await;
-    world.until_state("acme", "fresh").await;
-    assert_eq!(world.upstream.requests(), 1);
+    fixture.wait_for_state("acme", "fresh").await;
+    assert_eq!(fixture.upstream.requests(), 1);
     broker.stop().await;
 }

@@ -12,7 +12,7 @@ use token_broker::{
 use url::Url;
 
 use crate::harness::{
-    broker::{Client, World, refusal},
+    broker::{Fixture, TestClient, code_and_reason},
     database::TestDatabase,
     eventually,
 };
@@ -318,23 +318,23 @@ async fn sql_as(database: &TestDatabase, role: &str, statements: &str) {
 }
 
 /// The broker's plan with a database that it enters as the runtime role.
-fn plan_as_runtime(world: &World) -> AppConfig {
-    let mut url = Url::parse(world.database.url()).unwrap();
+fn plan_as_runtime(fixture: &Fixture) -> AppConfig {
+    let mut url = Url::parse(fixture.database.url()).unwrap();
     url.query_pairs_mut().append_pair("options", &format!("-c role={RUNTIME}"));
-    AppConfig { database: Database::new(url.as_str(), "token-broker").unwrap(), ..world.plan() }
+    AppConfig { database: Database::new(url.as_str(), "token-broker").unwrap(), ..fixture.config() }
 }
 
-async fn until_refused(client: &Client, expected: &str) {
+async fn until_refused(client: &TestClient, expected: &str) {
     eventually(expected, async || {
-        (refusal(&client.get("acme").await.err()?) == expected).then_some(())
+        (code_and_reason(&client.get("acme").await.err()?) == expected).then_some(())
     })
     .await;
 }
 
 #[tokio::test]
 async fn the_broker_and_its_admins_need_no_more_than_their_roles() {
-    let world = World::new().await;
-    let database = &world.database;
+    let fixture = Fixture::new().await;
+    let database = &fixture.database;
     database.sql(ROLES).await;
     let bearer = Bearer::generate();
     let hash = hex::encode(bearer.sha256());
@@ -354,7 +354,7 @@ async fn the_broker_and_its_admins_need_no_more_than_their_roles() {
     sql_as(database, ACCOUNTS, register).await;
 
     // Sealed at the start, issued, served, reported, reissued.
-    let broker = world.start_with(plan_as_runtime(&world)).await;
+    let broker = fixture.start_with(plan_as_runtime(&fixture)).await;
     let client = broker.client(&bearer).await;
     let first = client.get("acme").await.unwrap();
     let reported = eventually("the floor to pass", async || {
@@ -379,7 +379,7 @@ async fn the_broker_and_its_admins_need_no_more_than_their_roles() {
     let second = newer_than(first.generation).await;
 
     // Rotated, sealed while it runs; disabled, enabled.
-    world.upstream.add_account("id-1", "SK.new");
+    fixture.upstream.add_account("id-1", "SK.new");
     sql_as(database, ACCOUNTS, "update accounts set client_secret = 'SK.new'").await;
     let third = newer_than(second.generation).await;
     sql_as(database, ACCOUNTS, "update accounts set enabled = false").await;
@@ -388,11 +388,11 @@ async fn the_broker_and_its_admins_need_no_more_than_their_roles() {
     eventually("a token", async || client.get("acme").await.ok()).await;
     broker.stop().await;
 
-    let requests = world.upstream.requests();
-    let broker = world.start_with(plan_as_runtime(&world)).await;
+    let requests = fixture.upstream.requests();
+    let broker = fixture.start_with(plan_as_runtime(&fixture)).await;
     let client = broker.client(&bearer).await;
     assert_eq!(client.get("acme").await.unwrap().generation, third.generation);
-    assert_eq!(world.upstream.requests(), requests, "the token survived the restart");
+    assert_eq!(fixture.upstream.requests(), requests, "the token survived the restart");
     sql_as(database, ACCOUNTS, "delete from accounts").await;
     until_refused(&client, "NotFound NO_SUCH_ACCOUNT").await;
     sql_as(database, ACCESS, "delete from grants").await;

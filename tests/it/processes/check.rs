@@ -13,9 +13,9 @@ use rustls::{
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
 };
 use serde_json::Value;
-use token_broker::dev::simulator::{Options, Simulator};
+use token_broker::dev::simulator::{Simulator, SimulatorOptions};
 
-use crate::harness::{database::TestDatabase, process::Site};
+use crate::harness::{database::TestDatabase, process::BrokerSetup};
 
 /// No database: what is looked at here comes after it.
 const NO_DATABASE: &str = "postgresql://127.0.0.1:9/nobody?sslmode=disable";
@@ -78,11 +78,12 @@ fn finding<'a>(findings: &'a str, subject: &str) -> &'a str {
 #[tokio::test]
 async fn an_upstream_with_tls_is_asked_without_a_credential_and_its_certificate_is_checked() {
     let (address, asked) = once(answer_by_tls);
-    let mut site =
-        Site::new(NO_DATABASE, &format!("https://localhost:{}/api/1.1", address.port())).await;
-    site.set("SSL_CERT_FILE", AUTHORITY);
+    let mut setup =
+        BrokerSetup::new(NO_DATABASE, &format!("https://localhost:{}/api/1.1", address.port()))
+            .await;
+    setup.set("SSL_CERT_FILE", AUTHORITY);
 
-    let findings = site.run(&["check"]).await.failed();
+    let findings = setup.run(&["check"]).await.failed();
 
     assert!(finding(&findings, "reach").starts_with("ok "), "{findings}");
     assert!(finding(&findings, "tls").starts_with("ok "), "{findings}");
@@ -95,9 +96,9 @@ async fn an_upstream_with_tls_is_asked_without_a_credential_and_its_certificate_
 #[tokio::test]
 async fn an_upstream_whose_certificate_nobody_vouches_for_fails_at_tls() {
     let (address, asked) = once(answer_by_tls);
-    let site = Site::new(NO_DATABASE, &format!("https://{address}/api/1.1")).await;
+    let setup = BrokerSetup::new(NO_DATABASE, &format!("https://{address}/api/1.1")).await;
 
-    let findings = site.run(&["check"]).await.failed();
+    let findings = setup.run(&["check"]).await.failed();
 
     assert!(finding(&findings, "reach").starts_with("ok "), "{findings}");
     let tls = finding(&findings, "tls");
@@ -108,10 +109,10 @@ async fn an_upstream_whose_certificate_nobody_vouches_for_fails_at_tls() {
 #[tokio::test]
 async fn a_proxy_that_does_not_open_the_way_is_told_from_an_upstream_that_fails() {
     let (address, asked) = once(|mut stream| answer(&mut stream, "403 Forbidden").unwrap());
-    let mut site = Site::new(NO_DATABASE, "https://localhost:1/api/1.1").await;
-    site.set("TOKEN_BROKER_UPSTREAM_PROXY", &format!("http://{address}"));
+    let mut setup = BrokerSetup::new(NO_DATABASE, "https://localhost:1/api/1.1").await;
+    setup.set("TOKEN_BROKER_UPSTREAM_PROXY", &format!("http://{address}"));
 
-    let findings = site.run(&["check"]).await.failed();
+    let findings = setup.run(&["check"]).await.failed();
 
     let reach = finding(&findings, "reach");
     assert!(reach.starts_with("ok ") && reach.contains("the proxy at"), "{reach}");
@@ -124,27 +125,27 @@ async fn a_proxy_that_does_not_open_the_way_is_told_from_an_upstream_that_fails(
 #[tokio::test]
 async fn a_trial_issues_one_token_through_the_brokers_that_run() {
     let database = TestDatabase::new().await;
-    let upstream = Simulator::start_on_loopback(Options::default()).await.unwrap();
+    let upstream = Simulator::start_on_loopback(SimulatorOptions::default()).await.unwrap();
     upstream.add_account("acmeId", "SK.acme");
     upstream.add_account("typoId", "SK.right");
-    let site = Site::new(database.url(), &upstream.base_url()).await;
-    let mut serve = site.serve().await;
+    let setup = BrokerSetup::new(database.url(), &upstream.base_url()).await;
+    let mut serve = setup.serve().await;
     for (name, secret) in [("acme", "SK.acme"), ("typo", "SK.wrong")] {
         let added = ["account", "add", name, "--client-id", &format!("{name}Id"), "--wait"];
-        site.run_with_secret(&added, secret).await;
+        setup.run_with_secret(&added, secret).await;
     }
     let attempts = || ["acmeId", "typoId"].map(|id| upstream.attempts(id));
     assert_eq!(attempts(), [1, 1]);
 
-    let findings = site.run(&["check"]).await.ok();
+    let findings = setup.run(&["check"]).await.ok();
     assert!(!findings.contains("issue  "), "{findings}");
     assert_eq!(attempts(), [1, 1], "a check alone never logs in");
 
-    let issued = site.run(&["check", "--issue", "acme"]).await.ok();
+    let issued = setup.run(&["check", "--issue", "acme"]).await.ok();
     assert!(finding(&issued, "issue").contains("acme: fresh, token until "), "{issued}");
     assert_eq!(attempts(), [2, 1]);
 
-    let refused = site.run(&["check", "--issue", "typo", "--json"]).await.failed();
+    let refused = setup.run(&["check", "--issue", "typo", "--json"]).await.failed();
     let refused: Value = serde_json::from_str(&refused).unwrap();
     let last = refused.as_array().unwrap().last().unwrap();
     assert_eq!((&last["subject"], &last["verdict"]), (&"issue".into(), &"fail".into()));
@@ -152,12 +153,12 @@ async fn a_trial_issues_one_token_through_the_brokers_that_run() {
     assert!(text.contains("typo: rejected: 61006") && text.contains("; hint: "), "{text}");
     assert_eq!(attempts(), [2, 2]);
 
-    let unknown = site.run(&["check", "--issue", "other"]).await.failed();
+    let unknown = setup.run(&["check", "--issue", "other"]).await.failed();
     assert!(finding(&unknown, "issue").contains("no enabled account other"), "{unknown}");
 
     serve.signal(nix::sys::signal::Signal::SIGTERM);
-    serve.ended().await;
-    let alone = site.run(&["check", "--issue", "acme", "--timeout", "1s"]).await.failed();
+    serve.wait().await;
+    let alone = setup.run(&["check", "--issue", "acme", "--timeout", "1s"]).await.failed();
     let told = finding(&alone, "issue");
     assert!(told.contains("no broker issued within 1s: is one running?"), "{told}");
 }

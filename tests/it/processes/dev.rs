@@ -15,7 +15,7 @@ use tonic_health::pb::{
 use crate::harness::{
     eventually,
     http::http,
-    process::{Process, open_directory, processes_about, program, sh},
+    process::{BrokerProcess, processes_using, program, sh, shared_directory},
 };
 
 /// All the places where a `dev` could leave something.
@@ -23,7 +23,7 @@ struct Ground(TempDir);
 
 impl Ground {
     fn new() -> Self {
-        let ground = Self(open_directory());
+        let ground = Self(shared_directory());
         for place in ["temporary", "state", "here"] {
             fs::create_dir(ground.0.path().join(place)).unwrap();
         }
@@ -35,26 +35,26 @@ impl Ground {
     }
 
     /// Starts a `dev`.
-    fn begin(&self, arguments: &[&str]) -> Process {
+    fn begin(&self, arguments: &[&str]) -> BrokerProcess {
         let mut command = program(&["dev"]);
         command
             .args(arguments)
             .env("TMPDIR", self.place("temporary"))
             .env("XDG_STATE_HOME", self.place("state"))
             .current_dir(self.place("here"));
-        Process::start(command)
+        BrokerProcess::start(command)
     }
 
     /// Starts a `dev` and reads what it prints.
     async fn dev(&self, arguments: &[&str]) -> Dev {
         let mut process = self.begin(arguments);
-        let printed = process.says("Ctrl-C ends it").await;
+        let printed = process.wait_for_stdout("Ctrl-C ends it").await;
         Dev { process, printed }
     }
 
     /// What is there: files, and the processes about them.
     fn left(&self) -> Vec<String> {
-        let mut left = processes_about(self.0.path());
+        let mut left = processes_using(self.0.path());
         for place in fs::read_dir(self.0.path()).unwrap() {
             for file in fs::read_dir(place.unwrap().path()).unwrap() {
                 left.push(file.unwrap().path().display().to_string());
@@ -65,7 +65,7 @@ impl Ground {
 }
 
 struct Dev {
-    process: Process,
+    process: BrokerProcess,
     printed: String,
 }
 
@@ -94,7 +94,7 @@ impl Dev {
     /// Ctrl-C, until it is gone.
     async fn ctrl_c(mut self) {
         self.process.interrupt();
-        let status = self.process.ended().await;
+        let status = self.process.wait().await;
         assert_eq!(status.code(), Some(0), "{}", self.process.stderr());
     }
 }
@@ -202,7 +202,7 @@ async fn sigkill_of_dev_leaves_no_postgres_and_no_directory() {
     let dev = ground.dev(&[]).await;
     assert!(!ground.left().is_empty());
 
-    dev.process.crash().await;
+    dev.process.kill().await;
 
     eventually("nothing is left", async || ground.left().is_empty().then_some(())).await;
 }
@@ -213,10 +213,10 @@ async fn ctrl_c_during_the_start_of_dev_leaves_nothing() {
     // While Postgres starts, and while the broker does.
     for delay in [0, 100, 400, 800, 1_200] {
         let mut dev = ground.begin(&[]);
-        dev.takes_signals().await;
+        dev.wait_for_signal_handler().await;
         sleep(Duration::from_millis(delay)).await;
         dev.interrupt();
-        let status = dev.ended().await;
+        let status = dev.wait().await;
         assert!(status.success(), "after {delay} ms: {status}: {}", dev.stderr());
         eventually("nothing is left", async || ground.left().is_empty().then_some(())).await;
     }
@@ -246,7 +246,7 @@ async fn two_devs_at_once_do_not_meet() {
 
 #[tokio::test]
 async fn a_dev_with_a_state_directory_goes_on_where_it_stopped() {
-    let (ground, kept) = (Ground::new(), open_directory());
+    let (ground, kept) = (Ground::new(), shared_directory());
     let arguments = ["--state-dir", kept.path().to_str().unwrap(), "--token-life", "1h"];
     let generations = async |dev: &Dev| -> Vec<String> {
         let mut generations = vec![];
@@ -263,7 +263,7 @@ async fn a_dev_with_a_state_directory_goes_on_where_it_stopped() {
     let (bearer_line, upstream) = (dev.token_line().to_owned(), dev.address("upstream"));
     dev.ctrl_c().await;
     assert_eq!(ground.left(), [""; 0]);
-    assert_eq!(processes_about(kept.path()), [""; 0]);
+    assert_eq!(processes_using(kept.path()), [""; 0]);
 
     let dev = ground.dev(&arguments).await;
     assert_eq!(generations(&dev).await, before);
@@ -280,7 +280,7 @@ async fn a_dev_with_a_state_directory_goes_on_where_it_stopped() {
     let dev = ground.dev(&arguments).await;
     dev.process.signal(Signal::SIGKILL);
     drop(dev);
-    eventually("nothing runs", async || processes_about(kept.path()).is_empty().then_some(()))
+    eventually("nothing runs", async || processes_using(kept.path()).is_empty().then_some(()))
         .await;
     let dev = ground.dev(&arguments).await;
     assert_eq!(generations(&dev).await, before);

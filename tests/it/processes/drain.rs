@@ -25,11 +25,12 @@ use tonic_health::{
 };
 
 use crate::harness::{
-    broker::{Client, World},
+    broker::{Fixture, TestClient},
     eventually,
-    process::{Process, Site},
-    raw::{
-        DATA, END_HEADERS, END_STREAM, HEADERS, NONE, PREFACE, Raw, SETTINGS, call, frame, message,
+    process::{BrokerProcess, BrokerSetup},
+    raw_http2::{
+        DATA, END_HEADERS, END_STREAM, HEADERS, NONE, PREFACE, RawHttp2Client, SETTINGS, call,
+        frame, message,
     },
 };
 
@@ -38,28 +39,29 @@ const WATCH_TOKENS: &str = "/token_broker.v1.TokenService/WatchTokens";
 
 /// A broker with an account and a caller.
 struct Stage {
-    world: World,
-    site: Site,
-    serve: Process,
+    fixture: Fixture,
+    setup: BrokerSetup,
+    serve: BrokerProcess,
     bearer: Bearer,
 }
 
 impl Stage {
     async fn new(drain: &str) -> Self {
-        let world = World::new().await;
-        world.register("acme", "id-1", "SK.1").await;
-        let bearer = world.caller("demo", &["*"]).await;
-        let mut site = Site::new(world.database.url(), &world.upstream.base_url()).await;
-        site.set("TOKEN_BROKER_DRAIN", drain);
-        let serve = site.serve().await;
-        let stage = Self { world, site, serve, bearer };
+        let fixture = Fixture::new().await;
+        fixture.add_account("acme", "id-1", "SK.1").await;
+        let bearer = fixture.add_caller("demo", &["*"]).await;
+        let mut setup =
+            BrokerSetup::new(fixture.database.url(), &fixture.upstream.base_url()).await;
+        setup.set("TOKEN_BROKER_DRAIN", drain);
+        let serve = setup.serve().await;
+        let stage = Self { fixture, setup, serve, bearer };
         let client = stage.client().await;
         eventually("a token", async || client.get("acme").await.ok()).await;
         stage
     }
 
-    async fn client(&self) -> Client {
-        Client::connect(&self.site.endpoint(), &self.bearer).await
+    async fn client(&self) -> TestClient {
+        TestClient::connect(&self.setup.endpoint(), &self.bearer).await
     }
 
     fn authorization(&self) -> String {
@@ -67,19 +69,19 @@ impl Stage {
     }
 
     /// A client that has a stream of tokens, and does nothing of what it is told.
-    async fn zombie(&self) -> Raw {
-        let mut raw = Raw::connect(self.site.grpc).await;
+    async fn zombie(&self) -> RawHttp2Client {
+        let mut raw = RawHttp2Client::connect(self.setup.grpc).await;
         let watch = call(WATCH_TOKENS, Some(&self.authorization()));
         let asks = frame(DATA, END_STREAM, 1, &message(b"\x0a\x04acme"));
         assert!(raw.send(&[frame(HEADERS, END_HEADERS, 1, &watch), asks].concat()).await);
         let pushed = |frames: &[_]| frames.iter().any(|frame: &(u8, _, _, _)| frame.0 == DATA);
-        raw.until("the first token", pushed).await;
+        raw.wait_for("the first token", pushed).await;
         raw
     }
 
     /// A client that has asked for much, and reads nothing of it.
     async fn deaf(&self) -> TcpStream {
-        let mut stream = TcpStream::connect(self.site.grpc).await.unwrap();
+        let mut stream = TcpStream::connect(self.setup.grpc).await.unwrap();
         let no_window = frame(SETTINGS, NONE, 0, &[0, 4, 0, 0, 0, 0]);
         stream.write_all(&[PREFACE, &no_window].concat()).await.unwrap();
         let block = call(GET_TOKEN, Some(&self.authorization()));
@@ -93,13 +95,13 @@ impl Stage {
 
     /// Every record is delivered, and follows from what was signed.
     async fn verify(&self) {
-        let heads = self.site.directory.path().join("state/audit-heads.jsonl");
-        self.site.run(&["audit", "verify", "--head", heads.to_str().unwrap()]).await.ok();
+        let heads = self.setup.directory.path().join("state/audit-heads.jsonl");
+        self.setup.run(&["audit", "verify", "--head", heads.to_str().unwrap()]).await.ok();
     }
 }
 
 /// Calls until it is refused or cut off; how often it was answered, and what it heard at last.
-fn call_on(client: Client, stop: CancellationToken) -> JoinHandle<(usize, Option<Status>)> {
+fn call_on(client: TestClient, stop: CancellationToken) -> JoinHandle<(usize, Option<Status>)> {
     tokio::spawn(async move {
         let mut answered = 0;
         while !stop.is_cancelled() {
@@ -116,8 +118,8 @@ fn call_on(client: Client, stop: CancellationToken) -> JoinHandle<(usize, Option
 async fn a_stop_ends_in_its_time_though_peers_are_dead_and_loses_no_record() {
     let mut stage = Stage::new("2s").await;
     let (zombie, deaf) = (stage.zombie().await, stage.deaf().await);
-    let silent = TcpStream::connect(stage.site.grpc).await.unwrap();
-    let mut unfinished = Raw::connect(stage.site.grpc).await;
+    let silent = TcpStream::connect(stage.setup.grpc).await.unwrap();
+    let mut unfinished = RawHttp2Client::connect(stage.setup.grpc).await;
     let begun = call(GET_TOKEN, Some(&stage.authorization()));
     assert!(unfinished.send(&frame(HEADERS, END_HEADERS, 1, &begun)).await);
     let mut callers = vec![];
@@ -125,11 +127,13 @@ async fn a_stop_ends_in_its_time_though_peers_are_dead_and_loses_no_record() {
         callers.push(call_on(stage.client().await, CancellationToken::new()));
     }
     let of_callers = "event = 'get_token' and outcome = 'ok' and caller = 'demo'";
-    eventually("load", async || (stage.world.audit(of_callers).await.len() > 300).then_some(()))
-        .await;
+    eventually("load", async || {
+        (stage.fixture.audit_events(of_callers).await.len() > 300).then_some(())
+    })
+    .await;
 
     stage.serve.signal(Signal::SIGTERM);
-    assert_eq!(stage.serve.ended().await.code(), Some(0), "{}", stage.serve.stderr());
+    assert_eq!(stage.serve.wait().await.code(), Some(0), "{}", stage.serve.stderr());
     let said = stage.serve.stderr();
     assert!(said.contains("some connections did not end in time and are cut"), "{said}");
     drop((zombie, deaf, silent, unfinished));
@@ -139,9 +143,9 @@ async fn a_stop_ends_in_its_time_though_peers_are_dead_and_loses_no_record() {
         answered += answers;
     }
     // One of the first, 100 of the deaf one, and those of the callers: what they heard is recorded.
-    let recorded = stage.world.audit(of_callers).await.len();
+    let recorded = stage.fixture.audit_events(of_callers).await.len();
     assert!(recorded > answered, "{answered} answered, {recorded} recorded");
-    let last = stage.world.audit("event = 'stopped'").await;
+    let last = stage.fixture.audit_events("event = 'stopped'").await;
     assert_eq!(last.len(), 1, "the stop is delivered");
     stage.verify().await;
 }
@@ -157,11 +161,11 @@ async fn a_second_signal_ends_it_at_once_and_the_next_start_delivers() {
     })
     .await;
     stage.serve.signal(Signal::SIGTERM);
-    assert_eq!(stage.serve.ended().await.code(), Some(1), "{}", stage.serve.stderr());
+    assert_eq!(stage.serve.wait().await.code(), Some(1), "{}", stage.serve.stderr());
     assert!(stage.serve.stderr().contains("stopped at once"), "{}", stage.serve.stderr());
-    stage.serve = stage.site.serve().await;
+    stage.serve = stage.setup.serve().await;
     stage.serve.signal(Signal::SIGTERM);
-    assert_eq!(stage.serve.ended().await.code(), Some(0), "{}", stage.serve.stderr());
+    assert_eq!(stage.serve.wait().await.code(), Some(0), "{}", stage.serve.stderr());
     stage.verify().await;
 }
 
@@ -174,7 +178,7 @@ async fn watchers_get_a_clean_end_and_hold_no_stop() {
     let tokens = client.grpc.clone().watch_tokens(client.request(watch)).await.unwrap();
     let mut tokens = tokens.into_inner();
     assert!(tokens.message().await.unwrap().is_some());
-    let channel = Endpoint::from_shared(stage.site.endpoint()).unwrap().connect().await.unwrap();
+    let channel = Endpoint::from_shared(stage.setup.endpoint()).unwrap().connect().await.unwrap();
     let mut health = HealthClient::new(channel);
     let states = health.watch(HealthCheckRequest::default()).await.unwrap();
     let mut states = states.into_inner();
@@ -185,7 +189,7 @@ async fn watchers_get_a_clean_end_and_hold_no_stop() {
     assert_eq!(states.message().await.unwrap_err().code(), tonic::Code::Unavailable);
     // No token is pushed any more, and no error is told.
     assert!(tokens.message().await.unwrap().is_none());
-    assert_eq!(stage.serve.ended().await.code(), Some(0), "{}", stage.serve.stderr());
+    assert_eq!(stage.serve.wait().await.code(), Some(0), "{}", stage.serve.stderr());
     let said = stage.serve.stderr();
     assert!(!said.contains("did not end in time"), "{said}");
     stage.verify().await;
@@ -254,21 +258,22 @@ async fn balance(listener: TcpListener, targets: Vec<(SocketAddr, Arc<AtomicBool
 #[tokio::test]
 async fn a_rolling_restart_costs_no_caller_an_error() {
     let mut stage = Stage::new("8s").await;
-    let other = stage.site.replica();
+    let other = stage.setup.replica();
     let mut second = other.serve().await;
-    let balancer = Balancer::before(&[stage.site.grpc, other.grpc]).await;
+    let balancer = Balancer::before(&[stage.setup.grpc, other.grpc]).await;
     balancer.until_all_serve().await;
     let stop = CancellationToken::new();
     let mut callers = vec![];
     for _ in 0..4 {
-        let client = Client::connect(&format!("http://{}", balancer.address), &stage.bearer).await;
+        let client =
+            TestClient::connect(&format!("http://{}", balancer.address), &stage.bearer).await;
         callers.push(call_on(client, stop.clone()));
     }
     for _ in 0..2 {
-        for (site, serve) in [(&stage.site, &mut stage.serve), (&other, &mut second)] {
+        for (setup, serve) in [(&stage.setup, &mut stage.serve), (&other, &mut second)] {
             serve.signal(Signal::SIGTERM);
-            assert_eq!(serve.ended().await.code(), Some(0), "{}", serve.stderr());
-            *serve = site.serve().await;
+            assert_eq!(serve.wait().await.code(), Some(0), "{}", serve.stderr());
+            *serve = setup.serve().await;
             balancer.until_all_serve().await;
         }
     }

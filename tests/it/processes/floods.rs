@@ -19,14 +19,14 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::harness::{
-    PATIENCE,
-    broker::{Client, World},
-    certificates::{Authority, BROKER, connect, write},
+    TEST_TIMEOUT,
+    broker::{Fixture, TestClient},
+    certificates::{BROKER_DNS_NAME, TestCa, connect_tls, write_tls_files},
     eventually,
-    process::{Process, Site},
-    raw::{
-        CONTINUATION, DATA, END_HEADERS, END_STREAM, Frame, HEADERS, NONE, PING, RST_STREAM, Raw,
-        SETTINGS, WINDOW_UPDATE, call, frame, goaway, header, message,
+    process::{BrokerProcess, BrokerSetup},
+    raw_http2::{
+        CONTINUATION, DATA, END_HEADERS, END_STREAM, Frame, HEADERS, NONE, PING, RST_STREAM,
+        RawHttp2Client, SETTINGS, WINDOW_UPDATE, call, frame, goaway, header, message,
     },
 };
 
@@ -46,7 +46,7 @@ struct Victim {
 }
 
 impl Victim {
-    fn start(client: Client) -> Self {
+    fn start(client: TestClient) -> Self {
         let (calls, stop) = (Arc::new(AtomicU64::new(0)), CancellationToken::new());
         let calling = tokio::spawn({
             let (calls, stop) = (calls.clone(), stop.clone());
@@ -78,9 +78,9 @@ impl Victim {
 }
 
 struct Stage {
-    _world: World,
-    site: Site,
-    serve: Process,
+    _world: Fixture,
+    setup: BrokerSetup,
+    serve: BrokerProcess,
     bearer: String,
     victim: Victim,
     /// Before anything happened.
@@ -90,22 +90,22 @@ struct Stage {
 
 impl Stage {
     async fn new() -> Self {
-        let world = World::new().await;
-        world.register("acme", "id-1", "SK.1").await;
-        let bearer = world.caller("demo", &["*"]).await;
-        let site = Site::new(world.database.url(), &world.upstream.base_url()).await;
-        let serve = site.serve().await;
-        let client = Client::connect(&site.endpoint(), &bearer).await;
+        let fixture = Fixture::new().await;
+        fixture.add_account("acme", "id-1", "SK.1").await;
+        let bearer = fixture.add_caller("demo", &["*"]).await;
+        let setup = BrokerSetup::new(fixture.database.url(), &fixture.upstream.base_url()).await;
+        let serve = setup.serve().await;
+        let client = TestClient::connect(&setup.endpoint(), &bearer).await;
         eventually("a token", async || client.get("acme").await.ok()).await;
         let victim = Victim::start(client);
         victim.goes_on("the beginning").await;
-        let (descriptors, memory) = (serve.descriptors(), serve.peak_memory());
+        let (descriptors, memory) = (serve.open_descriptors(), serve.peak_memory());
         let bearer = format!("Bearer {}", bearer.expose());
-        Self { _world: world, site, serve, bearer, victim, descriptors, memory }
+        Self { _world: fixture, setup, serve, bearer, victim, descriptors, memory }
     }
 
     fn address(&self) -> SocketAddr {
-        self.site.grpc
+        self.setup.grpc
     }
 
     /// The connections of a flood are gone, and nothing is left of them.
@@ -113,7 +113,7 @@ impl Stage {
         self.victim.goes_on(flood).await;
         eventually(&format!("the descriptors of: {flood}"), async || {
             // Those of the pool come and go.
-            (self.serve.descriptors() <= self.descriptors + 16).then_some(())
+            (self.serve.open_descriptors() <= self.descriptors + 16).then_some(())
         })
         .await;
         let grown = self.serve.peak_memory().saturating_sub(self.memory);
@@ -123,7 +123,7 @@ impl Stage {
     async fn stop(mut self) {
         self.victim.stop().await;
         self.serve.signal(nix::sys::signal::Signal::SIGTERM);
-        assert_eq!(self.serve.ended().await.code(), Some(0), "{}", self.serve.stderr());
+        assert_eq!(self.serve.wait().await.code(), Some(0), "{}", self.serve.stderr());
     }
 }
 
@@ -133,14 +133,18 @@ fn streams(count: u32) -> impl Iterator<Item = u32> {
 }
 
 /// Sends again and again what `next` makes, until the server has had enough.
-async fn until_refused(mut raw: Raw, most: u32, next: impl Fn(u32) -> Vec<u8>) -> Vec<Frame> {
+async fn until_refused(
+    mut raw: RawHttp2Client,
+    most: u32,
+    next: impl Fn(u32) -> Vec<u8>,
+) -> Vec<Frame> {
     for stream in streams(most) {
         if !raw.send(&next(stream)).await {
             break;
         }
     }
     // What it has not read yet may all have found room on the way.
-    raw.ended().await
+    raw.read_to_end().await
 }
 
 /// The heads of answers.
@@ -163,7 +167,7 @@ async fn frames_that_cost_a_server_more_than_a_client_end_that_client_alone() {
     let open = call(GET_TOKEN, None);
 
     let flood = "rapid reset";
-    let frames = until_refused(Raw::connect(address).await, 200_000, |stream| {
+    let frames = until_refused(RawHttp2Client::connect(address).await, 200_000, |stream| {
         let cancelled = frame(RST_STREAM, NONE, stream, &8_u32.to_be_bytes());
         [frame(HEADERS, END_HEADERS | END_STREAM, stream, &open), cancelled].concat()
     })
@@ -172,7 +176,7 @@ async fn frames_that_cost_a_server_more_than_a_client_end_that_client_alone() {
     stage.recovered(flood).await;
 
     let flood = "resets that the server is made to send";
-    let frames = until_refused(Raw::connect(address).await, 200_000, |stream| {
+    let frames = until_refused(RawHttp2Client::connect(address).await, 200_000, |stream| {
         // A window beyond all bounds is an error of the stream's.
         let beyond = frame(WINDOW_UPDATE, NONE, stream, &0x7fff_ffff_u32.to_be_bytes());
         [frame(HEADERS, END_HEADERS, stream, &open), beyond].concat()
@@ -182,14 +186,14 @@ async fn frames_that_cost_a_server_more_than_a_client_end_that_client_alone() {
     stage.recovered(flood).await;
 
     let flood = "headers that never end";
-    let mut raw = Raw::connect(address).await;
+    let mut raw = RawHttp2Client::connect(address).await;
     assert!(raw.send(&frame(HEADERS, NONE, 1, &open)).await);
     let frames = until_refused(raw, 100_000, |_| frame(CONTINUATION, NONE, 1, &[])).await;
     assert_calm(flood, &frames, "too_many_continuations");
     stage.recovered(flood).await;
 
     let flood = "headers that never end and say something";
-    let mut raw = Raw::connect(address).await;
+    let mut raw = RawHttp2Client::connect(address).await;
     assert!(raw.send(&frame(HEADERS, NONE, 1, &open)).await);
     let more = header("x", &"y".repeat(4_000));
     let frames = until_refused(raw, 100_000, |_| frame(CONTINUATION, NONE, 1, &more)).await;
@@ -197,7 +201,7 @@ async fn frames_that_cost_a_server_more_than_a_client_end_that_client_alone() {
     stage.recovered(flood).await;
 
     let flood = "data of nothing";
-    let mut raw = Raw::connect(address).await;
+    let mut raw = RawHttp2Client::connect(address).await;
     let admitted = call(GET_TOKEN, Some(&stage.bearer));
     assert!(raw.send(&frame(HEADERS, END_HEADERS, 1, &admitted)).await);
     let frames = until_refused(raw, 200_000, |_| frame(DATA, NONE, 1, &[]).repeat(10)).await;
@@ -210,7 +214,7 @@ async fn frames_that_cost_a_server_more_than_a_client_end_that_client_alone() {
         ("priorities", frame(2, NONE, 1, &[0, 0, 0, 3, 1])),
         ("frames of an unknown kind", frame(0xbe, NONE, 0, &[0; 100])),
     ] {
-        let mut raw = Raw::connect(address).await;
+        let mut raw = RawHttp2Client::connect(address).await;
         // Some of them are borne with: what they cost is answered as they come, or nothing.
         for _ in 0..1_000 {
             if !raw.send(&bytes.repeat(100)).await {
@@ -234,7 +238,7 @@ async fn streams_that_are_opened_and_left_hurt_nobody() {
         ("health checks whose message never comes", call(CHECK, None)),
     ] {
         let floods = (0..20).map(|_| async {
-            let mut raw = Raw::connect(address).await;
+            let mut raw = RawHttp2Client::connect(address).await;
             // Twice as many as a connection may have.
             for stream in streams(2_000) {
                 if !raw.send(&frame(HEADERS, END_HEADERS, stream, &block)).await {
@@ -250,7 +254,7 @@ async fn streams_that_are_opened_and_left_hurt_nobody() {
     }
 
     let flood = "health that is watched by one client on many streams";
-    let mut raw = Raw::connect(address).await;
+    let mut raw = RawHttp2Client::connect(address).await;
     let watch = call(WATCH_HEALTH, None);
     for stream in streams(100) {
         let asks = frame(DATA, END_STREAM, stream, &message(&[]));
@@ -258,11 +262,11 @@ async fn streams_that_are_opened_and_left_hurt_nobody() {
         assert!(raw.send(&opened).await);
     }
     // Each has an answer: 16 the first state, the others that they are shed.
-    raw.until(flood, |frames| headers(frames).count() == 100).await;
+    raw.wait_for(flood, |frames| headers(frames).count() == 100).await;
     let states = |frames: &[Frame]| frames.iter().filter(|frame| frame.0 == DATA).count();
-    raw.until(flood, |frames| states(frames) == 16).await;
+    raw.wait_for(flood, |frames| states(frames) == 16).await;
     stage.victim.goes_on(flood).await;
-    raw.until(flood, |frames| states(frames) == 16).await;
+    raw.wait_for(flood, |frames| states(frames) == 16).await;
     drop(raw);
     stage.recovered(flood).await;
 
@@ -270,7 +274,7 @@ async fn streams_that_are_opened_and_left_hurt_nobody() {
     // No answer may be sent, and each is asked for.
     let no_window = [0, 4, 0, 0, 0, 0];
     let floods = (0..5).map(|_| async {
-        let mut raw = Raw::with_settings(address, &no_window).await;
+        let mut raw = RawHttp2Client::with_settings(address, &no_window).await;
         let (block, asks) = (call(GET_TOKEN, Some(&stage.bearer)), message(b"\x0a\x04acme"));
         for stream in streams(1_000) {
             let asks = frame(DATA, END_STREAM, stream, &asks);
@@ -295,13 +299,13 @@ async fn who_does_not_read_or_does_not_go_on_is_cut() {
     let mut unread = vec![];
     let list = call("/token_broker.v1.TokenService/ListAccounts", Some(&stage.bearer));
     for block in [call(CHECK, None), list] {
-        let mut raw = Raw::with_settings(address, &no_window).await;
+        let mut raw = RawHttp2Client::with_settings(address, &no_window).await;
         for stream in streams(500) {
             let asks = frame(DATA, END_STREAM, stream, &message(&[]));
             let asked = [frame(HEADERS, END_HEADERS, stream, &block), asks].concat();
             assert!(raw.send(&asked).await);
         }
-        raw.until(flood, |frames| headers(frames).count() > 0).await;
+        raw.wait_for(flood, |frames| headers(frames).count() > 0).await;
         unread.push(raw);
     }
     stage.victim.goes_on(flood).await;
@@ -313,7 +317,7 @@ async fn who_does_not_read_or_does_not_go_on_is_cut() {
         call("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", None),
         call("/token_broker.v1.TokenService/WatchTokens", Some(&stage.bearer)),
     ] {
-        let mut raw = Raw::connect(address).await;
+        let mut raw = RawHttp2Client::connect(address).await;
         let part = [&[0][..], &4_000_u32.to_be_bytes(), &[b'x'; 3_999]].concat();
         let part = frame(DATA, NONE, 1, &part);
         assert!(raw.send(&[frame(HEADERS, END_HEADERS, 1, &block), part].concat()).await);
@@ -323,10 +327,10 @@ async fn who_does_not_read_or_does_not_go_on_is_cut() {
         // The stream is over, and the connection is not.
         let over =
             |frame: &Frame| frame.2 == 1 && (frame.1 & END_STREAM != 0 || frame.0 == RST_STREAM);
-        raw.until(flood, |frames| frames.iter().any(over)).await;
+        raw.wait_for(flood, |frames| frames.iter().any(over)).await;
     }
     for raw in unread {
-        raw.ended().await;
+        raw.read_to_end().await;
     }
     stage.recovered(flood).await;
     stage.stop().await;
@@ -339,7 +343,7 @@ async fn what_is_too_large_or_no_http_2_at_all_is_refused_and_forgotten() {
 
     let flood = "messages that are too large";
     let floods = (0..20).map(|_| async {
-        let mut raw = Raw::connect(address).await;
+        let mut raw = RawHttp2Client::connect(address).await;
         let block = call(GET_TOKEN, Some(&stage.bearer));
         let part = frame(DATA, NONE, 1, &[b'x'; 16 * 1024]);
         let begun = [&[0][..], &(1_u32 << 30).to_be_bytes()].concat();
@@ -356,21 +360,21 @@ async fn what_is_too_large_or_no_http_2_at_all_is_refused_and_forgotten() {
         let refused = |frames: &[Frame]| {
             goaway(frames).is_some_and(|(code, _)| code != 0) || frames.iter().any(over)
         };
-        raw.until_or_end(flood, refused).await;
+        raw.wait_for_or_end(flood, refused).await;
         raw
     });
     drop(join_all(floods).await);
     stage.recovered(flood).await;
 
     let flood = "headers that are too large";
-    let mut raw = Raw::connect(address).await;
+    let mut raw = RawHttp2Client::connect(address).await;
     let block = [call(GET_TOKEN, None), header("x", &"y".repeat(15_000))].concat();
     let more = header("z", &"y".repeat(8_000));
     assert!(raw.send(&frame(HEADERS, NONE, 1, &block)).await);
     assert!(raw.send(&frame(CONTINUATION, END_HEADERS, 1, &more)).await);
     // 431, or the end of the stream.
     let refused = |frame: &Frame| frame.2 == 1 && [HEADERS, RST_STREAM].contains(&frame.0);
-    raw.until(flood, |frames| frames.iter().any(refused)).await;
+    raw.wait_for(flood, |frames| frames.iter().any(refused)).await;
     drop(raw);
     stage.recovered(flood).await;
 
@@ -384,16 +388,17 @@ async fn what_is_too_large_or_no_http_2_at_all_is_refused_and_forgotten() {
             // It is closed at once, or as soon as it is no HTTP/2.
             let _ = stream.write_all(&garbage[nth * 7..]).await;
             let mut said = vec![];
-            let _ = timeout(PATIENCE, stream.read_to_end(&mut said)).await.expect("it is closed");
+            let _ =
+                timeout(TEST_TIMEOUT, stream.read_to_end(&mut said)).await.expect("it is closed");
         }
     });
     join_all(floods).await;
     let floods = (0..50).map(|nth| {
         let garbage = &garbage;
         async move {
-            let mut raw = Raw::connect(address).await;
+            let mut raw = RawHttp2Client::connect(address).await;
             raw.send(&garbage[nth * 11..]).await;
-            raw.ended().await
+            raw.read_to_end().await
         }
     });
     join_all(floods).await;
@@ -409,7 +414,7 @@ async fn who_says_nothing_is_not_waited_for() {
     let silent: Vec<_> = join_all(silent).await.into_iter().map(Result::unwrap).collect();
     stage.victim.goes_on(flood).await;
     for mut stream in silent {
-        let closed = timeout(PATIENCE, stream.read(&mut [0; 1])).await.expect("it is closed");
+        let closed = timeout(TEST_TIMEOUT, stream.read(&mut [0; 1])).await.expect("it is closed");
         assert!(closed.is_ok_and(|read| read == 0), "nothing is said to them");
     }
     stage.recovered(flood).await;
@@ -418,29 +423,29 @@ async fn who_says_nothing_is_not_waited_for() {
 
 #[tokio::test]
 async fn a_handshake_that_does_not_go_on_is_given_up_while_others_come_in() {
-    let world = World::new().await;
-    world.register("acme", "id-1", "SK.1").await;
-    let mut site = Site::new(world.database.url(), &world.upstream.base_url()).await;
-    let ours = Authority::new("ours");
-    let files = write(site.directory.path(), &ours.issue(&[BROKER]), &[]);
-    site.set_tls(&files);
-    let mut serve = site.serve().await;
-    let before = serve.descriptors();
+    let fixture = Fixture::new().await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let mut setup = BrokerSetup::new(fixture.database.url(), &fixture.upstream.base_url()).await;
+    let ours = TestCa::new("ours");
+    let files = write_tls_files(setup.directory.path(), &ours.issue(&[BROKER_DNS_NAME]), &[]);
+    setup.set_tls(&files);
+    let mut serve = setup.serve().await;
+    let before = serve.open_descriptors();
     // The beginning of a ClientHello, and no more.
     let slow = (0..200).map(|_| async {
-        let mut stream = TcpStream::connect(site.grpc).await.unwrap();
+        let mut stream = TcpStream::connect(setup.grpc).await.unwrap();
         stream.write_all(&[22, 3, 1, 2, 0, 1, 0, 1]).await.unwrap();
         stream
     });
     let slow = join_all(slow).await;
     for _ in 0..20 {
-        connect(site.grpc.port(), &ours, None).await.expect("another client's handshake");
+        connect_tls(setup.grpc.port(), &ours, None).await.expect("another client's handshake");
     }
     for mut stream in slow {
-        let _ = timeout(PATIENCE, stream.read_to_end(&mut vec![])).await.expect("it is closed");
+        let _ = timeout(TEST_TIMEOUT, stream.read_to_end(&mut vec![])).await.expect("it is closed");
     }
-    eventually("the descriptors", async || (serve.descriptors() <= before + 16).then_some(()))
+    eventually("the descriptors", async || (serve.open_descriptors() <= before + 16).then_some(()))
         .await;
     serve.signal(nix::sys::signal::Signal::SIGTERM);
-    assert_eq!(serve.ended().await.code(), Some(0), "{}", serve.stderr());
+    assert_eq!(serve.wait().await.code(), Some(0), "{}", serve.stderr());
 }
