@@ -5,6 +5,10 @@
 //! need `DATABASE_URL`, and the tests that stop or kill their server are skipped (see `skipped`).
 #![cfg(test)]
 
+#[allow(
+    dead_code,
+    reason = "the benchmarks, or tests with the feature embedded-postgres, use the rest"
+)]
 #[path = "../harness/mod.rs"]
 mod harness;
 
