@@ -1,39 +1,41 @@
-//! Answers a second over HTTP/2 on loopback: the broker with `fsync`, with `write`, with nothing written,
-//! and a bare tonic server that gives the same answer, in turns, so that the machine's moods meet all alike.
+//! Measures how many `GetToken` calls a second are answered over HTTP/2 on loopback.
 //!
 //!     cargo bench --bench answers --features bench [-- SECONDS A WINDOW]
 //!
-//! Then the broker with `fsync` and ever more callers, each of whom asks again when it is answered: at three times as
-//! many as at its peak it must still give nine tenths of the answers.
+//! The servers under test are the broker with each kind of journal (`fsync`, `write`, and with the
+//! feature `bench` one that writes nothing), and a bare tonic server that sends the same response. They
+//! are measured in turns, so that changes in the machine's speed affect all of them alike.
 //!
-//! Clients and servers share the machine. Delivery to Postgres takes as much again: the rows that say
-//! so measure with it, the others while Postgres stands still.
+//! Then the broker with `fsync` is measured with more and more callers, each of whom sends the next call
+//! when the last one is answered. With three times as many callers as at the peak, it should still
+//! answer nine tenths as many calls.
+//!
+//! Clients and servers share the machine, and the delivery of audit records to Postgres takes about as
+//! much of its time again. So Postgres is paused during the measurements, except in the rows that say
+//! "delivering".
 #![expect(
     clippy::unwrap_used,
     clippy::print_stdout,
-    reason = "a bench prints, and ends at a fault"
+    reason = "a benchmark prints its results, and panics when it fails"
 )]
 
+#[allow(dead_code, reason = "the tests use what this benchmark does not")]
+#[path = "../tests/harness/mod.rs"]
+mod harness;
+
 use std::{
-    env, fs,
+    env,
     net::SocketAddr,
-    path::Path,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
-    thread,
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 use http::Request;
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
 use prost::Message;
-use sqlx::{AssertSqlSafe, PgPool};
 use token_broker::{
     api::proto::{
         GetTokenRequest, GetTokenResponse, ListAccountsRequest, ListAccountsResponse,
@@ -41,37 +43,40 @@ use token_broker::{
         WatchTokensResponse,
         token_service_server::{TokenService, TokenServiceServer},
     },
-    app::{App, AppConfig},
     audit::journal::SyncMode,
-    config::DatabaseUrl,
-    crypto::{Keyring, bearer::Bearer},
-    dev::{
-        postgres::{DATABASE, EmbeddedPostgres, Place},
-        simulator::{Faults, Options, Simulator},
-    },
-    domain::clock::Clock,
-    store::Database,
 };
 use tokio::{net::TcpListener, runtime, task::JoinSet};
-use tokio_util::sync::CancellationToken;
 use tonic::{Response, Status};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_token-broker");
+use self::harness::{
+    broker::{Fixture, TestBroker},
+    database::embedded_server_pid,
+    eventually,
+    http::http,
+    process::PausedProcesses,
+};
+
+/// How many connections the clients open.
 const CONNECTIONS: usize = 8;
+/// How many calls each connection has in flight, when the servers are compared.
 const IN_FLIGHT: usize = 25;
-/// How many calls each of the connections has in flight, from few to many.
+/// How many calls each connection has in flight, when the load is increased.
 const LOADS: [usize; 6] = [1, 5, 25, 50, 100, 200];
+/// How often each server is measured.
 const ROUNDS: usize = 5;
+/// How long each measurement takes by default, in seconds.
 const WINDOW: u64 = 2;
 
-/// A server under measurement.
-struct Contender {
+/// A server to measure.
+struct Server {
     name: &'static str,
     address: SocketAddr,
     bearer: String,
+    /// The address of the admin API; `None` for the bare server.
     ops: Option<SocketAddr>,
-    /// Whether Postgres works meanwhile.
+    /// Whether Postgres runs during the measurement, so that audit records are delivered.
     delivering: bool,
+    /// Calls answered a second, one entry for each round.
     rates: Vec<f64>,
 }
 
@@ -80,53 +85,55 @@ fn main() {
     let runtime = |threads| {
         runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build().unwrap()
     };
-    let (serving, calling) = (runtime(2), runtime(2));
-    let (postgres, apps, mut contenders, _homes) = serving.block_on(start());
+    let window = Duration::from_secs(window);
+    let (server_runtime, client_runtime) = (runtime(2), runtime(2));
+    let Setup { brokers, fixtures, mut servers } = server_runtime.block_on(start());
+    let postgres = embedded_server_pid().expect("Postgres can be paused: unset DATABASE_URL");
     for round in 0..ROUNDS {
-        let all = contenders.len();
-        for nth in 0..all {
-            let contender = &mut contenders[(nth + round) % all];
-            let standstill = (!contender.delivering).then(|| Standstill::of(postgres.pid()));
-            let window = Duration::from_secs(window);
-            let rate = calling.block_on(measure(contender, IN_FLIGHT, window));
-            drop(standstill);
-            contender.rates.push(rate);
-            if let Some(ops) = contender.ops {
-                drain(ops);
+        let count = servers.len();
+        for nth in 0..count {
+            let server = &mut servers[(nth + round) % count];
+            let paused = (!server.delivering).then(|| PausedProcesses::pause(postgres));
+            let rate = client_runtime.block_on(measure(server, IN_FLIGHT, window));
+            drop(paused);
+            server.rates.push(rate);
+            if let Some(ops) = server.ops {
+                client_runtime.block_on(wait_for_delivery(ops));
             }
         }
     }
-    for contender in &mut contenders {
-        contender.rates.sort_by(f64::total_cmp);
+    for server in &mut servers {
+        server.rates.sort_by(f64::total_cmp);
     }
-    let median = |contender: &Contender| contender.rates[ROUNDS / 2];
-    let bare = contenders.iter().find(|it| it.ops.is_none()).map_or(f64::NAN, median);
+    let median = |server: &Server| server.rates[ROUNDS / 2];
+    let bare = servers.iter().find(|it| it.ops.is_none()).map_or(f64::NAN, median);
     println!(
         "{:<36} {:>10} {:>10} {:>10} {:>7}",
         "answers/s", "least", "median", "most", "of bare"
     );
-    for contender in &contenders {
-        let (least, most) = (contender.rates[0], contender.rates[ROUNDS - 1]);
-        let (name, median) = (contender.name, median(contender));
+    for server in &servers {
+        let (least, most) = (server.rates[0], server.rates[ROUNDS - 1]);
+        let (name, median) = (server.name, median(server));
         println!("{name:<36} {least:>10.0} {median:>10.0} {most:>10.0} {:>7.2}", median / bare);
     }
-    let fsync = contenders.iter().find(|it| it.name == "fsync").unwrap();
-    let standstill = Standstill::of(postgres.pid());
-    overload(&calling, fsync, Duration::from_secs(window));
-    drop(standstill);
-    serving.block_on(async {
-        for app in apps {
-            app.stop().await;
+    let fsync = servers.iter().find(|it| it.name == "fsync").unwrap();
+    let paused = PausedProcesses::pause(postgres);
+    measure_overload(&client_runtime, fsync, window);
+    drop(paused);
+    server_runtime.block_on(async {
+        for broker in brokers {
+            broker.stop().await;
         }
-        postgres.stop().await;
+        drop(fixtures);
     });
 }
 
-/// How the answers a second hold out against more callers than the peak takes.
-fn overload(calling: &runtime::Runtime, contender: &Contender, window: Duration) {
+/// Prints the calls answered a second with more and more callers, up to three times as many as at the
+/// peak.
+fn measure_overload(client_runtime: &runtime::Runtime, server: &Server, window: Duration) {
     let rate = |in_flight| {
         let mut rates: Vec<_> =
-            (0..3).map(|_| calling.block_on(measure(contender, in_flight, window))).collect();
+            (0..3).map(|_| client_runtime.block_on(measure(server, in_flight, window))).collect();
         rates.sort_by(f64::total_cmp);
         rates[1]
     };
@@ -147,126 +154,89 @@ fn overload(calling: &runtime::Runtime, contender: &Contender, window: Duration)
     );
 }
 
-type Ground = (EmbeddedPostgres, Vec<App>, Vec<Contender>, Vec<tempfile::TempDir>);
+/// The brokers under test, what they run on, and the servers to measure.
+struct Setup {
+    brokers: Vec<TestBroker>,
+    fixtures: Vec<Fixture>,
+    servers: Vec<Server>,
+}
 
-async fn start() -> Ground {
-    let postgres = EmbeddedPostgres::start(Place::Temporary, Path::new(PROGRAM)).await.unwrap();
-    let options = Options { faults: Faults::default(), ..Options::default() };
-    let upstream = Simulator::start_on_loopback(options).await.unwrap();
-    let admin = Database::new(&postgres.url(DATABASE), "bench").unwrap().pool(1);
-    let (mut apps, mut contenders, mut homes) = (vec![], vec![], vec![]);
+async fn start() -> Setup {
     let kinds = [("fsync", SyncMode::Fsync), ("write", SyncMode::Write)];
     #[cfg(feature = "bench")]
     let kinds = kinds.into_iter().chain([("nothing written", SyncMode::Nothing)]);
-    let mut answer = None;
-    for (nth, (name, sync)) in kinds.into_iter().enumerate() {
-        let (database, id) = (format!("bench_{nth}"), format!("id-{nth}"));
-        upstream.add_account(&id, "SK.1");
-        let create = AssertSqlSafe(format!("create database {database}"));
-        sqlx::raw_sql(create).execute(&admin).await.unwrap();
-        let url = postgres.url(&database);
-        let database = Database::new(&url, "bench").unwrap();
-        database.migrate().await.unwrap();
-        let pool = database.pool(1);
-        let home = tempfile::tempdir().unwrap();
-        let (app, bearer) = serve(&url, &pool, home.path(), &upstream, &id, sync).await;
-        let contender = |name, delivering| Contender {
+    let mut setup = Setup { brokers: vec![], fixtures: vec![], servers: vec![] };
+    let mut response = None;
+    for (name, sync) in kinds {
+        let fixture = Fixture::new().await;
+        fixture.add_account("acme", "id-1", "SK.1").await;
+        let bearer = fixture.add_caller("bench", &["*"]).await;
+        let mut config = fixture.config();
+        config.settings.audit_sync = sync;
+        config.settings.caller_rate = 10_000_000;
+        let broker = fixture.start_with(config).await;
+        let server = |name, delivering| Server {
             name,
-            address: app.grpc_address,
+            address: broker.app.grpc_address,
             bearer: format!("Bearer {}", bearer.expose()),
-            ops: Some(app.ops_address),
+            ops: Some(broker.app.ops_address),
             delivering,
             rates: vec![],
         };
-        let first = contender(name, false);
-        answer = Some(until_served(&first).await);
-        contenders.push(first);
+        let without_delivery = server(name, false);
+        response = Some(first_response(&without_delivery).await);
+        setup.servers.push(without_delivery);
         match sync {
-            SyncMode::Fsync => contenders.push(contender("fsync, delivering", true)),
-            SyncMode::Write => contenders.push(contender("write, delivering", true)),
+            SyncMode::Fsync => setup.servers.push(server("fsync, delivering", true)),
+            SyncMode::Write => setup.servers.push(server("write, delivering", true)),
             #[cfg(feature = "bench")]
             SyncMode::Nothing => {}
         }
-        apps.push(app);
-        homes.push(home);
+        setup.brokers.push(broker);
+        setup.fixtures.push(fixture);
     }
-    contenders.push(Contender {
+    setup.servers.push(Server {
         name: "a bare tonic server",
-        address: serve_bare(answer.unwrap()).await,
+        address: serve_bare(response.unwrap()).await,
         bearer: String::new(),
         ops: None,
         delivering: false,
         rates: vec![],
     });
     if !cfg!(feature = "bench") {
-        println!("without --features bench there is no row for nothing written");
+        println!("the row \"nothing written\" is skipped: it needs --features bench");
     }
-    // It is called once for each account: it may end with this.
-    std::mem::forget(upstream);
-    (postgres, apps, contenders, homes)
+    setup
 }
 
-async fn serve(
-    database_url: &str,
-    pool: &PgPool,
-    home: &Path,
-    upstream: &Simulator,
-    client_id: &str,
-    sync: SyncMode,
-) -> (App, Bearer) {
-    let bearer = Bearer::generate();
-    let insert =
-        "insert into accounts (name, client_id, client_secret) values ('acme', $1, 'SK.1')";
-    sqlx::query(insert).bind(client_id).execute(pool).await.unwrap();
-    sqlx::raw_sql(
-        "insert into callers (name) values ('bench');
-         insert into grants (caller_id, pattern) select id, '*' from callers",
-    )
-    .execute(pool)
+/// Waits until the server has a token, and returns the response that contains it.
+async fn first_response(server: &Server) -> GetTokenResponse {
+    eventually("a token", async || {
+        let frame = call(&mut connect(server.address).await, &server.bearer).await?;
+        Some(GetTokenResponse::decode(&frame[5..]).unwrap())
+    })
     .await
-    .unwrap();
-    let insert = "insert into caller_credentials (caller_id, kind, bearer_sha256)
-        select id, 'bearer', $1 from callers";
-    sqlx::query(insert).bind(bearer.sha256().as_slice()).execute(pool).await.unwrap();
-    let keyring = Arc::new(Keyring::parse(&Keyring::generate(Clock::System.now())).unwrap());
-    let target = upstream.base_url().parse().unwrap();
-    let database_url = DatabaseUrl::new(database_url).unwrap();
-    let mut plan = AppConfig::local(database_url, target, home.to_owned(), keyring);
-    plan.settings.audit_sync = sync;
-    plan.settings.caller_rate = 10_000_000;
-    let listen = async || TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let app = App::start(plan, listen().await, listen().await, &CancellationToken::new()).await;
-    (app.unwrap(), bearer)
 }
 
-async fn until_served(contender: &Contender) -> GetTokenResponse {
-    loop {
-        let mut send = connect(contender.address).await;
-        if let Some(answer) = ask(&mut send, &contender.bearer).await {
-            return GetTokenResponse::decode(&answer[5..]).unwrap();
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-}
-
-/// How many answers a second there are.
-async fn measure(contender: &Contender, in_flight: usize, window: Duration) -> f64 {
+/// Returns how many calls a second are answered.
+async fn measure(server: &Server, in_flight: usize, window: Duration) -> f64 {
     let (answers, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
     let mut callers = JoinSet::new();
     for _ in 0..CONNECTIONS {
-        let send = connect(contender.address).await;
+        let send = connect(server.address).await;
         for _ in 0..in_flight {
-            let (mut send, bearer) = (send.clone(), contender.bearer.clone());
+            let (mut send, bearer) = (send.clone(), server.bearer.clone());
             let (answers, stop) = (answers.clone(), stop.clone());
             callers.spawn(async move {
                 while !stop.load(Relaxed) {
-                    assert!(ask(&mut send, &bearer).await.is_some(), "a call was refused");
+                    assert!(call(&mut send, &bearer).await.is_some(), "a call was refused");
                     answers.fetch_add(1, Relaxed);
                 }
             });
         }
     }
-    // What is under way at the start and at the end counts neither more nor less than elsewhere.
+    // The measurement begins when the load is steady. As many calls are in flight at its start as at
+    // its end.
     tokio::time::sleep(window / 4).await;
     let (before, begun) = (answers.load(Relaxed), Instant::now());
     tokio::time::sleep(window).await;
@@ -275,7 +245,7 @@ async fn measure(contender: &Contender, in_flight: usize, window: Duration) -> f
     while let Some(ended) = callers.join_next().await {
         ended.unwrap();
     }
-    #[expect(clippy::cast_precision_loss, reason = "a rate for eyes")]
+    #[expect(clippy::cast_precision_loss, reason = "the rate is only printed")]
     let rate = (after - before) as f64 / took.as_secs_f64();
     rate
 }
@@ -284,7 +254,8 @@ async fn connect(address: SocketAddr) -> h2::client::SendRequest<Bytes> {
     let stream = tokio::net::TcpStream::connect(address).await.unwrap();
     stream.set_nodelay(true).unwrap();
     let (send, connection) = h2::client::Builder::new()
-        // Answers in small pieces, as a full window makes them, count against the client's own bounds.
+        // With a small window, the server would send responses in many small frames, which count
+        // against the client's limits.
         .initial_connection_window_size(8 << 20)
         .handshake(stream)
         .await
@@ -293,8 +264,8 @@ async fn connect(address: SocketAddr) -> h2::client::SendRequest<Bytes> {
     send.ready().await.unwrap()
 }
 
-/// One call; the answer's frame if its status is OK.
-async fn ask(send: &mut h2::client::SendRequest<Bytes>, bearer: &str) -> Option<Bytes> {
+/// Calls `GetToken`, and returns the gRPC frame of the response if the status is OK.
+async fn call(send: &mut h2::client::SendRequest<Bytes>, bearer: &str) -> Option<Bytes> {
     // The frame of a GetTokenRequest for `acme`.
     const BODY: &[u8] = b"\0\0\0\0\x06\x0a\x04acme";
     let request = Request::post("http://127.0.0.1/token_broker.v1.TokenService/GetToken")
@@ -317,27 +288,22 @@ async fn ask(send: &mut h2::client::SendRequest<Bytes>, bearer: &str) -> Option<
     frame.filter(|_| trailers.is_some_and(|it| it["grpc-status"] == "0"))
 }
 
-/// Waits until all records of a broker have reached Postgres.
-fn drain(ops: SocketAddr) {
-    use std::io::{Read, Write};
-    loop {
-        let mut stream = std::net::TcpStream::connect(ops).unwrap();
-        stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").unwrap();
-        let mut text = String::new();
-        stream.read_to_string(&mut text).unwrap();
-        let line = text.lines().find(|line| line.starts_with("token_broker_undelivered_records "));
-        if line.unwrap().ends_with(" 0") {
-            return;
-        }
-        thread::sleep(Duration::from_millis(20));
-    }
+/// Waits until all audit records of a broker are in Postgres.
+async fn wait_for_delivery(ops: SocketAddr) {
+    eventually("the delivery of all records", async || {
+        let (_, metrics) = http(ops, "GET", "/metrics", "").await;
+        let mut lines = metrics.lines();
+        let gauge = lines.find(|line| line.starts_with("token_broker_undelivered_records "));
+        gauge.unwrap().ends_with(" 0").then_some(())
+    })
+    .await;
 }
 
-/// The same answer, from memory, with nothing done for it.
-struct Bare(GetTokenResponse);
+/// A service that sends the same response to each call.
+struct BareService(GetTokenResponse);
 
 #[tonic::async_trait]
-impl TokenService for Bare {
+impl TokenService for BareService {
     type WatchTokensStream = tokio_stream::Empty<Result<WatchTokensResponse, Status>>;
 
     async fn get_token(
@@ -369,44 +335,13 @@ impl TokenService for Bare {
     }
 }
 
-async fn serve_bare(answer: GetTokenResponse) -> SocketAddr {
+async fn serve_bare(response: GetTokenResponse) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let incoming = tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true));
     let server = tonic::transport::Server::builder()
-        .add_service(TokenServiceServer::new(Bare(answer)))
+        .add_service(TokenServiceServer::new(BareService(response)))
         .serve_with_incoming(incoming);
     tokio::spawn(server);
     address
-}
-
-/// Postgres and its children, standing still while this lives.
-struct Standstill(Vec<Pid>);
-
-impl Standstill {
-    fn of(parent: u32) -> Self {
-        let mut stopped = vec![parent];
-        for entry in fs::read_dir("/proc").unwrap().flatten() {
-            let stat = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
-            let of =
-                stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(1)?.parse().ok());
-            if of == Some(parent) {
-                stopped.extend(entry.file_name().to_str().and_then(|pid| pid.parse::<u32>().ok()));
-            }
-        }
-        let stopped: Vec<_> =
-            stopped.into_iter().map(|pid| Pid::from_raw(pid.try_into().unwrap())).collect();
-        for pid in &stopped {
-            let _ = kill(*pid, Signal::SIGSTOP);
-        }
-        Self(stopped)
-    }
-}
-
-impl Drop for Standstill {
-    fn drop(&mut self) {
-        for pid in &self.0 {
-            let _ = kill(*pid, Signal::SIGCONT);
-        }
-    }
 }

@@ -1,12 +1,16 @@
-//! How fast the audit log is: appending, delivery to Postgres, and proof. Runs a Postgres of its own, or
-//! that of `DATABASE_URL`, in a database that must be empty.
+//! Measures the audit log: appending to the journal, delivery to Postgres, verification and export, all
+//! in records a second. It uses a new database on the server of `DATABASE_URL`, or on an embedded one.
 //!
 //!     cargo bench --bench audit [-- RECORDS]
 #![expect(
     clippy::unwrap_used,
     clippy::print_stdout,
-    reason = "a bench prints, and ends at a fault"
+    reason = "a benchmark prints its results, and panics when it fails"
 )]
+
+#[allow(dead_code, reason = "the tests use what this benchmark does not")]
+#[path = "../tests/harness/mod.rs"]
+mod harness;
 
 use std::{
     env, fs,
@@ -21,7 +25,6 @@ use token_broker::{
         record::{Event, Record},
     },
     crypto::Keyring,
-    dev::postgres::{DATABASE, EmbeddedPostgres, Place},
     domain::{account::AccountName, clock::Clock, token::Generation},
     files::state_dir::StateDir,
     services::journal_delivery::JournalDelivery,
@@ -29,10 +32,15 @@ use token_broker::{
 };
 use tokio_util::sync::CancellationToken;
 
+use self::harness::database::TestDatabase;
+
 const PROGRAM: &str = env!("CARGO_BIN_EXE_token-broker");
+/// How many records are appended by default.
 const RECORDS: usize = 400_000;
+/// How many tasks append records, each waiting until its record is durable.
 const IN_FLIGHT: usize = 200;
-const AMPLE: Duration = Duration::from_mins(10);
+/// A time limit that is never reached.
+const NO_LIMIT: Duration = Duration::from_mins(10);
 
 fn main() {
     let records = env::args().skip(1).find_map(|arg| arg.parse().ok()).unwrap_or(RECORDS);
@@ -45,16 +53,9 @@ fn main() {
 }
 
 async fn measure(records: usize) {
-    let postgres = match env::var("DATABASE_URL") {
-        Ok(_) => None,
-        Err(_) => {
-            Some(EmbeddedPostgres::start(Place::Temporary, Path::new(PROGRAM)).await.unwrap())
-        }
-    };
-    let url =
-        postgres.as_ref().map_or_else(|| env::var("DATABASE_URL").unwrap(), |it| it.url(DATABASE));
-    let database = Database::new(&url, "bench").unwrap();
-    database.migrate().await.unwrap();
+    let test_database = TestDatabase::new().await;
+    let url = test_database.url();
+    let database = Database::new(url, "bench").unwrap();
 
     let home = tempfile::tempdir().unwrap();
     println!("{:<44} {:>12}", "", "records/s");
@@ -65,16 +66,18 @@ async fn measure(records: usize) {
         journal.close().await;
     }
 
-    // The journal of `write`, which a new start finds undelivered, as after hours without Postgres.
+    // The records that the journal `write` holds have not been delivered, as after an outage of
+    // Postgres. Opening the journal again makes them the backlog of earlier chains.
     let state = home.path().join("write");
     let journal = open(&state, SyncMode::Fsync);
     let delivered = deliver(&journal, &database).await;
     row("delivery of a backlog", records, delivered);
     journal.close().await;
     let journal = open(&home.path().join("fsync"), SyncMode::Fsync);
-    let (delivered, served) = tokio::join!(deliver(&journal, &database), serve_for(&journal));
+    let (delivered, appended) =
+        tokio::join!(deliver(&journal, &database), append_during_delivery(&journal));
     row("delivery of a backlog while serving", records, delivered);
-    println!("{:<44} {:>12.0}", "  and durable appends meanwhile", served);
+    println!("{:<44} {:>12.0}", "  and durable appends meanwhile", appended);
     journal.close().await;
 
     let keyring = home.path().join("keyring");
@@ -82,7 +85,7 @@ async fn measure(records: usize) {
     let run = |arguments: &[&str], out: Stdio| {
         let begun = Instant::now();
         let mut command = Command::new(PROGRAM);
-        command.args(arguments).env("DATABASE_URL", &url).stdout(out).stderr(Stdio::null());
+        command.args(arguments).env("DATABASE_URL", url).stdout(out).stderr(Stdio::null());
         let status = command.env("TOKEN_BROKER_KEYRING_FILE", &keyring).status().unwrap();
         assert!(status.success(), "{arguments:?}: {status}");
         begun.elapsed()
@@ -96,13 +99,10 @@ async fn measure(records: usize) {
     row("export", 2 * records, took);
     let took = run(&["audit", "verify", "--export", export.to_str().unwrap()], Stdio::null());
     row("verify, export", 2 * records, took);
-    if let Some(postgres) = postgres {
-        postgres.stop().await;
-    }
 }
 
 fn row(name: &str, records: usize, took: Duration) {
-    #[expect(clippy::cast_precision_loss, reason = "a rate for eyes")]
+    #[expect(clippy::cast_precision_loss, reason = "the rate is only printed")]
     let rate = records as f64 / took.as_secs_f64();
     println!("{name:<44} {rate:>12.0}");
 }
@@ -113,8 +113,8 @@ fn open(path: &Path, sync: SyncMode) -> Journal {
     Journal::open(&state_dir, settings, Clock::System).unwrap()
 }
 
-/// A record as a served call makes it.
-fn call(nth: usize) -> Record {
+/// Returns a record as the broker writes it for a `GetToken` call.
+fn call_record(nth: usize) -> Record {
     let account: AccountName = format!("account-{}", nth % 1_000).parse().unwrap();
     let at = Clock::System.now();
     let mut record = Record::new(at, Event::GetToken)
@@ -127,6 +127,7 @@ fn call(nth: usize) -> Record {
     record
 }
 
+/// Appends `records` records, and returns how long it took until all were durable.
 async fn append(journal: &Journal, records: usize) -> Duration {
     let begun = Instant::now();
     let each = records / IN_FLIGHT;
@@ -135,7 +136,11 @@ async fn append(journal: &Journal, records: usize) -> Duration {
             let journal = journal.clone();
             tokio::spawn(async move {
                 for nth in 0..each {
-                    journal.append(call(caller * each + nth)).durable(AMPLE).await.unwrap();
+                    journal
+                        .append(call_record(caller * each + nth))
+                        .durable(NO_LIMIT)
+                        .await
+                        .unwrap();
                 }
             })
         })
@@ -146,30 +151,33 @@ async fn append(journal: &Journal, records: usize) -> Duration {
     begun.elapsed()
 }
 
+/// Delivers the records of earlier chains, and returns how long it took.
 async fn deliver(journal: &Journal, database: &Database) -> Duration {
     let begun = Instant::now();
     let stop = CancellationToken::new();
-    let shipper = JournalDelivery::new(journal.clone(), database.connection().clone()).drain(AMPLE);
-    let shipping = tokio::spawn(shipper.run(stop.clone()));
+    let delivery =
+        JournalDelivery::new(journal.clone(), database.connection().clone()).drain(NO_LIMIT);
+    let task = tokio::spawn(delivery.run(stop.clone()));
     while !journal.earlier_chains_delivered() {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     let took = begun.elapsed();
     stop.cancel();
-    shipping.await.unwrap();
+    task.await.unwrap();
     took
 }
 
-/// Appends at 2,000 a second until the backlog is delivered; how many a second became durable.
-async fn serve_for(journal: &Journal) -> f64 {
-    let (begun, mut served) = (Instant::now(), 0_u32);
+/// Appends 2,000 records a second until the backlog is delivered, and returns how many of them became
+/// durable a second.
+async fn append_during_delivery(journal: &Journal) -> f64 {
+    let (begun, mut durable) = (Instant::now(), 0_u32);
     let mut ticks = tokio::time::interval(Duration::from_millis(5));
     while !journal.earlier_chains_delivered() {
         ticks.tick().await;
-        for appended in (0..10).map(|nth| journal.append(call(nth))).collect::<Vec<_>>() {
-            appended.durable(AMPLE).await.unwrap();
-            served += 1;
+        for appended in (0..10).map(|nth| journal.append(call_record(nth))).collect::<Vec<_>>() {
+            appended.durable(NO_LIMIT).await.unwrap();
+            durable += 1;
         }
     }
-    f64::from(served) / begun.elapsed().as_secs_f64()
+    f64::from(durable) / begun.elapsed().as_secs_f64()
 }

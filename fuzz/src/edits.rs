@@ -1,16 +1,17 @@
-//! Changes of a genuine value: nearly all bytes at random are no value at all, and say little.
+//! Changes to a valid value. Random bytes alone would hardly ever be close to a valid one.
 
-/// Changes `value` as `edits` say, four bytes each: what is done, where, and with which byte.
+/// Applies `edits` to `value`. Each edit has four bytes: the operation, the position (two bytes), and
+/// the byte to insert or to XOR.
 pub(crate) fn apply(value: &mut Vec<u8>, edits: &[u8]) {
     for edit in edits.chunks_exact(4) {
-        let place = usize::from(u16::from_le_bytes([edit[1], edit[2]]));
+        let position = usize::from(u16::from_le_bytes([edit[1], edit[2]]));
         let byte = edit[3];
         match edit[0] % 4 {
-            0 => value.truncate(place),
-            1 if place <= value.len() => value.insert(place, byte),
-            2 if place < value.len() => drop(value.remove(place)),
+            0 => value.truncate(position),
+            1 if position <= value.len() => value.insert(position, byte),
+            2 if position < value.len() => drop(value.remove(position)),
             _ => {
-                if let Some(changed) = value.get_mut(place) {
+                if let Some(changed) = value.get_mut(position) {
                     *changed ^= byte;
                 }
             }

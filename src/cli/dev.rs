@@ -10,18 +10,18 @@ use crate::{dev, telemetry};
 
 /// Runs the whole system on this machine, with nothing to set up
 ///
-/// Starts a Postgres, a simulated upstream whose tokens are short-lived, and a broker with the accounts
-/// demo-master and demo-agency and the caller demo. Ctrl-C ends and deletes all of it. With
-/// `DATABASE_URL` in the environment it uses that database instead, and keeps what it wrote there.
+/// It starts an embedded Postgres, a simulated upstream with short-lived tokens, and the broker with the
+/// accounts demo-master and demo-agency and the caller demo. Ctrl-C ends it and leaves nothing behind. If
+/// `DATABASE_URL` is set in the environment, it uses that database instead; what it writes there stays.
 #[derive(Args, Debug)]
 pub(super) struct DevArgs {
-    /// Keep the database, the keyring and the journal in this directory
+    /// Keeps database, keyring and journal in this directory
     #[arg(long, value_name = "DIR")]
     pub(super) state_dir: Option<PathBuf>,
     /// The lifetime of the simulated upstream's tokens
     #[arg(long, default_value = "60s", value_parser = positive_duration)]
     pub(super) token_life: Duration,
-    /// The address of gRPC; without it 127.0.0.1:50051, or another port if that one is in use
+    /// The address for gRPC; without it, 127.0.0.1:50051, or another port if that is taken
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub(super) listen: Option<SocketAddr>,
 }
@@ -32,5 +32,5 @@ pub(super) async fn run(global: &Global, args: DevArgs) -> anyhow::Result<ExitCo
     }
     telemetry::init_logs(None)?;
     let DevArgs { state_dir, token_life, listen } = args;
-    dev::run(dev::Options { state_dir, token_life, listen }, output::line).await
+    dev::run(dev::DevOptions { state_dir, token_life, listen }, output::line).await
 }

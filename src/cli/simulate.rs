@@ -14,43 +14,43 @@ use tokio::net::TcpListener;
 
 use super::{output, time::positive_duration};
 use crate::{
-    dev::simulator::{Faults, Options, SimulatedAccount, Simulator},
+    dev::simulator::{Faults, SimulatedAccount, Simulator, SimulatorOptions},
     domain::clock::Clock,
     lifecycle::Signals,
 };
 
-/// Runs the simulated RCS Biz Center alone, until it is stopped
+/// Runs the simulated RCS Biz Center alone, until a signal stops it
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
   token-broker simulate --accounts-file accounts.json --token-life 60s
   where accounts.json is [{\"client_id\": \"demo\", \"client_secret\": \"SK.demo\"}]")]
 pub(super) struct SimulateArgs {
-    /// The address to listen on
+    /// The address on which it listens
     #[arg(long, default_value = "127.0.0.1:8080", value_name = "ADDRESS:PORT")]
     listen: SocketAddr,
-    /// A JSON file: a list of objects with `client_id` and `client_secret`
+    /// The accounts: a JSON list of objects with `client_id` and `client_secret`
     #[arg(long, value_name = "FILE")]
     accounts_file: Option<PathBuf>,
-    /// The lifetime of a token
+    /// The lifetime of tokens
     #[arg(long, default_value = "1h", value_parser = positive_duration)]
     token_life: Duration,
-    /// How long each request waits before it is handled
+    /// How long each token request is delayed before it is handled
     #[arg(long, default_value = "0s", value_parser = humantime::parse_duration)]
     latency: Duration,
-    /// An address that may request tokens; without it, every address may
+    /// An address that may request tokens; without it, all may
     #[arg(long, value_name = "ADDRESS")]
     allow: Vec<IpAddr>,
-    /// The share of requests that are answered with 503, 0 to 1
-    #[arg(long, default_value = "0", value_parser = share)]
+    /// The fraction of token requests that are answered with a 503, 0 to 1
+    #[arg(long, default_value = "0", value_parser = fraction)]
     error_rate: f64,
-    /// Whether a new token ends the older ones of its account
+    /// Whether issuing a token revokes the older ones of its account
     #[arg(long, default_value = "true", action = clap::ArgAction::Set, value_name = "BOOL")]
     new_token_ends_older: bool,
 }
 
-fn share(text: &str) -> Result<f64, &'static str> {
-    text.parse().ok().filter(|share| (0.0..=1.0).contains(share)).ok_or("must be 0 to 1")
+fn fraction(text: &str) -> Result<f64, &'static str> {
+    text.parse().ok().filter(|fraction| (0.0..=1.0).contains(fraction)).ok_or("must be 0 to 1")
 }
 
 pub(super) async fn run(args: SimulateArgs) -> anyhow::Result<ExitCode> {
@@ -58,8 +58,8 @@ pub(super) async fn run(args: SimulateArgs) -> anyhow::Result<ExitCode> {
     let listener = TcpListener::bind(args.listen)
         .await
         .with_context(|| format!("cannot listen on {}", args.listen))?;
-    let options = Options {
-        accounts: args.accounts_file.as_deref().map(accounts).transpose()?.unwrap_or_default(),
+    let options = SimulatorOptions {
+        accounts: args.accounts_file.as_deref().map(read_accounts).transpose()?.unwrap_or_default(),
         faults: Faults {
             token_life: args.token_life,
             latency: args.latency,
@@ -77,10 +77,10 @@ pub(super) async fn run(args: SimulateArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn accounts(path: &Path) -> anyhow::Result<Vec<SimulatedAccount>> {
+fn read_accounts(path: &Path) -> anyhow::Result<Vec<SimulatedAccount>> {
     let text = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
     serde_json::from_slice(&text).map_err(|error| {
-        // The message of `error` may quote a secret.
+        // The message of `error` may contain a secret from the file.
         anyhow::anyhow!(
             "{}, line {}: not a list of objects with client_id and client_secret",
             path.display(),

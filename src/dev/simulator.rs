@@ -1,24 +1,37 @@
-//! A simulated RCS Biz Center, for `dev`, `simulate` and the tests: real HTTP on a real socket, with
-//! faults that really happen there: a hang is a silent connection, not an error in the client.
+//! A simulated RCS Biz Center for `dev`, `simulate`, the tests and the benchmarks. It serves HTTP on a
+//! real socket, so that faults occur as they do with the real service: a hanging request, for
+//! example, is a connection on which nothing arrives.
 //!
-//! | where | what |
+//! | path | purpose |
 //! |---|---|
-//! | `POST /api/1.1/token` | issues, to the letter of the API's document |
-//! | `GET /api/1.1/whoami` | a protected call, so that a token can be tried |
-//! | `/simulator/…` | accounts, faults and counts, while it runs |
+//! | `POST /api/1.1/token` | issues a token, as the API's documentation specifies |
+//! | `GET /api/1.1/whoami` | a call that requires a token, to try whether a token works |
+//! | `/simulator/…` | reads and changes accounts, faults and counters while the simulator runs |
 //!
-//! Its tokens differ from real ones in one claim, `simulatedSerial`: real ones of one second seem to
-//! have nothing that tells them apart, and a simulator's user needs to.
+//! Its tokens have one claim that real ones do not have, `simulatedSerial`, because two real tokens
+//! of one account that are issued in the same second may be equal.
 //!
-//! The upstream's time comes from a [`Clock`]; pauses (latency, drip) are real time, since the
-//! timeouts that they are to meet are real.
+//! The upstream's time comes from a [`Clock`](crate::domain::clock::Clock). Delays (latency, slow
+//! responses) are in real time, because the timeouts that they test are in real time.
+//!
+//! | file | contents |
+//! |---|---|
+//! | `simulator.rs` | [`Simulator`]: starts the server, and the interface for code in the same process |
+//! | `options.rs` | the initial state |
+//! | `upstream_state.rs` | accounts, tokens, faults and counters, and the rules by which tokens are issued |
+//! | `faults.rs` | the faults that can be set |
+//! | `api.rs` | the simulated API |
+//! | `control.rs` | the endpoints under `/simulator` |
+//! | `connection.rs` | connections that a handler can reset |
+//! | `jwt.rs` | creating and verifying tokens |
 
 mod api;
 mod connection;
 mod control;
 mod faults;
 mod jwt;
-mod registry;
+mod options;
+mod upstream_state;
 
 use std::{
     io,
@@ -28,204 +41,189 @@ use std::{
 };
 
 use axum::{Router, middleware};
-use serde::Deserialize;
 use tokio::{net::TcpListener, task::JoinHandle};
 
-pub use self::faults::{Answer, FaultError, Faults};
 use self::{
-    connection::{Listener, Peer},
-    registry::Registry,
+    connection::{ClientConnection, ResettableListener},
+    upstream_state::UpstreamState,
 };
-use crate::domain::clock::{Clock, Timestamp};
+pub use self::{
+    faults::{Answer, FaultError, Faults},
+    options::{SimulatedAccount, SimulatorOptions},
+};
+use crate::domain::clock::Timestamp;
 
-/// How long [`Simulator::shutdown`] waits for answers under way.
-const DRAIN: Duration = Duration::from_secs(2);
+/// How long [`Simulator::shutdown`] waits for requests in flight.
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(2);
 
-/// What the simulator begins with, and what a reset returns to.
-#[derive(Clone, Default)]
-pub struct Options {
-    /// Who may ask for tokens.
-    pub accounts: Vec<SimulatedAccount>,
-    /// What goes wrong from the start.
-    pub faults: Faults,
-    /// Where the upstream's time comes from.
-    pub clock: Clock,
-}
-
-/// A login at the simulated console.
-#[derive(Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SimulatedAccount {
-    /// Its id.
-    pub client_id: String,
-    /// Its API KEY.
-    pub client_secret: String,
-    /// A locked account is refused although its secret is right.
-    #[serde(default)]
-    pub locked: bool,
-}
-
-/// A running simulator. Dropping it stops it; [`Simulator::shutdown`] waits until it has.
+/// A running simulator. Dropping it stops it; [`Simulator::shutdown`] also waits until it has stopped.
 pub struct Simulator {
     address: SocketAddr,
-    registry: Arc<Registry>,
+    state: Arc<UpstreamState>,
     server: JoinHandle<io::Result<()>>,
 }
 
 impl Simulator {
-    /// Serves on `listener` until shut down.
+    /// Serves on `listener` in a task of the current Tokio runtime.
     ///
     /// # Errors
-    /// When the listener has no address.
-    pub fn start(listener: TcpListener, options: Options) -> io::Result<Self> {
+    /// When the address of the listener cannot be read.
+    ///
+    /// # Panics
+    /// Outside of a Tokio runtime.
+    pub fn start(listener: TcpListener, options: SimulatorOptions) -> io::Result<Self> {
         let address = listener.local_addr()?;
-        let registry = Arc::new(Registry::new(options));
-        let service = router(&registry).into_make_service_with_connect_info::<Peer>();
-        let closing = registry.closing.clone();
+        let state = Arc::new(UpstreamState::new(options));
+        let service = router(&state).into_make_service_with_connect_info::<ClientConnection>();
+        let shutdown = state.shutdown.clone();
         let server = tokio::spawn(async move {
-            axum::serve(Listener(listener), service)
-                .with_graceful_shutdown(closing.cancelled_owned())
+            axum::serve(ResettableListener(listener), service)
+                .with_graceful_shutdown(shutdown.cancelled_owned())
                 .await
         });
-        Ok(Self { address, registry, server })
+        Ok(Self { address, state, server })
     }
 
     /// Serves on a free port of 127.0.0.1.
     ///
     /// # Errors
-    /// When there is none.
-    pub async fn start_on_loopback(options: Options) -> io::Result<Self> {
+    /// When no port is free.
+    pub async fn start_on_loopback(options: SimulatorOptions) -> io::Result<Self> {
         Self::start(TcpListener::bind(("127.0.0.1", 0)).await?, options)
     }
 
-    /// Where it listens.
+    /// Returns the address on which it listens.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// The base of its API, as the broker's `UPSTREAM` setting takes it.
+    /// Returns the base URL of its API, as the broker's setting `UPSTREAM` takes it.
     #[must_use]
     pub fn base_url(&self) -> String {
         format!("http://{}/api/1.1", self.address)
     }
 
-    /// Stops accepting, ends hanging answers, and returns when all are gone, after 2 s at the latest.
+    /// Accepts no more connections, resets those whose requests hang, and waits up to 2 s for the
+    /// other requests. Those that are still in flight then are aborted.
     pub async fn shutdown(mut self) {
-        self.registry.closing.cancel();
-        // Past the limit, the drop aborts.
-        let _ = tokio::time::timeout(DRAIN, &mut self.server).await;
+        self.state.shutdown.cancel();
+        // Dropping `self` aborts the server if it has not ended by then.
+        let _ = tokio::time::timeout(SHUTDOWN_LIMIT, &mut self.server).await;
     }
 
-    /// Adds an account, or changes its secret and unlocks it; its counts and tokens stay.
+    /// Adds an account, or changes the secret of an existing one and unlocks it. The tokens and
+    /// counters of an existing account stay.
     pub fn add_account(&self, client_id: &str, client_secret: &str) {
-        self.registry.put_account(client_id, Some(client_secret), Some(false));
+        self.state.put_account(client_id, Some(client_secret), Some(false));
     }
 
-    /// Locks or unlocks an account, if there is one.
+    /// Locks or unlocks an account. Does nothing if it does not exist.
     pub fn lock_account(&self, client_id: &str, locked: bool) {
-        self.registry.put_account(client_id, None, Some(locked));
+        self.state.put_account(client_id, None, Some(locked));
     }
 
-    /// Removes an account with its tokens.
+    /// Removes an account and its tokens.
     pub fn remove_account(&self, client_id: &str) {
-        self.registry.remove_account(client_id);
+        self.state.remove_account(client_id);
     }
 
-    /// The faults in force.
+    /// Returns the faults that are in effect.
     #[must_use]
     pub fn faults(&self) -> Faults {
-        self.registry.faults()
+        self.state.faults()
     }
 
-    /// Puts `faults` in force, for the requests that arrive from now on.
+    /// Replaces the faults. Requests that have been received already are not affected.
     pub fn set_faults(&self, faults: Faults) {
-        self.registry.set_faults(faults);
+        self.state.set_faults(faults);
     }
 
-    /// Answers the next requests of `client_id` with `answers`, one each; then as the faults say.
+    /// Sets how the next requests of `client_id` are answered, one element for each request. Later
+    /// requests are answered as the faults say.
     pub fn script(&self, client_id: &str, answers: impl IntoIterator<Item = Answer>) {
-        self.registry.script(client_id, answers);
+        self.state.script(client_id, answers);
     }
 
-    /// How many requests for a token arrived, from anyone.
+    /// Returns how many token requests have been received.
     #[must_use]
     pub fn requests(&self) -> u64 {
-        self.registry.counts().requests
+        self.state.counters().requests
     }
 
-    /// The most requests for a token that were under way at one time.
+    /// Returns the highest number of token requests that were in flight at the same time.
     #[must_use]
     pub fn peak_in_flight(&self) -> u64 {
-        self.registry.counts().peak_in_flight
+        self.state.counters().peak_in_flight
     }
 
-    /// How many requests named `client_id`, whatever came of them.
+    /// Returns how many token requests named `client_id`, whatever the answer was.
     #[must_use]
     pub fn attempts(&self, client_id: &str) -> u64 {
-        self.registry.attempts(client_id)
+        self.state.attempts(client_id)
     }
 
-    /// How many tokens were issued to `client_id`.
+    /// Returns how many tokens have been issued to `client_id`.
     #[must_use]
     pub fn issued(&self, client_id: &str) -> u64 {
-        self.registry.issued(client_id)
+        self.state.issued(client_id)
     }
 
-    /// How many tokens were issued in all.
+    /// Returns how many tokens have been issued to all accounts together.
     #[must_use]
     pub fn issued_in_all(&self) -> u64 {
-        self.registry.counts().issued
+        self.state.counters().issued
     }
 
-    /// How many tokens were issued in each second of the upstream's time that had any, in order: the
-    /// second since 1970, and the number. The last day's are kept.
+    /// Returns for each second of the upstream's time in which tokens were issued: the second since
+    /// 1970, and how many. The pairs are in order of time; only the newest 86,400 are kept.
     #[must_use]
     pub fn issues_per_second(&self) -> Vec<(i64, u64)> {
-        self.registry.counts().issues_per_second
+        self.state.counters().issues_per_second
     }
 
-    /// The newest live token of `client_id`.
+    /// Returns the newest live token of `client_id`.
     #[must_use]
     pub fn live_token(&self, client_id: &str) -> Option<String> {
-        self.registry.live_token(client_id)
+        self.state.live_token(client_id)
     }
 
-    /// Whether `token` works now: issued here, not ended, and not replaced.
+    /// Whether `token` is live: it was issued here, has not expired and has not been replaced.
     #[must_use]
     pub fn is_live(&self, token: &str) -> bool {
-        self.registry.look_up(token).is_ok()
+        self.state.look_up(token).is_ok()
     }
 
-    /// The address from which the last request for a token came.
+    /// Returns the address from which the last token request came.
     #[must_use]
     pub fn last_peer(&self) -> Option<IpAddr> {
-        self.registry.counts().last_peer
+        self.state.counters().last_peer
     }
 
-    /// The upstream's time, skew included.
+    /// Returns the upstream's time, including the clock skew of the faults.
     #[must_use]
     pub fn now(&self) -> Timestamp {
-        self.registry.now()
+        self.state.now()
     }
 
-    /// Back to what it began with: accounts, faults, no counts, no tokens.
+    /// Restores the accounts and faults of the [`SimulatorOptions`], and removes all tokens, scripts
+    /// and counters.
     pub fn reset(&self) {
-        self.registry.reset();
+        self.state.reset();
     }
 }
 
 impl Drop for Simulator {
     fn drop(&mut self) {
-        self.registry.closing.cancel();
+        self.state.shutdown.cancel();
         self.server.abort();
     }
 }
 
-fn router(registry: &Arc<Registry>) -> Router {
-    let api = api::routes().layer(middleware::map_response_with_state(registry.clone(), api::date));
+fn router(state: &Arc<UpstreamState>) -> Router {
+    let api = api::routes().layer(middleware::map_response_with_state(state.clone(), api::date));
     Router::new()
         .nest("/api/1.1", api)
         .nest("/simulator", control::routes())
-        .with_state(registry.clone())
+        .with_state(state.clone())
 }

@@ -10,7 +10,7 @@ use token_broker::{
 };
 
 use crate::{
-    harness::{broker::World, database::TestDatabase, eventually},
+    harness::{broker::Fixture, database::TestDatabase, eventually},
     outages::until_readiness_says,
 };
 
@@ -68,14 +68,14 @@ async fn an_error_of_the_server_has_its_kind_and_quotes_no_data() {
 #[tokio::test]
 async fn a_lock_that_holds_up_the_change_feed_does_not_count_as_an_outage() {
     let manual = ManualClock::new(Clock::System.now());
-    let world = World::with(Clock::Manual(manual.clone()), Faults::default()).await;
-    let bearer = world.caller("demo", &["*"]).await;
-    world.register("acme", "id-1", "SK.1").await;
-    let broker = world.start().await;
+    let fixture = Fixture::with(Clock::Manual(manual.clone()), Faults::default()).await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let broker = fixture.start().await;
     let client = broker.client(&bearer).await;
     let token = client.get("acme").await.unwrap();
 
-    let mut locking = world.database.pool().begin().await.unwrap();
+    let mut locking = fixture.database.pool().begin().await.unwrap();
     sqlx::raw_sql("lock table changes in access exclusive mode")
         .execute(&mut *locking)
         .await
@@ -95,7 +95,8 @@ async fn a_lock_that_holds_up_the_change_feed_does_not_count_as_an_outage() {
 
     until_readiness_says(&broker, "\"answers\"").await;
     broker.stop().await;
-    assert_eq!(world.audit("event = 'token_issued'").await.len(), 2);
-    let without_lease = world.audit("event = 'token_issued' and detail ? 'database'").await;
+    assert_eq!(fixture.audit_events("event = 'token_issued'").await.len(), 2);
+    let without_lease =
+        fixture.audit_events("event = 'token_issued' and detail ? 'database'").await;
     assert!(without_lease.is_empty(), "{without_lease:?}");
 }

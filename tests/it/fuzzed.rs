@@ -1,7 +1,7 @@
-//! What `fuzz/` tries for as long as one lets it, tried here with its seeds and with some chance.
+//! Runs the fuzz targets of `fuzz/` with its seeds and with a few random inputs.
 
 #[path = "../../fuzz/src/lib.rs"]
-#[expect(unreachable_pub, reason = "there it is a crate of its own")]
+#[expect(unreachable_pub, reason = "the file is the root of the crate in fuzz/, too")]
 mod targets;
 
 use std::{fs, path::Path};
@@ -20,15 +20,15 @@ const TARGETS: [(&str, Target); 6] = [
 ];
 
 #[test]
-fn every_seed_holds() {
+fn every_target_accepts_its_seeds() {
     for (name, target) in TARGETS {
         let seeds = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds").join(name);
-        let mut tried = 0;
+        let mut count = 0;
         for seed in fs::read_dir(&seeds).unwrap_or_else(|error| panic!("{seeds:?}: {error}")) {
             target(&fs::read(seed.unwrap().path()).unwrap());
-            tried += 1;
+            count += 1;
         }
-        assert!(tried > 0, "{name} has no seed");
+        assert!(count > 0, "{name} has no seed");
     }
 }
 
@@ -36,7 +36,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
-    fn any_bytes_hold(bytes in vec(any::<u8>(), 0..256)) {
+    fn every_target_accepts_random_bytes(bytes in vec(any::<u8>(), 0..256)) {
         for (_, target) in TARGETS {
             target(&bytes);
         }

@@ -25,10 +25,12 @@ use tonic::{
 };
 
 use crate::harness::{
-    broker::{World, refusal},
-    certificates::{Authority, BROKER, Certified, connect, connect_trusting, write},
+    broker::{Fixture, code_and_reason},
+    certificates::{
+        BROKER_DNS_NAME, PemIdentity, TestCa, connect_tls, connect_tls_trusting, write_tls_files,
+    },
     eventually,
-    process::{Process, Site},
+    process::{BrokerProcess, BrokerSetup},
 };
 
 const DOMAIN: &str = "example.com";
@@ -36,23 +38,23 @@ const BILLING: &str = "spiffe://example.com/billing";
 
 /// A broker process with TLS, the account `acme`, and callers with certificates and bearers.
 struct TlsBroker {
-    world: World,
-    site: Site,
-    serve: Process,
-    broker_ca: Authority,
-    callers_ca: Authority,
+    fixture: Fixture,
+    setup: BrokerSetup,
+    serve: BrokerProcess,
+    broker_ca: TestCa,
+    callers_ca: TestCa,
     bearer: Bearer,
 }
 
 impl TlsBroker {
     async fn new() -> Self {
-        let world = World::new().await;
-        world.register("acme", "id-1", "SK.1").await;
-        let bearer = world.caller("demo", &["acme"]).await;
+        let fixture = Fixture::new().await;
+        fixture.add_account("acme", "id-1", "SK.1").await;
+        let bearer = fixture.add_caller("demo", &["acme"]).await;
         for (caller, kind, identity) in
             [("billing", "spiffe", BILLING), ("search", "dns", "search.example.com")]
         {
-            world
+            fixture
                 .database
                 .sql(&format!(
                     "insert into callers (name) values ('{caller}');
@@ -62,44 +64,49 @@ impl TlsBroker {
                 ))
                 .await;
         }
-        let (broker_ca, callers_ca) = (Authority::new("ours"), Authority::new("callers"));
-        let mut site = Site::new(world.database.url(), &world.upstream.base_url()).await;
-        site.set_tls(&write(site.directory.path(), &broker_ca.issue(&[BROKER]), &[&callers_ca]));
-        site.set("TOKEN_BROKER_TRUST_DOMAIN", DOMAIN);
-        let serve = site.serve().await;
-        let broker = Self { world, site, serve, broker_ca, callers_ca, bearer };
-        broker.world.until_state("acme", "fresh").await;
+        let (broker_ca, callers_ca) = (TestCa::new("ours"), TestCa::new("callers"));
+        let mut setup =
+            BrokerSetup::new(fixture.database.url(), &fixture.upstream.base_url()).await;
+        setup.set_tls(&write_tls_files(
+            setup.directory.path(),
+            &broker_ca.issue(&[BROKER_DNS_NAME]),
+            &[&callers_ca],
+        ));
+        setup.set("TOKEN_BROKER_TRUST_DOMAIN", DOMAIN);
+        let serve = setup.serve().await;
+        let broker = Self { fixture, setup, serve, broker_ca, callers_ca, bearer };
+        broker.fixture.wait_for_state("acme", "fresh").await;
         broker
     }
 
     fn port(&self) -> u16 {
-        self.site.grpc.port()
+        self.setup.grpc.port()
     }
 
     fn files(&self) -> &Path {
-        self.site.directory.path()
+        self.setup.directory.path()
     }
 
-    async fn channel(&self, own: Option<&Certified>) -> Result<Channel, tonic::transport::Error> {
-        connect(self.port(), &self.broker_ca, own).await
+    async fn channel(&self, own: Option<&PemIdentity>) -> Result<Channel, tonic::transport::Error> {
+        connect_tls(self.port(), &self.broker_ca, own).await
     }
 
     /// Calls with that certificate and bearer. Returns the token, or the refusal's code and reason.
     async fn get(
         &self,
-        own: Option<&Certified>,
+        own: Option<&PemIdentity>,
         bearer: Option<&Bearer>,
     ) -> Result<String, String> {
         match self.channel(own).await {
-            Ok(channel) => get(channel, bearer).await.map_err(|status| refusal(&status)),
+            Ok(channel) => get(channel, bearer).await.map_err(|status| code_and_reason(&status)),
             Err(error) => Err(format!("no connection: {error:?}")),
         }
     }
 
-    async fn stop(mut self) -> World {
+    async fn stop(mut self) -> Fixture {
         self.serve.signal(Signal::SIGTERM);
-        assert_eq!(self.serve.ended().await.code(), Some(0), "{}", self.serve.stderr());
-        self.world
+        assert_eq!(self.serve.wait().await.code(), Some(0), "{}", self.serve.stderr());
+        self.fixture
     }
 }
 
@@ -124,12 +131,12 @@ async fn a_caller_is_identified_by_its_certificate_or_by_its_bearer() {
     assert_eq!(broker.get(None, Some(&broker.bearer)).await, Ok(token.clone()));
     // A bearer, which is sent on purpose, takes precedence over the certificate.
     assert_eq!(broker.get(Some(&billing), Some(&broker.bearer)).await, Ok(token));
-    let world = broker.stop().await;
+    let fixture = broker.stop().await;
     let callers: Vec<String> = sqlx::query_scalar(
         "select caller || ' by ' || caller_kind from audit_events where event = 'get_token'
          order by at, chain, seq",
     )
-    .fetch_all(world.database.pool())
+    .fetch_all(fixture.database.pool())
     .await
     .unwrap();
     assert_eq!(callers, ["billing by spiffe", "search by dns", "demo by bearer", "demo by bearer"]);
@@ -155,8 +162,10 @@ async fn a_missing_or_unacceptable_credential_is_refused_and_the_audit_log_says_
         assert_eq!(broker.get(Some(&own), None).await, refused, "{names:?}");
         let why = why.replace('\'', "''");
         let known = format!("reason = 'CREDENTIAL_REFUSED' and detail->>'refused' like '{why}%'");
-        eventually(&why, async || (!broker.world.audit(&known).await.is_empty()).then_some(()))
-            .await;
+        eventually(&why, async || {
+            (!broker.fixture.audit_events(&known).await.is_empty()).then_some(())
+        })
+        .await;
     }
     let billing = callers.issue(&[BILLING]);
     let refused = broker.get(Some(&billing), Some(&unknown)).await;
@@ -168,7 +177,7 @@ async fn a_missing_or_unacceptable_credential_is_refused_and_the_audit_log_says_
     // A revocation by SQL takes effect within a second, also on open connections.
     let channel = broker.channel(Some(&billing)).await.unwrap();
     get(channel.clone(), None).await.unwrap();
-    broker.world.database.sql("update caller_credentials set revoked_at = now()").await;
+    broker.fixture.database.sql("update caller_credentials set revoked_at = now()").await;
     eventually("revoked", async || get(channel.clone(), None).await.err()).await;
     broker.stop().await;
 }
@@ -176,22 +185,23 @@ async fn a_missing_or_unacceptable_credential_is_refused_and_the_audit_log_says_
 #[tokio::test]
 async fn a_handshake_that_is_refused_is_recorded_with_its_reason() {
     let broker = TlsBroker::new().await;
-    let strange = Authority::new("strange").issue(&[BILLING]);
+    let strange = TestCa::new("strange").issue(&[BILLING]);
     let expired = broker.callers_ca.issue_expired(&[BILLING]);
     // A client of TLS 1.3 learns of the refusal only by its first call.
     for own in [&strange, &expired] {
         assert!(broker.get(Some(own), None).await.is_err());
     }
-    let mut plain = TcpStream::connect(broker.site.grpc).await.unwrap();
+    let mut plain = TcpStream::connect(broker.setup.grpc).await.unwrap();
     plain.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
     // A probe that only connects is not recorded.
-    drop(TcpStream::connect(broker.site.grpc).await.unwrap());
+    drop(TcpStream::connect(broker.setup.grpc).await.unwrap());
     // A client may try more than once.
-    let reasons = async |world: &World| {
-        let refused = world.audit("event = 'handshake_refused' and peer like '127.0.0.1:%'").await;
+    let reasons = async |fixture: &Fixture| {
+        let refused =
+            fixture.audit_events("event = 'handshake_refused' and peer like '127.0.0.1:%'").await;
         refused.into_iter().collect::<BTreeSet<_>>().into_iter().collect::<Vec<_>>()
     };
-    eventually("three reasons", async || (reasons(&broker.world).await.len() == 3).then_some(()))
+    eventually("three reasons", async || (reasons(&broker.fixture).await.len() == 3).then_some(()))
         .await;
     let reasons = reasons(&broker.stop().await).await;
     assert_eq!(
@@ -224,11 +234,11 @@ async fn certificates_are_replaced_under_load_without_a_failed_call() {
     let path = broker.files();
     for round in 0..2 {
         // The broker's certificate and the callers' CA are replaced at the same time.
-        let (ours, callers) = (Authority::new("ours again"), Authority::new("callers again"));
-        write(path, &ours.issue(&[BROKER]), &[&callers]);
+        let (ours, callers) = (TestCa::new("ours again"), TestCa::new("callers again"));
+        write_tls_files(path, &ours.issue(&[BROKER_DNS_NAME]), &[&callers]);
         let own = callers.issue(&[BILLING]);
         let changed = eventually("the new certificates", async || {
-            let channel = connect(broker.port(), &ours, Some(&own)).await.ok()?;
+            let channel = connect_tls(broker.port(), &ours, Some(&own)).await.ok()?;
             get(channel, None).await.ok()
         });
         changed.await;
@@ -249,7 +259,7 @@ async fn certificates_are_replaced_under_load_without_a_failed_call() {
         );
         let until = tokio::time::Instant::now() + std::time::Duration::from_secs(5);
         while tokio::time::Instant::now() < until {
-            let channel = connect(broker.port(), &ours, Some(&own)).await.unwrap();
+            let channel = connect_tls(broker.port(), &ours, Some(&own)).await.unwrap();
             get(channel, None).await.unwrap();
             tokio::time::sleep(std::time::Duration::from_millis(200)).await;
         }
@@ -265,22 +275,22 @@ async fn certificates_are_replaced_under_load_without_a_failed_call() {
 async fn certificates_grants_and_bearers_are_rotated_under_load_and_no_call_is_lost() {
     const ROUNDS: usize = 6;
     let broker = TlsBroker::new().await;
-    let database = &broker.world.database;
+    let database = &broker.fixture.database;
     // The CAs that the load's clients trust, and the certificate that they show; each round replaces them.
     let authorities = |kind: &str| -> Vec<_> {
-        (0..=ROUNDS).map(|nth| Arc::new(Authority::new(&format!("{kind} {nth}")))).collect()
+        (0..=ROUNDS).map(|nth| Arc::new(TestCa::new(&format!("{kind} {nth}")))).collect()
     };
     let (ours, callers) = (authorities("ours"), authorities("callers"));
     let present = Arc::new(Mutex::new((
-        [Arc::new(Authority::new("none")), ours[0].clone()],
+        [Arc::new(TestCa::new("none")), ours[0].clone()],
         callers[0].issue(&[BILLING]),
     )));
     let path = broker.files();
-    write(path, &ours[0].issue(&[BROKER]), &[&callers[0]]);
+    write_tls_files(path, &ours[0].issue(&[BROKER_DNS_NAME]), &[&callers[0]]);
     let port = broker.port();
     eventually("the first certificates", async || {
         let ([_, trusted], own) = present.lock().unwrap().clone();
-        get(connect(port, &trusted, Some(&own)).await.ok()?, None).await.ok()
+        get(connect_tls(port, &trusted, Some(&own)).await.ok()?, None).await.ok()
     })
     .await;
 
@@ -295,7 +305,7 @@ async fn certificates_grants_and_bearers_are_rotated_under_load_and_no_call_is_l
                     channel = Some(loop {
                         let (trusted, own) = present.lock().unwrap().clone();
                         let both = [&*trusted[0], &*trusted[1]];
-                        match connect_trusting(port, &both, Some(&own)).await {
+                        match connect_tls_trusting(port, &both, Some(&own)).await {
                             Ok(connected) => break connected,
                             // This client did not keep up: the CAs were replaced meanwhile.
                             Err(error) => {
@@ -315,7 +325,11 @@ async fn certificates_grants_and_bearers_are_rotated_under_load_and_no_call_is_l
     for round in 1..=ROUNDS {
         // Both sides trust the old and the new CA; certificates of the old one are still in use.
         present.lock().unwrap().0 = [ours[round - 1].clone(), ours[round].clone()];
-        write(path, &ours[round].issue(&[BROKER]), &[&callers[round - 1], &callers[round]]);
+        write_tls_files(
+            path,
+            &ours[round].issue(&[BROKER_DNS_NAME]),
+            &[&callers[round - 1], &callers[round]],
+        );
         // The grant is replaced in one transaction.
         let pattern = if round % 2 == 0 { "acme" } else { "ac*" };
         database
@@ -337,7 +351,7 @@ async fn certificates_grants_and_bearers_are_rotated_under_load_and_no_call_is_l
         .unwrap();
         let trusted = [&*ours[round - 1], &*ours[round]];
         let by_bearer = async |bearer: &Bearer| {
-            let channel = connect_trusting(port, &trusted, None).await.unwrap();
+            let channel = connect_tls_trusting(port, &trusted, None).await.unwrap();
             get(channel, Some(bearer)).await
         };
         eventually("the new bearer", async || by_bearer(&next).await.ok()).await;
@@ -351,7 +365,7 @@ async fn certificates_grants_and_bearers_are_rotated_under_load_and_no_call_is_l
         // The callers' new certificates are accepted once the broker has read their CA.
         let own = callers[round].issue(&[BILLING]);
         eventually("the new CA", async || {
-            let channel = connect_trusting(port, &trusted, Some(&own)).await.ok()?;
+            let channel = connect_tls_trusting(port, &trusted, Some(&own)).await.ok()?;
             get(channel, None).await.ok()
         })
         .await;
@@ -370,9 +384,9 @@ fn spoil(directory: &Path, name: &str, text: &str) {
 
 #[tokio::test]
 async fn tls_files_that_cannot_be_used_are_one_error_that_names_the_file() {
-    let world = World::new().await;
-    let (ours, other) = (Authority::new("ours"), Authority::new("other"));
-    let (broker, another) = (ours.issue(&[BROKER]), other.issue(&[BROKER]));
+    let fixture = Fixture::new().await;
+    let (ours, other) = (TestCa::new("ours"), TestCa::new("other"));
+    let (broker, another) = (ours.issue(&[BROKER_DNS_NAME]), other.issue(&[BROKER_DNS_NAME]));
     let directory = tempfile::tempdir().unwrap();
     for (file, text, words) in [
         ("broker.pem", None, "broker.pem: No such file"),
@@ -382,14 +396,14 @@ async fn tls_files_that_cannot_be_used_are_one_error_that_names_the_file() {
         ("broker.key", Some(&*another.key), "cannot be used: "),
         ("callers.pem", Some("nobody"), "callers.pem: it holds no certificate in PEM"),
     ] {
-        let tls = write(directory.path(), &broker, &[&other]);
+        let tls = write_tls_files(directory.path(), &broker, &[&other]);
         match text {
             Some(text) => spoil(directory.path(), file, text),
             None => fs::remove_file(directory.path().join(file)).unwrap(),
         }
-        let mut plan = world.plan();
+        let mut plan = fixture.config();
         plan.settings.tls = Some(tls);
-        let error = crate::harness::broker::refused(plan).await;
+        let error = crate::harness::broker::start_error(plan).await;
         assert!(error.starts_with("TLS cannot be served: ") && error.contains(words), "{error}");
         assert!(!error.contains("PRIVATE"), "{error}");
     }
@@ -421,20 +435,21 @@ const PROXY_HEADER: &[u8] = b"PROXY TCP4 203.0.113.9 198.51.100.1 4321 443\r\n";
 #[tokio::test]
 async fn behind_a_balancer_the_peer_is_the_client_that_it_names_also_with_tls() {
     for with_tls in [false, true] {
-        let world = World::new().await;
-        world.register("acme", "id-1", "SK.1").await;
-        let bearer = world.caller("demo", &["acme"]).await;
-        let ours = Authority::new("ours");
+        let fixture = Fixture::new().await;
+        fixture.add_account("acme", "id-1", "SK.1").await;
+        let bearer = fixture.add_caller("demo", &["acme"]).await;
+        let ours = TestCa::new("ours");
         let files = tempfile::tempdir().unwrap();
-        let tls = with_tls.then(|| write(files.path(), &ours.issue(&[BROKER]), &[]));
+        let tls =
+            with_tls.then(|| write_tls_files(files.path(), &ours.issue(&[BROKER_DNS_NAME]), &[]));
         let balancers = vec!["127.0.0.0/8".parse().unwrap()];
-        let mut plan = world.plan();
+        let mut plan = fixture.config();
         (plan.settings.tls, plan.settings.proxy_protocol_from) = (tls, balancers);
-        let broker = world.start_with(plan).await;
-        world.until_state("acme", "fresh").await;
+        let broker = fixture.start_with(plan).await;
+        fixture.wait_for_state("acme", "fresh").await;
         let (address, _forwarding) = balancer(broker.app.grpc_address, PROXY_HEADER).await;
         let channel = if with_tls {
-            connect(address.port(), &ours, None).await.unwrap()
+            connect_tls(address.port(), &ours, None).await.unwrap()
         } else {
             let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
             endpoint.connect().await.unwrap()
@@ -454,8 +469,9 @@ async fn behind_a_balancer_the_peer_is_the_client_that_it_names_also_with_tls() 
         let _ = direct.read_to_end(&mut received).await;
         assert!(received.is_empty());
         eventually("the record", async || {
-            let refused =
-                world.audit("reason = 'NO_PROXY_HEADER' and peer like '127.0.0.1:%'").await;
+            let refused = fixture
+                .audit_events("reason = 'NO_PROXY_HEADER' and peer like '127.0.0.1:%'")
+                .await;
             (refused.len() == 1).then_some(())
         })
         .await;
@@ -464,7 +480,7 @@ async fn behind_a_balancer_the_peer_is_the_client_that_it_names_also_with_tls() 
             "select distinct split_part(peer, ':', 1) from audit_events where event = 'get_token'
              order by 1",
         )
-        .fetch_all(world.database.pool())
+        .fetch_all(fixture.database.pool())
         .await
         .unwrap();
         let expected: &[_] =
@@ -475,14 +491,14 @@ async fn behind_a_balancer_the_peer_is_the_client_that_it_names_also_with_tls() 
 
 #[tokio::test]
 async fn a_proxy_header_from_an_untrusted_address_is_refused() {
-    let world = World::new().await;
-    world.register("acme", "id-1", "SK.1").await;
-    let bearer = world.caller("demo", &["acme"]).await;
+    let fixture = Fixture::new().await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let bearer = fixture.add_caller("demo", &["acme"]).await;
     let balancers = vec!["192.0.2.0/24".parse().unwrap()];
-    let mut plan = world.plan();
+    let mut plan = fixture.config();
     plan.settings.proxy_protocol_from = balancers;
-    let broker = world.start_with(plan).await;
-    world.until_state("acme", "fresh").await;
+    let broker = fixture.start_with(plan).await;
+    fixture.wait_for_state("acme", "fresh").await;
     let (address, _forwarding) = balancer(broker.app.grpc_address, PROXY_HEADER).await;
     let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
     let answer = match endpoint.connect().await {
@@ -493,5 +509,5 @@ async fn a_proxy_header_from_an_untrusted_address_is_refused() {
     // A client that sends no header is served under its own address.
     broker.client(&bearer).await.get("acme").await.unwrap();
     broker.stop().await;
-    assert!(world.audit("peer like '203.%'").await.is_empty());
+    assert!(fixture.audit_events("peer like '203.%'").await.is_empty());
 }

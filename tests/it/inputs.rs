@@ -8,7 +8,7 @@ use token_broker::{
 };
 
 use crate::harness::{
-    broker::{World, refusal},
+    broker::{Fixture, code_and_reason},
     database::TestDatabase,
     eventually,
 };
@@ -300,7 +300,7 @@ async fn an_invalid_row_is_refused_with_one_error_that_names_its_column_and_leav
 #[cfg(feature = "embedded-postgres")]
 #[tokio::test]
 async fn the_server_log_contains_no_secret_of_a_refused_row() {
-    let postgres = crate::harness::database::start_own().await;
+    let postgres = crate::harness::database::start_embedded_postgres().await;
     // The server logs all that it can log about an error, except the statement.
     let url = postgres.url(token_broker::dev::postgres::DATABASE);
     let database = token_broker::store::Database::new(
@@ -395,13 +395,13 @@ async fn tables_that_admins_write_cannot_be_truncated() {
 
 #[tokio::test]
 async fn a_sealed_secret_that_does_not_open_affects_only_its_account_until_it_is_replaced() {
-    let world = World::new().await;
-    let bearer = world.caller("demo", &["*"]).await;
-    let broker = world.start().await;
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    let broker = fixture.start().await;
     let client = broker.client(&bearer).await;
-    world.register("fine", "id-9", "SK.9").await;
+    fixture.add_account("fine", "id-9", "SK.9").await;
 
-    let intake = world.keyring.intake_public();
+    let intake = fixture.keyring.intake_public();
     let seal = |key: &IntakePublicKey, client_id: &str, secret: &str| {
         key.seal(&client_id.parse().unwrap(), &ClientSecret::new(secret).unwrap()).unwrap()
     };
@@ -416,23 +416,23 @@ async fn a_sealed_secret_that_does_not_open_affects_only_its_account_until_it_is
         ("altered", "id-3", altered, "altered"),
     ];
     for (name, client_id, sealed, why) in &sealed_secrets {
-        world.register(name, client_id, sealed).await;
-        world.until_state(name, "rejected").await;
-        let error = world.status(name, "last_error").await;
+        fixture.add_account(name, client_id, sealed).await;
+        fixture.wait_for_state(name, "rejected").await;
+        let error = fixture.account_status(name, "last_error").await;
         assert!(error.contains(why) && !error.contains(&sealed[20..]), "{name}: {error}");
-        assert!(world.status(name, "hint").await.contains("seal it again"));
+        assert!(fixture.account_status(name, "hint").await.contains("seal it again"));
         eventually("the reason", async || {
             let refused = client.get(name).await.unwrap_err();
-            (refusal(&refused) == "FailedPrecondition CREDENTIAL_REJECTED").then_some(())
+            (code_and_reason(&refused) == "FailedPrecondition CREDENTIAL_REJECTED").then_some(())
         })
         .await;
-        assert_eq!(world.upstream.attempts(client_id), 0);
+        assert_eq!(fixture.upstream.attempts(client_id), 0);
     }
-    world.until_state("fine", "fresh").await;
+    fixture.wait_for_state("fine", "fresh").await;
     client.get("fine").await.unwrap();
     let unsealed: i64 =
         sqlx::query_scalar("select count(*) from accounts where client_secret is not null")
-            .fetch_one(world.database.pool())
+            .fetch_one(fixture.database.pool())
             .await
             .unwrap();
     assert_eq!(unsealed, 0, "the intake column is emptied");
@@ -440,38 +440,39 @@ async fn a_sealed_secret_that_does_not_open_affects_only_its_account_until_it_is
     for (n, (name, client_id, ..)) in sealed_secrets.iter().enumerate() {
         let plain = format!("SK.{}", n + 1);
         let good = if n == 0 { plain } else { seal(&intake, client_id, &plain) };
-        world
+        fixture
             .database
             .sql(&format!("update accounts set client_secret = '{good}' where name = '{name}'"))
             .await;
-        world.until_state(name, "fresh").await;
+        fixture.wait_for_state(name, "fresh").await;
         client.get(name).await.unwrap();
-        assert_eq!(world.upstream.attempts(client_id), 1);
+        assert_eq!(fixture.upstream.attempts(client_id), 1);
     }
-    assert_eq!(world.upstream.issued("id-9"), 1);
+    assert_eq!(fixture.upstream.issued("id-9"), 1);
     broker.stop().await;
 }
 
 #[tokio::test]
 async fn after_a_rotation_to_a_secret_that_does_not_open_the_previous_one_is_used() {
-    let world = World::new().await;
-    let bearer = world.caller("demo", &["*"]).await;
-    let broker = world.start().await;
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    let broker = fixture.start().await;
     let client = broker.client(&bearer).await;
-    world.register("acme", "id-1", "SK.1").await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
     let first = eventually("a token", async || client.get("acme").await.ok()).await;
 
-    let forged = format!("sealed:v1:{}:{}", world.keyring.intake_public().key_id(), "A".repeat(90));
-    world.database.sql(&format!("update accounts set client_secret = '{forged}'")).await;
-    world.until_state("acme", "rejected").await;
+    let forged =
+        format!("sealed:v1:{}:{}", fixture.keyring.intake_public().key_id(), "A".repeat(90));
+    fixture.database.sql(&format!("update accounts set client_secret = '{forged}'")).await;
+    fixture.wait_for_state("acme", "rejected").await;
     assert_eq!(client.get("acme").await.unwrap().generation, first.generation);
 
-    world.database.sql("update accounts set reissue_requested_at = now()").await;
+    fixture.database.sql("update accounts set reissue_requested_at = now()").await;
     let second = eventually("a token issued with the previous secret", async || {
         client.get("acme").await.ok().filter(|token| token.generation > first.generation)
     })
     .await;
-    assert!(world.upstream.is_live(&second.access_token));
-    assert_eq!(world.status("acme", "state").await, "rejected");
+    assert!(fixture.upstream.is_live(&second.access_token));
+    assert_eq!(fixture.account_status("acme", "state").await, "rejected");
     broker.stop().await;
 }

@@ -1,6 +1,15 @@
-//! The integration tests: real Postgres, a real upstream on loopback, the real binary.
+//! The integration tests: the broker in this process or the real program, with a real Postgres and a
+//! simulated upstream.
+//!
+//! Without `DATABASE_URL` they use an embedded Postgres. Without the feature `embedded-postgres` they
+//! need `DATABASE_URL`, and the tests that stop or kill their server are skipped (see `skipped`).
 #![cfg(test)]
 
+#[allow(
+    dead_code,
+    reason = "the benchmarks, or tests with the feature embedded-postgres, use the rest"
+)]
+#[path = "../harness/mod.rs"]
 mod harness;
 
 mod accounts;
@@ -8,14 +17,12 @@ mod audit;
 mod database_errors;
 mod documents;
 mod fuzzed;
-#[cfg(feature = "embedded-postgres")]
 mod identity;
 mod inputs;
 mod migrations;
 mod outages;
 #[cfg(feature = "embedded-postgres")]
 mod postgres;
-#[cfg(feature = "embedded-postgres")]
 mod processes;
 mod promises;
 mod refresh;
@@ -24,3 +31,25 @@ mod restored;
 mod roles;
 mod serving;
 mod upstream;
+
+/// Names the tests that are not compiled without the feature `embedded-postgres`, so that
+/// `cargo test --no-default-features` lists them as ignored.
+#[cfg(not(feature = "embedded-postgres"))]
+mod skipped {
+    macro_rules! skipped {
+        ($($test:ident)*) => {$(
+            #[test]
+            #[ignore = "needs the feature embedded-postgres"]
+            fn $test() {}
+        )*};
+    }
+
+    skipped! {
+        inputs_an_unlogged_statement
+        postgres
+        processes_canaries
+        processes_crashes_standstill
+        processes_dev
+        processes_turns
+    }
+}

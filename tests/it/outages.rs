@@ -16,13 +16,13 @@ use tonic_health::pb::{
 use tonic_types::StatusExt;
 
 use crate::harness::{
-    broker::{Broker, World, refusal},
+    broker::{Fixture, TestBroker, code_and_reason},
+    database_proxy::DatabaseProxy,
     eventually,
     http::http,
-    proxy::Proxy,
 };
 
-impl World {
+impl Fixture {
     /// Pretends that another replica is running and stays.
     async fn with_another_replica(&self) {
         self.database
@@ -34,8 +34,8 @@ impl World {
     }
 
     /// Returns the configuration of a broker that reaches its database through `proxy`.
-    fn plan_by(&self, proxy: &Proxy) -> AppConfig {
-        let mut plan = self.plan();
+    fn plan_by(&self, proxy: &DatabaseProxy) -> AppConfig {
+        let mut plan = self.config();
         plan.settings.database_url = DatabaseUrl::new(proxy.url()).unwrap();
         plan
     }
@@ -43,24 +43,25 @@ impl World {
 
 #[tokio::test]
 async fn a_database_that_stopped_answering_is_used_again_once_it_answers() {
-    let world = World::new().await;
-    let proxy = Proxy::to(world.database.url()).await;
-    let bearer = world.caller("demo", &["*"]).await;
+    let fixture = Fixture::new().await;
+    let proxy = DatabaseProxy::start(fixture.database.url()).await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
     // With one connection, a single step that never returns it would end all use of the database.
-    let broker = world.start_with(AppConfig { pool_connections: 1, ..world.plan_by(&proxy) }).await;
+    let broker =
+        fixture.start_with(AppConfig { pool_connections: 1, ..fixture.plan_by(&proxy) }).await;
     let client = broker.client(&bearer).await;
 
-    proxy.fall_silent();
+    proxy.blackhole();
     until_readiness_says(&broker, "does not answer").await;
-    proxy.open();
+    proxy.forward();
 
-    world.register("acme", "id-1", "SK.1").await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
     eventually("a token", async || client.get("acme").await.ok()).await;
     broker.stop().await;
 }
 
 /// Waits until `/readyz` says `words`.
-pub(crate) async fn until_readiness_says(broker: &Broker, words: &str) {
+pub(crate) async fn until_readiness_says(broker: &TestBroker, words: &str) {
     eventually(&format!("`{words}` in readiness"), async || {
         let (_, body) = http(broker.app.ops_address, "GET", "/readyz", "").await;
         body.contains(words).then_some(())
@@ -78,21 +79,21 @@ async fn health(grpc: SocketAddr) -> ServingStatus {
 
 #[tokio::test]
 async fn a_full_journal_refuses_calls_is_shown_in_health_and_recovers_once_delivered() {
-    let world = World::new().await;
-    let proxy = Proxy::to(world.database.url()).await;
-    let bearer = world.caller("demo", &["*"]).await;
-    world.register("acme", "id-1", "SK.1").await;
-    let mut plan = world.plan_by(&proxy);
+    let fixture = Fixture::new().await;
+    let proxy = DatabaseProxy::start(fixture.database.url()).await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let mut plan = fixture.plan_by(&proxy);
     plan.journal_segment_bytes = 4 << 10;
     plan.settings.journal_max_bytes = 32 << 10;
-    let broker = world.start_with(plan).await;
+    let broker = fixture.start_with(plan).await;
     let (grpc, ops) = (broker.app.grpc_address, broker.app.ops_address);
     let client = broker.client(&bearer).await;
     client.get("acme").await.unwrap();
     assert_eq!(health(grpc).await, ServingStatus::Serving);
 
     // Nothing is delivered without the database, and undelivered records must not be deleted.
-    proxy.cut();
+    proxy.disconnect();
     let mut answered = 0;
     let refused = loop {
         match client.get("acme").await {
@@ -101,64 +102,64 @@ async fn a_full_journal_refuses_calls_is_shown_in_health_and_recovers_once_deliv
         }
         assert!(answered < 1_000, "the journal never filled");
     };
-    assert_eq!(refusal(&refused), "Unavailable AUDIT_UNAVAILABLE");
+    assert_eq!(code_and_reason(&refused), "Unavailable AUDIT_UNAVAILABLE");
     assert_eq!(http(ops, "GET", "/readyz", "").await.0, 503);
     eventually("health that says it", async || {
         (health(grpc).await == ServingStatus::NotServing).then_some(())
     })
     .await;
 
-    proxy.open();
+    proxy.forward();
     eventually("a token again", async || client.get("acme").await.ok()).await;
     eventually("health that says it", async || {
         (health(grpc).await == ServingStatus::Serving).then_some(())
     })
     .await;
     broker.stop().await;
-    let told = world.audit("event = 'get_token' and outcome = 'ok'").await.len();
+    let told = fixture.audit_events("event = 'get_token' and outcome = 'ok'").await.len();
     assert!(told >= answered + 2, "{told} recorded of {answered} answered");
 }
 
 #[tokio::test]
 async fn a_partitioned_replica_serves_tokens_to_their_end_and_then_refuses_at_once() {
     let manual = ManualClock::new(Clock::System.now());
-    let world = World::with(Clock::Manual(manual.clone()), Faults::default()).await;
-    let proxy = Proxy::to(world.database.url()).await;
-    let bearer = world.caller("demo", &["*"]).await;
-    world.register("acme", "id-1", "SK.1").await;
-    world.with_another_replica().await;
-    let broker = world.start_with(world.plan_by(&proxy)).await;
+    let fixture = Fixture::with(Clock::Manual(manual.clone()), Faults::default()).await;
+    let proxy = DatabaseProxy::start(fixture.database.url()).await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    fixture.with_another_replica().await;
+    let broker = fixture.start_with(fixture.plan_by(&proxy)).await;
     let client = broker.client(&bearer).await;
     let token = client.get("acme").await.unwrap();
 
-    proxy.cut();
+    proxy.disconnect();
     until_readiness_says(&broker, "serving what is known").await;
     // For all that is known here, the other replica issues: a second token would end its own.
     manual.advance(Duration::from_mins(59));
     assert_eq!(client.get("acme").await.unwrap().generation, token.generation);
     manual.advance(Duration::from_mins(1));
     let refused = client.get("acme").await.unwrap_err();
-    assert_eq!(refusal(&refused), "Unavailable DATABASE_UNAVAILABLE");
+    assert_eq!(code_and_reason(&refused), "Unavailable DATABASE_UNAVAILABLE");
     assert!(refused.get_error_details().retry_info().is_some());
-    assert_eq!(world.upstream.requests(), 1);
+    assert_eq!(fixture.upstream.requests(), 1);
 
-    proxy.open();
+    proxy.forward();
     until_readiness_says(&broker, "\"answers\"").await;
     manual.advance(Duration::from_secs(1));
     let next = client.get("acme").await.unwrap();
     assert!(next.generation > token.generation);
-    assert_eq!(world.upstream.requests(), 2);
+    assert_eq!(fixture.upstream.requests(), 2);
     broker.stop().await;
 }
 
 #[tokio::test]
 async fn a_waiting_call_is_refused_at_once_when_the_database_is_lost() {
-    let world = World::new().await;
-    let proxy = Proxy::to(world.database.url()).await;
-    let bearer = world.caller("demo", &["*"]).await;
-    world.register("acme", "id-1", "SK.1").await;
-    world.with_another_replica().await;
-    let broker = world.start_with(world.plan_by(&proxy)).await;
+    let fixture = Fixture::new().await;
+    let proxy = DatabaseProxy::start(fixture.database.url()).await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    fixture.with_another_replica().await;
+    let broker = fixture.start_with(fixture.plan_by(&proxy)).await;
     let client = broker.client(&bearer).await;
     let token = client.get("acme").await.unwrap();
 
@@ -174,16 +175,16 @@ async fn a_waiting_call_is_refused_at_once_when_the_database_is_lost() {
             client.get_with(newer).await
         }
     });
-    proxy.cut();
+    proxy.disconnect();
     let refused = waiting.await.unwrap().unwrap_err();
-    assert_eq!(refusal(&refused), "Unavailable DATABASE_UNAVAILABLE");
+    assert_eq!(code_and_reason(&refused), "Unavailable DATABASE_UNAVAILABLE");
     broker.stop().await;
 }
 
 /// Returns the generation of the stored token.
-async fn stored_generation(world: &World) -> u64 {
+async fn stored_generation(fixture: &Fixture) -> u64 {
     let generation: i64 = sqlx::query_scalar("select generation from tokens")
-        .fetch_one(world.database.pool())
+        .fetch_one(fixture.database.pool())
         .await
         .unwrap();
     generation.unsigned_abs()
@@ -192,16 +193,16 @@ async fn stored_generation(world: &World) -> u64 {
 #[tokio::test]
 async fn a_sole_replica_keeps_tokens_fresh_without_the_database_and_stores_them_later() {
     let manual = ManualClock::new(Clock::System.now());
-    let world = World::with(Clock::Manual(manual.clone()), Faults::default()).await;
-    let proxy = Proxy::to(world.database.url()).await;
-    let bearer = world.caller("demo", &["*"]).await;
-    world.register("acme", "id-1", "SK.1").await;
-    let broker = world.start_with(world.plan_by(&proxy)).await;
+    let fixture = Fixture::with(Clock::Manual(manual.clone()), Faults::default()).await;
+    let proxy = DatabaseProxy::start(fixture.database.url()).await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let broker = fixture.start_with(fixture.plan_by(&proxy)).await;
     let client = broker.client(&bearer).await;
     let first = client.get("acme").await.unwrap();
     let mut calls = 1;
 
-    proxy.cut();
+    proxy.disconnect();
     until_readiness_says(&broker, "issuing goes on without it").await;
     let mut served = first.clone();
     for life in 1..=3 {
@@ -216,41 +217,44 @@ async fn a_sole_replica_keeps_tokens_fresh_without_the_database_and_stores_them_
         })
         .await;
         calls += 1;
-        assert!(world.upstream.is_live(&next.access_token));
-        assert_eq!(world.upstream.requests(), 1 + life);
+        assert!(fixture.upstream.is_live(&next.access_token));
+        assert_eq!(fixture.upstream.requests(), 1 + life);
         served = next;
     }
-    assert_eq!(stored_generation(&world).await, first.generation);
+    assert_eq!(stored_generation(&fixture).await, first.generation);
 
-    proxy.open();
+    proxy.forward();
     eventually("the pending token is stored", async || {
-        (stored_generation(&world).await == served.generation).then_some(())
+        (stored_generation(&fixture).await == served.generation).then_some(())
     })
     .await;
     broker.stop().await;
-    assert_eq!(world.audit("event = 'token_issued'").await.len(), 4);
-    assert_eq!(world.audit("event = 'token_issued' and detail ? 'database'").await.len(), 3);
-    assert_eq!(world.audit("event = 'get_token'").await.len(), calls);
+    assert_eq!(fixture.audit_events("event = 'token_issued'").await.len(), 4);
+    assert_eq!(
+        fixture.audit_events("event = 'token_issued' and detail ? 'database'").await.len(),
+        3
+    );
+    assert_eq!(fixture.audit_events("event = 'get_token'").await.len(), calls);
 
-    let broker = world.start().await;
+    let broker = fixture.start().await;
     let after = broker.client(&bearer).await.get("acme").await.unwrap();
     assert_eq!(after.access_token, served.access_token);
-    assert_eq!(world.upstream.requests(), 4);
+    assert_eq!(fixture.upstream.requests(), 4);
     broker.stop().await;
 }
 
 #[tokio::test]
 async fn a_token_that_was_issued_without_the_database_and_lost_is_replaced_at_the_next_start() {
     let manual = ManualClock::new(Clock::System.now());
-    let world = World::with(Clock::Manual(manual.clone()), Faults::default()).await;
-    let proxy = Proxy::to(world.database.url()).await;
-    let bearer = world.caller("demo", &["*"]).await;
-    world.register("acme", "id-1", "SK.1").await;
-    let broker = world.start_with(world.plan_by(&proxy)).await;
+    let fixture = Fixture::with(Clock::Manual(manual.clone()), Faults::default()).await;
+    let proxy = DatabaseProxy::start(fixture.database.url()).await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let broker = fixture.start_with(fixture.plan_by(&proxy)).await;
     let client = broker.client(&bearer).await;
     let stored = client.get("acme").await.unwrap();
 
-    proxy.cut();
+    proxy.disconnect();
     until_readiness_says(&broker, "issuing goes on without it").await;
     manual.advance(Duration::from_secs(59 * 60 + 30));
     let lost = eventually("the next token", async || {
@@ -259,16 +263,16 @@ async fn a_token_that_was_issued_without_the_database_and_lost_is_replaced_at_th
     })
     .await;
     broker.stop().await;
-    assert!(!world.upstream.is_live(&stored.access_token));
+    assert!(!fixture.upstream.is_live(&stored.access_token));
     // By its times alone, the stored token would count as live.
-    world.database.sql("update tokens set expires_at = expires_at + interval '10 hours'").await;
+    fixture.database.sql("update tokens set expires_at = expires_at + interval '10 hours'").await;
 
-    let broker = world.start().await;
+    let broker = fixture.start().await;
     let client = broker.client(&bearer).await;
     manual.advance(Duration::from_secs(1));
     let next = eventually("a live token", async || {
         let token = client.get("acme").await.unwrap();
-        world.upstream.is_live(&token.access_token).then_some(token)
+        fixture.upstream.is_live(&token.access_token).then_some(token)
     })
     .await;
     assert_ne!(next.access_token, lost.access_token);
@@ -277,31 +281,31 @@ async fn a_token_that_was_issued_without_the_database_and_lost_is_replaced_at_th
 
 #[tokio::test]
 async fn a_token_that_was_issued_as_the_database_was_lost_is_served_and_stored_later() {
-    let world = World::new().await;
-    let proxy = Proxy::to(world.database.url()).await;
-    let bearer = world.caller("demo", &["*"]).await;
-    world.with_another_replica().await;
-    let broker = world.start_with(world.plan_by(&proxy)).await;
+    let fixture = Fixture::new().await;
+    let proxy = DatabaseProxy::start(fixture.database.url()).await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.with_another_replica().await;
+    let broker = fixture.start_with(fixture.plan_by(&proxy)).await;
     let client = broker.client(&bearer).await;
     let latency = Duration::from_secs(2);
-    world.upstream.set_faults(Faults { latency, ..Faults::default() });
-    world.register("acme", "id-1", "SK.1").await;
-    eventually("a call under way", async || (world.upstream.requests() == 1).then_some(())).await;
-    proxy.cut();
+    fixture.upstream.set_faults(Faults { latency, ..Faults::default() });
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    eventually("a call under way", async || (fixture.upstream.requests() == 1).then_some(())).await;
+    proxy.disconnect();
     until_readiness_says(&broker, "serving what is known").await;
 
     let token = eventually("the token", async || client.get("acme").await.ok()).await;
-    assert_eq!(world.upstream.live_token("id-1"), Some(token.access_token));
-    proxy.open();
+    assert_eq!(fixture.upstream.live_token("id-1"), Some(token.access_token));
+    proxy.forward();
     eventually("the token is stored", async || {
         let stored: Option<i64> = sqlx::query_scalar("select generation from tokens")
-            .fetch_optional(world.database.pool())
+            .fetch_optional(fixture.database.pool())
             .await
             .unwrap();
         (stored.map(i64::unsigned_abs) == Some(token.generation)).then_some(())
     })
     .await;
-    world.until_state("acme", "fresh").await;
-    assert_eq!(world.upstream.requests(), 1);
+    fixture.wait_for_state("acme", "fresh").await;
+    assert_eq!(fixture.upstream.requests(), 1);
     broker.stop().await;
 }

@@ -20,11 +20,13 @@ use nix::{
 use sqlx::{Connection, PgConnection, Row};
 use tempfile::TempDir;
 use token_broker::{
-    dev::postgres::{DATABASE, EmbeddedPostgres, GUARD_COMMAND, Installation, Place, StartError},
+    dev::postgres::{
+        DATABASE, DataLocation, EmbeddedPostgres, GUARD_COMMAND, Installation, StartError,
+    },
     store::Database,
 };
 
-use crate::harness::database::start_own;
+use crate::harness::database::start_embedded_postgres;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_token-broker");
 
@@ -33,7 +35,7 @@ const PATIENCE: Duration = Duration::from_mins(1);
 
 #[tokio::test]
 async fn it_serves_the_store_and_leaves_nothing_when_stopped() {
-    let postgres = start_own().await;
+    let postgres = start_embedded_postgres().await;
     let (pid, place) = (postgres.pid(), postgres.directory().to_owned());
 
     let database = Database::new(&postgres.url(DATABASE), "test").unwrap();
@@ -47,7 +49,7 @@ async fn it_serves_the_store_and_leaves_nothing_when_stopped() {
 
 #[tokio::test]
 async fn only_its_user_can_connect() {
-    let postgres = start_own().await;
+    let postgres = start_embedded_postgres().await;
     let url = postgres.url(DATABASE);
 
     assert_eq!(answer(&url, "show listen_addresses").await, "");
@@ -61,7 +63,7 @@ async fn only_its_user_can_connect() {
 
 #[tokio::test]
 async fn its_log_contains_errors_without_their_statements() {
-    let postgres = start_own().await;
+    let postgres = start_embedded_postgres().await;
     let mut connection = PgConnection::connect(&postgres.url(DATABASE)).await.unwrap();
 
     sqlx::raw_sql("select 'canary' from nowhere").execute(&mut connection).await.unwrap_err();
@@ -73,8 +75,8 @@ async fn its_log_contains_errors_without_their_statements() {
 
 #[tokio::test]
 async fn psql_runs_with_the_command_line_that_is_printed() {
-    let postgres = start_own().await;
-    let line = format!("{} -Atc 'select 6 * 7'", postgres.psql_line(DATABASE));
+    let postgres = start_embedded_postgres().await;
+    let line = format!("psql \'{}\' -Atc 'select 6 * 7'", postgres.url(DATABASE));
 
     // A port in the environment must not lead to another server.
     let output = Command::new("sh").args(["-c", &line]).env("PGPORT", "1").output().unwrap();
@@ -86,7 +88,7 @@ async fn psql_runs_with_the_command_line_that_is_printed() {
 
 #[tokio::test]
 async fn two_at_a_time_are_independent() {
-    let (one, other) = tokio::join!(start_own(), start_own());
+    let (one, other) = tokio::join!(start_embedded_postgres(), start_embedded_postgres());
 
     let mut connection = PgConnection::connect(&one.url(DATABASE)).await.unwrap();
     sqlx::raw_sql("create table here ()").execute(&mut connection).await.unwrap();
@@ -99,7 +101,7 @@ async fn two_at_a_time_are_independent() {
 #[tokio::test]
 async fn a_kept_directory_keeps_its_rows_and_can_be_used_by_one_process_at_a_time() {
     let directory = directory();
-    let place = Place::Kept(directory.path().join("a & b/kept"));
+    let place = DataLocation::Persistent(directory.path().join("a & b/kept"));
     let program = Path::new(PROGRAM);
 
     let postgres = EmbeddedPostgres::start(place.clone(), program).await.unwrap();
@@ -117,7 +119,7 @@ async fn a_kept_directory_keeps_its_rows_and_can_be_used_by_one_process_at_a_tim
 
 #[tokio::test]
 async fn dropping_it_ends_the_server() {
-    let postgres = start_own().await;
+    let postgres = start_embedded_postgres().await;
     let (pid, place) = (postgres.pid(), postgres.directory().to_owned());
     drop(postgres);
     eventually("the server has ended", || !runs(pid) && !place.exists());
@@ -125,7 +127,7 @@ async fn dropping_it_ends_the_server() {
 
 #[tokio::test]
 async fn signals_to_the_guard_s_process_group_do_not_end_the_server() {
-    let postgres = start_own().await;
+    let postgres = start_embedded_postgres().await;
     let guard = number(postgres.guard_pid().unwrap());
 
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
@@ -139,7 +141,7 @@ async fn signals_to_the_guard_s_process_group_do_not_end_the_server() {
 
 #[tokio::test]
 async fn a_killed_server_ends_its_guard_and_leaves_no_directory() {
-    let postgres = start_own().await;
+    let postgres = start_embedded_postgres().await;
     let place = postgres.directory().to_owned();
     kill(number(postgres.pid()), Signal::SIGKILL).unwrap();
     eventually("the directory is gone", || !place.exists());
@@ -148,13 +150,13 @@ async fn a_killed_server_ends_its_guard_and_leaves_no_directory() {
 
 #[tokio::test]
 async fn the_directory_of_a_killed_guard_is_removed_by_the_next_start() {
-    let postgres = start_own().await;
+    let postgres = start_embedded_postgres().await;
     let place = postgres.directory().to_owned();
     kill(number(postgres.guard_pid().unwrap()), Signal::SIGKILL).unwrap();
     let orphan = postgres.pid();
     postgres.stop().await;
 
-    start_own().await.stop().await;
+    start_embedded_postgres().await.stop().await;
 
     assert!(!place.exists());
     // The server would end by itself, but only after up to a minute.
@@ -169,7 +171,7 @@ async fn a_parent_that_ends_during_the_start_leaves_nothing() {
     // the start of the server.
     for delay in [0, 50, 200, 400, 600, 800] {
         let place = directory.path().join(delay.to_string());
-        let mut guard = guard("temporary", installation.binaries(), &place);
+        let mut guard = guard("temporary", installation.programs(), &place);
         thread::sleep(Duration::from_millis(delay));
         drop(guard.stdin.take());
         assert!(guard.wait().unwrap().success());
@@ -197,7 +199,8 @@ async fn a_path_that_is_too_long_for_a_socket_is_refused_before_anything_is_crea
     let directory = directory();
     let place = directory.path().join("long".repeat(30));
 
-    let error = EmbeddedPostgres::start(Place::Kept(place.clone()), Path::new(PROGRAM)).await;
+    let error =
+        EmbeddedPostgres::start(DataLocation::Persistent(place.clone()), Path::new(PROGRAM)).await;
 
     assert!(matches!(error, Err(StartError::SocketPathTooLong { .. })), "{error:?}");
     assert!(!place.exists());
@@ -223,7 +226,9 @@ async fn a_directory_that_is_no_database_is_refused_with_the_server_s_message() 
     let place = directory.path().join("place");
     fs::create_dir_all(place.join("data")).unwrap();
 
-    let error = EmbeddedPostgres::start(Place::Kept(place), Path::new(PROGRAM)).await.unwrap_err();
+    let error = EmbeddedPostgres::start(DataLocation::Persistent(place), Path::new(PROGRAM))
+        .await
+        .unwrap_err();
 
     let message = error.to_string();
     assert!(

@@ -1,10 +1,11 @@
-//! The real binary, as processes: what only shows where there are signals, crashes, an environment
-//! and a shell.
+//! Tests of the program as a process: of what needs signals, crashes, an environment or a shell.
 
+#[cfg(feature = "embedded-postgres")]
 mod canaries;
 mod check;
 mod crashes;
 mod deadlines;
+#[cfg(feature = "embedded-postgres")]
 mod dev;
 mod drain;
 mod floods;
@@ -12,4 +13,5 @@ mod live_token;
 mod proof;
 mod shell;
 mod tls_recipe;
+#[cfg(feature = "embedded-postgres")]
 mod turns;

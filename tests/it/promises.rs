@@ -16,12 +16,12 @@ use token_broker::{
 use tonic::Code;
 
 use crate::harness::{
-    broker::{World, refusal},
+    broker::{Fixture, code_and_reason},
     database::TestDatabase,
     eventually,
 };
 
-impl World {
+impl Fixture {
     /// Registers `many` accounts in one statement, each with a login of the same name at the upstream.
     async fn register_many(&self, many: usize) {
         for n in 1..=many {
@@ -64,18 +64,18 @@ impl World {
 
 #[tokio::test]
 async fn a_token_for_a_deleted_account_is_not_stored_for_the_new_account_of_its_name() {
-    let world = World::new().await;
-    let bearer = world.caller("demo", &["*"]).await;
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
     // The answer comes only after the other account was inserted.
     let latency = Duration::from_secs(1);
-    world.upstream.set_faults(Faults { latency, ..Faults::default() });
-    let broker = world.start().await;
+    fixture.upstream.set_faults(Faults { latency, ..Faults::default() });
+    let broker = fixture.start().await;
     let client = broker.client(&bearer).await;
-    world.register("acme", "id-1", "SK.1").await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
 
     // No replica can record the end of the attempt while this transaction locks the table.
     let mut transaction = eventually("an attempt under way", async || {
-        let mut transaction = world.database.pool().begin().await.unwrap();
+        let mut transaction = fixture.database.pool().begin().await.unwrap();
         sqlx::raw_sql("lock table refreshes in exclusive mode")
             .execute(&mut *transaction)
             .await
@@ -97,33 +97,33 @@ async fn a_token_for_a_deleted_account_is_not_stored_for_the_new_account_of_its_
     .await
     .unwrap();
     eventually("the upstream's answer", async || {
-        (world.upstream.issued("id-1") == 1).then_some(())
+        (fixture.upstream.issued("id-1") == 1).then_some(())
     })
     .await;
     transaction.commit().await.unwrap();
 
     let token = eventually("the new account's token", async || client.get("acme").await.ok()).await;
-    assert_eq!(world.upstream.live_token("id-2"), Some(token.access_token));
+    assert_eq!(fixture.upstream.live_token("id-2"), Some(token.access_token));
     broker.stop().await;
-    assert_eq!(world.count("tokens").await, 1);
+    assert_eq!(fixture.count("tokens").await, 1);
     assert_eq!(
-        world.count("tokens natural join (select id as account_id from accounts) it").await,
+        fixture.count("tokens natural join (select id as account_id from accounts) it").await,
         1
     );
     // Both tokens were issued, and both issues are on record.
-    assert_eq!(world.audit("event = 'token_issued'").await.len(), 2);
+    assert_eq!(fixture.audit_events("event = 'token_issued'").await.len(), 2);
 }
 
 #[tokio::test]
 async fn a_sealed_token_copied_from_another_generation_does_not_open() {
-    let world = World::new().await;
-    let bearer = world.caller("demo", &["*"]).await;
-    world.register("acme", "id-1", "SK.1").await;
-    let broker = world.start().await;
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let broker = fixture.start().await;
     let client = broker.client(&bearer).await;
     let first = client.get("acme").await.unwrap();
-    world.database.sql("create table kept as select sealed_token from tokens").await;
-    world.database.sql("update accounts set reissue_requested_at = now()").await;
+    fixture.database.sql("create table kept as select sealed_token from tokens").await;
+    fixture.database.sql("update accounts set reissue_requested_at = now()").await;
     let second = client
         .get_with(GetTokenRequest {
             account: "acme".into(),
@@ -134,48 +134,54 @@ async fn a_sealed_token_copied_from_another_generation_does_not_open() {
         .unwrap();
     broker.stop().await;
 
-    world.database.sql("update tokens set sealed_token = (select sealed_token from kept)").await;
-    let broker = world.start().await;
+    fixture.database.sql("update tokens set sealed_token = (select sealed_token from kept)").await;
+    let broker = fixture.start().await;
     let third = broker.client(&bearer).await.get("acme").await.unwrap();
     assert!(third.generation > second.generation);
-    assert_eq!(world.upstream.live_token("id-1"), Some(third.access_token));
+    assert_eq!(fixture.upstream.live_token("id-1"), Some(third.access_token));
     broker.stop().await;
 }
 
 #[tokio::test]
 async fn replicas_that_seal_at_the_same_time_seal_and_issue_for_each_account_once() {
     const MANY: usize = 60;
-    let world = World::new().await;
+    let fixture = Fixture::new().await;
     let homes: Vec<_> = (0..3).map(|_| TempDir::new().unwrap()).collect();
     let mut brokers = vec![];
     for home in &homes {
-        let mut plan = world.plan();
+        let mut plan = fixture.config();
         plan.settings.state_dir = home.path().to_owned();
-        brokers.push(world.start_with(plan).await);
+        brokers.push(fixture.start_with(plan).await);
     }
-    world.register_many(MANY).await;
-    world.until_tokens(MANY).await;
+    fixture.register_many(MANY).await;
+    fixture.until_tokens(MANY).await;
     let registered = "event = 'account_registered'";
-    eventually("the records", async || (world.audit(registered).await.len() >= MANY).then_some(()))
-        .await;
+    eventually("the records", async || {
+        (fixture.audit_events(registered).await.len() >= MANY).then_some(())
+    })
+    .await;
     for broker in brokers {
         broker.stop().await;
     }
 
-    assert_eq!(world.count("accounts where client_secret is not null").await, 0);
-    assert_eq!(world.count("accounts where sealed_secret is not null").await, MANY);
+    assert_eq!(fixture.count("accounts where client_secret is not null").await, 0);
+    assert_eq!(fixture.count("accounts where sealed_secret is not null").await, MANY);
     for n in 1..=MANY {
-        assert_eq!(world.upstream.issued(&format!("many-{n}")), 1, "many-{n}");
+        assert_eq!(fixture.upstream.issued(&format!("many-{n}")), 1, "many-{n}");
     }
-    assert_eq!(world.audit(registered).await.len(), MANY);
+    assert_eq!(fixture.audit_events(registered).await.len(), MANY);
     assert_eq!(
-        world
+        fixture
             .count(&format!("(select distinct account from audit_events where {registered}) it"))
             .await,
         MANY
     );
     let sealed = "event = 'account_changed' and detail->>'secret' = 'sealed'";
-    assert_eq!(world.audit(sealed).await.len(), MANY, "each secret was sealed by one replica");
+    assert_eq!(
+        fixture.audit_events(sealed).await.len(),
+        MANY,
+        "each secret was sealed by one replica"
+    );
 }
 
 #[tokio::test]
@@ -230,37 +236,37 @@ async fn a_cold_start_keeps_to_the_upstreams_rate_and_concurrency() {
     const MANY: usize = 300;
     const RATE: u32 = 200;
     const CONCURRENCY: usize = 8;
-    let world = World::new().await;
-    world.register_many(MANY).await;
-    let mut plan = world.plan();
+    let fixture = Fixture::new().await;
+    fixture.register_many(MANY).await;
+    let mut plan = fixture.config();
     plan.settings.upstream_rate = f64::from(RATE);
     plan.settings.upstream_concurrency = CONCURRENCY;
-    let broker = world.start_with(plan).await;
-    world.until_tokens(MANY).await;
+    let broker = fixture.start_with(plan).await;
+    fixture.until_tokens(MANY).await;
     broker.stop().await;
 
-    let peak = usize::try_from(world.upstream.peak_in_flight()).unwrap();
+    let peak = usize::try_from(fixture.upstream.peak_in_flight()).unwrap();
     assert!(peak <= CONCURRENCY, "{peak} at once");
     for n in 1..=MANY {
-        assert_eq!(world.upstream.attempts(&format!("many-{n}")), 1, "many-{n}");
+        assert_eq!(fixture.upstream.attempts(&format!("many-{n}")), 1, "many-{n}");
     }
     // A second has the answers to calls that began in it, and to those under way when it began.
     let most = u64::from(RATE) + u64::try_from(CONCURRENCY).unwrap() + 1;
-    for (second, issues) in world.upstream.issues_per_second() {
+    for (second, issues) in fixture.upstream.issues_per_second() {
         assert!(issues <= most, "{issues} in second {second}");
     }
 }
 
 #[tokio::test]
 async fn two_hundred_calls_for_a_rejected_account_cause_one_attempt() {
-    let world = World::new().await;
-    let bearer = world.caller("demo", &["*"]).await;
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
     let latency = Duration::from_millis(500);
-    world.upstream.set_faults(Faults { latency, ..Faults::default() });
-    let broker = world.start().await;
+    fixture.upstream.set_faults(Faults { latency, ..Faults::default() });
+    let broker = fixture.start().await;
     let client = broker.client(&bearer).await;
-    world.register("acme", "id-1", "SK.wrong").await;
-    eventually("the attempt", async || (world.upstream.requests() == 1).then_some(())).await;
+    fixture.add_account("acme", "id-1", "SK.wrong").await;
+    eventually("the attempt", async || (fixture.upstream.requests() == 1).then_some(())).await;
 
     let mut calls = tokio::task::JoinSet::new();
     for _ in 0..200 {
@@ -269,74 +275,75 @@ async fn two_hundred_calls_for_a_rejected_account_cause_one_attempt() {
     }
     while let Some(answer) = calls.join_next().await {
         let refused = answer.unwrap().unwrap_err();
-        assert_eq!(refusal(&refused), "FailedPrecondition CREDENTIAL_REJECTED");
+        assert_eq!(code_and_reason(&refused), "FailedPrecondition CREDENTIAL_REJECTED");
     }
-    assert_eq!(world.upstream.requests(), 1);
+    assert_eq!(fixture.upstream.requests(), 1);
 
-    world.database.sql("update accounts set client_secret = 'SK.1'").await;
+    fixture.database.sql("update accounts set client_secret = 'SK.1'").await;
     eventually("a token", async || client.get("acme").await.ok()).await;
-    assert_eq!(world.upstream.requests(), 2);
+    assert_eq!(fixture.upstream.requests(), 2);
     broker.stop().await;
 }
 
 #[tokio::test]
 async fn an_upstream_that_is_back_is_noticed_without_exceeding_one_attempt_per_minimum_interval() {
-    let world = World::with(Clock::System, Faults { error_rate: 1.0, ..Faults::default() }).await;
+    let fixture =
+        Fixture::with(Clock::System, Faults { error_rate: 1.0, ..Faults::default() }).await;
     let min_issue_interval = Duration::from_millis(1_200);
-    let mut plan = world.plan();
+    let mut plan = fixture.config();
     plan.settings.min_issue_interval = min_issue_interval;
-    let broker = world.start_with(plan).await;
+    let broker = fixture.start_with(plan).await;
     let began = Instant::now();
-    world.register("acme", "id-1", "SK.1").await;
-    world.until_attempts("id-1", 2).await;
-    world.until_state("acme", "unreachable").await;
-    world.upstream.set_faults(Faults::default());
-    world.until_state("acme", "fresh").await;
-    let attempts = u32::try_from(world.upstream.attempts("id-1")).unwrap();
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    fixture.until_attempts("id-1", 2).await;
+    fixture.wait_for_state("acme", "unreachable").await;
+    fixture.upstream.set_faults(Faults::default());
+    fixture.wait_for_state("acme", "fresh").await;
+    let attempts = u32::try_from(fixture.upstream.attempts("id-1")).unwrap();
     assert!(
         began.elapsed() >= min_issue_interval * (attempts - 1),
         "{attempts} in {:?}",
         began.elapsed()
     );
-    assert_eq!(world.status("acme", "consecutive_failures").await, "0");
-    assert_eq!(world.status("acme", "last_error").await, "");
+    assert_eq!(fixture.account_status("acme", "consecutive_failures").await, "0");
+    assert_eq!(fixture.account_status("acme", "last_error").await, "");
     broker.stop().await;
 }
 
 #[tokio::test]
 async fn a_pause_that_the_upstream_asks_for_is_kept() {
-    let world = World::new().await;
-    let bearer = world.caller("demo", &["*"]).await;
-    world.upstream.script("id-1", [Answer::RateLimited { retry_after: Some("120".into()) }]);
-    let broker = world.start().await;
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.upstream.script("id-1", [Answer::RateLimited { retry_after: Some("120".into()) }]);
+    let broker = fixture.start().await;
     let client = broker.client(&bearer).await;
-    world.register("acme", "id-1", "SK.1").await;
-    world.until_state("acme", "unreachable").await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    fixture.wait_for_state("acme", "unreachable").await;
     let pause = "refreshes where error_class = 'rate_limited'
         and next_attempt_at >= attempt_started_at + interval '120 seconds'";
-    assert_eq!(world.count(pause).await, 1);
+    assert_eq!(fixture.count(pause).await, 1);
 
     let refused = client.get("acme").await.unwrap_err();
-    assert_eq!(refusal(&refused), "Unavailable UPSTREAM_UNAVAILABLE");
+    assert_eq!(code_and_reason(&refused), "Unavailable UPSTREAM_UNAVAILABLE");
     // Nothing that has the account planned anew causes a second attempt.
-    world.database.sql("update accounts set description = 'changed'").await;
-    world.register("other", "id-2", "SK.2").await;
-    world.until_state("other", "fresh").await;
-    assert_eq!(world.upstream.attempts("id-1"), 1);
+    fixture.database.sql("update accounts set description = 'changed'").await;
+    fixture.add_account("other", "id-2", "SK.2").await;
+    fixture.wait_for_state("other", "fresh").await;
+    assert_eq!(fixture.upstream.attempts("id-1"), 1);
     broker.stop().await;
 }
 
 #[tokio::test]
 async fn no_request_for_a_longer_or_newer_token_forces_an_issue() {
-    let world = World::new().await;
-    let bearer = world.caller("demo", &["*"]).await;
-    world.register("acme", "id-1", "SK.1").await;
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
     // The broker sets the deadline here: a client that sent one would also give up by itself.
-    let mut plan = world.plan();
+    let mut plan = fixture.config();
     plan.settings.deadline_default = Duration::from_millis(500);
-    let broker = world.start_with(plan).await;
+    let broker = fixture.start_with(plan).await;
     let client = broker.client(&bearer).await;
-    world.until_state("acme", "fresh").await;
+    fixture.wait_for_state("acme", "fresh").await;
     let token = client.get("acme").await.unwrap();
 
     let longest = GetTokenRequest {
@@ -349,17 +356,17 @@ async fn no_request_for_a_longer_or_newer_token_forces_an_issue() {
         let future =
             GetTokenRequest { account: "acme".into(), newer_than_generation, ..Default::default() };
         let refused = client.get_with(future).await.unwrap_err();
-        assert_eq!(refusal(&refused), "DeadlineExceeded");
+        assert_eq!(code_and_reason(&refused), "DeadlineExceeded");
     }
-    assert_eq!(world.upstream.attempts("id-1"), 1);
+    assert_eq!(fixture.upstream.attempts("id-1"), 1);
     broker.stop().await;
 }
 
 #[tokio::test]
 async fn a_watch_of_no_malformed_or_too_many_patterns_is_refused() {
-    let world = World::new().await;
-    let bearer = world.caller("demo", &["*"]).await;
-    let broker = world.start().await;
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    let broker = fixture.start().await;
     let client = broker.client(&bearer).await;
     let watch = async |accounts: Vec<String>| {
         let request = client.request(WatchTokensRequest { accounts });
@@ -377,16 +384,16 @@ async fn a_watch_of_no_malformed_or_too_many_patterns_is_refused() {
     watch(vec!["a*".to_owned(); 1_000]).await.unwrap();
     broker.stop().await;
     let refused = "event = 'watch_tokens' and outcome = 'invalid_argument'";
-    assert_eq!(world.audit(refused).await.len(), 5);
+    assert_eq!(fixture.audit_events(refused).await.len(), 5);
 }
 
 #[tokio::test]
 async fn a_report_requires_the_report_right() {
-    let world = World::new().await;
-    let bearer = world.caller("demo", &["*"]).await;
-    world.database.sql("update grants set rights = '{get,list}'").await;
-    world.register("acme", "id-1", "SK.1").await;
-    let broker = world.start().await;
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.database.sql("update grants set rights = '{get,list}'").await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let broker = fixture.start().await;
     let client = broker.client(&bearer).await;
     let token = client.get("acme").await.unwrap();
     for account in ["acme", "missing"] {
@@ -397,34 +404,34 @@ async fn a_report_requires_the_report_right() {
         };
         let refused =
             client.grpc.clone().report_rejected_token(client.request(report)).await.unwrap_err();
-        assert_eq!(refusal(&refused), "PermissionDenied NOT_GRANTED");
+        assert_eq!(code_and_reason(&refused), "PermissionDenied NOT_GRANTED");
     }
-    assert_eq!(world.count("refreshes where suspect").await, 0);
+    assert_eq!(fixture.count("refreshes where suspect").await, 0);
     broker.stop().await;
 }
 
 #[tokio::test]
 async fn a_token_for_an_unexpected_address_is_served_and_marked_in_the_audit_log() {
-    let world = World::new().await;
-    let bearer = world.caller("demo", &["*"]).await;
-    let mut plan = world.plan();
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    let mut plan = fixture.config();
     plan.settings.expected_egress = vec!["203.0.113.0/24".parse().unwrap()];
-    let broker = world.start_with(plan).await;
+    let broker = fixture.start_with(plan).await;
     let client = broker.client(&bearer).await;
     for (account, client_id, secret, address) in [
         ("expected", "id-1", "SK.1", "203.0.113.9"),
         ("unexpected", "id-2", "SK.2", "198.51.100.9"),
     ] {
         let allow_ip = Some(address.parse().unwrap());
-        world.upstream.set_faults(Faults { allow_ip, ..Faults::default() });
-        world.register(account, client_id, secret).await;
+        fixture.upstream.set_faults(Faults { allow_ip, ..Faults::default() });
+        fixture.add_account(account, client_id, secret).await;
         let token = eventually("a token", async || client.get(account).await.ok()).await;
         assert_eq!(token.allowed_ip, address);
     }
     broker.stop().await;
     assert_eq!(
-        world.audit("event = 'token_issued' and detail->>'egress' = 'unexpected'").await,
+        fixture.audit_events("event = 'token_issued' and detail->>'egress' = 'unexpected'").await,
         ["token_issued/-/unexpected/ok/-"]
     );
-    assert_eq!(world.audit("event = 'token_issued'").await.len(), 2);
+    assert_eq!(fixture.audit_events("event = 'token_issued'").await.len(), 2);
 }

@@ -14,7 +14,7 @@ use token_broker::{
 };
 
 use crate::harness::{
-    broker::{World, refused},
+    broker::{Fixture, start_error},
     eventually,
     http::http,
 };
@@ -26,10 +26,10 @@ fn short_lived(seconds: u64) -> Faults {
 #[tokio::test]
 async fn tokens_are_replaced_ahead_of_their_end_and_served_without_a_gap() {
     const LIFE: Duration = Duration::from_secs(10);
-    let world = World::with(Clock::System, short_lived(10)).await;
-    let bearer = world.caller("demo", &["*"]).await;
-    world.register("acme", "id-1", "SK.1").await;
-    let broker = world.start().await;
+    let fixture = Fixture::with(Clock::System, short_lived(10)).await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let broker = fixture.start().await;
     let client = broker.client(&bearer).await;
     client.get("acme").await.unwrap();
 
@@ -43,7 +43,7 @@ async fn tokens_are_replaced_ahead_of_their_end_and_served_without_a_gap() {
         calls += 1;
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    let issued = world.upstream.issued("id-1");
+    let issued = fixture.upstream.issued("id-1");
     broker.stop().await;
     tracing::info!(calls, issued, ?shortest, "served over five lives");
     // Each token is replaced at 70 to 80 % of its life, so there are 6 to 7 replacements in 5 lives,
@@ -56,34 +56,34 @@ async fn tokens_are_replaced_ahead_of_their_end_and_served_without_a_gap() {
 
 #[tokio::test]
 async fn after_a_restart_live_tokens_are_served_without_calling_the_upstream() {
-    let world = World::new().await;
-    let bearer = world.caller("demo", &["*"]).await;
-    world.register("acme", "id-1", "SK.1").await;
-    let broker = world.start().await;
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let broker = fixture.start().await;
     let before = broker.client(&bearer).await.get("acme").await.unwrap();
     broker.stop().await;
 
-    let broker = world.start().await;
+    let broker = fixture.start().await;
     let after = broker.client(&bearer).await.get("acme").await.unwrap();
     broker.stop().await;
     assert_eq!(after.generation, before.generation);
     assert_eq!(after.access_token, before.access_token);
-    assert_eq!(world.upstream.requests(), 1);
+    assert_eq!(fixture.upstream.requests(), 1);
 }
 
 #[tokio::test]
 async fn three_replicas_issue_once_for_each_account() {
-    let world = World::new().await;
-    let bearer = world.caller("demo", &["*"]).await;
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
     for n in 1..=9 {
-        world.register(&format!("acme-{n}"), &format!("id-{n}"), &format!("SK.{n}")).await;
+        fixture.add_account(&format!("acme-{n}"), &format!("id-{n}"), &format!("SK.{n}")).await;
     }
     let homes: Vec<_> = (0..3).map(|_| TempDir::new().unwrap()).collect();
     let mut brokers = vec![];
     for home in &homes {
-        let mut plan = world.plan();
+        let mut plan = fixture.config();
         plan.settings.state_dir = home.path().to_owned();
-        brokers.push(world.start_with(plan).await);
+        brokers.push(fixture.start_with(plan).await);
     }
     let mut calls = tokio::task::JoinSet::new();
     for broker in &brokers {
@@ -97,7 +97,7 @@ async fn three_replicas_issue_once_for_each_account() {
         answer.unwrap().unwrap();
     }
     for n in 1..=9 {
-        assert_eq!(world.upstream.issued(&format!("id-{n}")), 1, "id-{n}");
+        assert_eq!(fixture.upstream.issued(&format!("id-{n}")), 1, "id-{n}");
     }
     for broker in brokers {
         broker.stop().await;
@@ -106,69 +106,69 @@ async fn three_replicas_issue_once_for_each_account() {
 
 #[tokio::test]
 async fn after_a_lost_answer_a_token_is_issued_since_the_lost_one_ended_the_stored_one() {
-    let world = World::new().await;
-    let bearer = world.caller("demo", &["*"]).await;
-    world.register("acme", "id-1", "SK.1").await;
-    let broker = world.start().await;
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let broker = fixture.start().await;
     let client = broker.client(&bearer).await;
     let first = client.get("acme").await.unwrap();
 
     // The upstream issues a token, which ends the first one, and its answer is lost.
-    world.upstream.script("id-1", [Answer::IssueThenReset]);
-    world.database.sql("update accounts set reissue_requested_at = now()").await;
+    fixture.upstream.script("id-1", [Answer::IssueThenReset]);
+    fixture.database.sql("update accounts set reissue_requested_at = now()").await;
     let second = eventually("the live token", async || {
         let token = client.get("acme").await.unwrap();
-        world
+        fixture
             .upstream
             .is_live(&token.access_token)
             .then_some(token)
             .filter(|token| token.generation > first.generation)
     })
     .await;
-    assert_eq!(world.upstream.issued("id-1"), 3);
-    assert_eq!(world.upstream.live_token("id-1"), Some(second.access_token));
+    assert_eq!(fixture.upstream.issued("id-1"), 3);
+    assert_eq!(fixture.upstream.live_token("id-1"), Some(second.access_token));
     broker.stop().await;
 }
 
 #[tokio::test]
 async fn an_attempt_without_a_recorded_end_is_repeated_after_its_lease() {
-    let world = World::new().await;
-    let bearer = world.caller("demo", &["*"]).await;
-    world.register("acme", "id-1", "SK.1").await;
-    let broker = world.start().await;
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let broker = fixture.start().await;
     let first = broker.client(&bearer).await.get("acme").await.unwrap();
     broker.stop().await;
     // As after a replica was killed between the upstream's answer and the commit.
-    world
+    fixture
         .database
         .sql(
             "update refreshes set attempt_ended_at = null, lease_owner = 'gone',
                  lease_id = lease_id + 1, lease_until = now() - interval '1 second'",
         )
         .await;
-    let broker = world.start().await;
+    let broker = fixture.start().await;
     let client = broker.client(&bearer).await;
     let second = eventually("a new token", async || {
         client.get("acme").await.ok().filter(|token| token.generation > first.generation)
     })
     .await;
-    assert!(world.upstream.is_live(&second.access_token));
+    assert!(fixture.upstream.is_live(&second.access_token));
     broker.stop().await;
 }
 
 #[tokio::test]
 async fn a_restarted_replica_does_not_wait_for_the_leases_of_its_previous_process() {
-    let world = World::new().await;
-    let bearer = world.caller("demo", &["*"]).await;
-    world.register("acme", "id-1", "SK.1").await;
-    world.register("bmce", "id-2", "SK.2").await;
-    let broker = world.start().await;
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    fixture.add_account("bmce", "id-2", "SK.2").await;
+    let broker = fixture.start().await;
     let client = broker.client(&bearer).await;
     let (acme, bmce) = (client.get("acme").await.unwrap(), client.get("bmce").await.unwrap());
     broker.stop().await;
     // As if this replica had been killed during one call, and another replica during the other.
-    let instance = std::fs::read_to_string(world.state.path().join("instance")).unwrap();
-    world
+    let instance = std::fs::read_to_string(fixture.state.path().join("instance")).unwrap();
+    fixture
         .database
         .sql(&format!(
             "update refreshes set attempt_ended_at = null, lease_id = lease_id + 1,
@@ -181,9 +181,9 @@ async fn a_restarted_replica_does_not_wait_for_the_leases_of_its_previous_proces
 
     // The other replica's lease counts towards the concurrency of two; that of the ended process
     // does not.
-    let mut plan = world.plan();
+    let mut plan = fixture.config();
     plan.settings.upstream_concurrency = 2;
-    let broker = world.start_with(plan).await;
+    let broker = fixture.start_with(plan).await;
     let client = broker.client(&bearer).await;
     eventually("a new token", async || {
         client.get("acme").await.ok().filter(|token| token.generation > acme.generation)
@@ -195,13 +195,13 @@ async fn a_restarted_replica_does_not_wait_for_the_leases_of_its_previous_proces
 
 #[tokio::test]
 async fn malformed_answers_never_replace_a_token() {
-    let world = World::new().await;
-    let bearer = world.caller("demo", &["*"]).await;
-    world.register("acme", "id-1", "SK.1").await;
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
     // Where new tokens do not end older ones, the stored one is never possibly revoked.
-    let mut plan = world.plan();
+    let mut plan = fixture.config();
     plan.settings.new_token_ends_older = false;
-    let broker = world.start_with(plan).await;
+    let broker = fixture.start_with(plan).await;
     let client = broker.client(&bearer).await;
     let first = client.get("acme").await.unwrap();
     for (n, answer) in
@@ -209,14 +209,14 @@ async fn malformed_answers_never_replace_a_token() {
             .into_iter()
             .enumerate()
     {
-        world.upstream.script("id-1", [answer]);
-        world.database.sql("update accounts set reissue_requested_at = now()").await;
+        fixture.upstream.script("id-1", [answer]);
+        fixture.database.sql("update accounts set reissue_requested_at = now()").await;
         let attempts = 2 + u64::try_from(n).unwrap();
         eventually("the attempt", async || {
-            (world.upstream.attempts("id-1") >= attempts).then_some(())
+            (fixture.upstream.attempts("id-1") >= attempts).then_some(())
         })
         .await;
-        world.until_state("acme", "unreachable").await;
+        fixture.wait_for_state("acme", "unreachable").await;
         assert_eq!(client.get("acme").await.unwrap().generation, first.generation);
     }
     broker.stop().await;
@@ -224,37 +224,37 @@ async fn malformed_answers_never_replace_a_token() {
 
 #[tokio::test]
 async fn a_wrong_keyring_another_upstream_or_an_old_schema_is_one_clear_error() {
-    let world = World::new().await;
-    world.register("acme", "id-1", "SK.1").await;
-    let broker = world.start().await;
-    world.until_state("acme", "fresh").await;
+    let fixture = Fixture::new().await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let broker = fixture.start().await;
+    fixture.wait_for_state("acme", "fresh").await;
     broker.stop().await;
 
-    let other = Keyring::parse(&Keyring::generate(world.clock.now())).unwrap();
-    let error = refused(AppConfig { keyring: other.into(), ..world.plan() }).await;
+    let other = Keyring::parse(&Keyring::generate(fixture.clock.now())).unwrap();
+    let error = start_error(AppConfig { keyring: other.into(), ..fixture.config() }).await;
     assert!(error.starts_with("the keyring does not open the secret of account acme"), "{error}");
 
-    let mut plan = world.plan();
+    let mut plan = fixture.config();
     plan.settings.upstream = "http://127.0.0.1:9/api/1.1".parse().unwrap();
-    let error = refused(plan).await;
+    let error = start_error(plan).await;
     assert!(error.contains("belongs to the upstream"), "{error}");
 
-    world.database.sql("delete from _sqlx_migrations where version = 5").await;
-    let error = refused(world.plan()).await;
+    fixture.database.sql("delete from _sqlx_migrations where version = 5").await;
+    let error = start_error(fixture.config()).await;
     assert!(error.contains("too old") && error.contains("token-broker migrate"), "{error}");
 }
 
 #[tokio::test]
 async fn in_an_outage_one_account_at_a_time_is_tried_and_all_are_when_the_upstream_is_back() {
     let away = Faults { answer: Answer::Reset, ..Faults::default() };
-    let world = World::with(Clock::System, away).await;
+    let fixture = Fixture::with(Clock::System, away).await;
     let ids = 1..=5;
     for n in ids.clone() {
-        world.register(&format!("acme-{n}"), &format!("id-{n}"), &format!("SK.{n}")).await;
+        fixture.add_account(&format!("acme-{n}"), &format!("id-{n}"), &format!("SK.{n}")).await;
     }
-    let broker = world.start().await;
+    let broker = fixture.start().await;
     for n in ids.clone() {
-        world.until_state(&format!("acme-{n}"), "unreachable").await;
+        fixture.wait_for_state(&format!("acme-{n}"), "unreachable").await;
     }
     let readiness = http(broker.app.ops_address, "GET", "/readyz", "").await.1;
     assert!(readiness.contains("is away: one account at a time is tried"), "{readiness}");
@@ -264,13 +264,13 @@ async fn in_an_outage_one_account_at_a_time_is_tried_and_all_are_when_the_upstre
         let update = format!(
             "update refreshes set next_attempt_at = {until}, changed = pg_current_xact_id() where {of}"
         );
-        world.database.sql(&update).await;
+        fixture.database.sql(&update).await;
     };
     wait("now() + interval '1 hour'", "true").await;
-    world.upstream.set_faults(Faults::default());
+    fixture.upstream.set_faults(Faults::default());
     wait("now()", "account_id = (select id from accounts where name = 'acme-4')").await;
     for n in ids {
-        world.until_state(&format!("acme-{n}"), "fresh").await;
+        fixture.wait_for_state(&format!("acme-{n}"), "fresh").await;
     }
     let readiness = http(broker.app.ops_address, "GET", "/readyz", "").await.1;
     assert!(

@@ -7,15 +7,15 @@ use token_broker::{
 };
 
 use crate::harness::{
-    PATIENCE,
-    broker::{World, refused},
+    TEST_TIMEOUT,
+    broker::{Fixture, start_error},
     database::TestDatabase,
     eventually,
 };
 
 /// Returns how many audit events match the SQL condition.
-async fn count(world: &World, where_: &str) -> usize {
-    world.audit(where_).await.len()
+async fn count(fixture: &Fixture, where_: &str) -> usize {
+    fixture.audit_events(where_).await.len()
 }
 
 /// Makes the copy of a database look like one that was restored under its former `oid` in its server.
@@ -28,128 +28,129 @@ async fn restored_in_place(database: &TestDatabase) {
 #[tokio::test]
 async fn a_copy_of_the_database_is_refused_until_it_is_accepted_and_the_original_is_refused_from_then_on()
  {
-    let mut world = World::new().await;
-    let bearer = world.caller("demo", &["*"]).await;
-    world.register("acme", "id-1", "SK.1").await;
-    let broker = world.start().await;
+    let mut fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let broker = fixture.start().await;
     let client = broker.client(&bearer).await;
     let before = eventually("a token", async || client.get("acme").await.ok()).await;
     broker.stop().await;
 
-    let copy = world.database.copy().await;
-    let original = std::mem::replace(&mut world.database, copy);
-    let error = refused(world.plan()).await;
+    let copy = fixture.database.copy().await;
+    let original = std::mem::replace(&mut fixture.database, copy);
+    let error = start_error(fixture.config()).await;
     assert!(error.contains("it lies elsewhere than when it was used last"), "{error}");
     assert!(error.contains("start once with --accept-restored"), "{error}");
-    assert_eq!(world.upstream.issued("id-1"), 1);
+    assert_eq!(fixture.upstream.issued("id-1"), 1);
 
-    let broker = world.start_with(AppConfig { accept_restored: true, ..world.plan() }).await;
+    let broker = fixture.start_with(AppConfig { accept_restored: true, ..fixture.config() }).await;
     let client = broker.client(&bearer).await;
     // A broker on the original may have issued since, so the token of the copy may be revoked.
     let after = eventually("a newer token", async || {
         client.get("acme").await.ok().filter(|token| token.generation > before.generation)
     })
     .await;
-    assert!(world.upstream.is_live(&after.access_token));
+    assert!(fixture.upstream.is_live(&after.access_token));
     broker.stop().await;
-    assert_eq!(count(&world, "event = 'database_accepted'").await, 1);
+    assert_eq!(count(&fixture, "event = 'database_accepted'").await, 1);
 
-    let broker = world.start().await;
+    let broker = fixture.start().await;
     broker.stop().await;
     assert_eq!(
-        count(&world, "event = 'database_accepted'").await,
+        count(&fixture, "event = 'database_accepted'").await,
         1,
         "it needs to be accepted only once"
     );
 
-    world.database = original;
-    let error = refused(world.plan()).await;
+    fixture.database = original;
+    let error = start_error(fixture.config()).await;
     assert!(error.contains("a restored one was accepted in its place"), "{error}");
 }
 
 #[tokio::test]
 async fn an_older_state_of_the_database_is_refused_with_a_list_of_what_was_lost() {
-    let mut world = World::new().await;
-    let bearer = world.caller("demo", &["*"]).await;
-    world.register("acme", "id-1", "SK.1").await;
+    let mut fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
     // A second replica, which does not run while the older state is restored and accepted.
     let other = tempfile::tempdir().unwrap();
-    let mut replica = world.plan();
+    let mut replica = fixture.config();
     replica.settings.state_dir = other.path().to_owned();
-    world.start_with(replica).await.stop().await;
-    world.start().await.stop().await;
-    let dump = world.database.copy().await;
+    fixture.start_with(replica).await.stop().await;
+    fixture.start().await.stop().await;
+    let dump = fixture.database.copy().await;
 
-    let broker = world.start().await;
+    let broker = fixture.start().await;
     let client = broker.client(&bearer).await;
-    world.register("late", "id-2", "SK.2").await;
-    world
+    fixture.add_account("late", "id-2", "SK.2").await;
+    fixture
         .database
         .sql("update accounts set reissue_requested_at = now() where name = 'acme'")
         .await;
-    eventually("a second token", async || (world.upstream.issued("id-1") == 2).then_some(())).await;
+    eventually("a second token", async || (fixture.upstream.issued("id-1") == 2).then_some(()))
+        .await;
     let before = eventually("a token", async || client.get("late").await.ok()).await;
     let newest = client.get("acme").await.unwrap();
     broker.stop().await;
-    let recorded = count(&world, "true").await;
+    let recorded = count(&fixture, "true").await;
 
-    world.database = dump;
-    restored_in_place(&world.database).await;
-    let error = refused(world.plan()).await;
+    fixture.database = dump;
+    restored_in_place(&fixture.database).await;
+    let error = start_error(fixture.config()).await;
     assert!(error.contains("it went back in time, by "), "{error}");
     assert!(error.contains(" account_registered late insert "), "{error}");
     assert!(error.contains(" token_issued acme"), "{error}");
     assert!(error.contains(" get_token"), "{error}");
     assert!(!error.contains(&before.access_token), "{error}");
 
-    let broker = world.start_with(AppConfig { accept_restored: true, ..world.plan() }).await;
+    let broker = fixture.start_with(AppConfig { accept_restored: true, ..fixture.config() }).await;
     let client = broker.client(&bearer).await;
     let after = eventually("a token", async || {
         client.get("acme").await.ok().filter(|token| token.generation > newest.generation)
     })
     .await;
-    assert!(world.upstream.is_live(&after.access_token));
+    assert!(fixture.upstream.is_live(&after.access_token));
     broker.stop().await;
     // The journal still has the records that the database lost, and delivers them again.
-    assert!(count(&world, "true").await > recorded);
-    assert_eq!(count(&world, "event = 'account_registered' and account = 'late'").await, 1);
+    assert!(count(&fixture, "true").await > recorded);
+    assert_eq!(count(&fixture, "event = 'account_registered' and account = 'late'").await, 1);
     assert_eq!(
-        count(&world, "event = 'database_accepted' and detail ? 'lost_account_registered'").await,
+        count(&fixture, "event = 'database_accepted' and detail ? 'lost_account_registered'").await,
         1
     );
 
-    let mut replica = world.plan();
+    let mut replica = fixture.config();
     replica.settings.state_dir = other.path().to_owned();
-    world.start_with(replica).await.stop().await;
+    fixture.start_with(replica).await.stop().await;
 }
 
 #[tokio::test]
 async fn a_state_directory_is_not_used_with_another_deployments_database() {
-    let world = World::new().await;
-    world.start().await.stop().await;
-    let mut foreign = World::new().await;
+    let fixture = Fixture::new().await;
+    fixture.start().await.stop().await;
+    let mut foreign = Fixture::new().await;
     foreign.start().await.stop().await;
-    foreign.state = world.state;
-    let error = refused(foreign.plan()).await;
+    foreign.state = fixture.state;
+    let error = start_error(foreign.config()).await;
     assert!(error.contains("not the one that the state directory belongs to"), "{error}");
 }
 
 #[tokio::test]
 async fn a_broker_whose_database_is_replaced_ends() {
-    let world = World::new().await;
-    let broker = world.start().await;
-    world.database.sql("update deployment set epoch = epoch + 1").await;
-    tokio::time::timeout(PATIENCE, broker.app.failed()).await.unwrap();
+    let fixture = Fixture::new().await;
+    let broker = fixture.start().await;
+    fixture.database.sql("update deployment set epoch = epoch + 1").await;
+    tokio::time::timeout(TEST_TIMEOUT, broker.app.failed()).await.unwrap();
     broker.stop().await;
 
     let home: (String, i64) = sqlx::query_as("select id, epoch from deployment")
-        .fetch_one(world.database.pool())
+        .fetch_one(fixture.database.pool())
         .await
         .unwrap();
     let home = DatabaseIdentity { id: home.0, epoch: home.1 };
-    let now = changes::snapshot(world.database.pool()).await.unwrap();
-    changes::since(world.database.pool(), &now, &home).await.unwrap();
+    let now = changes::snapshot(fixture.database.pool()).await.unwrap();
+    changes::since(fixture.database.pool(), &now, &home).await.unwrap();
     let later = "99999999999:99999999999:";
-    let error = changes::since(world.database.pool(), later, &home).await.unwrap_err();
+    let error = changes::since(fixture.database.pool(), later, &home).await.unwrap_err();
     assert!(matches!(error, StoreError::Replaced(why) if why.contains("back in time")), "{error}");
 }

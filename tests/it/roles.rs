@@ -18,7 +18,7 @@ use url::Url;
 
 use crate::{
     harness::{
-        broker::{Client, World, refusal},
+        broker::{Fixture, TestClient, code_and_reason},
         database::TestDatabase,
         eventually,
         http::http,
@@ -329,25 +329,25 @@ async fn sql_as(database: &TestDatabase, role: &str, statements: &str) {
 }
 
 /// Returns the configuration of a broker that uses its database with the runtime role.
-fn config_as_runtime(world: &World) -> AppConfig {
-    let mut url = Url::parse(world.database.url()).unwrap();
+fn config_as_runtime(fixture: &Fixture) -> AppConfig {
+    let mut url = Url::parse(fixture.database.url()).unwrap();
     url.query_pairs_mut().append_pair("options", &format!("-c role={RUNTIME}"));
-    let mut plan = world.plan();
+    let mut plan = fixture.config();
     plan.settings.database_url = DatabaseUrl::new(url.as_str()).unwrap();
     plan
 }
 
-async fn until_refused(client: &Client, expected: &str) {
+async fn until_refused(client: &TestClient, expected: &str) {
     eventually(expected, async || {
-        (refusal(&client.get("acme").await.err()?) == expected).then_some(())
+        (code_and_reason(&client.get("acme").await.err()?) == expected).then_some(())
     })
     .await;
 }
 
 #[tokio::test]
 async fn the_broker_and_its_admins_need_no_more_than_their_roles() {
-    let world = World::new().await;
-    let database = &world.database;
+    let fixture = Fixture::new().await;
+    let database = &fixture.database;
     database.sql(ROLES).await;
     let bearer = Bearer::generate();
     let hash = hex::encode(bearer.sha256());
@@ -367,7 +367,7 @@ async fn the_broker_and_its_admins_need_no_more_than_their_roles() {
     sql_as(database, ACCOUNTS, register).await;
 
     // The secret is sealed at the start; a token is issued, served, reported and issued anew.
-    let broker = world.start_with(config_as_runtime(&world)).await;
+    let broker = fixture.start_with(config_as_runtime(&fixture)).await;
     let client = broker.client(&bearer).await;
     let first = client.get("acme").await.unwrap();
     let reported = eventually("the minimum issue interval to pass", async || {
@@ -392,7 +392,7 @@ async fn the_broker_and_its_admins_need_no_more_than_their_roles() {
     let second = newer_than(first.generation).await;
 
     // The secret is rotated, and sealed while the broker runs; the account is disabled and enabled.
-    world.upstream.add_account("id-1", "SK.new");
+    fixture.upstream.add_account("id-1", "SK.new");
     sql_as(database, ACCOUNTS, "update accounts set client_secret = 'SK.new'").await;
     let third = newer_than(second.generation).await;
     sql_as(database, ACCOUNTS, "update accounts set enabled = false").await;
@@ -401,11 +401,11 @@ async fn the_broker_and_its_admins_need_no_more_than_their_roles() {
     eventually("a token", async || client.get("acme").await.ok()).await;
     broker.stop().await;
 
-    let requests = world.upstream.requests();
-    let broker = world.start_with(config_as_runtime(&world)).await;
+    let requests = fixture.upstream.requests();
+    let broker = fixture.start_with(config_as_runtime(&fixture)).await;
     let client = broker.client(&bearer).await;
     assert_eq!(client.get("acme").await.unwrap().generation, third.generation);
-    assert_eq!(world.upstream.requests(), requests, "the token survived the restart");
+    assert_eq!(fixture.upstream.requests(), requests, "the token survived the restart");
     sql_as(database, ACCOUNTS, "delete from accounts").await;
     until_refused(&client, "NotFound NO_SUCH_ACCOUNT").await;
     sql_as(database, ACCESS, "delete from grants").await;
@@ -453,16 +453,16 @@ async fn the_broker_and_its_admins_need_no_more_than_their_roles() {
 #[tokio::test]
 async fn a_missing_privilege_is_reported_and_no_token_is_issued_without_a_lease() {
     let manual = ManualClock::new(Clock::System.now());
-    let world = World::with(Clock::Manual(manual.clone()), Faults::default()).await;
-    world.database.sql(ROLES).await;
-    let bearer = world.caller("demo", &["*"]).await;
-    world.register("acme", "id-1", "SK.1").await;
-    let broker = world.start_with(config_as_runtime(&world)).await;
+    let fixture = Fixture::with(Clock::Manual(manual.clone()), Faults::default()).await;
+    fixture.database.sql(ROLES).await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let broker = fixture.start_with(config_as_runtime(&fixture)).await;
     let client = broker.client(&bearer).await;
     let token = client.get("acme").await.unwrap();
 
     // The change feed needs this privilege, and so does a claim of a lease.
-    world.database.sql("revoke select on refreshes from token_broker_runtime").await;
+    fixture.database.sql("revoke select on refreshes from token_broker_runtime").await;
     until_readiness_says(&broker, "permission denied for table refreshes (SQLSTATE 42501)").await;
     // No other replica is there, and the token is about to end: if the database counted as lost, the
     // replica would issue now.
@@ -474,9 +474,9 @@ async fn a_missing_privilege_is_reported_and_no_token_is_issued_without_a_lease(
         assert!(!body.contains("does not answer"), "{body}");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    assert_eq!(world.upstream.requests(), 1);
+    assert_eq!(fixture.upstream.requests(), 1);
 
-    world.database.sql("grant select on refreshes to token_broker_runtime").await;
+    fixture.database.sql("grant select on refreshes to token_broker_runtime").await;
     until_readiness_says(&broker, "\"answers\"").await;
     eventually("a newer token", async || {
         manual.advance(Duration::from_millis(100));
@@ -484,8 +484,9 @@ async fn a_missing_privilege_is_reported_and_no_token_is_issued_without_a_lease(
         (next.generation > token.generation).then_some(())
     })
     .await;
-    assert_eq!(world.upstream.requests(), 2);
+    assert_eq!(fixture.upstream.requests(), 2);
     broker.stop().await;
-    let without_lease = world.audit("event = 'token_issued' and detail ? 'database'").await;
+    let without_lease =
+        fixture.audit_events("event = 'token_issued' and detail ? 'database'").await;
     assert!(without_lease.is_empty(), "{without_lease:?}");
 }

@@ -18,16 +18,16 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tonic::{Code, Request};
 
 use crate::harness::{
-    broker::{World, refusal},
+    broker::{Fixture, code_and_reason},
     eventually,
 };
 
 #[tokio::test]
 async fn every_call_is_one_audit_event_whatever_its_outcome() {
-    let world = World::new().await;
-    let bearer = world.caller("demo", &["acme*", "gone"]).await;
-    world.register("acme", "id-1", "SK.1").await;
-    let broker = world.start().await;
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["acme*", "gone"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let broker = fixture.start().await;
     let client = broker.client(&bearer).await;
     let unknown = broker.client(&Bearer::generate()).await;
 
@@ -41,15 +41,15 @@ async fn every_call_is_one_audit_event_whatever_its_outcome() {
         (unknown.get("acme").await, "Unauthenticated CREDENTIAL_REFUSED"),
     ];
     for (answer, expected) in refused {
-        assert_eq!(refusal(&answer.unwrap_err()), expected);
+        assert_eq!(code_and_reason(&answer.unwrap_err()), expected);
     }
     let without_bearer = GetTokenRequest { account: "acme".into(), ..Default::default() };
     let missing = client.grpc.clone().get_token(without_bearer.clone()).await.unwrap_err();
-    assert_eq!(refusal(&missing), "Unauthenticated CREDENTIAL_MISSING");
+    assert_eq!(code_and_reason(&missing), "Unauthenticated CREDENTIAL_MISSING");
     let mut malformed = Request::new(without_bearer);
     malformed.metadata_mut().insert("authorization", "Bearer nonsense".parse().unwrap());
     let malformed = client.grpc.clone().get_token(malformed).await.unwrap_err();
-    assert_eq!(refusal(&malformed), "Unauthenticated BEARER_MALFORMED");
+    assert_eq!(code_and_reason(&malformed), "Unauthenticated BEARER_MALFORMED");
     let negative = GetTokenRequest {
         account: "acme".into(),
         min_ttl: Some(prost_types::Duration { seconds: -1, nanos: 0 }),
@@ -60,7 +60,7 @@ async fn every_call_is_one_audit_event_whatever_its_outcome() {
     assert_eq!(client.get_with(huge).await.unwrap_err().code(), Code::OutOfRange);
     broker.stop().await;
 
-    let events = world.audit("event = 'get_token'").await;
+    let events = fixture.audit_events("event = 'get_token'").await;
     let long = format!("{}…", "x".repeat(64));
     assert_eq!(
         events,
@@ -81,7 +81,7 @@ async fn every_call_is_one_audit_event_whatever_its_outcome() {
     let served: (i64, String) = sqlx::query_as(
         "select generation, token_fingerprint from audit_events where event = 'get_token' and outcome = 'ok'",
     )
-    .fetch_one(world.database.pool())
+    .fetch_one(fixture.database.pool())
     .await
     .unwrap();
     assert_eq!(served.0.unsigned_abs(), token.generation);
@@ -91,16 +91,16 @@ async fn every_call_is_one_audit_event_whatever_its_outcome() {
 #[tokio::test]
 async fn while_the_upstream_is_down_tokens_are_served_until_they_expire_and_never_after() {
     let manual = ManualClock::new(Clock::System.now());
-    let world = World::with(Clock::Manual(manual.clone()), Faults::default()).await;
-    let bearer = world.caller("demo", &["*"]).await;
-    world.register("acme", "id-1", "SK.1").await;
+    let fixture = Fixture::with(Clock::Manual(manual.clone()), Faults::default()).await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
     // The minimum issue interval is measured by the database's clock, which does not move with the test's.
-    let mut plan = world.plan();
+    let mut plan = fixture.config();
     plan.settings.min_issue_interval = Duration::ZERO;
-    let broker = world.start_with(plan).await;
+    let broker = fixture.start_with(plan).await;
     let client = broker.client(&bearer).await;
     let token = client.get("acme").await.unwrap();
-    world.upstream.set_faults(Faults { error_rate: 1.0, ..Faults::default() });
+    fixture.upstream.set_faults(Faults { error_rate: 1.0, ..Faults::default() });
 
     let end = token.expires_at.unwrap();
     for minutes in [30, 15, 10] {
@@ -120,7 +120,7 @@ async fn while_the_upstream_is_down_tokens_are_served_until_they_expire_and_neve
         (refused.code() == Code::Unavailable).then_some(refused)
     })
     .await;
-    assert_eq!(refusal(&refused), "Unavailable UPSTREAM_UNAVAILABLE");
+    assert_eq!(code_and_reason(&refused), "Unavailable UPSTREAM_UNAVAILABLE");
     let pushback = refused.metadata().get("grpc-retry-pushback-ms").unwrap();
     assert!(pushback.to_str().unwrap().parse::<u64>().unwrap() > 0);
     broker.stop().await;
@@ -128,17 +128,18 @@ async fn while_the_upstream_is_down_tokens_are_served_until_they_expire_and_neve
 
 #[tokio::test]
 async fn a_call_waits_for_a_token_that_is_being_issued_but_not_beyond_its_deadline() {
-    let world = World::new().await;
-    let bearer = world.caller("demo", &["*"]).await;
-    world.upstream.set_faults(Faults { answer: Answer::Hang, ..Faults::default() });
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.upstream.set_faults(Faults { answer: Answer::Hang, ..Faults::default() });
     // The client sends no deadline, since it would enforce it itself; the broker's default applies.
-    let mut plan = world.plan();
+    let mut plan = fixture.config();
     plan.settings.deadline_default = Duration::from_millis(500);
-    let broker = world.start_with(plan).await;
+    let broker = fixture.start_with(plan).await;
     let client = broker.client(&bearer).await;
-    world.register("acme", "id-1", "SK.1").await;
-    eventually("the attempt", async || (world.upstream.attempts("id-1") == 1).then_some(())).await;
-    assert_eq!(refusal(&client.get("acme").await.unwrap_err()), "DeadlineExceeded");
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    eventually("the attempt", async || (fixture.upstream.attempts("id-1") == 1).then_some(()))
+        .await;
+    assert_eq!(code_and_reason(&client.get("acme").await.unwrap_err()), "DeadlineExceeded");
     let mut request =
         client.request(GetTokenRequest { account: "acme".into(), ..Default::default() });
     request.metadata_mut().insert("grpc-timeout", "soon".parse().unwrap());
@@ -154,12 +155,13 @@ async fn a_call_waits_for_a_token_that_is_being_issued_but_not_beyond_its_deadli
         let mut grpc = client.grpc.clone();
         let call = grpc.get_token(request);
         tokio::time::timeout(Duration::from_millis(200), call).await.unwrap_err();
-        (!world.audit(cancelled).await.is_empty()).then_some(())
+        (!fixture.audit_events(cancelled).await.is_empty()).then_some(())
     })
     .await;
     broker.stop().await;
-    let events =
-        world.audit("event = 'get_token' and detail->>'field' is distinct from 'account'").await;
+    let events = fixture
+        .audit_events("event = 'get_token' and detail->>'field' is distinct from 'account'")
+        .await;
     let [late, malformed, cancelled, ..] = &events[..] else { panic!("{events:?}") };
     assert_eq!(late, "get_token/demo/acme/deadline_exceeded/-");
     assert_eq!(malformed, "get_token/demo/-/invalid_argument/-");
@@ -168,10 +170,10 @@ async fn a_call_waits_for_a_token_that_is_being_issued_but_not_beyond_its_deadli
 
 #[tokio::test]
 async fn a_reported_token_is_reissued_once_and_served_until_the_new_one_is_there() {
-    let world = World::new().await;
-    let bearer = world.caller("demo", &["*"]).await;
-    world.register("acme", "id-1", "SK.1").await;
-    let broker = world.start().await;
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let broker = fixture.start().await;
     let client = broker.client(&bearer).await;
     let first = client.get("acme").await.unwrap();
     let report = async |generation, code: &str| {
@@ -196,25 +198,25 @@ async fn a_reported_token_is_reissued_once_and_served_until_the_new_one_is_there
     assert!(second.generation > first.generation);
     assert_ne!(second.access_token, first.access_token);
     assert_eq!(report(first.generation, "61003").await, Outcome::AlreadyReplaced);
-    assert_eq!(world.upstream.issued("id-1"), 2);
+    assert_eq!(fixture.upstream.issued("id-1"), 2);
     broker.stop().await;
 }
 
 #[tokio::test]
 async fn a_stream_carries_each_token_each_replacement_and_each_end_of_an_account() {
-    let world = World::new().await;
-    let bearer = world.caller("demo", &["acme*", "b"]).await;
-    world.register("acme-1", "id-1", "SK.1").await;
-    world.register("b", "id-2", "SK.2").await;
-    world.register("c", "id-3", "SK.3").await;
-    let broker = world.start().await;
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["acme*", "b"]).await;
+    fixture.add_account("acme-1", "id-1", "SK.1").await;
+    fixture.add_account("b", "id-2", "SK.2").await;
+    fixture.add_account("c", "id-3", "SK.3").await;
+    let broker = fixture.start().await;
     let client = broker.client(&bearer).await;
     let watch = |accounts: &[&str]| {
         let accounts = accounts.iter().map(|name| (*name).to_owned()).collect();
         client.request(WatchTokensRequest { accounts })
     };
     let refused = client.grpc.clone().watch_tokens(watch(&["c"])).await.unwrap_err();
-    assert_eq!(refusal(&refused), "PermissionDenied NOT_GRANTED");
+    assert_eq!(code_and_reason(&refused), "PermissionDenied NOT_GRANTED");
 
     let mut stream = client.grpc.clone().watch_tokens(watch(&["*"])).await.unwrap().into_inner();
     let mut next = async || {
@@ -225,7 +227,7 @@ async fn a_stream_carries_each_token_each_replacement_and_each_end_of_an_account
     first.sort_by(|a, b| a.0.cmp(&b.0));
     assert_eq!([first[0].0.as_str(), first[1].0.as_str()], ["acme-1", "b"]);
 
-    world
+    fixture
         .database
         .sql("update accounts set reissue_requested_at = now() where name = 'acme-1'")
         .await;
@@ -238,31 +240,31 @@ async fn a_stream_carries_each_token_each_replacement_and_each_end_of_an_account
         (name, Event::Ended(ended)) => (name, ended.reason()),
         (name, Event::Token(_)) => panic!("a token of {name} where an end was due"),
     };
-    world.database.sql("delete from grants where pattern = 'b'").await;
+    fixture.database.sql("delete from grants where pattern = 'b'").await;
     assert_eq!(ended(next().await), ("b".to_owned(), Reason::NotGranted));
-    world.database.sql("update accounts set enabled = false where name = 'acme-1'").await;
+    fixture.database.sql("update accounts set enabled = false where name = 'acme-1'").await;
     assert_eq!(ended(next().await), ("acme-1".to_owned(), Reason::Disabled));
-    world.register("acme-2", "id-4", "SK.4").await;
+    fixture.add_account("acme-2", "id-4", "SK.4").await;
     let (name, Event::Token(_)) = next().await else { panic!("a token") };
     assert_eq!(name, "acme-2");
-    world.database.sql("delete from accounts where name = 'acme-2'").await;
+    fixture.database.sql("delete from accounts where name = 'acme-2'").await;
     assert_eq!(ended(next().await), ("acme-2".to_owned(), Reason::Removed));
 
     broker.stop().await;
     assert!(stream.message().await.unwrap().is_none(), "a clean end");
-    let pushed = world.audit("event = 'token_pushed'").await;
+    let pushed = fixture.audit_events("event = 'token_pushed'").await;
     assert_eq!(pushed.len(), 4, "{pushed:?}");
 }
 
 #[tokio::test]
 async fn accounts_are_listed_by_page_and_only_those_that_grants_cover() {
-    let world = World::new().await;
-    let bearer = world.caller("demo", &["a*"]).await;
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["a*"]).await;
     for n in 1..=5 {
-        world.register(&format!("a{n}"), &format!("id-{n}"), &format!("SK.{n}")).await;
+        fixture.add_account(&format!("a{n}"), &format!("id-{n}"), &format!("SK.{n}")).await;
     }
-    world.register("b", "id-6", "SK.6").await;
-    let broker = world.start().await;
+    fixture.add_account("b", "id-6", "SK.6").await;
+    let broker = fixture.start().await;
     let client = broker.client(&bearer).await;
     let (mut names, mut page_token) = (vec![], String::new());
     loop {
@@ -285,41 +287,44 @@ async fn accounts_are_listed_by_page_and_only_those_that_grants_cover() {
 
 #[tokio::test]
 async fn a_caller_that_exceeds_its_rate_is_refused_with_a_retry_delay() {
-    let world = World::new().await;
-    let bearer = world.caller("demo", &["*"]).await;
-    world.database.sql("update callers set rate_limit = 1").await;
-    world.register("acme", "id-1", "SK.1").await;
-    let broker = world.start().await;
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.database.sql("update callers set rate_limit = 1").await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let broker = fixture.start().await;
     let client = broker.client(&bearer).await;
     client.get("acme").await.unwrap();
     let refused = eventually("a refusal", async || client.get("acme").await.err()).await;
-    assert_eq!(refusal(&refused), "ResourceExhausted CALLER_RATE");
+    assert_eq!(code_and_reason(&refused), "ResourceExhausted CALLER_RATE");
     assert!(refused.metadata().contains_key("grpc-retry-pushback-ms"));
     broker.stop().await;
 }
 
 #[tokio::test]
 async fn grants_and_bearers_change_without_a_restart() {
-    let world = World::new().await;
-    let bearer = world.caller("demo", &["acme"]).await;
-    world.register("acme", "id-1", "SK.1").await;
-    let broker = world.start().await;
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["acme"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let broker = fixture.start().await;
     let client = broker.client(&bearer).await;
     client.get("acme").await.unwrap();
     for (statement, expected) in [
         ("delete from grants", "PermissionDenied NOT_GRANTED"),
         ("update callers set enabled = false", "Unauthenticated CREDENTIAL_REFUSED"),
     ] {
-        world.database.sql(statement).await;
+        fixture.database.sql(statement).await;
         eventually(expected, async || {
-            (refusal(&client.get("acme").await.err()?) == expected).then_some(())
+            (code_and_reason(&client.get("acme").await.err()?) == expected).then_some(())
         })
         .await;
     }
-    world.database.sql("update callers set enabled = true").await;
-    world.database.sql("insert into grants (caller_id, pattern) select id, '*' from callers").await;
+    fixture.database.sql("update callers set enabled = true").await;
+    fixture
+        .database
+        .sql("insert into grants (caller_id, pattern) select id, '*' from callers")
+        .await;
     eventually("a token", async || client.get("acme").await.ok()).await;
-    world.database.sql("update caller_credentials set revoked_at = now()").await;
+    fixture.database.sql("update caller_credentials set revoked_at = now()").await;
     eventually("revoked", async || client.get("acme").await.err()).await;
     broker.stop().await;
 }
@@ -328,11 +333,11 @@ async fn grants_and_bearers_change_without_a_restart() {
 async fn a_flood_of_refusals_is_counted_in_few_records_while_others_are_served() {
     // As many as a connection may have streams.
     const FLOOD: i64 = 1_000;
-    let world = World::new().await;
-    let bearer = world.caller("demo", &["acme"]).await;
-    let broker = world.start().await;
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["acme"]).await;
+    let broker = fixture.start().await;
     let client = broker.client(&bearer).await;
-    world.register("acme", "id-1", "SK.1").await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
     eventually("a token", async || client.get("acme").await.ok()).await;
 
     let began = Instant::now();
@@ -345,14 +350,14 @@ async fn a_flood_of_refusals_is_counted_in_few_records_while_others_are_served()
     };
     let (refused, ()) = tokio::join!(flood, served);
     for answer in refused {
-        assert_eq!(refusal(&answer.unwrap_err()), "Unauthenticated CREDENTIAL_REFUSED");
+        assert_eq!(code_and_reason(&answer.unwrap_err()), "Unauthenticated CREDENTIAL_REFUSED");
     }
     broker.stop().await;
 
     let counted: (i64, i64) = sqlx::query_as(
         "select sum(count)::bigint, count(*) from audit_events where outcome = 'unauthenticated'",
     )
-    .fetch_one(world.database.pool())
+    .fetch_one(fixture.database.pool())
     .await
     .unwrap();
     assert_eq!(counted.0, FLOOD);
@@ -363,15 +368,15 @@ async fn a_flood_of_refusals_is_counted_in_few_records_while_others_are_served()
 
 #[tokio::test]
 async fn calls_beyond_the_limit_of_waiting_calls_are_shed_while_live_tokens_are_served() {
-    let world = World::new().await;
-    let bearer = world.caller("demo", &["*"]).await;
-    let broker = world.start_with(AppConfig { max_waiting_calls: 2, ..world.plan() }).await;
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    let broker = fixture.start_with(AppConfig { max_waiting_calls: 2, ..fixture.config() }).await;
     let client = broker.client(&bearer).await;
-    world.register("acme", "id-1", "SK.1").await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
     eventually("a token", async || client.get("acme").await.ok()).await;
-    world.upstream.script("id-2", [Answer::Hang]);
-    world.register("slow", "id-2", "SK.2").await;
-    eventually("an attempt", async || (world.upstream.attempts("id-2") > 0).then_some(())).await;
+    fixture.upstream.script("id-2", [Answer::Hang]);
+    fixture.add_account("slow", "id-2", "SK.2").await;
+    eventually("an attempt", async || (fixture.upstream.attempts("id-2") > 0).then_some(())).await;
 
     let waiting: Vec<tokio::task::JoinHandle<()>> = (0..2)
         .map(|_| {
@@ -393,7 +398,7 @@ async fn calls_beyond_the_limit_of_waiting_calls_are_shed_while_live_tokens_are_
         (refused.code() == Code::ResourceExhausted).then_some(refused)
     })
     .await;
-    assert_eq!(refusal(&shed), "ResourceExhausted OVERLOADED");
+    assert_eq!(code_and_reason(&shed), "ResourceExhausted OVERLOADED");
     assert!(shed.metadata().contains_key("grpc-retry-pushback-ms"));
     client.get("acme").await.unwrap();
     for call in waiting {
@@ -404,11 +409,11 @@ async fn calls_beyond_the_limit_of_waiting_calls_are_shed_while_live_tokens_are_
 
 #[tokio::test]
 async fn one_address_may_have_a_quarter_of_the_connections() {
-    let world = World::new().await;
-    let bearer = world.caller("demo", &["acme"]).await;
-    world.register("acme", "id-1", "SK.1").await;
-    let broker = world.start_with(AppConfig { max_connections: 8, ..world.plan() }).await;
-    world.until_state("acme", "fresh").await;
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["acme"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let broker = fixture.start_with(AppConfig { max_connections: 8, ..fixture.config() }).await;
+    fixture.wait_for_state("acme", "fresh").await;
     let (first, second) = (broker.client(&bearer).await, broker.client(&bearer).await);
     first.get("acme").await.unwrap();
     second.get("acme").await.unwrap();
@@ -417,7 +422,7 @@ async fn one_address_may_have_a_quarter_of_the_connections() {
     let _ = third.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await;
     let mut received = vec![];
     let closed = third.read_to_end(&mut received);
-    let _ = tokio::time::timeout(crate::harness::PATIENCE, closed).await.expect("it is closed");
+    let _ = tokio::time::timeout(crate::harness::TEST_TIMEOUT, closed).await.expect("it is closed");
     assert!(received.is_empty(), "{received:?}");
     first.get("acme").await.unwrap();
     drop(first);
@@ -443,11 +448,11 @@ fn client_request(bearer: &Bearer) -> Request<GetTokenRequest> {
 
 #[tokio::test]
 async fn a_stopping_broker_reports_not_serving_and_answers_until_its_callers_have_disconnected() {
-    let world = World::new().await;
-    let bearer = world.caller("demo", &["*"]).await;
-    world.register("acme", "id-1", "SK.1").await;
-    let broker = world
-        .start_with(AppConfig { shutdown_notice: crate::harness::PATIENCE, ..world.plan() })
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let broker = fixture
+        .start_with(AppConfig { shutdown_notice: crate::harness::TEST_TIMEOUT, ..fixture.config() })
         .await;
     let (client, grpc) = (broker.client(&bearer).await, broker.app.grpc_address);
     eventually("a token", async || client.get("acme").await.ok()).await;
@@ -466,7 +471,7 @@ async fn a_stopping_broker_reports_not_serving_and_answers_until_its_callers_hav
     assert!(!stopping.is_finished());
     drop(client);
     stopping.await.unwrap();
-    let records = world.audit("event in ('get_token', 'stopped')").await;
+    let records = fixture.audit_events("event in ('get_token', 'stopped')").await;
     assert_eq!(records.last().unwrap(), "stopped/-/-/ok/-");
     assert!(records.len() > 10, "{records:?}");
 }

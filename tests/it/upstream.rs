@@ -1,4 +1,6 @@
-//! Promises 16 and 17: the upstream's host is fixed, and no bad answer yields a token. No database.
+//! The client of the upstream against a simulated upstream or a raw socket: it connects to the fixed
+//! host only, and an invalid response never yields a token. The end tests the simulator itself. No test
+//! needs a database.
 
 use std::{
     env, io,
@@ -9,7 +11,7 @@ use std::{
 
 use chrono::{DateTime, TimeDelta};
 use token_broker::{
-    dev::simulator::{Answer, Faults, Options, SimulatedAccount, Simulator},
+    dev::simulator::{Answer, Faults, SimulatedAccount, Simulator, SimulatorOptions},
     domain::{
         clock::{Clock, ManualClock},
         refresh_state::FailureClass,
@@ -25,11 +27,11 @@ use tokio::{
 
 const ID: &str = "myMemberId";
 const SECRET: &str = "SK.canary-secret";
-/// Long enough for an answer of a busy machine.
-const PATIENT: Duration = Duration::from_secs(20);
-/// For answers that never come.
-const IMPATIENT: Duration = Duration::from_millis(300);
-/// Where the re-executed test finds its upstream.
+/// A timeout that even a slow machine does not reach when there is a response.
+const LONG_TIMEOUT: Duration = Duration::from_secs(20);
+/// A timeout for responses that never arrive.
+const SHORT_TIMEOUT: Duration = Duration::from_millis(300);
+/// The environment variable from which the test in a child process takes the upstream's URL.
 const CHILD_UPSTREAM: &str = "TEST_UPSTREAM_OF_CHILD";
 
 fn client_with(base_url: &str, timeout: Duration, clock: Clock) -> Client {
@@ -38,31 +40,31 @@ fn client_with(base_url: &str, timeout: Duration, clock: Clock) -> Client {
 }
 
 fn client(base_url: &str) -> Client {
-    client_with(base_url, PATIENT, Clock::System)
+    client_with(base_url, LONG_TIMEOUT, Clock::System)
 }
 
 async fn issue(client: &Client) -> Result<IssuedToken, IssueError> {
     client.issue(&ID.parse().unwrap(), &ClientSecret::new(SECRET).unwrap()).await
 }
 
-fn options() -> Options {
+fn options() -> SimulatorOptions {
     let account = SimulatedAccount {
         client_id: ID.to_owned(),
         client_secret: SECRET.to_owned(),
         locked: false,
     };
-    Options { accounts: vec![account], ..Options::default() }
+    SimulatorOptions { accounts: vec![account], ..SimulatorOptions::default() }
 }
 
 async fn simulator() -> Simulator {
     Simulator::start_on_loopback(options()).await.unwrap()
 }
 
-/// A listener that must never be called.
-struct Forbidden(StdListener);
+/// A listener to which no connection must be made.
+struct UnusedListener(StdListener);
 
-impl Forbidden {
-    fn listen() -> Self {
+impl UnusedListener {
+    fn bind() -> Self {
         let listener = StdListener::bind(("127.0.0.1", 0)).unwrap();
         listener.set_nonblocking(true).unwrap();
         Self(listener)
@@ -72,26 +74,28 @@ impl Forbidden {
         format!("http://{}", self.0.local_addr().unwrap())
     }
 
-    /// A connection would have been in the listener's queue before the caller got its answer.
-    fn saw_nothing(&self) -> bool {
+    /// Whether nobody has connected. A connection would be in the listener's queue before the
+    /// client's call has returned.
+    fn is_unused(&self) -> bool {
         self.0.accept().is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
     }
 }
 
-/// An upstream that answers its one request with `answer`, byte by byte what is given, and closes.
-async fn answering(answer: Vec<u8>) -> String {
+/// Starts an upstream that answers one request with the given bytes and then closes the connection.
+/// Returns its URL.
+async fn serve_once(response: Vec<u8>) -> String {
     let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
     let address: SocketAddr = listener.local_addr().unwrap();
     tokio::spawn(async move {
         let (mut stream, _) = listener.accept().await.unwrap();
         read_request(&mut stream).await;
-        // A client that has seen enough may have left.
-        let _ = stream.write_all(&answer).await;
+        // This fails if the client has closed the connection before the end of the response.
+        let _ = stream.write_all(&response).await;
     });
     format!("http://{address}")
 }
 
-/// Reads head and body, so that closing does not reset what is still unread.
+/// Reads a request to the end of its body. With unread bytes, closing the connection would reset it.
 async fn read_request(stream: &mut TcpStream) -> Vec<u8> {
     let mut request = Vec::new();
     loop {
@@ -104,22 +108,23 @@ async fn read_request(stream: &mut TcpStream) -> Vec<u8> {
     }
 }
 
+/// Returns the bytes of an HTTP response.
 fn http(status: &str, headers: &str, body: &[u8]) -> Vec<u8> {
     let length = body.len();
     let head = format!("HTTP/1.1 {status}\r\ncontent-length: {length}\r\n{headers}\r\n");
     [head.as_bytes(), body].concat()
 }
 
-// Good paths.
+// Requests that succeed.
 
 #[tokio::test]
-async fn a_token_is_issued_with_its_end_and_its_address() {
+async fn an_issued_token_has_its_expiry_and_its_allowed_address() {
     let simulator = simulator().await;
     let before = simulator.now();
     let issued = issue(&client(&simulator.base_url())).await.unwrap();
     assert_eq!(simulator.live_token(ID).as_deref(), Some(issued.access_token.expose()));
     assert_eq!(issued.allowed_ip.as_deref(), Some("127.0.0.1"));
-    // The claims drop the milliseconds, and `Date` counts whole seconds.
+    // The claims have no milliseconds, and `Date` has whole seconds.
     let hour = TimeDelta::hours(1);
     assert!(issued.expires_at > before + hour - TimeDelta::seconds(2));
     assert!(issued.expires_at <= simulator.now() + hour);
@@ -127,12 +132,12 @@ async fn a_token_is_issued_with_its_end_and_its_address() {
 }
 
 #[tokio::test]
-async fn tokens_of_one_second_differ_and_the_newer_ends_the_older() {
+async fn tokens_issued_in_the_same_second_differ_and_the_newer_revokes_the_older() {
     let clock = ManualClock::new(DateTime::from_timestamp_millis(1_717_135_001_944).unwrap());
     let clock = Clock::Manual(clock);
-    let options = Options { clock: clock.clone(), ..options() };
+    let options = SimulatorOptions { clock: clock.clone(), ..options() };
     let simulator = Simulator::start_on_loopback(options).await.unwrap();
-    let client = client_with(&simulator.base_url(), PATIENT, clock);
+    let client = client_with(&simulator.base_url(), LONG_TIMEOUT, clock);
     let first = issue(&client).await.unwrap();
     let second = issue(&client).await.unwrap();
     assert!(!simulator.is_live(first.access_token.expose()));
@@ -146,7 +151,7 @@ async fn tokens_of_one_second_differ_and_the_newer_ends_the_older() {
 }
 
 #[tokio::test]
-async fn the_request_says_what_the_api_wants_and_no_more() {
+async fn the_request_has_the_required_headers_and_fields_and_no_others() {
     let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
     let url = format!("http://{}/api/1.1/", listener.local_addr().unwrap());
     let server = tokio::spawn(async move {
@@ -165,23 +170,25 @@ async fn the_request_says_what_the_api_wants_and_no_more() {
 }
 
 #[tokio::test]
-async fn a_number_as_end_is_read_too() {
-    let end = 4_000_000_000_000_i64;
-    let body = format!(r#"{{"expiresIn":{end},"accessToken":"opaque"}}"#);
-    let clock = ManualClock::new(DateTime::from_timestamp_millis(end - 60_000).unwrap());
-    let url = answering(http("200 OK", "", body.as_bytes())).await;
-    let issued = issue(&client_with(&url, PATIENT, Clock::Manual(clock))).await.unwrap();
-    assert_eq!(issued.expires_at.timestamp_millis(), end);
+async fn an_expiry_may_be_a_json_number() {
+    let expiry = 4_000_000_000_000_i64;
+    let body = format!(r#"{{"expiresIn":{expiry},"accessToken":"opaque"}}"#);
+    let clock = ManualClock::new(DateTime::from_timestamp_millis(expiry - 60_000).unwrap());
+    let url = serve_once(http("200 OK", "", body.as_bytes())).await;
+    let issued = issue(&client_with(&url, LONG_TIMEOUT, Clock::Manual(clock))).await.unwrap();
+    assert_eq!(issued.expires_at.timestamp_millis(), expiry);
     assert_eq!((issued.allowed_ip, issued.skew_ms), (None, None));
 }
 
 #[tokio::test]
-async fn an_upstream_whose_clock_is_ten_minutes_off_issues_tokens_that_end_in_time() {
+async fn a_clock_skew_of_the_upstream_is_subtracted_from_the_expiry() {
     let clock = ManualClock::new(DateTime::from_timestamp(1_717_135_001, 0).unwrap());
     let clock = Clock::Manual(clock);
     let simulator =
-        Simulator::start_on_loopback(Options { clock: clock.clone(), ..options() }).await.unwrap();
-    let client = client_with(&simulator.base_url(), PATIENT, clock.clone());
+        Simulator::start_on_loopback(SimulatorOptions { clock: clock.clone(), ..options() })
+            .await
+            .unwrap();
+    let client = client_with(&simulator.base_url(), LONG_TIMEOUT, clock.clone());
     for (skew, life) in [(600, 3_600), (-600, 3_000), (0, 3_600)] {
         simulator.set_faults(Faults { clock_skew_seconds: skew, ..Faults::default() });
         let issued = issue(&client).await.unwrap();
@@ -191,84 +198,85 @@ async fn an_upstream_whose_clock_is_ten_minutes_off_issues_tokens_that_end_in_ti
 }
 
 #[tokio::test]
-async fn localhost_is_this_machine() {
+async fn localhost_is_accepted_as_an_upstream() {
     let simulator = simulator().await;
     let url = format!("http://localhost:{}/api/1.1", simulator.address().port());
     assert!(issue(&client(&url)).await.is_ok());
 }
 
 #[tokio::test]
-async fn the_call_comes_from_the_address_that_is_set() {
+async fn the_request_comes_from_the_configured_bind_address() {
     let simulator = simulator().await;
     let bind_address: IpAddr = "127.0.0.2".parse().unwrap();
     let settings = Settings {
         target: simulator.base_url().parse().unwrap(),
         bind_address: Some(bind_address),
         proxy: None,
-        timeout: PATIENT,
+        timeout: LONG_TIMEOUT,
     };
     let issued = issue(&Client::new(settings, Clock::System).unwrap()).await.unwrap();
     assert_eq!(issued.allowed_ip.as_deref(), Some("127.0.0.2"));
     assert_eq!(simulator.last_peer(), Some(bind_address));
 }
 
-// Promise 16: the upstream's host is fixed.
+// The broker connects to no host but the configured upstream, which must be a known one or loopback.
 
 #[test]
-fn another_host_is_refused() {
+fn an_unknown_host_is_rejected() {
     for host in ["http://192.0.2.1/api/1.1", "https://api.rcsbizcenter.com", "http://example.com"] {
         assert!(host.parse::<Target>().is_err(), "{host}");
     }
 }
 
 #[tokio::test]
-async fn a_redirect_is_not_followed_by_a_single_byte() {
-    let elsewhere = Forbidden::listen();
+async fn a_redirect_is_not_followed() {
+    let redirect_target = UnusedListener::bind();
     for status in ["301", "302", "303", "307", "308"] {
-        let location = format!("location: {}/token\r\n", elsewhere.url());
-        let url = answering(http(&format!("{status} Elsewhere"), &location, b"")).await;
+        let location = format!("location: {}/token\r\n", redirect_target.url());
+        let url = serve_once(http(&format!("{status} Elsewhere"), &location, b"")).await;
         let error = issue(&client(&url)).await.unwrap_err();
         assert_eq!(error.class, FailureClass::Malformed, "{status}");
-        assert!(elsewhere.saw_nothing(), "{status}");
+        assert!(redirect_target.is_unused(), "{status}");
     }
 }
 
 #[test]
-fn the_proxies_of_the_environment_are_not_used() {
+fn proxy_variables_in_the_environment_are_ignored() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let simulator = runtime.block_on(simulator());
-    let proxy = Forbidden::listen();
-    // Variables can be set safely for a new process only: this binary again, with one test.
+    let proxy = UnusedListener::bind();
+    // Environment variables can only be set safely for a new process. So this test runs its own
+    // executable again, with a single test.
     let mut child = Command::new(env::current_exe().unwrap());
-    child.args(["--exact", "upstream::in_an_environment_with_proxies_one_token_is_issued"]);
+    child.args(["--exact", "upstream::a_token_is_issued_in_an_environment_with_proxy_variables"]);
     child.env(CHILD_UPSTREAM, simulator.base_url());
     for name in ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"] {
         child.env(name, proxy.url()).env(name.to_lowercase(), proxy.url());
     }
-    // With REQUEST_METHOD set, some clients ignore HTTP_PROXY; with NO_PROXY, all do.
+    // Some clients ignore HTTP_PROXY if REQUEST_METHOD is set, and all do if NO_PROXY is set.
     for name in ["NO_PROXY", "no_proxy", "REQUEST_METHOD"] {
         child.env_remove(name);
     }
     let output = child.output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
     assert_eq!(simulator.issued(ID), 1);
-    assert!(proxy.saw_nothing());
+    assert!(proxy.is_unused());
 }
 
-/// In the environment of the test above, which names an upstream; by itself, in whatever environment
-/// there is, with an upstream of its own.
+/// The test above runs this one in a child process and passes the URL of its upstream. Run on its own,
+/// it uses an upstream of its own.
 #[tokio::test]
-async fn in_an_environment_with_proxies_one_token_is_issued() {
-    let own = simulator().await;
-    let upstream = env::var(CHILD_UPSTREAM).unwrap_or_else(|_| own.base_url());
+async fn a_token_is_issued_in_an_environment_with_proxy_variables() {
+    let simulator = simulator().await;
+    let upstream = env::var(CHILD_UPSTREAM).unwrap_or_else(|_| simulator.base_url());
     issue(&client(&upstream)).await.unwrap();
 }
 
 #[tokio::test]
-async fn an_explicit_proxy_is_used() {
+async fn a_configured_proxy_is_used() {
     let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
     let proxy = format!("http://{}", listener.local_addr().unwrap());
-    let upstream = Forbidden::listen();
+    let upstream = UnusedListener::bind();
     let server = tokio::spawn(async move {
         let (mut stream, _) = listener.accept().await.unwrap();
         String::from_utf8(read_request(&mut stream).await).unwrap()
@@ -277,26 +285,27 @@ async fn an_explicit_proxy_is_used() {
         target: upstream.url().parse().unwrap(),
         bind_address: None,
         proxy: Some(proxy.parse().unwrap()),
-        timeout: PATIENT,
+        timeout: LONG_TIMEOUT,
     };
     issue(&Client::new(settings, Clock::System).unwrap()).await.unwrap_err();
     let expected = format!("POST {}/token HTTP/1.1\r\n", upstream.url());
     assert!(server.await.unwrap().starts_with(&expected));
-    assert!(upstream.saw_nothing());
+    assert!(upstream.is_unused());
 }
 
-// Promise 17: no bad answer yields a token. Failures of a credential come with it.
+// No invalid response yields a token, and each failure is classified.
 
 #[tokio::test]
-async fn every_misbehaviour_of_the_upstream_has_its_class() {
+async fn each_fault_of_the_upstream_has_its_failure_class() {
     use FailureClass::{EgressRejected, Malformed, RateLimited, Rejected, Unreachable};
     let simulator = simulator().await;
-    let (patient, impatient) = (
-        client_with(&simulator.base_url(), PATIENT, Clock::System),
-        client_with(&simulator.base_url(), IMPATIENT, Clock::System),
+    let (long_timeout, short_timeout) = (
+        client_with(&simulator.base_url(), LONG_TIMEOUT, Clock::System),
+        client_with(&simulator.base_url(), SHORT_TIMEOUT, Clock::System),
     );
     let refuse = |status, code: &str| Answer::Refuse { status, code: code.to_owned() };
-    // The answer, its class, whether a token may have been issued, and whether it was.
+    // The answer, its failure class, whether the client reports that a token may have been issued, and
+    // whether one was issued.
     for (answer, class, may_have_issued, issued) in [
         (Answer::Html, Malformed, true, false),
         (Answer::Empty, Malformed, true, false),
@@ -320,8 +329,8 @@ async fn every_misbehaviour_of_the_upstream_has_its_class() {
         (refuse(400, "64304"), Rejected, false, false),
         (refuse(401, "61099"), EgressRejected, false, false),
     ] {
-        let never_whole = matches!(answer, Answer::SlowDrip | Answer::Hang | Answer::IssueThenHang);
-        let client = if never_whole { &impatient } else { &patient };
+        let times_out = matches!(answer, Answer::SlowDrip | Answer::Hang | Answer::IssueThenHang);
+        let client = if times_out { &short_timeout } else { &long_timeout };
         simulator.script(ID, [answer.clone()]);
         let before = simulator.issued(ID);
         let error = issue(client).await.unwrap_err();
@@ -329,11 +338,11 @@ async fn every_misbehaviour_of_the_upstream_has_its_class() {
         assert_eq!(simulator.issued(ID) - before, u64::from(issued), "{answer:?}");
         assert!(!format!("{error} {error:?}").contains("canary"), "{answer:?}");
     }
-    assert!(issue(&patient).await.is_ok());
+    assert!(issue(&long_timeout).await.is_ok());
 }
 
 #[tokio::test]
-async fn raw_answers_that_are_not_one_token_yield_none() {
+async fn invalid_raw_responses_yield_no_token() {
     use FailureClass::{Malformed, RateLimited, Unreachable};
     let good = br#"{"expiresIn":"4000000000000","accessToken":"canary"}"#;
     let oversize = [&good[..good.len() - 1], &b" ".repeat(MAX_BODY)[..], b"}"].concat();
@@ -342,53 +351,53 @@ async fn raw_answers_that_are_not_one_token_yield_none() {
         format!("{head}{body}").into_bytes()
     };
     let clock = ManualClock::new(DateTime::from_timestamp(3_999_996_400, 0).unwrap());
-    for (what, answer, class) in [
+    for (case, response, class) in [
         ("nothing", vec![], Unreachable),
         ("not HTTP", b"canary\r\n\r\n".to_vec(), Unreachable),
-        ("half a head", b"HTTP/1.1 200 OK\r\ncontent-le".to_vec(), Unreachable),
+        ("half of the response head", b"HTTP/1.1 200 OK\r\ncontent-le".to_vec(), Unreachable),
         ("a token with 202", http("202 Accepted", "", good), Malformed),
         ("a token with 500", http("500 Oops", "", good), Unreachable),
-        ("a token too long", http("200 OK", "", &oversize), Malformed),
+        ("a body that is too long", http("200 OK", "", &oversize), Malformed),
         (
-            "less than announced",
+            "a body shorter than its content-length",
             b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{".into(),
             Malformed,
         ),
-        ("chunks without an end", chunked("5\r\n{\"exp\r\n"), Malformed),
-        ("chunks of nonsense", chunked("zz\r\n"), Malformed),
+        ("chunks without a last chunk", chunked("5\r\n{\"exp\r\n"), Malformed),
+        ("an invalid chunk size", chunked("zz\r\n"), Malformed),
         (
-            "a lead of the clock beyond the end",
+            "a clock skew beyond the expiry",
             http("200 OK", "date: Fri, 31 Dec 9999 23:59:59 GMT\r\n", good),
             Malformed,
         ),
         (
-            "a 429 that breaks off",
+            "a 429 with an incomplete body",
             b"HTTP/1.1 429 No\r\ncontent-length: 99\r\n\r\n{".into(),
             RateLimited,
         ),
     ] {
-        let url = answering(answer).await;
-        let client = client_with(&url, PATIENT, Clock::Manual(clock.clone()));
+        let url = serve_once(response).await;
+        let client = client_with(&url, LONG_TIMEOUT, Clock::Manual(clock.clone()));
         let error = issue(&client).await.unwrap_err();
-        assert_eq!(error.class, class, "{what}");
-        assert!(!format!("{error} {error:?}").contains("canary"), "{what}");
+        assert_eq!(error.class, class, "{case}");
+        assert!(!format!("{error} {error:?}").contains("canary"), "{case}");
     }
-    // And the same token in a good answer is one.
-    let url = answering(http("200 OK", "", good)).await;
-    assert!(issue(&client_with(&url, PATIENT, Clock::Manual(clock))).await.is_ok());
+    // The same token in a valid response is accepted.
+    let url = serve_once(http("200 OK", "", good)).await;
+    assert!(issue(&client_with(&url, LONG_TIMEOUT, Clock::Manual(clock))).await.is_ok());
 }
 
 #[tokio::test]
-async fn a_connection_refused_has_issued_nothing() {
-    let gone = Forbidden::listen().url();
-    let error = issue(&client(&gone)).await.unwrap_err();
+async fn a_refused_connection_cannot_have_issued_a_token() {
+    let url = UnusedListener::bind().url();
+    let error = issue(&client(&url)).await.unwrap_err();
     assert_eq!((error.class, error.may_have_issued), (FailureClass::Unreachable, false));
     assert_eq!(error.message, "the upstream cannot be reached: connection refused");
 }
 
 #[tokio::test]
-async fn a_connection_that_never_comes_about_has_issued_nothing() {
-    // A listener with a full queue: the kernel leaves further connections unanswered.
+async fn a_connection_attempt_that_times_out_cannot_have_issued_a_token() {
+    // The queue of this listener becomes full, and the kernel does not answer further attempts.
     let socket = TcpSocket::new_v4().unwrap();
     socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
     let listener = socket.listen(1).unwrap();
@@ -396,19 +405,19 @@ async fn a_connection_that_never_comes_about_has_issued_nothing() {
     let mut queued = Vec::new();
     let mut unanswered = 0;
     while unanswered < 2 {
-        match tokio::time::timeout(IMPATIENT, TcpStream::connect(address)).await {
+        match tokio::time::timeout(SHORT_TIMEOUT, TcpStream::connect(address)).await {
             Ok(stream) => queued.push(stream.unwrap()),
             Err(_) => unanswered += 1,
         }
     }
-    let client = client_with(&format!("http://{address}"), IMPATIENT, Clock::System);
+    let client = client_with(&format!("http://{address}"), SHORT_TIMEOUT, Clock::System);
     let error = issue(&client).await.unwrap_err();
     assert_eq!((error.class, error.may_have_issued), (FailureClass::Unreachable, false));
     assert_eq!(error.message, "the upstream cannot be reached: connecting took too long");
 }
 
 #[tokio::test]
-async fn an_upstream_that_does_not_speak_tls_has_issued_nothing() {
+async fn a_failed_tls_handshake_cannot_have_issued_a_token() {
     let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
     let url = format!("https://{}", listener.local_addr().unwrap());
     let server = tokio::spawn(async move {
@@ -425,7 +434,7 @@ async fn an_upstream_that_does_not_speak_tls_has_issued_nothing() {
 }
 
 #[tokio::test]
-async fn credentials_and_addresses_are_refused_as_documented() {
+async fn rejected_credentials_and_addresses_have_the_documented_codes() {
     let simulator = simulator().await;
     let client = client(&simulator.base_url());
     let attempt = async |id: &str, secret: &str| {
@@ -444,16 +453,17 @@ async fn credentials_and_addresses_are_refused_as_documented() {
 }
 
 #[tokio::test]
-async fn a_rate_limit_says_how_long_to_wait() {
+async fn a_rate_limit_error_has_the_retry_delay() {
     let simulator = simulator().await;
     simulator.script(ID, [Answer::RateLimited { retry_after: Some("7".into()) }]);
     let error = issue(&client(&simulator.base_url())).await.unwrap_err();
     assert_eq!(error.retry_after, Some(Duration::from_secs(7)));
 }
 
-// The simulator itself.
+// Tests of the simulator itself.
 
-/// One request by hand: method, path, further head lines, body; the status and the body of the answer.
+/// Sends a request (method and path, further header lines, body) and returns the status and the body of
+/// the response.
 async fn call(simulator: &Simulator, request: &str, head: &str, body: &str) -> (u16, String) {
     let mut stream = TcpStream::connect(simulator.address()).await.unwrap();
     let length = body.len();
@@ -461,19 +471,21 @@ async fn call(simulator: &Simulator, request: &str, head: &str, body: &str) -> (
         "{request} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{head}content-length: {length}\r\n\r\n{body}"
     );
     stream.write_all(request.as_bytes()).await.unwrap();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).await.unwrap();
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    let mut response = String::new();
+    stream.read_to_string(&mut response).await.unwrap();
+    let (head, body) = response.split_once("\r\n\r\n").unwrap();
     (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
 }
 
 #[tokio::test]
-async fn a_token_can_be_tried_until_it_ends_or_is_replaced() {
+async fn a_token_works_until_it_expires_or_is_replaced() {
     let manual = ManualClock::new(DateTime::from_timestamp_millis(1_717_135_001_944).unwrap());
     let clock = Clock::Manual(manual.clone());
     let simulator =
-        Simulator::start_on_loopback(Options { clock: clock.clone(), ..options() }).await.unwrap();
-    let client = client_with(&simulator.base_url(), PATIENT, clock);
+        Simulator::start_on_loopback(SimulatorOptions { clock: clock.clone(), ..options() })
+            .await
+            .unwrap();
+    let client = client_with(&simulator.base_url(), LONG_TIMEOUT, clock);
     let whoami = async |head: &str| call(&simulator, "GET /api/1.1/whoami", head, "").await;
     let bearer = |issued: &IssuedToken| {
         format!("authorization: Bearer {}\r\n", issued.access_token.expose())
@@ -496,7 +508,7 @@ async fn a_token_can_be_tried_until_it_ends_or_is_replaced() {
 }
 
 #[tokio::test]
-async fn accounts_and_faults_are_changed_over_http_while_it_runs() {
+async fn accounts_and_faults_can_be_changed_over_http() {
     let simulator = simulator().await;
     let client = client(&simulator.base_url());
     let (status, _) =
@@ -515,8 +527,8 @@ async fn accounts_and_faults_are_changed_over_http_while_it_runs() {
     let (_, faults) = call(&simulator, "PUT /simulator/faults", "", r#"{"answer":"html"}"#).await;
     assert!(faults.contains(r#""token_life":"1h""#), "{faults}");
     assert_eq!(issue(&client).await.unwrap_err().class, FailureClass::Malformed);
-    let (status, fault) = call(&simulator, "PUT /simulator/faults", "", r#"{"answr":1}"#).await;
-    assert!(status == 400 && fault.contains("answr"), "{fault}");
+    let (status, error) = call(&simulator, "PUT /simulator/faults", "", r#"{"answr":1}"#).await;
+    assert!(status == 400 && error.contains("answr"), "{error}");
 
     let script = r#"{"script":["issue",{"rate_limited":{}}]}"#;
     let (status, _) = call(&simulator, &format!("PUT /simulator/accounts/{ID}"), "", script).await;
@@ -540,13 +552,13 @@ async fn accounts_and_faults_are_changed_over_http_while_it_runs() {
 }
 
 #[tokio::test]
-async fn a_token_is_issued_even_when_its_client_has_given_up() {
+async fn a_token_is_issued_although_the_client_has_disconnected() {
     let simulator = simulator().await;
-    simulator.set_faults(Faults { latency: 2 * IMPATIENT, ..Faults::default() });
-    let client = client_with(&simulator.base_url(), IMPATIENT, Clock::System);
+    simulator.set_faults(Faults { latency: 2 * SHORT_TIMEOUT, ..Faults::default() });
+    let client = client_with(&simulator.base_url(), SHORT_TIMEOUT, Clock::System);
     let error = issue(&client).await.unwrap_err();
     assert_eq!((error.class, error.may_have_issued), (FailureClass::Unreachable, true));
-    tokio::time::timeout(PATIENT, async {
+    tokio::time::timeout(LONG_TIMEOUT, async {
         while simulator.issued(ID) == 0 {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
@@ -556,7 +568,7 @@ async fn a_token_is_issued_even_when_its_client_has_given_up() {
 }
 
 #[tokio::test]
-async fn shutting_down_ends_what_hangs() {
+async fn a_shutdown_ends_hanging_requests() {
     let simulator = simulator().await;
     simulator.set_faults(Faults { answer: Answer::Hang, ..Faults::default() });
     let client = client(&simulator.base_url());

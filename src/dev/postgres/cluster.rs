@@ -1,11 +1,13 @@
-//! One database directory: who owns it, how it is made, and how its server is run.
+//! The directory of one embedded server: its owner and lock, and the command lines of the programs
+//! that work in it.
 //!
-//! | in it | what |
+//! | file | contents |
 //! |---|---|
-//! | `guard` | locked by the guard as long as it lives |
-//! | `log` | what `initdb` and the server say |
-//! | `data` | the data directory, complete or not there |
-//! | `.s.PGSQL.5432` | the socket |
+//! | `guard` | locked by the guard process as long as it runs |
+//! | `log` | the output of `initdb` and the server |
+//! | `data` | `PostgreSQL`'s data directory; it is complete if it exists |
+//! | `data.new` | a data directory that `initdb` has not finished |
+//! | `.s.PGSQL.5432` | the server's socket |
 
 use std::{
     env,
@@ -22,15 +24,16 @@ use std::{
 use nix::unistd::{Uid, User, geteuid};
 use tokio::process::Command;
 
-use super::{DATABASE, temporary_root};
+/// The name of the database that every embedded server has.
+pub const DATABASE: &str = "token_broker";
 
-/// Temporary directories begin with this: short, since socket paths are.
+/// Prefix of the names of temporary directories. It is short because a socket's path must be.
 const TEMPORARY_PREFIX: &str = "tb-pg-";
 
-/// As much of the log's end as an error shows, in bytes.
+/// How much of the end of the log an error message shows, in bytes.
 const LOG_TAIL: u64 = 2_000;
 
-/// What every server is told, beyond its place.
+/// The server settings that do not depend on the directory.
 const SETTINGS: &[&str] = &[
     "listen_addresses=",
     "unix_socket_permissions=0700",
@@ -40,36 +43,33 @@ const SETTINGS: &[&str] = &[
     "logging_collector=off",
     "log_connections=off",
     "log_min_messages=warning",
-    // A failed statement may hold a client's secret.
+    // The text of a failed statement may contain a client secret.
     "log_min_error_statement=panic",
 ];
 
-/// A name that no directory under the temporary one has.
-pub(super) fn temporary_directory() -> io::Result<PathBuf> {
+/// Returns a random path in the system's temporary directory for a new cluster.
+pub(super) fn new_temporary_path() -> io::Result<PathBuf> {
     let mut unique = [0_u8; 6];
     aws_lc_rs::rand::fill(&mut unique).map_err(io::Error::other)?;
-    Ok(temporary_root().join(format!("{TEMPORARY_PREFIX}{}", hex::encode(unique))))
+    Ok(env::temp_dir().join(format!("{TEMPORARY_PREFIX}{}", hex::encode(unique))))
 }
 
-/// A claimed database directory. Dropped, it goes if it is temporary.
+/// The directory of one server, locked by this process. Dropping it removes a temporary directory.
 pub(super) struct Cluster {
-    binaries: PathBuf,
+    programs: PathBuf,
     directory: PathBuf,
     temporary: bool,
-    owner: Owner,
-    /// Held, not used: the lock ends with it.
+    user: ServerUser,
+    /// Only held: closing the file releases the lock.
     _lock: File,
 }
 
 impl Cluster {
-    /// Makes `directory` if it is missing, hands it to the user that will run the server, and locks
-    /// it.
-    pub(super) fn claim(
-        binaries: PathBuf,
-        directory: PathBuf,
-        temporary: bool,
-    ) -> io::Result<Self> {
-        let owner = Owner::find()?;
+    /// Creates `directory` if it does not exist, makes the user that runs the server its owner, and
+    /// locks it. A temporary directory must not exist yet. `programs` is the directory of
+    /// `PostgreSQL`'s programs.
+    pub(super) fn open(programs: PathBuf, directory: PathBuf, temporary: bool) -> io::Result<Self> {
+        let user = ServerUser::find()?;
         if temporary {
             DirBuilder::new().mode(0o700).create(&directory)?;
         } else {
@@ -77,25 +77,26 @@ impl Cluster {
             fs::set_permissions(&directory, Permissions::from_mode(0o700))?;
         }
         let lock = lock(&directory)?;
-        let cluster = Self { binaries, directory, temporary, owner, _lock: lock };
-        cluster.owner.take(&cluster.directory)?;
-        // From here on a leftover is told from a directory about to be locked.
-        cluster.log()?;
+        let cluster = Self { programs, directory, temporary, user, _lock: lock };
+        cluster.user.take_ownership(&cluster.directory)?;
+        // `is_abandoned` takes a directory with a log for one that has been locked before.
+        cluster.open_log()?;
         Ok(cluster)
     }
 
-    /// Is there data from an earlier run?
+    /// Whether the directory contains a complete data directory from an earlier run.
     pub(super) fn is_initialised(&self) -> bool {
         self.data().exists()
     }
 
-    /// The command that makes the data directory, under another name.
+    /// Returns the `initdb` command, which creates the data directory under the name `data.new`.
+    /// Removes what an interrupted `initdb` left there.
     pub(super) fn initdb(&self) -> io::Result<Command> {
         remove(&self.new_data())?;
         let mut command = self.command("initdb")?;
         command.arg("-D").arg(self.new_data()).args([
             "--username=postgres",
-            // The directory's permissions say who gets in.
+            // The permissions of the directory restrict who can connect.
             "--auth=trust",
             "--encoding=UTF8",
             "--locale=C",
@@ -107,20 +108,21 @@ impl Cluster {
         Ok(command)
     }
 
-    /// The command that, told so on its standard input, makes the database.
-    pub(super) fn single_user(&self) -> io::Result<(Command, String)> {
+    /// Returns the command that creates the database, and the statement to write to its standard
+    /// input. The command runs `postgres` in single-user mode on `data.new`.
+    pub(super) fn create_database(&self) -> io::Result<(Command, String)> {
         let mut command = self.command("postgres")?;
         command.arg("--single").arg("-D").arg(self.new_data());
         command.args(["-c", self.fsync()]).arg("postgres").stdin(Stdio::piped());
         Ok((command, format!("create database {DATABASE}\n")))
     }
 
-    /// Gives the data directory its name, now that it is complete.
-    pub(super) fn finish(&self) -> io::Result<()> {
+    /// Renames `data.new` to `data`, now that it is complete.
+    pub(super) fn finish_initialisation(&self) -> io::Result<()> {
         fs::rename(self.new_data(), self.data())
     }
 
-    /// The command that runs the server.
+    /// Returns the command that runs the server.
     pub(super) fn server(&self) -> io::Result<Command> {
         let mut command = self.command("postgres")?;
         command.arg("-D").arg(self.data()).arg("-k").arg(&self.directory);
@@ -130,7 +132,7 @@ impl Cluster {
         Ok(command)
     }
 
-    /// Does the server with this process id accept connections? It says so in its pid file.
+    /// Whether the server with this process id accepts connections, according to its pid file.
     pub(super) fn is_ready(&self, pid: u32) -> bool {
         let Ok(file) = fs::read_to_string(self.data().join("postmaster.pid")) else {
             return false;
@@ -140,7 +142,7 @@ impl Cluster {
             && lines.any(|line| line == "ready")
     }
 
-    /// The end of the log.
+    /// Returns the last [`LOG_TAIL`] bytes of the log, or a text that says why it cannot be read.
     pub(super) fn log_tail(&self) -> String {
         let read = || -> io::Result<Vec<u8>> {
             let mut file = File::open(self.directory.join("log"))?;
@@ -156,10 +158,11 @@ impl Cluster {
         }
     }
 
-    /// One of Postgres' programs: as the owner, in a process group of its own, with nothing of our
-    /// environment that could steer it or is none of its business.
+    /// Returns a command that runs one of `PostgreSQL`'s programs as the server's user, in a process
+    /// group of its own, with its output appended to the log. Of this process's environment the
+    /// program gets only three variables: others, such as `PGDATA`, would change what it does.
     fn command(&self, program: &str) -> io::Result<Command> {
-        let mut command = Command::new(self.binaries.join(program));
+        let mut command = Command::new(self.programs.join(program));
         command
             .env_clear()
             .envs(
@@ -170,20 +173,19 @@ impl Cluster {
             .env("LC_ALL", "C")
             .current_dir(&self.directory)
             .stdin(Stdio::null())
-            .stdout(self.log()?)
-            .stderr(self.log()?)
+            .stdout(self.open_log()?)
+            .stderr(self.open_log()?)
             .process_group(0);
-        if let Some(user) = &self.owner.0 {
-            // As root this drops the supplementary groups as well.
+        if let Some(user) = &self.user.0 {
+            // As root, setting the user also drops the supplementary groups.
             command.uid(user.uid.as_raw()).gid(user.gid.as_raw());
         }
         Ok(command)
     }
 
-    fn log(&self) -> io::Result<File> {
+    fn open_log(&self) -> io::Result<File> {
         let path = self.directory.join("log");
-        let log = OpenOptions::new().append(true).create(true).mode(0o600).open(&path)?;
-        Ok(log)
+        OpenOptions::new().append(true).create(true).mode(0o600).open(&path)
     }
 
     fn fsync(&self) -> &'static str {
@@ -204,7 +206,8 @@ impl Drop for Cluster {
         if !self.temporary {
             return;
         }
-        // A killed server's last children may still write for a moment.
+        // The children of a killed server may still write files for a moment, which makes the
+        // removal fail. Retry for up to a second.
         for _ in 0..20 {
             if remove(&self.directory).is_ok() {
                 return;
@@ -214,10 +217,11 @@ impl Drop for Cluster {
     }
 }
 
-/// The user that runs the server where we are root.
-struct Owner(Option<User>);
+/// The user that runs the server if this process is root's; `None` if the server runs as the
+/// current user.
+struct ServerUser(Option<User>);
 
-impl Owner {
+impl ServerUser {
     fn find() -> io::Result<Self> {
         if !geteuid().is_root() {
             return Ok(Self(None));
@@ -236,7 +240,7 @@ impl Owner {
         self.0.as_ref().map_or_else(geteuid, |user| user.uid)
     }
 
-    fn take(&self, path: &Path) -> io::Result<()> {
+    fn take_ownership(&self, path: &Path) -> io::Result<()> {
         let Some(user) = &self.0 else { return Ok(()) };
         chown(path, Some(user.uid.as_raw()), Some(user.gid.as_raw()))
     }
@@ -253,30 +257,32 @@ fn lock(directory: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// Removes the temporary directories whose guards were killed. Their servers, if any still run, end
-/// by themselves when they miss their pid file: killing a process by a number in a file would be
-/// killing by hearsay.
-pub(super) fn remove_leftovers() {
-    let (Ok(entries), Ok(owner)) = (fs::read_dir(temporary_root()), Owner::find()) else {
+/// Removes the temporary directories whose guards were killed. A server that still runs in one of
+/// them is not killed: the process id in its pid file may belong to another process by now. It ends
+/// by itself, within a minute, when it finds its pid file missing.
+pub(super) fn remove_abandoned() {
+    let (Ok(entries), Ok(user)) = (fs::read_dir(env::temp_dir()), ServerUser::find()) else {
         return;
     };
     for entry in entries.flatten() {
-        let ours = entry.file_name().to_string_lossy().starts_with(TEMPORARY_PREFIX)
+        let is_ours = entry.file_name().to_string_lossy().starts_with(TEMPORARY_PREFIX)
             && entry
                 .metadata()
-                .is_ok_and(|metadata| metadata.is_dir() && metadata.uid() == owner.uid().as_raw());
-        if ours && is_abandoned(&entry.path()) {
+                .is_ok_and(|metadata| metadata.is_dir() && metadata.uid() == user.uid().as_raw());
+        if is_ours && is_abandoned(&entry.path()) {
             let _ = remove(&entry.path());
         }
     }
 }
 
-/// The log is made after the lock is taken: with a log and without a lock, there is no guard.
+/// Whether the directory's guard is gone. The guard creates the log after it has taken the lock, so
+/// a directory without a log belongs to a guard that is about to lock it.
 fn is_abandoned(directory: &Path) -> bool {
     directory.join("log").exists()
         && File::open(directory.join("guard")).is_ok_and(|lock| lock.try_lock().is_ok())
 }
 
+/// Removes a directory if it exists.
 fn remove(directory: &Path) -> io::Result<()> {
     match fs::remove_dir_all(directory) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
@@ -284,11 +290,11 @@ fn remove(directory: &Path) -> io::Result<()> {
     }
 }
 
-/// Reads the word that says whether a directory is kept.
-pub(super) fn is_temporary(word: &OsStr) -> Option<bool> {
-    match word.to_str()? {
+/// Parses the guard's argument that says whether the directory is temporary.
+pub(super) fn parse_lifetime(argument: &OsStr) -> Option<bool> {
+    match argument.to_str()? {
         "temporary" => Some(true),
-        "kept" => Some(false),
+        "persistent" => Some(false),
         _ => None,
     }
 }

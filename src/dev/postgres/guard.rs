@@ -1,5 +1,4 @@
-//! The guard: a process between the broker and its embedded Postgres that outlives the one and ends
-//! the other.
+//! The guard process: it runs the server, and stops it when the process that started the guard ends.
 
 use std::{
     ffi::OsString,
@@ -25,22 +24,26 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::cluster::{Cluster, is_temporary, remove_leftovers};
+use super::cluster::{Cluster, parse_lifetime, remove_abandoned};
 
-/// What the line begins with that tells the parent of success; the server's process id follows.
-pub(super) const READY: &str = "ready ";
+/// The hidden command of the `token-broker` program that runs [`guard()`].
+pub const GUARD_COMMAND: &str = "postgres-guard";
 
-/// How long a server may take to accept connections: recovery after a crash included.
+/// Prefix of the line with which the guard reports success; the server's process id follows.
+pub(super) const READY_PREFIX: &str = "ready ";
+
+/// How long a server may take until it accepts connections, including recovery after a crash.
 const START_LIMIT: Duration = Duration::from_mins(2);
 
-/// How a server is ended: a fast shutdown, one without a checkpoint, and none at all, each after the
-/// former had its time.
-const ENDINGS: [(Signal, Duration); 3] = [
+/// How the server is stopped: the signals to send, and how long to wait after each before the next
+/// is sent. They request a fast shutdown, an immediate shutdown without a checkpoint, and a kill.
+const STOP_SIGNALS: [(Signal, Duration); 3] = [
     (Signal::SIGINT, Duration::from_secs(10)),
     (Signal::SIGQUIT, Duration::from_secs(5)),
     (Signal::SIGKILL, Duration::from_secs(5)),
 ];
 
+/// Why the guard failed. The message is written to standard output, for the parent.
 #[derive(Debug, Error)]
 enum GuardError {
     #[error("this command is for token-broker's own use")]
@@ -49,146 +52,157 @@ enum GuardError {
     System(#[from] io::Error),
     #[error("{} cannot be used: {source}", directory.display())]
     Directory { directory: PathBuf, source: io::Error },
+    #[error("{} cannot be run: {source}", program.display())]
+    Program { program: PathBuf, source: io::Error },
+    /// A program failed; the second field is the end of the log.
     #[error("{0} failed\n{1}")]
     Failed(&'static str, String),
+    /// The server did not become ready; the field is the end of the log.
     #[error("it took longer than {limit} s\n{0}", limit = START_LIMIT.as_secs())]
     TooSlow(String),
 }
 
-/// Runs a Postgres until it ends or standard input, a pipe from the parent, does.
+/// Runs a server until it ends or until standard input, which must be a pipe from the parent
+/// process, is closed. Blocks until the server has stopped.
 ///
-/// `arguments` are what follows the command: `temporary` or `kept`, the directory of Postgres'
-/// programs, the database directory. Writes `ready` and the server's process id to standard
-/// output, in one line, when the server accepts connections; or else what went wrong.
+/// `arguments` are those after [`GUARD_COMMAND`]: `temporary` or `persistent`, the directory of
+/// `PostgreSQL`'s programs, and the server's directory. Writes one line to standard output: `ready`
+/// and the server's process id once the server accepts connections, or else an error message.
 #[must_use]
 pub fn guard(arguments: impl Iterator<Item = OsString>) -> ExitCode {
-    let done = runtime::Builder::new_current_thread()
+    let result = runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(GuardError::System)
         .and_then(|runtime| runtime.block_on(run(arguments)));
-    let Err(error) = done else { return ExitCode::SUCCESS };
-    say(&error.to_string());
+    let Err(error) = result else { return ExitCode::SUCCESS };
+    report(&error.to_string());
     ExitCode::FAILURE
 }
 
 async fn run(arguments: impl Iterator<Item = OsString>) -> Result<(), GuardError> {
-    outlive_signals()?;
-    let mut parent = pin!(end_of(parent()?));
-    remove_leftovers();
-    let [keeping, binaries, directory] =
+    ignore_termination_signals()?;
+    let mut parent_ended = pin!(end_of_input(parent_pipe()?));
+    remove_abandoned();
+    let [lifetime, programs, directory] =
         <[OsString; 3]>::try_from(arguments.collect::<Vec<_>>()).map_err(|_| GuardError::Usage)?;
-    let temporary = is_temporary(&keeping).ok_or(GuardError::Usage)?;
+    let temporary = parse_lifetime(&lifetime).ok_or(GuardError::Usage)?;
     let directory = PathBuf::from(directory);
-    let cluster = Cluster::claim(binaries.into(), directory.clone(), temporary)
+    let cluster = Cluster::open(programs.into(), directory.clone(), temporary)
         .map_err(|source| GuardError::Directory { directory, source })?;
 
-    // Each of the futures that lose against the parent's end kills what it started.
+    // If the parent ends first, the dropped future kills the processes that it started.
     tokio::select! {
-        () = &mut parent => return Ok(()),
-        made = initialise(&cluster) => made?,
+        () = &mut parent_ended => return Ok(()),
+        result = initialise(&cluster) => result?,
     }
-    let mut server = Leader::start(cluster.server()?)?;
+    let mut server = ProcessGroup::start(cluster.server()?)?;
     tokio::select! {
-        () = &mut parent => {}
+        () = &mut parent_ended => {}
         ready = wait_until_ready(&cluster, &mut server) => {
-            say(&format!("{READY}{}", ready?));
+            report(&format!("{READY_PREFIX}{}", ready?));
             tokio::select! {
-                () = &mut parent => {}
-                _ = server.0.wait() => {}
+                () = &mut parent_ended => {}
+                _ = server.leader.wait() => {}
             }
         }
     }
-    server.end().await;
+    server.stop().await;
     Ok(())
 }
 
-/// What would end this process must not: the server is to be ended first, and that begins with the
-/// parent's end. Handlers stay once they are there.
-fn outlive_signals() -> io::Result<()> {
+/// Keeps SIGINT, SIGTERM and SIGHUP from ending this process. The server must be stopped first, and
+/// that begins when the parent ends. Tokio's handlers stay installed after the streams are dropped.
+fn ignore_termination_signals() -> io::Result<()> {
     for kind in [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()] {
         drop(signal(kind)?);
     }
     Ok(())
 }
 
-/// The pipe from the parent.
-fn parent() -> Result<pipe::Receiver, GuardError> {
+/// Returns standard input as the pipe that the parent holds open as long as it runs.
+fn parent_pipe() -> Result<pipe::Receiver, GuardError> {
     let stdin = io::stdin().as_fd().try_clone_to_owned()?;
     pipe::Receiver::from_owned_fd(stdin).map_err(|_| GuardError::Usage)
 }
 
-async fn end_of(mut pipe: pipe::Receiver) {
+/// Returns when the other end of the pipe is closed.
+async fn end_of_input(mut pipe: pipe::Receiver) {
     let mut ignored = [0; 64];
     while pipe.read(&mut ignored).await.is_ok_and(|length| length > 0) {}
 }
 
-/// Makes the data directory with its database, if there is none.
+/// Creates the data directory with its database, unless an earlier run did.
 async fn initialise(cluster: &Cluster) -> Result<(), GuardError> {
     if cluster.is_initialised() {
         return Ok(());
     }
     let failed = |program| move || GuardError::Failed(program, cluster.log_tail());
-    let mut initdb = Leader::start(cluster.initdb()?)?;
-    succeeded(initdb.0.wait().await?).ok_or_else(failed("initdb"))?;
+    let mut initdb = ProcessGroup::start(cluster.initdb()?)?;
+    success(initdb.leader.wait().await?).ok_or_else(failed("initdb"))?;
 
-    let (command, statement) = cluster.single_user()?;
-    let mut single = Leader::start(command)?;
-    if let Some(mut stdin) = single.0.stdin.take() {
+    let (command, statement) = cluster.create_database()?;
+    let mut single_user = ProcessGroup::start(command)?;
+    if let Some(mut stdin) = single_user.leader.stdin.take() {
         stdin.write_all(statement.as_bytes()).await?;
     }
-    succeeded(single.0.wait().await?).ok_or_else(failed("creating the database"))?;
-    Ok(cluster.finish()?)
+    success(single_user.leader.wait().await?).ok_or_else(failed("creating the database"))?;
+    Ok(cluster.finish_initialisation()?)
 }
 
-fn succeeded(status: ExitStatus) -> Option<()> {
+fn success(status: ExitStatus) -> Option<()> {
     status.success().then_some(())
 }
 
-/// The server's process id, once it accepts connections.
-async fn wait_until_ready(cluster: &Cluster, server: &mut Leader) -> Result<u32, GuardError> {
-    let pid = server.0.id().ok_or_else(|| GuardError::Failed("postgres", cluster.log_tail()))?;
+/// Returns the server's process id once the server accepts connections.
+async fn wait_until_ready(cluster: &Cluster, server: &mut ProcessGroup) -> Result<u32, GuardError> {
+    let failed = || GuardError::Failed("postgres", cluster.log_tail());
+    let pid = server.leader.id().ok_or_else(failed)?;
     let ready = async {
         while !cluster.is_ready(pid) {
             sleep(Duration::from_millis(5)).await;
         }
     };
     tokio::select! {
-        _ = server.0.wait() => Err(GuardError::Failed("postgres", cluster.log_tail())),
-        in_time = timeout(START_LIMIT, ready) => match in_time {
+        _ = server.leader.wait() => Err(failed()),
+        result = timeout(START_LIMIT, ready) => match result {
             Ok(()) => Ok(pid),
             Err(_) => Err(GuardError::TooSlow(cluster.log_tail())),
         },
     }
 }
 
-/// A child that leads a process group, killed as a whole when this is dropped.
-struct Leader(Child);
+/// A child process that leads a process group. Dropping it kills the whole group, unless the child
+/// has already been waited for.
+struct ProcessGroup {
+    leader: Child,
+}
 
-impl Leader {
+impl ProcessGroup {
+    /// Runs `command`, which must put the process into a group of its own.
     fn start(mut command: Command) -> Result<Self, GuardError> {
         let program = PathBuf::from(command.as_std().get_program());
-        command.spawn().map(Self).map_err(|error| {
-            io::Error::new(error.kind(), format!("{} cannot be run: {error}", program.display()))
-                .into()
-        })
+        match command.spawn() {
+            Ok(leader) => Ok(Self { leader }),
+            Err(source) => Err(GuardError::Program { program, source }),
+        }
     }
 
     fn pid(&self) -> Option<Pid> {
-        self.0.id().and_then(|pid| i32::try_from(pid).ok()).map(Pid::from_raw)
+        self.leader.id().and_then(|pid| i32::try_from(pid).ok()).map(Pid::from_raw)
     }
 
-    /// Ends it as gently as time allows.
-    async fn end(mut self) {
-        for (signal, patience) in ENDINGS {
+    /// Stops the server that leads the group, as [`STOP_SIGNALS`] says.
+    async fn stop(mut self) {
+        for (signal, time_limit) in STOP_SIGNALS {
             let Some(pid) = self.pid() else { return };
             let _ = kill(pid, signal);
-            let _ = timeout(patience, self.0.wait()).await;
+            let _ = timeout(time_limit, self.leader.wait()).await;
         }
     }
 }
 
-impl Drop for Leader {
+impl Drop for ProcessGroup {
     fn drop(&mut self) {
         if let Some(pid) = self.pid() {
             let _ = killpg(pid, Signal::SIGKILL);
@@ -196,8 +210,8 @@ impl Drop for Leader {
     }
 }
 
-/// Tells the parent, if there still is one.
-fn say(words: &str) {
+/// Writes a line for the parent, which may have ended.
+fn report(line: &str) {
     let mut stdout = io::stdout();
-    let _ = writeln!(stdout, "{words}").and_then(|()| stdout.flush());
+    let _ = writeln!(stdout, "{line}").and_then(|()| stdout.flush());
 }

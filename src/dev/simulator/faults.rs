@@ -1,4 +1,4 @@
-//! What can go wrong: settings for all requests, and answers for one.
+//! The faults that can be set: [`Faults`] for all requests, and [`Answer`] for a single one.
 
 use std::{net::IpAddr, time::Duration};
 
@@ -7,35 +7,36 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use thiserror::Error;
 
-/// How the simulated upstream behaves. As JSON, durations are text such as `"90s"` or `"1h"`.
+/// How the simulated upstream behaves. In JSON, durations are strings such as `"90s"` or `"1h"`.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Faults {
-    /// The life of a token.
-    #[serde(with = "span")]
+    /// The lifetime of tokens.
+    #[serde(with = "duration_text")]
     pub token_life: Duration,
-    /// Real time before a request is looked at. A client that hangs up meanwhile changes nothing:
-    /// the token is issued all the same.
-    #[serde(with = "span")]
+    /// A delay in real time before a token request is handled. If the client disconnects meanwhile,
+    /// the request is handled all the same.
+    #[serde(with = "duration_text")]
     pub latency: Duration,
-    /// Whether a new token ends the older ones of its account.
+    /// Whether issuing a token revokes the older ones of the same account.
     pub new_token_ends_older: bool,
-    /// The addresses that may ask for tokens; all, when absent.
+    /// The addresses that may request tokens; if absent, all.
     pub allowed_addresses: Option<Vec<IpAddr>>,
-    /// The status of the answer to any other address.
+    /// The HTTP status of the response to requests from other addresses, 400 to 599.
     pub unregistered_status: u16,
-    /// The code of that answer. The real one is unknown.
+    /// The error code of that response. The code that the real API uses is unknown.
     pub unregistered_code: String,
-    /// The `allowIp` of tokens; the asking address, when absent.
+    /// The claim `allowIp` of tokens; if absent, the address of the client.
     pub allow_ip: Option<IpAddr>,
-    /// The share of requests, 0 to 1, that get a 503 in HTML, as from a proxy. Which ones depends on
-    /// the seed and on how many came before.
+    /// The fraction of token requests, 0 to 1, that are answered with a 503 and an HTML page, as a
+    /// proxy might do. Which requests these are depends on `seed` and the number of the request only.
     pub error_rate: f64,
-    /// Chooses the requests that `error_rate` hits.
+    /// The seed of the random choice for `error_rate`.
     pub seed: u64,
-    /// How far the upstream's clock, `Date` and token times alike, is ahead of the real one.
+    /// How far the upstream's clock is ahead of the simulator's clock, in seconds; at most a year in
+    /// either direction. It affects the header `Date` and the times of tokens.
     pub clock_skew_seconds: i64,
-    /// How every request is answered that no script answers.
+    /// The answer to all requests for which there is no script.
     pub answer: Answer,
 }
 
@@ -58,10 +59,11 @@ impl Default for Faults {
 }
 
 impl Faults {
-    /// These faults with the keys of `changes`, a JSON object, put in place.
+    /// Returns these faults with the fields replaced that `changes`, a JSON object, contains.
     ///
     /// # Errors
-    /// Names the key or value that cannot be.
+    /// When `changes` is no object, has an unknown field, or has a value that is not allowed. The
+    /// message names the field.
     pub fn changed_by(&self, changes: Value) -> Result<Self, FaultError> {
         let Value::Object(changes) = changes else { return Err(FaultError::NotAnObject) };
         let mut merged = serde_json::to_value(self)?;
@@ -87,82 +89,87 @@ impl Faults {
         self.answer.check()
     }
 
-    /// Whether the `n`-th request is one of those that fail.
-    pub(super) fn hits(&self, n: u64) -> bool {
-        #[expect(clippy::cast_precision_loss, reason = "53 bits are taken, and 53 bits are exact")]
-        let drawn = (scatter(self.seed ^ scatter(n)) >> 11) as f64 / (1_u64 << 53) as f64;
-        drawn < self.error_rate
+    /// Whether the request with the number `n` fails because of `error_rate`.
+    pub(super) fn is_random_failure(&self, n: u64) -> bool {
+        #[expect(
+            clippy::cast_precision_loss,
+            reason = "an f64 represents integers of 53 bits exactly"
+        )]
+        let uniform =
+            (split_mix_64(self.seed ^ split_mix_64(n)) >> 11) as f64 / (1_u64 << 53) as f64;
+        uniform < self.error_rate
     }
 }
 
-/// `SplitMix64`: near numbers in, far numbers out.
-fn scatter(n: u64) -> u64 {
+/// The output function of the random number generator `SplitMix64` (Steele, Lea and Flood, 2014).
+fn split_mix_64(n: u64) -> u64 {
     let n = n.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let n = (n ^ (n >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let n = (n ^ (n >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     n ^ (n >> 31)
 }
 
-/// How one request for a token is answered.
+/// How the upstream answers one token request.
 #[derive(Clone, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Answer {
-    /// As the API's document says.
+    /// As the API's documentation specifies.
     #[default]
     Issue,
-    /// 200 with a proxy's page; nothing is issued.
+    /// Status 200 with an HTML page, as a proxy might send it. No token is issued.
     Html,
-    /// 200 without a body; nothing is issued.
+    /// Status 200 with an empty body. No token is issued.
     Empty,
-    /// A token is issued, and the JSON ends in its middle.
+    /// A token is issued, but the JSON in the body ends in the middle.
     TruncatedJson,
-    /// A token is issued, and the connection ends before the `Content-Length` is reached.
+    /// A token is issued, but the connection is closed before the body has reached the length that
+    /// `Content-Length` states.
     BrokenOff,
-    /// A token is issued, and `expiresIn` is a minute ago.
+    /// A token is issued, but `expiresIn` is a minute in the past.
     PastExpiry,
-    /// A token is issued, and `expiresIn` is ten years ahead.
+    /// A token is issued, but `expiresIn` is ten years in the future.
     FarFutureExpiry,
-    /// A token is issued, and `expiresIn` is its life in seconds.
+    /// A token is issued, but `expiresIn` is its lifetime in seconds instead of a point in time.
     ExpiresInDuration,
-    /// A token is issued, in an answer of 1 MiB.
+    /// A token is issued, in a body of more than 1 MiB.
     HugeBody,
-    /// A token is issued, and the answer comes a byte at a time, ten a second.
+    /// A token is issued, but the body arrives at ten bytes a second.
     SlowDrip,
-    /// No answer until the client leaves; nothing is issued.
+    /// No response is sent. No token is issued.
     Hang,
-    /// A token is issued, and no answer comes.
+    /// A token is issued, but no response is sent.
     IssueThenHang,
-    /// The connection is reset; nothing is issued.
+    /// The connection is reset. No token is issued.
     Reset,
-    /// A token is issued, and the connection is reset.
+    /// A token is issued, but the connection is reset.
     IssueThenReset,
-    /// 307 to another place; nothing is issued.
+    /// Status 307, a redirect. No token is issued.
     Redirect {
-        /// The `Location`.
+        /// The value of the header `Location`.
         to: String,
     },
-    /// 429; nothing is issued.
+    /// Status 429. No token is issued.
     RateLimited {
-        /// The `Retry-After`, in seconds or as a date; no header when absent.
+        /// The value of the header `Retry-After`: seconds, or a date. If absent, there is no header.
         #[serde(default)]
         retry_after: Option<String>,
     },
-    /// An error in the API's form; nothing is issued.
+    /// A JSON error as the API sends it. No token is issued.
     Refuse {
-        /// 400 to 599.
+        /// The HTTP status, 400 to 599.
         status: u16,
-        /// The error's code.
+        /// The error code in the body.
         code: String,
     },
-    /// A proxy's page with a status; nothing is issued.
+    /// An error status with an HTML page, as a proxy might send it. No token is issued.
     Unavailable {
-        /// 400 to 599.
+        /// The HTTP status, 400 to 599.
         status: u16,
     },
 }
 
 impl Answer {
-    /// Whether a token is issued with it.
+    /// Whether this answer includes issuing a token.
     pub(super) fn issues(&self) -> bool {
         match self {
             Self::Issue
@@ -186,6 +193,7 @@ impl Answer {
         }
     }
 
+    /// Checks that statuses and header values are allowed.
     pub(super) fn check(&self) -> Result<(), FaultError> {
         match self {
             Self::Refuse { status, .. } | Self::Unavailable { status }
@@ -208,33 +216,33 @@ fn is_header_value(text: &str) -> bool {
     text.bytes().all(|b| b.is_ascii_graphic() || b == b' ')
 }
 
-/// A status that was checked to be one; what is not becomes 500.
+/// Converts a status that [`Answer::check`] has accepted; any other becomes 500.
 pub(super) fn status(number: u16) -> StatusCode {
     StatusCode::from_u16(number).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
 }
 
-/// Why faults cannot be set so.
+/// Why faults were not accepted.
 #[derive(Debug, Error)]
 pub enum FaultError {
-    /// Something else than `{…}`.
+    /// The JSON value is not an object.
     #[error("the faults must be a JSON object")]
     NotAnObject,
-    /// An unknown key, or a value of another type.
+    /// A field is unknown, or its value has the wrong type.
     #[error("the faults cannot be read: {0}")]
     Unreadable(#[from] serde_json::Error),
-    /// A value that cannot be.
+    /// The value of a field, the first string, is not what the second string requires.
     #[error("{0} must be {1}")]
     OutOfRange(&'static str, &'static str),
 }
 
-/// Durations as people write them.
-mod span {
+/// Serializes durations as strings such as `"90s"`.
+mod duration_text {
     use std::time::Duration;
 
     use serde::{Deserialize, Deserializer, Serializer, de::Error};
 
-    pub(super) fn serialize<S: Serializer>(span: &Duration, to: S) -> Result<S::Ok, S::Error> {
-        to.collect_str(&humantime::format_duration(*span))
+    pub(super) fn serialize<S: Serializer>(duration: &Duration, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(&humantime::format_duration(*duration))
     }
 
     pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
@@ -249,7 +257,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn changes_keep_what_they_do_not_name() {
+    fn a_change_keeps_the_fields_that_it_does_not_contain() {
         let faults = Faults::default();
         let changed = faults
             .changed_by(
@@ -265,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_is_refused_by_name() {
+    fn an_error_names_the_field_that_is_not_accepted() {
         for (changes, named) in [
             (json!([]), "object"),
             (json!({"token_lif": "1h"}), "token_lif"),
@@ -277,21 +285,21 @@ mod tests {
             (json!({"answer": {"redirect": {"to": "a\r\nb"}}}), "to must be"),
             (json!({"answer": {"refuse": {"status": 99, "code": "x"}}}), "status"),
         ] {
-            let refused = Faults::default().changed_by(changes).unwrap_err().to_string();
-            assert!(refused.contains(named), "{refused}");
+            let error = Faults::default().changed_by(changes).unwrap_err().to_string();
+            assert!(error.contains(named), "{error}");
         }
     }
 
     #[test]
-    fn the_error_rate_hits_its_share_and_the_same_ones_for_a_seed() {
-        let hits = |error_rate, seed| {
+    fn the_error_rate_selects_that_fraction_of_requests_and_the_same_ones_for_the_same_seed() {
+        let failures = |error_rate, seed| {
             let faults = Faults { error_rate, seed, ..Faults::default() };
-            (0..10_000).filter(|n| faults.hits(*n)).collect::<Vec<_>>()
+            (0..10_000).filter(|n| faults.is_random_failure(*n)).collect::<Vec<_>>()
         };
-        assert!(hits(0.0, 1).is_empty());
-        assert_eq!(hits(1.0, 1).len(), 10_000);
-        assert!((2_700..3_300).contains(&hits(0.3, 1).len()));
-        assert_eq!(hits(0.3, 1), hits(0.3, 1));
-        assert_ne!(hits(0.3, 1), hits(0.3, 2));
+        assert!(failures(0.0, 1).is_empty());
+        assert_eq!(failures(1.0, 1).len(), 10_000);
+        assert!((2_700..3_300).contains(&failures(0.3, 1).len()));
+        assert_eq!(failures(0.3, 1), failures(0.3, 1));
+        assert_ne!(failures(0.3, 1), failures(0.3, 2));
     }
 }

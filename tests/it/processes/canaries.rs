@@ -10,18 +10,18 @@ use token_broker::{
     crypto::bearer::Bearer,
     dev::{
         postgres::{DATABASE, EmbeddedPostgres},
-        simulator::{Answer, Options, Simulator},
+        simulator::{Answer, Simulator, SimulatorOptions},
     },
     store::Database,
 };
 use tonic::{Request, Status};
 
 use crate::harness::{
-    broker::Client,
-    database::start_own,
+    broker::TestClient,
+    database::start_embedded_postgres,
     eventually,
     http::http,
-    process::{Site, run},
+    process::{BrokerSetup, run},
 };
 
 /// The most verbose log filter: it names the targets that the broker silences under a plain `trace`.
@@ -106,25 +106,25 @@ fn log_without_statements(postgres: &EmbeddedPostgres) -> String {
 #[tokio::test]
 #[expect(clippy::too_many_lines, reason = "one list of operations, then one of outputs")]
 async fn no_secret_bearer_or_token_is_found_in_anything_that_a_broker_writes() {
-    let postgres = start_own().await;
+    let postgres = start_embedded_postgres().await;
     let url = postgres.url(DATABASE);
-    let upstream = Simulator::start_on_loopback(Options::default()).await.unwrap();
+    let upstream = Simulator::start_on_loopback(SimulatorOptions::default()).await.unwrap();
     upstream.add_account("id-1", SECRET);
     upstream.add_account("id-2", "SK.other");
-    let mut site = Site::new(&url, &upstream.base_url()).await;
-    site.set("RUST_LOG", MOST_VERBOSE);
+    let mut setup = BrokerSetup::new(&url, &upstream.base_url()).await;
+    setup.set("RUST_LOG", MOST_VERBOSE);
     let mut canaries = Canaries([SECRET, WRONG_SECRET, MALFORMED_BEARER].map(str::to_owned).into());
     let mut outputs: Vec<(String, String)> = vec![];
-    let keyring = fs::read_to_string(site.directory.path().join("keyring")).unwrap();
+    let keyring = fs::read_to_string(setup.directory.path().join("keyring")).unwrap();
     let keys = keyring.lines().filter_map(|line| line.strip_prefix("key = "));
     keys.for_each(|key| canaries.add(key.trim_matches('"')));
 
     // The commands: accepted and refused secrets; valid, unknown and malformed bearers.
-    site.run(&["migrate"]).await.ok();
-    let mut serve = site.serve().await;
+    setup.run(&["migrate"]).await.ok();
+    let mut serve = setup.serve().await;
     let pool = Database::new(&url, "test").unwrap().pool(2);
-    let bearer = site.run(&["caller", "add", "demo", "--bearer"]).await.ok();
-    site.run(&["caller", "grant", "demo", "*"]).await.ok();
+    let bearer = setup.run(&["caller", "add", "demo", "--bearer"]).await.ok();
+    setup.run(&["caller", "grant", "demo", "*"]).await.ok();
     let (bearer, unknown) = (Bearer::parse(&bearer).unwrap(), Bearer::generate());
     for bearer in [&bearer, &unknown] {
         canaries.add(bearer.expose().trim_start_matches("tbk_"));
@@ -137,12 +137,12 @@ async fn no_secret_bearer_or_token_is_found_in_anything_that_a_broker_writes() {
         ("sealed", "id-5", format!("sealed:{SECRET}")),
     ] {
         let added = ["account", "add", name, "--client-id", client_id, "--wait"];
-        let ran = site.run_with_secret(&added, &secret).await;
+        let ran = setup.run_with_secret(&added, &secret).await;
         assert_eq!(ran.code == Some(0), name == "acme", "{ran:?}");
         outputs.push((format!("account add {name}"), format!("{ran:?}")));
     }
     for bearer in [unknown.expose(), MALFORMED_BEARER, "tbk_canary-no-bearer"] {
-        let mut command = site.command(&["token", "get", "acme"]);
+        let mut command = setup.command(&["token", "get", "acme"]);
         command.env("TOKEN_BROKER_BEARER", bearer);
         let ran = run(command, "").await;
         assert_ne!(ran.code, Some(0), "{ran:?}");
@@ -150,12 +150,14 @@ async fn no_secret_bearer_or_token_is_found_in_anything_that_a_broker_writes() {
     }
 
     // The calls: served, refused, reported, streamed.
-    let client = Client::connect(&site.endpoint(), &bearer).await;
+    let client = TestClient::connect(&setup.endpoint(), &bearer).await;
     let token = eventually("a token", async || client.get("acme").await.ok()).await;
     canaries.add_token(&token.access_token);
     let mut refusals: Vec<Status> = vec![];
     refusals.push(client.get("wrong").await.unwrap_err());
-    refusals.push(Client::connect(&site.endpoint(), &unknown).await.get("acme").await.unwrap_err());
+    refusals.push(
+        TestClient::connect(&setup.endpoint(), &unknown).await.get("acme").await.unwrap_err(),
+    );
     let mut malformed = client.request(token_broker::api::proto::GetTokenRequest::default());
     malformed.metadata_mut().insert("authorization", MALFORMED_BEARER.parse().unwrap());
     refusals.push(client.grpc.clone().get_token(malformed).await.unwrap_err());
@@ -220,17 +222,17 @@ async fn no_secret_bearer_or_token_is_found_in_anything_that_a_broker_writes() {
     .await;
 
     for path in ["/metrics", "/readyz", "/livez", "/"] {
-        outputs.push((path.to_owned(), http(site.ops, "GET", path, "").await.1));
+        outputs.push((path.to_owned(), http(setup.ops, "GET", path, "").await.1));
     }
     serve.signal(Signal::SIGTERM);
-    assert_eq!(serve.ended().await.code(), Some(0));
+    assert_eq!(serve.wait().await.code(), Some(0));
     let logged = serve.stderr();
     for expected in [r#""level":"TRACE""#, r#""target":"h2::"#] {
         assert!(logged.contains(expected), "the log is as verbose as the test assumes");
     }
     outputs.push(("the log".to_owned(), logged));
     outputs.push(("standard output".to_owned(), serve.stdout()));
-    let state = site.directory.path().join("state");
+    let state = setup.directory.path().join("state");
     for arguments in [
         &["audit", "tail", "-n", "100000", "--json"][..],
         &["audit", "tail", "-n", "100000"],
@@ -243,7 +245,7 @@ async fn no_secret_bearer_or_token_is_found_in_anything_that_a_broker_writes() {
         &["keys", "public", "--signing"],
         &["keys", "status"],
     ] {
-        let ran = run(site.command(arguments), &token.access_token).await;
+        let ran = run(setup.command(arguments), &token.access_token).await;
         assert_eq!(ran.code, Some(0), "{ran:?}");
         outputs.push((arguments.join(" "), ran.stdout + &ran.stderr));
     }
@@ -264,14 +266,14 @@ async fn no_secret_bearer_or_token_is_found_in_anything_that_a_broker_writes() {
     for (output, text) in &outputs {
         canaries.assert_absent(output, text.as_bytes());
     }
-    canaries.assert_absent_below(site.directory.path(), &["keyring"]);
+    canaries.assert_absent_below(setup.directory.path(), &["keyring"]);
     pool.close().await;
     postgres.stop().await;
 }
 
 #[tokio::test]
 async fn a_refused_value_is_in_no_error_and_in_the_postgres_log_only_as_part_of_the_statement() {
-    let postgres = start_own().await;
+    let postgres = start_embedded_postgres().await;
     let url = postgres.url(DATABASE);
     Database::new(&url, "test").unwrap().migrate().await.unwrap();
     let mut connection = PgConnection::connect(&url).await.unwrap();

@@ -13,9 +13,9 @@ use rustls::{
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
 };
 use serde_json::Value;
-use token_broker::dev::simulator::{Options, Simulator};
+use token_broker::dev::simulator::{Simulator, SimulatorOptions};
 
-use crate::harness::{database::TestDatabase, process::Site};
+use crate::harness::{database::TestDatabase, process::BrokerSetup};
 
 /// The URL of a database that does not exist. The checks of the upstream do not need one.
 const NO_DATABASE: &str = "postgresql://127.0.0.1:9/nobody?sslmode=disable";
@@ -78,11 +78,12 @@ fn result_of<'a>(output: &'a str, subject: &str) -> &'a str {
 #[tokio::test]
 async fn the_check_of_tls_sends_no_credential_and_verifies_the_upstreams_certificate() {
     let (address, asked) = serve_once(answer_over_tls);
-    let mut site =
-        Site::new(NO_DATABASE, &format!("https://localhost:{}/api/1.1", address.port())).await;
-    site.set("SSL_CERT_FILE", CA_FILE);
+    let mut setup =
+        BrokerSetup::new(NO_DATABASE, &format!("https://localhost:{}/api/1.1", address.port()))
+            .await;
+    setup.set("SSL_CERT_FILE", CA_FILE);
 
-    let output = site.run(&["check"]).await.failed();
+    let output = setup.run(&["check"]).await.failed();
 
     assert!(result_of(&output, "reach").starts_with("ok "), "{output}");
     assert!(result_of(&output, "tls").starts_with("ok "), "{output}");
@@ -95,9 +96,9 @@ async fn the_check_of_tls_sends_no_credential_and_verifies_the_upstreams_certifi
 #[tokio::test]
 async fn an_upstream_with_an_untrusted_certificate_fails_the_check_of_tls() {
     let (address, asked) = serve_once(answer_over_tls);
-    let site = Site::new(NO_DATABASE, &format!("https://{address}/api/1.1")).await;
+    let setup = BrokerSetup::new(NO_DATABASE, &format!("https://{address}/api/1.1")).await;
 
-    let output = site.run(&["check"]).await.failed();
+    let output = setup.run(&["check"]).await.failed();
 
     assert!(result_of(&output, "reach").starts_with("ok "), "{output}");
     let tls = result_of(&output, "tls");
@@ -108,10 +109,10 @@ async fn an_upstream_with_an_untrusted_certificate_fails_the_check_of_tls() {
 #[tokio::test]
 async fn a_proxy_that_refuses_to_connect_is_distinguished_from_an_upstream_that_fails() {
     let (address, asked) = serve_once(|mut stream| answer(&mut stream, "403 Forbidden").unwrap());
-    let mut site = Site::new(NO_DATABASE, "https://localhost:1/api/1.1").await;
-    site.set("TOKEN_BROKER_UPSTREAM_PROXY", &format!("http://{address}"));
+    let mut setup = BrokerSetup::new(NO_DATABASE, "https://localhost:1/api/1.1").await;
+    setup.set("TOKEN_BROKER_UPSTREAM_PROXY", &format!("http://{address}"));
 
-    let output = site.run(&["check"]).await.failed();
+    let output = setup.run(&["check"]).await.failed();
 
     let reach = result_of(&output, "reach");
     assert!(reach.starts_with("ok ") && reach.contains("the proxy at"), "{reach}");
@@ -124,27 +125,27 @@ async fn a_proxy_that_refuses_to_connect_is_distinguished_from_an_upstream_that_
 #[tokio::test]
 async fn check_with_issue_makes_a_running_broker_issue_one_token() {
     let database = TestDatabase::new().await;
-    let upstream = Simulator::start_on_loopback(Options::default()).await.unwrap();
+    let upstream = Simulator::start_on_loopback(SimulatorOptions::default()).await.unwrap();
     upstream.add_account("acmeId", "SK.acme");
     upstream.add_account("typoId", "SK.right");
-    let site = Site::new(database.url(), &upstream.base_url()).await;
-    let mut serve = site.serve().await;
+    let setup = BrokerSetup::new(database.url(), &upstream.base_url()).await;
+    let mut serve = setup.serve().await;
     for (name, secret) in [("acme", "SK.acme"), ("typo", "SK.wrong")] {
         let added = ["account", "add", name, "--client-id", &format!("{name}Id"), "--wait"];
-        site.run_with_secret(&added, secret).await;
+        setup.run_with_secret(&added, secret).await;
     }
     let attempts = || ["acmeId", "typoId"].map(|id| upstream.attempts(id));
     assert_eq!(attempts(), [1, 1]);
 
-    let output = site.run(&["check"]).await.ok();
+    let output = setup.run(&["check"]).await.ok();
     assert!(!output.contains("issue  "), "{output}");
     assert_eq!(attempts(), [1, 1], "check without --issue requests no token");
 
-    let issued = site.run(&["check", "--issue", "acme"]).await.ok();
+    let issued = setup.run(&["check", "--issue", "acme"]).await.ok();
     assert!(result_of(&issued, "issue").contains("acme: fresh, token until "), "{issued}");
     assert_eq!(attempts(), [2, 1]);
 
-    let refused = site.run(&["check", "--issue", "typo", "--json"]).await.failed();
+    let refused = setup.run(&["check", "--issue", "typo", "--json"]).await.failed();
     let refused: Value = serde_json::from_str(&refused).unwrap();
     let last = refused.as_array().unwrap().last().unwrap();
     assert_eq!((&last["subject"], &last["verdict"]), (&"issue".into(), &"fail".into()));
@@ -152,12 +153,12 @@ async fn check_with_issue_makes_a_running_broker_issue_one_token() {
     assert!(text.contains("typo: rejected: 61006") && text.contains("; hint: "), "{text}");
     assert_eq!(attempts(), [2, 2]);
 
-    let unknown = site.run(&["check", "--issue", "other"]).await.failed();
+    let unknown = setup.run(&["check", "--issue", "other"]).await.failed();
     assert!(result_of(&unknown, "issue").contains("no enabled account other"), "{unknown}");
 
     serve.signal(nix::sys::signal::Signal::SIGTERM);
-    serve.ended().await;
-    let without_broker = site.run(&["check", "--issue", "acme", "--timeout", "1s"]).await.failed();
+    serve.wait().await;
+    let without_broker = setup.run(&["check", "--issue", "acme", "--timeout", "1s"]).await.failed();
     let result = result_of(&without_broker, "issue");
     assert!(result.contains("no broker issued within 1s: is one running?"), "{result}");
 }

@@ -14,14 +14,14 @@ use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
 
 use crate::harness::{
-    broker::{Client, World},
+    broker::{Fixture, TestClient},
     eventually,
-    process::Site,
+    process::BrokerSetup,
 };
 
 /// Calls repeatedly until `stop`. Returns how often each generation was received.
 async fn count_received(
-    client: Client,
+    client: TestClient,
     received: Arc<AtomicU64>,
     stop: CancellationToken,
 ) -> BTreeMap<i64, i64> {
@@ -67,16 +67,19 @@ async fn inconsistent_chains(pool: &PgPool) -> Vec<(String, i64, i64, i64)> {
 async fn every_token_received_from_a_broker_that_is_killed_repeatedly_is_recorded_once() {
     const CALLERS: [&str; 2] = ["one", "other"];
     const KILLS: u64 = 3;
-    let world = World::new().await;
-    world.register("acme", "id-1", "SK.1").await;
-    let bearers = [world.caller(CALLERS[0], &["*"]).await, world.caller(CALLERS[1], &["*"]).await];
-    let site = Site::new(world.database.url(), &world.upstream.base_url()).await;
-    let mut serve = site.serve().await;
+    let fixture = Fixture::new().await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let bearers = [
+        fixture.add_caller(CALLERS[0], &["*"]).await,
+        fixture.add_caller(CALLERS[1], &["*"]).await,
+    ];
+    let setup = BrokerSetup::new(fixture.database.url(), &fixture.upstream.base_url()).await;
+    let mut serve = setup.serve().await;
 
     let (received, stop) = (Arc::new(AtomicU64::new(0)), CancellationToken::new());
     let mut clients = vec![];
     for bearer in &bearers {
-        let client = Client::connect(&site.endpoint(), bearer).await;
+        let client = TestClient::connect(&setup.endpoint(), bearer).await;
         clients.push(tokio::spawn(count_received(client, received.clone(), stop.clone())));
     }
     for kill in 1..=KILLS {
@@ -84,20 +87,20 @@ async fn every_token_received_from_a_broker_that_is_killed_repeatedly_is_recorde
         eventually("answers", async || (received.load(Relaxed) >= enough).then_some(())).await;
         if kill == 2 {
             // Make the calls receive tokens of more than one generation.
-            world.database.sql("update accounts set reissue_requested_at = now()").await;
+            fixture.database.sql("update accounts set reissue_requested_at = now()").await;
         }
-        serve.crash().await;
-        serve = site.serve().await;
+        serve.kill().await;
+        serve = setup.serve().await;
     }
     let enough = received.load(Relaxed) + 200;
     eventually("answers", async || (received.load(Relaxed) >= enough).then_some(())).await;
     stop.cancel();
     serve.signal(Signal::SIGTERM);
-    assert_eq!(serve.ended().await.code(), Some(0), "{}", serve.stderr());
+    assert_eq!(serve.wait().await.code(), Some(0), "{}", serve.stderr());
 
     for (caller, client) in CALLERS.into_iter().zip(clients) {
         let (received, recorded) =
-            (client.await.unwrap(), count_recorded(world.database.pool(), caller).await);
+            (client.await.unwrap(), count_recorded(fixture.database.pool(), caller).await);
         for (generation, times) in &received {
             let known = recorded.get(generation).copied().unwrap_or_default();
             assert!(known >= *times, "{caller} {generation}: {known} of {times} are recorded");
@@ -106,7 +109,7 @@ async fn every_token_received_from_a_broker_that_is_killed_repeatedly_is_recorde
         let sum = |counts: &BTreeMap<i64, i64>| counts.values().sum::<i64>().unsigned_abs();
         assert!(sum(&recorded) <= sum(&received) + KILLS + 1, "{received:?} {recorded:?}");
     }
-    assert_eq!(inconsistent_chains(world.database.pool()).await, []);
+    assert_eq!(inconsistent_chains(fixture.database.pool()).await, []);
 }
 
 #[cfg(feature = "embedded-postgres")]
@@ -115,30 +118,30 @@ async fn while_postgres_is_stopped_tokens_are_served_and_their_records_are_deliv
     use token_broker::{
         dev::{
             postgres::DATABASE,
-            simulator::{Options, Simulator},
+            simulator::{Simulator, SimulatorOptions},
         },
         store::Database,
     };
 
-    use crate::harness::{database::start_own, http::http, process::Standstill};
+    use crate::harness::{database::start_embedded_postgres, http::http, process::PausedProcesses};
 
-    let postgres = start_own().await;
+    let postgres = start_embedded_postgres().await;
     let url = postgres.url(DATABASE);
-    let upstream = Simulator::start_on_loopback(Options::default()).await.unwrap();
+    let upstream = Simulator::start_on_loopback(SimulatorOptions::default()).await.unwrap();
     upstream.add_account("id-1", "SK.1");
-    let mut site = Site::new(&url, &upstream.base_url()).await;
-    site.run(&["migrate"]).await.ok();
-    let mut serve = site.serve().await;
+    let mut setup = BrokerSetup::new(&url, &upstream.base_url()).await;
+    setup.run(&["migrate"]).await.ok();
+    let mut serve = setup.serve().await;
     let added = ["account", "add", "acme", "--client-id", "id-1", "--wait"];
-    site.run_with_secret(&added, "SK.1").await.ok();
-    let bearer = site.run(&["caller", "add", "demo", "--bearer"]).await.ok();
-    site.run(&["caller", "grant", "demo", "*"]).await.ok();
-    site.set_by_file("TOKEN_BROKER_BEARER", &bearer);
+    setup.run_with_secret(&added, "SK.1").await.ok();
+    let bearer = setup.run(&["caller", "add", "demo", "--bearer"]).await.ok();
+    setup.run(&["caller", "grant", "demo", "*"]).await.ok();
+    setup.set_from_file("TOKEN_BROKER_BEARER", &bearer);
     let bearer = token_broker::crypto::bearer::Bearer::parse(&bearer).unwrap();
-    let client = Client::connect(&site.endpoint(), &bearer).await;
+    let client = TestClient::connect(&setup.endpoint(), &bearer).await;
     let first = eventually("the grant", async || client.get("acme").await.ok()).await;
 
-    let standstill = Standstill::of(postgres.pid());
+    let standstill = PausedProcesses::pause(postgres.pid());
     // A call that waited for the database would exceed its deadline of 5 s. Call until the broker itself
     // reports that the database does not answer.
     let mut calls = 1;
@@ -147,7 +150,7 @@ async fn while_postgres_is_stopped_tokens_are_served_and_their_records_are_deliv
             assert_eq!(client.get("acme").await.unwrap().access_token, first.access_token);
             calls += 1;
         }
-        let (status, body) = http(site.ops, "GET", "/readyz", "").await;
+        let (status, body) = http(setup.ops, "GET", "/readyz", "").await;
         assert_eq!(status, 200, "{body}");
         let body: serde_json::Value = serde_json::from_str(&body).unwrap();
         body.to_string().contains("does not answer").then_some(())
@@ -164,7 +167,7 @@ async fn while_postgres_is_stopped_tokens_are_served_and_their_records_are_deliv
     .await;
     assert_eq!(inconsistent_chains(&pool).await, []);
     serve.signal(Signal::SIGTERM);
-    assert_eq!(serve.ended().await.code(), Some(0), "{}", serve.stderr());
+    assert_eq!(serve.wait().await.code(), Some(0), "{}", serve.stderr());
     assert_eq!(upstream.requests(), 1);
     pool.close().await;
     postgres.stop().await;

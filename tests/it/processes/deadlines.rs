@@ -8,7 +8,7 @@ use prost::Message;
 use token_broker::{api::proto::GetTokenRequest, crypto::bearer::Bearer, dev::simulator::Answer};
 use tonic::Code;
 
-use crate::harness::{broker::World, eventually, process::Site, raw};
+use crate::harness::{broker::Fixture, eventually, process::BrokerSetup, raw_http2};
 
 /// Makes one call as a client that sends a deadline but does not enforce it. Returns the number of the gRPC
 /// status.
@@ -26,7 +26,7 @@ async fn status_of(
         .body(())
         .unwrap();
     let message = GetTokenRequest { account: account.into(), ..Default::default() };
-    let message = raw::message(&message.encode_to_vec());
+    let message = raw_http2::message(&message.encode_to_vec());
     std::future::poll_fn(|context| send.poll_ready(context)).await.unwrap();
     let (answer, mut stream) = send.send_request(request, false).unwrap();
     stream.send_data(message.into(), true).unwrap();
@@ -47,19 +47,19 @@ async fn status_of(
 #[tokio::test(flavor = "multi_thread")]
 async fn deadlines_hold_in_every_queue_and_each_call_is_recorded_with_its_status() {
     const CALLS: usize = 500;
-    let world = World::new().await;
-    let bearer = world.caller("demo", &["*"]).await;
-    let site = Site::new(world.database.url(), &world.upstream.base_url()).await;
-    let mut serve = site.serve().await;
-    world.register("acme", "id-1", "SK.1").await;
-    world.until_state("acme", "fresh").await;
-    world.upstream.script("id-2", [Answer::Hang]);
-    world.register("slow", "id-2", "SK.2").await;
-    eventually("an attempt", async || (world.upstream.attempts("id-2") > 0).then_some(())).await;
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    let setup = BrokerSetup::new(fixture.database.url(), &fixture.upstream.base_url()).await;
+    let mut serve = setup.serve().await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    fixture.wait_for_state("acme", "fresh").await;
+    fixture.upstream.script("id-2", [Answer::Hang]);
+    fixture.add_account("slow", "id-2", "SK.2").await;
+    eventually("an attempt", async || (fixture.upstream.attempts("id-2") > 0).then_some(())).await;
 
     let mut connections = vec![];
     for _ in 0..4 {
-        let stream = tokio::net::TcpStream::connect(site.grpc).await.unwrap();
+        let stream = tokio::net::TcpStream::connect(setup.grpc).await.unwrap();
         let (send, connection) = h2::client::handshake(stream).await.unwrap();
         tokio::spawn(connection);
         connections.push(send);
@@ -85,13 +85,13 @@ async fn deadlines_hold_in_every_queue_and_each_call_is_recorded_with_its_status
     assert_eq!(long, BTreeMap::from([(ok, CALLS)]));
     drop(connections);
     serve.signal(Signal::SIGTERM);
-    assert_eq!(serve.ended().await.code(), Some(0), "{}", serve.stderr());
+    assert_eq!(serve.wait().await.code(), Some(0), "{}", serve.stderr());
 
     let recorded: Vec<(String, i64)> = sqlx::query_as(
         "select outcome, sum(count)::bigint from audit_events where event = 'get_token'
          group by 1 order by 1",
     )
-    .fetch_all(world.database.pool())
+    .fetch_all(fixture.database.pool())
     .await
     .unwrap();
     let [(late, exceeded), (served, answered)] = &recorded[..] else { panic!("{recorded:?}") };

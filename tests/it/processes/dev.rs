@@ -15,7 +15,7 @@ use tonic_health::pb::{
 use crate::harness::{
     eventually,
     http::http,
-    process::{Process, open_directory, processes_about, program, sh},
+    process::{BrokerProcess, processes_using, program, sh, shared_directory},
 };
 
 /// The directories in which `dev` could leave something, all of them inside one temporary directory.
@@ -23,7 +23,7 @@ struct Sandbox(TempDir);
 
 impl Sandbox {
     fn new() -> Self {
-        let sandbox = Self(open_directory());
+        let sandbox = Self(shared_directory());
         for directory in ["temporary", "state", "working"] {
             fs::create_dir(sandbox.0.path().join(directory)).unwrap();
         }
@@ -35,26 +35,26 @@ impl Sandbox {
     }
 
     /// Starts `dev` and returns at once.
-    fn start(&self, arguments: &[&str]) -> Process {
+    fn start(&self, arguments: &[&str]) -> BrokerProcess {
         let mut command = program(&["dev"]);
         command
             .args(arguments)
             .env("TMPDIR", self.directory("temporary"))
             .env("XDG_STATE_HOME", self.directory("state"))
             .current_dir(self.directory("working"));
-        Process::start(command)
+        BrokerProcess::start(command)
     }
 
     /// Starts `dev` and waits until it has printed its welcome text.
     async fn dev(&self, arguments: &[&str]) -> Dev {
         let mut process = self.start(arguments);
-        let printed = process.says("Ctrl-C ends it").await;
+        let printed = process.wait_for_stdout("Ctrl-C ends it").await;
         Dev { process, printed }
     }
 
     /// Returns what exists at the moment: files, and the processes that use the directories.
     fn contents(&self) -> Vec<String> {
-        let mut contents = processes_about(self.0.path());
+        let mut contents = processes_using(self.0.path());
         for directory in fs::read_dir(self.0.path()).unwrap() {
             for file in fs::read_dir(directory.unwrap().path()).unwrap() {
                 contents.push(file.unwrap().path().display().to_string());
@@ -65,7 +65,7 @@ impl Sandbox {
 }
 
 struct Dev {
-    process: Process,
+    process: BrokerProcess,
     printed: String,
 }
 
@@ -94,7 +94,7 @@ impl Dev {
     /// Presses Ctrl-C and waits until the process has ended.
     async fn ctrl_c(mut self) {
         self.process.interrupt();
-        let status = self.process.ended().await;
+        let status = self.process.wait().await;
         assert_eq!(status.code(), Some(0), "{}", self.process.stderr());
     }
 }
@@ -202,7 +202,7 @@ async fn sigkill_of_dev_leaves_no_postgres_and_no_directory() {
     let dev = sandbox.dev(&[]).await;
     assert!(!sandbox.contents().is_empty());
 
-    dev.process.crash().await;
+    dev.process.kill().await;
 
     eventually("nothing is left", async || sandbox.contents().is_empty().then_some(())).await;
 }
@@ -213,10 +213,10 @@ async fn ctrl_c_during_the_start_of_dev_leaves_nothing() {
     // The signal arrives while Postgres or the broker starts.
     for delay in [0, 100, 400, 800, 1_200] {
         let mut dev = sandbox.start(&[]);
-        dev.takes_signals().await;
+        dev.wait_for_signal_handler().await;
         sleep(Duration::from_millis(delay)).await;
         dev.interrupt();
-        let status = dev.ended().await;
+        let status = dev.wait().await;
         assert!(status.success(), "after {delay} ms: {status}: {}", dev.stderr());
         eventually("nothing is left", async || sandbox.contents().is_empty().then_some(())).await;
     }
@@ -246,7 +246,7 @@ async fn two_devs_at_once_do_not_interfere() {
 
 #[tokio::test]
 async fn dev_with_a_state_directory_continues_where_it_stopped() {
-    let (sandbox, kept) = (Sandbox::new(), open_directory());
+    let (sandbox, kept) = (Sandbox::new(), shared_directory());
     let arguments = ["--state-dir", kept.path().to_str().unwrap(), "--token-life", "1h"];
     let generations = async |dev: &Dev| -> Vec<String> {
         let mut generations = vec![];
@@ -263,7 +263,7 @@ async fn dev_with_a_state_directory_continues_where_it_stopped() {
     let (bearer_line, upstream) = (dev.token_line().to_owned(), dev.address("upstream"));
     dev.ctrl_c().await;
     assert_eq!(sandbox.contents(), [""; 0]);
-    assert_eq!(processes_about(kept.path()), [""; 0]);
+    assert_eq!(processes_using(kept.path()), [""; 0]);
 
     let dev = sandbox.dev(&arguments).await;
     assert_eq!(generations(&dev).await, before);
@@ -280,7 +280,7 @@ async fn dev_with_a_state_directory_continues_where_it_stopped() {
     let dev = sandbox.dev(&arguments).await;
     dev.process.signal(Signal::SIGKILL);
     drop(dev);
-    eventually("nothing runs", async || processes_about(kept.path()).is_empty().then_some(()))
+    eventually("nothing runs", async || processes_using(kept.path()).is_empty().then_some(()))
         .await;
     let dev = sandbox.dev(&arguments).await;
     assert_eq!(generations(&dev).await, before);

@@ -25,11 +25,12 @@ use tonic_health::{
 };
 
 use crate::harness::{
-    broker::{Client, World},
+    broker::{Fixture, TestClient},
     eventually,
-    process::{Process, Site},
-    raw::{
-        DATA, END_HEADERS, END_STREAM, HEADERS, NONE, PREFACE, Raw, SETTINGS, call, frame, message,
+    process::{BrokerProcess, BrokerSetup},
+    raw_http2::{
+        DATA, END_HEADERS, END_STREAM, HEADERS, NONE, PREFACE, RawHttp2Client, SETTINGS, call,
+        frame, message,
     },
 };
 
@@ -38,28 +39,29 @@ const WATCH_TOKENS: &str = "/token_broker.v1.TokenService/WatchTokens";
 
 /// A broker process with an account and a caller.
 struct BrokerUnderTest {
-    world: World,
-    site: Site,
-    serve: Process,
+    fixture: Fixture,
+    setup: BrokerSetup,
+    serve: BrokerProcess,
     bearer: Bearer,
 }
 
 impl BrokerUnderTest {
     async fn new(drain: &str) -> Self {
-        let world = World::new().await;
-        world.register("acme", "id-1", "SK.1").await;
-        let bearer = world.caller("demo", &["*"]).await;
-        let mut site = Site::new(world.database.url(), &world.upstream.base_url()).await;
-        site.set("TOKEN_BROKER_DRAIN", drain);
-        let serve = site.serve().await;
-        let broker = Self { world, site, serve, bearer };
+        let fixture = Fixture::new().await;
+        fixture.add_account("acme", "id-1", "SK.1").await;
+        let bearer = fixture.add_caller("demo", &["*"]).await;
+        let mut setup =
+            BrokerSetup::new(fixture.database.url(), &fixture.upstream.base_url()).await;
+        setup.set("TOKEN_BROKER_DRAIN", drain);
+        let serve = setup.serve().await;
+        let broker = Self { fixture, setup, serve, bearer };
         let client = broker.client().await;
         eventually("a token", async || client.get("acme").await.ok()).await;
         broker
     }
 
-    async fn client(&self) -> Client {
-        Client::connect(&self.site.endpoint(), &self.bearer).await
+    async fn client(&self) -> TestClient {
+        TestClient::connect(&self.setup.endpoint(), &self.bearer).await
     }
 
     fn authorization(&self) -> String {
@@ -67,19 +69,19 @@ impl BrokerUnderTest {
     }
 
     /// A client that watches tokens and ignores everything that the server asks, such as GOAWAY.
-    async fn client_that_ignores_goaway(&self) -> Raw {
-        let mut raw = Raw::connect(self.site.grpc).await;
+    async fn client_that_ignores_goaway(&self) -> RawHttp2Client {
+        let mut raw = RawHttp2Client::connect(self.setup.grpc).await;
         let watch = call(WATCH_TOKENS, Some(&self.authorization()));
         let asks = frame(DATA, END_STREAM, 1, &message(b"\x0a\x04acme"));
         assert!(raw.send(&[frame(HEADERS, END_HEADERS, 1, &watch), asks].concat()).await);
         let pushed = |frames: &[_]| frames.iter().any(|frame: &(u8, _, _, _)| frame.0 == DATA);
-        raw.until("the first token", pushed).await;
+        raw.wait_for("the first token", pushed).await;
         raw
     }
 
     /// A client that has made many calls and reads no response.
     async fn client_that_reads_nothing(&self) -> TcpStream {
-        let mut stream = TcpStream::connect(self.site.grpc).await.unwrap();
+        let mut stream = TcpStream::connect(self.setup.grpc).await.unwrap();
         let no_window = frame(SETTINGS, NONE, 0, &[0, 4, 0, 0, 0, 0]);
         stream.write_all(&[PREFACE, &no_window].concat()).await.unwrap();
         let block = call(GET_TOKEN, Some(&self.authorization()));
@@ -93,13 +95,16 @@ impl BrokerUnderTest {
 
     /// Checks that every record was delivered and that the audit log agrees with the signed checkpoints.
     async fn verify(&self) {
-        let heads = self.site.directory.path().join("state/audit-heads.jsonl");
-        self.site.run(&["audit", "verify", "--head", heads.to_str().unwrap()]).await.ok();
+        let heads = self.setup.directory.path().join("state/audit-heads.jsonl");
+        self.setup.run(&["audit", "verify", "--head", heads.to_str().unwrap()]).await.ok();
     }
 }
 
 /// Calls until `stop` or the first error. Returns the number of answers, and the error.
-fn call_repeatedly(client: Client, stop: CancellationToken) -> JoinHandle<(usize, Option<Status>)> {
+fn call_repeatedly(
+    client: TestClient,
+    stop: CancellationToken,
+) -> JoinHandle<(usize, Option<Status>)> {
     tokio::spawn(async move {
         let mut answered = 0;
         while !stop.is_cancelled() {
@@ -117,8 +122,8 @@ async fn a_stop_ends_in_time_whatever_clients_do_and_loses_no_record() {
     let mut broker = BrokerUnderTest::new("2s").await;
     let ignoring = broker.client_that_ignores_goaway().await;
     let unreading = broker.client_that_reads_nothing().await;
-    let silent = TcpStream::connect(broker.site.grpc).await.unwrap();
-    let mut unfinished = Raw::connect(broker.site.grpc).await;
+    let silent = TcpStream::connect(broker.setup.grpc).await.unwrap();
+    let mut unfinished = RawHttp2Client::connect(broker.setup.grpc).await;
     let begun = call(GET_TOKEN, Some(&broker.authorization()));
     assert!(unfinished.send(&frame(HEADERS, END_HEADERS, 1, &begun)).await);
     let mut callers = vec![];
@@ -126,11 +131,13 @@ async fn a_stop_ends_in_time_whatever_clients_do_and_loses_no_record() {
         callers.push(call_repeatedly(broker.client().await, CancellationToken::new()));
     }
     let of_callers = "event = 'get_token' and outcome = 'ok' and caller = 'demo'";
-    eventually("load", async || (broker.world.audit(of_callers).await.len() > 300).then_some(()))
-        .await;
+    eventually("load", async || {
+        (broker.fixture.audit_events(of_callers).await.len() > 300).then_some(())
+    })
+    .await;
 
     broker.serve.signal(Signal::SIGTERM);
-    assert_eq!(broker.serve.ended().await.code(), Some(0), "{}", broker.serve.stderr());
+    assert_eq!(broker.serve.wait().await.code(), Some(0), "{}", broker.serve.stderr());
     let log = broker.serve.stderr();
     assert!(log.contains("some connections did not end in time and are aborted"), "{log}");
     drop((ignoring, unreading, silent, unfinished));
@@ -141,9 +148,9 @@ async fn a_stop_ends_in_time_whatever_clients_do_and_loses_no_record() {
     }
     // Recorded are also the setup's first call and the 100 calls whose responses were not read. So there are
     // more records than answers; there must never be fewer.
-    let recorded = broker.world.audit(of_callers).await.len();
+    let recorded = broker.fixture.audit_events(of_callers).await.len();
     assert!(recorded > answered, "{answered} answered, {recorded} recorded");
-    let last = broker.world.audit("event = 'stopped'").await;
+    let last = broker.fixture.audit_events("event = 'stopped'").await;
     assert_eq!(last.len(), 1, "the stop is delivered");
     broker.verify().await;
 }
@@ -159,11 +166,11 @@ async fn a_second_signal_ends_the_process_at_once_and_the_next_start_delivers_it
     })
     .await;
     broker.serve.signal(Signal::SIGTERM);
-    assert_eq!(broker.serve.ended().await.code(), Some(1), "{}", broker.serve.stderr());
+    assert_eq!(broker.serve.wait().await.code(), Some(1), "{}", broker.serve.stderr());
     assert!(broker.serve.stderr().contains("stopped at once"), "{}", broker.serve.stderr());
-    broker.serve = broker.site.serve().await;
+    broker.serve = broker.setup.serve().await;
     broker.serve.signal(Signal::SIGTERM);
-    assert_eq!(broker.serve.ended().await.code(), Some(0), "{}", broker.serve.stderr());
+    assert_eq!(broker.serve.wait().await.code(), Some(0), "{}", broker.serve.stderr());
     broker.verify().await;
 }
 
@@ -176,7 +183,7 @@ async fn open_streams_end_cleanly_at_a_stop_and_do_not_delay_it() {
     let tokens = client.grpc.clone().watch_tokens(client.request(watch)).await.unwrap();
     let mut tokens = tokens.into_inner();
     assert!(tokens.message().await.unwrap().is_some());
-    let channel = Endpoint::from_shared(broker.site.endpoint()).unwrap().connect().await.unwrap();
+    let channel = Endpoint::from_shared(broker.setup.endpoint()).unwrap().connect().await.unwrap();
     let mut health = HealthClient::new(channel);
     let states = health.watch(HealthCheckRequest::default()).await.unwrap();
     let mut states = states.into_inner();
@@ -187,7 +194,7 @@ async fn open_streams_end_cleanly_at_a_stop_and_do_not_delay_it() {
     assert_eq!(states.message().await.unwrap_err().code(), tonic::Code::Unavailable);
     // The stream ends without another token and without an error.
     assert!(tokens.message().await.unwrap().is_none());
-    assert_eq!(broker.serve.ended().await.code(), Some(0), "{}", broker.serve.stderr());
+    assert_eq!(broker.serve.wait().await.code(), Some(0), "{}", broker.serve.stderr());
     let log = broker.serve.stderr();
     assert!(!log.contains("did not end in time"), "{log}");
     broker.verify().await;
@@ -256,21 +263,22 @@ async fn balance(listener: TcpListener, targets: Vec<(SocketAddr, Arc<AtomicBool
 #[tokio::test]
 async fn a_rolling_restart_causes_no_caller_an_error() {
     let mut broker = BrokerUnderTest::new("8s").await;
-    let other = broker.site.replica();
+    let other = broker.setup.replica();
     let mut second = other.serve().await;
-    let balancer = Balancer::in_front_of(&[broker.site.grpc, other.grpc]).await;
+    let balancer = Balancer::in_front_of(&[broker.setup.grpc, other.grpc]).await;
     balancer.until_all_serve().await;
     let stop = CancellationToken::new();
     let mut callers = vec![];
     for _ in 0..4 {
-        let client = Client::connect(&format!("http://{}", balancer.address), &broker.bearer).await;
+        let client =
+            TestClient::connect(&format!("http://{}", balancer.address), &broker.bearer).await;
         callers.push(call_repeatedly(client, stop.clone()));
     }
     for _ in 0..2 {
-        for (site, serve) in [(&broker.site, &mut broker.serve), (&other, &mut second)] {
+        for (setup, serve) in [(&broker.setup, &mut broker.serve), (&other, &mut second)] {
             serve.signal(Signal::SIGTERM);
-            assert_eq!(serve.ended().await.code(), Some(0), "{}", serve.stderr());
-            *serve = site.serve().await;
+            assert_eq!(serve.wait().await.code(), Some(0), "{}", serve.stderr());
+            *serve = setup.serve().await;
             balancer.until_all_serve().await;
         }
     }

@@ -19,14 +19,14 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::harness::{
-    PATIENCE,
-    broker::{Client, World},
-    certificates::{Authority, BROKER, connect, write},
+    TEST_TIMEOUT,
+    broker::{Fixture, TestClient},
+    certificates::{BROKER_DNS_NAME, TestCa, connect_tls, write_tls_files},
     eventually,
-    process::{Process, Site},
-    raw::{
-        CONTINUATION, DATA, END_HEADERS, END_STREAM, Frame, HEADERS, NONE, PING, RST_STREAM, Raw,
-        SETTINGS, WINDOW_UPDATE, call, frame, goaway, header, message,
+    process::{BrokerProcess, BrokerSetup},
+    raw_http2::{
+        CONTINUATION, DATA, END_HEADERS, END_STREAM, Frame, HEADERS, NONE, PING, RST_STREAM,
+        RawHttp2Client, SETTINGS, WINDOW_UPDATE, call, frame, goaway, header, message,
     },
 };
 
@@ -46,7 +46,7 @@ struct BystanderClient {
 }
 
 impl BystanderClient {
-    fn start(client: Client) -> Self {
+    fn start(client: TestClient) -> Self {
         let (calls, stop) = (Arc::new(AtomicU64::new(0)), CancellationToken::new());
         let calling = tokio::spawn({
             let (calls, stop) = (calls.clone(), stop.clone());
@@ -79,9 +79,9 @@ impl BystanderClient {
 
 /// A broker process with an account, a caller, and a bystander whose calls must all succeed.
 struct BrokerUnderTest {
-    _world: World,
-    site: Site,
-    serve: Process,
+    _world: Fixture,
+    setup: BrokerSetup,
+    serve: BrokerProcess,
     bearer: String,
     bystander: BystanderClient,
     /// The open file descriptors before the first flood.
@@ -92,22 +92,22 @@ struct BrokerUnderTest {
 
 impl BrokerUnderTest {
     async fn new() -> Self {
-        let world = World::new().await;
-        world.register("acme", "id-1", "SK.1").await;
-        let bearer = world.caller("demo", &["*"]).await;
-        let site = Site::new(world.database.url(), &world.upstream.base_url()).await;
-        let serve = site.serve().await;
-        let client = Client::connect(&site.endpoint(), &bearer).await;
+        let fixture = Fixture::new().await;
+        fixture.add_account("acme", "id-1", "SK.1").await;
+        let bearer = fixture.add_caller("demo", &["*"]).await;
+        let setup = BrokerSetup::new(fixture.database.url(), &fixture.upstream.base_url()).await;
+        let serve = setup.serve().await;
+        let client = TestClient::connect(&setup.endpoint(), &bearer).await;
         eventually("a token", async || client.get("acme").await.ok()).await;
         let bystander = BystanderClient::start(client);
         bystander.is_still_served("the beginning").await;
-        let (descriptors, memory) = (serve.descriptors(), serve.peak_memory());
+        let (descriptors, memory) = (serve.open_descriptors(), serve.peak_memory());
         let bearer = format!("Bearer {}", bearer.expose());
-        Self { _world: world, site, serve, bearer, bystander, descriptors, memory }
+        Self { _world: fixture, setup, serve, bearer, bystander, descriptors, memory }
     }
 
     fn address(&self) -> SocketAddr {
-        self.site.grpc
+        self.setup.grpc
     }
 
     /// Checks that the bystander is served and that the descriptors and the memory of a flood are released.
@@ -115,7 +115,7 @@ impl BrokerUnderTest {
         self.bystander.is_still_served(flood).await;
         eventually(&format!("the descriptors of: {flood}"), async || {
             // The number of database connections varies.
-            (self.serve.descriptors() <= self.descriptors + 16).then_some(())
+            (self.serve.open_descriptors() <= self.descriptors + 16).then_some(())
         })
         .await;
         let grown = self.serve.peak_memory().saturating_sub(self.memory);
@@ -125,7 +125,7 @@ impl BrokerUnderTest {
     async fn stop(mut self) {
         self.bystander.stop().await;
         self.serve.signal(nix::sys::signal::Signal::SIGTERM);
-        assert_eq!(self.serve.ended().await.code(), Some(0), "{}", self.serve.stderr());
+        assert_eq!(self.serve.wait().await.code(), Some(0), "{}", self.serve.stderr());
     }
 }
 
@@ -136,14 +136,18 @@ fn streams(count: u32) -> impl Iterator<Item = u32> {
 
 /// Sends what `next` makes for one stream after another, until the server closes the connection or `max`
 /// times. Returns what the server sent.
-async fn until_refused(mut raw: Raw, max: u32, next: impl Fn(u32) -> Vec<u8>) -> Vec<Frame> {
+async fn until_refused(
+    mut raw: RawHttp2Client,
+    max: u32,
+    next: impl Fn(u32) -> Vec<u8>,
+) -> Vec<Frame> {
     for stream in streams(max) {
         if !raw.send(&next(stream)).await {
             break;
         }
     }
     // The sends may have succeeded into buffers, so wait for the server's end in any case.
-    raw.ended().await
+    raw.read_to_end().await
 }
 
 /// Returns the HEADERS frames.
@@ -169,7 +173,7 @@ async fn floods_of_cheap_frames_close_only_the_connection_that_sends_them() {
     let open = call(GET_TOKEN, None);
 
     let flood = "rapid reset";
-    let frames = until_refused(Raw::connect(address).await, 200_000, |stream| {
+    let frames = until_refused(RawHttp2Client::connect(address).await, 200_000, |stream| {
         let cancelled = frame(RST_STREAM, NONE, stream, &8_u32.to_be_bytes());
         [frame(HEADERS, END_HEADERS | END_STREAM, stream, &open), cancelled].concat()
     })
@@ -178,7 +182,7 @@ async fn floods_of_cheap_frames_close_only_the_connection_that_sends_them() {
     broker.assert_recovered(flood).await;
 
     let flood = "resets that the server is made to send";
-    let frames = until_refused(Raw::connect(address).await, 200_000, |stream| {
+    let frames = until_refused(RawHttp2Client::connect(address).await, 200_000, |stream| {
         // A window beyond 2^31 - 1 is an error of the stream, which the server resets.
         let beyond = frame(WINDOW_UPDATE, NONE, stream, &0x7fff_ffff_u32.to_be_bytes());
         [frame(HEADERS, END_HEADERS, stream, &open), beyond].concat()
@@ -188,14 +192,14 @@ async fn floods_of_cheap_frames_close_only_the_connection_that_sends_them() {
     broker.assert_recovered(flood).await;
 
     let flood = "headers that never end";
-    let mut raw = Raw::connect(address).await;
+    let mut raw = RawHttp2Client::connect(address).await;
     assert!(raw.send(&frame(HEADERS, NONE, 1, &open)).await);
     let frames = until_refused(raw, 100_000, |_| frame(CONTINUATION, NONE, 1, &[])).await;
     assert_calm(flood, &frames, "too_many_continuations");
     broker.assert_recovered(flood).await;
 
     let flood = "headers that never end and are not empty";
-    let mut raw = Raw::connect(address).await;
+    let mut raw = RawHttp2Client::connect(address).await;
     assert!(raw.send(&frame(HEADERS, NONE, 1, &open)).await);
     let more = header("x", &"y".repeat(4_000));
     let frames = until_refused(raw, 100_000, |_| frame(CONTINUATION, NONE, 1, &more)).await;
@@ -203,7 +207,7 @@ async fn floods_of_cheap_frames_close_only_the_connection_that_sends_them() {
     broker.assert_recovered(flood).await;
 
     let flood = "empty data frames";
-    let mut raw = Raw::connect(address).await;
+    let mut raw = RawHttp2Client::connect(address).await;
     let admitted = call(GET_TOKEN, Some(&broker.bearer));
     assert!(raw.send(&frame(HEADERS, END_HEADERS, 1, &admitted)).await);
     let frames = until_refused(raw, 200_000, |_| frame(DATA, NONE, 1, &[]).repeat(10)).await;
@@ -216,7 +220,7 @@ async fn floods_of_cheap_frames_close_only_the_connection_that_sends_them() {
         ("priorities", frame(2, NONE, 1, &[0, 0, 0, 3, 1])),
         ("frames of an unknown kind", frame(0xbe, NONE, 0, &[0; 100])),
     ] {
-        let mut raw = Raw::connect(address).await;
+        let mut raw = RawHttp2Client::connect(address).await;
         // The server may tolerate some of them, those that cost it little.
         for _ in 0..1_000 {
             if !raw.send(&bytes.repeat(100)).await {
@@ -243,7 +247,7 @@ async fn streams_that_are_opened_and_left_do_not_affect_others() {
         ("health checks whose message never comes", call(CHECK, None)),
     ] {
         let floods = (0..20).map(|_| async {
-            let mut raw = Raw::connect(address).await;
+            let mut raw = RawHttp2Client::connect(address).await;
             // Twice as many as a connection may have streams.
             for stream in streams(2_000) {
                 if !raw.send(&frame(HEADERS, END_HEADERS, stream, &block)).await {
@@ -259,7 +263,7 @@ async fn streams_that_are_opened_and_left_do_not_affect_others() {
     }
 
     let flood = "one client that watches health on many streams";
-    let mut raw = Raw::connect(address).await;
+    let mut raw = RawHttp2Client::connect(address).await;
     let watch = call(WATCH_HEALTH, None);
     for stream in streams(100) {
         let asks = frame(DATA, END_STREAM, stream, &message(&[]));
@@ -267,11 +271,11 @@ async fn streams_that_are_opened_and_left_do_not_affect_others() {
         assert!(raw.send(&opened).await);
     }
     // Each stream is answered: 16 with the first state, the others are shed.
-    raw.until(flood, |frames| headers(frames).count() == 100).await;
+    raw.wait_for(flood, |frames| headers(frames).count() == 100).await;
     let states = |frames: &[Frame]| frames.iter().filter(|frame| frame.0 == DATA).count();
-    raw.until(flood, |frames| states(frames) == 16).await;
+    raw.wait_for(flood, |frames| states(frames) == 16).await;
     broker.bystander.is_still_served(flood).await;
-    raw.until(flood, |frames| states(frames) == 16).await;
+    raw.wait_for(flood, |frames| states(frames) == 16).await;
     drop(raw);
     broker.assert_recovered(flood).await;
 
@@ -279,7 +283,7 @@ async fn streams_that_are_opened_and_left_do_not_affect_others() {
     // A window of 0 forbids the server to send data.
     let no_window = [0, 4, 0, 0, 0, 0];
     let floods = (0..5).map(|_| async {
-        let mut raw = Raw::with_settings(address, &no_window).await;
+        let mut raw = RawHttp2Client::with_settings(address, &no_window).await;
         let (block, asks) = (call(GET_TOKEN, Some(&broker.bearer)), message(b"\x0a\x04acme"));
         for stream in streams(1_000) {
             let asks = frame(DATA, END_STREAM, stream, &asks);
@@ -304,13 +308,13 @@ async fn a_client_that_reads_nothing_is_disconnected_and_an_unfinished_message_e
     let mut unread = vec![];
     let list = call("/token_broker.v1.TokenService/ListAccounts", Some(&broker.bearer));
     for block in [call(CHECK, None), list] {
-        let mut raw = Raw::with_settings(address, &no_window).await;
+        let mut raw = RawHttp2Client::with_settings(address, &no_window).await;
         for stream in streams(500) {
             let asks = frame(DATA, END_STREAM, stream, &message(&[]));
             let asked = [frame(HEADERS, END_HEADERS, stream, &block), asks].concat();
             assert!(raw.send(&asked).await);
         }
-        raw.until(flood, |frames| headers(frames).count() > 0).await;
+        raw.wait_for(flood, |frames| headers(frames).count() > 0).await;
         unread.push(raw);
     }
     broker.bystander.is_still_served(flood).await;
@@ -322,7 +326,7 @@ async fn a_client_that_reads_nothing_is_disconnected_and_an_unfinished_message_e
         call("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", None),
         call("/token_broker.v1.TokenService/WatchTokens", Some(&broker.bearer)),
     ] {
-        let mut raw = Raw::connect(address).await;
+        let mut raw = RawHttp2Client::connect(address).await;
         let part = [&[0][..], &4_000_u32.to_be_bytes(), &[b'x'; 3_999]].concat();
         let part = frame(DATA, NONE, 1, &part);
         assert!(raw.send(&[frame(HEADERS, END_HEADERS, 1, &block), part].concat()).await);
@@ -332,10 +336,10 @@ async fn a_client_that_reads_nothing_is_disconnected_and_an_unfinished_message_e
         // The stream has ended, and the connection has not.
         let stream_ended =
             |frame: &Frame| frame.2 == 1 && (frame.1 & END_STREAM != 0 || frame.0 == RST_STREAM);
-        raw.until(flood, |frames| frames.iter().any(stream_ended)).await;
+        raw.wait_for(flood, |frames| frames.iter().any(stream_ended)).await;
     }
     for raw in unread {
-        raw.ended().await;
+        raw.read_to_end().await;
     }
     broker.assert_recovered(flood).await;
     broker.stop().await;
@@ -348,7 +352,7 @@ async fn too_large_messages_and_headers_and_bytes_that_are_not_http_2_are_refuse
 
     let flood = "messages that are too large";
     let floods = (0..20).map(|_| async {
-        let mut raw = Raw::connect(address).await;
+        let mut raw = RawHttp2Client::connect(address).await;
         let block = call(GET_TOKEN, Some(&broker.bearer));
         let part = frame(DATA, NONE, 1, &[b'x'; 16 * 1024]);
         let begun = [&[0][..], &(1_u32 << 30).to_be_bytes()].concat();
@@ -365,21 +369,21 @@ async fn too_large_messages_and_headers_and_bytes_that_are_not_http_2_are_refuse
         let refused = |frames: &[Frame]| {
             goaway(frames).is_some_and(|(code, _)| code != 0) || frames.iter().any(stream_ended)
         };
-        raw.until_or_end(flood, refused).await;
+        raw.wait_for_or_end(flood, refused).await;
         raw
     });
     drop(join_all(floods).await);
     broker.assert_recovered(flood).await;
 
     let flood = "headers that are too large";
-    let mut raw = Raw::connect(address).await;
+    let mut raw = RawHttp2Client::connect(address).await;
     let block = [call(GET_TOKEN, None), header("x", &"y".repeat(15_000))].concat();
     let more = header("z", &"y".repeat(8_000));
     assert!(raw.send(&frame(HEADERS, NONE, 1, &block)).await);
     assert!(raw.send(&frame(CONTINUATION, END_HEADERS, 1, &more)).await);
     // The server answers 431 or resets the stream.
     let refused = |frame: &Frame| frame.2 == 1 && [HEADERS, RST_STREAM].contains(&frame.0);
-    raw.until(flood, |frames| frames.iter().any(refused)).await;
+    raw.wait_for(flood, |frames| frames.iter().any(refused)).await;
     drop(raw);
     broker.assert_recovered(flood).await;
 
@@ -394,16 +398,16 @@ async fn too_large_messages_and_headers_and_bytes_that_are_not_http_2_are_refuse
             let _ = stream.write_all(&garbage[nth * 7..]).await;
             let mut received = vec![];
             let closed = stream.read_to_end(&mut received);
-            let _ = timeout(PATIENCE, closed).await.expect("it is closed");
+            let _ = timeout(TEST_TIMEOUT, closed).await.expect("it is closed");
         }
     });
     join_all(floods).await;
     let floods = (0..50).map(|nth| {
         let garbage = &garbage;
         async move {
-            let mut raw = Raw::connect(address).await;
+            let mut raw = RawHttp2Client::connect(address).await;
             raw.send(&garbage[nth * 11..]).await;
-            raw.ended().await
+            raw.read_to_end().await
         }
     });
     join_all(floods).await;
@@ -419,7 +423,7 @@ async fn silent_connections_are_closed() {
     let silent: Vec<_> = join_all(silent).await.into_iter().map(Result::unwrap).collect();
     broker.bystander.is_still_served(flood).await;
     for mut stream in silent {
-        let closed = timeout(PATIENCE, stream.read(&mut [0; 1])).await.expect("it is closed");
+        let closed = timeout(TEST_TIMEOUT, stream.read(&mut [0; 1])).await.expect("it is closed");
         assert!(closed.is_ok_and(|read| read == 0), "they receive nothing");
     }
     broker.assert_recovered(flood).await;
@@ -428,29 +432,29 @@ async fn silent_connections_are_closed() {
 
 #[tokio::test]
 async fn unfinished_tls_handshakes_time_out_while_others_succeed() {
-    let world = World::new().await;
-    world.register("acme", "id-1", "SK.1").await;
-    let mut site = Site::new(world.database.url(), &world.upstream.base_url()).await;
-    let ours = Authority::new("ours");
-    let files = write(site.directory.path(), &ours.issue(&[BROKER]), &[]);
-    site.set_tls(&files);
-    let mut serve = site.serve().await;
-    let before = serve.descriptors();
+    let fixture = Fixture::new().await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let mut setup = BrokerSetup::new(fixture.database.url(), &fixture.upstream.base_url()).await;
+    let ours = TestCa::new("ours");
+    let files = write_tls_files(setup.directory.path(), &ours.issue(&[BROKER_DNS_NAME]), &[]);
+    setup.set_tls(&files);
+    let mut serve = setup.serve().await;
+    let before = serve.open_descriptors();
     // Each client sends the beginning of a ClientHello and no more.
     let slow = (0..200).map(|_| async {
-        let mut stream = TcpStream::connect(site.grpc).await.unwrap();
+        let mut stream = TcpStream::connect(setup.grpc).await.unwrap();
         stream.write_all(&[22, 3, 1, 2, 0, 1, 0, 1]).await.unwrap();
         stream
     });
     let slow = join_all(slow).await;
     for _ in 0..20 {
-        connect(site.grpc.port(), &ours, None).await.expect("another client's handshake");
+        connect_tls(setup.grpc.port(), &ours, None).await.expect("another client's handshake");
     }
     for mut stream in slow {
-        let _ = timeout(PATIENCE, stream.read_to_end(&mut vec![])).await.expect("it is closed");
+        let _ = timeout(TEST_TIMEOUT, stream.read_to_end(&mut vec![])).await.expect("it is closed");
     }
-    eventually("the descriptors", async || (serve.descriptors() <= before + 16).then_some(()))
+    eventually("the descriptors", async || (serve.open_descriptors() <= before + 16).then_some(()))
         .await;
     serve.signal(nix::sys::signal::Signal::SIGTERM);
-    assert_eq!(serve.ended().await.code(), Some(0), "{}", serve.stderr());
+    assert_eq!(serve.wait().await.code(), Some(0), "{}", serve.stderr());
 }

@@ -11,43 +11,44 @@ use token_broker::{
 };
 
 use crate::harness::{
-    broker::{Client, World},
+    broker::{Fixture, TestClient},
     eventually,
-    process::{Process, Site},
+    process::{BrokerProcess, BrokerSetup},
 };
 
 /// A broker process that serves one account, which has a token.
 struct Served {
-    world: World,
-    site: Site,
+    fixture: Fixture,
+    setup: BrokerSetup,
     bearer: Bearer,
-    serve: Process,
-    client: Client,
+    serve: BrokerProcess,
+    client: TestClient,
 }
 
 impl Served {
     async fn new(upstream_timeout: &str) -> Self {
-        let world = World::with(Clock::System, Faults::default()).await;
-        let bearer = world.caller("demo", &["*"]).await;
-        world.register("acme", "id-1", "SK.1").await;
-        let mut site = Site::new(world.database.url(), &world.upstream.base_url()).await;
-        site.set("TOKEN_BROKER_UPSTREAM_TIMEOUT", upstream_timeout);
-        let serve = site.serve().await;
-        let client = Client::connect(&site.endpoint(), &bearer).await;
-        let served = Self { world, site, bearer, serve, client };
+        let fixture = Fixture::with(Clock::System, Faults::default()).await;
+        let bearer = fixture.add_caller("demo", &["*"]).await;
+        fixture.add_account("acme", "id-1", "SK.1").await;
+        let mut setup =
+            BrokerSetup::new(fixture.database.url(), &fixture.upstream.base_url()).await;
+        setup.set("TOKEN_BROKER_UPSTREAM_TIMEOUT", upstream_timeout);
+        let serve = setup.serve().await;
+        let client = TestClient::connect(&setup.endpoint(), &bearer).await;
+        let served = Self { fixture, setup, bearer, serve, client };
         served.until_the_live_token_is_served(&served.client).await;
-        assert_eq!(served.world.upstream.issued("id-1"), 1);
+        assert_eq!(served.fixture.upstream.issued("id-1"), 1);
         served
     }
 
     async fn request_reissue(&self) {
-        self.world.database.sql("update accounts set reissue_requested_at = now()").await;
+        self.fixture.database.sql("update accounts set reissue_requested_at = now()").await;
     }
 
     /// Waits until the upstream has received `requests` requests in all.
     async fn until_requested(&self, requests: u64) {
         eventually("a request", async || {
-            (self.world.upstream.requests() >= requests).then_some(())
+            (self.fixture.upstream.requests() >= requests).then_some(())
         })
         .await;
     }
@@ -55,42 +56,42 @@ impl Served {
     /// Waits until the upstream has issued `issues` tokens in all.
     async fn until_issued(&self, issues: u64) {
         eventually("an issue", async || {
-            (self.world.upstream.issued("id-1") >= issues).then_some(())
+            (self.fixture.upstream.issued("id-1") >= issues).then_some(())
         })
         .await;
     }
 
     /// Moves the end of the attempt's lease into the past.
     async fn expire_the_lease(&self) {
-        self.world
+        self.fixture
             .database
             .sql("update refreshes set lease_until = now() - interval '1 second'")
             .await;
     }
 
     /// Waits until the live token is served to `client` and the account's state is `fresh`.
-    async fn until_the_live_token_is_served(&self, client: &Client) {
+    async fn until_the_live_token_is_served(&self, client: &TestClient) {
         eventually("the live token", async || {
             let token = client.get("acme").await.ok()?.access_token;
-            let fresh = self.world.status("acme", "state").await == "fresh";
-            (fresh && self.world.upstream.live_token("id-1") == Some(token)).then_some(())
+            let fresh = self.fixture.account_status("acme", "state").await == "fresh";
+            (fresh && self.fixture.upstream.live_token("id-1") == Some(token)).then_some(())
         })
         .await;
     }
 
-    async fn crash(&mut self) {
+    async fn kill(&mut self) {
         self.serve.signal(Signal::SIGKILL);
-        self.serve.ended().await;
+        self.serve.wait().await;
     }
 
     async fn restart(&mut self) {
-        self.serve = self.site.serve().await;
-        self.client = Client::connect(&self.site.endpoint(), &self.bearer).await;
+        self.serve = self.setup.serve().await;
+        self.client = TestClient::connect(&self.setup.endpoint(), &self.bearer).await;
     }
 
     async fn stop(mut self) {
         self.serve.signal(Signal::SIGTERM);
-        assert_eq!(self.serve.ended().await.code(), Some(0), "{}", self.serve.stderr());
+        assert_eq!(self.serve.wait().await.code(), Some(0), "{}", self.serve.stderr());
     }
 }
 
@@ -103,18 +104,18 @@ fn slow() -> Faults {
 async fn a_broker_that_was_stopped_beyond_the_end_of_its_lease_serves_the_live_token() {
     // A lease lasts 20 s longer than an attempt may take: 21 s here.
     let served = Served::new("1s").await;
-    served.world.upstream.set_faults(slow());
+    served.fixture.upstream.set_faults(slow());
     served.request_reissue().await;
     served.until_requested(2).await;
 
     // The broker does not read the upstream's answer before the lease has ended.
     served.serve.signal(Signal::SIGSTOP);
     served.until_issued(2).await;
-    served.world.upstream.set_faults(Faults::default());
+    served.fixture.upstream.set_faults(Faults::default());
     eventually("the end of the lease", async || {
         let over = "select coalesce(lease_until < clock_timestamp(), true) from refreshes";
         let over: bool =
-            sqlx::query_scalar(over).fetch_one(served.world.database.pool()).await.unwrap();
+            sqlx::query_scalar(over).fetch_one(served.fixture.database.pool()).await.unwrap();
         over.then_some(())
     })
     .await;
@@ -127,20 +128,20 @@ async fn a_broker_that_was_stopped_beyond_the_end_of_its_lease_serves_the_live_t
 #[tokio::test]
 async fn a_token_that_arrives_after_that_of_another_replica_does_not_replace_it() {
     let served = Served::new("10s").await;
-    let replica = served.site.replica();
+    let replica = served.setup.replica();
     let mut second = replica.serve().await;
-    let second_client = Client::connect(&replica.endpoint(), &served.bearer).await;
+    let second_client = TestClient::connect(&replica.endpoint(), &served.bearer).await;
     served.until_the_live_token_is_served(&second_client).await;
-    assert_eq!(served.world.upstream.issued("id-1"), 1);
+    assert_eq!(served.fixture.upstream.issued("id-1"), 1);
 
     // The first replica makes the attempt. The second one runs again only when the first is stopped.
     second.signal(Signal::SIGSTOP);
-    served.world.upstream.set_faults(slow());
+    served.fixture.upstream.set_faults(slow());
     served.request_reissue().await;
     served.until_requested(2).await;
     served.serve.signal(Signal::SIGSTOP);
     served.until_issued(2).await;
-    served.world.upstream.set_faults(Faults::default());
+    served.fixture.upstream.set_faults(Faults::default());
     served.expire_the_lease().await;
     second.signal(Signal::SIGCONT);
     served.until_issued(3).await;
@@ -153,7 +154,7 @@ async fn a_token_that_arrives_after_that_of_another_replica_does_not_replace_it(
         served.until_the_live_token_is_served(client).await;
     }
     second.signal(Signal::SIGTERM);
-    assert_eq!(second.ended().await.code(), Some(0), "{}", second.stderr());
+    assert_eq!(second.wait().await.code(), Some(0), "{}", second.stderr());
     served.stop().await;
 }
 
@@ -161,16 +162,16 @@ async fn a_token_that_arrives_after_that_of_another_replica_does_not_replace_it(
 async fn a_broker_that_is_killed_before_the_answer_to_an_issue_serves_the_live_token_after_a_restart()
  {
     let mut served = Served::new("10s").await;
-    served.world.upstream.script("id-1", [Answer::IssueThenHang]);
+    served.fixture.upstream.script("id-1", [Answer::IssueThenHang]);
     served.request_reissue().await;
     served.until_issued(2).await;
 
-    served.crash().await;
+    served.kill().await;
     served.restart().await;
     served.expire_the_lease().await;
 
     served.until_the_live_token_is_served(&served.client).await;
-    assert_eq!(served.world.upstream.issued("id-1"), 3);
+    assert_eq!(served.fixture.upstream.issued("id-1"), 3);
     served.stop().await;
 }
 
@@ -178,23 +179,23 @@ async fn a_broker_that_is_killed_before_the_answer_to_an_issue_serves_the_live_t
 async fn a_broker_that_is_killed_between_the_answer_and_the_commit_serves_the_live_token_after_a_restart()
  {
     let mut served = Served::new("10s").await;
-    served.world.upstream.set_faults(slow());
+    served.fixture.upstream.set_faults(slow());
     served.request_reissue().await;
     served.until_requested(2).await;
 
     // The commit waits for this lock, and never happens.
-    let mut lock = served.world.database.pool().begin().await.unwrap();
+    let mut lock = served.fixture.database.pool().begin().await.unwrap();
     sqlx::query("select from refreshes for update").execute(&mut *lock).await.unwrap();
-    served.world.upstream.set_faults(Faults::default());
+    served.fixture.upstream.set_faults(Faults::default());
     eventually("the commit", async || {
         let waiting = "select count(*) from pg_stat_activity where datname = current_database()
             and wait_event_type = 'Lock' and query like '-- store::tokens::commit%'";
         let waiting: i64 =
-            sqlx::query_scalar(waiting).fetch_one(served.world.database.pool()).await.unwrap();
+            sqlx::query_scalar(waiting).fetch_one(served.fixture.database.pool()).await.unwrap();
         (waiting == 1).then_some(())
     })
     .await;
-    served.crash().await;
+    served.kill().await;
     lock.rollback().await.unwrap();
     served.restart().await;
     served.expire_the_lease().await;
@@ -206,11 +207,11 @@ async fn a_broker_that_is_killed_between_the_answer_and_the_commit_serves_the_li
 #[tokio::test]
 async fn after_a_timeout_another_token_is_issued_and_served() {
     let served = Served::new("200ms").await;
-    served.world.upstream.script("id-1", [Answer::IssueThenHang]);
+    served.fixture.upstream.script("id-1", [Answer::IssueThenHang]);
     served.request_reissue().await;
     served.until_issued(2).await;
 
     served.until_the_live_token_is_served(&served.client).await;
-    assert_eq!(served.world.upstream.issued("id-1"), 3);
+    assert_eq!(served.fixture.upstream.issued("id-1"), 3);
     served.stop().await;
 }

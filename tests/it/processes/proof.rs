@@ -7,17 +7,17 @@ use tokio::process::Command;
 use tokio_util::sync::CancellationToken;
 
 use crate::harness::{
-    broker::{Client, World},
+    broker::{Fixture, TestClient},
     database::TestDatabase,
+    database_proxy::DatabaseProxy,
     eventually,
-    process::{Ran, Site},
-    proxy::Proxy,
+    process::{BrokerSetup, CommandOutput},
 };
 
 /// The log of a broker that was started twice and stopped in order: two chains, and a token.
 struct StoppedBroker {
-    world: World,
-    site: Site,
+    fixture: Fixture,
+    setup: BrokerSetup,
     token: String,
     /// The log lines of both starts.
     log: String,
@@ -25,14 +25,14 @@ struct StoppedBroker {
 
 impl StoppedBroker {
     async fn new() -> Self {
-        let world = World::new().await;
-        world.register("acme", "id-1", "SK.1").await;
-        let bearer = world.caller("demo", &["*"]).await;
-        let site = Site::new(world.database.url(), &world.upstream.base_url()).await;
+        let fixture = Fixture::new().await;
+        fixture.add_account("acme", "id-1", "SK.1").await;
+        let bearer = fixture.add_caller("demo", &["*"]).await;
+        let setup = BrokerSetup::new(fixture.database.url(), &fixture.upstream.base_url()).await;
         let (mut token, mut log) = (String::new(), String::new());
         for _ in 0..2 {
-            let mut serve = site.serve().await;
-            let client = Client::connect(&site.endpoint(), &bearer).await;
+            let mut serve = setup.serve().await;
+            let client = TestClient::connect(&setup.endpoint(), &bearer).await;
             token =
                 eventually("a token", async || client.get("acme").await.ok()).await.access_token;
             for _ in 0..5 {
@@ -40,14 +40,14 @@ impl StoppedBroker {
                 client.get("unknown").await.unwrap_err();
             }
             serve.signal(Signal::SIGTERM);
-            assert_eq!(serve.ended().await.code(), Some(0), "{}", serve.stderr());
+            assert_eq!(serve.wait().await.code(), Some(0), "{}", serve.stderr());
             log += &serve.stderr();
         }
-        Self { world, site, token, log }
+        Self { fixture, setup, token, log }
     }
 
     fn state(&self) -> std::path::PathBuf {
-        self.site.directory.path().join("state")
+        self.setup.directory.path().join("state")
     }
 
     /// The file of signed checkpoints.
@@ -59,7 +59,7 @@ impl StoppedBroker {
     async fn chains(&self) -> [String; 2] {
         let chains: Vec<String> =
             sqlx::query_scalar("select chain from audit_chains order by chain")
-                .fetch_all(self.world.database.pool())
+                .fetch_all(self.fixture.database.pool())
                 .await
                 .unwrap();
         chains.try_into().unwrap()
@@ -67,25 +67,25 @@ impl StoppedBroker {
 
     /// A copy of the database that a superuser tampered with. The commands use it from now on.
     async fn tampered(&mut self, what: &str) -> TestDatabase {
-        let copy = self.world.database.copy().await;
+        let copy = self.fixture.database.copy().await;
         copy.sql(&format!("set session_replication_role = replica; {what}")).await;
-        self.site.set("DATABASE_URL", copy.url());
+        self.setup.set("DATABASE_URL", copy.url());
         copy
     }
 
-    async fn verify(&self, more: &[&str]) -> Ran {
-        self.site.run(&[&["audit", "verify"], more].concat()).await
+    async fn verify(&self, more: &[&str]) -> CommandOutput {
+        self.setup.run(&[&["audit", "verify"], more].concat()).await
     }
 
     fn file(&self, name: &str, text: &str) -> String {
-        let file = self.site.directory.path().join(name);
+        let file = self.setup.directory.path().join(name);
         fs::write(&file, text).unwrap();
         file.to_str().unwrap().to_owned()
     }
 }
 
 /// Runs `docs/verify.py`, a verifier that shares no code with the broker.
-async fn python(arguments: &[&str]) -> Option<Ran> {
+async fn python(arguments: &[&str]) -> Option<CommandOutput> {
     let verifier = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/verify.py");
     let mut command = Command::new("python3");
     command.arg(verifier).args(arguments).stdin(Stdio::null());
@@ -93,7 +93,7 @@ async fn python(arguments: &[&str]) -> Option<Ran> {
         Ok(output) => {
             let text = |bytes| String::from_utf8(bytes).unwrap();
             let (code, stdout) = (output.status.code(), text(output.stdout));
-            Some(Ran { code, stdout, stderr: text(output.stderr) })
+            Some(CommandOutput { code, stdout, stderr: text(output.stderr) })
         }
         Err(error) => {
             // Python is required where changes are checked before they are merged.
@@ -116,9 +116,9 @@ async fn a_log_verifies_in_the_database_in_the_journal_and_in_an_export_by_two_v
     let journal = stopped.state();
     stopped.verify(&["--journal", journal.to_str().unwrap(), "--head", &heads]).await.ok();
 
-    let export = stopped.site.run(&["audit", "export"]).await.ok();
+    let export = stopped.setup.run(&["audit", "export"]).await.ok();
     let export = stopped.file("export.jsonl", &export);
-    let keys = stopped.site.run(&["keys", "public", "--signing"]).await.ok();
+    let keys = stopped.setup.run(&["keys", "public", "--signing"]).await.ok();
     let keys = stopped.file("keys.pem", &keys);
     let verified = ["--export", &export, "--whole", "--keys", &keys, "--head", &heads, "--json"];
     let ran = stopped.verify(&verified).await.ok();
@@ -129,7 +129,7 @@ async fn a_log_verifies_in_the_database_in_the_journal_and_in_an_export_by_two_v
     let by_log = ["--export", &export, "--keys", &keys, "--head", &log, "--json"];
     assert_eq!(stopped.verify(&by_log).await.ok(), ran);
     let events = sqlx::query_scalar::<_, i64>("select count(*) from audit_events");
-    let events = events.fetch_one(stopped.world.database.pool()).await.unwrap();
+    let events = events.fetch_one(stopped.fixture.database.pool()).await.unwrap();
     assert_eq!(report["records"], events);
     for chain in report["chains"].as_array().unwrap() {
         assert_eq!(
@@ -152,7 +152,7 @@ async fn a_log_verifies_in_the_database_in_the_journal_and_in_an_export_by_two_v
 async fn any_tampering_with_the_log_is_found_and_named() {
     let mut stopped = StoppedBroker::new().await;
     let (heads, [first, last]) = (stopped.heads(), stopped.chains().await);
-    stopped.world.database.pool().close().await;
+    stopped.fixture.database.pool().close().await;
     let of_first = format!("chain = '{first}'");
     let cases = [
         (format!("update audit_events set caller = 'm' where {of_first} and seq = 3"), &first, "record 3 was altered"),
@@ -228,7 +228,7 @@ async fn any_tampering_with_the_log_is_found_and_named() {
 async fn a_changed_or_truncated_export_or_journal_is_refused() {
     let stopped = StoppedBroker::new().await;
     let [first, _] = stopped.chains().await;
-    let export = stopped.site.run(&["audit", "export"]).await.ok();
+    let export = stopped.setup.run(&["audit", "export"]).await.ok();
     let edited = export.replacen("\"account\":\"unknown\"", "\"account\":\"another\"", 1);
     let edited = stopped.file("edited.jsonl", &edited);
     let output = stopped.verify(&["--export", &edited]).await.failed();
@@ -277,7 +277,7 @@ async fn a_changed_or_truncated_export_or_journal_is_refused() {
     assert!(output.contains("none.jsonl, line 1: neither a record nor"), "{output}");
 
     // A partial export is reported as such.
-    let part = stopped.site.run(&["audit", "export", "--event", "get_token"]).await.ok();
+    let part = stopped.setup.run(&["audit", "export", "--event", "get_token"]).await.ok();
     let part = stopped.file("part.jsonl", &part);
     let ran = stopped.verify(&["--export", &part]).await;
     assert!(ran.code == Some(0) && ran.stderr.contains("this is a part of the log"), "{ran:?}");
@@ -299,17 +299,17 @@ async fn a_changed_or_truncated_export_or_journal_is_refused() {
 /// The load makes the broker start segments and delete delivered ones all the time.
 #[tokio::test]
 async fn a_log_verifies_while_its_broker_writes_it_with_and_without_a_backlog() {
-    let world = World::new().await;
-    let proxy = Proxy::to(world.database.url()).await;
-    world.register("acme", "id-1", "SK.1").await;
-    let bearer = world.caller("demo", &["*"]).await;
-    let mut site = Site::new(proxy.url(), &world.upstream.base_url()).await;
-    site.set("TOKEN_BROKER_JOURNAL_MAX_BYTES", "1MiB");
-    site.set("TOKEN_BROKER_AUDIT_SYNC", "write");
-    site.set("TOKEN_BROKER_CALLER_RATE", "100000");
-    let mut serve = site.serve().await;
-    site.set("DATABASE_URL", world.database.url());
-    let client = Client::connect(&site.endpoint(), &bearer).await;
+    let fixture = Fixture::new().await;
+    let proxy = DatabaseProxy::start(fixture.database.url()).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    let mut setup = BrokerSetup::new(proxy.url(), &fixture.upstream.base_url()).await;
+    setup.set("TOKEN_BROKER_JOURNAL_MAX_BYTES", "1MiB");
+    setup.set("TOKEN_BROKER_AUDIT_SYNC", "write");
+    setup.set("TOKEN_BROKER_CALLER_RATE", "100000");
+    let mut serve = setup.serve().await;
+    setup.set("DATABASE_URL", fixture.database.url());
+    let client = TestClient::connect(&setup.endpoint(), &bearer).await;
     eventually("a token", async || client.get("acme").await.ok()).await;
     let stop = CancellationToken::new();
     let calling = tokio::spawn({
@@ -321,45 +321,46 @@ async fn a_log_verifies_while_its_broker_writes_it_with_and_without_a_backlog() 
             }
         }
     });
-    let state = site.directory.path().join("state");
+    let state = setup.directory.path().join("state");
     let journal = ["audit", "verify", "--journal", state.to_str().unwrap()];
     let written = async || {
         let report = [&journal[..], &["--json"]].concat();
         let report: serde_json::Value =
-            serde_json::from_str(&site.run(&report).await.ok()).unwrap();
+            serde_json::from_str(&setup.run(&report).await.ok()).unwrap();
         report["chains"][0]["last_seq"].as_i64().unwrap()
     };
     // A mebibyte holds about two thousand records.
     let begun = written().await;
     eventually("deleted segments", async || {
-        site.run(&["audit", "verify"]).await.ok();
+        setup.run(&["audit", "verify"]).await.ok();
         (written().await > begun + 4_000).then_some(())
     })
     .await;
 
-    proxy.cut();
+    proxy.disconnect();
     let delivered = async || {
         let there = "select max(delivered_seq) from audit_chains";
-        sqlx::query_scalar::<_, i64>(there).fetch_one(world.database.pool()).await.unwrap()
+        sqlx::query_scalar::<_, i64>(there).fetch_one(fixture.database.pool()).await.unwrap()
     };
     eventually("a backlog", async || (written().await > delivered().await).then_some(())).await;
-    site.run(&["audit", "verify"]).await.ok();
+    setup.run(&["audit", "verify"]).await.ok();
     stop.cancel();
     calling.await.unwrap();
-    proxy.open();
+    proxy.forward();
     serve.signal(Signal::SIGTERM);
-    assert_eq!(serve.ended().await.code(), Some(0), "{}", serve.stderr());
-    site.run(&["audit", "verify", "--head", state.join("audit-heads.jsonl").to_str().unwrap()])
+    assert_eq!(serve.wait().await.code(), Some(0), "{}", serve.stderr());
+    setup
+        .run(&["audit", "verify", "--head", state.join("audit-heads.jsonl").to_str().unwrap()])
         .await
         .ok();
-    site.run(&journal).await.ok();
+    setup.run(&journal).await.ok();
 }
 
 #[tokio::test]
 async fn audit_who_lists_the_callers_that_were_given_a_token() {
     let stopped = StoppedBroker::new().await;
     let who = async |input: &str, more: &[&str]| {
-        let command = stopped.site.command(&[&["audit", "who"], more].concat());
+        let command = stopped.setup.command(&[&["audit", "who"], more].concat());
         crate::harness::process::run(command, input).await
     };
     let table = who(&format!("{}\n", stopped.token), &[]).await.ok();
@@ -384,26 +385,26 @@ async fn audit_who_lists_the_callers_that_were_given_a_token() {
 
 #[tokio::test]
 async fn audit_ship_delivers_the_journal_of_a_lost_replica_once_and_not_that_of_a_running_one() {
-    let world = World::new().await;
-    let proxy = Proxy::to(world.database.url()).await;
-    world.register("acme", "id-1", "SK.1").await;
-    let bearer = world.caller("demo", &["*"]).await;
-    let mut site = Site::new(proxy.url(), &world.upstream.base_url()).await;
-    let serve = site.serve().await;
-    let client = Client::connect(&site.endpoint(), &bearer).await;
+    let fixture = Fixture::new().await;
+    let proxy = DatabaseProxy::start(fixture.database.url()).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    let mut setup = BrokerSetup::new(proxy.url(), &fixture.upstream.base_url()).await;
+    let serve = setup.serve().await;
+    let client = TestClient::connect(&setup.endpoint(), &bearer).await;
     eventually("a token", async || client.get("acme").await.ok()).await;
-    proxy.cut();
+    proxy.disconnect();
     let mut answered = 1;
     for _ in 0..50 {
         client.get("acme").await.unwrap();
         answered += 1;
     }
-    let state = site.directory.path().join("state");
+    let state = setup.directory.path().join("state");
     let ship = ["audit", "ship", state.to_str().unwrap()];
-    site.set("DATABASE_URL", world.database.url());
-    let output = site.run(&ship).await.failed();
+    setup.set("DATABASE_URL", fixture.database.url());
+    let output = setup.run(&ship).await.failed();
     assert!(output.contains("in use by another process"), "{output}");
-    serve.crash().await;
+    serve.kill().await;
 
     let files = || -> Vec<_> {
         let journal = fs::read_dir(state.join("journal")).unwrap();
@@ -415,58 +416,58 @@ async fn audit_ship_delivers_the_journal_of_a_lost_replica_once_and_not_that_of_
         files
     };
     let before = files();
-    let shipped = site.run(&ship).await;
+    let shipped = setup.run(&ship).await;
     assert!(!shipped.stderr.starts_with("0 records"), "{shipped:?}");
     shipped.ok();
     assert_eq!(files(), before, "the journal is not changed");
-    let again = site.run(&ship).await;
+    let again = setup.run(&ship).await;
     assert!(again.stderr.contains("0 records were delivered"), "{again:?}");
-    let recorded = world.audit("event = 'get_token' and outcome = 'ok'").await.len();
+    let recorded = fixture.audit_events("event = 'get_token' and outcome = 'ok'").await.len();
     assert_eq!(recorded, answered);
-    site.run(&["audit", "verify"]).await.ok();
+    setup.run(&["audit", "verify"]).await.ok();
 
-    let elsewhere = site.directory.path().to_str().unwrap().to_owned();
-    let output = site.run(&["audit", "ship", &elsewhere]).await.failed();
+    let elsewhere = setup.directory.path().to_str().unwrap().to_owned();
+    let output = setup.run(&["audit", "ship", &elsewhere]).await.failed();
     assert!(output.contains("is no state directory"), "{output}");
     assert!(!Path::new(&elsewhere).join("lock").exists(), "no file is created there");
 }
 
 #[tokio::test]
 async fn audit_retire_retires_a_replica_that_does_not_run_and_says_what_may_be_missing() {
-    let world = World::new().await;
-    let site = Site::new(world.database.url(), &world.upstream.base_url()).await;
-    let output = site.run(&["audit", "retire", "i-0000000000000000"]).await.failed();
+    let fixture = Fixture::new().await;
+    let setup = BrokerSetup::new(fixture.database.url(), &fixture.upstream.base_url()).await;
+    let output = setup.run(&["audit", "retire", "i-0000000000000000"]).await.failed();
     assert!(output.contains("no audit chain of instance i-0000000000000000"), "{output}");
-    let serve = site.serve().await;
-    let instance = fs::read_to_string(site.directory.path().join("state/instance")).unwrap();
+    let serve = setup.serve().await;
+    let instance = fs::read_to_string(setup.directory.path().join("state/instance")).unwrap();
     let instance = instance.trim();
     eventually("its start", async || {
-        (!world.audit("event = 'started'").await.is_empty()).then_some(())
+        (!fixture.audit_events("event = 'started'").await.is_empty()).then_some(())
     })
     .await;
     let retire = ["audit", "retire", instance, "--reason", "TICKET-7"];
-    let output = site.run(&retire).await.failed();
+    let output = setup.run(&retire).await.failed();
     assert!(output.contains("runs: it sent a heartbeat within the last minute"), "{output}");
-    serve.crash().await;
+    serve.kill().await;
     // Its disk is lost with records that it had reported and not delivered.
-    world
+    fixture
         .database
         .sql("update instances set heartbeat_at = now() - interval '2 minutes', journal_seq = 40")
         .await;
-    let output = site.run(&retire).await.ok();
+    let output = setup.run(&retire).await.ok();
     assert!(output.contains("records, up to 40, are certainly missing"), "{output}");
-    let output = site.run(&retire).await.failed();
+    let output = setup.run(&retire).await.failed();
     assert!(output.contains("is retired already") && output.contains("no chain left"), "{output}");
 
-    let ran = site.run(&["audit", "verify"]).await;
+    let ran = setup.run(&["audit", "verify"]).await;
     assert!(ran.stderr.contains("was retired: records after"), "{ran:?}");
     ran.ok();
     // Another replica records the retirement in the log.
-    let other = site.replica();
+    let other = setup.replica();
     let _serving = other.serve().await;
     eventually("the event", async || {
-        let recorded = world
-            .audit(
+        let recorded = fixture
+            .audit_events(
                 "event = 'chain_retired' and detail->>'reason' = 'TICKET-7' and detail ? 'retired'",
             )
             .await;

@@ -9,7 +9,7 @@ use crate::harness::{
     database::TestDatabase,
     eventually,
     http::http,
-    process::{Process, Site, program},
+    process::{BrokerProcess, BrokerSetup, program},
 };
 
 const SIMULATED: &str = r#"[
@@ -18,15 +18,15 @@ const SIMULATED: &str = r#"[
 ]"#;
 
 /// Starts `simulate` with two accounts. Returns the process and its base URL.
-async fn simulate(directory: &std::path::Path) -> (Process, String) {
+async fn simulate(directory: &std::path::Path) -> (BrokerProcess, String) {
     let accounts = directory.join("accounts.json");
     std::fs::write(&accounts, SIMULATED).unwrap();
     let accounts = accounts.to_str().unwrap();
     let listen = ["--listen", "127.0.0.1:0", "--accounts-file", accounts];
     let mut command = program(&["simulate", "--token-life", "1h"]);
     command.args(listen);
-    let mut process = Process::start(command);
-    let url = process.says("\n").await.trim().to_owned();
+    let mut process = BrokerProcess::start(command);
+    let url = process.wait_for_stdout("\n").await.trim().to_owned();
     (process, url)
 }
 
@@ -52,34 +52,34 @@ async fn a_broker_is_set_up_used_and_stopped_only_by_environment_files_and_comma
     let database = empty_database().await;
     let directory = tempfile::TempDir::new().unwrap();
     let (_simulator, upstream) = simulate(directory.path()).await;
-    let mut site = Site::new(database.url(), &upstream).await;
-    site.set_by_file("DATABASE_URL", database.url());
-    site.set("TOKEN_BROKER_DRAIN", "2s");
+    let mut setup = BrokerSetup::new(database.url(), &upstream).await;
+    setup.set_from_file("DATABASE_URL", database.url());
+    setup.set("TOKEN_BROKER_DRAIN", "2s");
 
     // Without a schema the broker does not start, and the error says what to do.
-    let refused = site.run(&["serve"]).await.failed();
+    let refused = setup.run(&["serve"]).await.failed();
     assert!(refused.contains("token-broker migrate"), "{refused}");
     for _ in 0..2 {
-        site.run(&["migrate"]).await.ok();
+        setup.run(&["migrate"]).await.ok();
     }
-    let mut serve = site.serve().await;
-    assert!(site.run(&["health"]).await.ok().contains("serving"));
+    let mut serve = setup.serve().await;
+    assert!(setup.run(&["health"]).await.ok().contains("serving"));
 
-    let bearer = site.run(&["caller", "add", "billing", "--bearer"]).await.ok();
-    site.set_by_file("TOKEN_BROKER_BEARER", &bearer);
-    site.run(&["caller", "grant", "billing", "acme*", "typo"]).await.ok();
+    let bearer = setup.run(&["caller", "add", "billing", "--bearer"]).await.ok();
+    setup.set_from_file("TOKEN_BROKER_BEARER", &bearer);
+    setup.run(&["caller", "grant", "billing", "acme*", "typo"]).await.ok();
     let added = ["account", "add", "acme", "--client-id", "acmeId", "--wait"];
-    let printed = site.run_with_secret(&added, "SK.acme").await.ok();
+    let printed = setup.run_with_secret(&added, "SK.acme").await.ok();
     assert!(printed.starts_with("acme: fresh, token until "), "{printed}");
     let added = ["account", "add", "typo", "--client-id", "typoId", "--wait"];
-    let printed = site.run_with_secret(&added, "SK.wrong").await.failed();
+    let printed = setup.run_with_secret(&added, "SK.wrong").await.failed();
     assert!(printed.contains("typo: rejected: 61006") && printed.contains("hint: "), "{printed}");
 
     // Counts the calls, to compare them with the audit log.
     let mut calls = 0;
     let mut get = async |arguments: &[&str]| {
         calls += 1;
-        site.run(&[&["token", "get"], arguments].concat()).await
+        setup.run(&[&["token", "get"], arguments].concat()).await
     };
     // The broker learns of new callers and grants a moment later.
     let token = eventually("the grant to be known", async || {
@@ -94,7 +94,7 @@ async fn a_broker_is_set_up_used_and_stopped_only_by_environment_files_and_comma
     assert!(refused.contains("NOT_GRANTED"), "{refused}");
 
     let list: Value =
-        serde_json::from_str(&site.run(&["account", "list", "--json"]).await.ok()).unwrap();
+        serde_json::from_str(&setup.run(&["account", "list", "--json"]).await.ok()).unwrap();
     let states: Vec<_> = list
         .as_array()
         .unwrap()
@@ -102,11 +102,11 @@ async fn a_broker_is_set_up_used_and_stopped_only_by_environment_files_and_comma
         .map(|account| (account["name"].as_str().unwrap(), account["state"].as_str().unwrap()))
         .collect();
     assert_eq!(states, [("acme", "fresh"), ("typo", "rejected")]);
-    let checked = site.run(&["check"]).await.ok();
+    let checked = setup.run(&["check"]).await.ok();
     assert!(checked.contains("ok ") && !checked.contains("FAIL"), "{checked}");
 
     let rotated = ["account", "rotate", "typo", "--wait", "--reason", "T-1"];
-    let printed = site.run_with_secret(&rotated, "SK.right").await.ok();
+    let printed = setup.run_with_secret(&rotated, "SK.right").await.ok();
     assert!(printed.starts_with("typo: fresh"), "{printed}");
     assert!(is_live(&upstream, &get(&["typo"]).await.ok()).await);
 
@@ -115,20 +115,21 @@ async fn a_broker_is_set_up_used_and_stopped_only_by_environment_files_and_comma
         token["generation"].as_str().unwrap().parse::<u64>().unwrap()
     };
     let before = generation(get(&["acme", "--json"]).await.ok());
-    let mut watch = Process::start(site.command(&["token", "get", "acme", "--watch", "--json"]));
-    watch.says("access_token").await;
-    site.run(&["account", "reissue", "acme", "--wait"]).await.ok();
+    let mut watch =
+        BrokerProcess::start(setup.command(&["token", "get", "acme", "--watch", "--json"]));
+    watch.wait_for_stdout("access_token").await;
+    setup.run(&["account", "reissue", "acme", "--wait"]).await.ok();
     let reissued = get(&["acme", "--json"]).await.ok();
     assert!(generation(reissued) > before);
-    site.run(&["account", "disable", "acme"]).await.ok();
-    let ended = watch.says("\"ended\"").await;
+    setup.run(&["account", "disable", "acme"]).await.ok();
+    let ended = watch.wait_for_stdout("\"ended\"").await;
     assert!(ended.contains("disabled"), "{ended}");
     assert_eq!(ended.matches("access_token").count(), 2, "{ended}");
     let refused = get(&["acme"]).await.failed();
     assert!(refused.contains("ACCOUNT_DISABLED"), "{refused}");
 
     let events = eventually("all calls in the log", async || {
-        let ran = site.run(&["audit", "tail", "--json", "-n", "1000"]).await.ok();
+        let ran = setup.run(&["audit", "tail", "--json", "-n", "1000"]).await.ok();
         let events: Vec<Value> =
             ran.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
         let made = events.iter().filter(|event| event["event"] == "get_token").count();
@@ -143,7 +144,7 @@ async fn a_broker_is_set_up_used_and_stopped_only_by_environment_files_and_comma
     assert!(events.iter().any(|event| event["detail"]["reason"] == "T-1"));
 
     let mut second =
-        site.command(&["serve", "--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0"]);
+        setup.command(&["serve", "--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0"]);
     second.kill_on_drop(true);
     let refused = crate::harness::process::run(second, "").await.failed();
     assert!(refused.contains("is in use by another process"), "{refused}");
@@ -151,11 +152,11 @@ async fn a_broker_is_set_up_used_and_stopped_only_by_environment_files_and_comma
     // The watch is still open. It must not delay the stop beyond the drain.
     let signalled = Instant::now();
     serve.signal(Signal::SIGTERM);
-    assert_eq!(serve.ended().await.code(), Some(0), "{}", serve.stderr());
+    assert_eq!(serve.wait().await.code(), Some(0), "{}", serve.stderr());
     let took = signalled.elapsed();
     assert!(took < Duration::from_secs(20), "{took:?}");
-    assert_eq!(watch.ended().await.code(), Some(1));
-    site.run(&["health"]).await.failed();
+    assert_eq!(watch.wait().await.code(), Some(1));
+    setup.run(&["health"]).await.failed();
 
     let recorded: i64 =
         sqlx::query_scalar("select count(*) from audit_events where event = 'get_token'")
@@ -173,19 +174,21 @@ async fn a_broker_is_set_up_used_and_stopped_only_by_environment_files_and_comma
 
 #[tokio::test]
 async fn a_stop_while_the_database_does_not_answer_is_not_a_failure() {
-    let mut site =
-        Site::new("postgresql://127.0.0.1:9/nobody?sslmode=disable", "http://127.0.0.1:9/api/1.1")
-            .await;
-    site.set("RUST_LOG", "info");
-    let mut serve = Process::start(site.command(&["serve"]));
+    let mut setup = BrokerSetup::new(
+        "postgresql://127.0.0.1:9/nobody?sslmode=disable",
+        "http://127.0.0.1:9/api/1.1",
+    )
+    .await;
+    setup.set("RUST_LOG", "info");
+    let mut serve = BrokerProcess::start(setup.command(&["serve"]));
     eventually("a broker that waits", async || {
         serve.stderr().contains("cannot be reached yet").then_some(())
     })
     .await;
-    assert_eq!(http(site.ops, "GET", "/readyz", "").await.0, 503);
-    assert_eq!(http(site.ops, "GET", "/livez", "").await.0, 200);
+    assert_eq!(http(setup.ops, "GET", "/readyz", "").await.0, 503);
+    assert_eq!(http(setup.ops, "GET", "/livez", "").await.0, 200);
 
     serve.signal(Signal::SIGTERM);
 
-    assert_eq!(serve.ended().await.code(), Some(0), "{}", serve.stderr());
+    assert_eq!(serve.wait().await.code(), Some(0), "{}", serve.stderr());
 }

@@ -3,26 +3,26 @@
 use nix::sys::signal::Signal;
 
 use crate::harness::{
-    broker::World,
+    broker::Fixture,
     eventually,
-    process::{Site, sh},
+    process::{BrokerSetup, sh},
 };
 
 const TLS: &str = include_str!("../../../docs/tls.md");
 
 #[tokio::test]
 async fn certificates_made_by_the_documented_commands_identify_a_caller_over_tls() {
-    let world = World::new().await;
-    world.register("acme", "id-1", "SK.1").await;
-    let mut site = Site::new(world.database.url(), &world.upstream.base_url()).await;
-    let directory = site.directory.path().to_str().unwrap().to_owned();
+    let fixture = Fixture::new().await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let mut setup = BrokerSetup::new(fixture.database.url(), &fixture.upstream.base_url()).await;
+    let directory = setup.directory.path().to_str().unwrap().to_owned();
     let recipe = TLS.split("\n```sh\n").nth(1).unwrap().split("\n```\n").next().unwrap();
     let made = sh(&format!("set -e; cd {directory}\n{recipe}")).await;
     assert_eq!(made.code, Some(0), "{made:?}");
 
-    let port = site.grpc.port();
-    site.set("TOKEN_BROKER_LISTEN", &format!("0.0.0.0:{port}"));
-    let plain = site.run(&["serve"]).await;
+    let port = setup.grpc.port();
+    setup.set("TOKEN_BROKER_LISTEN", &format!("0.0.0.0:{port}"));
+    let plain = setup.run(&["serve"]).await;
     assert_eq!(plain.code, Some(2), "{plain:?}");
     assert!(plain.stderr.contains("beyond loopback without TLS"), "{plain:?}");
 
@@ -37,25 +37,28 @@ async fn certificates_made_by_the_documented_commands_identify_a_caller_over_tls
         ("CLIENT_CERT", file("billing.pem")),
         ("CLIENT_KEY", file("billing.key")),
     ] {
-        site.set(&format!("TOKEN_BROKER_{name}"), &value);
+        setup.set(&format!("TOKEN_BROKER_{name}"), &value);
     }
-    let check = site.run(&["check"]).await;
+    let check = setup.run(&["check"]).await;
     assert!(check.stdout.contains("ok    serving     TLS; the certificate ends at "), "{check:?}");
-    let mut serve = site.serve().await;
-    assert_eq!(site.run(&["health"]).await.ok(), "serving");
+    let mut serve = setup.serve().await;
+    assert_eq!(setup.run(&["health"]).await.ok(), "serving");
     let added = ["caller", "add", "billing", "--spiffe-id", "spiffe://example.com/billing"];
-    site.run(&added).await.ok();
-    site.run(&["caller", "grant", "billing", "acme"]).await.ok();
+    setup.run(&added).await.ok();
+    setup.run(&["caller", "grant", "billing", "acme"]).await.ok();
     let token = eventually("a token", async || {
-        let ran = site.run(&["token", "get", "acme"]).await;
+        let ran = setup.run(&["token", "get", "acme"]).await;
         (ran.code == Some(0)).then(|| ran.ok())
     })
     .await;
     assert!(token.starts_with("eyJ"), "{token}");
     serve.signal(Signal::SIGTERM);
-    assert_eq!(serve.ended().await.code(), Some(0), "{}", serve.stderr());
+    assert_eq!(serve.wait().await.code(), Some(0), "{}", serve.stderr());
     assert!(
-        world.audit("caller = 'billing' and caller_kind = 'spiffe' and outcome = 'ok'").await.len()
+        fixture
+            .audit_events("caller = 'billing' and caller_kind = 'spiffe' and outcome = 'ok'")
+            .await
+            .len()
             == 1
     );
 }

@@ -17,8 +17,8 @@ use token_broker::{
     audit::{chain::StoredEvent, journal::Archive},
     crypto::bearer::Bearer,
     dev::{
-        postgres::{DATABASE, EmbeddedPostgres, Place},
-        simulator::{Options, Simulator},
+        postgres::{DATABASE, DataLocation, EmbeddedPostgres},
+        simulator::{Simulator, SimulatorOptions},
     },
     store::{
         Database,
@@ -29,10 +29,10 @@ use tokio::{task::JoinHandle, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::harness::{
-    broker::Client,
+    broker::TestClient,
     eventually,
-    process::{Process, Site, Standstill, open_directory},
-    seed::Seed,
+    process::{BrokerProcess, BrokerSetup, PausedProcesses, shared_directory},
+    rng::TestRng,
 };
 
 /// Number of disruptions.
@@ -49,8 +49,8 @@ struct Counts {
 /// Calls repeatedly until `stop` is cancelled, and cancels some calls before they are answered. Returns how
 /// often each generation was received.
 async fn call(
-    client: Client,
-    mut random: Seed,
+    client: TestClient,
+    mut random: TestRng,
     counts: Arc<Counts>,
     stop: CancellationToken,
 ) -> BTreeMap<i64, i64> {
@@ -81,9 +81,9 @@ async fn call(
 /// The broker, its Postgres, and the counts of calls.
 struct Deployment {
     postgres: Option<EmbeddedPostgres>,
-    place: Place,
-    site: Site,
-    serve: Option<Process>,
+    place: DataLocation,
+    setup: BrokerSetup,
+    serve: Option<BrokerProcess>,
     counts: Arc<Counts>,
 }
 
@@ -109,7 +109,7 @@ impl Deployment {
         self.postgres.as_ref().unwrap()
     }
 
-    async fn disrupt(&mut self, random: &mut Seed) {
+    async fn disrupt(&mut self, random: &mut TestRng) {
         let so_far = self.counts.answered.load(Relaxed);
         eventually("answers", async || {
             (self.counts.answered.load(Relaxed) >= so_far + 50).then_some(())
@@ -119,14 +119,14 @@ impl Deployment {
         tokio::time::sleep(random.millis(300)).await;
         match random.below(5) {
             0 | 1 => {
-                self.serve.take().unwrap().crash().await;
-                self.serve = Some(self.site.serve().await);
+                self.serve.take().unwrap().kill().await;
+                self.serve = Some(self.setup.serve().await);
             }
             2 => {
                 let mut serve = self.serve.take().unwrap();
                 serve.signal(Signal::SIGTERM);
-                assert_eq!(serve.ended().await.code(), Some(0), "{}", serve.stderr());
-                self.serve = Some(self.site.serve().await);
+                assert_eq!(serve.wait().await.code(), Some(0), "{}", serve.stderr());
+                self.serve = Some(self.setup.serve().await);
             }
             3 => {
                 let killed = self.postgres.take().unwrap();
@@ -137,7 +137,7 @@ impl Deployment {
                 self.start_postgres().await;
             }
             _ => {
-                let standstill = Standstill::of(self.postgres().pid());
+                let standstill = PausedProcesses::pause(self.postgres().pid());
                 tokio::time::sleep(random.millis(1_500)).await;
                 drop(standstill);
             }
@@ -168,27 +168,28 @@ async fn delivered(pool: &PgPool) -> Vec<StoredEvent> {
 
 #[tokio::test]
 async fn received_tokens_are_recorded_and_delivered_once_whichever_process_is_killed() {
-    let mut random =
-        Seed::of("received_tokens_are_recorded_and_delivered_once_whichever_process_is_killed");
-    let directory = open_directory();
-    let place = Place::Kept(directory.path().join("pg"));
+    let mut random = TestRng::for_test(
+        "received_tokens_are_recorded_and_delivered_once_whichever_process_is_killed",
+    );
+    let directory = shared_directory();
+    let place = DataLocation::Persistent(directory.path().join("pg"));
     let postgres = EmbeddedPostgres::start(place.clone(), Path::new(PROGRAM)).await.unwrap();
     let url = postgres.url(DATABASE);
-    let upstream = Simulator::start_on_loopback(Options::default()).await.unwrap();
+    let upstream = Simulator::start_on_loopback(SimulatorOptions::default()).await.unwrap();
     upstream.add_account("id-1", "SK.1");
-    let site = Site::new(&url, &upstream.base_url()).await;
-    site.run(&["migrate"]).await.ok();
-    let serve = site.serve().await;
+    let setup = BrokerSetup::new(&url, &upstream.base_url()).await;
+    setup.run(&["migrate"]).await.ok();
+    let serve = setup.serve().await;
     let added = ["account", "add", "acme", "--client-id", "id-1", "--wait"];
-    site.run_with_secret(&added, "SK.1").await.ok();
-    let state = site.directory.path().join("state");
+    setup.run_with_secret(&added, "SK.1").await.ok();
+    let state = setup.directory.path().join("state");
 
     let (counts, stop) = (Arc::new(Counts::default()), CancellationToken::new());
     let mut callers: Vec<(String, JoinHandle<_>)> = vec![];
     for caller in ["one", "two", "three"] {
-        let bearer = site.run(&["caller", "add", caller, "--bearer"]).await.ok();
-        site.run(&["caller", "grant", caller, "*"]).await.ok();
-        let client = Client::connect(&site.endpoint(), &Bearer::parse(&bearer).unwrap()).await;
+        let bearer = setup.run(&["caller", "add", caller, "--bearer"]).await.ok();
+        setup.run(&["caller", "grant", caller, "*"]).await.ok();
+        let client = TestClient::connect(&setup.endpoint(), &Bearer::parse(&bearer).unwrap()).await;
         eventually("the grant", async || {
             counts.sent.fetch_add(1, Relaxed);
             client.get("acme").await.ok()
@@ -198,7 +199,7 @@ async fn received_tokens_are_recorded_and_delivered_once_whichever_process_is_ki
         callers.push((caller.to_owned(), tokio::spawn(calling)));
     }
     let mut deployment =
-        Deployment { postgres: Some(postgres), place, site, serve: Some(serve), counts };
+        Deployment { postgres: Some(postgres), place, setup, serve: Some(serve), counts };
     for _ in 0..DISRUPTIONS {
         deployment.disrupt(&mut random).await;
     }
@@ -220,7 +221,7 @@ async fn received_tokens_are_recorded_and_delivered_once_whichever_process_is_ki
     })
     .await;
     serve.signal(Signal::SIGTERM);
-    assert_eq!(serve.ended().await.code(), Some(0), "{}", serve.stderr());
+    assert_eq!(serve.wait().await.code(), Some(0), "{}", serve.stderr());
 
     // The journal and Postgres have the same records, each once.
     let (journaled, delivered) = (journaled(&state), delivered(&pool).await);
@@ -262,8 +263,8 @@ async fn received_tokens_are_recorded_and_delivered_once_whichever_process_is_ki
     assert!(answered < sent, "no call was cancelled");
 
     let heads = state.join("audit-heads.jsonl");
-    deployment.site.run(&["audit", "verify", "--head", heads.to_str().unwrap()]).await.ok();
-    deployment.site.run(&["audit", "verify", "--journal", state.to_str().unwrap()]).await.ok();
+    deployment.setup.run(&["audit", "verify", "--head", heads.to_str().unwrap()]).await.ok();
+    deployment.setup.run(&["audit", "verify", "--journal", state.to_str().unwrap()]).await.ok();
     pool.close().await;
     deployment.postgres.take().unwrap().stop().await;
 }

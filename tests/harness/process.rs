@@ -1,5 +1,4 @@
-//! The real binary as a process: set up by its environment, watched, signalled, and gone with its
-//! test.
+//! The `token-broker` program as a process: its settings, its output, signals to it, and its end.
 
 use std::{
     collections::BTreeMap,
@@ -25,28 +24,28 @@ use tokio::{
     time::timeout,
 };
 
-use super::{PATIENCE, eventually, http::try_http};
+use super::{TEST_TIMEOUT, eventually, http::try_http};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_token-broker");
 
-/// The program, with none of this process's settings in its environment.
+/// Returns a command that runs the program, without the settings in this process's environment.
 pub(crate) fn program(arguments: &[&str]) -> Command {
-    let mut command = clean(PROGRAM);
+    let mut command = without_settings(PROGRAM);
     command.args(arguments);
     command
 }
 
-/// Runs a line as a person would type it.
-pub(crate) async fn sh(line: &str) -> Ran {
-    let mut command = clean("sh");
+/// Runs a command line in a shell.
+pub(crate) async fn sh(line: &str) -> CommandOutput {
+    let mut command = without_settings("sh");
     command.args(["-c", line]);
     run(command, "").await
 }
 
-fn clean(program: &str) -> Command {
+fn without_settings(program: &str) -> Command {
     let is_a_setting = |name: &OsStr| {
         name.to_str().is_some_and(|name| {
-            // Which Postgres `dev` is to run is a fact about the machine.
+            // TOKEN_BROKER_POSTGRES_BIN stays: where Postgres is installed depends on the machine.
             (name.starts_with("TOKEN_BROKER_") && !name.starts_with("TOKEN_BROKER_POSTGRES"))
                 || ["DATABASE_URL", "DATABASE_URL_FILE", "RUST_LOG"].contains(&name)
         })
@@ -58,29 +57,29 @@ fn clean(program: &str) -> Command {
     command
 }
 
-/// What a command that has ended left.
+/// The exit code and the output of a command that has ended.
 #[derive(Debug)]
-pub(crate) struct Ran {
+pub(crate) struct CommandOutput {
     pub(crate) code: Option<i32>,
     pub(crate) stdout: String,
     pub(crate) stderr: String,
 }
 
-impl Ran {
-    /// Its standard output, without the last line's end.
+impl CommandOutput {
+    /// Returns the standard output, without whitespace at the end.
     ///
     /// # Panics
-    /// When it failed.
+    /// When the exit code is not 0.
     #[track_caller]
     pub(crate) fn ok(self) -> String {
         assert_eq!(self.code, Some(0), "{self:?}");
         self.stdout.trim_end().to_owned()
     }
 
-    /// All that it said.
+    /// Returns the standard output followed by the standard error output.
     ///
     /// # Panics
-    /// When it did not fail with exit code 1.
+    /// When the exit code is not 1.
     #[track_caller]
     pub(crate) fn failed(self) -> String {
         assert_eq!(self.code, Some(1), "{self:?}");
@@ -88,8 +87,8 @@ impl Ran {
     }
 }
 
-/// Runs `command` to its end, with `input` as its standard input.
-pub(crate) async fn run(mut command: Command, input: &str) -> Ran {
+/// Runs `command` until it ends, with `input` as its standard input.
+pub(crate) async fn run(mut command: Command, input: &str) -> CommandOutput {
     let mut child = command
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -97,21 +96,29 @@ pub(crate) async fn run(mut command: Command, input: &str) -> Ran {
         .kill_on_drop(true)
         .spawn()
         .unwrap();
-    // A command that ends without reading it is none the worse.
+    // Writing fails if the command ends without reading, which is allowed.
     let _ = child.stdin.take().unwrap().write_all(input.as_bytes()).await;
-    let output = timeout(PATIENCE, child.wait_with_output()).await.expect("it ends").unwrap();
+    let output = timeout(TEST_TIMEOUT, child.wait_with_output())
+        .await
+        .expect("the command ends in time")
+        .unwrap();
     let text = |bytes| String::from_utf8(bytes).unwrap();
-    Ran { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
+    CommandOutput {
+        code: output.status.code(),
+        stdout: text(output.stdout),
+        stderr: text(output.stderr),
+    }
 }
 
-/// A process that runs until it is told to end, the leader of its group; killed when dropped.
-pub(crate) struct Process {
+/// A running process of the program, which leads a process group. Dropping it kills the process.
+pub(crate) struct BrokerProcess {
     child: Child,
     pid: Pid,
     output: TempDir,
 }
 
-impl Process {
+impl BrokerProcess {
+    /// Runs `command`, with its output in files.
     pub(crate) fn start(mut command: Command) -> Self {
         let output = TempDir::new().unwrap();
         let file = |name| fs::File::create(output.path().join(name)).unwrap();
@@ -127,26 +134,26 @@ impl Process {
         Self { child, pid, output }
     }
 
-    /// What it has said so far.
+    /// Returns its standard output so far.
     pub(crate) fn stdout(&self) -> String {
         fs::read_to_string(self.output.path().join("stdout")).unwrap()
     }
 
-    /// What it has complained of and logged so far.
+    /// Returns its standard error output so far, which includes the log.
     pub(crate) fn stderr(&self) -> String {
         fs::read_to_string(self.output.path().join("stderr")).unwrap()
     }
 
-    /// Waits until it has said `words`; all that it has said by then.
-    pub(crate) async fn says(&mut self, words: &str) -> String {
-        eventually(words, async || {
-            self.assert_runs();
-            Some(self.stdout()).filter(|said| said.contains(words))
+    /// Waits until its standard output contains `text`, and returns the standard output.
+    pub(crate) async fn wait_for_stdout(&mut self, text: &str) -> String {
+        eventually(text, async || {
+            self.assert_running();
+            Some(self.stdout()).filter(|stdout| stdout.contains(text))
         })
         .await
     }
 
-    fn assert_runs(&mut self) {
+    fn assert_running(&mut self) {
         let ended = self.child.try_wait().unwrap();
         assert!(ended.is_none(), "{ended:?}: {}{}", self.stdout(), self.stderr());
     }
@@ -155,10 +162,11 @@ impl Process {
         kill(self.pid, signal).unwrap();
     }
 
-    /// Waits until it handles SIGINT. One that comes before ends it at once, or is lost where the
-    /// tests themselves were started with SIGINT ignored, as a shell does in the background.
-    pub(crate) async fn takes_signals(&self) {
-        eventually("its signal handlers", async || {
+    /// Waits until the process has installed its handler of SIGINT. A SIGINT before that ends the
+    /// process at once, or is ignored if the tests themselves run with SIGINT ignored, as background
+    /// jobs of a shell do.
+    pub(crate) async fn wait_for_signal_handler(&self) {
+        eventually("the handler of SIGINT", async || {
             let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap();
             let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap();
             let caught = u64::from_str_radix(caught.trim(), 16).unwrap();
@@ -167,56 +175,56 @@ impl Process {
         .await;
     }
 
-    /// What a terminal does at Ctrl-C.
+    /// Sends SIGINT to the process group, as a terminal does at Ctrl-C.
     pub(crate) fn interrupt(&self) {
         killpg(self.pid, Signal::SIGINT).unwrap();
     }
 
-    /// How many files and sockets it has open.
-    pub(crate) fn descriptors(&self) -> usize {
+    /// Returns the number of its open file descriptors.
+    pub(crate) fn open_descriptors(&self) -> usize {
         fs::read_dir(format!("/proc/{}/fd", self.pid)).unwrap().count()
     }
 
-    /// The most memory that it has had so far, in KiB.
+    /// Returns its peak resident memory in KiB.
     pub(crate) fn peak_memory(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap();
         let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
         peak.trim().trim_end_matches(" kB").parse().unwrap()
     }
 
-    /// Waits for its end.
-    pub(crate) async fn ended(&mut self) -> ExitStatus {
-        let ended = timeout(PATIENCE, self.child.wait()).await;
-        ended.unwrap_or_else(|_| panic!("it does not end: {}", self.stderr())).unwrap()
+    /// Waits until the process ends.
+    pub(crate) async fn wait(&mut self) -> ExitStatus {
+        let result = timeout(TEST_TIMEOUT, self.child.wait()).await;
+        result.unwrap_or_else(|_| panic!("it does not end: {}", self.stderr())).unwrap()
     }
 
-    /// Ends it as a crash does, and waits until it is gone.
-    pub(crate) async fn crash(mut self) {
+    /// Kills the process with SIGKILL, and waits until it has ended.
+    pub(crate) async fn kill(mut self) {
         self.signal(Signal::SIGKILL);
-        self.ended().await;
+        self.wait().await;
     }
 }
 
-/// A process that stands still while this lives, with its children.
-pub(crate) struct Standstill(Vec<Pid>);
+/// A process and its children, paused with SIGSTOP. Dropping this value resumes them.
+pub(crate) struct PausedProcesses(Vec<Pid>);
 
-impl Standstill {
-    /// Stops `parent`, so that it has no more children, and then those that it has.
-    pub(crate) fn of(parent: u32) -> Self {
+impl PausedProcesses {
+    /// Pauses `parent` first, so that it cannot start more children, and then its children.
+    pub(crate) fn pause(parent: u32) -> Self {
         let parent = Pid::from_raw(parent.try_into().unwrap());
         kill(parent, Signal::SIGSTOP).unwrap();
-        let mut stopped = Self(vec![parent]);
+        let mut paused = Self(vec![parent]);
         for child in processes().filter(|process| process.parent == parent) {
-            // It may have ended meanwhile.
+            // The child may have ended meanwhile.
             if kill(child.pid, Signal::SIGSTOP).is_ok() {
-                stopped.0.push(child.pid);
+                paused.0.push(child.pid);
             }
         }
-        stopped
+        paused
     }
 }
 
-impl Drop for Standstill {
+impl Drop for PausedProcesses {
     fn drop(&mut self) {
         for pid in &self.0 {
             let _ = kill(*pid, Signal::SIGCONT);
@@ -224,70 +232,73 @@ impl Drop for Standstill {
     }
 }
 
-struct Running {
+struct ProcessEntry {
     pid: Pid,
     parent: Pid,
 }
 
-/// All processes of this machine but those that have ended and are not yet waited for.
-fn processes() -> impl Iterator<Item = Running> {
+/// Returns the processes of this machine, without zombies.
+fn processes() -> impl Iterator<Item = ProcessEntry> {
     fs::read_dir("/proc").unwrap().filter_map(|entry| {
         let pid = entry.ok()?.file_name().to_str()?.parse().ok()?;
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // After the name, which may hold anything: state, parent.
+        // The name, in parentheses, may contain anything. After it come the state and the parent.
         let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
         let state = fields.next()?;
         let parent = fields.next()?.parse().ok()?;
-        (state != "Z").then(|| Running { pid: Pid::from_raw(pid), parent: Pid::from_raw(parent) })
+        (state != "Z")
+            .then(|| ProcessEntry { pid: Pid::from_raw(pid), parent: Pid::from_raw(parent) })
     })
 }
 
-/// The command lines of the processes that work in `directory` or were told of it.
-pub(crate) fn processes_about(directory: &Path) -> Vec<String> {
+/// Returns the command lines of the processes that contain the path of `directory`, or whose working
+/// directory is below it.
+pub(crate) fn processes_using(directory: &Path) -> Vec<String> {
     processes()
         .filter_map(|process| {
-            let place = PathBuf::from(format!("/proc/{}", process.pid));
-            let command = fs::read(place.join("cmdline")).ok()?;
+            let proc = PathBuf::from(format!("/proc/{}", process.pid));
+            let command = fs::read(proc.join("cmdline")).ok()?;
             let command = String::from_utf8_lossy(&command).replace('\0', " ");
             let works_there =
-                fs::read_link(place.join("cwd")).is_ok_and(|cwd| cwd.starts_with(directory));
+                fs::read_link(proc.join("cwd")).is_ok_and(|cwd| cwd.starts_with(directory));
             (works_there || command.contains(directory.to_str()?)).then_some(command)
         })
         .collect()
 }
 
-/// A directory of the test's own that another user, such as an embedded Postgres's, may enter.
-pub(crate) fn open_directory() -> TempDir {
+/// Creates a temporary directory that other users may enter, such as the one that runs the embedded
+/// Postgres.
+pub(crate) fn shared_directory() -> TempDir {
     let directory = tempfile::Builder::new().prefix("tb-it-").tempdir().unwrap();
     fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
     directory
 }
 
-/// What one broker runs by: a directory with its keyring and its state, two ports, and settings, all
-/// of them in the environment.
-pub(crate) struct Site {
+/// The setup of one broker process: a directory with its keyring and state, two ports, and settings,
+/// which the process gets as environment variables.
+pub(crate) struct BrokerSetup {
     pub(crate) directory: TempDir,
     pub(crate) grpc: SocketAddr,
     pub(crate) ops: SocketAddr,
     settings: BTreeMap<String, String>,
 }
 
-impl Site {
-    /// A site with a new keyring.
+impl BrokerSetup {
+    /// Creates a setup with a new keyring.
     pub(crate) async fn new(database_url: &str, upstream: &str) -> Self {
-        let directory = open_directory();
+        let directory = shared_directory();
         let keyring = directory.path().join("keyring");
         let keyring = keyring.to_str().unwrap();
         run(program(&["keys", "generate", "--out", keyring]), "").await.ok();
         Self::with_keyring(directory, keyring, database_url, upstream)
     }
 
-    /// Another broker's site beside this one: the same settings and keyring, and its own ports and
-    /// state.
+    /// Creates the setup of a further replica: with the same settings and keyring, but its own ports
+    /// and state directory.
     pub(crate) fn replica(&self) -> Self {
         let shared = |name: &str| &self.settings[name];
         let mut replica = Self::with_keyring(
-            open_directory(),
+            shared_directory(),
             shared("TOKEN_BROKER_KEYRING_FILE"),
             shared("DATABASE_URL"),
             shared("TOKEN_BROKER_UPSTREAM"),
@@ -321,7 +332,7 @@ impl Site {
         self.settings.insert(name.to_owned(), value.to_owned());
     }
 
-    /// Serves TLS with these files.
+    /// Sets the files with which the broker serves TLS.
     pub(crate) fn set_tls(&mut self, files: &TlsFiles) {
         let settings = [
             ("TLS_CERT", Some(&files.cert)),
@@ -335,8 +346,8 @@ impl Site {
         }
     }
 
-    /// Has the setting read from a file of that content; the file.
-    pub(crate) fn set_by_file(&mut self, name: &str, value: &str) -> PathBuf {
+    /// Writes the value into a file from which the broker reads the setting, and returns the file.
+    pub(crate) fn set_from_file(&mut self, name: &str, value: &str) -> PathBuf {
         let file = self.directory.path().join(name);
         fs::write(&file, format!("{value}\n")).unwrap();
         self.settings.remove(name);
@@ -348,28 +359,28 @@ impl Site {
         format!("http://{}", self.grpc)
     }
 
-    /// The program with this site's settings.
+    /// Returns a command that runs the program with these settings.
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let mut command = program(arguments);
         command.envs(&self.settings);
         command
     }
 
-    /// Runs a command to its end.
-    pub(crate) async fn run(&self, arguments: &[&str]) -> Ran {
+    /// Runs a command of the program until it ends.
+    pub(crate) async fn run(&self, arguments: &[&str]) -> CommandOutput {
         run(self.command(arguments), "").await
     }
 
-    /// Runs a command to its end that is given an API KEY.
-    pub(crate) async fn run_with_secret(&self, arguments: &[&str], secret: &str) -> Ran {
+    /// Like [`run`](Self::run), with a client secret as the standard input.
+    pub(crate) async fn run_with_secret(&self, arguments: &[&str], secret: &str) -> CommandOutput {
         run(self.command(arguments), &format!("{secret}\n")).await
     }
 
-    /// Starts a broker and waits until it is ready.
-    pub(crate) async fn serve(&self) -> Process {
-        let mut process = Process::start(self.command(&["serve"]));
-        eventually("a broker that is ready", async || {
-            process.assert_runs();
+    /// Starts a broker and waits until `/readyz` says that it is ready.
+    pub(crate) async fn serve(&self) -> BrokerProcess {
+        let mut process = BrokerProcess::start(self.command(&["serve"]));
+        eventually("/readyz", async || {
+            process.assert_running();
             (try_http(self.ops, "GET", "/readyz", "").await?.0 == 200).then_some(())
         })
         .await;
@@ -377,13 +388,13 @@ impl Site {
     }
 }
 
-/// A free port below those that the system gives out by itself: no connection takes it before the
-/// broker does, nor while the broker is being restarted.
+/// Returns an address with a free port below the range from which the system assigns ports. So nobody
+/// gets the port before the broker listens on it, nor while the broker restarts.
 fn free_address() -> SocketAddr {
-    static TRIED: AtomicU16 = AtomicU16::new(0);
+    static ATTEMPTS: AtomicU16 = AtomicU16::new(0);
     let start = u16::try_from(process::id() % 100).unwrap() * 200;
     loop {
-        let port = 10_000 + (start + TRIED.fetch_add(1, Relaxed)) % 20_000;
+        let port = 10_000 + (start + ATTEMPTS.fetch_add(1, Relaxed)) % 20_000;
         let address = SocketAddr::from(([127, 0, 0, 1], port));
         if TcpListener::bind(address).is_ok() {
             return address;

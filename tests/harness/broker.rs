@@ -9,7 +9,7 @@ use token_broker::{
     app::{App, AppConfig, StartError},
     config::{DatabaseUrl, Settings},
     crypto::{Keyring, bearer::Bearer},
-    dev::simulator::{Faults, Options, Simulator},
+    dev::simulator::{Faults, Simulator, SimulatorOptions},
     domain::clock::Clock,
 };
 use tokio::net::TcpListener;
@@ -21,11 +21,11 @@ use tonic::{
 };
 use tonic_types::StatusExt;
 
-use super::{database::TestDatabase, eventually};
+use super::{TEST_TIMEOUT, database::TestDatabase, eventually};
 
-/// The world of a test: an upstream that knows the logins `id-1` … `id-9` with the secrets
-/// `SK.1` … `SK.9`, an empty database, a keyring, a state directory.
-pub(crate) struct World {
+/// What a broker needs to run: an empty database, a simulated upstream, a keyring and a state
+/// directory. The upstream has the accounts `id-1` to `id-9` with the secrets `SK.1` to `SK.9`.
+pub(crate) struct Fixture {
     pub(crate) database: TestDatabase,
     pub(crate) upstream: Simulator,
     pub(crate) keyring: Arc<Keyring>,
@@ -33,18 +33,20 @@ pub(crate) struct World {
     pub(crate) state: TempDir,
 }
 
-impl World {
+impl Fixture {
     pub(crate) async fn new() -> Self {
         Self::with(Clock::System, Faults::default()).await
     }
 
+    /// Creates a fixture whose broker and upstream take their time from `clock`.
     pub(crate) async fn with(clock: Clock, faults: Faults) -> Self {
-        // For whoever looks for the reason of a failure: RUST_LOG says how much to tell.
+        // With RUST_LOG set, the broker's log shows why a test fails. Only the first call in a
+        // process has an effect.
         let _ = tracing_subscriber::fmt()
             .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
             .with_test_writer()
             .try_init();
-        let options = Options { accounts: vec![], faults, clock: clock.clone() };
+        let options = SimulatorOptions { accounts: vec![], faults, clock: clock.clone() };
         let upstream = Simulator::start_on_loopback(options).await.unwrap();
         for n in 1..=9 {
             upstream.add_account(&format!("id-{n}"), &format!("SK.{n}"));
@@ -58,8 +60,9 @@ impl World {
         }
     }
 
-    /// What a broker of this world is made of; a test changes what it wants otherwise.
-    pub(crate) fn plan(&self) -> AppConfig {
+    /// Returns the configuration of a broker that uses this fixture. Limits that would slow tests
+    /// down are relaxed. A test changes the fields that matter to it.
+    pub(crate) fn config(&self) -> AppConfig {
         let database = DatabaseUrl::new(self.database.url()).unwrap();
         let target = self.upstream.base_url().parse().unwrap();
         let (state, keyring) = (self.state.path().to_owned(), self.keyring.clone());
@@ -72,8 +75,8 @@ impl World {
                 min_issue_interval: Duration::from_millis(100),
                 journal_max_bytes: 1 << 30,
                 caller_rate: 100_000,
-                deadline_default: super::PATIENCE,
-                deadline_max: super::PATIENCE,
+                deadline_default: TEST_TIMEOUT,
+                deadline_max: TEST_TIMEOUT,
                 drain: Duration::from_secs(10),
                 ..local.settings
             },
@@ -81,20 +84,17 @@ impl World {
         }
     }
 
-    pub(crate) async fn start(&self) -> Broker {
-        self.start_with(self.plan()).await
+    pub(crate) async fn start(&self) -> TestBroker {
+        self.start_with(self.config()).await
     }
 
-    pub(crate) async fn start_with(&self, plan: AppConfig) -> Broker {
-        let listen = async || TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let app = App::start(plan, listen().await, listen().await, &CancellationToken::new())
-            .await
-            .unwrap();
-        Broker { app }
+    /// Starts a broker with `config` on free ports of 127.0.0.1.
+    pub(crate) async fn start_with(&self, config: AppConfig) -> TestBroker {
+        TestBroker { app: start_app(config).await.unwrap() }
     }
 
-    /// A caller with the grants `patterns`, all rights; its bearer.
-    pub(crate) async fn caller(&self, name: &str, patterns: &[&str]) -> Bearer {
+    /// Adds a caller with all rights on the accounts that match `patterns`, and returns its bearer.
+    pub(crate) async fn add_caller(&self, name: &str, patterns: &[&str]) -> Bearer {
         let bearer = Bearer::generate();
         let id: i64 = sqlx::query("insert into callers (name) values ($1) returning id")
             .bind(name)
@@ -121,8 +121,8 @@ impl World {
         bearer
     }
 
-    /// Registers an account as an admin would.
-    pub(crate) async fn register(&self, name: &str, client_id: &str, secret: &str) {
+    /// Registers an account with the SQL statement that an admin would use.
+    pub(crate) async fn add_account(&self, name: &str, client_id: &str, secret: &str) {
         self.database
             .sql(&format!(
                 "insert into accounts (name, client_id, client_secret)
@@ -131,8 +131,8 @@ impl World {
             .await;
     }
 
-    /// One column of an account's status, as text.
-    pub(crate) async fn status(&self, account: &str, column: &str) -> String {
+    /// Returns a column of the account's row in `account_status`, as text.
+    pub(crate) async fn account_status(&self, account: &str, column: &str) -> String {
         let query =
             format!("select coalesce({column}::text, '') from account_status where name = $1");
         sqlx::query_scalar(sqlx::AssertSqlSafe(query))
@@ -142,20 +142,21 @@ impl World {
             .unwrap()
     }
 
-    /// Waits until the account is in `state`.
-    pub(crate) async fn until_state(&self, account: &str, state: &str) {
+    /// Waits until `account_status` shows the account in `state`.
+    pub(crate) async fn wait_for_state(&self, account: &str, state: &str) {
         eventually(&format!("{account} {state}"), async || {
-            (self.status(account, "state").await == state).then_some(())
+            (self.account_status(account, "state").await == state).then_some(())
         })
         .await;
     }
 
-    /// The audit events that match, as `event/caller/account/outcome/reason`, in order.
-    pub(crate) async fn audit(&self, where_: &str) -> Vec<String> {
+    /// Returns the audit events that satisfy the SQL condition, in order, each as
+    /// `event/caller/account/outcome/reason`.
+    pub(crate) async fn audit_events(&self, condition: &str) -> Vec<String> {
         let query = format!(
             "select concat_ws('/', event, coalesce(caller, '-'), coalesce(account, '-'), outcome,
                  coalesce(reason, '-'))
-             from audit_events where {where_} order by at, chain, seq"
+             from audit_events where {condition} order by at, chain, seq"
         );
         sqlx::query_scalar(sqlx::AssertSqlSafe(query))
             .fetch_all(self.database.pool())
@@ -164,12 +165,14 @@ impl World {
     }
 }
 
-/// Starts with `plan`, which must fail; the words.
-pub(crate) async fn refused(plan: AppConfig) -> String {
+async fn start_app(config: AppConfig) -> Result<App, StartError> {
     let listen = async || TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let give_up = CancellationToken::new();
-    let started = App::start(plan, listen().await, listen().await, &give_up).await;
-    match started {
+    App::start(config, listen().await, listen().await, &CancellationToken::new()).await
+}
+
+/// Starts a broker with `config`, which must fail, and returns the error message.
+pub(crate) async fn start_error(config: AppConfig) -> String {
+    match start_app(config).await {
         Ok(_) => panic!("it started"),
         Err(error @ StartError::Stopped) => panic!("{error}"),
         Err(error) => format!("{:#}", anyhow::Error::from(error)),
@@ -177,35 +180,36 @@ pub(crate) async fn refused(plan: AppConfig) -> String {
 }
 
 /// A broker that runs in this process.
-pub(crate) struct Broker {
+pub(crate) struct TestBroker {
     pub(crate) app: App,
 }
 
-impl Broker {
-    pub(crate) async fn client(&self, bearer: &Bearer) -> Client {
-        Client::connect(&format!("http://{}", self.app.grpc_address), bearer).await
+impl TestBroker {
+    pub(crate) async fn client(&self, bearer: &Bearer) -> TestClient {
+        TestClient::connect(&format!("http://{}", self.app.grpc_address), bearer).await
     }
 
+    /// Stops it, and waits until it has stopped.
     pub(crate) async fn stop(self) {
         self.app.stop().await;
     }
 }
 
-/// A caller's connection.
+/// A connection to a broker that sends a caller's bearer with each request.
 #[derive(Clone)]
-pub(crate) struct Client {
+pub(crate) struct TestClient {
     pub(crate) grpc: TokenServiceClient<Channel>,
     authorization: MetadataValue<Ascii>,
 }
 
-impl Client {
+impl TestClient {
     pub(crate) async fn connect(endpoint: &str, bearer: &Bearer) -> Self {
         let grpc = TokenServiceClient::connect(endpoint.to_owned()).await.unwrap();
         let authorization = format!("Bearer {}", bearer.expose()).parse().unwrap();
         Self { grpc, authorization }
     }
 
-    /// `message` with the caller's bearer.
+    /// Returns a request with `message` and the bearer.
     pub(crate) fn request<T>(&self, message: T) -> Request<T> {
         let mut request = Request::new(message);
         request.metadata_mut().insert("authorization", self.authorization.clone());
@@ -220,13 +224,13 @@ impl Client {
         &self,
         request: GetTokenRequest,
     ) -> Result<GetTokenResponse, Status> {
-        let answer = self.grpc.clone().get_token(self.request(request)).await?;
-        Ok(answer.into_inner())
+        let response = self.grpc.clone().get_token(self.request(request)).await?;
+        Ok(response.into_inner())
     }
 }
 
-/// A status as `CODE REASON`.
-pub(crate) fn refusal(status: &Status) -> String {
+/// Returns the code of a status and the reason in its `ErrorInfo`, separated by a space.
+pub(crate) fn code_and_reason(status: &Status) -> String {
     let details = status.get_error_details();
     let reason = details.error_info().map(|info| info.reason.clone()).unwrap_or_default();
     format!("{:?} {reason}", status.code()).trim_end().to_owned()

@@ -1,4 +1,4 @@
-//! HTTP as an operator's tools speak it.
+//! HTTP requests to the admin API.
 
 use std::net::SocketAddr;
 
@@ -7,17 +7,20 @@ use tokio::{
     net::TcpStream,
 };
 
-/// The status and the body of an HTTP answer.
+/// Sends a request and returns the status and the body of the response.
+///
+/// # Panics
+/// When there is no valid response.
 pub(crate) async fn http(
     address: SocketAddr,
     method: &str,
     path: &str,
     body: &str,
 ) -> (u16, String) {
-    try_http(address, method, path, body).await.expect("an answer")
+    try_http(address, method, path, body).await.expect("a response")
 }
 
-/// The same, if there is an answer.
+/// Like [`http`], but returns `None` when there is no valid response.
 pub(crate) async fn try_http(
     address: SocketAddr,
     method: &str,
@@ -31,8 +34,8 @@ pub(crate) async fn try_http(
     );
     let mut stream = TcpStream::connect(address).await.ok()?;
     stream.write_all(request.as_bytes()).await.ok()?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).await.ok()?;
-    let (head, body) = answer.split_once("\r\n\r\n")?;
+    let mut response = String::new();
+    stream.read_to_string(&mut response).await.ok()?;
+    let (head, body) = response.split_once("\r\n\r\n")?;
     Some((head.split(' ').nth(1)?.parse().ok()?, body.to_owned()))
 }

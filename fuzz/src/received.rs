@@ -1,4 +1,4 @@
-//! What strangers send: bearers, certificates, patterns, and the upstream's answers.
+//! Targets for data from outside: bearers, certificates, grant patterns, and the upstream's responses.
 
 use chrono::{DateTime, Utc};
 use http::{HeaderMap, HeaderValue, StatusCode, header};
@@ -10,21 +10,22 @@ use token_broker::{
     upstream::rcs::{self, LONGEST_LIFE},
 };
 
-/// A bearer is what it was written as, and any other character in its place makes it none.
+/// A valid bearer keeps its text, and is not valid with any other character in one position.
 pub fn bearer(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else { return };
     let Ok(bearer) = Bearer::parse(text) else { return };
     assert_eq!(bearer.expose(), text);
     assert_eq!(text.len(), BEARER_LEN);
-    for place in 0..text.len() {
+    for position in 0..text.len() {
         let mut mistyped = text.as_bytes().to_vec();
-        mistyped[place] = if mistyped[place] == b'x' { b'y' } else { b'x' };
-        // 35 bits of checksum miss one in 34 billion; the fuzzer has not that many.
-        assert!(Bearer::parse(std::str::from_utf8(&mistyped).unwrap()).is_err(), "{place}");
+        mistyped[position] = if mistyped[position] == b'x' { b'y' } else { b'x' };
+        // A checksum of 35 bits misses one in 34 billion, more than the fuzzer will try.
+        assert!(Bearer::parse(std::str::from_utf8(&mistyped).unwrap()).is_err(), "{position}");
     }
 }
 
-/// A certificate names at most one SPIFFE ID, which belongs to its trust domain.
+/// An identity of a certificate is a SPIFFE ID in its trust domain, 1 to 16 DNS names, or a reason why
+/// there is none.
 pub fn client_certificate(bytes: &[u8]) {
     match PeerIdentity::of(&CertificateDer::from(bytes)) {
         PeerIdentity::Spiffe { id, trust_domain } => {
@@ -36,8 +37,8 @@ pub fn client_certificate(bytes: &[u8]) {
     }
 }
 
-/// A pattern reads back as it was written, and means what one star says. The bytes are a pattern and names,
-/// a line each.
+/// A pattern is equal to the parsed form of its text, and its `*` matches any characters. The input is a
+/// pattern and names, one on each line.
 pub fn grant_pattern(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else { return };
     let mut lines = text.split('\n');
@@ -46,20 +47,21 @@ pub fn grant_pattern(bytes: &[u8]) {
     assert_eq!(written.parse::<AccountPattern>().as_ref(), Ok(&pattern));
     assert!(written.len() <= 63);
     for name in lines {
-        // Said in another way: some run of characters in the star's place makes the name.
-        let meant = match written.split_once('*') {
+        // The same rule in another form: the name begins with what is before the star, and some rest
+        // of it ends with what is after the star.
+        let expected = match written.split_once('*') {
             None => written == name,
             Some((before, after)) => (0..=name.len())
-                .filter(|cut| name.is_char_boundary(*cut))
-                .any(|cut| name[..cut] == *before && name[cut..].ends_with(after)),
+                .filter(|split| name.is_char_boundary(*split))
+                .any(|split| name[..split] == *before && name[split..].ends_with(after)),
         };
-        assert_eq!(pattern.matches(name), meant, "{written} on {name}");
+        assert_eq!(pattern.matches(name), expected, "{written} on {name}");
     }
     assert_eq!(pattern.as_name().is_some(), !written.contains('*'));
 }
 
-/// Whatever the upstream answers, a token that is taken lives, and not for longer than is believed. The
-/// bytes are two of a status, one that is the length of a `Date`, the `Date`, and the body.
+/// A token that is accepted from a response has not expired, and does not live longer than the broker
+/// allows. The input is the status (two bytes), the length of `Date` (one byte), `Date`, and the body.
 pub fn upstream_answer(bytes: &[u8]) {
     let [high, low, length, rest @ ..] = bytes else { return };
     let Ok(status) = StatusCode::from_u16(u16::from_be_bytes([*high, *low])) else { return };
@@ -69,17 +71,17 @@ pub fn upstream_answer(bytes: &[u8]) {
         headers.insert(header::DATE, date.clone());
         headers.insert(header::RETRY_AFTER, date);
     }
-    // A moment after the answer that the specification shows.
+    // Shortly after the time of the sample response in the API's documentation.
     let now = DateTime::<Utc>::from_timestamp_millis(1_717_135_002_000).unwrap();
     match rcs::read(status, &headers, body, now) {
         Ok(issued) => {
             assert_eq!(status, StatusCode::OK);
-            assert!(issued.expires_at > now, "it has ended");
+            assert!(issued.expires_at > now, "it has expired");
             assert!(issued.expires_at - now <= LONGEST_LIFE, "it lives too long");
             let token = issued.access_token.expose();
             assert!((1..=8_192).contains(&token.len()));
             assert!(token.bytes().all(|byte| byte.is_ascii_graphic()));
         }
-        Err(refused) => assert!(!refused.to_string().is_empty()),
+        Err(error) => assert!(!error.to_string().is_empty()),
     }
 }

@@ -1,0 +1,116 @@
+//! A certificate authority for tests, and connections with TLS.
+
+use std::{fs, path::Path};
+
+use rcgen::{
+    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair, SanType,
+    date_time_ymd, string::Ia5String,
+};
+use token_broker::tls::TlsFiles;
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
+
+use super::TEST_TIMEOUT;
+
+/// The DNS name in the broker's certificate, which clients verify.
+pub(crate) const BROKER_DNS_NAME: &str = "broker.test";
+
+/// A certificate authority with a self-signed certificate.
+pub(crate) struct TestCa(CertifiedIssuer<'static, KeyPair>);
+
+/// A certificate and its private key, both in PEM.
+#[derive(Clone)]
+pub(crate) struct PemIdentity {
+    pub(crate) cert: String,
+    pub(crate) key: String,
+}
+
+impl TestCa {
+    pub(crate) fn new(name: &str) -> Self {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.distinguished_name.push(DnType::CommonName, name);
+        Self(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())
+    }
+
+    /// Returns the authority's own certificate in PEM.
+    pub(crate) fn pem(&self) -> String {
+        self.0.pem()
+    }
+
+    /// Issues a certificate with these alternative names. A name that contains `://` is a URI, any
+    /// other is a DNS name.
+    pub(crate) fn issue(&self, names: &[&str]) -> PemIdentity {
+        self.issue_until(names, 4096)
+    }
+
+    /// Issues a certificate that expired in 2001.
+    pub(crate) fn issue_expired(&self, names: &[&str]) -> PemIdentity {
+        self.issue_until(names, 2001)
+    }
+
+    fn issue_until(&self, names: &[&str], year: i32) -> PemIdentity {
+        let mut params = CertificateParams::default();
+        params.not_before = date_time_ymd(2000, 1, 1);
+        params.not_after = date_time_ymd(year, 1, 1);
+        let name = |name: &&str| {
+            let text = Ia5String::try_from(*name).unwrap();
+            if name.contains("://") { SanType::URI(text) } else { SanType::DnsName(text) }
+        };
+        params.subject_alt_names = names.iter().map(name).collect();
+        let key = KeyPair::generate().unwrap();
+        let cert = params.signed_by(&key, &self.0).unwrap();
+        PemIdentity { cert: cert.pem(), key: key.serialize_pem() }
+    }
+}
+
+/// Writes the TLS files of a broker into `directory`, replacing existing ones: its certificate and
+/// key, and the authorities of client certificates, if any.
+pub(crate) fn write_tls_files(
+    directory: &Path,
+    broker: &PemIdentity,
+    client_cas: &[&TestCa],
+) -> TlsFiles {
+    let file = |name: &str, text: &str| {
+        // The file is replaced atomically, as a broker that reads it at any time expects.
+        let (temporary, file) = (directory.join(format!("{name}.new")), directory.join(name));
+        fs::write(&temporary, text).unwrap();
+        fs::rename(temporary, &file).unwrap();
+        file
+    };
+    let cas: String = client_cas.iter().map(|ca| ca.pem()).collect();
+    TlsFiles {
+        cert: file("broker.pem", &broker.cert),
+        key: file("broker.key", &broker.key),
+        client_ca: (!client_cas.is_empty()).then(|| file("callers.pem", &cas)),
+    }
+}
+
+/// Connects with TLS to a broker on this machine, whose certificate `ca` must have issued. `identity` is
+/// the client certificate, if any.
+pub(crate) async fn connect_tls(
+    port: u16,
+    ca: &TestCa,
+    identity: Option<&PemIdentity>,
+) -> Result<Channel, tonic::transport::Error> {
+    connect_tls_trusting(port, &[ca], identity).await
+}
+
+/// Like [`connect_tls`], but trusts several authorities.
+pub(crate) async fn connect_tls_trusting(
+    port: u16,
+    cas: &[&TestCa],
+    identity: Option<&PemIdentity>,
+) -> Result<Channel, tonic::transport::Error> {
+    let trusted = cas.iter().map(|ca| Certificate::from_pem(ca.pem()));
+    let mut tls = ClientTlsConfig::new().ca_certificates(trusted).domain_name(BROKER_DNS_NAME);
+    if let Some(PemIdentity { cert, key }) = identity {
+        tls = tls.identity(Identity::from_pem(cert, key));
+    }
+    Endpoint::from_shared(format!("https://127.0.0.1:{port}"))
+        .unwrap()
+        .connect_timeout(TEST_TIMEOUT)
+        .tls_config(tls)
+        .unwrap()
+        .connect()
+        .await
+}

@@ -1,0 +1,47 @@
+//! What the integration tests (`tests/it`) and the benchmarks (`benches`) share: starting a broker in
+//! this process or as a process of its own, with a database and a simulated upstream. Each of them
+//! includes this folder as a module, and none uses all of it.
+//!
+//! | module | contents |
+//! |---|---|
+//! | [`broker`] | a database, a simulated upstream and a broker in this process; a client |
+//! | [`process`] | the program as a process: its settings, signals, output |
+//! | [`database`] | a database for each test, and the server on which the databases are |
+//! | [`database_proxy`] | a proxy before the database, to interrupt connections |
+//! | [`certificates`] | a certificate authority, and connections with TLS |
+//! | [`http`] | requests to the admin API |
+//! | [`raw_http2`] | an HTTP/2 client that can violate the protocol |
+//! | [`rng`] | random numbers that can be repeated |
+//!
+//! The server is the one of `DATABASE_URL`, or else an embedded one, which takes the feature
+//! `embedded-postgres`.
+
+pub(crate) mod broker;
+pub(crate) mod certificates;
+pub(crate) mod database;
+pub(crate) mod database_proxy;
+pub(crate) mod http;
+pub(crate) mod process;
+pub(crate) mod raw_http2;
+pub(crate) mod rng;
+
+use std::time::{Duration, Instant};
+
+/// How long a test waits for something that must happen. It is far longer than that ever takes, so
+/// that no test fails because the machine is slow.
+pub(crate) const TEST_TIMEOUT: Duration = Duration::from_mins(1);
+
+/// Calls `probe` every 20 ms until it returns a value. `what` names that for the panic message.
+///
+/// # Panics
+/// After [`TEST_TIMEOUT`].
+pub(crate) async fn eventually<T>(what: &str, mut probe: impl AsyncFnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + TEST_TIMEOUT;
+    loop {
+        if let Some(value) = probe().await {
+            return value;
+        }
+        assert!(Instant::now() < deadline, "timed out waiting for {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
