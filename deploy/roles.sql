@@ -48,9 +48,9 @@ grant select, insert, update on deployment to token_broker_runtime;
 grant select, insert, update, delete on intake_keys, instances to token_broker_runtime;
 grant select, update (recorder, audited_at) on changes to token_broker_runtime;
 grant select, insert, update on audit_chains to token_broker_runtime;
-grant select, insert on audit_events, audit_heads, audit_cuts to token_broker_runtime;
+grant select, insert on audit_events, audit_heads, audit_pruning_receipts to token_broker_runtime;
 grant select on audit_retention to token_broker_runtime;
-grant execute on function audit_ensure_partition(date), audit_hold(date), audit_prune(date, boolean)
+grant execute on function audit_ensure_partition(date), audit_lock_day(date), audit_prune(date, boolean)
     to token_broker_runtime;
 
 -- accounts: for `account …`. It writes secrets and cannot read them, neither plain nor sealed.
@@ -92,7 +92,7 @@ grant
 -- changes, and writes nothing.
 grant
     select
-    on audit_chains, audit_cuts, audit_events, audit_heads, audit_retention, changes, instances
+    on audit_chains, audit_pruning_receipts, audit_events, audit_heads, audit_retention, changes, instances
     to token_broker_auditor;
 
 commit;

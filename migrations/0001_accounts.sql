@@ -42,7 +42,7 @@ comment on column accounts.client_secret is
 create table refreshes (
     account_id             bigint      primary key references accounts on delete cascade,
     -- The replica that holds the lease, and so may issue for this account, and until when it holds it.
-    lease_owner            text,
+    lease_holder           text,
     lease_id               bigint      not null default 0,
     lease_until            timestamptz,
     -- Written before the call to the upstream. An attempt that started and has no end may have issued a
@@ -51,11 +51,11 @@ create table refreshes (
     attempt_ended_at       timestamptz,
     attempt_version        bigint,
     -- The stored token is possibly revoked: an attempt whose answer was lost may have issued another one.
-    suspect                boolean     not null default false,
+    possibly_revoked       boolean     not null default false,
     -- How often a changed credential was allowed to skip the minimum issue interval, and since when this is
     -- counted.
-    floor_passes           integer     not null default 0,
-    floor_passes_since     timestamptz,
+    interval_exceptions    integer     not null default 0,
+    interval_exceptions_since timestamptz,
     consecutive_failures   integer     not null default 0,
     -- rejected, intake, egress_rejected, rate_limited, unreachable or malformed; NULL after a success.
     error_class            text,

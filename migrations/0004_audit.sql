@@ -70,7 +70,7 @@ create table audit_heads (
 -- its first and last number and the hashes at both ends. With it, `audit verify` continues from the record
 -- before the run to the one after it, and tells records removed by retention from records that somebody
 -- else deleted.
-create table audit_cuts (
+create table audit_pruning_receipts (
     chain                  text        not null,
     first_seq              bigint      not null,
     -- The hash of the record before the first.
@@ -87,7 +87,7 @@ create table audit_cuts (
     primary key (chain, first_seq, last_seq, made_in)
 );
 
-create index audit_cuts_made_in on audit_cuts (made_in);
+create index audit_pruning_receipts_made_in on audit_pruning_receipts (made_in);
 
 -- The minimum time for which audit records are kept, whatever the brokers' settings say. A broker's login
 -- may remove expired records. Without this limit it could also remove newer ones, with receipts that nobody

@@ -24,9 +24,9 @@ create or replace trigger audit_heads_append_only before update or delete on aud
     for each row execute function audit_append_only();
 create or replace trigger audit_heads_no_truncate before truncate on audit_heads
     for each statement execute function audit_append_only();
-create or replace trigger audit_cuts_append_only before update or delete on audit_cuts
+create or replace trigger audit_pruning_receipts_append_only before update or delete on audit_pruning_receipts
     for each row execute function audit_append_only();
-create or replace trigger audit_cuts_no_truncate before truncate on audit_cuts
+create or replace trigger audit_pruning_receipts_no_truncate before truncate on audit_pruning_receipts
     for each statement execute function audit_append_only();
 -- A chain's row is never deleted: without it, nobody would notice that the chain's records are missing.
 create or replace trigger audit_chains_kept before delete on audit_chains
@@ -100,9 +100,9 @@ $$;
 
 revoke execute on function audit_ensure_partition(date) from public;
 
--- Locks the partition of `day` against writes until the transaction ends, so that the receipts in `audit_cuts`
+-- Locks the partition of `day` against writes until the transaction ends, so that the receipts in `audit_pruning_receipts`
 -- stay true.
-create or replace function audit_hold(day date) returns void
+create or replace function audit_lock_day(day date) returns void
 language plpgsql security definer
 set search_path from current as $$
 begin
@@ -110,11 +110,11 @@ begin
 end
 $$;
 
-revoke execute on function audit_hold(date) from public;
+revoke execute on function audit_lock_day(date) from public;
 
 -- Removes the records of `of_day`, either all of them or all but those of changes, and returns how many it
 -- removed. It refuses when the day is not as old as `audit_retention` requires, or when this transaction has not
--- inserted receipts into `audit_cuts` for as many records, which guards against mistakes of the broker. It cannot
+-- inserted receipts into `audit_pruning_receipts` for as many records, which guards against mistakes of the broker. It cannot
 -- tell whether the receipts' signatures are valid; `audit verify` does.
 create or replace function audit_prune(of_day date, changes_too boolean) returns bigint
 language plpgsql security definer
@@ -135,12 +135,12 @@ begin
     execute format('select coalesce(sum(gone.n), 0), count(*) filter (where gone.n <> coalesce(cut.n, 0))
         from (select chain, count(*) as n from %I where $1 or event <> all (audit_change_events())
             group by chain) gone
-        left join (select chain, sum(last_seq - first_seq + 1) as n from audit_cuts
+        left join (select chain, sum(last_seq - first_seq + 1) as n from audit_pruning_receipts
             where made_in = pg_current_xact_id() group by chain) cut using (chain)', partition)
         into removed, uncut using changes_too;
     if uncut > 0 then
         raise exception using errcode = 'insufficient_privilege',
-            message = format('audit records of %s have no signed cut', of_day);
+            message = format('audit records of %s have no signed pruning receipt', of_day);
     end if;
     if changes_too then
         execute format('drop table %I', partition);

@@ -7,7 +7,7 @@ create or replace view account_status as
 with moment as (select now() as at),
 known as (
     select a.*, r.lease_until, r.attempt_started_at, r.consecutive_failures, r.error_class,
-        r.error_code, r.error_message, r.next_attempt_at, r.last_requested_at, r.suspect,
+        r.error_code, r.error_message, r.next_attempt_at, r.last_requested_at, r.possibly_revoked,
         t.expires_at, t.issued_at, t.allowed_ip, t.generation, moment.at,
         coalesce(t.expires_at > moment.at, false) as live,
         coalesce(r.lease_until > moment.at, false) as leased,
@@ -25,7 +25,7 @@ select
         when failing and error_class = 'egress_rejected' then 'egress_rejected'
         when leased and live then 'refreshing'
         when failing then 'unreachable'
-        when live and (suspect or next_attempt_at <= at) then 'refreshing'
+        when live and (possibly_revoked or next_attempt_at <= at) then 'refreshing'
         when live then 'fresh'
         when expires_at is not null then 'expired'
         else 'pending'

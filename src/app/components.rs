@@ -22,7 +22,7 @@ use crate::{
     store::Database,
     telemetry::Metrics,
     tls::Tls,
-    upstream::Client,
+    upstream::UpstreamClient,
 };
 
 /// The name of the broker's connections in `pg_stat_activity`.
@@ -42,7 +42,7 @@ pub(super) struct Components {
     pub(super) loader: Arc<AccountLoader>,
     pub(super) journal: Journal,
     pub(super) metrics: Arc<Metrics>,
-    pub(super) upstream: Client,
+    pub(super) upstream: UpstreamClient,
     pub(super) tls: Option<Arc<Tls>>,
     /// How many milliseconds the upstream's clock was ahead at the last issue.
     pub(super) upstream_skew_ms: Arc<AtomicI64>,
@@ -87,7 +87,7 @@ impl Components {
             loader: Arc::new(loader),
             journal,
             metrics: Arc::new(Metrics::new(env!("CARGO_PKG_VERSION"))),
-            upstream: Client::new(settings.upstream_client(), config.clock.clone())?,
+            upstream: UpstreamClient::new(settings.upstream_client(), config.clock.clone())?,
             tls: tls.map(|files| Tls::load(files, config.clock.clone())).transpose()?.map(Arc::new),
             upstream_skew_ms: Arc::new(AtomicI64::new(UNKNOWN_SKEW)),
             serving: Arc::new(AtomicBool::new(false)),

@@ -10,7 +10,7 @@ use crate::{
     files::state_dir::StateDirError,
     store::StoreError,
     tls::TlsError,
-    upstream::SetUpError,
+    upstream::UpstreamSetupError,
 };
 
 /// Why a broker cannot start. The messages say what to correct, and contain no secret.
@@ -40,7 +40,7 @@ pub enum StartError {
     Store(#[from] StoreError),
     /// The upstream's client cannot be built.
     #[error(transparent)]
-    Upstream(#[from] SetUpError),
+    Upstream(#[from] UpstreamSetupError),
     /// The keyring is not the one that sealed the stored secrets.
     #[error(transparent)]
     WrongKeyring(#[from] WrongKeyring),

@@ -9,7 +9,7 @@ use anyhow::bail;
 use clap::{Args, Subcommand};
 
 use self::wait::WaitArgs;
-use super::{Global, output, prompt, sql};
+use super::{global::GlobalArgs, output, prompt, sql};
 use crate::{
     config::{self, Flags, IntakeKeyFlag},
     crypto::IntakePublicKey,
@@ -146,7 +146,7 @@ struct SecretArgs {
     intake: Flags<IntakeKeyFlag>,
 }
 
-pub(super) async fn run(global: &Global, args: AccountArgs) -> anyhow::Result<ExitCode> {
+pub(super) async fn run(global: &GlobalArgs, args: AccountArgs) -> anyhow::Result<ExitCode> {
     let open = || global.admin(args.reason.as_deref());
     match args.command {
         Command::Add { account, wait } => add(global, &open().await?, &account, &wait).await,
@@ -202,7 +202,7 @@ pub(super) async fn run(global: &Global, args: AccountArgs) -> anyhow::Result<Ex
 }
 
 async fn add(
-    global: &Global,
+    global: &GlobalArgs,
     admin: &Admin,
     account: &NewArgs,
     wait: &WaitArgs,
@@ -215,7 +215,7 @@ async fn add(
     wait.print_outcomes(admin, &[name.to_string()]).await
 }
 
-async fn rotate(global: &Global, admin: &Admin, args: RotateArgs) -> anyhow::Result<ExitCode> {
+async fn rotate(global: &GlobalArgs, admin: &Admin, args: RotateArgs) -> anyhow::Result<ExitCode> {
     let RotateArgs { name, client_id, purge_old, secret, wait } = args;
     let from = admin.client_id(&name).await?;
     let client_id = client_id.map_or_else(|| from.parse(), Ok)?;
@@ -234,14 +234,17 @@ async fn rotate(global: &Global, admin: &Admin, args: RotateArgs) -> anyhow::Res
 }
 
 /// Returns the public key that the settings name, if they do.
-fn configured_key(global: &Global, args: &SecretArgs) -> anyhow::Result<Option<IntakePublicKey>> {
+fn configured_key(
+    global: &GlobalArgs,
+    args: &SecretArgs,
+) -> anyhow::Result<Option<IntakePublicKey>> {
     Ok(config::intake_key(&global.sources(args.intake.given.clone())?)?)
 }
 
 /// Returns the public key of the settings, or else the one that the brokers published. Callers get it
 /// before they prompt for the secret, so that nobody types a secret that cannot be sealed.
 async fn intake_key(
-    global: &Global,
+    global: &GlobalArgs,
     admin: &Admin,
     args: &SecretArgs,
 ) -> anyhow::Result<IntakePublicKey> {

@@ -3,6 +3,7 @@
 mod event_text;
 mod export;
 mod export_reader;
+mod filter_args;
 mod ship;
 mod tail;
 mod verify;
@@ -12,11 +13,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
 
-use super::{Global, time::Moment};
-use crate::{
-    domain::{account::AccountName, clock::Timestamp},
-    store::audit::EventFilter,
-};
+use super::global::GlobalArgs;
 
 /// Reads and verifies the audit log
 #[derive(Args, Debug)]
@@ -67,44 +64,7 @@ Example:
     Retire(ship::RetireArgs),
 }
 
-/// The conditions that select events.
-#[derive(Args, Debug)]
-struct FilterArgs {
-    /// Only events of this account
-    #[arg(long)]
-    account: Option<AccountName>,
-    /// Only events of this caller
-    #[arg(long)]
-    caller: Option<AccountName>,
-    /// Only events of this kind, such as `get_token`
-    #[arg(long)]
-    event: Option<String>,
-    /// Only events with this outcome, such as `ok` or `permission_denied`
-    #[arg(long)]
-    outcome: Option<String>,
-    /// Only events from this time on: RFC 3339, or a time ago, such as 24h
-    #[arg(long, value_name = "T")]
-    since: Option<Moment>,
-    /// Only events before this time
-    #[arg(long, value_name = "T")]
-    until: Option<Moment>,
-}
-
-impl FilterArgs {
-    fn into_filter(self, now: Timestamp) -> EventFilter {
-        EventFilter {
-            account: self.account.map(|name| name.to_string()),
-            caller: self.caller.map(|name| name.to_string()),
-            event: self.event,
-            outcome: self.outcome,
-            since: self.since.map(|since| since.before(now)),
-            until: self.until.map(|until| until.before(now)),
-            fingerprints: None,
-        }
-    }
-}
-
-pub(super) async fn run(global: &Global, args: AuditArgs) -> anyhow::Result<ExitCode> {
+pub(super) async fn run(global: &GlobalArgs, args: AuditArgs) -> anyhow::Result<ExitCode> {
     match args.command {
         Command::Tail(args) => tail::run(global, args).await?,
         Command::Verify(args) => return verify::run(global, args).await,

@@ -8,7 +8,7 @@ use anyhow::ensure;
 use clap::{Args, Subcommand};
 
 use super::{
-    Global,
+    global::GlobalArgs,
     output::{self, note},
     prompt,
     time::{LocalTime, Moment},
@@ -168,7 +168,7 @@ fn rate_limit() -> clap::builder::RangedI64ValueParser<i32> {
     clap::value_parser!(i32).range(1..=1_000_000)
 }
 
-pub(super) async fn run(global: &Global, args: CallerArgs) -> anyhow::Result<ExitCode> {
+pub(super) async fn run(global: &GlobalArgs, args: CallerArgs) -> anyhow::Result<ExitCode> {
     let admin = global.admin(args.reason.as_deref()).await?;
     match args.command {
         Command::Add { name, bearer, spiffe_id, dns, rate_limit, description } => {

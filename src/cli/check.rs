@@ -9,7 +9,7 @@ use std::{process::ExitCode, time::Duration};
 use clap::Args;
 
 use self::result::{CheckResult, Severity};
-use super::{Global, output};
+use super::{global::GlobalArgs, output};
 use crate::{
     config::{BrokerFlags, Flags, Settings},
     domain::account::AccountName,
@@ -62,7 +62,7 @@ impl Printer {
     }
 }
 
-pub(super) async fn run(global: &Global, args: CheckArgs) -> anyhow::Result<ExitCode> {
+pub(super) async fn run(global: &GlobalArgs, args: CheckArgs) -> anyhow::Result<ExitCode> {
     let mut printer = Printer { json: args.json, results: vec![] };
     let settings = match global.sources(args.settings.given).and_then(|it| Settings::resolve(&it)) {
         Ok((settings, warnings)) => {

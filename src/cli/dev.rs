@@ -5,7 +5,7 @@ use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 use anyhow::bail;
 use clap::Args;
 
-use super::{Global, output, time::positive_duration};
+use super::{global::GlobalArgs, output, time::positive_duration};
 use crate::{dev, telemetry};
 
 /// Runs the whole system on this machine, with nothing to set up
@@ -26,7 +26,7 @@ pub(super) struct DevArgs {
     pub(super) listen: Option<SocketAddr>,
 }
 
-pub(super) async fn run(global: &Global, args: DevArgs) -> anyhow::Result<ExitCode> {
+pub(super) async fn run(global: &GlobalArgs, args: DevArgs) -> anyhow::Result<ExitCode> {
     if global.config.is_some() || global.database_url_file.is_some() {
         bail!("dev has no settings: it takes neither --config nor --database-url-file");
     }

@@ -14,7 +14,7 @@ pub(super) const APPLICATION_NAME: &str = "token-broker admin";
 
 /// The flags that every command has.
 #[derive(Args, Debug)]
-pub(super) struct Global {
+pub(super) struct GlobalArgs {
     #[arg(
         long,
         global = true,
@@ -31,7 +31,7 @@ pub(super) struct Global {
     pub(super) database_url_file: Option<String>,
 }
 
-impl Global {
+impl GlobalArgs {
     /// Returns the sources of the settings: these flags with those of a command, the environment, and
     /// the TOML file.
     pub(super) fn sources(

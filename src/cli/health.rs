@@ -18,7 +18,7 @@ use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
-use super::{Global, output};
+use super::{global::GlobalArgs, output};
 use crate::config::{self, Flags, HealthEndpoint, ListenFlag};
 
 /// The most bytes that are read of the answer of `/readyz`.
@@ -33,7 +33,7 @@ pub(super) struct HealthArgs {
     settings: Flags<ListenFlag>,
 }
 
-pub(super) async fn run(global: &Global, args: HealthArgs) -> anyhow::Result<ExitCode> {
+pub(super) async fn run(global: &GlobalArgs, args: HealthArgs) -> anyhow::Result<ExitCode> {
     match config::health_endpoint(&global.sources(args.settings.given)?)? {
         HealthEndpoint::Grpc(listen) => ask_grpc(local_address(listen)).await,
         HealthEndpoint::Readyz(listen) => ask_readyz(local_address(listen)).await,

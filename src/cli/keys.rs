@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 use serde_json::json;
 
 use super::{
-    Global,
+    global::GlobalArgs,
     output::{self, Table},
     time::LocalTime,
 };
@@ -57,7 +57,7 @@ Examples:
     },
 }
 
-pub(super) async fn run(global: &Global, args: KeysArgs) -> anyhow::Result<ExitCode> {
+pub(super) async fn run(global: &GlobalArgs, args: KeysArgs) -> anyhow::Result<ExitCode> {
     match args.command {
         Command::Generate { out } => {
             Keyring::create_file(&out, Clock::System.now())?;
@@ -80,12 +80,12 @@ pub(super) async fn run(global: &Global, args: KeysArgs) -> anyhow::Result<ExitC
     Ok(ExitCode::SUCCESS)
 }
 
-fn keyring(global: &Global, flags: BTreeMap<String, String>) -> anyhow::Result<Keyring> {
+fn keyring(global: &GlobalArgs, flags: BTreeMap<String, String>) -> anyhow::Result<Keyring> {
     Ok(Keyring::load(&config::keyring_file(&global.sources(flags)?)?)?)
 }
 
 async fn status(
-    global: &Global,
+    global: &GlobalArgs,
     flags: BTreeMap<String, String>,
     as_json: bool,
 ) -> anyhow::Result<()> {

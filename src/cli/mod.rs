@@ -23,7 +23,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
 use self::{
-    global::{APPLICATION_NAME, Global},
+    global::{APPLICATION_NAME, GlobalArgs},
     output::Closed,
 };
 use crate::{
@@ -50,7 +50,7 @@ Examples:
 )]
 pub struct Cli {
     #[command(flatten)]
-    global: Global,
+    global: GlobalArgs,
     #[command(subcommand)]
     command: Command,
 }
@@ -134,7 +134,7 @@ async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
     }
 }
 
-async fn migrate(global: &Global, flags: Flags<MigrateFlag>) -> anyhow::Result<ExitCode> {
+async fn migrate(global: &GlobalArgs, flags: Flags<MigrateFlag>) -> anyhow::Result<ExitCode> {
     let sources = global.sources(flags.given)?;
     config::migrate_database_url(&sources)?.database(APPLICATION_NAME)?.migrate().await?;
     output::note("the schema is up to date");

@@ -6,7 +6,7 @@ use anyhow::Context;
 use clap::Args;
 use tokio::net::TcpListener;
 
-use super::Global;
+use super::global::GlobalArgs;
 use crate::{
     app::{App, AppConfig, StartError},
     config::{BrokerFlags, Flags, Settings},
@@ -33,7 +33,7 @@ pub(super) struct ServeArgs {
     settings: Flags<BrokerFlags>,
 }
 
-pub(super) async fn run(global: &Global, args: ServeArgs) -> anyhow::Result<ExitCode> {
+pub(super) async fn run(global: &GlobalArgs, args: ServeArgs) -> anyhow::Result<ExitCode> {
     let (settings, warnings) = Settings::resolve(&global.sources(args.settings.given)?)?;
     telemetry::init_logs(settings.log_format)?;
     for warning in warnings {

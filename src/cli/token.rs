@@ -10,7 +10,7 @@ use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
 use self::client::BrokerClient;
-use super::{Global, output, time::LocalTime};
+use super::{global::GlobalArgs, output, time::LocalTime};
 use crate::{
     api::proto::{
         AccountEnded, GetTokenRequest, GetTokenResponse, WatchTokensRequest, account_ended::Reason,
@@ -61,7 +61,7 @@ struct GetArgs {
     settings: Flags<ClientFlags>,
 }
 
-pub(super) async fn run(global: &Global, args: TokenArgs) -> anyhow::Result<ExitCode> {
+pub(super) async fn run(global: &GlobalArgs, args: TokenArgs) -> anyhow::Result<ExitCode> {
     let Command::Get(args) = args.command;
     let settings = ClientSettings::resolve(&global.sources(args.settings.given.clone())?)?;
     let client = BrokerClient::new(&settings)?;

@@ -27,7 +27,7 @@ use crate::{
     domain::refresh_policy::RefreshPolicy,
     telemetry::LogFormat,
     tls::TlsFiles,
-    upstream::{Settings as UpstreamSettings, Target},
+    upstream::{Target, UpstreamSettings},
 };
 
 const MILLISECOND: Duration = Duration::from_millis(1);

@@ -18,7 +18,7 @@ use super::{
     row_binding::push_prefixed,
 };
 use crate::domain::{
-    account::{ClientId, Invalid},
+    account::{ClientId, InvalidValue},
     secret::ClientSecret,
 };
 
@@ -51,7 +51,7 @@ pub enum IntakeError {
     Forged,
     /// The value opened, but its content is not a valid client secret.
     #[error("the value opens, but its {0}")]
-    Secret(Invalid),
+    Secret(InvalidValue),
 }
 
 /// An intake key: a private key with its public half.
@@ -92,7 +92,7 @@ impl IntakeKeyPair {
             .map(Zeroizing::new)
             .map_err(|_| IntakeError::Forged)?;
         let text = str::from_utf8(&opened)
-            .map_err(|_| IntakeError::Secret(Invalid::Malformed("client secret", "UTF-8")))?;
+            .map_err(|_| IntakeError::Secret(InvalidValue::Malformed("client secret", "UTF-8")))?;
         ClientSecret::new(text).map_err(IntakeError::Secret)
     }
 }

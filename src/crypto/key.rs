@@ -2,7 +2,7 @@
 
 use std::{borrow::Borrow, fmt, str::FromStr, sync::Arc};
 
-use crate::domain::{account::Invalid, clock::Timestamp};
+use crate::domain::{account::InvalidValue, clock::Timestamp};
 
 /// The length of every key, in bytes: an AES-256 key, an X25519 private key, an HMAC-SHA-256 key,
 /// an Ed25519 seed.
@@ -41,17 +41,17 @@ impl KeyId {
 }
 
 impl FromStr for KeyId {
-    type Err = Invalid;
+    type Err = InvalidValue;
 
-    fn from_str(id: &str) -> Result<Self, Invalid> {
+    fn from_str(id: &str) -> Result<Self, InvalidValue> {
         if id.is_empty() {
-            return Err(Invalid::Empty("key id"));
+            return Err(InvalidValue::Empty("key id"));
         }
         if !id.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit()) {
-            return Err(Invalid::Malformed("key id", Self::PATTERN));
+            return Err(InvalidValue::Malformed("key id", Self::PATTERN));
         }
         if id.len() > usize::from(Self::MAX) {
-            return Err(Invalid::TooLong("key id", usize::from(Self::MAX)));
+            return Err(InvalidValue::TooLong("key id", usize::from(Self::MAX)));
         }
         Ok(Self(id.into()))
     }

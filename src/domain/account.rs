@@ -12,7 +12,7 @@ pub const MAX_CLIENT_ID: usize = 20;
 /// Why a value was refused: the name of the value, and the rule that it breaks. The message never shows
 /// the value.
 #[derive(Clone, Copy, Debug, Error, Eq, PartialEq)]
-pub enum Invalid {
+pub enum InvalidValue {
     /// The value is empty.
     #[error("{0} is empty")]
     Empty(&'static str),
@@ -43,16 +43,16 @@ impl AccountName {
 }
 
 impl FromStr for AccountName {
-    type Err = Invalid;
+    type Err = InvalidValue;
 
-    fn from_str(name: &str) -> Result<Self, Invalid> {
-        let first = name.chars().next().ok_or(Invalid::Empty("account name"))?;
+    fn from_str(name: &str) -> Result<Self, InvalidValue> {
+        let first = name.chars().next().ok_or(InvalidValue::Empty("account name"))?;
         let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
         if !plain(first) || !name.chars().all(|c| plain(c) || matches!(c, '.' | '_' | '-')) {
-            return Err(Invalid::Malformed("account name", Self::PATTERN));
+            return Err(InvalidValue::Malformed("account name", Self::PATTERN));
         }
         if name.len() > MAX_NAME {
-            return Err(Invalid::TooLong("account name", MAX_NAME));
+            return Err(InvalidValue::TooLong("account name", MAX_NAME));
         }
         Ok(Self(name.into()))
     }
@@ -100,9 +100,9 @@ impl ClientId {
 }
 
 impl FromStr for ClientId {
-    type Err = Invalid;
+    type Err = InvalidValue;
 
-    fn from_str(id: &str) -> Result<Self, Invalid> {
+    fn from_str(id: &str) -> Result<Self, InvalidValue> {
         printable("client id", id, MAX_CLIENT_ID)?;
         Ok(Self(id.into()))
     }
@@ -115,15 +115,19 @@ impl fmt::Display for ClientId {
 }
 
 /// Checks that `value` has 1 to `longest` characters and neither white space nor control characters.
-pub(crate) fn printable(what: &'static str, value: &str, longest: usize) -> Result<(), Invalid> {
+pub(crate) fn printable(
+    what: &'static str,
+    value: &str,
+    longest: usize,
+) -> Result<(), InvalidValue> {
     if value.is_empty() {
-        return Err(Invalid::Empty(what));
+        return Err(InvalidValue::Empty(what));
     }
     if value.chars().count() > longest {
-        return Err(Invalid::TooLong(what, longest));
+        return Err(InvalidValue::TooLong(what, longest));
     }
     if value.chars().any(|c| c.is_whitespace() || c.is_control()) {
-        return Err(Invalid::Malformed(what, "printable characters without white space"));
+        return Err(InvalidValue::Malformed(what, "printable characters without white space"));
     }
     Ok(())
 }

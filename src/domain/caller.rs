@@ -3,7 +3,7 @@
 use std::{fmt, str::FromStr, sync::Arc};
 
 use crate::domain::{
-    account::{AccountName, Invalid, MAX_NAME},
+    account::{AccountName, InvalidValue, MAX_NAME},
     clock::Timestamp,
 };
 
@@ -103,13 +103,13 @@ impl Right {
 }
 
 impl FromStr for Right {
-    type Err = Invalid;
+    type Err = InvalidValue;
 
-    fn from_str(name: &str) -> Result<Self, Invalid> {
+    fn from_str(name: &str) -> Result<Self, InvalidValue> {
         Self::ALL
             .into_iter()
             .find(|right| right.as_str() == name)
-            .ok_or(Invalid::Unknown("right", "get, report or list"))
+            .ok_or(InvalidValue::Unknown("right", "get, report or list"))
     }
 }
 
@@ -188,21 +188,21 @@ impl AccountPattern {
 }
 
 impl FromStr for AccountPattern {
-    type Err = Invalid;
+    type Err = InvalidValue;
 
-    fn from_str(pattern: &str) -> Result<Self, Invalid> {
+    fn from_str(pattern: &str) -> Result<Self, InvalidValue> {
         const RULE: &str = "an account name in which one * may stand for any characters";
         let Some((before, after)) = pattern.split_once('*') else {
             let name: AccountName = pattern.parse()?;
             return Ok(Self { before: name.as_str().into(), after: None });
         };
         if pattern.len() > MAX_NAME {
-            return Err(Invalid::TooLong("account pattern", MAX_NAME));
+            return Err(InvalidValue::TooLong("account pattern", MAX_NAME));
         }
         let plain =
             |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '.' | '_' | '-');
         if !before.chars().chain(after.chars()).all(plain) || before.starts_with(['.', '_', '-']) {
-            return Err(Invalid::Malformed("account pattern", RULE));
+            return Err(InvalidValue::Malformed("account pattern", RULE));
         }
         Ok(Self { before: before.into(), after: Some(after.into()) })
     }

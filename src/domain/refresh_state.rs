@@ -4,7 +4,7 @@
 use std::{str::FromStr, time::Duration};
 
 use crate::domain::{
-    account::{AccountId, AccountName, ClientId, CredentialVersion, Invalid},
+    account::{AccountId, AccountName, ClientId, CredentialVersion, InvalidValue},
     clock::{Timestamp, delta},
     named_enum::named_enum,
     secret::SealedSecret,
@@ -60,13 +60,13 @@ impl FailureClass {
 }
 
 impl FromStr for FailureClass {
-    type Err = Invalid;
+    type Err = InvalidValue;
 
-    fn from_str(name: &str) -> Result<Self, Invalid> {
+    fn from_str(name: &str) -> Result<Self, InvalidValue> {
         Self::ALL
             .into_iter()
             .find(|class| class.as_str() == name)
-            .ok_or(Invalid::Unknown("failure class", "one of this release's"))
+            .ok_or(InvalidValue::Unknown("failure class", "one of this release's"))
     }
 }
 

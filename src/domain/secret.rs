@@ -5,7 +5,7 @@ use std::{fmt, sync::Arc};
 
 use secrecy::{ExposeSecret, SecretString};
 
-use crate::domain::account::{Invalid, printable};
+use crate::domain::account::{InvalidValue, printable};
 
 /// The longest client secret of RCS Biz Center, in characters.
 pub const MAX_CLIENT_SECRET: usize = 18;
@@ -19,7 +19,7 @@ impl ClientSecret {
     ///
     /// # Errors
     /// The rule that the value breaks. The error never holds the value.
-    pub fn new(secret: &str) -> Result<Self, Invalid> {
+    pub fn new(secret: &str) -> Result<Self, InvalidValue> {
         let secret =
             secret.strip_suffix('\n').map_or(secret, |s| s.strip_suffix('\r').unwrap_or(s));
         printable("client secret", secret, MAX_CLIENT_SECRET)?;
@@ -46,15 +46,15 @@ impl AccessToken {
     ///
     /// # Errors
     /// The rule that the value breaks. The error never holds the value.
-    pub fn new(token: &str) -> Result<Self, Invalid> {
+    pub fn new(token: &str) -> Result<Self, InvalidValue> {
         if token.is_empty() {
-            return Err(Invalid::Empty("access token"));
+            return Err(InvalidValue::Empty("access token"));
         }
         if token.len() > Self::MAX {
-            return Err(Invalid::TooLong("access token", Self::MAX));
+            return Err(InvalidValue::TooLong("access token", Self::MAX));
         }
         if !token.bytes().all(|b| b.is_ascii_graphic()) {
-            return Err(Invalid::Malformed("access token", "visible ASCII characters"));
+            return Err(InvalidValue::Malformed("access token", "visible ASCII characters"));
         }
         Ok(Self(token.into()))
     }

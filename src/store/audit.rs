@@ -1,7 +1,7 @@
 //! The audit log in Postgres: delivery of records, queries, and consistent snapshots.
 //!
 //! The tables are `audit_chains` (one row per chain, with its delivered position), `audit_events` (the
-//! records, partitioned by day), `audit_heads` (signed checkpoints) and `audit_cuts` (pruning receipts).
+//! records, partitioned by day), `audit_heads` (signed checkpoints) and `audit_pruning_receipts` (pruning receipts).
 
 mod delivery;
 mod events;

@@ -120,7 +120,7 @@ async fn mark_all_possibly_revoked(
 ) -> Result<(), StoreError> {
     sqlx::query!(
         "-- store::deployment::mark_all_possibly_revoked
-        update refreshes set suspect = true, changed = pg_current_xact_id()
+        update refreshes set possibly_revoked = true, changed = pg_current_xact_id()
         where account_id in (select account_id from tokens)",
     )
     .execute(&mut **transaction)

@@ -10,7 +10,7 @@ use sqlx::postgres::PgDatabaseError;
 use thiserror::Error;
 
 /// The `SQLSTATE` of a relation that does not exist: the schema is missing or too old.
-const UNDEFINED_TABLE: &str = "42P01";
+pub(super) const UNDEFINED_TABLE: &str = "42P01";
 /// The `SQLSTATE` of a statement that the login's role may not execute.
 const INSUFFICIENT_PRIVILEGE: &str = "42501";
 /// The `SQLSTATE` of a value that a check constraint or a trigger refused.

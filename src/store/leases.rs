@@ -181,10 +181,10 @@ async fn stamp_attempt(
     let exceptions = refresh.interval_exceptions.after_issue(now, uses_interval_exception);
     let stamped = sqlx::query!(
         r#"-- store::leases::stamp_attempt
-        update refreshes set lease_owner = $2, lease_id = lease_id + 1,
+        update refreshes set lease_holder = $2, lease_id = lease_id + 1,
             lease_until = clock_timestamp() + $3, attempt_started_at = clock_timestamp(),
-            attempt_ended_at = null, attempt_version = $4, suspect = suspect or $5,
-            floor_passes = $6, floor_passes_since = $7, changed = pg_current_xact_id()
+            attempt_ended_at = null, attempt_version = $4, possibly_revoked = possibly_revoked or $5,
+            interval_exceptions = $6, interval_exceptions_since = $7, changed = pg_current_xact_id()
         where account_id = $1
         returning lease_id, attempt_started_at as "attempt_started_at!""#,
         account.id.0,
@@ -248,8 +248,8 @@ pub async fn record_failure(
     }
     let done = sqlx::query!(
         "-- store::leases::record_failure
-        update refreshes set lease_owner = null, lease_until = null,
-            attempt_ended_at = clock_timestamp(), suspect = suspect or $3,
+        update refreshes set lease_holder = null, lease_until = null,
+            attempt_ended_at = clock_timestamp(), possibly_revoked = possibly_revoked or $3,
             consecutive_failures = consecutive_failures + 1,
             error_class = case when $9 then $4 else error_class end,
             error_code = case when $9 then $5 else error_code end,
@@ -286,7 +286,7 @@ pub async fn record_failure(
 pub async fn release(pool: &PgPool, lease: &Lease) -> Result<(), StoreError> {
     sqlx::query!(
         "-- store::leases::release
-        update refreshes set lease_owner = null, lease_until = null,
+        update refreshes set lease_holder = null, lease_until = null,
             attempt_ended_at = clock_timestamp(), changed = pg_current_xact_id()
         where account_id = $1 and lease_id = $2",
         lease.attempt.account.0,
@@ -308,9 +308,9 @@ pub async fn release_all(pool: &PgPool, instance: &str) -> Result<(), StoreError
     sqlx::query!(
         "-- store::leases::release_all
         with free as (
-            select account_id from refreshes where lease_owner = $1 for update skip locked
+            select account_id from refreshes where lease_holder = $1 for update skip locked
         )
-        update refreshes set lease_owner = null, lease_until = null,
+        update refreshes set lease_holder = null, lease_until = null,
             changed = pg_current_xact_id()
         from free where refreshes.account_id = free.account_id",
         instance,
@@ -333,7 +333,7 @@ pub async fn mark_possibly_revoked(
 ) -> Result<(), StoreError> {
     sqlx::query!(
         "-- store::leases::mark_possibly_revoked
-        update refreshes set suspect = true, changed = pg_current_xact_id()
+        update refreshes set possibly_revoked = true, changed = pg_current_xact_id()
         where account_id = $1 and ($2::bigint is null
             or exists (select from tokens where account_id = $1 and generation = $2))",
         account.0,

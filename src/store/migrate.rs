@@ -10,9 +10,10 @@ use std::collections::HashMap;
 use sqlx::{
     ConnectOptions, Connection, PgConnection,
     migrate::{Migrate, MigrateError, Migration, Migrator},
+    postgres::PgConnectOptions,
 };
 
-use super::{Database, NO_TABLE, StoreError};
+use super::error::{StoreError, UNDEFINED_TABLE};
 
 /// What the first line of a repeatable migration begins with; the version follows.
 const VERSION_PREFIX: &str = "-- version: ";
@@ -65,8 +66,8 @@ impl Schema {
     ///
     /// # Errors
     /// When the server cannot be reached or a migration fails. The database then is as it was before.
-    pub async fn apply(&self, database: &Database) -> Result<(), StoreError> {
-        let mut connection = database.connection().connect().await?;
+    pub async fn apply(&self, database: &PgConnectOptions) -> Result<(), StoreError> {
+        let mut connection = database.connect().await?;
         // The lock is sqlx's own, so other programs that migrate by sqlx wait too. The session holds it: it
         // ends with the connection.
         connection.lock().await.map_err(refused)?;
@@ -109,8 +110,8 @@ impl Schema {
     ///
     /// # Errors
     /// [`StoreError::Schema`] names what is missing and the command that applies it.
-    pub async fn check(&self, database: &Database) -> Result<(), StoreError> {
-        let mut connection = database.connection().connect().await?;
+    pub async fn check(&self, database: &PgConnectOptions) -> Result<(), StoreError> {
+        let mut connection = database.connect().await?;
         let missing = self.missing(&mut connection).await?;
         connection.close().await?;
         if missing.is_empty() {
@@ -127,7 +128,7 @@ impl Schema {
             match connection.list_applied_migrations(&self.numbered.table_name).await {
                 Ok(applied) => applied,
                 Err(MigrateError::Execute(sqlx::Error::Database(error)))
-                    if error.code().as_deref() == Some(NO_TABLE) =>
+                    if error.code().as_deref() == Some(UNDEFINED_TABLE) =>
                 {
                     Vec::new()
                 }

@@ -35,8 +35,6 @@ pub use self::{
 /// not keep its connection for ever.
 const STATEMENT_TIMEOUT: &str = "30s";
 
-/// `undefined_table`.
-const NO_TABLE: &str = "42P01";
 /// How long a connection that is given back to the pool may take to answer a ping.
 const PING_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the pool waits for a free connection, or for a new one.
@@ -149,7 +147,7 @@ impl Database {
     /// # Errors
     /// When the server cannot be reached or a migration fails.
     pub async fn migrate(&self) -> Result<(), StoreError> {
-        Schema::of_this_release()?.apply(self).await
+        Schema::of_this_release()?.apply(&self.options).await
     }
 
     /// Checks that the schema has every migration of this release.
@@ -157,6 +155,6 @@ impl Database {
     /// # Errors
     /// [`StoreError::Schema`] names what is missing and the command that applies it.
     pub async fn check_schema(&self) -> Result<(), StoreError> {
-        Schema::of_this_release()?.check(self).await
+        Schema::of_this_release()?.check(&self.options).await
     }
 }

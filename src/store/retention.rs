@@ -146,7 +146,7 @@ impl DayRemoval {
         )
         .fetch_one(&mut *transaction)
         .await?;
-        sqlx::query!("/* store::retention::begin */ select audit_hold($1)", day.day)
+        sqlx::query!("/* store::retention::begin */ select audit_lock_day($1)", day.day)
             .execute(&mut *transaction)
             .await?;
         Ok(Some(Self { transaction, day }))
@@ -195,7 +195,7 @@ impl DayRemoval {
     pub async fn store_receipt(&mut self, receipt: &PruningReceipt) -> Result<(), StoreError> {
         sqlx::query!(
             "/* store::retention::store_receipt */
-            insert into audit_cuts
+            insert into audit_pruning_receipts
                 (chain, first_seq, prev_hash, last_seq, hash, at, key_id, signature)
             values ($1, $2, $3, $4, $5, $6, $7, $8)",
             receipt.chain,

@@ -53,7 +53,7 @@ pub async fn commit(
     let issuer = lock_issuer(&mut transaction, account, token).await?;
     let held = sqlx::query!(
         "-- store::tokens::commit
-        select suspect from refreshes where account_id = $1 and lease_id = $2 for update",
+        select possibly_revoked from refreshes where account_id = $1 and lease_id = $2 for update",
         account.0,
         lease.id,
     )
@@ -63,8 +63,8 @@ pub async fn commit(
     // A success with the previous credential does not hide why the current one is refused.
     sqlx::query!(
         "-- store::tokens::commit
-        update refreshes set lease_owner = null, lease_until = null,
-            attempt_ended_at = clock_timestamp(), suspect = false, consecutive_failures = 0,
+        update refreshes set lease_holder = null, lease_until = null,
+            attempt_ended_at = clock_timestamp(), possibly_revoked = false, consecutive_failures = 0,
             error_class = case when $2 then null else error_class end,
             error_code = case when $2 then null else error_code end,
             error_message = case when $2 then null else error_message end,
@@ -76,7 +76,7 @@ pub async fn commit(
     )
     .execute(&mut *transaction)
     .await?;
-    let replace_longer = new_token_ends_older || held.suspect;
+    let replace_longer = new_token_ends_older || held.possibly_revoked;
     let stored = put(&mut transaction, account, token, replace_longer).await?;
     transaction.commit().await?;
     Ok(if stored { Commit::Stored } else { Commit::KeptLonger })
@@ -139,7 +139,7 @@ pub async fn reconcile(
     let issuer = lock_issuer(&mut transaction, account, token).await?;
     let Some(found) = sqlx::query!(
         r#"-- store::tokens::reconcile
-        select coalesce(lease_until > clock_timestamp() and lease_owner <> $2, false) as "leased!"
+        select coalesce(lease_until > clock_timestamp() and lease_holder <> $2, false) as "leased!"
         from refreshes where account_id = $1 for update"#,
         account.0,
         circumstances.instance,
@@ -166,7 +166,7 @@ pub async fn reconcile(
         if circumstances.new_token_ends_older && !under_lease {
             sqlx::query!(
                 "-- store::tokens::reconcile
-                update refreshes set suspect = true, changed = pg_current_xact_id()
+                update refreshes set possibly_revoked = true, changed = pg_current_xact_id()
                 where account_id = $1",
                 account.0,
             )
@@ -179,9 +179,9 @@ pub async fn reconcile(
     // A success with the previous credential does not hide why the current one is refused.
     sqlx::query!(
         "-- store::tokens::reconcile
-        update refreshes set lease_owner = null, lease_until = null,
+        update refreshes set lease_holder = null, lease_until = null,
             attempt_started_at = greatest(attempt_started_at, clock_timestamp() - $2::interval),
-            attempt_ended_at = clock_timestamp(), attempt_version = $3, suspect = $4,
+            attempt_ended_at = clock_timestamp(), attempt_version = $3, possibly_revoked = $4,
             consecutive_failures = 0,
             error_class = case when $5 then null else error_class end,
             error_code = case when $5 then null else error_code end,

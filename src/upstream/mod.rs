@@ -31,7 +31,7 @@ pub const MAX_BODY: usize = 64 * 1024;
 
 /// The settings of the client.
 #[derive(Clone)]
-pub struct Settings {
+pub struct UpstreamSettings {
     /// The upstream to call.
     pub target: Target,
     /// The local address to call from, for a machine that has several of which one is registered.
@@ -46,7 +46,7 @@ pub struct Settings {
 
 /// Why the client cannot be set up. No message shows a URL, since a proxy's URL may hold a password.
 #[derive(Debug, Error)]
-pub enum SetUpError {
+pub enum UpstreamSetupError {
     /// The proxy's URL has no host or a scheme other than `http` and `https`.
     #[error("the upstream's proxy must be an http:// or https:// URL with a host")]
     Proxy,
@@ -62,21 +62,21 @@ pub enum SetUpError {
 
 /// A client that issues tokens. Cheap to clone; clones share their connections.
 #[derive(Clone)]
-pub struct Client {
+pub struct UpstreamClient {
     http: reqwest::Client,
     token_url: String,
     timeout: Duration,
     clock: Clock,
 }
 
-impl Client {
+impl UpstreamClient {
     /// Returns a client that calls `settings.target` and no other host, whatever the upstream answers and
     /// whatever the environment holds. It connects when it is first used.
     ///
     /// # Errors
-    /// [`SetUpError`] if the proxy cannot be used or TLS has no root certificates.
-    pub fn new(settings: Settings, clock: Clock) -> Result<Self, SetUpError> {
-        let Settings { target, bind_address, proxy, timeout } = settings;
+    /// [`UpstreamSetupError`] if the proxy cannot be used or TLS has no root certificates.
+    pub fn new(settings: UpstreamSettings, clock: Clock) -> Result<Self, UpstreamSetupError> {
+        let UpstreamSettings { target, bind_address, proxy, timeout } = settings;
         let mut http = builder(timeout).https_only(!target.is_loopback());
         if target.is_loopback() {
             // `localhost` means this machine, whatever the resolver says. Port 0 stands for the URL's.
@@ -93,7 +93,7 @@ impl Client {
             http = http.proxy(forward_proxy(&proxy, &target)?);
         }
         Ok(Self {
-            http: http.local_address(bind_address).build().map_err(|_| SetUpError::Tls)?,
+            http: http.local_address(bind_address).build().map_err(|_| UpstreamSetupError::Tls)?,
             token_url: format!("{}/token", target.base_url()),
             timeout,
             clock,
@@ -204,14 +204,14 @@ fn builder(timeout: Duration) -> reqwest::ClientBuilder {
         .connect_timeout(timeout / 2)
 }
 
-fn forward_proxy(proxy: &Url, target: &Target) -> Result<Proxy, SetUpError> {
+fn forward_proxy(proxy: &Url, target: &Target) -> Result<Proxy, UpstreamSetupError> {
     if !matches!(proxy.scheme(), "http" | "https") || !proxy.has_host() {
-        return Err(SetUpError::Proxy);
+        return Err(UpstreamSetupError::Proxy);
     }
     if target.is_loopback() && !target::is_loopback(proxy) {
-        return Err(SetUpError::ProxyLeavesLoopback);
+        return Err(UpstreamSetupError::ProxyLeavesLoopback);
     }
-    Proxy::all(proxy.clone()).map_err(|_| SetUpError::Proxy)
+    Proxy::all(proxy.clone()).map_err(|_| UpstreamSetupError::Proxy)
 }
 
 /// Returns why there is no connection, for the causes that an operator can act on.
@@ -262,8 +262,8 @@ fn io_fault(error: &io::Error) -> Option<&'static str> {
 mod tests {
     use super::*;
 
-    fn settings(target: &str, proxy: Option<&str>) -> Settings {
-        Settings {
+    fn settings(target: &str, proxy: Option<&str>) -> UpstreamSettings {
+        UpstreamSettings {
             target: target.parse().unwrap(),
             bind_address: None,
             proxy: proxy.map(|url| url.parse().unwrap()),
@@ -273,20 +273,21 @@ mod tests {
 
     #[test]
     fn a_proxy_must_be_http_and_on_loopback_if_the_target_is() {
-        let client = |target, proxy| Client::new(settings(target, Some(proxy)), Clock::System);
+        let client =
+            |target, proxy| UpstreamClient::new(settings(target, Some(proxy)), Clock::System);
         let loopback = "http://127.0.0.1:9";
         assert!(client(loopback, "http://127.0.0.1:3128").is_ok());
-        assert!(matches!(client(loopback, "socks5://127.0.0.1:1"), Err(SetUpError::Proxy)));
+        assert!(matches!(client(loopback, "socks5://127.0.0.1:1"), Err(UpstreamSetupError::Proxy)));
         assert!(matches!(
             client(loopback, "http://canary:canary@proxy.example:3128"),
-            Err(SetUpError::ProxyLeavesLoopback)
+            Err(UpstreamSetupError::ProxyLeavesLoopback)
         ));
     }
 
     #[test]
     fn the_known_hosts_are_called_at_their_token_path() {
         for target in ["production", "staging"] {
-            let client = Client::new(settings(target, None), Clock::System).unwrap();
+            let client = UpstreamClient::new(settings(target, None), Clock::System).unwrap();
             assert!(client.token_url.starts_with("https://api"), "{}", client.token_url);
             assert!(client.token_url.ends_with(".rcsbizcenter.com/api/1.1/token"));
         }

@@ -406,7 +406,7 @@ async fn a_report_requires_the_report_right() {
             client.grpc.clone().report_rejected_token(client.request(report)).await.unwrap_err();
         assert_eq!(code_and_reason(&refused), "PermissionDenied NOT_GRANTED");
     }
-    assert_eq!(fixture.count("refreshes where suspect").await, 0);
+    assert_eq!(fixture.count("refreshes where possibly_revoked").await, 0);
     broker.stop().await;
 }
 

@@ -142,7 +142,7 @@ async fn an_attempt_without_a_recorded_end_is_repeated_after_its_lease() {
     fixture
         .database
         .sql(
-            "update refreshes set attempt_ended_at = null, lease_owner = 'gone',
+            "update refreshes set attempt_ended_at = null, lease_holder = 'gone',
                  lease_id = lease_id + 1, lease_until = now() - interval '1 second'",
         )
         .await;
@@ -173,7 +173,7 @@ async fn a_restarted_replica_does_not_wait_for_the_leases_of_its_previous_proces
         .sql(&format!(
             "update refreshes set attempt_ended_at = null, lease_id = lease_id + 1,
                  lease_until = now() + interval '1 hour',
-                 lease_owner = case when account_id = (select id from accounts where name = 'acme')
+                 lease_holder = case when account_id = (select id from accounts where name = 'acme')
                      then '{}' else 'another' end",
             instance.trim()
         ))

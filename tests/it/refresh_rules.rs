@@ -44,12 +44,12 @@ async fn insert_all_combinations(transaction: &mut PgConnection) {
     let statements = format!(
         "create temporary table facts on commit drop as
              select row_number() over () as n, *
-             from {booleans} a (enabled), {booleans} b (suspect), {classes} c (error_class),
+             from {booleans} a (enabled), {booleans} b (possibly_revoked), {classes} c (error_class),
                  {versions} d (error_version), {times} e (expires), {times} f (lease),
                  {times} g (next_attempt);
          insert into accounts (name, client_id, client_secret, enabled)
              select 'acme-' || n, 'id-' || n, 'SK.1', enabled from facts;
-         update refreshes r set suspect = f.suspect, error_class = f.error_class,
+         update refreshes r set possibly_revoked = f.possibly_revoked, error_class = f.error_class,
                  error_version = f.error_version, lease_until = now() + f.lease,
                  next_attempt_at = now() + f.next_attempt
              from facts f join accounts a on a.name = 'acme-' || f.n where r.account_id = a.id;
@@ -183,7 +183,7 @@ impl Facts {
                  attempt_ended_at = case when $3 then null else now() + $2::text::interval end,
                  attempt_version = $4, lease_until = now() + $5::text::interval,
                  next_attempt_at = now() + $6::text::interval, error_class = $7, error_version = $8,
-                 floor_passes = $9, floor_passes_since = now() + $10::text::interval
+                 interval_exceptions = $9, interval_exceptions_since = now() + $10::text::interval
              where account_id = $1",
         )
         .bind(id)

@@ -104,7 +104,7 @@ async fn the_runtime_role_may_do_what_the_broker_does() {
             "select * from accounts",
             "select * from accounts for update skip locked",
             "select * from audit_retention",
-            "select audit_hold('2026-01-01'); insert into audit_cuts (chain, first_seq, prev_hash, \
+            "select audit_lock_day('2026-01-01'); insert into audit_pruning_receipts (chain, first_seq, prev_hash, \
              last_seq, hash, at, key_id, signature) values ('c', 1, '', 1, '', now(), 'h', ''); \
              select audit_prune('2026-01-01', true)",
             "update accounts set client_secret = null, sealed_secret = 'x'",
@@ -113,7 +113,7 @@ async fn the_runtime_role_may_do_what_the_broker_does() {
              where s.name = a.name returning a.name",
             "select * from callers natural join grants",
             "select bearer_sha256 from caller_credentials",
-            "update refreshes set lease_owner = 'me', changed = pg_current_xact_id()",
+            "update refreshes set lease_holder = 'me', changed = pg_current_xact_id()",
             "insert into tokens (account_id, credential_version, generation, sealed_token, issued_at, \
              expires_at, fingerprint) select id, 1, 1, 'x', now(), now(), 'f' from accounts \
              on conflict (account_id) do update set generation = excluded.generation",
@@ -159,7 +159,7 @@ async fn the_runtime_role_changes_neither_audit_records_nor_accounts_nor_access(
             "select audit_prune(current_date, true)",
             "select audit_prune(current_date - 30, true)",
             "select audit_prune('2026-01-01 BC', true)",
-            "select audit_hold('2026-01-01 BC')",
+            "select audit_lock_day('2026-01-01 BC')",
             "delete from changes",
             "insert into accounts (name, client_id, client_secret) values ('b', 'b', 'b')",
             "update accounts set enabled = false",
@@ -271,7 +271,7 @@ async fn the_auditor_role_reads_audit_records_and_changes() {
         &[
             "select * from audit_events where account = 'acme'",
             "select * from audit_chains natural left join audit_heads",
-            "lock table audit_events in access share mode; select * from audit_cuts",
+            "lock table audit_events in access share mode; select * from audit_pruning_receipts",
             "select subject, what, session_user_name from changes",
             "select id, journal_chain, journal_seq from instances",
         ],
@@ -289,7 +289,7 @@ async fn the_auditor_role_writes_nothing_and_reads_neither_accounts_nor_access()
             "delete from audit_events",
             "delete from changes",
             "select audit_prune('2026-01-01', true)",
-            "insert into audit_cuts (chain, first_seq, prev_hash, last_seq, hash, at, key_id, signature) \
+            "insert into audit_pruning_receipts (chain, first_seq, prev_hash, last_seq, hash, at, key_id, signature) \
              values ('c', 1, '', 1, '', now(), 'h', '')",
             "update changes set audited_at = now()",
             "select name from accounts",

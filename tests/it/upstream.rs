@@ -18,7 +18,7 @@ use token_broker::{
         secret::ClientSecret,
         token::IssuedToken,
     },
-    upstream::{Client, IssueError, MAX_BODY, Settings, Target},
+    upstream::{IssueError, MAX_BODY, Target, UpstreamClient, UpstreamSettings},
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -34,16 +34,20 @@ const SHORT_TIMEOUT: Duration = Duration::from_millis(300);
 /// The environment variable from which the test in a child process takes the upstream's URL.
 const CHILD_UPSTREAM: &str = "TEST_UPSTREAM_OF_CHILD";
 
-fn client_with(base_url: &str, timeout: Duration, clock: Clock) -> Client {
+fn client_with(base_url: &str, timeout: Duration, clock: Clock) -> UpstreamClient {
     let target = base_url.parse().unwrap();
-    Client::new(Settings { target, bind_address: None, proxy: None, timeout }, clock).unwrap()
+    UpstreamClient::new(
+        UpstreamSettings { target, bind_address: None, proxy: None, timeout },
+        clock,
+    )
+    .unwrap()
 }
 
-fn client(base_url: &str) -> Client {
+fn client(base_url: &str) -> UpstreamClient {
     client_with(base_url, LONG_TIMEOUT, Clock::System)
 }
 
-async fn issue(client: &Client) -> Result<IssuedToken, IssueError> {
+async fn issue(client: &UpstreamClient) -> Result<IssuedToken, IssueError> {
     client.issue(&ID.parse().unwrap(), &ClientSecret::new(SECRET).unwrap()).await
 }
 
@@ -208,13 +212,13 @@ async fn localhost_is_accepted_as_an_upstream() {
 async fn the_request_comes_from_the_configured_bind_address() {
     let simulator = simulator().await;
     let bind_address: IpAddr = "127.0.0.2".parse().unwrap();
-    let settings = Settings {
+    let settings = UpstreamSettings {
         target: simulator.base_url().parse().unwrap(),
         bind_address: Some(bind_address),
         proxy: None,
         timeout: LONG_TIMEOUT,
     };
-    let issued = issue(&Client::new(settings, Clock::System).unwrap()).await.unwrap();
+    let issued = issue(&UpstreamClient::new(settings, Clock::System).unwrap()).await.unwrap();
     assert_eq!(issued.allowed_ip.as_deref(), Some("127.0.0.2"));
     assert_eq!(simulator.last_peer(), Some(bind_address));
 }
@@ -281,13 +285,13 @@ async fn a_configured_proxy_is_used() {
         let (mut stream, _) = listener.accept().await.unwrap();
         String::from_utf8(read_request(&mut stream).await).unwrap()
     });
-    let settings = Settings {
+    let settings = UpstreamSettings {
         target: upstream.url().parse().unwrap(),
         bind_address: None,
         proxy: Some(proxy.parse().unwrap()),
         timeout: LONG_TIMEOUT,
     };
-    issue(&Client::new(settings, Clock::System).unwrap()).await.unwrap_err();
+    issue(&UpstreamClient::new(settings, Clock::System).unwrap()).await.unwrap_err();
     let expected = format!("POST {}/token HTTP/1.1\r\n", upstream.url());
     assert!(server.await.unwrap().starts_with(&expected));
     assert!(upstream.is_unused());

@@ -8,7 +8,7 @@ use prost_types::{Duration as ProtoDuration, Timestamp as ProtoTimestamp};
 use crate::{
     api::proto::{self, GetTokenResponse, ListAccountsRequest, account::State},
     domain::{
-        account::{AccountName, Invalid},
+        account::{AccountName, InvalidValue},
         caller::AccountPattern,
         clock::Timestamp,
         refresh_state::AccountState,
@@ -25,7 +25,7 @@ const DEFAULT_PAGE_SIZE: usize = 100;
 const MAX_PAGE_SIZE: usize = 1_000;
 
 pub(super) fn account_name(name: &str) -> Result<AccountName, CallRefusal> {
-    name.parse().map_err(|error: Invalid| invalid("account", error.to_string()))
+    name.parse().map_err(|error: InvalidValue| invalid("account", error.to_string()))
 }
 
 /// Converts a generation that a client sent. One beyond the range of ours is later than all of ours.
@@ -50,7 +50,7 @@ pub(super) fn patterns(accounts: &[String]) -> Result<Vec<AccountPattern>, CallR
         return Err(invalid("accounts", description));
     }
     let parse = |pattern: &String| {
-        pattern.parse().map_err(|error: Invalid| invalid("accounts", error.to_string()))
+        pattern.parse().map_err(|error: InvalidValue| invalid("accounts", error.to_string()))
     };
     accounts.iter().map(parse).collect()
 }

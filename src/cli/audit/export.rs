@@ -6,10 +6,10 @@ use clap::Args;
 use futures_util::TryStreamExt;
 use serde::Serialize;
 
-use super::FilterArgs;
+use super::filter_args::FilterArgs;
 use crate::{
     audit::export::{ExportHeader, ExportStatement},
-    cli::{Global, output},
+    cli::{global::GlobalArgs, output},
     domain::clock::Clock,
     store::audit::{AuditSnapshot, EventFilter},
 };
@@ -20,7 +20,7 @@ pub(super) struct ExportArgs {
     filter: FilterArgs,
 }
 
-pub(super) async fn run(global: &Global, args: ExportArgs) -> anyhow::Result<()> {
+pub(super) async fn run(global: &GlobalArgs, args: ExportArgs) -> anyhow::Result<()> {
     let admin = global.admin(None).await?;
     let now = Clock::System.now();
     let filter = args.filter.into_filter(now);

@@ -9,7 +9,7 @@ use tokio::task;
 use crate::{
     audit::journal::{Archive, TornTail, with_causes},
     cli::{
-        APPLICATION_NAME, Global,
+        global::{APPLICATION_NAME, GlobalArgs},
         output::{self, Table},
         time::LocalTime,
     },
@@ -35,7 +35,7 @@ pub(super) struct RetireArgs {
     reason: Option<String>,
 }
 
-pub(super) async fn ship(global: &Global, args: ShipArgs) -> anyhow::Result<ExitCode> {
+pub(super) async fn ship(global: &GlobalArgs, args: ShipArgs) -> anyhow::Result<ExitCode> {
     let url = config::database_url(&global.sources(std::collections::BTreeMap::new())?)?;
     let database = url.database(APPLICATION_NAME)?;
     database.check_schema().await?;
@@ -90,7 +90,7 @@ fn open(directory: &std::path::Path) -> anyhow::Result<Archive> {
     Ok(Archive::open(directory, held)?)
 }
 
-pub(super) async fn retire(global: &Global, args: RetireArgs) -> anyhow::Result<()> {
+pub(super) async fn retire(global: &GlobalArgs, args: RetireArgs) -> anyhow::Result<()> {
     let admin = global.admin(args.reason.as_deref()).await?;
     let chains = admin.open_chains(&args.instance).await?;
     if chains.iter().any(|chain| chain.live) {

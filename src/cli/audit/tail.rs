@@ -5,9 +5,9 @@ use std::{collections::HashSet, time::Duration};
 use clap::Args;
 use sqlx::PgPool;
 
-use super::{FilterArgs, event_text::describe};
+use super::{event_text::describe, filter_args::FilterArgs};
 use crate::{
-    cli::{Global, output},
+    cli::{global::GlobalArgs, output},
     domain::clock::{Clock, Timestamp, delta},
     store::audit::{EventFilter, StoredEvent, events_after, latest_events},
 };
@@ -36,7 +36,7 @@ pub(super) struct TailArgs {
     json: bool,
 }
 
-pub(super) async fn run(global: &Global, args: TailArgs) -> anyhow::Result<()> {
+pub(super) async fn run(global: &GlobalArgs, args: TailArgs) -> anyhow::Result<()> {
     let admin = global.admin(None).await?;
     let now = Clock::System.now();
     let filter = args.filter.into_filter(now);

@@ -23,7 +23,7 @@ use crate::{
         verify::{ChainClaim, Extent, VerificationReport, Verifier},
     },
     cli::{
-        Global,
+        global::GlobalArgs,
         output::{self, Table, or_dash},
         time::LocalTime,
     },
@@ -89,7 +89,7 @@ impl FromStr for HeadArgument {
     }
 }
 
-pub(super) async fn run(global: &Global, args: VerifyArgs) -> anyhow::Result<ExitCode> {
+pub(super) async fn run(global: &GlobalArgs, args: VerifyArgs) -> anyhow::Result<ExitCode> {
     let keys = keys(global, args.keys.as_deref(), args.settings)?;
     let evidence = Evidence::new(keys, args.heads)?;
     let report = match (args.journal, args.export) {
@@ -112,7 +112,7 @@ pub(super) async fn run(global: &Global, args: VerifyArgs) -> anyhow::Result<Exi
 /// The keys that check signatures: those of `file`, else those of the keyring; `None` if no keyring is
 /// configured.
 fn keys(
-    global: &Global,
+    global: &GlobalArgs,
     file: Option<&Path>,
     settings: Flags<KeyringFlag>,
 ) -> anyhow::Result<Option<VerifyingKeys>> {

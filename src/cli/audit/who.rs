@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use crate::{
     cli::{
-        Global,
+        global::GlobalArgs,
         output::{self, Table, or_dash},
         time::{LocalTime, Moment},
     },
@@ -61,7 +61,7 @@ struct Holder {
     last: LocalTime,
 }
 
-pub(super) async fn run(global: &Global, args: WhoArgs) -> anyhow::Result<ExitCode> {
+pub(super) async fn run(global: &GlobalArgs, args: WhoArgs) -> anyhow::Result<ExitCode> {
     let keyring = Keyring::load(&config::keyring_file(&global.sources(args.settings.given)?)?)?;
     let token = read_token()?;
     let now = Clock::System.now();

@@ -12,8 +12,8 @@ use url::Url;
 
 use super::{
     super::{
-        Global,
         account::wait::{describe, outcome_by},
+        global::GlobalArgs,
     },
     result::CheckResult,
 };
@@ -24,7 +24,7 @@ use crate::{
         clock::{Clock, delta},
     },
     store::admin::Selection,
-    upstream::Client,
+    upstream::UpstreamClient,
 };
 
 /// How long connecting to the upstream may take.
@@ -64,7 +64,7 @@ async fn connect_to_first_host(settings: &Settings) -> Result<String, String> {
 /// Performs the TLS handshake with the upstream itself. Its certificate is checked as for every call.
 async fn tls(settings: &Settings) -> CheckResult {
     const SUBJECT: &str = "tls";
-    match Client::new(settings.upstream_client(), Clock::System) {
+    match UpstreamClient::new(settings.upstream_client(), Clock::System) {
         Err(error) => CheckResult::failure(SUBJECT, error.to_string()),
         Ok(client) => match client.probe().await {
             Ok(status) => CheckResult::ok(
@@ -77,7 +77,11 @@ async fn tls(settings: &Settings) -> CheckResult {
 }
 
 /// Requests a new token for `account` from the running brokers, and waits for the outcome.
-pub(super) async fn issue(global: &Global, account: &AccountName, within: Duration) -> CheckResult {
+pub(super) async fn issue(
+    global: &GlobalArgs,
+    account: &AccountName,
+    within: Duration,
+) -> CheckResult {
     const SUBJECT: &str = "issue";
     match request_issue(global, account, within).await {
         Ok(issued) => CheckResult::ok(SUBJECT, issued),
@@ -86,7 +90,7 @@ pub(super) async fn issue(global: &Global, account: &AccountName, within: Durati
 }
 
 async fn request_issue(
-    global: &Global,
+    global: &GlobalArgs,
     account: &AccountName,
     within: Duration,
 ) -> anyhow::Result<String> {

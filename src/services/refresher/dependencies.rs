@@ -16,7 +16,7 @@ use crate::{
     },
     store::leases::LeaseHolder,
     telemetry::Metrics,
-    upstream::Client,
+    upstream::UpstreamClient,
 };
 
 /// The settings of issuing.
@@ -37,7 +37,7 @@ pub struct IssueInfrastructure {
     /// Opens client secrets and seals tokens.
     pub keyring: Arc<Keyring>,
     /// Issues tokens.
-    pub upstream: Client,
+    pub upstream: UpstreamClient,
     /// Records issues and failures.
     pub journal: Journal,
     /// The local clock.

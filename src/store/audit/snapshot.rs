@@ -88,7 +88,7 @@ impl AuditSnapshot {
         let rows = sqlx::query!(
             "/* store::audit::snapshot::receipts */
             select chain, first_seq, prev_hash, last_seq, hash, at, key_id, signature
-            from audit_cuts order by chain, first_seq"
+            from audit_pruning_receipts order by chain, first_seq"
         )
         .fetch_all(&mut *self.0)
         .await?;
@@ -96,8 +96,8 @@ impl AuditSnapshot {
             .map(|row| {
                 let id = format_args!("{} {}", row.chain, row.first_seq);
                 Ok(PruningReceipt {
-                    prev_hash: digest("audit_cuts", id, &row.prev_hash)?,
-                    hash: digest("audit_cuts", id, &row.hash)?,
+                    prev_hash: digest("audit_pruning_receipts", id, &row.prev_hash)?,
+                    hash: digest("audit_pruning_receipts", id, &row.hash)?,
                     chain: row.chain,
                     first_seq: row.first_seq,
                     last_seq: row.last_seq,

@@ -195,7 +195,9 @@ async fn a_day_with_a_tampered_record_is_kept_as_evidence() {
 async fn the_database_removes_no_records_without_receipts() {
     let past = PastRecords::of(3).await;
     let day = |back| (past.now - TimeDelta::days(back)).format("%Y-%m-%d").to_string();
-    for (back, words) in [(3, "have no signed cut"), (0, "not old enough"), (1, "not old enough")] {
+    for (back, words) in
+        [(3, "have no signed pruning receipt"), (0, "not old enough"), (1, "not old enough")]
+    {
         let prune = format!("select audit_prune('{}', true)", day(back));
         let error = past.database.try_sql(&prune).await.unwrap_err().to_string();
         assert!(error.contains(words), "{error}");
@@ -220,7 +222,7 @@ async fn the_database_keeps_records_for_its_minimum_retention_whatever_the_setti
     assert_eq!(past.counts().await, days(&kept));
     // Direct calls of the database's functions are refused too, also with unusual dates.
     for day in [past.now.format("%Y-%m-%d BC").to_string(), "-infinity".into(), "infinity".into()] {
-        for call in ["audit_prune($, true)", "audit_hold($)", "audit_ensure_partition($)"] {
+        for call in ["audit_prune($, true)", "audit_lock_day($)", "audit_ensure_partition($)"] {
             let call = format!("select {}", call.replace('$', &format!("'{day}'")));
             let error = past.database.try_sql(&call).await.unwrap_err().to_string();
             assert!(error.contains("no audit record is of"), "{call}: {error}");
@@ -261,7 +263,7 @@ async fn days_that_are_locked_by_a_reader_are_removed_at_the_next_run() {
     sqlx::query("select count(*) from audit_events").fetch_one(&mut *reading).await.unwrap();
     past.run_retention(Some(DAY), Some(DAY)).await;
     assert_eq!(past.fixture.events().await.len(), 35);
-    let receipts: i64 = sqlx::query_scalar("select count(*) from audit_cuts")
+    let receipts: i64 = sqlx::query_scalar("select count(*) from audit_pruning_receipts")
         .fetch_one(&past.fixture.pool)
         .await
         .unwrap();

@@ -185,7 +185,7 @@ async fn any_tampering_with_the_log_is_found_and_named() {
         ),
         (format!("update audit_heads set seq = seq - 1 where chain = '{last}'"), &last, "is not valid"),
         (
-            format!("insert into audit_cuts (chain, first_seq, prev_hash, last_seq, hash, at, key_id, signature)
+            format!("insert into audit_pruning_receipts (chain, first_seq, prev_hash, last_seq, hash, at, key_id, signature)
                 select chain, seq, prev_hash, seq, hash, at, 'h', '' from audit_events where {of_first} and seq = 4;
                 delete from audit_events where {of_first} and seq = 4"),
             &first,

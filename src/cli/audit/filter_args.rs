@@ -1,0 +1,47 @@
+//! The flags that select events.
+
+use clap::Args;
+
+use super::super::time::Moment;
+use crate::{
+    domain::{account::AccountName, clock::Timestamp},
+    store::audit::EventFilter,
+};
+
+/// The conditions that select events.
+#[derive(Args, Debug)]
+pub(super) struct FilterArgs {
+    /// Only events of this account
+    #[arg(long)]
+    account: Option<AccountName>,
+    /// Only events of this caller
+    #[arg(long)]
+    caller: Option<AccountName>,
+    /// Only events of this kind, such as `get_token`
+    #[arg(long)]
+    event: Option<String>,
+    /// Only events with this outcome, such as `ok` or `permission_denied`
+    #[arg(long)]
+    outcome: Option<String>,
+    /// Only events from this time on: RFC 3339, or a time ago, such as 24h
+    #[arg(long, value_name = "T")]
+    since: Option<Moment>,
+    /// Only events before this time
+    #[arg(long, value_name = "T")]
+    until: Option<Moment>,
+}
+
+impl FilterArgs {
+    /// Returns the conditions with all times absolute.
+    pub(super) fn into_filter(self, now: Timestamp) -> EventFilter {
+        EventFilter {
+            account: self.account.map(|name| name.to_string()),
+            caller: self.caller.map(|name| name.to_string()),
+            event: self.event,
+            outcome: self.outcome,
+            since: self.since.map(|since| since.before(now)),
+            until: self.until.map(|until| until.before(now)),
+            fingerprints: None,
+        }
+    }
+}
