@@ -1,8 +1,8 @@
-//! Reads the imports of `src/` and holds them to the layers that `ARCHITECTURE.md` describes: a file
-//! imports only from its own layer or from lower ones, and no files import one another in a circle.
+//! Reads the imports of `src/` and checks them against the layers that `ARCHITECTURE.md` describes: a file
+//! imports only from its own layer or from lower ones, and no imports form a cycle.
 //!
-//! An import is a `use`, or a path that begins with `crate`, `super` or `self`, outside of code that
-//! only tests compile. A re-export counts as an import of the file that defines the item.
+//! An import is a `use`, or a path that begins with `crate`, `super` or `self`, outside of code that is
+//! compiled for tests only. A re-export counts as an import of the file that defines the item.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -31,14 +31,14 @@ type ModulePath = Vec<String>;
 /// The modules that each module imports from.
 type Imports = BTreeMap<ModulePath, BTreeSet<ModulePath>>;
 
-/// What one file says of its imports, not yet resolved.
+/// The imports of one file, not yet resolved.
 #[derive(Default)]
 struct SourceFile {
     /// Paths of imports, as they are written.
     paths: Vec<Vec<String>>,
     /// Re-exported names, and the paths that they stand for.
     re_exports: Vec<(String, Vec<String>)>,
-    /// Child modules that only tests compile, each in a file of its own.
+    /// Child modules for tests only, each in a file of its own.
     test_modules: Vec<String>,
 }
 
@@ -49,8 +49,7 @@ impl SourceFile {
         Ok(file)
     }
 
-    /// Records the paths that are written with `crate`, `super` or `self` inside a macro's arguments,
-    /// which the parser does not look into.
+    /// Adds the paths in a macro's arguments, which the parser leaves as tokens.
     fn add_macro_tokens(&mut self, tokens: TokenStream) {
         let mut path: Vec<String> = vec![];
         let mut after_colon = false;
@@ -81,7 +80,7 @@ impl SourceFile {
 impl<'ast> Visit<'ast> for SourceFile {
     fn visit_item(&mut self, item: &'ast Item) {
         match item {
-            item if !is_for_tests_alone(attributes(item)) => visit::visit_item(self, item),
+            item if !is_for_tests_only(attributes(item)) => visit::visit_item(self, item),
             Item::Mod(module) if module.content.is_none() => {
                 self.test_modules.push(module.ident.to_string());
             }
@@ -93,7 +92,7 @@ impl<'ast> Visit<'ast> for SourceFile {
     fn visit_visibility(&mut self, _: &'ast Visibility) {}
 
     fn visit_impl_item_fn(&mut self, function: &'ast syn::ImplItemFn) {
-        if !is_for_tests_alone(&function.attrs) {
+        if !is_for_tests_only(&function.attrs) {
             visit::visit_impl_item_fn(self, function);
         }
     }
@@ -117,7 +116,7 @@ impl<'ast> Visit<'ast> for SourceFile {
     }
 }
 
-/// The attributes of an item of any kind that the project uses.
+/// Returns the attributes of an item. It knows every kind of item that the project uses.
 fn attributes(item: &Item) -> &[Attribute] {
     match item {
         Item::Const(item) => &item.attrs,
@@ -134,7 +133,7 @@ fn attributes(item: &Item) -> &[Attribute] {
     }
 }
 
-fn is_for_tests_alone(attributes: &[Attribute]) -> bool {
+fn is_for_tests_only(attributes: &[Attribute]) -> bool {
     attributes.iter().any(|attribute| {
         attribute.path().is_ident("cfg")
             && attribute.parse_args::<syn::Ident>().is_ok_and(|condition| condition == "test")
@@ -166,7 +165,7 @@ fn flatten(tree: &UseTree, path: &mut Vec<String>, imported: &mut Vec<(String, V
     }
 }
 
-/// Finds the module that each import means.
+/// Finds the module that an import refers to.
 struct Resolver<'a> {
     files: &'a BTreeMap<ModulePath, SourceFile>,
     /// The module that defines what another module re-exports, by that module and the item's name.
@@ -176,7 +175,7 @@ struct Resolver<'a> {
 impl<'a> Resolver<'a> {
     fn new(files: &'a BTreeMap<ModulePath, SourceFile>) -> Self {
         let mut resolver = Self { files, re_exports: BTreeMap::new() };
-        // A re-export of a re-export is known after a second round.
+        // A re-export of a re-export needs a second round, and so on.
         for _ in 0..3 {
             for (module, file) in files {
                 for (name, path) in &file.re_exports {
@@ -189,8 +188,8 @@ impl<'a> Resolver<'a> {
         resolver
     }
 
-    /// The module whose file defines the item that `path` names inside `module`; `None` for an item
-    /// of another crate, or one that `module` defines or has imported itself.
+    /// Returns the module whose file defines the item that `path` names inside `module`; `None` for an
+    /// item of another crate, and for one that `module` defines or imports.
     fn resolve(&self, module: &ModulePath, path: &[String]) -> Option<ModulePath> {
         let mut rest = path;
         let mut at = match rest.first()?.as_str() {
@@ -240,15 +239,18 @@ fn imports(files: &BTreeMap<ModulePath, SourceFile>) -> Imports {
         .collect()
 }
 
-/// The layer of `module`, counted from the lowest; `None` for the crate's root.
+/// Returns the number of the layer of `module`, from 0 for the lowest; `None` for the crate's root.
+///
+/// # Panics
+/// If [`LAYERS`] does not list the module.
 fn layer(module: &ModulePath) -> Option<usize> {
     let top = module.first()?;
     let layer = LAYERS.iter().position(|(_, modules)| modules.contains(&top.as_str()));
-    assert!(layer.is_some(), "src/{top} belongs to no layer: name it in this test's table");
+    assert!(layer.is_some(), "src/{top} belongs to no layer: add it to LAYERS in this test");
     layer
 }
 
-/// Each import from a higher layer, in words.
+/// Describes each import from a higher layer.
 fn upward_imports(imports: &Imports) -> Vec<String> {
     let pairs = imports.iter().flat_map(|(from, to)| to.iter().map(move |to| (from, to)));
     pairs
@@ -257,7 +259,7 @@ fn upward_imports(imports: &Imports) -> Vec<String> {
         .collect()
 }
 
-/// Each set of modules that import one another in a circle, in words.
+/// Describes each set of modules whose imports form a cycle.
 fn cycles(imports: &Imports) -> Vec<String> {
     let reachable: BTreeMap<_, _> =
         imports.keys().map(|module| (module, reachable_from(imports, module))).collect();
@@ -287,7 +289,7 @@ fn reachable_from(imports: &Imports, module: &ModulePath) -> BTreeSet<ModulePath
     reached
 }
 
-/// Reads each `.rs` file below `folder`, whose module is `module`.
+/// Parses each `.rs` file below `folder`, which holds the children of `module`, into `files`.
 fn read_folder(folder: &Path, module: &ModulePath, files: &mut BTreeMap<ModulePath, SourceFile>) {
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
@@ -304,8 +306,8 @@ fn read_folder(folder: &Path, module: &ModulePath, files: &mut BTreeMap<ModulePa
     }
 }
 
-/// The imports of `src/`, without the files that only tests compile.
-fn the_crate() -> Imports {
+/// Returns the imports of `src/`, without the files that are compiled for tests only.
+fn imports_of_the_crate() -> Imports {
     let source = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut files = BTreeMap::new();
     read_folder(&source, &vec![], &mut files);
@@ -319,8 +321,8 @@ fn the_crate() -> Imports {
     imports(&files)
 }
 
-/// The imports of a made-up crate of modules with these texts.
-fn example(files: &[(&str, &str)]) -> Imports {
+/// Returns the imports of a crate whose modules have these names and texts.
+fn imports_of_example(files: &[(&str, &str)]) -> Imports {
     let parse = |(module, text): &(&str, &str)| {
         let module = module.split("::").map(str::to_owned).collect();
         (module, SourceFile::parse(text).unwrap())
@@ -330,14 +332,14 @@ fn example(files: &[(&str, &str)]) -> Imports {
 
 #[test]
 fn no_module_imports_from_a_higher_layer() {
-    let imports = the_crate();
+    let imports = imports_of_the_crate();
     assert!(imports.values().map(BTreeSet::len).sum::<usize>() > 300, "the imports were not read");
     assert_eq!(upward_imports(&imports), [""; 0]);
 }
 
 #[test]
-fn no_modules_import_one_another_in_a_circle() {
-    assert_eq!(cycles(&the_crate()), [""; 0]);
+fn no_imports_form_a_cycle() {
+    assert_eq!(cycles(&imports_of_the_crate()), [""; 0]);
 }
 
 #[test]
@@ -349,14 +351,14 @@ fn an_import_from_a_higher_layer_is_found_in_a_use_a_path_and_a_macro() {
         "fn f() { println!(\"{}\", crate::services::COUNT); }",
         "fn f() { select! { _ = async { super::services::run() } => {} } }",
     ] {
-        let imports = example(&[("domain", ""), ("store", text), ("services", "")]);
+        let imports = imports_of_example(&[("domain", ""), ("store", text), ("services", "")]);
         assert_eq!(upward_imports(&imports), ["store imports from services"], "{text}");
     }
 }
 
 #[test]
-fn a_circle_through_a_re_export_is_found() {
-    let imports = example(&[
+fn a_cycle_through_a_re_export_is_found() {
+    let imports = imports_of_example(&[
         ("store", "pub mod rows; pub mod error; pub use self::error::StoreError;"),
         ("store::rows", "use super::StoreError;"),
         ("store::error", "fn f() { super::rows::read() }"),
@@ -365,8 +367,8 @@ fn a_circle_through_a_re_export_is_found() {
 }
 
 #[test]
-fn what_only_tests_import_is_no_import() {
-    let imports = example(&[
+fn imports_of_test_code_are_ignored() {
+    let imports = imports_of_example(&[
         ("domain", "#[cfg(test)] mod tests { use crate::services::Cache; }"),
         ("services", "use crate::domain::Token;"),
     ]);

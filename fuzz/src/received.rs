@@ -33,7 +33,7 @@ pub fn client_certificate(bytes: &[u8]) {
             assert!(!trust_domain.is_empty() && !trust_domain.contains('/'));
         }
         PeerIdentity::Dns(names) => assert!(!names.is_empty() && names.len() <= 16),
-        PeerIdentity::Nobody(why) => assert!(!why.is_empty()),
+        PeerIdentity::Unidentified(why) => assert!(!why.is_empty()),
     }
 }
 

@@ -41,7 +41,7 @@ const INDEX: &str = "\
 token-broker
 
 /livez    the process runs
-/readyz   it can answer calls; what is missing, in JSON
+/readyz   whether it can answer calls, and each check, in JSON
 /metrics  OpenMetrics
 ";
 
@@ -85,11 +85,12 @@ pub struct Check {
     /// Whether the broker is unready without it. Postgres and the upstream are not required: live tokens are
     /// served without them, and if every replica became unready, nobody would be served.
     pub required: bool,
-    /// More for people to read; never a secret.
+    /// An explanation for people. It never holds a secret.
     pub detail: String,
 }
 
-/// Serves `ops` on `listener` until `stop` is cancelled, then waits for the requests in progress to end.
+/// Serves `ops` on `listener` until `stop` is cancelled. Then waits for the requests in progress to end, which
+/// takes at most [`CONNECTION_TIMEOUT`].
 pub async fn serve(listener: TcpListener, ops: Ops, stop: CancellationToken) {
     let router = router(ops);
     let mut connections = JoinSet::new();
@@ -240,7 +241,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn without_postgres_a_replica_is_ready_and_says_that_postgres_is_away() {
+    async fn without_postgres_a_replica_is_ready_and_reports_the_failed_check() {
         let answer = TestServer::start().await.get("/readyz").await;
         assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
         let body: serde_json::Value = serde_json::from_str(body_of(&answer)).unwrap();

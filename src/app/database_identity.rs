@@ -3,13 +3,7 @@
 //! The state directory remembers the database's deployment id and its epoch, which grows each time that
 //! an operator accepts a restored database. The journal knows how many of its records were delivered.
 
-use std::{
-    collections::BTreeMap,
-    fs::{self, File},
-    io::{self, Write},
-    os::unix::fs::OpenOptionsExt,
-    path::Path,
-};
+use std::{collections::BTreeMap, fs, io, path::Path};
 
 use serde::{Deserialize, Serialize};
 use sqlx::PgPool;
@@ -26,7 +20,7 @@ use crate::{
         journal::{Journal, LocalChain, ReadError, with_causes},
         record::{Event, Record},
     },
-    files::state_dir::StateDir,
+    files::{atomic, state_dir::StateDir},
     store::deployment::{self, DatabaseIdentity, Deployment},
 };
 
@@ -220,13 +214,7 @@ impl RememberedDatabase {
 
     /// Replaces the file at `path` as a whole, so that a crash leaves the old or the new content.
     fn write(&self, path: &Path) -> io::Result<()> {
-        let draft = path.with_extension("new");
-        let mut options = File::options();
-        let mut file = options.write(true).create(true).truncate(true).mode(0o600).open(&draft)?;
-        file.write_all(&serde_json::to_vec(self)?)?;
-        file.sync_all()?;
-        fs::rename(&draft, path)?;
-        File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()
+        atomic::replace(path, &serde_json::to_vec(self)?)
     }
 }
 

@@ -70,7 +70,14 @@ impl CheckpointSigner {
         state_dir: &StateDir,
     ) -> Arc<Self> {
         let (state, signed) = (Mutex::default(), Notify::new());
-        Arc::new(Self { journal, keyring, clock, file: state_dir.heads_file(), state, signed })
+        Arc::new(Self {
+            journal,
+            keyring,
+            clock,
+            file: state_dir.checkpoints_file(),
+            state,
+            signed,
+        })
     }
 
     /// Signs the head now and at each interval, until `stop` is cancelled.

@@ -1,4 +1,4 @@
-//! Intake: admins seal a client secret to the broker's public key, and hold no key that opens it.
+//! Intake: admins seal client secrets to the broker's public key. They hold no key that opens them.
 //!
 //! The scheme is HPKE (RFC 9180), base mode: DHKEM(X25519, HKDF-SHA256), HKDF-SHA256, AES-256-GCM.
 
@@ -156,7 +156,7 @@ impl fmt::Display for IntakePublicKey {
     }
 }
 
-/// A value of the intake column, taken apart.
+/// A value of the intake column, split into its parts.
 pub(super) struct SealedIntake {
     /// The id of the key that opens it.
     pub(super) key_id: KeyId,

@@ -7,6 +7,7 @@ use crate::domain::{account::InvalidValue, clock::Timestamp};
 /// The length of every key, in bytes: an AES-256 key, an X25519 private key, an HMAC-SHA-256 key,
 /// an Ed25519 seed.
 pub(super) const KEY_LEN: usize = 32;
+
 /// Returns `N` bytes from the system's random source.
 pub(super) fn random<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
@@ -14,12 +15,12 @@ pub(super) fn random<const N: usize>() -> [u8; N] {
     bytes
 }
 
-/// A key's id: `[a-z0-9]{1,32}`. It stands between colons in values that admins paste. Cheap to clone.
+/// A key's id: `[a-z0-9]{1,32}`. Values that admins paste hold it between colons. Cheap to clone.
 #[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct KeyId(Arc<str>);
 
 impl KeyId {
-    /// The rule as a regular expression. The database's trigger states it too.
+    /// The form of an id as a regular expression. A trigger of the database checks it too.
     pub const PATTERN: &'static str = "[a-z0-9]{1,32}";
     const MAX: u8 = 32;
 
@@ -120,7 +121,7 @@ impl fmt::Display for KeyKind {
     }
 }
 
-/// The public facts of a key.
+/// What may be shown of a key.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct KeyStatus {
     /// The key's id.

@@ -50,7 +50,7 @@ impl<K> Ring<K> {
     }
 }
 
-/// The broker's keys. `Debug` shows their ids alone.
+/// The broker's keys. `Debug` shows only their ids.
 pub struct Keyring {
     pub(super) sealing: Ring<LessSafeKey>,
     pub(super) intake: Ring<IntakeKeyPair>,
@@ -61,7 +61,7 @@ pub struct Keyring {
 
 impl Keyring {
     /// Returns the fingerprint by which the audit log names `token`: a key's id and 32 hexadecimal
-    /// digits of the token's HMAC-SHA-256. Without the key nobody can tell which token it stands for.
+    /// digits of the token's HMAC-SHA-256. Only with the key can a fingerprint be matched to a token.
     #[must_use]
     pub fn fingerprint(&self, token: &AccessToken) -> String {
         let (id, key) = self.fingerprint.primary();

@@ -1,4 +1,4 @@
-//! The text of a keyring file: reading it into keys, and writing keys as text.
+//! The text of a keyring file: parses it into keys, and writes keys as text.
 
 use std::{io, path::PathBuf};
 
@@ -31,13 +31,15 @@ pub enum KeyringFault {
     #[error("it exists already, and a keyring is never overwritten")]
     Exists,
     /// Another edit is under way, or was interrupted and left its temporary file, this one, behind.
-    #[error("it is being edited; if by nobody, remove {}", .0.display())]
+    #[error("it is being edited; if no edit is running, remove {}", .0.display())]
     BeingEdited(PathBuf),
     /// The path names a directory, a pipe or a device.
     #[error("it is not a regular file")]
     NotAFile,
-    /// The file's mode lets others than its owner read it.
-    #[error("its mode {0:04o} lets others than its owner in: chmod 600, or root's with mode 440")]
+    /// The file's mode gives others than its owner access. Holds the mode.
+    #[error(
+        "its mode {0:04o} gives others than its owner access: use mode 600, or 440 if root owns it"
+    )]
     Exposed(u32),
     /// The file is longer than any keyring, or is not UTF-8.
     #[error("it is not a keyring file")]
@@ -64,7 +66,7 @@ pub enum KeyringFault {
     /// The key to promote is not in the file.
     #[error("it has no key {0}")]
     NoSuchKey(KeyId),
-    /// Of one kind, no key or more than one is primary.
+    /// A kind has no primary key, or more than one.
     #[error("exactly one {0} key must have primary = true")]
     Primary(KeyKind),
 }

@@ -63,6 +63,9 @@ impl Keyring {
 
     /// Adds a new key of `kind` to the file at `path`. It is not primary yet, so that every replica
     /// can load it before the first value is made with it. Returns its id.
+    ///
+    /// # Errors
+    /// The [`KeyringFault`]s of reading and writing the file.
     pub fn add_to_file(path: &Path, kind: KeyKind, now: Timestamp) -> Result<KeyId, KeyringError> {
         edit(path, |keys| {
             let key = new_key(kind, false, now);
@@ -113,9 +116,9 @@ fn edit<T>(
     path: &Path,
     change: impl FnOnce(&mut Vec<Key>) -> Result<T, KeyringFault>,
 ) -> Result<T, KeyringFault> {
-    // Resolves symbolic links, so that the file is replaced and not the link.
+    // Symbolic links are resolved, so that the file is replaced and not the link.
     let path = fs::canonicalize(path).map_err(KeyringFault::Read)?;
-    // Its temporary file keeps other edits out until this one is done.
+    // The temporary file of this edit excludes other edits until it is done.
     let mut replacement = Replacement::exclusive(&path).map_err(|error| match error.kind() {
         io::ErrorKind::AlreadyExists => KeyringFault::BeingEdited(atomic::temporary_path(&path)),
         _ => KeyringFault::Write(error),
@@ -147,7 +150,7 @@ fn write_edited<T>(
 /// Opens the file at `path` for reading, unless its mode lets others than its owner read it.
 fn open_guarded(path: &Path) -> Result<File, KeyringFault> {
     let file = File::open(path).map_err(KeyringFault::Read)?;
-    // Taken from the open file, not from the path, which may name another file by then.
+    // The metadata is that of the open file: the path may name another file by now.
     let metadata = file.metadata().map_err(KeyringFault::Read)?;
     if !metadata.is_file() {
         return Err(KeyringFault::NotAFile);
@@ -247,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn an_added_key_makes_nothing_until_it_is_promoted() {
+    fn an_added_key_is_not_primary_until_it_is_promoted() {
         let (_directory, path) = keyring_file();
         let old = primary_of(&path, KeyKind::Sealing);
         let new = Keyring::add_to_file(&path, KeyKind::Sealing, DateTime::UNIX_EPOCH).unwrap();

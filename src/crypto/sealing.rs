@@ -25,7 +25,7 @@ pub enum SealError {
     #[error("the value is sealed with key {0}, which is not in the keyring")]
     UnknownKey(KeyId),
     /// The value has fewer bytes than any sealed value.
-    #[error("the sealed value is cut short")]
+    #[error("the sealed value is truncated")]
     Truncated,
     /// The first bytes do not name a format that this release knows.
     #[error("the value has no format that this release can open")]
@@ -64,8 +64,10 @@ impl Keyring {
         sealed
     }
 
-    /// Opens a value that [`Keyring::seal`] made with the same binding. The key is the one that the
-    /// value names.
+    /// Opens a value that [`Keyring::seal`] made with the same binding. The value names the key.
+    ///
+    /// # Errors
+    /// [`SealError`], but not [`SealError::Content`].
     pub fn open(
         &self,
         binding: &RowBinding,
@@ -140,7 +142,7 @@ impl Keyring {
     }
 }
 
-/// A sealed value, taken apart: format, length of the key id, key id, nonce, ciphertext, tag.
+/// A sealed value, split into its parts: format, length of the key id, key id, nonce, ciphertext, tag.
 struct SealedParts<'a> {
     key_id: KeyId,
     nonce: [u8; aead::NONCE_LEN],

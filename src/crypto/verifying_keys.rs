@@ -22,7 +22,7 @@ pub struct VerifyingKeys(Vec<(KeyId, [u8; 32])>);
 #[derive(Clone, Debug, Error, Eq, PartialEq)]
 pub enum SignatureError {
     /// The key that the signature names is not known.
-    #[error("signed with key {0}, which is not among those to check with")]
+    #[error("it is signed with key {0}, which is not among the given public keys")]
     UnknownKey(String),
     /// The named key did not make the signature over this message.
     #[error("the signature of key {0} is not genuine")]

@@ -3,7 +3,7 @@
 //!
 //! The new content is written to a temporary file in the same directory and synced; the temporary
 //! file is renamed over the target; the directory is synced, since a rename that is not on disk is
-//! undone by a crash. The functions block on disk: call them off the runtime's threads.
+//! undone by a crash. The functions block on disk, so async code calls them on a thread for blocking work.
 
 use std::{
     ffi::OsString,
@@ -28,9 +28,10 @@ pub fn replace(target: &Path, contents: &[u8]) -> io::Result<()> {
     replacement.commit()
 }
 
-/// A file that is being written and will take the place of another one. Dropped without
-/// [`Replacement::commit`], it is removed and the other one stays.
+/// A file that is being written and will replace another one. If it is dropped without
+/// [`Replacement::commit`], it is removed and the other file stays.
 #[derive(Debug)]
+#[must_use = "without `commit` the target is not replaced"]
 pub struct Replacement {
     target: PathBuf,
     temporary: PathBuf,
@@ -39,8 +40,8 @@ pub struct Replacement {
 }
 
 impl Replacement {
-    /// Begins a replacement of `target` that no other one can run beside: its temporary file, mode
-    /// 0600, must not exist yet.
+    /// Begins a replacement of `target` that excludes any other: its temporary file, mode 0600, must not
+    /// exist yet.
     ///
     /// # Errors
     /// [`io::ErrorKind::AlreadyExists`] if another replacement is under way, or was interrupted and
@@ -61,7 +62,7 @@ impl Replacement {
         &mut self.file
     }
 
-    /// Puts the file in its target's place, and returns once this is on disk.
+    /// Renames the file over its target, and returns once this is on disk.
     ///
     /// # Errors
     /// Those of the file system.
@@ -76,8 +77,8 @@ impl Replacement {
 impl Drop for Replacement {
     fn drop(&mut self) {
         if !self.committed {
-            // The error that led here is the caller's to report; a file that stays behind is
-            // overwritten or named by the next replacement.
+            // The caller has the error that ended the replacement. If the file stays behind, the next
+            // replacement overwrites it or names it in its error.
             let _ = fs::remove_file(&self.temporary);
         }
     }
@@ -92,7 +93,8 @@ pub fn temporary_path(target: &Path) -> PathBuf {
     target.with_file_name(name)
 }
 
-/// Makes the name of the file at `path` durable, as opposed to its content.
+/// Syncs the directory of the file at `path`, so that the file's name is durable, or its removal. The
+/// content must be synced separately.
 ///
 /// # Errors
 /// Those of opening and syncing the directory.

@@ -1,5 +1,5 @@
-//! The state directory, which outlives the process. One process uses it at a time; it holds the
-//! replica's identity, the audit journal, and what a start must know of the process before it.
+//! The state directory, which outlives the process. One process uses it at a time. It holds the
+//! replica's identity, the audit journal, and the facts that a start needs about earlier processes.
 
 use std::{
     fs::{DirBuilder, File, OpenOptions, TryLockError},
@@ -78,13 +78,13 @@ impl StateDir {
         Ok(Self { path: path.to_owned(), instance: instance.into(), _lock: Arc::new(lock) })
     }
 
-    /// Returns this replica's identity, which was drawn at random and stays the same at each start.
+    /// Returns this replica's identity, which was generated at random and stays the same at each start.
     #[must_use]
     pub fn instance(&self) -> &str {
         &self.instance
     }
 
-    /// Returns a number that is derived from the identity. Two replicas may share one.
+    /// Returns a number that is derived from the identity. Two replicas may have the same number.
     #[must_use]
     pub fn replica(&self) -> u16 {
         let digest = digest::digest(&digest::SHA256, self.instance.as_bytes());
@@ -93,7 +93,7 @@ impl StateDir {
 
     /// Returns the path of the list of accounts for which tokens were issued without the database.
     #[must_use]
-    pub fn issued_alone_file(&self) -> PathBuf {
+    pub fn intent_log_file(&self) -> PathBuf {
         self.path.join("issued-alone")
     }
 
@@ -118,7 +118,7 @@ impl StateDir {
 
     /// Returns the path of the file with signed checkpoints of the audit log, for copies elsewhere.
     #[must_use]
-    pub fn heads_file(&self) -> PathBuf {
+    pub fn checkpoints_file(&self) -> PathBuf {
         self.path.join("audit-heads.jsonl")
     }
 }
@@ -136,8 +136,8 @@ fn read_instance_id(path: &Path) -> io::Result<Option<String>> {
     }
 }
 
-/// Draws an instance id and makes it durable before it is used: if a crash lost it, records would
-/// name an instance that nobody knows.
+/// Generates an instance id and makes it durable before it is used: if a crash lost it, records would
+/// name an unknown instance.
 fn create_instance_id(dir: &Path) -> io::Result<String> {
     let mut random = [0; 8];
     rand::fill(&mut random).map_err(|_| io::Error::other("no random numbers"))?;

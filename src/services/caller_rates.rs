@@ -20,7 +20,7 @@ pub struct CallerRates {
 }
 
 impl CallerRates {
-    /// Creates the limits; a caller without a rate of its own may make `default_rate` calls a second.
+    /// Creates the limits. A caller without a rate of its own may make `default_rate` calls a second.
     #[must_use]
     pub fn new(default_rate: u32) -> Self {
         Self { default_rate, epoch: Instant::now(), callers: HashMap::default() }
@@ -29,7 +29,7 @@ impl CallerRates {
     /// Counts one call of `caller` that arrived at `now`. Takes no lock: it is on the path of every call.
     ///
     /// # Errors
-    /// How long to wait, when the caller exceeded its rate.
+    /// The time until the next call is permitted, when the caller exceeded its rate.
     pub fn take(&self, caller: &Caller, now: Instant) -> Result<(), Duration> {
         let quota = Quota::per_second(caller.rate_limit.unwrap_or(self.default_rate));
         let callers = self.callers.pin();

@@ -1,17 +1,18 @@
-//! What the broker does: it answers calls from a cache, issues tokens ahead of their end, follows what
-//! admins and other replicas commit, and delivers the audit journal to Postgres.
+//! What the broker does: it answers calls from a cache, issues new tokens before the old ones expire, follows
+//! the changes that admins and other replicas commit, and delivers the audit journal to Postgres.
 //!
-//! | module | does |
+//! | module | contents |
 //! |---|---|
-//! | [`account_cache`], [`account_loader`] | hold each account as it is known now; fill that from the database |
-//! | [`caller_directory`], [`caller_rates`], [`keyed_semaphore`] | know callers by their credentials; bound what each may use |
-//! | [`gcra`], [`client_network`] | the rate limit algorithm; which addresses count as one client |
-//! | [`connectivity`] | knows whether the database answers, and what a replica may do while it does not |
-//! | [`refresher`] | issues tokens and stores them |
-//! | [`change_feed`] | follows committed changes |
-//! | [`token_provider`] | answers calls: permission, cache, wait |
-//! | [`refusal_aggregator`] | writes one audit record for many equal refusals |
-//! | [`journal_delivery`], [`retention`] | bring the audit journal to Postgres; remove old audit records |
+//! | [`account_cache`], [`account_loader`] | the accounts and their tokens in memory; loading them from the database |
+//! | [`caller_directory`] | the callers by their credentials |
+//! | [`caller_rates`], [`gcra`] | the rate limit of each caller, and its algorithm |
+//! | [`keyed_semaphore`], [`client_network`] | limits for each caller or client; which addresses count as one client |
+//! | [`connectivity`] | whether the database answers, and what a replica may do while it does not |
+//! | [`refresher`] | issuing and storing tokens |
+//! | [`change_feed`] | following committed changes |
+//! | [`token_provider`] | answering calls: checking grants, reading the cache, waiting for a token |
+//! | [`refusal_aggregator`] | one audit record for many equal refusals |
+//! | [`journal_delivery`], [`retention`] | delivering the audit journal to Postgres; removing old audit records |
 
 pub mod account_cache;
 pub mod account_loader;

@@ -1,11 +1,11 @@
-//! The token service proper: checks a caller's grants, answers from the cache, and waits for tokens that
-//! are being issued. It never calls the upstream; the refresher does.
+//! The operations behind `TokenService`: they check a caller's grants, answer from the cache, and wait for
+//! tokens that are being issued. They never call the upstream; the refresher does.
 //!
 //! | file | holds |
 //! |---|---|
 //! | `token_provider.rs` | the operations behind the RPCs, with their effects |
-//! | `decide.rs` | the decisions: serve, wait or refuse; reuse time; what becomes of a report |
-//! | `refusal.rs` | why a call is refused |
+//! | `decide.rs` | the decisions: serve, wait or refuse; the reuse time; the outcome of a report |
+//! | `refusal.rs` | the reasons for which a call is refused |
 //! | `list.rs` | pages of accounts for `ListAccounts` |
 
 mod decide;
@@ -45,14 +45,15 @@ use crate::{
     store::{callers::CredentialKey, leases},
 };
 
-/// Retry delay of a call that is shed: about as long as one issue takes, after which others no longer wait.
+/// Retry delay of a call that is shed: about as long as issuing a token takes, after which other calls no
+/// longer wait.
 const SHED_RETRY: Duration = Duration::from_secs(1);
-/// How many matches of a pattern with a name are made before other tasks of the thread may run.
+/// How many times a pattern is compared with a name before other tasks of the thread may run.
 const MATCHES_BEFORE_YIELD: usize = 10_000;
 /// How long storing a report may take; also the retry delay when it failed.
 const STORE_REPORT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Answers callers. Cheap to clone: clones share everything.
+/// Answers the calls of callers. Cheap to clone: clones share all state.
 #[derive(Clone)]
 pub struct TokenProvider {
     /// The accounts with their tokens.
@@ -71,7 +72,7 @@ pub struct TokenProvider {
     pub wait_permits: Arc<KeyedSemaphore<CallerId>>,
     /// Limits the `WatchTokens` streams that are open at the same time.
     pub stream_permits: Arc<KeyedSemaphore<CallerId>>,
-    /// Has the refresher look at an account at once.
+    /// Makes the refresher check an account at once.
     pub refresh_trigger: RefreshTrigger,
     /// The database, where reports are stored for all replicas.
     pub pool: PgPool,
@@ -81,10 +82,11 @@ pub struct TokenProvider {
 }
 
 impl TokenProvider {
-    /// Returns a live token of `account` for `caller`, waiting up to `deadline` if that is what
-    /// [`decide`] says.
+    /// Returns a live token of `account` for `caller`. Waits for one up to `deadline` while [`decide`] says
+    /// so.
     ///
-    /// Cancel safe: a dropped call only gives back its wait permit. An issue that it triggered goes on.
+    /// Cancel safe: a dropped call only gives back its wait permit. An attempt to issue that it triggered goes
+    /// on.
     ///
     /// # Errors
     /// The refusal that the caller is to read.
@@ -125,8 +127,8 @@ impl TokenProvider {
         }
     }
 
-    /// Answers a call whose deadline has come: with the live token if its generation suffices, even where
-    /// it lives for less than `min_ttl`, since a token that works is better than an error.
+    /// Answers a call whose deadline has passed: with the live token if its generation suffices, even if it
+    /// lives for less than `min_ttl`, since a token that works is better than an error.
     fn answer_at_deadline(
         &self,
         cached: &CachedAccount,
@@ -146,9 +148,9 @@ impl TokenProvider {
         acquire(&self.stream_permits, caller)
     }
 
-    /// Takes a caller's report that the upstream refused the account's token of `generation`, with the code
-    /// `upstream_code`. What becomes of it is decided by [`decide_report`]; a report that leads to a reissue
-    /// is stored in the database first, so that whichever replica issues next knows it.
+    /// Handles a caller's report that the upstream refused the account's token of `generation` with the code
+    /// `upstream_code`. [`decide_report`] determines the outcome. A report that leads to a reissue is stored
+    /// in the database first, so that the replica that issues next knows of it.
     ///
     /// # Errors
     /// The refusal that the caller is to read: [`CallRefusal::DatabaseUnavailable`] when the report cannot
@@ -202,7 +204,7 @@ impl TokenProvider {
             Ok(Ok(Ok(()))) => return Ok(()),
             Ok(Ok(Err(error))) => warn!(%account, %error, "a report cannot be stored"),
             Ok(Err(_)) => warn!(%account, "a report was not stored in time"),
-            // The runtime shuts down.
+            // The runtime shuts down, or the task panicked, which is logged.
             Err(_) => {}
         }
         Err(CallRefusal::DatabaseUnavailable { retry_after: STORE_REPORT_TIMEOUT })

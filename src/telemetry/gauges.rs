@@ -1,4 +1,4 @@
-//! Metrics that other parts of the broker hold, and that are read at each scrape.
+//! Metrics whose values other parts of the broker hold. They are read at each scrape.
 
 use std::{fmt, sync::Arc};
 
@@ -61,10 +61,10 @@ pub struct JournalGauges {
     pub last_delivered_at: Option<Timestamp>,
 }
 
-/// Fills in the values that it knows.
+/// A function that fills in the values that it knows.
 type Source = Box<dyn Fn(&mut Gauges) + Send + Sync>;
 
-/// All sources of values.
+/// The functions that fill in the values, in the order of their registration.
 #[derive(Clone, Default)]
 pub(super) struct Sources(Arc<Mutex<Vec<Source>>>);
 

@@ -22,7 +22,7 @@ pub const METRICS_CONTENT_TYPE: &str = "application/openmetrics-text; version=1.
 pub enum Method {
     /// `GetToken`.
     GetToken,
-    /// `WatchTokens`. Its latency is the time until its first answer.
+    /// `WatchTokens`. Its latency is the time until the stream begins.
     WatchTokens,
     /// `ReportRejectedToken`.
     ReportRejectedToken,
@@ -319,7 +319,7 @@ mod tests {
     fn gauges_are_read_from_all_sources_at_each_scrape() {
         let metrics = Metrics::new("1.2.3");
         let absent = lines(&metrics).iter().any(|line| line.contains("timestamp"));
-        assert!(!absent, "a time that nobody knows is not exported");
+        assert!(!absent, "a time that no source fills in is not exported");
         metrics.on_scrape(|gauges| {
             gauges.earliest_token_end = DateTime::from_timestamp(1_800_000_000, 0);
             gauges.upstream_clock_skew = Some(TimeDelta::milliseconds(-1500));

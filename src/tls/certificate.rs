@@ -1,12 +1,12 @@
-//! Reading certificates: the identity that a client certificate names, and when a certificate ends.
+//! Reads certificates: the identity that a client certificate names, and the end of a certificate.
 
 use rustls::pki_types::CertificateDer;
 use x509_parser::{certificate::X509Certificate, extensions::GeneralName, prelude::FromDer};
 
 use crate::domain::clock::Timestamp;
 
-/// The most DNS names of one certificate that are considered.
-const MOST_NAMES: usize = 16;
+/// How many DNS names of one certificate are considered; later ones are ignored.
+const MAX_DNS_NAMES: usize = 16;
 
 /// The identity that a verified client certificate names.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -20,8 +20,8 @@ pub enum PeerIdentity {
     },
     /// The certificate has no URI, and these DNS names, in lower case.
     Dns(Vec<String>),
-    /// The certificate names no identity, for this reason.
-    Nobody(&'static str),
+    /// The certificate identifies no caller, for this reason.
+    Unidentified(&'static str),
 }
 
 impl PeerIdentity {
@@ -30,26 +30,28 @@ impl PeerIdentity {
     #[must_use]
     pub fn of(certificate: &CertificateDer<'_>) -> Self {
         let Ok((_, parsed)) = X509Certificate::from_der(certificate) else {
-            return Self::Nobody("the certificate cannot be read");
+            return Self::Unidentified("the certificate cannot be read");
         };
         let Ok(Some(names)) = parsed.subject_alternative_name() else {
-            return Self::Nobody("the certificate has no subject alternative name");
+            return Self::Unidentified("the certificate has no subject alternative name");
         };
         let (mut uris, mut dns) = (Vec::new(), Vec::new());
         for name in &names.value.general_names {
             match name {
                 GeneralName::URI(uri) => uris.push(*uri),
-                GeneralName::DNSName(name) if dns.len() < MOST_NAMES => {
+                GeneralName::DNSName(name) if dns.len() < MAX_DNS_NAMES => {
                     dns.push(name.to_ascii_lowercase());
                 }
                 _ => {}
             }
         }
         match uris[..] {
-            [] if dns.is_empty() => Self::Nobody("the certificate has neither URI nor DNS name"),
+            [] if dns.is_empty() => {
+                Self::Unidentified("the certificate has neither URI nor DNS name")
+            }
             [] => Self::Dns(dns),
             [uri] => spiffe(uri),
-            _ => Self::Nobody("the certificate has more than one URI"),
+            _ => Self::Unidentified("the certificate has more than one URI"),
         }
     }
 }
@@ -58,15 +60,15 @@ fn spiffe(uri: &str) -> PeerIdentity {
     let Some((trust_domain, path)) =
         uri.strip_prefix("spiffe://").and_then(|rest| rest.split_once('/'))
     else {
-        return PeerIdentity::Nobody("the certificate's URI is no SPIFFE ID of a workload");
+        return PeerIdentity::Unidentified("the certificate's URI is no SPIFFE ID of a workload");
     };
     if trust_domain.is_empty() || path.is_empty() {
-        return PeerIdentity::Nobody("the certificate's URI is no SPIFFE ID of a workload");
+        return PeerIdentity::Unidentified("the certificate's URI is no SPIFFE ID of a workload");
     }
     PeerIdentity::Spiffe { id: uri.to_owned(), trust_domain: trust_domain.to_owned() }
 }
 
-/// When a certificate ends; `None` if it cannot be read.
+/// Returns when a certificate ends; `None` if it cannot be read.
 pub(super) fn not_after(certificate: &CertificateDer<'_>) -> Option<Timestamp> {
     let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
     Timestamp::from_timestamp_secs(parsed.validity().not_after.timestamp())
@@ -100,7 +102,7 @@ mod tests {
         let names = vec!["a.example.com".to_owned(), "b.example.com".to_owned()];
         let several = vec![dns("A.example.com"), dns("b.example.com")];
         assert_eq!(PeerIdentity::of(&certificate(several)), PeerIdentity::Dns(names));
-        for nobody in [
+        for names in [
             vec![uri(id), uri("spiffe://example.com/other")],
             vec![uri(id), uri("https://example.com/")],
             vec![uri("https://example.com/billing"), dns("billing.example.com")],
@@ -110,9 +112,12 @@ mod tests {
             vec![SanType::IpAddress([127, 0, 0, 1].into())],
             vec![],
         ] {
-            let shown = PeerIdentity::of(&certificate(nobody));
-            assert!(matches!(shown, PeerIdentity::Nobody(_)), "{shown:?}");
+            let shown = PeerIdentity::of(&certificate(names));
+            assert!(matches!(shown, PeerIdentity::Unidentified(_)), "{shown:?}");
         }
-        assert!(matches!(PeerIdentity::of(&b"no certificate"[..].into()), PeerIdentity::Nobody(_)));
+        assert!(matches!(
+            PeerIdentity::of(&b"no certificate"[..].into()),
+            PeerIdentity::Unidentified(_)
+        ));
     }
 }

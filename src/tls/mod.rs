@@ -1,4 +1,4 @@
-//! TLS towards callers: the broker's certificate and key and the CAs of callers' certificates, which are
+//! TLS on the gRPC port: the broker's certificate and key, and the CAs of callers' certificates. They are
 //! reloaded when their files change.
 
 mod certificate;
@@ -18,7 +18,10 @@ use aws_lc_rs::digest::{Context, SHA256};
 use rustls::{
     RootCertStore, ServerConfig,
     crypto::aws_lc_rs::default_provider,
-    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
+    pki_types::{
+        CertificateDer, PrivateKeyDer,
+        pem::{self, PemObject},
+    },
     server::WebPkiClientVerifier,
 };
 use thiserror::Error;
@@ -32,21 +35,21 @@ use crate::domain::clock::{Clock, Timestamp};
 
 /// How often the files are read and compared with those in use.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
-/// A certificate that ends within this time is warned of each time it is loaded.
+/// A certificate that ends within this time causes a warning each time it is loaded.
 const EXPIRY_WARNING: chrono::TimeDelta = chrono::TimeDelta::days(7);
 
-/// The PEM files that TLS is served with.
+/// The PEM files that the TLS configuration is made from.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct TlsFiles {
     /// The certificate, followed by the intermediate certificates that link it to its CA.
     pub cert: PathBuf,
     /// The certificate's private key.
     pub key: PathBuf,
-    /// The CAs of callers' certificates. Without it, callers can only use bearers.
+    /// The CAs of callers' certificates. Without this file, callers can only use bearers.
     pub client_ca: Option<PathBuf>,
 }
 
-/// Why TLS cannot be served with the files. No message shows a key.
+/// Why the TLS files cannot be used. No message quotes a file, which may hold a key.
 #[derive(Debug, Error)]
 pub enum TlsError {
     /// A file cannot be read.
@@ -135,7 +138,7 @@ impl Tls {
         let mut seen = None;
         loop {
             let this = Arc::clone(&self);
-            // The task fails only by a panic. Then the next poll tries again.
+            // The task fails only if it panics. Then the next poll tries again.
             let polled = task::spawn_blocking(move || this.poll(seen)).await;
             seen = polled.ok().or(seen);
             tokio::select! {
@@ -241,7 +244,17 @@ fn certificates(file: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>,
     match found {
         Ok(found) if !found.is_empty() => Ok(found),
         Ok(_) => Err(malformed(file, "it holds no certificate in PEM")),
-        Err(error) => Err(malformed(file, &format!("it is no PEM: {error}"))),
+        Err(error) => Err(malformed(file, &format!("it is not PEM: {}", pem_fault(&error)))),
+    }
+}
+
+/// Describes why a file is not PEM. The error's own text may quote a line of the file.
+fn pem_fault(error: &pem::Error) -> &'static str {
+    match error {
+        pem::Error::MissingSectionEnd { .. } => "a section has no end",
+        pem::Error::IllegalSectionStart { .. } => "a section begins with a malformed line",
+        pem::Error::Base64Decode(_) => "a section is not base64",
+        _ => "it cannot be read",
     }
 }
 

@@ -34,7 +34,8 @@ pub const MAX_BODY: usize = 64 * 1024;
 pub struct UpstreamSettings {
     /// The upstream to call.
     pub target: Target,
-    /// The local address to call from, for a machine that has several of which one is registered.
+    /// The local address to call from, for a machine with several addresses of which only one is registered
+    /// with the upstream.
     pub bind_address: Option<IpAddr>,
     /// An explicit forward proxy, `http` or `https`, possibly with a user and password. Proxies from the
     /// environment are never used.
@@ -57,7 +58,7 @@ pub enum UpstreamSetupError {
     #[error(
         "the upstream's client cannot be set up: are the system's root certificates installed?"
     )]
-    Tls,
+    Tls(#[source] reqwest::Error),
 }
 
 /// A client that issues tokens. Cheap to clone; clones share their connections.
@@ -93,7 +94,10 @@ impl UpstreamClient {
             http = http.proxy(forward_proxy(&proxy, &target)?);
         }
         Ok(Self {
-            http: http.local_address(bind_address).build().map_err(|_| UpstreamSetupError::Tls)?,
+            http: http
+                .local_address(bind_address)
+                .build()
+                .map_err(|error| UpstreamSetupError::Tls(error.without_url()))?,
             token_url: format!("{}/token", target.base_url()),
             timeout,
             clock,
@@ -120,7 +124,8 @@ impl UpstreamClient {
             .send()
             .await
             .map_err(|error| self.not_answered(&error))?;
-        // Taken now and not after the body, which may arrive late: the upstream has just written `Date`.
+        // The time is taken before the body is read, which may arrive late: the upstream has just written
+        // `Date`.
         let now = self.clock.now();
         match self.read_body(&mut response).await {
             Ok(body) => rcs::read(response.status(), response.headers(), &body, now),
@@ -191,7 +196,10 @@ impl UpstreamClient {
 
 /// Returns a builder with the settings of every client of the upstream. reqwest's defaults would follow
 /// redirects, use the environment's proxies, and send `Referer`.
-#[expect(clippy::disallowed_methods, reason = "the one home of the upstream's client")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the only place that builds a client of the upstream"
+)]
 fn builder(timeout: Duration) -> reqwest::ClientBuilder {
     reqwest::Client::builder()
         .user_agent(concat!("token-broker/", env!("CARGO_PKG_VERSION")))
@@ -214,7 +222,7 @@ fn forward_proxy(proxy: &Url, target: &Target) -> Result<Proxy, UpstreamSetupErr
     Proxy::all(proxy.clone()).map_err(|_| UpstreamSetupError::Proxy)
 }
 
-/// Returns why there is no connection, for the causes that an operator can act on.
+/// Returns why no connection was made, in as much detail as helps an operator.
 fn connect_fault(error: &reqwest::Error) -> &'static str {
     if error.is_dns() {
         return "its name cannot be resolved";
@@ -222,7 +230,7 @@ fn connect_fault(error: &reqwest::Error) -> &'static str {
     let mut through_proxy = false;
     let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
     while let Some(error) = cause {
-        // Recognised by its text, since its type is private to its crate.
+        // A failed proxy tunnel is recognised by its text, since the type of its error is private.
         through_proxy |= error.to_string().starts_with("tunnel error");
         if let Some(error) = error.downcast_ref::<io::Error>() {
             if let Some(fault) = io_fault(error) {
@@ -236,7 +244,7 @@ fn connect_fault(error: &reqwest::Error) -> &'static str {
     }
     match (error.is_timeout(), through_proxy) {
         (true, _) => "connecting took too long",
-        (false, true) => "the proxy does not open a way to it",
+        (false, true) => "the proxy did not open a tunnel to it",
         (false, false) => "no connection",
     }
 }

@@ -1,5 +1,5 @@
-//! RCS Biz Center's wire format: the request, and what an answer means. Pure functions; answers are read
-//! strictly.
+//! RCS Biz Center's wire format: builds the request, and reads and classifies the answer. All functions are
+//! pure. An answer that does not have exactly the expected form yields no token.
 
 mod http_date;
 mod issued;
@@ -27,12 +27,12 @@ pub(super) fn request_body(id: &ClientId, secret: &ClientSecret) -> Zeroizing<Ve
         client_secret: &'a str,
     }
 
-    // 38 characters of up to 4 bytes, with 36 bytes around them, fit: growing would leave a copy behind in
-    // memory.
+    // The capacity suffices for 38 characters of up to 4 bytes and the 36 bytes around them. Growing would
+    // leave a copy of the secret behind in memory.
     let mut body = Zeroizing::new(Vec::with_capacity(256));
     let request = Request { client_id: id.as_str(), client_secret: secret.expose() };
     serde_json::to_writer(&mut *body, &request)
-        .expect("two strings are JSON, and a vector takes all that is written");
+        .expect("strings can be written as JSON, and writing to a vector cannot fail");
     body
 }
 
@@ -40,13 +40,13 @@ pub(super) fn request_body(id: &ClientId, secret: &ClientSecret) -> Zeroizing<Ve
 ///
 /// | status | body | class |
 /// |---|---|---|
-/// | 200 | a token whose end is ahead, at most [`LONGEST_LIFE`] | – |
+/// | 200 | a token that ends in the future, at most [`LONGEST_LIFE`] ahead | – |
 /// | 200 | anything else | malformed |
 /// | 429 | any | rate limited |
 /// | 408, 5xx | any | unreachable |
 /// | other 4xx | code 61005, 61006, 64301–64304 | rejected |
 /// | 401, 403 | any other | egress rejected |
-/// | other 4xx | another code | egress rejected, which is retried seldom, since asking again will not help |
+/// | other 4xx | another code | egress rejected, which is retried seldom, since a retry will hardly help |
 /// | other 4xx | no code: the answer of a proxy or of a wrong address | malformed |
 /// | any other, also redirects | any | malformed |
 pub fn read(

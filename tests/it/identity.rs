@@ -1,14 +1,9 @@
 //! Identification of callers by TLS client certificates and bearers, and of clients behind balancers.
 
-use std::{
-    collections::BTreeSet,
-    fs,
-    net::SocketAddr,
-    path::Path,
-    sync::{Arc, Mutex},
-};
+use std::{collections::BTreeSet, fs, net::SocketAddr, path::Path, sync::Arc};
 
 use nix::sys::signal::Signal;
+use parking_lot::Mutex;
 use token_broker::{
     api::proto::{GetTokenRequest, token_service_client::TokenServiceClient},
     crypto::bearer::Bearer,
@@ -91,7 +86,7 @@ impl TlsBroker {
         connect_tls(self.port(), &self.broker_ca, own).await
     }
 
-    /// Calls with that certificate and bearer. Returns the token, or the refusal's code and reason.
+    /// Calls `GetToken` with this certificate and bearer. Returns the token, or the refusal's code and reason.
     async fn get(
         &self,
         own: Option<&PemIdentity>,
@@ -178,7 +173,7 @@ async fn a_missing_or_unacceptable_credential_is_refused_and_the_audit_log_says_
     let channel = broker.channel(Some(&billing)).await.unwrap();
     get(channel.clone(), None).await.unwrap();
     broker.fixture.database.sql("update caller_credentials set revoked_at = now()").await;
-    eventually("revoked", async || get(channel.clone(), None).await.err()).await;
+    eventually("the revocation", async || get(channel.clone(), None).await.err()).await;
     broker.stop().await;
 }
 
@@ -251,8 +246,8 @@ async fn certificates_are_replaced_under_load_without_a_failed_call() {
             continue;
         }
         // Files that cannot be used change nothing, however often the broker reads them.
-        spoil(path, "broker.key", "no key");
-        spoil(
+        overwrite(path, "broker.key", "no key");
+        overwrite(
             path,
             "callers.pem",
             "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
@@ -276,7 +271,7 @@ async fn certificates_grants_and_bearers_are_rotated_under_load_and_no_call_is_l
     const ROUNDS: usize = 6;
     let broker = TlsBroker::new().await;
     let database = &broker.fixture.database;
-    // The CAs that the load's clients trust, and the certificate that they show; each round replaces them.
+    // The CAs that the load's clients trust, and the certificate that they present. Each round replaces them.
     let authorities = |kind: &str| -> Vec<_> {
         (0..=ROUNDS).map(|nth| Arc::new(TestCa::new(&format!("{kind} {nth}")))).collect()
     };
@@ -289,7 +284,7 @@ async fn certificates_grants_and_bearers_are_rotated_under_load_and_no_call_is_l
     write_tls_files(path, &ours[0].issue(&[BROKER_DNS_NAME]), &[&callers[0]]);
     let port = broker.port();
     eventually("the first certificates", async || {
-        let ([_, trusted], own) = present.lock().unwrap().clone();
+        let ([_, trusted], own) = present.lock().clone();
         get(connect_tls(port, &trusted, Some(&own)).await.ok()?, None).await.ok()
     })
     .await;
@@ -303,13 +298,13 @@ async fn certificates_grants_and_bearers_are_rotated_under_load_and_no_call_is_l
             while !stop.is_cancelled() {
                 if reconnects || channel.is_none() {
                     channel = Some(loop {
-                        let (trusted, own) = present.lock().unwrap().clone();
+                        let (trusted, own) = present.lock().clone();
                         let both = [&*trusted[0], &*trusted[1]];
                         match connect_tls_trusting(port, &both, Some(&own)).await {
                             Ok(connected) => break connected,
-                            // This client did not keep up: the CAs were replaced meanwhile.
+                            // The CAs were replaced between the reading of `present` and the handshake.
                             Err(error) => {
-                                let now = &present.lock().unwrap().0;
+                                let now = &present.lock().0;
                                 assert!(!Arc::ptr_eq(&now[1], &trusted[1]), "{error:?}");
                             }
                         }
@@ -324,7 +319,7 @@ async fn certificates_grants_and_bearers_are_rotated_under_load_and_no_call_is_l
     let mut bearer = broker.bearer.clone();
     for round in 1..=ROUNDS {
         // Both sides trust the old and the new CA; certificates of the old one are still in use.
-        present.lock().unwrap().0 = [ours[round - 1].clone(), ours[round].clone()];
+        present.lock().0 = [ours[round - 1].clone(), ours[round].clone()];
         write_tls_files(
             path,
             &ours[round].issue(&[BROKER_DNS_NAME]),
@@ -369,7 +364,7 @@ async fn certificates_grants_and_bearers_are_rotated_under_load_and_no_call_is_l
             get(channel, None).await.ok()
         })
         .await;
-        present.lock().unwrap().1 = own;
+        present.lock().1 = own;
     }
     stop.cancel();
     while let Some(calls) = load.join_next().await {
@@ -378,7 +373,7 @@ async fn certificates_grants_and_bearers_are_rotated_under_load_and_no_call_is_l
     broker.stop().await;
 }
 
-fn spoil(directory: &Path, name: &str, text: &str) {
+fn overwrite(directory: &Path, name: &str, text: &str) {
     fs::write(directory.join(name), text).unwrap();
 }
 
@@ -398,12 +393,12 @@ async fn tls_files_that_cannot_be_used_are_one_error_that_names_the_file() {
     ] {
         let tls = write_tls_files(directory.path(), &broker, &[&other]);
         match text {
-            Some(text) => spoil(directory.path(), file, text),
+            Some(text) => overwrite(directory.path(), file, text),
             None => fs::remove_file(directory.path().join(file)).unwrap(),
         }
-        let mut plan = fixture.config();
-        plan.settings.tls = Some(tls);
-        let error = crate::harness::broker::start_error(plan).await;
+        let mut config = fixture.config();
+        config.settings.tls = Some(tls);
+        let error = crate::harness::broker::start_error(config).await;
         assert!(error.starts_with("TLS cannot be served: ") && error.contains(words), "{error}");
         assert!(!error.contains("PRIVATE"), "{error}");
     }
@@ -443,9 +438,9 @@ async fn behind_a_balancer_the_peer_is_the_client_that_it_names_also_with_tls() 
         let tls =
             with_tls.then(|| write_tls_files(files.path(), &ours.issue(&[BROKER_DNS_NAME]), &[]));
         let balancers = vec!["127.0.0.0/8".parse().unwrap()];
-        let mut plan = fixture.config();
-        (plan.settings.tls, plan.settings.proxy_protocol_from) = (tls, balancers);
-        let broker = fixture.start_with(plan).await;
+        let mut config = fixture.config();
+        (config.settings.tls, config.settings.proxy_protocol_from) = (tls, balancers);
+        let broker = fixture.start_with(config).await;
         fixture.wait_for_state("acme", "fresh").await;
         let (address, _forwarding) = balancer(broker.app.grpc_address, PROXY_HEADER).await;
         let channel = if with_tls {
@@ -464,7 +459,7 @@ async fn behind_a_balancer_the_peer_is_the_client_that_it_names_also_with_tls() 
         }
         let mut direct = TcpStream::connect(broker.app.grpc_address).await.unwrap();
         direct.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
-        // It is closed or reset without an answer.
+        // The broker closes or resets that connection without an answer.
         let mut received = vec![];
         let _ = direct.read_to_end(&mut received).await;
         assert!(received.is_empty());
@@ -495,9 +490,9 @@ async fn a_proxy_header_from_an_untrusted_address_is_refused() {
     fixture.add_account("acme", "id-1", "SK.1").await;
     let bearer = fixture.add_caller("demo", &["acme"]).await;
     let balancers = vec!["192.0.2.0/24".parse().unwrap()];
-    let mut plan = fixture.config();
-    plan.settings.proxy_protocol_from = balancers;
-    let broker = fixture.start_with(plan).await;
+    let mut config = fixture.config();
+    config.settings.proxy_protocol_from = balancers;
+    let broker = fixture.start_with(config).await;
     fixture.wait_for_state("acme", "fresh").await;
     let (address, _forwarding) = balancer(broker.app.grpc_address, PROXY_HEADER).await;
     let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();

@@ -1,4 +1,5 @@
-//! What callers get: tokens, refusals with their reasons, and an audit record of each call.
+//! The calls of `TokenService`: tokens, refusals with their reasons, streams, limits, and an audit record of
+//! each call.
 
 use std::time::{Duration, Instant};
 
@@ -95,9 +96,9 @@ async fn while_the_upstream_is_down_tokens_are_served_until_they_expire_and_neve
     let bearer = fixture.add_caller("demo", &["*"]).await;
     fixture.add_account("acme", "id-1", "SK.1").await;
     // The minimum issue interval is measured by the database's clock, which does not move with the test's.
-    let mut plan = fixture.config();
-    plan.settings.min_issue_interval = Duration::ZERO;
-    let broker = fixture.start_with(plan).await;
+    let mut config = fixture.config();
+    config.settings.min_issue_interval = Duration::ZERO;
+    let broker = fixture.start_with(config).await;
     let client = broker.client(&bearer).await;
     let token = client.get("acme").await.unwrap();
     fixture.upstream.set_faults(Faults { error_rate: 1.0, ..Faults::default() });
@@ -115,7 +116,7 @@ async fn while_the_upstream_is_down_tokens_are_served_until_they_expire_and_neve
     assert!(reuse_for.seconds == 0 && reuse_for.nanos > 0 && reuse_for.nanos <= 1_000_000);
 
     manual.set(last);
-    let refused = eventually("a typed error", async || {
+    let refused = eventually("the refusal", async || {
         let refused = client.get("acme").await.unwrap_err();
         (refused.code() == Code::Unavailable).then_some(refused)
     })
@@ -132,9 +133,9 @@ async fn a_call_waits_for_a_token_that_is_being_issued_but_not_beyond_its_deadli
     let bearer = fixture.add_caller("demo", &["*"]).await;
     fixture.upstream.set_faults(Faults { answer: Answer::Hang, ..Faults::default() });
     // The client sends no deadline, since it would enforce it itself; the broker's default applies.
-    let mut plan = fixture.config();
-    plan.settings.deadline_default = Duration::from_millis(500);
-    let broker = fixture.start_with(plan).await;
+    let mut config = fixture.config();
+    config.settings.deadline_default = Duration::from_millis(500);
+    let broker = fixture.start_with(config).await;
     let client = broker.client(&bearer).await;
     fixture.add_account("acme", "id-1", "SK.1").await;
     eventually("the attempt", async || (fixture.upstream.attempts("id-1") == 1).then_some(()))
@@ -325,13 +326,13 @@ async fn grants_and_bearers_change_without_a_restart() {
         .await;
     eventually("a token", async || client.get("acme").await.ok()).await;
     fixture.database.sql("update caller_credentials set revoked_at = now()").await;
-    eventually("revoked", async || client.get("acme").await.err()).await;
+    eventually("the revocation", async || client.get("acme").await.err()).await;
     broker.stop().await;
 }
 
 #[tokio::test]
 async fn a_flood_of_refusals_is_counted_in_few_records_while_others_are_served() {
-    // As many as a connection may have streams.
+    // As many calls as a connection may have streams.
     const FLOOD: i64 = 1_000;
     let fixture = Fixture::new().await;
     let bearer = fixture.add_caller("demo", &["acme"]).await;
@@ -361,7 +362,7 @@ async fn a_flood_of_refusals_is_counted_in_few_records_while_others_are_served()
     .await
     .unwrap();
     assert_eq!(counted.0, FLOOD);
-    // 20 records at once, then one a second, and an aggregated one each 250 ms.
+    // The aggregator writes 20 records at once, then one a second, and an aggregated one each 250 ms.
     let max_records = 20 + 5 * (began.elapsed().as_secs() + 1);
     assert!(counted.1.unsigned_abs() <= max_records, "{counted:?}");
 }
@@ -417,7 +418,7 @@ async fn one_address_may_have_a_quarter_of_the_connections() {
     let (first, second) = (broker.client(&bearer).await, broker.client(&bearer).await);
     first.get("acme").await.unwrap();
     second.get("acme").await.unwrap();
-    // A connection that is served receives the server's settings first; this one must receive nothing.
+    // A connection that is served receives the server's settings first. The third must receive nothing.
     let mut third = tokio::net::TcpStream::connect(broker.app.grpc_address).await.unwrap();
     let _ = third.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await;
     let mut received = vec![];
@@ -431,14 +432,15 @@ async fn one_address_may_have_a_quarter_of_the_connections() {
         let endpoint = format!("http://{}", broker.app.grpc_address);
         let endpoint = tonic::transport::Endpoint::from_shared(endpoint).unwrap();
         let channel = endpoint.connect().await.ok()?;
-        let request = client_request(&bearer);
+        let request = request_with(&bearer);
         TokenServiceClient::new(channel).get_token(request).await.ok()
     });
     another.await;
     broker.stop().await;
 }
 
-fn client_request(bearer: &Bearer) -> Request<GetTokenRequest> {
+/// Returns a `GetToken` request for `acme` with `bearer`.
+fn request_with(bearer: &Bearer) -> Request<GetTokenRequest> {
     let mut request =
         Request::new(GetTokenRequest { account: "acme".into(), ..Default::default() });
     let value = format!("Bearer {}", bearer.expose()).parse().unwrap();

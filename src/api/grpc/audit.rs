@@ -48,7 +48,7 @@ use crate::{
     telemetry::Metrics,
 };
 
-/// The longest that an answer waits for its record to be durable.
+/// The longest time that a response waits for its audit record to become durable.
 const RECORD_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What the layer needs; all connections share it.
@@ -63,15 +63,16 @@ pub struct AuditLayer {
     pub trust_domain: Option<Arc<str>>,
     /// The rate limit of each caller.
     pub rates: CallerRates,
-    /// The time of a call that sends no `grpc-timeout`, and the time until a stream must have begun.
+    /// The time limit of a call that sends no `grpc-timeout`, counted from its arrival. It is also the
+    /// longest time that a stream may take to begin.
     pub default_deadline: Duration,
-    /// The longest time that a call may ask for; a longer one is cut to it.
+    /// The longest time limit that a call may ask for; a longer one is clamped to it.
     pub max_deadline: Duration,
     /// The clock of records and tokens.
     pub clock: Clock,
     /// Counts calls by method and status.
     pub metrics: Arc<Metrics>,
-    /// The calls in progress. At the shutdown they are waited for before the journal is closed, since each
+    /// Tracks the calls in progress. The shutdown waits for them before it closes the journal, since each
     /// still writes its record.
     pub calls: TaskTracker,
     /// Limits the unauthenticated or rate limited calls that wait for their record, by client network
@@ -114,7 +115,7 @@ where
     }
 
     /// Answers the call in a task of its own. A client that resets its stream drops only the returned
-    /// future; the task learns of it by `cancelled` and still writes the record.
+    /// future; that cancels `cancelled`, and the task still writes the record.
     fn call(&mut self, request: Request<Body>) -> Self::Future {
         let inner = self.inner.clone();
         let layer = self.layer.clone();
@@ -136,6 +137,7 @@ where
 }
 
 impl AuditLayer {
+    /// Answers one call, and counts it in the metrics.
     async fn answer<S>(
         &self,
         inner: S,
@@ -167,7 +169,7 @@ impl AuditLayer {
             Err(refusal) => {
                 let status = draft.refuse(refusal);
                 let address = peer.map(|peer| peer.address.ip());
-                // Dropping the request has the rest of its body read and discarded meanwhile.
+                // Dropping the request starts a task that reads and discards the rest of its body.
                 drop(request);
                 self.reject(address, status, arrived, &draft).await
             }
@@ -176,8 +178,8 @@ impl AuditLayer {
         response
     }
 
-    /// Decides by its headers whether a call may reach its RPC: authenticates the caller, takes one call of
-    /// its rate, and determines the deadline.
+    /// Decides from the request's headers whether a call may reach its RPC: authenticates the caller, counts
+    /// the call against the caller's rate limit, and determines the deadline.
     fn admit(
         &self,
         request: &Request<Body>,
@@ -233,7 +235,7 @@ impl AuditLayer {
             self.refusals.record(record, timeout).await
         };
         match recorded {
-            // The caller's time ended first, so the journal is not at fault.
+            // The call's deadline passed first, so the journal is not at fault.
             Err(AuditUnavailable::TooSlow(_)) if deadline.has_passed() => {
                 Status::from(CallRefusal::DeadlineExceeded).into_http()
             }
@@ -246,7 +248,7 @@ impl AuditLayer {
         }
     }
 
-    /// Records a call that is refused by its headers. Returns the response to send.
+    /// Records a call that did not reach its RPC. Returns the response to send.
     ///
     /// Anybody can cause such calls, as many as connections and streams allow. So only a limited number of
     /// them waits for the record; beyond it, calls are answered while their record is being written, unless
@@ -269,7 +271,8 @@ impl AuditLayer {
     }
 }
 
-/// Calls the RPC, unless the deadline passes or the client cancels the call first.
+/// Calls the RPC. Refuses the call instead if its deadline passes, or its client cancels it, before the RPC
+/// has answered.
 async fn respond<S>(
     mut inner: S,
     mut request: Request<Body>,
@@ -297,7 +300,7 @@ where
     }
 }
 
-/// The response to a call in which a bug of the broker showed. Its cause is in the log only.
+/// Returns the response to a call that failed by a bug of the broker. Only the log names the cause.
 fn internal_error() -> Response<Body> {
     Status::internal("internal error").into_http()
 }

@@ -23,16 +23,16 @@ pub struct AuthenticatedCaller {
     pub caller: Arc<Caller>,
     /// The kind of its credential.
     pub kind: CallerKind,
-    /// The credential itself; of a bearer only its hash.
+    /// The key of the credential. Of a bearer it holds only the hash.
     pub credential: CredentialKey,
 }
 
-/// Why authentication failed: what the caller reads, and what only the audit log gets.
+/// A failed authentication: the refusal for the caller, and facts that only the audit log receives.
 #[derive(Debug)]
 pub struct AuthenticationFailure {
-    /// What the caller reads. It does not tell whether the credential is known.
+    /// The refusal that the caller reads. It does not reveal whether the credential is known.
     pub refusal: CallRefusal,
-    /// The caller to whom the refused credential belongs, if it is known. For the audit log.
+    /// The caller that the refused credential belongs to, if the credential is known. For the audit log.
     pub known_caller: Option<Box<AuthenticatedCaller>>,
     /// The exact cause, if there is more to say than the caller reads. For the audit log.
     pub cause: Option<&'static str>,
@@ -59,7 +59,8 @@ pub struct Authenticator<'a> {
 
 impl Authenticator<'_> {
     /// Finds the caller of a request. If the request has a bearer, it alone decides, even where it is
-    /// refused and the certificate would be accepted: what a client sends on purpose counts.
+    /// refused and the certificate would be accepted: a client sends a bearer on purpose, while a
+    /// certificate comes with the connection.
     ///
     /// # Errors
     /// [`CallRefusal::CredentialMissing`], [`CallRefusal::BearerMalformed`] (also for more than one), or
@@ -90,7 +91,7 @@ impl Authenticator<'_> {
         self.look_up(CallerKind::Bearer, CredentialKey::BearerSha256(bearer.sha256()))
     }
 
-    /// Checks the identity in a client certificate, which the TLS handshake has verified.
+    /// Finds the caller that a client certificate identifies. The TLS handshake has verified the certificate.
     fn by_certificate(
         self,
         identity: &PeerIdentity,
@@ -101,7 +102,7 @@ impl Authenticator<'_> {
             ..CallRefusal::CredentialRefused.into()
         };
         match identity {
-            PeerIdentity::Nobody(cause) => Err(refused(*cause, None)),
+            PeerIdentity::Unidentified(cause) => Err(refused(*cause, None)),
             PeerIdentity::Spiffe { id, trust_domain } => match self.trust_domain {
                 Some(ours) if ours == trust_domain => {
                     let credential = CredentialKey::Identity(CallerKind::Spiffe, id.clone());
@@ -118,8 +119,8 @@ impl Authenticator<'_> {
         }
     }
 
-    /// Takes the first of the certificate's DNS names that is registered. If its credential is refused, so
-    /// is the call: a later name is not tried.
+    /// Authenticates by the first of the certificate's DNS names that is registered. If that credential is
+    /// refused, the call is refused too: later names are not tried.
     fn by_dns_names(self, names: &[String]) -> Result<AuthenticatedCaller, AuthenticationFailure> {
         names
             .iter()
@@ -227,7 +228,7 @@ mod tests {
             (spiffe("spiffe://example.org/billing"), ours, Some("another trust domain")),
             (spiffe("spiffe://example.com/other"), ours, None),
             (dns(&["x.example.com"]), ours, Some("no DNS name is registered")),
-            (PeerIdentity::Nobody("it has two URIs"), ours, Some("it has two URIs")),
+            (PeerIdentity::Unidentified("it has two URIs"), ours, Some("it has two URIs")),
         ] {
             assert_eq!(by(certificate, domain), refused(cause));
         }

@@ -17,8 +17,8 @@ const MAX_PUBLIC_STREAMS: usize = 16;
 const IDLE_TIMEOUT: Duration = Duration::from_mins(10);
 /// How long a connection may last without a call of an authenticated caller, whatever else it is used for.
 const UNAUTHENTICATED_TIMEOUT: Duration = Duration::from_mins(1);
-/// How long a response may wait for its client to read it. It is checked once in this time, so the
-/// connection is closed after one to two times as long.
+/// How long a response may wait for its client to read it. The check runs once per interval of this length,
+/// so the connection is closed after one to two intervals.
 const UNREAD_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// The other end of a connection. Each request carries it as an extension.
@@ -26,7 +26,7 @@ const UNREAD_TIMEOUT: Duration = Duration::from_secs(15);
 pub(super) struct ConnectionPeer {
     /// The client's address; behind a trusted balancer, the address that the balancer names.
     pub(super) address: SocketAddr,
-    /// The identity in the verified client certificate, if the client showed one.
+    /// The identity in the verified client certificate, if the client presented one.
     pub(super) certificate: Option<Arc<PeerIdentity>>,
 }
 
@@ -56,7 +56,7 @@ struct Calls {
     period: u64,
 }
 
-/// Counts a call as in flight until its response was sent completely or given up.
+/// Counts a call as in flight until its response has been sent completely or was abandoned.
 #[derive(Debug)]
 pub(super) struct CallGuard {
     connection: ConnectionActivity,
@@ -100,7 +100,7 @@ impl ConnectionActivity {
         Arc::clone(&self.0.public_streams).try_acquire_owned().ok()
     }
 
-    /// Is cancelled when the connection should end; its streams must end first.
+    /// Returns the token that is cancelled when the connection drains. Its streams must end then.
     pub(super) fn draining(&self) -> &CancellationToken {
         &self.0.draining
     }
@@ -153,8 +153,8 @@ impl Calls {
 }
 
 impl CallGuard {
-    /// Notes that the response is ready, so that its client is expected to read it from now on. Not to be
-    /// called for streams, which last as long as their clients want.
+    /// Notes that the response is ready, so that its client is expected to read it from now on. Must not be
+    /// called for a response stream, which lasts as long as its client wants.
     pub(super) fn response_ready(&mut self) {
         let mut calls = self.connection.calls();
         calls.unread[0] += 1;
@@ -168,7 +168,8 @@ impl Drop for CallGuard {
         calls.in_flight -= 1;
         calls.last_ended_at = Some(Instant::now());
         if let Some(period) = self.response_ready_in {
-            // Responses of earlier periods are no longer counted: the first of them ended the connection.
+            // Responses of earlier periods are no longer counted: `begin_period` has reported one of them,
+            // which ends the connection.
             let age = usize::try_from(calls.period - period).unwrap_or(usize::MAX);
             if let Some(unread) = calls.unread.get_mut(age) {
                 *unread -= 1;

@@ -19,16 +19,17 @@ use crate::{
 
 /// How many names or patterns one stream may watch.
 const MAX_PATTERNS: usize = 1_000;
-/// The length of a page when the request does not say.
+/// The number of accounts on a page if the request names none.
 const DEFAULT_PAGE_SIZE: usize = 100;
-/// The length of the longest page; a larger request gets this.
+/// The largest number of accounts on a page. A request for more gets this many.
 const MAX_PAGE_SIZE: usize = 1_000;
 
 pub(super) fn account_name(name: &str) -> Result<AccountName, CallRefusal> {
     name.parse().map_err(|error: InvalidValue| invalid("account", error.to_string()))
 }
 
-/// Converts a generation that a client sent. One beyond the range of ours is later than all of ours.
+/// Converts a generation that a client sent. A number beyond the range of stored generations becomes
+/// `i64::MAX`, which is later than each of them.
 pub(super) fn generation(sent: u64) -> Generation {
     Generation(i64::try_from(sent).unwrap_or(i64::MAX))
 }
@@ -55,11 +56,11 @@ pub(super) fn patterns(accounts: &[String]) -> Result<Vec<AccountPattern>, CallR
     accounts.iter().map(parse).collect()
 }
 
-/// Which page of the accounts a client wants.
+/// The page of accounts that a client asks for.
 pub(super) struct PageRequest {
-    /// The last name of the page before.
+    /// The last name on the previous page; `None` for the first page.
     pub(super) after: Option<AccountName>,
-    /// The number of accounts, at most.
+    /// The largest number of accounts on the page.
     pub(super) size: usize,
 }
 
@@ -77,11 +78,11 @@ pub(super) fn page_request(request: &ListAccountsRequest) -> Result<PageRequest,
         .ok()
         .and_then(|name| String::from_utf8(name).ok())
         .and_then(|name| name.parse().ok())
-        .ok_or_else(|| invalid("page_token", "is none that this service returned"))?;
+        .ok_or_else(|| invalid("page_token", "is not one that this service returned"))?;
     Ok(PageRequest { after: Some(after), size })
 }
 
-/// Returns the token of the page after `last`. It is opaque to clients.
+/// Returns the token of the page that follows the account `last`. It is opaque to clients.
 pub(super) fn page_token(last: &AccountName) -> String {
     URL_SAFE_NO_PAD.encode(last.as_str())
 }
@@ -138,7 +139,7 @@ fn proto_timestamp(at: Timestamp) -> ProtoTimestamp {
     }
 }
 
-/// Converts a duration; one beyond the range of the proto's type is clamped.
+/// Converts a duration. A duration beyond the range of the proto's type is clamped.
 pub(super) fn proto_duration(duration: Duration) -> ProtoDuration {
     ProtoDuration {
         seconds: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX),

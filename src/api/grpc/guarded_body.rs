@@ -7,7 +7,8 @@ use std::{
 
 use http_body::{Body, Frame, SizeHint};
 
-/// A body that drops its guard when it was sent completely, or when its stream is reset.
+/// A body that owns a guard. HTTP/2 drops the body, and the guard with it, once the response was sent
+/// completely or its stream was reset.
 #[derive(Debug)]
 pub(super) struct GuardedBody<B, G> {
     body: B,

@@ -2,7 +2,7 @@
 
 use crate::{audit::record::Event, telemetry::Method};
 
-/// The method of `TokenService` that `path` names.
+/// Returns the method of `TokenService` that `path` names.
 pub(super) fn method_of(path: &str) -> Method {
     match method_name(path) {
         "GetToken" => Method::GetToken,
@@ -13,7 +13,7 @@ pub(super) fn method_of(path: &str) -> Method {
     }
 }
 
-/// The audit event of a call of `method`.
+/// Returns the audit event of a call of `method`.
 pub(super) fn event_of(method: Method) -> Event {
     match method {
         Method::GetToken => Event::GetToken,

@@ -19,9 +19,9 @@ use tower::Service;
 use super::{connection::ConnectionActivity, method::has_response_stream};
 use crate::services::token_provider::CallRefusal;
 
-/// How long a call may take until its response begins, including the arrival of its message.
+/// How long a call may take until its response begins. The time in which its message arrives counts.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Retry delay of a stream that is refused because the connection has too many.
+/// Retry delay of a stream that is refused because the connection has the maximum already.
 const STREAM_RETRY: Duration = Duration::from_secs(1);
 
 /// Wraps a service that needs no credential: limits its time and its streams per connection, and ends its
@@ -108,7 +108,7 @@ impl http_body::Body for PublicStream {
         self.ended = true;
         let mut trailers = HeaderMap::new();
         let status = Status::unavailable("the connection is closing: open the stream again");
-        // The text has no character that a header cannot hold.
+        // This cannot fail: the text has only characters that a header may hold.
         let _ = status.add_header(&mut trailers);
         Poll::Ready(Some(Ok(Frame::trailers(trailers))))
     }

@@ -2,8 +2,8 @@
 //! and ends them in time.
 //!
 //! A connection is accepted, and prepared by [`ConnectionServer`], on the main runtime: PROXY protocol, limit
-//! per address, TLS, HTTP/2 preface. What a client must do before it costs more than a socket happens there.
-//! Then the connection moves to a worker thread, which serves its calls (`http2.rs`).
+//! per address, TLS, HTTP/2 preface. Until a client has completed these steps, it costs the broker little more
+//! than a socket. Then the connection moves to a worker thread, which serves its calls (`http2.rs`).
 
 mod connection_limiter;
 mod handshake;
@@ -40,9 +40,9 @@ use self::{
 use super::connection::ConnectionPeer;
 use crate::{domain::clock::Clock, services::refusal_aggregator::RefusalAggregator, tls::Tls};
 
-/// One address may have this fraction (1/4) of all connections, so that a client that leaks connections
-/// leaves room for others.
-const SHARE_OF_AN_ADDRESS: usize = 4;
+/// One address may have the maximum number of connections divided by this, a quarter of them, so that a
+/// client that leaks connections leaves room for others.
+const ADDRESS_SHARE_DIVISOR: usize = 4;
 /// The age at which a connection drains, so that clients spread over replicas that were added later. Each
 /// connection's limit is up to a quarter shorter, so that connections opened together end at different times.
 const MAX_CONNECTION_AGE: Duration = Duration::from_mins(30);
@@ -50,7 +50,8 @@ const MAX_CONNECTION_AGE: Duration = Duration::from_mins(30);
 const PROXY_HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a TLS handshake may take.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long a client may take to send the HTTP/2 preface. Without it, silent connections would stay open.
+/// How long a client may take to send the HTTP/2 preface. Without this limit, silent connections would stay
+/// open.
 const PREFACE_TIMEOUT: Duration = Duration::from_secs(10);
 /// The pause after a failed `accept`, which fails again at once as long as no file descriptors are left.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
@@ -73,7 +74,7 @@ pub struct ConnectionServer {
     pub workers: Arc<WorkerThreads>,
     /// How many connections may be open at the same time.
     pub max_connections: usize,
-    /// How long a connection may take to end once it drains. Longer than any call may take.
+    /// How long a connection may take to end once it drains. It is longer than any call may take.
     pub drain_timeout: Duration,
     /// Records refused handshakes.
     pub refusals: RefusalAggregator,
@@ -82,7 +83,7 @@ pub struct ConnectionServer {
 }
 
 /// Accepts and serves connections until `stop` is cancelled. Then drains every connection, and returns when
-/// all have ended; those that are left after `drain` are aborted.
+/// all have ended. Connections that are still open after `drain` are aborted.
 pub async fn serve(
     listener: TcpListener,
     server: ConnectionServer,
@@ -162,7 +163,7 @@ impl ConnectionServer {
             () = stop.cancelled() => return Ok(()),
             address = timeout(PROXY_HEADER_TIMEOUT, client_address) => address??,
         };
-        let max_per_address = self.max_connections / SHARE_OF_AN_ADDRESS;
+        let max_per_address = self.max_connections / ADDRESS_SHARE_DIVISOR;
         let Some(permit) = self.limiter.try_acquire(address.ip(), max_per_address) else {
             self.limiter.warn_of_too_many(address.ip(), max_per_address);
             return Err("the address has too many connections".into());

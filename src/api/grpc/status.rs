@@ -9,7 +9,7 @@ use crate::{services::token_provider::CallRefusal, telemetry::GRPC_CODE_NAMES};
 
 /// The `domain` of every `ErrorInfo`.
 pub const ERROR_DOMAIN: &str = "token-broker";
-/// The trailer that tells gRPC's built-in retries how long to wait, in milliseconds (gRFC A6).
+/// The trailer from which gRPC's built-in retries take their delay, in milliseconds (gRFC A6).
 const PUSHBACK: &str = "grpc-retry-pushback-ms";
 /// Retry delay reported to the client when no better estimate is known.
 const DEFAULT_RETRY: Duration = Duration::from_secs(1);
@@ -17,8 +17,8 @@ const DEFAULT_RETRY: Duration = Duration::from_secs(1);
 /// Declares [`Reason`] from one list, so that no reason lacks a name or a code.
 macro_rules! reasons {
     ($($(#[$doc:meta])* $variant:ident = ($name:literal, $code:ident),)+) => {
-        /// The `reason` of an `ErrorInfo`: a stable name on which clients act. `README.md` lists them for
-        /// users.
+        /// The `reason` of an `ErrorInfo`: a stable name for programs to act on. `README.md` lists the reasons
+        /// for users.
         #[derive(Clone, Copy, Debug, Eq, PartialEq)]
         pub enum Reason {
             $($(#[$doc])* $variant,)+
@@ -28,7 +28,7 @@ macro_rules! reasons {
             /// Every reason.
             pub const ALL: &[Self] = &[$(Self::$variant,)+];
 
-            /// The name on the wire, in the audit log and in `README.md`.
+            /// Returns the name on the wire, in the audit log and in `README.md`.
             #[must_use]
             pub const fn name(self) -> &'static str {
                 match self {
@@ -36,7 +36,7 @@ macro_rules! reasons {
                 }
             }
 
-            /// The status code that this reason always comes with.
+            /// Returns the status code, which is the same for each refusal with this reason.
             #[must_use]
             pub const fn code(self) -> Code {
                 match self {
@@ -68,20 +68,20 @@ reasons! {
     UpstreamUnavailable = ("UPSTREAM_UNAVAILABLE", Unavailable),
     /// The database does not answer.
     DatabaseUnavailable = ("DATABASE_UNAVAILABLE", Unavailable),
-    /// The token expired before it could be answered.
+    /// The token expired before it could be sent.
     TokenEnded = ("TOKEN_ENDED", Unavailable),
     /// The audit record cannot be written.
     AuditUnavailable = ("AUDIT_UNAVAILABLE", Unavailable),
-    /// The grants were not confirmed for too long.
+    /// The database has not confirmed the grants for too long.
     GrantsStale = ("GRANTS_STALE", Unavailable),
     /// The caller exceeded its rate limit.
     CallerRate = ("CALLER_RATE", ResourceExhausted),
-    /// Too many calls wait.
+    /// Too many calls wait, or too many streams are open.
     Overloaded = ("OVERLOADED", ResourceExhausted),
 }
 
 impl CallRefusal {
-    /// The reason of the refusal, or the status code of one that has no reason.
+    /// Returns the reason of the refusal, or the status code of a refusal that has no reason.
     const fn classify(&self) -> Result<Reason, Code> {
         Ok(match self {
             Self::Invalid { .. } => return Err(Code::InvalidArgument),
@@ -105,13 +105,13 @@ impl CallRefusal {
         })
     }
 
-    /// The status code.
+    /// Returns the gRPC status code.
     #[must_use]
     pub fn code(&self) -> Code {
         self.classify().map_or_else(|code| code, Reason::code)
     }
 
-    /// The reason, if this refusal has one.
+    /// Returns the reason, if this refusal has one.
     #[must_use]
     pub fn reason(&self) -> Option<Reason> {
         self.classify().ok()
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rejected_credential_tells_the_upstreams_code() {
+    fn the_refusal_of_a_rejected_credential_carries_the_upstreams_code() {
         let refusal = CallRefusal::CredentialRejected { upstream_code: Some("61006".into()) };
         let details = Status::from(refusal).get_error_details();
         assert_eq!(details.error_info().unwrap().metadata["upstream_code"], "61006");
@@ -215,7 +215,7 @@ mod tests {
         }
     }
 
-    /// The words in backticks that are written as gRPC codes and reasons are: `UPPER_CASE`.
+    /// Returns the words of `text` in backticks that are in `UPPER_CASE`, as gRPC codes and reasons are.
     fn constants(text: &str) -> impl Iterator<Item = &str> {
         text.split('`')
             .skip(1)

@@ -125,7 +125,7 @@ impl TokenService for TokenServiceHandler {
     }
 }
 
-/// Returns what the audit layer put into the request.
+/// Returns the context that the audit layer put into the request.
 fn context_of<T>(request: &Request<T>) -> Result<CallContext, Status> {
     request
         .extensions()
@@ -134,7 +134,7 @@ fn context_of<T>(request: &Request<T>) -> Result<CallContext, Status> {
         .ok_or_else(|| Status::internal("the call was not admitted"))
 }
 
-/// Runs `answer`, and turns its refusal into a status and notes it in the call's record.
+/// Runs `answer`. Notes its refusal in the call's record, and converts it to a status.
 async fn refuse_in<T>(
     context: &CallContext,
     answer: impl Future<Output = Result<T, CallRefusal>>,

@@ -36,10 +36,10 @@ use crate::{
     store::callers::CredentialKey,
 };
 
-/// How many events are buffered for a slow client; then the stream waits for it.
+/// How many events are buffered for a slow client. Once the buffer is full, the stream waits for the client.
 const BUFFERED_EVENTS: usize = 16;
-/// How often the credential and the grants are checked for their end. Their changes cause events; the
-/// passing of their end does not.
+/// How often the stream checks whether its credential or a grant has ended. Changes of them in the database
+/// cause events, but the passing of an end date does not.
 const EXPIRY_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// How many accounts are visited before other tasks of the thread may run.
 const ACCOUNTS_BEFORE_YIELD: usize = 256;
@@ -86,7 +86,7 @@ pub(super) async fn start(
         tokio::select! {
             () = draining.cancelled() => {}
             () = events.closed() => {}
-            // The stream has told the client why it ended, or the client is gone.
+            // The stream has sent the client the status with which it ends, or the client is gone.
             _ = stream.run(accounts, account_changes, caller_changes, &draining) => {}
         }
     });
@@ -102,7 +102,7 @@ struct WatchStream {
     /// The credential that opened the stream. When it ends, so does the stream.
     credential: CredentialKey,
     patterns: Vec<AccountPattern>,
-    /// The accounts on the stream, with the generation that was last sent of each.
+    /// The accounts on the stream, each with the generation of the token that was last sent.
     watched: HashMap<AccountId, (AccountName, Option<Generation>)>,
     /// The audit record of a pushed token, without the account and the token.
     record_template: Record,
@@ -139,13 +139,13 @@ impl WatchStream {
                         self.visit_all().await?;
                     }
                 }
-                _ = expiry_check.tick() => self.remove_expired_grants().await?,
+                _ = expiry_check.tick() => self.end_accounts_without_grant().await?,
             }
         }
         Ok(())
     }
 
-    /// Takes the caller's present grants. Ends the stream if its credential is no longer accepted.
+    /// Updates the caller and its grants. Ends the stream if its credential is no longer accepted.
     async fn reauthenticate(&mut self) -> Result<(), Ended> {
         match self.provider.reauthenticate(&self.credential) {
             Ok(caller) => {
@@ -156,6 +156,7 @@ impl WatchStream {
         }
     }
 
+    /// Visits every account in the cache.
     async fn visit_all(&mut self) -> Result<(), Ended> {
         for (nth, account) in self.provider.cache.all().into_iter().enumerate() {
             if nth % ACCOUNTS_BEFORE_YIELD == ACCOUNTS_BEFORE_YIELD - 1 {
@@ -163,13 +164,14 @@ impl WatchStream {
             }
             self.visit(&account).await?;
         }
-        self.remove_expired_grants().await
+        self.end_accounts_without_grant().await
     }
 
-    /// Ends the accounts on the stream that no grant covers any more.
-    async fn remove_expired_grants(&mut self) -> Result<(), Ended> {
+    /// Removes from the stream the accounts that no grant covers any more.
+    async fn end_accounts_without_grant(&mut self) -> Result<(), Ended> {
         self.reauthenticate().await?;
-        // A grant without an end only ends by a change, which causes a visit of all accounts.
+        // A grant without an end date ends only by a change in the database, after which all accounts are
+        // visited.
         if self.caller.grants.iter().all(|grant| grant.ends_at.is_none()) {
             return Ok(());
         }
@@ -234,7 +236,7 @@ impl WatchStream {
         self.send(name, ProtoEvent::Token(response)).await
     }
 
-    /// Takes an account off the stream and tells the client, if it was on the stream.
+    /// Removes an account from the stream and sends the client the reason, if it was on the stream.
     async fn end_account(&mut self, id: AccountId, reason: Reason) -> Result<(), Ended> {
         let Some((name, _)) = self.watched.remove(&id) else { return Ok(()) };
         self.send(&name, ProtoEvent::Ended(AccountEnded { reason: reason.into() })).await

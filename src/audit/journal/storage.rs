@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::domain::clock::Timestamp;
+use crate::{domain::clock::Timestamp, files::atomic};
 
 /// A file of the directory.
 #[derive(Clone, Debug)]
@@ -59,9 +59,7 @@ impl Directory {
     /// Creates the directory with mode 0700 if it does not exist, and makes its name durable.
     pub(super) fn open(path: &Path) -> io::Result<Self> {
         DirBuilder::new().recursive(true).mode(0o700).create(path)?;
-        if let Some(parent) = path.parent() {
-            File::open(parent)?.sync_all()?;
-        }
+        atomic::sync_parent(path)?;
         Ok(Self { path: path.to_owned() })
     }
 
@@ -116,14 +114,7 @@ impl JournalStorage for Directory {
     }
 
     fn replace(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
-        let temporary = self.path.join(format!("{name}.new"));
-        let mut options = OpenOptions::new();
-        let mut file =
-            options.write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&temporary, self.path.join(name))?;
-        self.sync_dir()
+        atomic::replace(&self.path.join(name), bytes)
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {

@@ -55,7 +55,7 @@ impl PendingTokens {
     #[must_use]
     pub fn new(state_dir: &StateDir, new_token_ends_older: bool) -> Self {
         let log = new_token_ends_older
-            .then(|| Arc::new(Mutex::new(IntentLog::new(state_dir.issued_alone_file()))));
+            .then(|| Arc::new(Mutex::new(IntentLog::new(state_dir.intent_log_file()))));
         Self { state: Mutex::default(), log, added: Notify::new() }
     }
 

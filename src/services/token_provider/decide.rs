@@ -1,5 +1,5 @@
-//! The decisions about calls: serve, wait or refuse; how long a token may be reused; what becomes of a
-//! report. All are pure functions of a snapshot of the account, the request and the present moment.
+//! The decisions about calls: serve, wait or refuse; how long a token may be reused; the outcome of a report.
+//! All are pure functions of a snapshot of the account, the request and the present moment.
 
 use std::{cmp::Ordering, sync::Arc, time::Duration};
 
@@ -17,7 +17,7 @@ use crate::{
 
 /// Retry delay reported to the client when no better estimate is known, and the shortest one reported.
 const DEFAULT_RETRY: Duration = Duration::from_secs(1);
-/// The shortest reuse time told for a token that lives at least that long.
+/// The shortest reuse time that is reported for a token that lives at least that long.
 const MIN_REUSE: Duration = Duration::from_secs(1);
 /// Error codes of the upstream's other APIs that do not concern the token: a new token would not help.
 const NOT_TOKEN_FAULTS: [&str; 5] = ["61001", "61002", "63001", "64001", "64002"];
@@ -25,7 +25,7 @@ const NOT_TOKEN_FAULTS: [&str; 5] = ["61001", "61002", "63001", "64001", "64002"
 /// Which token a caller wants of an account.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct TokenRequest {
-    /// The least time that the token should still live; clamped by [`RefreshPolicy::longest_min_ttl`].
+    /// How long the token should still live, at least. [`RefreshPolicy::longest_min_ttl`] limits it.
     pub min_ttl: Duration,
     /// The token must be of a later generation than this.
     pub newer_than: Generation,
@@ -68,7 +68,7 @@ pub(super) fn decide(
     }
 }
 
-/// Whether `token` lives for less time than `request` wants, as far as the policy allows to want it.
+/// Whether `token` lives for less than the `min_ttl` of `request`, after the policy has limited that.
 fn has_too_little_life(
     token: &Token,
     request: &TokenRequest,
@@ -84,13 +84,13 @@ fn why_no_new_token_soon(
     connectivity: Connectivity,
     now: Timestamp,
 ) -> Option<CallRefusal> {
-    let progress = &snapshot.refresh;
-    let leased = progress.lease_until.is_some_and(|until| until > now);
+    let refresh = &snapshot.refresh;
+    let leased = refresh.lease_until.is_some_and(|until| until > now);
     if connectivity == Connectivity::Partitioned && !leased {
         return Some(CallRefusal::DatabaseUnavailable { retry_after: DEFAULT_RETRY });
     }
-    let failure = progress.current_failure(snapshot.account.credential_version)?;
-    if snapshot.account.wants_reissue(progress) || leased {
+    let failure = refresh.current_failure(snapshot.account.credential_version)?;
+    if snapshot.account.wants_reissue(refresh) || leased {
         return None;
     }
     let upstream_code = failure.code.clone();
@@ -99,7 +99,7 @@ fn why_no_new_token_soon(
         class if class.suspends() && snapshot.account.previous.is_some() => None,
         class if class.suspends() => Some(CallRefusal::CredentialRejected { upstream_code }),
         FailureClass::EgressRejected => Some(CallRefusal::EgressRejected { upstream_code }),
-        _ => progress.next_attempt_at.filter(|at| *at > now).map(|at| {
+        _ => refresh.next_attempt_at.filter(|at| *at > now).map(|at| {
             let retry_after = until_from(now, at).max(DEFAULT_RETRY);
             CallRefusal::UpstreamUnavailable { retry_after }
         }),
@@ -120,7 +120,7 @@ pub(super) fn reuse_for(
         .max(Duration::from_millis(1))
 }
 
-/// What becomes of a caller's report that the upstream refused a token.
+/// The outcome of a caller's report that the upstream refused a token.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum ReportOutcome {
     /// The token is replaced by a new one.
@@ -141,8 +141,8 @@ pub enum ReportOutcome {
     NotATokenFault,
 }
 
-/// Decides what becomes of a report of `generation`. A token is reissued at most once for all its reports,
-/// and not within the minimum issue interval.
+/// Decides the outcome of a report of `generation`. A token is reissued at most once for all its reports, and
+/// not within the minimum issue interval.
 pub(super) fn decide_report(
     snapshot: &AccountSnapshot,
     generation: u64,
@@ -153,8 +153,8 @@ pub(super) fn decide_report(
     if NOT_TOKEN_FAULTS.contains(&upstream_code) {
         return ReportOutcome::NotATokenFault;
     }
-    let progress = &snapshot.refresh;
-    let interval_left = progress.attempt_started_at.map_or(Duration::ZERO, |started| {
+    let refresh = &snapshot.refresh;
+    let interval_left = refresh.attempt_started_at.map_or(Duration::ZERO, |started| {
         until_from(now, started + delta(policy.min_issue_interval))
     });
     let already_reissuing = ReportOutcome::Reissuing {
@@ -166,7 +166,7 @@ pub(super) fn decide_report(
         Ordering::Less => ReportOutcome::AlreadyReplaced,
         // Another replica issued that token, and it has not arrived here yet.
         Ordering::Greater => ReportOutcome::TooSoon { retry_after: DEFAULT_RETRY },
-        Ordering::Equal if progress.possibly_revoked => already_reissuing,
+        Ordering::Equal if refresh.possibly_revoked => already_reissuing,
         Ordering::Equal if !interval_left.is_zero() => {
             ReportOutcome::TooSoon { retry_after: interval_left }
         }

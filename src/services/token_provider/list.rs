@@ -14,7 +14,7 @@ use crate::{
     services::account_cache::{AccountCache, AccountSnapshot},
 };
 
-/// How many accounts are read from the cache at a time: its lock is held, and loads wait, that long.
+/// How many accounts are read from the cache under one lock, during which loads wait.
 const BATCH: usize = 64;
 
 /// An account as `ListAccounts` shows it.
@@ -26,8 +26,8 @@ pub struct ListedAccount {
     pub state: AccountState,
     /// The token, live or expired, if the account has one.
     pub token: Option<ListedToken>,
-    /// When the next attempt to issue is due, but not before the time of the call. `None` if none is
-    /// planned until something changes.
+    /// When the next attempt to issue is due, but not before the time of the call. `None` if no attempt is
+    /// planned until the account changes.
     pub next_attempt_at: Option<Timestamp>,
 }
 
@@ -70,7 +70,7 @@ impl ListedAccount {
 ///
 /// Names that no grant can cover are skipped by searching for the next name that one can, so the cost
 /// depends on the length of the page and not on the number of accounts. The exception is a pattern whose
-/// fixed end decides, such as `*-prod`: every account is then looked at.
+/// fixed end decides, such as `*-prod`: every account is then examined.
 pub(super) fn page(
     cache: &AccountCache,
     caller: &Caller,
@@ -79,7 +79,7 @@ pub(super) fn page(
     now: Timestamp,
 ) -> (Vec<Arc<AccountSnapshot>>, bool) {
     let mut found = Vec::new();
-    // The last name that was looked at.
+    // The last name that was examined.
     let mut last = after.cloned();
     'batches: loop {
         let done = last.as_ref().map_or("", AccountName::as_str);
@@ -129,8 +129,8 @@ mod tests {
 
     fn cache(names: &[String]) -> AccountCache {
         let cache = AccountCache::default();
-        // Some accounts are renamed, and some deleted and inserted again, since that is where an index of
-        // names could go wrong.
+        // Some accounts are renamed, and some are deleted and inserted again, since an index of names could
+        // go wrong there.
         let ids: BTreeMap<_, _> = names.iter().zip(0..).collect();
         for (nth, (name, id)) in (0..).zip(&ids) {
             let account = |name: &str| Account::example(*id, name);
@@ -145,7 +145,7 @@ mod tests {
         cache
     }
 
-    /// The reference: the same page by looking at every account.
+    /// The reference implementation: the same page, found by examining every account.
     fn scan(
         cache: &AccountCache,
         caller: &Caller,

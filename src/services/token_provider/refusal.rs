@@ -1,4 +1,4 @@
-//! Why a call is refused.
+//! The reasons for which a call is refused.
 
 use std::time::Duration;
 
@@ -20,13 +20,13 @@ pub enum CallRefusal {
     #[error("no credential: send `authorization: Bearer tbk_…`, or show a client certificate")]
     CredentialMissing,
     /// The `authorization` metadata is not a well-formed bearer.
-    #[error("the authorization metadata is no well-formed bearer")]
+    #[error("the authorization metadata is not a well-formed bearer")]
     BearerMalformed,
     /// The credential is unknown, has ended, was revoked, or its caller is disabled. The text is the same
     /// for all of them, so that a caller cannot probe which credentials exist.
     #[error("the credential is refused")]
     CredentialRefused,
-    /// No grant covers the account. Whether the account exists is not told.
+    /// No grant covers the account. The refusal does not reveal whether the account exists.
     #[error("no grant covers this account")]
     NotGranted,
     /// A grant covers the name, but there is no such account.
@@ -75,14 +75,14 @@ pub enum CallRefusal {
         /// How long the caller should wait before it tries again.
         retry_after: Duration,
     },
-    /// As many calls wait for tokens, or as many streams are open, as may at once.
-    #[error("too many calls wait for tokens")]
+    /// The limit of waiting calls or of open streams is reached.
+    #[error("too many calls wait for tokens, or too many streams are open")]
     Overloaded {
         /// How long the caller should wait before it tries again.
         retry_after: Duration,
     },
     /// The deadline passed before there was an answer.
-    #[error("no token before the deadline")]
+    #[error("the deadline passed before there was an answer")]
     DeadlineExceeded,
     /// The caller cancelled the call.
     #[error("the call was cancelled")]

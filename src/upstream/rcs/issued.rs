@@ -222,8 +222,8 @@ mod tests {
     }
 
     #[test]
-    fn the_stated_life_holds_where_the_clocks_disagree_unseen() {
-        // Our clock is half an hour behind, and no Date says so: an hour is still an hour.
+    fn the_stated_life_limits_the_end_even_if_no_date_reveals_a_clock_skew() {
+        // Our clock is half an hour behind, and the answer has no `Date`. The token still ends after an hour.
         let now = at(ISSUED_MS - 1_800_000);
         let body = answer("1717138601944", &jwt(SAMPLE));
         let issued = read(StatusCode::OK, &HeaderMap::new(), &body, now).unwrap();

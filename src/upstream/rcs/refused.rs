@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_without_a_code_leaves_an_issue_possible() {
+    fn a_refusal_without_a_code_may_have_issued_a_token() {
         use FailureClass::{EgressRejected, Malformed, RateLimited, Unreachable};
         for (status, class, may_have_issued) in [
             (401, EgressRejected, true),
@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn a_code_is_cut_to_sixteen_letters_and_digits() {
+    fn a_code_is_reduced_to_at_most_sixteen_letters_and_digits() {
         for (code, kept) in [
             (r#""61 0-06\u0000""#, Some("61006")),
             ("61006", Some("61006")),

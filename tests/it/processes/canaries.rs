@@ -24,7 +24,8 @@ use crate::harness::{
     process::{BrokerSetup, run},
 };
 
-/// The most verbose log filter: it names the targets that the broker silences under a plain `trace`.
+/// The most verbose log filter: it names the modules of the crates that the broker keeps at `info` under a
+/// plain `trace`.
 const MOST_VERBOSE: &str = "trace,h2::codec=trace,h2::hpack=trace,h2::proto=trace,h2::client=trace,\
     h2::server=trace,hyper::proto=trace,hyper_util::client=trace,reqwest::connect=trace,\
     tonic::transport=trace,sqlx::query=trace";

@@ -117,7 +117,7 @@ async fn a_proxy_that_refuses_to_connect_is_distinguished_from_an_upstream_that_
     let reach = result_of(&output, "reach");
     assert!(reach.starts_with("ok ") && reach.contains("the proxy at"), "{reach}");
     let tls = result_of(&output, "tls");
-    let is_named = tls.ends_with("the proxy does not open a way to it");
+    let is_named = tls.ends_with("the proxy did not open a tunnel to it");
     assert!(tls.starts_with("FAIL") && is_named, "{tls}");
     assert!(asked.join().unwrap().starts_with("CONNECT localhost:1 HTTP/1.1\r\n"));
 }

@@ -64,7 +64,7 @@ async fn deadlines_hold_in_every_queue_and_each_call_is_recorded_with_its_status
         tokio::spawn(connection);
         connections.push(send);
     }
-    // All are sent at once, so that they also wait for each other.
+    // All calls are sent at once, so that they also wait for each other.
     let kinds = [("acme", "30m"), ("slow", "30m"), ("acme", "1n"), ("acme", "50S")];
     let calls = (0..CALLS).flat_map(|nth| {
         let send = connections[nth % connections.len()].clone();
@@ -81,7 +81,11 @@ async fn deadlines_hold_in_every_queue_and_each_call_is_recorded_with_its_status
     let (ok, exceeded) = (u32::from(Code::Ok as u8), u32::from(Code::DeadlineExceeded as u8));
     assert!(short.keys().all(|code| [ok, exceeded].contains(code)), "{short:?}");
     assert_eq!(waiting, BTreeMap::from([(exceeded, CALLS)]));
-    assert_eq!(expired, BTreeMap::from([(exceeded, CALLS)]), "the deadline passed before the turn");
+    assert_eq!(
+        expired,
+        BTreeMap::from([(exceeded, CALLS)]),
+        "the deadline passed before the call was begun"
+    );
     assert_eq!(long, BTreeMap::from([(ok, CALLS)]));
     drop(connections);
     serve.signal(Signal::SIGTERM);

@@ -68,7 +68,7 @@ impl BrokerUnderTest {
         format!("Bearer {}", self.bearer.expose())
     }
 
-    /// A client that watches tokens and ignores everything that the server asks, such as GOAWAY.
+    /// Returns a client that watches tokens and ignores every request of the server, such as GOAWAY.
     async fn client_that_ignores_goaway(&self) -> RawHttp2Client {
         let mut raw = RawHttp2Client::connect(self.setup.grpc).await;
         let watch = call(WATCH_TOKENS, Some(&self.authorization()));
@@ -79,7 +79,7 @@ impl BrokerUnderTest {
         raw
     }
 
-    /// A client that has made many calls and reads no response.
+    /// Returns a client that has made 100 calls and reads no response.
     async fn client_that_reads_nothing(&self) -> TcpStream {
         let mut stream = TcpStream::connect(self.setup.grpc).await.unwrap();
         let no_window = frame(SETTINGS, NONE, 0, &[0, 4, 0, 0, 0, 0]);
@@ -146,7 +146,7 @@ async fn a_stop_ends_in_time_whatever_clients_do_and_loses_no_record() {
         let (answers, _) = caller.await.unwrap();
         answered += answers;
     }
-    // Recorded are also the setup's first call and the 100 calls whose responses were not read. So there are
+    // The setup's first call and the 100 calls whose responses were not read are recorded too. So there are
     // more records than answers; there must never be fewer.
     let recorded = broker.fixture.audit_events(of_callers).await.len();
     assert!(recorded > answered, "{answered} answered, {recorded} recorded");
@@ -189,8 +189,8 @@ async fn open_streams_end_cleanly_at_a_stop_and_do_not_delay_it() {
     let mut states = states.into_inner();
     assert_eq!(states.message().await.unwrap().unwrap().status(), ServingStatus::Serving.into());
     broker.serve.signal(Signal::SIGTERM);
-    let told = states.message().await.unwrap().unwrap();
-    assert_eq!(told.status(), ServingStatus::NotServing.into());
+    let state = states.message().await.unwrap().unwrap();
+    assert_eq!(state.status(), ServingStatus::NotServing.into());
     assert_eq!(states.message().await.unwrap_err().code(), tonic::Code::Unavailable);
     // The stream ends without another token and without an error.
     assert!(tokens.message().await.unwrap().is_none());

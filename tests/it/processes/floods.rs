@@ -79,7 +79,7 @@ impl BystanderClient {
 
 /// A broker process with an account, a caller, and a bystander whose calls must all succeed.
 struct BrokerUnderTest {
-    _world: Fixture,
+    _fixture: Fixture,
     setup: BrokerSetup,
     serve: BrokerProcess,
     bearer: String,
@@ -103,14 +103,15 @@ impl BrokerUnderTest {
         bystander.is_still_served("the beginning").await;
         let (descriptors, memory) = (serve.open_descriptors(), serve.peak_memory());
         let bearer = format!("Bearer {}", bearer.expose());
-        Self { _world: fixture, setup, serve, bearer, bystander, descriptors, memory }
+        Self { _fixture: fixture, setup, serve, bearer, bystander, descriptors, memory }
     }
 
     fn address(&self) -> SocketAddr {
         self.setup.grpc
     }
 
-    /// Checks that the bystander is served and that the descriptors and the memory of a flood are released.
+    /// Checks that the bystander is served, that the descriptors of a flood are released, and that the memory is
+    /// bounded.
     async fn assert_recovered(&self, flood: &str) {
         self.bystander.is_still_served(flood).await;
         eventually(&format!("the descriptors of: {flood}"), async || {
@@ -134,8 +135,8 @@ fn streams(count: u32) -> impl Iterator<Item = u32> {
     (0..count).map(|nth| 2 * nth + 1)
 }
 
-/// Sends what `next` makes for one stream after another, until the server closes the connection or `max`
-/// times. Returns what the server sent.
+/// Sends the frames that `next` returns for one stream after another: for `max` streams, or until the server
+/// closes the connection. Returns what the server sent.
 async fn until_refused(
     mut raw: RawHttp2Client,
     max: u32,
@@ -155,8 +156,8 @@ fn headers(frames: &[Frame]) -> impl Iterator<Item = &Frame> {
     frames.iter().filter(|frame| frame.0 == HEADERS)
 }
 
-/// Checks that a GOAWAY, if one arrived, has ENHANCE_YOUR_CALM and `expected` as its debug data.
-fn assert_calm(flood: &str, frames: &[Frame], expected: &str) {
+/// Checks that a GOAWAY, if one arrived, has the code ENHANCE_YOUR_CALM and the debug data `expected`.
+fn assert_enhance_your_calm(flood: &str, frames: &[Frame], expected: &str) {
     // The GOAWAY is lost if the client still sends when the server closes.
     if let Some((code, debug_data)) = goaway(frames) {
         assert!(
@@ -178,7 +179,7 @@ async fn floods_of_cheap_frames_close_only_the_connection_that_sends_them() {
         [frame(HEADERS, END_HEADERS | END_STREAM, stream, &open), cancelled].concat()
     })
     .await;
-    assert_calm(flood, &frames, "too_many_resets");
+    assert_enhance_your_calm(flood, &frames, "too_many_resets");
     broker.assert_recovered(flood).await;
 
     let flood = "resets that the server is made to send";
@@ -188,14 +189,14 @@ async fn floods_of_cheap_frames_close_only_the_connection_that_sends_them() {
         [frame(HEADERS, END_HEADERS, stream, &open), beyond].concat()
     })
     .await;
-    assert_calm(flood, &frames, "too_many_internal_resets");
+    assert_enhance_your_calm(flood, &frames, "too_many_internal_resets");
     broker.assert_recovered(flood).await;
 
     let flood = "headers that never end";
     let mut raw = RawHttp2Client::connect(address).await;
     assert!(raw.send(&frame(HEADERS, NONE, 1, &open)).await);
     let frames = until_refused(raw, 100_000, |_| frame(CONTINUATION, NONE, 1, &[])).await;
-    assert_calm(flood, &frames, "too_many_continuations");
+    assert_enhance_your_calm(flood, &frames, "too_many_continuations");
     broker.assert_recovered(flood).await;
 
     let flood = "headers that never end and are not empty";
@@ -211,7 +212,7 @@ async fn floods_of_cheap_frames_close_only_the_connection_that_sends_them() {
     let admitted = call(GET_TOKEN, Some(&broker.bearer));
     assert!(raw.send(&frame(HEADERS, END_HEADERS, 1, &admitted)).await);
     let frames = until_refused(raw, 200_000, |_| frame(DATA, NONE, 1, &[]).repeat(10)).await;
-    assert_calm(flood, &frames, "too_many_data_frames");
+    assert_enhance_your_calm(flood, &frames, "too_many_data_frames");
     broker.assert_recovered(flood).await;
 
     for (flood, bytes) in [
@@ -221,7 +222,7 @@ async fn floods_of_cheap_frames_close_only_the_connection_that_sends_them() {
         ("frames of an unknown kind", frame(0xbe, NONE, 0, &[0; 100])),
     ] {
         let mut raw = RawHttp2Client::connect(address).await;
-        // The server may tolerate some of them, those that cost it little.
+        // The server may tolerate frames that cost it little.
         for _ in 0..1_000 {
             if !raw.send(&bytes.repeat(100)).await {
                 break;

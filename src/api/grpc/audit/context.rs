@@ -1,4 +1,4 @@
-//! What the audit layer hands to an RPC.
+//! The context of a call, which the audit layer passes to the RPC.
 
 use std::sync::Arc;
 
@@ -9,19 +9,19 @@ use tokio_util::sync::CancellationToken;
 use super::draft_record::DraftRecord;
 use crate::{domain::caller::Caller, store::callers::CredentialKey};
 
-/// What an RPC knows of its call; an extension of the request.
+/// The facts about a call that its RPC needs. The request carries them as an extension.
 #[derive(Clone)]
 pub struct CallContext {
     /// The authenticated caller.
     pub caller: Arc<Caller>,
     /// The credential by which the caller was authenticated.
     pub credential: CredentialKey,
-    /// When the RPC must have its answer: a little before the call's deadline, so that the answer, even if
-    /// it is an error, still arrives.
+    /// When the RPC must have answered: a little before the call's deadline, so that the answer, even an
+    /// error, reaches the client in time.
     pub deadline: Instant,
     /// The audit record of the call.
     pub draft: DraftRecord,
-    /// Is cancelled when the connection should end; a stream must end then.
+    /// Cancelled when the connection drains. A stream must end then.
     pub draining: CancellationToken,
 }
 

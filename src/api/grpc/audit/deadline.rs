@@ -7,12 +7,12 @@ use tokio::time::Instant;
 
 use crate::services::token_provider::CallRefusal;
 
-/// Time between the moment by which an RPC must have its answer and the deadline, and between the deadline
-/// and the moment by which the record must be written: enough for the answer to reach the client, and for a
-/// call that was answered at the last moment to be recorded as answered.
+/// The margin on both sides of a deadline. An RPC must have answered this long before it, so that the answer
+/// reaches the client in time. The record may be written until this long after it, so that a call that was
+/// answered at the last moment is recorded as answered.
 const MARGIN: Duration = Duration::from_millis(200);
 
-/// When a call must have been answered.
+/// The moment by which a call must have been answered.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Deadline(pub(super) Instant);
 
@@ -27,14 +27,14 @@ impl Deadline {
         self.0 <= Instant::now()
     }
 
-    /// Returns when the RPC must have its answer, so that the answer arrives in time: before the deadline by
-    /// a tenth of the call's time, but at most by 200 ms.
+    /// Returns when the RPC must have answered, so that the answer arrives in time: a tenth of the call's
+    /// time before the deadline, but at most 200 ms before it.
     pub(super) fn for_rpc(self, arrived: Instant) -> Instant {
         self.0 - (self.0.saturating_duration_since(arrived) / 10).min(MARGIN)
     }
 
-    /// Returns how long writing the record may take from now: until 200 ms after the deadline, but at most
-    /// `limit`.
+    /// Returns how long writing the record may take from now on: until 200 ms after the deadline, but at
+    /// most `limit`.
     pub(super) fn time_for_record(self, limit: Duration) -> Duration {
         limit.min(self.0.saturating_duration_since(Instant::now()) + MARGIN)
     }

@@ -43,7 +43,7 @@ impl DraftRecord {
         });
     }
 
-    /// Adds what is known of a caller that was not authenticated. Returns what that caller reads.
+    /// Adds what is known about a caller whose authentication failed. Returns the refusal to answer with.
     pub(super) fn set_authentication_failure(&self, failure: AuthenticationFailure) -> CallRefusal {
         let AuthenticationFailure { refusal, known_caller, cause, certificate_names } = failure;
         if let Some(known_caller) = &known_caller {
@@ -58,17 +58,18 @@ impl DraftRecord {
         refusal
     }
 
-    /// Sets the account as the caller wrote it, without what may be a secret sent by mistake.
+    /// Sets the account's name as the caller wrote it. It is sanitized, since it may be a secret that was
+    /// sent by mistake.
     pub fn set_account(&self, name: &str) {
         self.map_record(|record| record.requested_account(name));
     }
 
-    /// Sets the accounts and patterns as the caller wrote them.
+    /// Sets the accounts and patterns as the caller wrote them, sanitized.
     pub fn set_accounts(&self, names: &[String]) {
         self.map_record(|record| record.requested_accounts(names.iter().map(String::as_str)));
     }
 
-    /// Adds a detail.
+    /// Adds an entry to the record's `detail`.
     pub fn add_detail(&self, key: &str, value: &str) {
         self.map_record(|record| record.with(key, value));
     }
@@ -101,8 +102,8 @@ impl DraftRecord {
         self.0.lock().record.clone()
     }
 
-    /// Completes and returns the record, with the expiry of the token in the response, if there is one. What
-    /// is set afterwards is lost.
+    /// Completes and returns the record, with the expiry of the token in the response, if there is one. Later
+    /// changes to the draft are lost.
     pub(super) fn finish(
         &self,
         outcome: &'static str,

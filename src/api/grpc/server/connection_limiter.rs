@@ -16,7 +16,7 @@ use tracing::warn;
 
 use crate::services::client_network::network_of;
 
-/// How often the log says, at most, that an address has too many connections.
+/// The shortest time between two warnings that an address has too many connections.
 const WARNING_INTERVAL: Duration = Duration::from_mins(1);
 
 /// The open connections by address. The addresses of one IPv6 /64 count as one.
@@ -24,7 +24,7 @@ const WARNING_INTERVAL: Duration = Duration::from_mins(1);
 pub struct ConnectionLimiter {
     by_address: Mutex<HashMap<IpAddr, usize>>,
     total: watch::Sender<usize>,
-    /// The number of connections so far, which spreads their maximum ages.
+    /// The number of connections accepted so far. Each connection's number determines its maximum age.
     accepted: AtomicU32,
     last_warning: Mutex<Option<Instant>>,
 }
@@ -67,8 +67,8 @@ impl ConnectionLimiter {
         Some(ConnectionPermit { limiter: Arc::clone(self), address, number })
     }
 
-    /// Logs that `address` has all the connections that it may have; once a minute at most, whatever the
-    /// addresses.
+    /// Warns that `address` has as many connections as it may have. Logs at most one such warning a minute,
+    /// for all addresses together.
     pub(super) fn warn_of_too_many(&self, address: IpAddr, max: usize) {
         let now = Instant::now();
         let mut last_warning = self.last_warning.lock();
@@ -86,7 +86,8 @@ impl ConnectionLimiter {
 }
 
 impl ConnectionPermit {
-    /// Returns `limit` or up to a quarter less, different for connections that follow each other.
+    /// Returns `limit` reduced by up to a quarter. Connections that follow each other get different results.
+    #[must_use]
     pub(super) fn jittered(&self, limit: Duration) -> Duration {
         // Knuth's multiplicative hash maps consecutive numbers to values that are far apart.
         let spread = f64::from(self.number.wrapping_mul(2_654_435_769)) / f64::from(u32::MAX);

@@ -14,18 +14,17 @@ use crate::{
     tls::PeerIdentity,
 };
 
-/// How long the record may take to become durable. The connection is kept that long, but the client waits for
-/// nothing.
+/// How long the record may take to become durable. The connection counts against the limits meanwhile.
 const RECORD_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Returns the identity in the client's certificate, if it showed one. The handshake has verified it.
+/// Returns the identity in the client's certificate, if the client presented one. The handshake has verified
+/// the certificate.
 pub(super) fn client_identity(stream: &TlsStream<Socket>) -> Option<PeerIdentity> {
     let (_, session) = stream.get_ref();
     session.peer_certificates().and_then(|chain| chain.first()).map(PeerIdentity::of)
 }
 
-/// Records a handshake that failed by a fault in TLS. One whose client only closed the connection, as TCP
-/// probes do, is not recorded.
+/// Records a TLS handshake that failed, unless the client only closed the connection, as TCP probes do.
 pub(super) async fn record_failure(
     refusals: &RefusalAggregator,
     clock: &Clock,
@@ -39,8 +38,8 @@ pub(super) async fn record_failure(
     record(refusals, clock, address, reason(fault), &fault.to_string()).await;
 }
 
-/// Records a connection from a trusted balancer that began without a PROXY protocol header. One that was only
-/// closed is not recorded.
+/// Records a connection from a trusted balancer that began without a PROXY protocol header, unless it was
+/// only closed.
 pub(super) async fn record_no_proxy_header(
     refusals: &RefusalAggregator,
     clock: &Clock,

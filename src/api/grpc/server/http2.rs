@@ -23,7 +23,7 @@ use crate::api::grpc::{
 /// How many streams a connection may have at the same time.
 const MAX_STREAMS: u32 = 1_000;
 /// How many streams a client may reset before we have answered them, and how many we may reset for its
-/// faults, before the connection is closed (the "rapid reset" attack).
+/// faults, before the connection is closed. This bounds the "rapid reset" attack.
 const MAX_RESETS: usize = 100;
 /// The largest header list of a request, in bytes.
 const MAX_HEADER_BYTES: u32 = 16 * 1024;
@@ -48,7 +48,7 @@ pub(super) struct Lifetime {
     pub(super) max_age: Duration,
     /// How long it may take to end once it drains.
     pub(super) drain_timeout: Duration,
-    /// Drains it at once when cancelled.
+    /// Drains the connection at once when cancelled.
     pub(super) stop: CancellationToken,
 }
 
@@ -57,7 +57,8 @@ pub(super) struct Lifetime {
 /// long, or the server stops.
 ///
 /// # Errors
-/// When the connection fails, or does not end in its time.
+/// When the connection fails, its client does not read the responses, or the connection does not end within
+/// [`Lifetime::drain_timeout`] once it drains.
 pub(super) async fn serve_connection<S>(
     stream: S,
     peer: ConnectionPeer,
@@ -84,7 +85,7 @@ where
                 if !response_is_stream {
                     call.response_ready();
                 }
-                // The call is in flight until its response was sent.
+                // The call is in flight until its response has been sent.
                 Ok::<_, Infallible>(response.map(|body| GuardedBody::new(body, call)))
             }
         })

@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn anything_else_is_refused_at_its_first_wrong_byte() {
+    async fn another_protocol_is_refused_at_its_first_wrong_byte() {
         for sent in [&b"GET / HTTP/1.1"[..], b"PRI * HTTP/1.1", b"\x16\x03\x01", b"PRI"] {
             let (mut client, server) = duplex(64);
             client.write_all(sent).await.unwrap();

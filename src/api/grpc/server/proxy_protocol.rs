@@ -1,4 +1,4 @@
-//! The PROXY protocol, versions 1 and 2, by which a balancer tells the address of the client whose connection
+//! The PROXY protocol, versions 1 and 2, in which a balancer names the address of the client whose connection
 //! it forwards. See <https://www.haproxy.org/download/1.8/doc/proxy-protocol.txt>.
 
 use std::{
@@ -9,20 +9,20 @@ use std::{
 use proxy_header::{ParseConfig, ProxyHeader};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
-/// The longest header of version 1, a line, in bytes and with its end.
+/// The length of the longest header of version 1, in bytes: a line with its CR LF.
 const MAX_V1_LEN: usize = 107;
-/// The length of the part of version 2 that is always there, in bytes: a signature, version, family, and the
-/// length of the rest.
+/// The length of the fixed part of a version 2 header, in bytes: signature, version, family, and the length
+/// of the rest.
 const V2_FIXED_LEN: usize = 16;
-/// The longest rest of version 2 that is accepted, in bytes: both addresses, and extensions, which are
+/// The longest accepted rest of a version 2 header, in bytes: both addresses, and extensions, which are
 /// ignored.
 const MAX_V2_REST_LEN: usize = 4_096;
 
-/// Reads the header and nothing beyond it. Returns the client's address, or `None` where the connection is
-/// the balancer's own, such as a health check.
+/// Reads the header and nothing beyond it. Returns the client's address, or `None` if the balancer opened the
+/// connection for itself, as for a health check. Sets no timeout.
 ///
 /// # Errors
-/// [`ErrorKind::InvalidData`] when the stream does not begin with a valid header.
+/// [`ErrorKind::InvalidData`] when the stream does not begin with a valid header, and the errors of reading.
 pub(super) async fn read_client_address(
     stream: &mut (impl AsyncRead + Unpin),
 ) -> io::Result<Option<SocketAddr>> {
@@ -54,7 +54,10 @@ pub(super) async fn read_client_address(
 }
 
 fn malformed() -> io::Error {
-    io::Error::new(ErrorKind::InvalidData, "no header of the PROXY protocol")
+    io::Error::new(
+        ErrorKind::InvalidData,
+        "the connection does not begin with a PROXY protocol header",
+    )
 }
 
 #[cfg(test)]
@@ -89,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_of_the_balancer_s_own_names_no_client() {
+    fn a_connection_that_the_balancer_opens_for_itself_names_no_client() {
         let mut local = vec![];
         ProxyHeader::with_local().encode_v2(&mut local).unwrap();
         for header in [local, b"PROXY UNKNOWN\r\n".to_vec()] {

@@ -1,5 +1,4 @@
-//! The body of a request: how long its messages may take to arrive, and what happens to a body that nobody
-//! reads.
+//! The body of a request: it limits how long a message may take to arrive, and discards what is left unread.
 
 use std::{
     future::{Future, poll_fn},
@@ -21,7 +20,7 @@ use tower::BoxError;
 
 use crate::api::grpc::limits::MAX_REQUEST_BYTES;
 
-/// How long a message may take to arrive; of a stream of messages, each.
+/// How long a message may take to arrive. In a request stream, how long the next data may take to arrive.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long an unread body is read and discarded.
 const DISCARD_TIMEOUT: Duration = Duration::from_secs(1);
@@ -38,11 +37,12 @@ static DISCARDS: LazyLock<Arc<Semaphore>> =
 /// the connection with all its other calls. So when this is dropped, the rest of the body is read and
 /// discarded in a task of its own, up to the largest request and for one second.
 pub(super) struct RequestBody<B: Body<Data = Bytes> + Send + Unpin + 'static> {
-    /// `None` once it was read to its end, failed, or took too long.
+    /// `None` once the body was read to its end, failed, or took too long.
     body: Option<B>,
-    /// Set while data is waited for.
+    /// Set when data is first waited for. In a request stream, data that arrives clears it.
     message_deadline: Option<Pin<Box<Sleep>>>,
-    /// Whether the request is a stream of messages, so that each has its own time.
+    /// Whether the request is a stream of messages, so that the time limit starts again with each arrival of
+    /// data.
     is_stream: bool,
 }
 
@@ -104,7 +104,7 @@ impl<B: Body<Data = Bytes> + Send + Unpin> Drop for RequestBody<B> {
         let (Ok(permit), Ok(runtime)) = (permit, Handle::try_current()) else { return };
         runtime.spawn(async move {
             let _permit = permit;
-            // What takes longer is no longer read.
+            // After the timeout, the rest is not read.
             let _ = timeout(DISCARD_TIMEOUT, discard(&mut body)).await;
         });
     }
@@ -127,7 +127,7 @@ mod tests {
 
     use super::*;
 
-    /// A body of so many chunks of 16 KiB that then never ends. It counts the chunks that were read.
+    /// A body of `left` chunks of 16 KiB, after which it stays pending. It counts the chunks that were read.
     struct ChunksThenSilence {
         left: usize,
         read: Arc<AtomicUsize>,
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn each_message_of_a_stream_has_its_own_time() {
+    async fn data_that_arrives_in_a_request_stream_resets_the_time_limit() {
         let mut body = RequestBody::new(chunks(1, &Arc::default()), true);
         body.message_deadline = Some(Box::pin(sleep(Duration::ZERO)));
         assert!(poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await.unwrap().is_ok());

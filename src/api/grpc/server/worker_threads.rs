@@ -25,10 +25,10 @@ use tokio_util::{
 };
 use tracing::{error, warn};
 
-/// How long the threads may take to end once they were told to.
+/// How long the threads may take to end once the shutdown has begun.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The threads. They end with [`WorkerThreads::shut_down`], or when this is dropped.
+/// The worker threads. They end with [`WorkerThreads::shut_down`], or when this is dropped.
 #[derive(Debug)]
 pub struct WorkerThreads {
     workers: Vec<Worker>,
@@ -49,8 +49,8 @@ struct Worker {
 pub(super) struct WorkerSlot(Worker);
 
 impl WorkerThreads {
-    /// Starts `count` threads. `failed` is cancelled if one of them ends without having been told to, which is
-    /// a bug. Blocks until each thread has started.
+    /// Starts `count` threads. `failed` is cancelled if one of them ends before the shutdown, which is a bug.
+    /// Blocks until each thread has started.
     ///
     /// # Errors
     /// When the system gives no more threads or file descriptors.
@@ -74,7 +74,8 @@ impl WorkerThreads {
                     Ok(runtime) => {
                         // The receiver is gone only if the start has failed.
                         let _ = started.send(Ok(runtime.handle().clone()));
-                        // The runtime drops what still runs when the shutdown comes.
+                        // After the shutdown has begun, the runtime is dropped, and with it the tasks that
+                        // still run.
                         runtime.block_on(exit_guard.shutdown.cancelled());
                     }
                     Err(error) => drop(started.send(Err(error))),
@@ -90,7 +91,7 @@ impl WorkerThreads {
     /// Reserves a slot on the thread with the fewest connections.
     pub(super) fn reserve_slot(&self) -> WorkerSlot {
         let connections = |worker: &&Worker| worker.connections.load(Ordering::Relaxed);
-        // There is at least one.
+        // `start` takes a count above zero, so there is at least one worker.
         let worker = self.workers.iter().min_by_key(connections).unwrap_or(&self.workers[0]);
         worker.connections.fetch_add(1, Ordering::Relaxed);
         WorkerSlot(worker.clone())
@@ -149,7 +150,7 @@ impl WorkerSlot {
 
 impl Drop for WorkerSlot {
     fn drop(&mut self) {
-        // Pairs with the load in `are_idle`: whoever sees 0 sees that the task is gone.
+        // Pairs with the load in `are_idle`: a thread that reads 0 knows that the task has been dropped.
         self.0.connections.fetch_sub(1, Ordering::Release);
     }
 }
