@@ -239,9 +239,8 @@ impl StoredEvent {
     }
 }
 
-/// Escapes control characters and truncates overlong text. The output of
-/// [`crate::audit::record::sanitize`] passes unchanged; this protects the log against text that no
-/// setter has sanitized.
+/// Escapes control characters and truncates overlong text. This protects the log against text that no
+/// setter has sanitized; it does not change the output of [`crate::audit::record::sanitize`].
 fn limit_text(text: String) -> String {
     let plain = |b: u8| (b' '..=b'~').contains(&b);
     if text.len() <= MAX_TEXT_CHARS && text.bytes().all(plain) {
@@ -384,7 +383,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_generation_is_written_as_a_json_string_and_read_as_a_number_too() {
+    fn a_generation_is_written_as_a_json_string_and_read_from_a_string_or_a_number() {
         let mut record = Record::new(DateTime::UNIX_EPOCH, Event::GetToken);
         record.generation = Some(i64::MAX);
         let event = StoredEvent::from_record(record, &link());

@@ -41,17 +41,17 @@ impl Signature {
     }
 }
 
-/// A signed statement that a chain contained a record at a time. If a copy is stored out of reach
-/// of whoever can change the log, it later shows whether records were removed from the chain's end.
+/// A signed statement that a chain contained a record at a time. A copy of it, stored where those who
+/// can change the log have no access, shows whether records were later removed from the chain's end.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct SignedCheckpoint {
     /// Name of the chain.
     pub chain: String,
-    /// `seq` of the chain's last record when it was signed.
+    /// `seq` of the chain's last record at that time.
     pub seq: i64,
     /// That record's hash.
     pub hash: Digest,
-    /// When it was signed, in whole microseconds.
+    /// When the checkpoint was signed, in whole microseconds.
     #[serde(with = "timestamp_format")]
     pub at: Timestamp,
     /// Signature over all other fields.
@@ -68,7 +68,7 @@ impl SignedCheckpoint {
         Self { chain: chain.to_owned(), seq: head.seq, hash: head.hash, at, signature }
     }
 
-    /// Returns the number and hash that were signed.
+    /// Returns the signed number and hash.
     #[must_use]
     pub fn head(&self) -> ChainHead {
         ChainHead { seq: self.seq, hash: self.hash }
@@ -105,8 +105,8 @@ pub struct PrunedRange {
 }
 
 /// A signed statement that retention removed a range of records. Verification uses it to continue
-/// from the record before the range to the one after it, and to tell retention from any other
-/// removal.
+/// from the record before the range to the one after it, and to distinguish retention from any
+/// other removal.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct PruningReceipt {
     /// Name of the chain.
@@ -142,12 +142,6 @@ impl PruningReceipt {
     pub fn range(&self) -> PrunedRange {
         let last = ChainHead { seq: self.last_seq, hash: self.hash };
         PrunedRange { first_seq: self.first_seq, prev_hash: self.prev_hash, last }
-    }
-
-    /// Returns the number of removed records.
-    #[must_use]
-    pub fn records(&self) -> i64 {
-        self.last_seq.saturating_sub(self.first_seq).saturating_add(1)
     }
 
     /// Checks the signature.
@@ -208,13 +202,9 @@ mod tests {
     fn a_signature_covers_every_field_of_a_checkpoint_and_of_a_receipt() {
         let keyring = keyring();
         let keys = VerifyingKeys::from(&keyring);
-        let head = SignedCheckpoint::new(
-            &keyring,
-            CHAIN,
-            ChainHead { seq: 12, hash: Digest([1; 32]) },
-            at(),
-        );
-        assert_eq!(head.verify(&keys), Ok(()));
+        let head = ChainHead { seq: 12, hash: Digest([1; 32]) };
+        let checkpoint = SignedCheckpoint::new(&keyring, CHAIN, head, at());
+        assert_eq!(checkpoint.verify(&keys), Ok(()));
         let edits: [fn(&mut SignedCheckpoint); 4] = [
             |it| it.chain.push('x'),
             |it| it.seq += 1,
@@ -222,16 +212,13 @@ mod tests {
             |it| it.at += chrono::TimeDelta::microseconds(1),
         ];
         for edit in edits {
-            let mut edited = head.clone();
+            let mut edited = checkpoint.clone();
             edit(&mut edited);
             assert!(edited.verify(&keys).is_err(), "{edited:?}");
         }
-        let range = PrunedRange { first_seq: 3, prev_hash: Digest([2; 32]), last: head.head() };
+        let range = PrunedRange { first_seq: 3, prev_hash: Digest([2; 32]), last: head };
         let receipt = PruningReceipt::new(&keyring, CHAIN, range, at());
-        assert_eq!(
-            (receipt.verify(&keys), receipt.records(), receipt.range()),
-            (Ok(()), 10, range)
-        );
+        assert_eq!((receipt.verify(&keys), receipt.range()), (Ok(()), range));
         let edits: [fn(&mut PruningReceipt); 6] = [
             |it| it.chain.push('x'),
             |it| it.first_seq += 1,
@@ -251,17 +238,13 @@ mod tests {
     fn checkpoints_and_receipts_read_back_from_json_with_microsecond_times() {
         let keyring = keyring();
         let nanos = at() + chrono::TimeDelta::nanoseconds(999);
-        let head = SignedCheckpoint::new(
-            &keyring,
-            CHAIN,
-            ChainHead { seq: 1, hash: Digest([1; 32]) },
-            nanos,
-        );
-        let text = serde_json::to_string(&head).unwrap();
+        let head = ChainHead { seq: 1, hash: Digest([1; 32]) };
+        let checkpoint = SignedCheckpoint::new(&keyring, CHAIN, head, nanos);
+        let text = serde_json::to_string(&checkpoint).unwrap();
         assert!(text.starts_with("{\"chain\":\"c00000001-0123456789abcdef\",\"seq\":1,\"hash\":"));
         let read: SignedCheckpoint = serde_json::from_str(&text).unwrap();
-        assert_eq!(read, head);
-        let range = PrunedRange { first_seq: 1, prev_hash: Digest::ZERO, last: head.head() };
+        assert_eq!(read, checkpoint);
+        let range = PrunedRange { first_seq: 1, prev_hash: Digest::ZERO, last: head };
         let receipt = PruningReceipt::new(&keyring, CHAIN, range, nanos);
         let read: PruningReceipt =
             serde_json::from_str(&serde_json::to_string(&receipt).unwrap()).unwrap();

@@ -1,8 +1,8 @@
-//! Signs the head of this start's chain at an interval.
+//! Signs checkpoints of this start's chain at an interval.
 //!
-//! Each checkpoint goes to the log, to a file in the state directory, and less often to Postgres. A copy
-//! that is stored out of reach of whoever can change the audit log later shows whether records were
-//! removed from the end of the chain.
+//! Each checkpoint is written to the broker's own log and to a file in the state directory, and less often
+//! to Postgres. A copy of it, stored where those who can change the audit log have no access, shows whether
+//! records were later removed from the end of the chain.
 
 use std::{
     fs::{self, OpenOptions},
@@ -29,10 +29,11 @@ use crate::{
     files::state_dir::StateDir,
 };
 
-/// How often the head is signed, if it has moved. Records that are removed from the end of the chain
-/// within this time of being written leave no trace, unless the chain goes on.
+/// How often the head is signed, if it has moved. Records that are removed from the end of the chain before
+/// the next checkpoint leave no trace, unless later records follow them.
 const SIGN_INTERVAL: Duration = Duration::from_mins(1);
-/// How often a checkpoint is stored in Postgres. The last one of a chain is stored in any case.
+/// The shortest time between two checkpoints in Postgres, except that the last one of a chain is always
+/// stored.
 const STORE_INTERVAL: TimeDelta = TimeDelta::minutes(10);
 /// Size in bytes at which the checkpoint file is rotated: some six weeks of checkpoints.
 const MAX_FILE_BYTES: u64 = 16 << 20;
@@ -47,7 +48,7 @@ pub struct CheckpointSigner {
     clock: Clock,
     file: PathBuf,
     state: Mutex<SignerState>,
-    /// Notified when there is a new checkpoint, or the last one.
+    /// Notified when a checkpoint was signed, and when the last one may be stored.
     signed: Notify,
 }
 
@@ -80,10 +81,10 @@ impl CheckpointSigner {
         })
     }
 
-    /// Signs the head now and at each interval, until `stop` is cancelled.
+    /// Signs the head at once and again after each interval, until `stop` is cancelled.
     pub async fn run(self: Arc<Self>, stop: CancellationToken) {
         loop {
-            Arc::clone(&self).sign().await;
+            self.sign().await;
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = self.clock.sleep(SIGN_INTERVAL) => {}
@@ -91,16 +92,18 @@ impl CheckpointSigner {
         }
     }
 
-    /// Signs the chain's last head. Call it once nothing is appended to the journal any more.
-    pub async fn sign_last(self: Arc<Self>) {
-        Arc::clone(&self).sign().await;
+    /// Signs the chain's last head. Call this when no more records are appended to the journal.
+    ///
+    /// Not cancel safe: if it is dropped, the checkpoint may be missing in the file and in Postgres.
+    pub async fn sign_last(&self) {
+        self.sign().await;
         self.state.lock().ended = true;
         self.signed.notify_one();
     }
 
-    /// Signs the head, if it moved since the last checkpoint. A failure to write the file is logged: the
-    /// checkpoint is in the log all the same.
-    async fn sign(self: Arc<Self>) {
+    /// Signs the head, if it moved since the last checkpoint. A failure to write the file is only logged,
+    /// since the broker's log has the checkpoint too.
+    async fn sign(&self) {
         let (head, chain) = (self.journal.head(), &self.journal.chain().chain);
         let signed_seq = self.state.lock().latest.as_ref().map_or(0, |latest| latest.seq);
         if head.seq <= signed_seq {
@@ -120,8 +123,8 @@ impl CheckpointSigner {
         }
     }
 
-    /// Returns the checkpoint that Postgres should get next, given that it has the records of `chain` up
-    /// to `delivered`; `None` if there is none yet.
+    /// Returns the checkpoint to store in Postgres now, given that it has the records of `chain` up to
+    /// `delivered`; `None` if there is none.
     pub(crate) fn due(&self, chain: &str, delivered: i64) -> Option<SignedCheckpoint> {
         if self.journal.chain().chain != chain {
             return None;
@@ -142,7 +145,8 @@ impl CheckpointSigner {
         self.state.lock().stored = Some((checkpoint.at, checkpoint.seq));
     }
 
-    /// Returns when a checkpoint was signed since the last return. Supports one waiter; cancel safe.
+    /// Waits until a checkpoint is signed; returns at once if one was signed since the last call returned.
+    /// Supports one waiter; cancel safe.
     pub(crate) async fn signed(&self) {
         self.signed.notified().await;
     }
@@ -217,12 +221,12 @@ mod tests {
     #[tokio::test]
     async fn a_checkpoint_is_signed_and_written_to_the_file_when_the_chain_has_grown() {
         let fixture = Fixture::new();
-        fixture.signer.clone().sign().await;
+        fixture.signer.sign().await;
         assert_eq!(fixture.checkpoints_in_file(), []);
         fixture.append().await;
         fixture.append().await;
-        fixture.signer.clone().sign().await;
-        fixture.signer.clone().sign().await;
+        fixture.signer.sign().await;
+        fixture.signer.sign().await;
         let [checkpoint] = &fixture.checkpoints_in_file()[..] else { panic!("one checkpoint") };
         assert_eq!((checkpoint.seq, checkpoint.verify(&fixture.keys)), (2, Ok(())));
         assert_eq!(checkpoint.head(), fixture.journal.head());
@@ -234,18 +238,18 @@ mod tests {
      {
         let fixture = Fixture::new();
         fixture.append().await;
-        fixture.signer.clone().sign().await;
+        fixture.signer.sign().await;
         assert_eq!((fixture.due(0), fixture.due(1), fixture.due(1)), (None, Some(1), None));
         assert!(fixture.signer.due("another", 1).is_none());
         fixture.append().await;
-        fixture.signer.clone().sign().await;
+        fixture.signer.sign().await;
         assert_eq!(fixture.due(2), None, "too soon");
         fixture.manual.advance(Duration::from_mins(10));
         fixture.append().await;
-        fixture.signer.clone().sign().await;
+        fixture.signer.sign().await;
         assert_eq!((fixture.due(2), fixture.due(3)), (None, Some(3)));
         fixture.append().await;
-        fixture.signer.clone().sign_last().await;
+        fixture.signer.sign_last().await;
         assert_eq!((fixture.due(4), fixture.due(4)), (Some(4), None));
     }
 

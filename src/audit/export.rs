@@ -25,8 +25,8 @@ pub enum ExportLine {
     Statement(ExportStatement),
 }
 
-/// A line that is not a record: a JSON object with one key, which is the variant's name as
-/// serialized.
+/// A line that is not a record: a JSON object with one key, which is the variant's name in snake case. Two
+/// variants are renamed, since the format calls them `cut` and `head`.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ExportStatement {
@@ -47,7 +47,7 @@ pub enum ExportStatement {
     },
 }
 
-/// The first line of an export: its version, time and extent.
+/// The first line of an export: the format's version, and the export's time and extent.
 #[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub struct ExportHeader {
     /// The format's version.
@@ -55,7 +55,7 @@ pub struct ExportHeader {
     /// When the export was made.
     #[serde(with = "timestamp_format")]
     pub at: Timestamp,
-    /// Whether it holds every record that the database had at that time.
+    /// Whether the export holds every record that the database had at that time.
     pub whole: bool,
 }
 

@@ -1,9 +1,9 @@
 //! The journal: audit records on the local disk, one hash chain per start of the broker.
 //!
 //! A caller appends a record to `queue` and waits until it is durable. One thread, `writer`, takes
-//! what is queued, numbers and hashes it, and writes and syncs it in one group commit. At a start,
-//! `recover` checks what the previous one left. `reader` reads durable records back for delivery.
-//! `catalog` knows the segment files, `segment` their format.
+//! the queued records, numbers and hashes them, and writes and syncs them in one group commit. At a start,
+//! `recover` checks the files that the previous start left. `reader` reads durable records back for
+//! delivery. `catalog` lists the segment files, and `segment` defines their format.
 
 mod archive;
 mod catalog;
@@ -61,16 +61,17 @@ use crate::{
     files::state_dir::StateDir,
 };
 
-/// A record that was appended and may not be durable yet. Dropping this cancels nothing.
-#[must_use = "an answer leaves only after `durable`"]
+/// A record that was appended and may not be durable yet. Dropping this does not cancel the write.
+#[must_use = "a call may be answered only after `durable` has returned"]
 #[derive(Debug)]
 pub struct Appended(Arc<GroupCommit>);
 
 impl Appended {
-    /// Returns once the record is durable. Cancel safe: the record is written in any case.
+    /// Waits until the record is durable. Cancel safe: the record is written in any case.
     ///
     /// # Errors
-    /// [`AuditUnavailable`] when it was not written, or not `within` that time.
+    /// [`AuditUnavailable`] when the record could not be written, or is not durable after the time
+    /// `within`.
     pub async fn durable(self, within: Duration) -> Result<(), AuditUnavailable> {
         match tokio::time::timeout(within, self.0.outcome()).await {
             Ok(true) => Ok(()),
@@ -88,7 +89,7 @@ pub struct JournalStats {
     /// Number of records that became durable.
     pub durable: u64,
     /// Number of records that were dropped because the journal could not be written. An `audit_gap`
-    /// record counts them as soon as it can be written again.
+    /// record counts them once the journal can be written again.
     pub failed: u64,
     /// Number of durable records, those of earlier starts included, that are not known to be in
     /// Postgres.
@@ -109,15 +110,15 @@ pub struct Journal(Arc<Inner>);
 struct Inner {
     shared: Arc<Shared>,
     writer: Thread,
-    /// DrainedQueue by the first who closes.
+    /// The writer thread. The first call of [`Journal::close`] takes it.
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Journal {
     /// Opens the journal of `state_dir` and starts its writer thread. Blocks on I/O.
     ///
-    /// Checks what the previous start left, moves a torn tail to a file of its own, and opens a new
-    /// chain that is linked to the head of the previous one.
+    /// Checks the files that the previous start left, moves a torn tail to a file of its own, and opens a
+    /// new chain that is linked to the head of the previous one.
     ///
     /// # Errors
     /// [`JournalError::Damaged`] when a durable record is not what was written;
@@ -182,7 +183,7 @@ impl Journal {
         Appended(enqueued.commit)
     }
 
-    /// Whether the record of a call would be written now.
+    /// Whether the journal can be written now, so that calls can be recorded.
     #[must_use]
     pub fn is_writable(&self) -> bool {
         let shared = &self.0.shared;
@@ -221,7 +222,7 @@ impl Journal {
         &self.0.shared.link
     }
 
-    /// Writes and syncs what was appended, and ends the writer thread. Later appends are refused.
+    /// Writes and syncs the appended records, and ends the writer thread. Later appends are refused.
     /// May be called more than once, also concurrently. Cancel safe: the writer ends in any case.
     pub async fn close(&self) {
         let mut ended = self.0.shared.ended.subscribe();
@@ -230,8 +231,8 @@ impl Journal {
         let _ = ended.wait_for(|ended| *ended).await;
         let thread = self.0.thread.lock().take();
         if let Some(thread) = thread {
-            // The thread holds the directory's lock until it ends. If it panicked, `ended` has told
-            // already.
+            // The thread holds the directory's lock until it ends. The result is ignored: it only says
+            // whether the thread panicked.
             let _ = task::spawn_blocking(|| thread.join()).await;
         }
     }
@@ -268,8 +269,8 @@ impl Journal {
         self.0.shared.catalog().positions().clone()
     }
 
-    /// Notes that Postgres has the records of `chain` up to `seq`: segments with delivered records
-    /// alone may be deleted.
+    /// Notes that Postgres has the records of `chain` up to `seq`. Segments of which all records are
+    /// delivered may be deleted.
     pub fn mark_delivered(&self, chain: &str, seq: i64) {
         let shared = &self.0.shared;
         let now = shared.clock.now().timestamp_millis();
@@ -282,13 +283,14 @@ impl Journal {
         }
     }
 
-    /// Saves the delivered positions to disk for the next start. The writer thread does so until
-    /// the journal is closed. Blocks on I/O.
+    /// Saves the delivered positions to disk for the next start. The writer thread does this until the
+    /// journal is closed; call this for positions that are noted later. Blocks on I/O.
     pub fn save_positions(&self) {
         self.0.shared.save_positions();
     }
 
-    /// Returns when records became durable since the last return. Supports one waiter; cancel safe.
+    /// Waits until records become durable; returns at once if some did since the last call returned.
+    /// Supports one waiter; cancel safe.
     pub async fn wait_for_durable(&self) {
         self.0.shared.committed.notified().await;
     }

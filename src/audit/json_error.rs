@@ -2,12 +2,12 @@
 
 use serde_json::error::Category;
 
-/// Beginnings of the messages that consist of our own words and of field names alone.
+/// Beginnings of the messages that contain only constant text and names of fields.
 const SAFE_MESSAGES: [&str; 3] = ["a time is not in whole", "missing field", "duplicate field"];
 
-/// Describes why a line is not what was expected, and where in it.
+/// Describes `error` and its column in the line.
 ///
-/// The messages of `serde_json` can quote values. A file that was named by mistake may hold a secret, so
+/// Messages of `serde_json` can quote values, and a file that was named by mistake may hold a secret. So
 /// only messages that cannot contain input are passed on.
 pub(super) fn describe(error: &serde_json::Error) -> String {
     let message = error.to_string();

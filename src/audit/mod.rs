@@ -8,10 +8,11 @@
 //! | [`record`] | describes one event before it has a position in a chain |
 //! | [`chain`] | numbers and hashes records; [`StoredEvent`](chain::StoredEvent) is the result |
 //! | [`journal`] | makes records durable on the local disk |
-//! | [`checkpoint`], [`checkpoint_signer`] | sign the head of a chain at an interval, and what retention removes |
+//! | [`checkpoint`] | defines signed checkpoints of a chain, and signed receipts of removed records |
+//! | [`checkpoint_signer`] | signs a checkpoint of this start's chain at an interval |
 //! | [`pruning`] | finds the contiguous ranges of records that retention is about to remove |
 //! | [`verify`] | checks a log, from whichever source its records come |
-//! | [`export`] | is the line format of `audit export` |
+//! | [`export`] | defines the line format of `audit export` |
 //!
 //! [`crate::services::journal_delivery`] delivers the journal and [`crate::store::audit`] holds the SQL.
 //! `docs/audit-format.md` describes files, hashes and signatures for other implementations.

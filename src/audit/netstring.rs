@@ -23,6 +23,7 @@ pub(super) fn push_integer(out: &mut Vec<u8>, number: i64) {
     push_text(out, text);
 }
 
+/// Appends `value` as a netstring; `-` if it is absent.
 pub(super) fn push_optional_text(out: &mut Vec<u8>, value: Option<&str>) {
     match value {
         Some(value) => push_text(out, value),
@@ -30,6 +31,7 @@ pub(super) fn push_optional_text(out: &mut Vec<u8>, value: Option<&str>) {
     }
 }
 
+/// Appends `value` as [`push_integer`] does; `-` if it is absent.
 pub(super) fn push_optional_integer(out: &mut Vec<u8>, value: Option<i64>) {
     match value {
         Some(value) => push_integer(out, value),

@@ -5,7 +5,8 @@ use super::{
     checkpoint::PrunedRange,
 };
 
-/// A record that is not what was written. Retention then keeps its whole day as evidence.
+/// A record that is not what was written: its hash does not match its content, or it does not follow the
+/// record before it. Retention keeps its whole day as evidence.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct TamperedRecord {
     /// The record's chain.
@@ -30,6 +31,7 @@ impl PrunedRangeCollector {
         self.records += 1;
         let hash_matches = event.computed_hash() == event.hash;
         let follows = match self.ranges.last_mut() {
+            // A number that does not exceed the last one is a duplicate and begins no new range.
             Some((chain, range)) if *chain == event.chain && event.seq <= range.last.seq + 1 => {
                 let follows = event.seq == range.last.seq + 1 && event.prev_hash == range.last.hash;
                 range.last = event.head();
@@ -56,7 +58,7 @@ impl PrunedRangeCollector {
         self.records
     }
 
-    /// Returns the ranges, each with its chain.
+    /// Returns the ranges, each with the name of its chain.
     ///
     /// # Errors
     /// Returns the first record that is not what was written, if there is one.

@@ -24,7 +24,7 @@ pub enum Event {
     ListAccounts,
     /// A call of a method that `TokenService` does not have.
     UnknownMethod,
-    /// A TLS handshake that was refused.
+    /// The broker refused a TLS handshake.
     HandshakeRefused,
     /// The upstream issued a token.
     TokenIssued,
@@ -86,9 +86,9 @@ impl Event {
         }
     }
 
-    /// Whether this is a call, whose answer waits until its record is durable. While the journal
-    /// cannot be written, a call is refused and only counted; any other record is retained in
-    /// memory until it can be written.
+    /// Whether this is an event of a call. A call is answered only once its record is durable. While the
+    /// journal cannot be written, calls are refused and only counted, and other records are retained in
+    /// memory until they can be written.
     #[must_use]
     pub fn is_call(self) -> bool {
         matches!(
@@ -108,7 +108,7 @@ impl Event {
 /// The setters sanitize text that callers send: see [`sanitize`] and [`sanitize_requested_name`].
 #[derive(Clone, Debug)]
 pub struct Record {
-    /// When it happened.
+    /// When the event happened.
     pub at: Timestamp,
     /// What happened.
     pub event: Event,
@@ -132,7 +132,7 @@ pub struct Record {
     pub trace_id: Option<String>,
     /// Microseconds from the arrival of the request headers to the record.
     pub latency_us: Option<i64>,
-    /// How many calls this record stands for; more than 1 for aggregated refusals and gaps.
+    /// How many calls this record stands for: 1, except for aggregated refusals and `audit_gap` records.
     pub count: i64,
     /// Further details, as flat strings.
     pub detail: BTreeMap<String, String>,
@@ -211,7 +211,7 @@ impl Record {
 ///
 /// Well-formed names and patterns are returned unchanged. Of anything else, at most 64 characters
 /// are kept; where it contains the prefix of a token, a bearer or a client secret, only the first 4
-/// characters from there. `…` marks what was cut.
+/// characters from there. `…` stands for omitted text.
 #[must_use]
 pub fn sanitize_requested_name(word: &str) -> String {
     const MAX_CHARS: usize = 64;
@@ -228,7 +228,7 @@ pub fn sanitize_requested_name(word: &str) -> String {
 }
 
 /// Makes any text safe to log: control characters are escaped as `\u{…}`, a backslash is doubled,
-/// and text beyond 256 characters is cut and ends in `…`. Postgres cannot store NUL, and a line
+/// and text beyond 256 characters is replaced by `…`. Postgres cannot store NUL, and a line
 /// break could forge a log line.
 #[must_use]
 pub fn sanitize(text: &str) -> String {
@@ -264,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn a_secret_sent_as_a_name_is_cut_after_four_characters() {
+    fn a_secret_sent_as_a_name_is_truncated_after_four_characters() {
         for (sent, kept) in [
             ("eyJhbGciOiJIUzI1NiJ9.e30.c2ln", "eyJh…"),
             ("tbk_0123456789ABCDEF", "tbk_…"),
@@ -280,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn names_and_patterns_are_kept_and_anything_else_is_cut_after_64_characters() {
+    fn names_and_patterns_are_kept_and_anything_else_is_truncated_after_64_characters() {
         for name in ["acme", "tbk_prod", "acme-*", "*", &"a".repeat(63)] {
             assert_eq!(sanitize_requested_name(name), name);
         }
@@ -296,7 +296,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_secret_anywhere_in_a_word_is_cut(
+        fn a_secret_anywhere_in_a_word_is_truncated(
             before in "[ -~가]{0,80}",
             secret in "(eyJ|tbk_|SK\\.)[A-Z]{9}",
         ) {

@@ -16,8 +16,8 @@ pub(super) fn serialize<S: Serializer>(at: &Timestamp, serializer: S) -> Result<
     serializer.serialize_str(&text(*at))
 }
 
-/// Reads a timestamp in exactly the form that [`serialize`] writes. A finer time is refused, since
-/// the hash would not cover its last digits.
+/// Reads a timestamp in exactly the form that [`serialize`] writes. A time with more digits is refused,
+/// since the hash would not cover the last ones.
 pub(super) fn deserialize<'de, D: Deserializer<'de>>(reader: D) -> Result<Timestamp, D::Error> {
     let written = Cow::<str>::deserialize(reader)?;
     let at: Option<Timestamp> = written.parse().ok();

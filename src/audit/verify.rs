@@ -24,15 +24,15 @@ use super::{
 };
 use crate::crypto::VerifyingKeys;
 
-/// Most records that are held because an earlier record has not come, over all chains: about 100 MiB.
-/// Beyond that, the records that they wait for count as missing.
+/// How many records of all chains together are held because an earlier record has not come: about 100
+/// MiB. Beyond that, the records that they wait for count as missing.
 const MAX_WAITING: usize = 1 << 20;
 
 /// Verifies a log.
 pub struct Verifier {
     extent: Extent,
     keys: Option<VerifyingKeys>,
-    /// By name.
+    /// The chains by name.
     chains: HashMap<String, ChainVerifier>,
     /// How many records all chains hold together.
     waiting: usize,
@@ -40,7 +40,7 @@ pub struct Verifier {
 }
 
 impl Verifier {
-    /// Returns a verifier for a log of which `extent` is shown. Without `keys`, signatures are not
+    /// Returns a verifier that is shown the part `extent` of a log. Without `keys`, signatures are not
     /// checked, and the report says so.
     #[must_use]
     pub fn new(extent: Extent, keys: Option<VerifyingKeys>) -> Self {
@@ -91,7 +91,7 @@ impl Verifier {
     }
 
     /// Adds the finding that a journal's last segment ends in records that do not follow record `last`.
-    /// `location` says where, in words.
+    /// `location` describes for people where these are.
     pub fn add_torn_tail(&mut self, chain: &str, last: i64, location: String) {
         self.findings.add(chain, Fault::TornTail { location, last });
     }
@@ -126,7 +126,8 @@ impl Verifier {
         }
     }
 
-    /// In the chain that holds most records, stops waiting for what is missing before half of them.
+    /// Releases the earlier half of the waiting records of the chain that holds the most of them. The
+    /// records that they wait for count as missing.
     fn release_waiting(&mut self) {
         let most = self.chains.iter_mut().max_by_key(|(_, chain)| chain.waiting());
         if let Some((name, chain)) = most {
@@ -196,7 +197,8 @@ impl Verifier {
 
     /// Checks that each chain begins where its predecessor ended.
     fn check_links(&mut self, notices: &mut Vec<String>) {
-        // Empty chains are left out: they end as they claim to begin, which proves nothing.
+        // Empty chains are left out: their last hash is the one that they claim to begin with, which
+        // proves nothing.
         let ends: HashSet<_> =
             self.chains.values().filter_map(ChainVerifier::last_record_hash).collect();
         let mut successors = BTreeMap::<String, Vec<String>>::new();
@@ -223,7 +225,8 @@ impl Verifier {
         }
     }
 
-    /// Checks the link of chain `name` to its predecessor. `ends` are the last hashes of all chains.
+    /// Checks the link of chain `name` to its predecessor. `ends` are the last hashes of all chains that
+    /// have records.
     fn check_link(&self, name: &str, ends: &HashSet<Digest>) -> Link {
         let broken = |chain: &str, fault| Link::Broken { chain: chain.to_owned(), fault };
         let chain = &self.chains[name];
@@ -277,7 +280,7 @@ enum Link {
     Broken { chain: String, fault: Fault },
 }
 
-/// Whether a record can have that number. What is verified may contain any.
+/// Whether a record can have the number `seq`. The input is not trusted and may contain any number.
 fn is_valid_seq(seq: i64) -> bool {
     (1..i64::MAX).contains(&seq)
 }

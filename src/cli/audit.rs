@@ -46,18 +46,18 @@ Examples:
   token-broker audit export --since 2027-03-01T00:00:00+09:00 --until 2027-04-01T00:00:00+09:00
   token-broker audit export --caller billing | jq -r 'select(.event).account' | sort | uniq -c")]
     Export(export::ExportArgs),
-    /// Lists who was given a token, which is read from standard input
+    /// Lists the callers that were given a token; reads the token from standard input
     #[command(after_help = "\
 Examples:
   token-broker audit who < leaked-token
   pbpaste | token-broker audit who --json")]
     Who(who::WhoArgs),
-    /// Delivers what the journal of a replica that is gone still holds
+    /// Delivers the records that are left in the journal of a lost replica
     #[command(after_help = "\
 Example:
   token-broker audit ship /mnt/rescued/var/lib/token-broker")]
     Ship(ship::ShipArgs),
-    /// Retires the chains of a replica whose disk is lost, and says what may be missing
+    /// Retires the chains of a replica whose disk is lost, and says which records may be missing
     #[command(after_help = "\
 Example:
   token-broker audit retire i-0123456789abcdef --reason 'disk of host 3 failed, TICKET-7'")]

@@ -5,12 +5,12 @@ use std::{
     time::Duration,
 };
 
-/// How fast events may come: one per interval in the long run, and a burst of some at once.
+/// How fast events may come: one per interval in the long run, and several at once in a burst.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Quota {
     /// Time that one event costs, in nanoseconds.
     interval: u64,
-    /// How far the cost of the accepted events may run ahead of the clock, in nanoseconds.
+    /// How far the time up to which events are paid may be ahead of the present, in nanoseconds.
     burst: u64,
 }
 
@@ -32,11 +32,11 @@ impl Quota {
     }
 }
 
-/// The events of one limited party so far, as the moment up to which their cost is paid: GCRA's
-/// theoretical arrival time, in nanoseconds since the epoch that the user of this type chose.
+/// The state of one limited party: the time up to which the cost of its events so far is paid, in
+/// nanoseconds since an epoch that the user of this type chose. GCRA calls it the theoretical arrival time.
 ///
-/// The quota is an argument of each call, so that it can change at any time. The moment is an argument
-/// too, so that tests control it; calls of several threads may come slightly out of order.
+/// The quota is an argument of each call, so that it can change at any time. The present time is an
+/// argument too, so that tests control it; it may differ slightly between threads.
 #[derive(Debug, Default)]
 pub struct Gcra(AtomicU64);
 
@@ -66,7 +66,7 @@ impl Gcra {
     }
 }
 
-/// Clamps to half of the range, so that sums do not overflow: 292 years.
+/// Converts to nanoseconds, at most half of the range (292 years), so that sums do not overflow.
 fn nanoseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX).min(u64::MAX / 2)
 }
@@ -93,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_tells_when_the_next_event_is_accepted() {
+    fn a_refusal_says_when_the_next_event_is_accepted() {
         let (gcra, quota) = (Gcra::default(), Quota::per_second(10));
         let now = Duration::from_secs(5);
         assert_eq!(accepted(&gcra, quota, now), 10);
@@ -130,10 +130,10 @@ mod tests {
         }
 
         #[test]
-        fn no_moment_and_no_rate_make_it_panic(rate: u32, moments: Vec<u64>) {
+        fn no_time_and_no_rate_make_it_panic(rate: u32, times: Vec<u64>) {
             let gcra = Gcra::default();
-            for moment in moments {
-                let _ = gcra.take(Quota::per_second(rate), Duration::from_secs(moment));
+            for seconds in times {
+                let _ = gcra.take(Quota::per_second(rate), Duration::from_secs(seconds));
             }
         }
     }

@@ -1,8 +1,8 @@
 //! Delivery of the journal to `audit_events` in Postgres, exactly once and in order.
 //!
 //! The records and the chain's position are written in one transaction, and the position moves by
-//! compare-and-set. So when the outcome of a commit is unknown, reading the position tells it: no record is
-//! lost or duplicated. Two processes that deliver the same chain can only take turns.
+//! compare-and-set. So when the outcome of a commit is unknown, the position shows it, and no record is lost
+//! or duplicated. Two processes that deliver the same chain can only take turns.
 
 mod error;
 mod session;
@@ -23,14 +23,14 @@ use crate::audit::{
 
 /// The delay before reconnecting after a failure. It doubles with each further failure.
 const FIRST_RECONNECT_DELAY: Duration = Duration::from_millis(250);
-/// The longest such delay.
+/// The longest delay before reconnecting.
 const MAX_RECONNECT_DELAY: Duration = Duration::from_secs(5);
-/// How long a chain that cannot be read is left alone before it is tried again.
+/// The delay before reading a chain again that could not be read.
 const UNREADABLE_RETRY_DELAY: Duration = Duration::from_mins(1);
-/// How long delivery goes on after it was told to stop, unless [`JournalDelivery::drain`] sets it.
+/// How long delivery continues at most after it was stopped, unless [`JournalDelivery::drain`] sets it.
 const DEFAULT_DRAIN_LIMIT: Duration = Duration::from_secs(5);
 
-/// Delivers what is durable in the journal of this process, over a connection of its own.
+/// Delivers the durable records of this process's journal, over a connection of its own.
 pub struct JournalDelivery {
     journal: Journal,
     connection: PgConnectOptions,
@@ -52,14 +52,16 @@ impl JournalDelivery {
         self
     }
 
-    /// Sets how long [`JournalDelivery::run`] goes on at most once it was told to stop.
+    /// Sets how long [`JournalDelivery::run`] continues at most after `stop` was cancelled. The default is
+    /// 5 seconds.
     #[must_use]
     pub fn drain(mut self, limit: Duration) -> Self {
         self.drain_limit = limit;
         self
     }
 
-    /// Delivers until `stop` is cancelled, and then what is durable by then, within the drain limit.
+    /// Delivers until `stop` is cancelled, and then the records that are durable by then, within the drain
+    /// limit. Failures are logged and retried.
     ///
     /// Close the journal before cancelling `stop`: records that become durable later may wait until the
     /// next start delivers them. Cancel safe: a transaction that is under way is rolled back.
@@ -89,7 +91,7 @@ impl JournalDelivery {
             tracing::warn!(%error, "audit delivery is interrupted");
             tokio::select! {
                 () = tokio::time::sleep(delay) => {}
-                // The order to stop ends the first delay at once; later ones count in the drain limit.
+                // Cancelling `stop` ends the present delay. Later delays use up the drain limit.
                 () = stop.cancelled(), if !stop.is_cancelled() => {}
             }
             delay = (2 * delay).min(MAX_RECONNECT_DELAY);
@@ -106,7 +108,8 @@ impl JournalDelivery {
         let mut session = Session::connect(&self.journal, &self.connection).await?;
         let mut deliveries = session.register_chains().await?;
         loop {
-            // Read before delivering, so that everything durable before the order to stop is delivered.
+            // Read before delivering, so that every record that was durable when `stop` was cancelled is
+            // delivered.
             let stopping = stop.is_cancelled();
             for delivery in &mut deliveries {
                 *delivered |= session.deliver_all(delivery).await?;
@@ -115,7 +118,8 @@ impl JournalDelivery {
                 }
             }
             if stopping && self.is_delivered(&deliveries) {
-                // If the server does not answer any more, it notices the end by itself.
+                // An error is ignored: all records are delivered, and the server notices that the
+                // connection is gone.
                 let _ = session.close().await;
                 return Ok(());
             }
@@ -133,7 +137,7 @@ impl JournalDelivery {
         }
     }
 
-    /// Returns when there may be a checkpoint to store.
+    /// Waits until there may be a checkpoint to store.
     async fn wait_for_checkpoint(&self) {
         match &self.checkpoint_signer {
             Some(signer) => signer.signed().await,
@@ -170,8 +174,8 @@ pub struct DeliveredChain {
 /// A chain that cannot be read to its end does not keep the others from being delivered.
 ///
 /// # Errors
-/// [`DeliveryError`] when the database refuses a statement or does not answer. What was delivered until
-/// then stays.
+/// [`DeliveryError`] when the database refuses a statement or does not answer. Records that were delivered
+/// before stay delivered.
 pub async fn deliver_archive(
     archive: &Archive,
     connection: &PgConnectOptions,

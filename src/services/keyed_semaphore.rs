@@ -34,7 +34,8 @@ impl<K: Copy + Eq + Hash> KeyedSemaphore<K> {
         Self { limit, held: Mutex::new(HeldPermits { total: 0, by_key: HashMap::new() }) }
     }
 
-    /// Takes a permit for `key`; `None` if no permit is left, or `key` holds half of them already.
+    /// Takes a permit for `key`. Returns `None` if no permit is left, or `key` holds half of them already.
+    #[must_use = "dropping the permit returns it at once"]
     pub fn try_acquire(self: &Arc<Self>, key: K) -> Option<KeyedPermit<K>> {
         let mut held = self.held.lock();
         let of_key = held.by_key.get(&key).copied().unwrap_or_default();

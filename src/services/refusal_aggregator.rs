@@ -2,12 +2,12 @@
 //! fills neither the disk nor the log.
 //!
 //! Refusals are grouped by kind: origin (caller, else network address), event, outcome and reason. The
-//! first [`BURST`] refusals of a kind get a record each, and then one per [`INDIVIDUAL_INTERVAL`]. All
+//! first 20 refusals of a kind get a record each, and then one per second ([`INDIVIDUAL_RECORDS`]). All
 //! others share a record, which is written [`AGGREGATION_WINDOW`] after the first of them.
 //!
-//! Each refusal is durable before it is answered, so that whoever floods the broker waits. The audit layer
-//! makes one exception: when many calls that are refused by their headers wait already, further ones are
-//! answered while the record that counts them is being written (`api/grpc/audit.rs`).
+//! Each refusal is durable before it is answered, so that a flooding client has to wait. The audit layer
+//! makes one exception: when many calls are already waiting that are refused because of their headers,
+//! further ones are answered while the record that counts them is being written (`api/grpc/audit.rs`).
 
 mod merge;
 
@@ -23,13 +23,15 @@ use tokio::{sync::watch, time::Instant};
 use tokio_util::task::TaskTracker;
 
 use self::merge::AggregatedRefusal;
-use crate::audit::{
-    journal::{AuditUnavailable, Journal},
-    record::{Event, Record},
-};
-use crate::services::{
-    client_network::network_of,
-    gcra::{Gcra, Quota},
+use crate::{
+    audit::{
+        journal::{AuditUnavailable, Journal},
+        record::{Event, Record},
+    },
+    services::{
+        client_network::network_of,
+        gcra::{Gcra, Quota},
+    },
 };
 
 /// How many refusals of one kind get a record each: up to 20 at once, then one a second.
@@ -38,9 +40,9 @@ const INDIVIDUAL_RECORDS: Quota = Quota::one_per_second(20);
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 /// How long an aggregated record waits for further refusals.
 const AGGREGATION_WINDOW: Duration = Duration::from_millis(250);
-/// How long an aggregated record may take to become durable.
+/// How long an aggregated record may take to become durable. After that, its callers get an error.
 const DURABLE_WITHIN: Duration = Duration::from_secs(5);
-/// Most kinds that are tracked at a time. Beyond that, refusals are aggregated regardless of their origin.
+/// How many kinds are tracked at most. Refusals of further kinds are aggregated regardless of their origin.
 const MAX_KINDS: usize = 10_000;
 
 /// The outcome of an aggregated record; `None` until it is known.
@@ -113,11 +115,12 @@ impl RefusalAggregator {
         Self(Arc::new(Inner { journal, tasks, epoch, kinds: Mutex::default() }))
     }
 
-    /// Records `refusal`, individually or aggregated, and returns once that is durable. Cancel safe: the
-    /// refusal is recorded in any case once this was polled.
+    /// Records `refusal`, individually or aggregated, and waits until the record is durable. Cancel safe:
+    /// once this was polled, the refusal is recorded in any case.
     ///
     /// # Errors
-    /// [`AuditUnavailable`] when it was not written, or not `within` that time.
+    /// [`AuditUnavailable`] when the record could not be written, or is not durable after the time
+    /// `within`.
     pub async fn record(&self, refusal: Record, within: Duration) -> Result<(), AuditUnavailable> {
         match self.dispose(refusal, self.0.epoch.elapsed()) {
             Disposition::Individual(record) => self.0.journal.append(*record).durable(within).await,
@@ -168,7 +171,7 @@ impl RefusalAggregator {
 }
 
 impl KindTable {
-    /// Returns the state of `kind`. When the table is full, that is the kind without its origin.
+    /// Returns `kind` with its state. When the table is full, returns the kind without its origin instead.
     fn state_of(&mut self, mut kind: RefusalKind, now: Duration) -> (RefusalKind, &mut KindState) {
         if self.states.len() >= MAX_KINDS && !self.states.contains_key(&kind) {
             if self.sweep_at <= now {

@@ -16,7 +16,7 @@ use crate::{
     },
 };
 
-/// How often expired days are looked for.
+/// Time between two runs.
 const RUN_INTERVAL: Duration = Duration::from_hours(1);
 /// SQLSTATE of a lock that was not granted in time.
 const LOCK_NOT_AVAILABLE: &str = "55P03";
@@ -29,14 +29,14 @@ pub struct Retention {
     pub keyring: Arc<Keyring>,
     /// Decides which days have expired, together with the database's clock.
     pub clock: Clock,
-    /// How long records are kept that are not of changes; `None` for ever.
+    /// How long all records but those of changes are kept; `None` for ever.
     pub calls: Option<Duration>,
     /// How long records of changes are kept, no shorter than `calls`; `None` for ever.
     pub changes: Option<Duration>,
 }
 
 impl Retention {
-    /// Removes expired records now and at each interval, until `stop` is cancelled. A removal that is
+    /// Removes expired records at once and again every hour, until `stop` is cancelled. A removal that is
     /// under way then is rolled back.
     pub async fn run(self, stop: CancellationToken) {
         loop {
@@ -54,7 +54,7 @@ impl Retention {
     /// Removes the records that have expired by now. Failures are logged; the next run tries again.
     /// Cancel safe: a day is removed completely or not at all.
     pub async fn remove_expired(&self) {
-        // Changes are kept no shorter than calls: if calls are kept for ever, so is everything.
+        // Records of changes are kept at least as long as others: if those are kept for ever, all are.
         let Some(calls) = self.calls else { return };
         let pool = self.database.pool(1);
         match self.remove_days(&pool, calls).await {
@@ -82,11 +82,11 @@ impl Retention {
         for day in expired_days(pool, now, Some(calls), changes).await? {
             match self.remove_day(pool, day, now).await {
                 Ok(true) => {}
-                // Another replica removes days.
+                // Another replica is removing records: the rest is left to it.
                 Ok(false) => return Ok(()),
                 Err(error) => {
                     warn!(day = %day.day, %error, "expired audit records are not removed yet");
-                    // A reader of the log holds its lock on every day: the others would fail too.
+                    // A reader of the log locks every day, so that the other days would fail too.
                     if error.sqlstate() == Some(LOCK_NOT_AVAILABLE) {
                         return Ok(());
                     }
@@ -112,15 +112,17 @@ impl Retention {
                     "expired audit records are removed");
                 Ok(true)
             }
-            kept => {
-                removal.roll_back().await?;
-                kept.map(|_| true)
+            not_removed => {
+                let rolled_back = removal.roll_back().await;
+                // The first error says why the day is not removed.
+                not_removed?;
+                rolled_back.map(|()| true)
             }
         }
     }
 
-    /// Signs and stores receipts for all records that are to be removed. Returns how many records these
-    /// are; `None` if one of them was tampered with, so that the day must stay as evidence.
+    /// Signs and stores receipts for all records that are to be removed. Returns how many records there
+    /// are; `None` if one of them was tampered with, so that the day must be kept as evidence.
     async fn store_receipts(
         &self,
         removal: &mut DayRemoval,

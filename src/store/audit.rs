@@ -1,7 +1,8 @@
 //! The audit log in Postgres: delivery of records, queries, and consistent snapshots.
 //!
 //! The tables are `audit_chains` (one row per chain, with its delivered position), `audit_events` (the
-//! records, partitioned by day), `audit_heads` (signed checkpoints) and `audit_pruning_receipts` (pruning receipts).
+//! records, partitioned by day), `audit_heads` (signed checkpoints) and `audit_pruning_receipts` (signed
+//! receipts of removed records).
 
 mod delivery;
 mod events;

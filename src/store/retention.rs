@@ -14,11 +14,11 @@ use super::{
 };
 use crate::{audit::checkpoint::PruningReceipt, domain::clock::Timestamp};
 
-/// Statement timeout while a day is removed, which may have many records. Only a late delivery of
-/// records of that day waits for it.
+/// Statement timeout while a day is removed. It is long since a day may have many records; meanwhile, only
+/// late delivery of records of that day has to wait.
 const REMOVAL_TIMEOUT: &str = "2h";
-/// Lock timeout while a day is removed: whoever waits for a table's lock blocks everybody who comes
-/// later.
+/// Lock timeout while a day is removed. It is short since a session that waits for a table's lock blocks
+/// all later ones.
 const LOCK_TIMEOUT: &str = "2s";
 
 /// The shortest time for which records are kept, whatever the settings say. The database's owner
@@ -32,8 +32,8 @@ pub struct MinimumRetention {
 }
 
 impl MinimumRetention {
-    /// Whether the settings `calls` and `changes` keep records at least that long; `None` means for
-    /// ever.
+    /// Whether the settings `calls` and `changes` keep records at least as long as this minimum; `None`
+    /// means for ever.
     #[must_use]
     pub fn allows(&self, calls: Option<Duration>, changes: Option<Duration>) -> bool {
         calls.is_none_or(|calls| calls >= self.calls)
@@ -62,12 +62,12 @@ pub async fn minimum_retention(pool: &PgPool) -> Result<MinimumRetention, StoreE
 pub struct ExpiredDay {
     /// The UTC day.
     pub day: NaiveDate,
-    /// Whether its records of changes have expired too, and not the others alone.
+    /// Whether its records of changes have expired too, and not only the others.
     pub changes_too: bool,
 }
 
-/// Returns the expired days, in order. A day has to have expired by the database's clock and by
-/// `now`, which is ours, since one of them may be wrong. `calls` and `changes` are how long records
+/// Returns the expired days, in order. A day must have expired both by the database's clock and by `now`,
+/// the time of the broker's clock, since one of them may be wrong. `calls` and `changes` are how long records
 /// are kept; `None` means for ever.
 ///
 /// # Errors
@@ -123,8 +123,8 @@ impl DayRemoval {
     /// removes records.
     ///
     /// # Errors
-    /// When a statement fails; in particular with SQLSTATE `55P03` when the partition is not
-    /// unlocked in time.
+    /// When a statement fails; in particular with SQLSTATE `55P03` when the lock on the partition is not
+    /// granted in time.
     #[instrument(level = "debug", skip_all, fields(day = %day.day))]
     pub async fn begin(pool: &PgPool, day: ExpiredDay) -> Result<Option<Self>, StoreError> {
         let mut transaction = pool.begin().await?;
@@ -152,7 +152,7 @@ impl DayRemoval {
         Ok(Some(Self { transaction, day }))
     }
 
-    /// Returns the day.
+    /// Returns the day whose records are removed.
     #[must_use]
     pub fn day(&self) -> NaiveDate {
         self.day.day
@@ -221,8 +221,8 @@ impl DayRemoval {
         Ok(self.transaction.rollback().await?)
     }
 
-    /// Removes the records, all of which must have receipts, and commits. Returns how many records
-    /// that were.
+    /// Removes the records, all of which must have receipts, and commits. Returns the number of removed
+    /// records.
     ///
     /// # Errors
     /// [`StoreError::MissingPrivilege`] when a record has no receipt; otherwise when a statement fails.

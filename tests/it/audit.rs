@@ -364,7 +364,7 @@ async fn a_partition_that_is_dropped_during_delivery_is_created_again() {
     let running = tokio::spawn(fixture.delivery().run(stop.clone()));
     append(&fixture.journal, Record::new(day(0), Event::GetToken)).await;
     eventually("delivery", async || (fixture.events().await.len() == 1).then_some(())).await;
-    // Delivery created this day's partition ahead, and remembers that it exists.
+    // Delivery has already created the next day's partition, and remembers that it exists.
     test_database.sql("drop table audit_events_20241005").await;
     append_all(&fixture.journal, (0..3).map(|_| Record::new(day(1), Event::GetToken))).await;
     fixture.journal.close().await;

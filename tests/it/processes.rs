@@ -1,5 +1,6 @@
 //! Tests of the program as a process: of what needs signals, crashes, an environment or a shell.
 
+mod audit_commands;
 #[cfg(feature = "embedded-postgres")]
 mod canaries;
 mod check;
@@ -7,11 +8,10 @@ mod crashes;
 mod deadlines;
 #[cfg(feature = "embedded-postgres")]
 mod dev;
+#[cfg(feature = "embedded-postgres")]
+mod disruptions;
 mod drain;
 mod floods;
 mod live_token;
-mod proof;
 mod shell;
 mod tls_recipe;
-#[cfg(feature = "embedded-postgres")]
-mod turns;

@@ -1,4 +1,4 @@
-//! Read-only access to a journal: that of a replica that is gone, or of a running one.
+//! Read-only access to the journal of a lost replica, or of one that is running.
 
 use std::{path::Path, sync::Arc};
 

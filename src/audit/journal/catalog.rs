@@ -1,5 +1,5 @@
-//! The catalog of a journal: its segments, up to where each is durable, and up to where each chain
-//! is delivered.
+//! The catalog of a journal: its segments, how far each is durable, and how far each chain is
+//! delivered.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -53,7 +53,7 @@ impl Catalog {
         self.segments.push(segment);
     }
 
-    /// Notes up to where the open segment is durable now.
+    /// Notes how far the open segment is durable now.
     pub(super) fn extend_open(&mut self, last_seq: i64, len: u64) {
         if let Some(segment) = self.segments.last_mut() {
             segment.last_seq = last_seq;
@@ -133,7 +133,7 @@ impl Catalog {
         chains
     }
 
-    /// The segment that contains the record `seq` of `chain`, or that will.
+    /// The segment that contains the record `seq` of `chain`, or will contain it.
     pub(super) fn segment_for(&self, chain: &str, seq: i64) -> Option<&Segment> {
         self.segments.iter().rev().find(|s| s.link.chain == chain && s.before.seq < seq)
     }

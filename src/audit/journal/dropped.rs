@@ -49,7 +49,7 @@ impl DroppedCounts {
         self.calls != 0 || self.others != 0
     }
 
-    /// The `audit_gap` record that reports these counts; `None` if nothing was dropped.
+    /// Returns the `audit_gap` record that reports these counts; `None` if nothing was dropped.
     pub(super) fn gap_record(self, at: Timestamp) -> Option<Record> {
         if !self.any() {
             return None;

@@ -7,8 +7,8 @@ use thiserror::Error;
 /// Why a journal cannot be opened.
 #[derive(Debug, Error)]
 pub enum JournalError {
-    /// A record that was durable is not what was written: somebody changed the file, or the disk lost
-    /// it. The broker refuses to write on, so that the file stays as evidence.
+    /// A durable record is not what was written: somebody changed the file, or the disk damaged it. The
+    /// broker refuses to start, so that the file stays as evidence.
     #[error(
         "the audit journal is damaged: {file}, line {line}: {why}; keep the state directory as \
          evidence and start with another"
@@ -64,7 +64,7 @@ pub enum ReadError {
         /// What is wrong with the line.
         why: String,
     },
-    /// The segment with the next record is not there any more.
+    /// The segment with the next record was deleted.
     #[error("the journal has no segment with record {seq} of chain {chain}")]
     Missing {
         /// Name of the chain.
@@ -76,7 +76,7 @@ pub enum ReadError {
 
 /// Why a record is not known to be durable.
 ///
-/// The call must be refused. Its record may be written later all the same.
+/// The call must be refused, although its record may still be written later.
 #[derive(Clone, Copy, Debug, Eq, Error, PartialEq)]
 pub enum AuditUnavailable {
     /// The journal cannot be written.

@@ -38,7 +38,7 @@ impl FaultyStorage {
         self.0.lock()
     }
 
-    /// Returns what a machine finds after a power failure: the files whose names were synced, each
+    /// Returns the storage as it is after a power failure. It has the files whose names were synced, each
     /// with its synced bytes and the first `surviving` of the unsynced ones.
     pub(crate) fn after_power_loss(&self, surviving: usize) -> Self {
         let mut files = self.state().files.clone();

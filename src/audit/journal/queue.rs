@@ -20,11 +20,12 @@ use tokio::sync::Notify;
 
 use crate::audit::record::Record;
 
-/// Most records of calls that wait in a shard. At about 1 KiB each, a hanging disk can cost at most
-/// 16 MiB of memory per shard.
+/// A shard with this many records refuses further records of calls. At about 1 KiB each, they take at
+/// most 16 MiB of memory per shard while a disk hangs.
 pub(super) const MAX_CALLS_PER_SHARD: usize = 16_384;
-/// Most records that wait in a shard when the last ones are not of calls. Those are rare, and no
-/// tokens are issued while the journal cannot be written.
+/// A shard with this many records refuses all further records. It is larger since records that are not
+/// of calls should not be lost; they are rare, since no tokens are issued while the journal cannot be
+/// written.
 pub(super) const MAX_RECORDS_PER_SHARD: usize = 2 * MAX_CALLS_PER_SHARD;
 
 const PENDING: u8 = 0;
@@ -64,8 +65,8 @@ impl GroupCommit {
     pub(super) async fn outcome(&self) -> bool {
         let woken = self.wake.notified();
         tokio::pin!(woken);
-        // Registered before the state is read, so that an outcome that is set in between still
-        // wakes this.
+        // Registered before the state is read, so that an outcome which is set in between still
+        // wakes this waiter.
         woken.as_mut().enable();
         if let Some(durable) = self.state() {
             return durable;
@@ -78,7 +79,7 @@ impl GroupCommit {
     }
 }
 
-/// What the writer drained in one go: all waiting records, and the outcomes to set for them.
+/// All records that waited when the writer drained the queue, and the outcomes to set for them.
 #[derive(Default)]
 pub(super) struct DrainedQueue {
     pub(super) records: Vec<Record>,
@@ -173,7 +174,7 @@ pub(super) fn refused() -> Arc<GroupCommit> {
     Arc::new(GroupCommit::failed())
 }
 
-/// A number for each thread that appends, counted from 0.
+/// Returns the calling thread's number. Numbers count from 0 in the order of the threads' first appends.
 fn thread_number() -> usize {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     thread_local!(static THIS: Cell<Option<usize>> = const { Cell::new(None) });

@@ -5,14 +5,14 @@ use std::sync::Arc;
 use super::{error::ReadError, segment::decode, segment_store::SegmentStore};
 use crate::audit::chain::{ChainHead, ChainLink, StoredEvent};
 
-/// How much is read at a time, in bytes. Doubled for a line that is longer.
+/// How many bytes are read at a time. The size is doubled until a whole line fits.
 const CHUNK_BYTES: usize = 1 << 20;
 
 /// Reads one chain from a position on, across its segments.
 pub struct ChainReader {
     segments: Arc<SegmentStore>,
     link: Arc<ChainLink>,
-    /// The last record that was returned.
+    /// Number and hash of the last record that was returned.
     head: ChainHead,
     cursor: Option<Cursor>,
 }
@@ -37,13 +37,14 @@ impl ChainReader {
         Self { segments, link, head: after, cursor: None }
     }
 
-    /// Returns the last record that was returned, or the one after which reading began.
+    /// Returns the number and hash of the last record that was returned, or if there was none, of the record
+    /// after which reading began.
     #[must_use]
     pub fn head(&self) -> ChainHead {
         self.head
     }
 
-    /// Reads the next durable records: some thousands at most, none if there are no more at
+    /// Reads the next durable records: a few thousand at most, and none if there are no more at
     /// present. Blocks on I/O.
     ///
     /// # Errors
@@ -130,10 +131,12 @@ impl ChainReader {
         }
     }
 
-    /// If `head` has the number after which reading began, checks that it is the same record.
+    /// If `head` has the number after which reading began, checks that it also has the same hash.
     fn check_start(&self, cursor: &Cursor, head: ChainHead) -> Result<(), ReadError> {
         if head.seq == self.head.seq && head.hash != self.head.hash {
-            return Err(cursor.damaged("what was delivered is not what this journal holds".into()));
+            return Err(
+                cursor.damaged("the delivered record is not the one in this journal".into())
+            );
         }
         Ok(())
     }

@@ -48,12 +48,12 @@ pub struct TornTail {
     pub file: String,
     /// The first line of the tail, counted from 1.
     pub line: usize,
-    /// Number of lines in the tail that are complete records. A crash leaves few; an edited record
-    /// leaves all that follow it.
+    /// Number of lines in the tail that are complete records. After a crash there are few; after an edit
+    /// of a record, all that follow it are in the tail.
     pub records: usize,
 }
 
-/// What to do with a torn tail.
+/// What [`recover`] does with a torn tail.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum TornTailAction {
     /// Move it to a `.torn` file and truncate the segment.
@@ -139,7 +139,7 @@ fn read_headers(
     Ok(headers)
 }
 
-/// Reads the header of a segment. The inner error says what is wrong with it.
+/// Reads the header of a segment. The inner result is an error if the header is malformed.
 fn read_header(
     storage: &dyn JournalStorage,
     name: &str,
@@ -151,8 +151,8 @@ fn read_header(
     Ok(Header::parse(name, &start[..end]))
 }
 
-/// Discards a last segment whose creation a crash interrupted. Without a header, it cannot contain
-/// a record: if it does, the header was damaged later.
+/// Discards a last segment whose creation was interrupted by a crash. Such a segment contains no record.
+/// If it does contain one, its header was damaged later, which is an error.
 fn discard_headerless(
     storage: &dyn JournalStorage,
     file: &FileInfo,
@@ -174,9 +174,9 @@ fn discard_headerless(
     storage.remove(&file.name).map_err(JournalError::io(&file.name))
 }
 
-/// The head at a segment's end according to its successor's header: the next segment of the chain,
-/// or the first one of the chain that is linked to it. Anything in the file beyond that was
-/// abandoned after an error and written again to the successor.
+/// The head at a segment's end according to the header of its successor, which is the next segment of
+/// the chain, or the first one of the chain that is linked to it. Anything in the file beyond that head
+/// was abandoned after an error and written again to the successor.
 fn end_by_successor(header: &Header, next: &Header) -> Option<ChainHead> {
     if next.link.chain == header.link.chain {
         return Some(next.head());
@@ -187,8 +187,8 @@ fn end_by_successor(header: &Header, next: &Header) -> Option<ChainHead> {
 
 /// Checks every record of a segment, and returns its last head and the length of its intact part.
 ///
-/// `action` says what to do with a torn tail; `None` if the segment cannot have one, since it is not
-/// the last. A tail that is left is stored in `torn`.
+/// `action` says what to do with a torn tail. It is `None` if the segment cannot have one, since it is
+/// not the last. [`TornTailAction::Leave`] stores a description of the tail in `torn`.
 fn check_records(
     storage: &dyn JournalStorage,
     header: &Header,
@@ -252,8 +252,8 @@ fn count_records(lines: &[u8]) -> usize {
     lines.filter(|line| serde_json::from_slice::<StoredEvent>(line).is_ok()).count()
 }
 
-/// The largest number that any line of the tail says was synced when the line was written. Records
-/// up to it were durable, so that their loss is damage and no torn tail.
+/// The largest value of `synced` in the lines of the tail. Records up to it were durable, so that their
+/// loss is damage and not a torn tail.
 fn max_synced_seq(tail: &[u8], chain: &str) -> i64 {
     tail.split(|b| *b == b'\n').filter_map(|line| synced_seq(line, chain)).max().unwrap_or(0)
 }
@@ -275,8 +275,8 @@ fn read_all(storage: &dyn JournalStorage, file: &FileInfo) -> Result<Vec<u8>, Jo
     storage.read(&file.name, 0, len).map_err(JournalError::io(&file.name))
 }
 
-/// The saved delivered positions. They only say what may be deleted: without them, everything is
-/// retained until Postgres has been asked.
+/// The saved delivered positions. If they cannot be read, all segments are retained until Postgres has
+/// reported its positions.
 fn read_delivered(storage: &dyn JournalStorage) -> BTreeMap<String, i64> {
     const MAX_BYTES: usize = 1 << 20;
     let Ok(bytes) = storage.read(POSITIONS_FILE, 0, MAX_BYTES) else { return BTreeMap::new() };

@@ -15,13 +15,13 @@ const FORMAT: u32 = 1;
 /// The first line of a segment.
 #[derive(Debug, Deserialize, Serialize)]
 pub(super) struct Header {
-    /// Version of the format. Records have no such key, which tells them from headers.
+    /// Version of the format. Records have no such key, so that it distinguishes headers from them.
     journal: u32,
     #[serde(flatten)]
     pub(super) link: ChainLink,
     /// `seq` of the segment's first record.
     pub(super) first_seq: i64,
-    /// Hash of the record before the first one, in whichever segment that is.
+    /// Hash of the record before the first one, which is in another segment; zeros if there is none.
     pub(super) prev_hash: Digest,
 }
 
@@ -61,12 +61,12 @@ pub(super) fn name_of(chain: &str, first_seq: i64) -> String {
     format!("{chain}-{first_seq:020}.jsonl")
 }
 
-/// The number of the start that opened `chain`.
+/// Returns the number of the start that opened `chain`; `None` if that is not a chain's name.
 pub(super) fn start_number(chain: &str) -> Option<u32> {
     chain.strip_prefix('c')?.split_once('-')?.0.parse().ok()
 }
 
-/// The chain and the first number in a segment's file name; `None` for any other file.
+/// Returns the chain and the first number in a segment's file name; `None` for any other file.
 pub(super) fn parse_name(name: &str) -> Option<(&str, i64)> {
     let (chain, first_seq) = name.strip_suffix(".jsonl")?.rsplit_once('-')?;
     start_number(chain)?;
@@ -74,11 +74,11 @@ pub(super) fn parse_name(name: &str) -> Option<(&str, i64)> {
 }
 
 /// Appends the line of `event`. `synced` is the last `seq` of the chain that is known to be synced:
-/// it lets a later start distinguish a torn tail, for whose records no call was answered, from
-/// damage.
+/// with it, a later start distinguishes damage from a torn tail, for whose records no call was
+/// answered.
 pub(super) fn encode(event: &StoredEvent, synced: i64, out: &mut Vec<u8>) {
     serde_json::to_writer(&mut *out, event).expect("writing to a Vec cannot fail");
-    // Replaces the closing brace. `synced` is no column and not hashed.
+    // Replaces the closing brace. `synced` is not a column, and the hash does not cover it.
     out.pop();
     writeln!(out, ",\"synced\":{synced}}}").expect("writing to a Vec cannot fail");
 }
@@ -94,7 +94,7 @@ pub(super) fn decode(line: &[u8], chain: &str, head: ChainHead) -> Result<Stored
     Ok(event)
 }
 
-/// The value of `synced` in a line of `chain`; `None` if the line cannot be parsed or is of another
+/// Returns the value of `synced` in a line of `chain`; `None` if the line cannot be parsed or is of another
 /// chain.
 pub(super) fn synced_seq(line: &[u8], chain: &str) -> Option<i64> {
     #[derive(Deserialize)]

@@ -19,7 +19,7 @@ use crate::audit::chain::{ChainHead, StoredEvent};
 pub(super) enum WriteError {
     #[error(transparent)]
     Io(#[from] io::Error),
-    #[error("the records that wait for Postgres fill the journal's {0} bytes")]
+    #[error("undelivered records fill the journal up to its limit of {0} bytes")]
     Full(u64),
 }
 
@@ -29,7 +29,7 @@ struct OpenSegment {
     file: Box<dyn AppendFile>,
     /// Length of its durable part in bytes.
     len: u64,
-    /// Whether its durable part holds a record, and not the header alone.
+    /// Whether its durable part holds a record, and not only the header.
     holds_records: bool,
 }
 
@@ -54,9 +54,9 @@ impl SegmentWriter {
 
     /// Numbers and hashes `events`, and makes them durable.
     ///
-    /// After an error the segment is abandoned and the records go to a new one: after a failed sync, it
-    /// is unknown which pages of the file the kernel still holds. If that fails too, nothing was written
-    /// and the head stays where it was.
+    /// After an error, the segment is abandoned and the records are written to a new one: after a failed
+    /// sync, it is unknown which pages of the file the kernel still holds. If that fails too, no record is
+    /// written and the head stays where it was.
     pub(super) fn write<'a>(
         &mut self,
         events: impl ExactSizeIterator<Item = &'a mut StoredEvent>,
@@ -113,8 +113,8 @@ impl SegmentWriter {
         Ok(())
     }
 
-    /// Truncates a segment after its last durable record, or removes it if it has none. If that
-    /// fails, the next segment's header says where it ends.
+    /// Truncates a segment after its last durable record, or removes it if it has none. A failure is only
+    /// logged, since the header of the next segment also says where this one ends.
     fn abandon(&self, segment: &OpenSegment) {
         let truncated = if segment.holds_records {
             self.shared.catalog().close_open(self.shared.clock.now());
@@ -128,7 +128,7 @@ impl SegmentWriter {
         }
     }
 
-    /// Creates the segment that continues after `head`, with its name and header durable.
+    /// Creates the segment for the records after `head`, and makes its name and header durable.
     fn open_segment(&self) -> io::Result<OpenSegment> {
         let header = Header::new(&self.shared.link, self.head);
         let name = name_of(&self.shared.link.chain, header.first_seq);
@@ -176,7 +176,7 @@ impl SegmentWriter {
         }
     }
 
-    /// Deletes the delivered segments whose retention is over.
+    /// Deletes the delivered segments that were retained long enough.
     pub(super) fn remove_expired(&self) {
         let now = self.shared.clock.now();
         let expired = self.shared.catalog().expired(now, self.shared.settings.retention);

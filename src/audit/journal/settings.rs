@@ -7,9 +7,9 @@ use std::time::Duration;
 pub enum SyncMode {
     /// The record was synced to disk: it survives a power failure.
     Fsync,
-    /// The record was handed to the kernel: it survives the end of the process, but not of the machine.
+    /// The record was handed to the kernel: it survives a crash of the process, but not one of the machine.
     Write,
-    /// Calls are answered without being recorded. For `cargo bench` alone; no setting selects it.
+    /// Calls are answered without being recorded. Only for `cargo bench`; no setting selects it.
     #[cfg(feature = "bench")]
     Nothing,
 }

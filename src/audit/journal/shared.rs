@@ -21,12 +21,11 @@ use crate::{
     domain::clock::Clock,
 };
 
-/// One part in this many of the journal's limit is reserved: when only that much is left, the
-/// journal reports that it is nearly full, so that load balancers have time to react before calls
-/// are refused.
-const RESERVED_FRACTION: u64 = 8;
-/// An I/O operation that takes longer means that the disk hangs: the journal then counts as
-/// unwritable.
+/// When no more than 1/8 of the journal's limit is left, the journal reports that it is nearly full, so
+/// that load balancers have time to react before calls are refused.
+const RESERVED_DIVISOR: u64 = 8;
+/// The longest time that an I/O operation may take. After that, the disk counts as hanging and the
+/// journal as unwritable.
 const STALL_LIMIT: Duration = Duration::from_secs(2);
 
 /// State that callers, the writer thread and readers share.
@@ -107,13 +106,13 @@ impl Shared {
     ///
     /// A journal that is nearly full becomes unready while it still accepts records, so that
     /// callers are sent to other replicas before they are refused. If the free space cannot be
-    /// determined, it counts as sufficient: a failed write will tell.
+    /// determined, it counts as sufficient: if it is not, a write fails and makes the journal unwritable.
     pub(super) fn check_space(&self) {
         let JournalSettings { max_bytes, segment_bytes, .. } = self.settings;
         let free = self.segments.storage.free_bytes().unwrap_or(u64::MAX);
         let undeletable = self.catalog().undeletable_bytes();
         let has_space =
-            free >= segment_bytes && undeletable <= max_bytes - max_bytes / RESERVED_FRACTION;
+            free >= segment_bytes && undeletable <= max_bytes - max_bytes / RESERVED_DIVISOR;
         if self.has_space.swap(has_space, Ordering::AcqRel) && !has_space {
             tracing::warn!(free, undeletable, max_bytes, "the audit journal is nearly full");
         }
@@ -137,9 +136,8 @@ impl Shared {
         has_stalled(self.io_started_at.load(Ordering::Acquire), self.elapsed_ms())
     }
 
-    /// Saves the delivered positions if they changed. From them, a start without Postgres knows
-    /// what may be deleted, and any start recognizes a database that was restored to an earlier
-    /// state.
+    /// Saves the delivered positions if they changed. They let the next start delete delivered segments
+    /// without Postgres, and recognize a database that was restored to an earlier state.
     pub(super) fn save_positions(&self) {
         if !self.positions_unsaved.swap(false, Ordering::AcqRel) {
             return;

@@ -20,7 +20,7 @@ pub(super) struct FileInfo {
     pub(super) modified: Timestamp,
 }
 
-/// A directory of files, without subdirectories. The names are those of files in it.
+/// A directory of files, without subdirectories. Every `name` is that of a file in it.
 pub(super) trait JournalStorage: Send + Sync + 'static {
     /// Lists all files.
     fn list(&self) -> io::Result<Vec<FileInfo>>;
@@ -38,7 +38,7 @@ pub(super) trait JournalStorage: Send + Sync + 'static {
     fn remove(&self, name: &str) -> io::Result<()>;
     /// Makes the names of created, renamed and removed files durable.
     fn sync_dir(&self) -> io::Result<()>;
-    /// Returns how many bytes the file system can still take.
+    /// Returns how many bytes are free in the file system.
     fn free_bytes(&self) -> io::Result<u64>;
 }
 
@@ -76,7 +76,7 @@ impl JournalStorage for Directory {
         for entry in fs::read_dir(&self.path)? {
             let entry = entry?;
             let metadata = entry.metadata()?;
-            // All names that the journal gives are UTF-8.
+            // The journal uses only names in UTF-8.
             if let (true, Ok(name)) = (metadata.is_file(), entry.file_name().into_string()) {
                 let modified = metadata.modified()?.into();
                 files.push(FileInfo { name, len: metadata.len(), modified });

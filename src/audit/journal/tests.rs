@@ -1,4 +1,4 @@
-//! Shared parts of the journal's tests, which are in `tests/` by subject.
+//! Helpers for the journal's tests, which are in `tests/` by subject.
 
 mod archive;
 mod damage;

@@ -1,4 +1,4 @@
-//! The writer thread: takes what is queued, and writes it in group commits.
+//! The writer thread: takes the queued records, and writes them in group commits.
 
 use std::{
     io, mem,
@@ -16,9 +16,9 @@ use crate::audit::{chain::StoredEvent, record::Record};
 
 /// How long the writer waits after a failed write before it tries again.
 const RETRY_INTERVAL: Duration = Duration::from_millis(500);
-/// While batches have several records, the writer waits before each in steps of this length for as
-/// long as more records come.
+/// Length of one step of [`Writer::gather`], which waits for further records.
 const GATHER_STEP: Duration = Duration::from_micros(100);
+/// The longest time for which [`Writer::gather`] delays a batch.
 const MAX_GATHER_TIME: Duration = Duration::from_millis(1);
 /// How often the writer checks the free space while it writes.
 const SPACE_CHECK_INTERVAL: Duration = Duration::from_secs(1);
@@ -34,14 +34,14 @@ struct PendingEvent {
 pub(super) struct Writer {
     shared: Arc<Shared>,
     segments: SegmentWriter,
-    /// Records, not of calls, that wait in order until the journal can be written again.
+    /// Records that are not of calls, in order. They wait until the journal can be written again.
     retained: Vec<PendingEvent>,
     /// When to try again, while the journal cannot be written.
     retry_at: Option<Instant>,
     /// When the free space was last checked, and whether anything was written since.
     space_checked_at: Option<Instant>,
     written_since_check: bool,
-    /// Whether the last batch had several records.
+    /// Whether the last batch had several records, so that it is worth waiting for more.
     last_batch_shared: bool,
 }
 
@@ -152,7 +152,7 @@ impl Writer {
         PendingEvent { event: StoredEvent::from_record(record, &self.shared.link), is_call }
     }
 
-    /// Tells the waiting callers that their records are durable.
+    /// Notifies the waiting callers that their records are durable.
     fn complete(&mut self, records: usize, commits: &[Arc<GroupCommit>]) {
         self.written_since_check = true;
         self.shared.counters.durable.fetch_add(records as u64, Ordering::Relaxed);
@@ -174,7 +174,7 @@ impl Writer {
         self.retry_at = Some(Instant::now() + RETRY_INTERVAL);
     }
 
-    /// Tells the waiting callers that their records were not written. Records of calls are counted
+    /// Notifies the waiting callers that their records were not written. Records of calls are counted
     /// as dropped; others are retained.
     fn refuse(&mut self, batch: Vec<PendingEvent>, commits: &[Arc<GroupCommit>]) {
         for PendingEvent { event, is_call } in batch {

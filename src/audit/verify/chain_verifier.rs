@@ -15,7 +15,7 @@ use crate::{
     domain::clock::Timestamp,
 };
 
-/// Is called with each fault.
+/// A callback that receives each fault.
 pub(super) type OnFault<'a> = &'a mut dyn FnMut(Fault);
 
 /// State of the verification of one chain.
@@ -24,7 +24,7 @@ pub(super) struct ChainVerifier {
     claim: Option<ChainClaim>,
     /// By the number of the first removed record.
     receipts: BTreeMap<i64, PruningReceipt>,
-    /// Heads of checkpoints, by number, that were not compared with their records yet.
+    /// Trusted heads, by number, that were not compared with their records yet.
     trusted_heads: BTreeMap<i64, Digest>,
     /// The last record up to which the chain was followed; `None` while the start is not known.
     head: Option<ChainHead>,
@@ -32,7 +32,7 @@ pub(super) struct ChainVerifier {
     waiting: BTreeMap<i64, RecordHashes>,
     records: u64,
     removed: i64,
-    /// Of a partial log, how many records between others are absent.
+    /// How many records between others are absent in a partial log.
     absent: u64,
     times: Option<(Timestamp, Timestamp)>,
     matching_checkpoints: u64,
@@ -131,8 +131,8 @@ impl ChainVerifier {
         }
     }
 
-    /// Moves on to a later record of a partial log, whatever is absent before it. A record that comes
-    /// after a later one is verified by its own hash alone.
+    /// Moves the head to a later record of a partial log, and counts the absent records before it. A record
+    /// that comes after a later one is verified only by its own hash.
     fn skip_absent(&mut self, head: ChainHead, seq: i64, record: RecordHashes) {
         if seq > head.seq {
             self.absent = self.absent.saturating_add(seq.abs_diff(head.seq) - 1);
@@ -181,6 +181,7 @@ impl ChainVerifier {
             on_fault(Fault::Replaced { seq: head.seq });
         }
         self.removed = self.removed.saturating_add(receipt.last_seq - head.seq);
+        // Of the removed records, only the hash of the last one is known: other heads cannot be checked.
         self.trusted_heads = self.trusted_heads.split_off(&receipt.last_seq);
         let after = self.waiting.split_off(&(receipt.last_seq + 1));
         for seq in mem::replace(&mut self.waiting, after).into_keys() {
@@ -208,7 +209,7 @@ impl ChainVerifier {
         (receipt.last_seq >= seq).then_some(receipt)
     }
 
-    /// Follows all waiting records; what is absent before them counts as missing.
+    /// Follows all waiting records. The absent records before them count as missing.
     pub(super) fn release(&mut self, extent: Extent, on_fault: OnFault<'_>) {
         self.advance(extent, on_fault);
         while let Some((&first, &record)) = self.waiting.first_key_value() {
@@ -219,8 +220,8 @@ impl ChainVerifier {
         }
     }
 
-    /// Follows the earlier half of the waiting records. Records come roughly in order: what is still
-    /// absent before that half is unlikely to come.
+    /// Follows the earlier half of the waiting records. Since records come roughly in order, those that are
+    /// still absent before that half are unlikely to come.
     pub(super) fn release_half(&mut self, extent: Extent, on_fault: OnFault<'_>) {
         let middle = self.waiting.keys().nth((self.waiting.len() / 2).max(1)).copied();
         let later = middle.map(|middle| self.waiting.split_off(&middle)).unwrap_or_default();
@@ -252,7 +253,7 @@ impl ChainVerifier {
         }
     }
 
-    /// Follows what still waits, and compares the end with the claim and with checkpoints.
+    /// Follows the records that still wait, and compares the end with the claim and with trusted heads.
     pub(super) fn finish(&mut self, extent: Extent, on_fault: OnFault<'_>) {
         self.release(extent, on_fault);
         while let Some(before) = self.before_next_receipt() {
@@ -280,12 +281,12 @@ impl ChainVerifier {
         }
     }
 
-    /// How many checkpoints are of records that were not shown.
+    /// How many trusted heads could not be compared, since their records were not shown.
     pub(super) fn unchecked_heads(&self) -> usize {
         self.trusted_heads.len()
     }
 
-    /// Whether a claim or a record of the chain was shown, and not checkpoints alone.
+    /// Whether a claim or a record of the chain was shown, and not only checkpoints.
     pub(super) fn is_present(&self) -> bool {
         self.claim.is_some() || self.records > 0
     }

@@ -1,4 +1,4 @@
-//! What a verifier is told about a log before it sees the records.
+//! What a verifier knows about a log before it sees the records.
 
 use serde::{Deserialize, Serialize};
 
@@ -28,7 +28,7 @@ pub struct ChainClaim {
     pub last_seq: Option<i64>,
     /// Hash of that record.
     pub last_hash: Option<Digest>,
-    /// What an admin said of the chain when its replica was lost.
+    /// Which records may be missing, as `audit retire` noted when the chain's replica was lost.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retired: Option<String>,
 }
@@ -59,12 +59,12 @@ impl ChainClaim {
 /// How much of the log a verifier is shown.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Extent {
-    /// All of it: whatever is absent counts as missing.
+    /// The whole log: absent records and chains count as missing.
     Whole,
-    /// What a replica's journal still retains: chains and records that were deleted from the front do
-    /// not count as missing.
+    /// The records that a replica's journal still retains: older records and chains, which were deleted,
+    /// do not count as missing.
     Retained,
-    /// What a filter selected. Each record is verified, and its link to the record before where that is
-    /// present. Absent records are only counted.
+    /// The records that a filter selected. Each record is verified, and also its link to the previous
+    /// record if that is present. Absent records are only counted.
     Partial,
 }

@@ -21,7 +21,7 @@ pub enum Fault {
         /// The record's number.
         seq: i64,
     },
-    /// A record is intact, but the next one was written after another record.
+    /// The next record's `prev_hash` is not the hash of this record, although the next record is intact.
     Replaced {
         /// The record's number; 0 for the root of the chain.
         seq: i64,

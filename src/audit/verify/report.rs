@@ -16,11 +16,11 @@ pub(super) const MAX_LISTED_FINDINGS: usize = 1_000;
 pub struct VerificationReport {
     /// Whether signatures were checked.
     pub signatures_checked: bool,
-    /// The faults by chain and number: the first thousand that were found.
+    /// The first thousand faults that were found, sorted by chain and number.
     pub findings: Vec<Finding>,
     /// Number of all faults.
     pub faults: u64,
-    /// What is no fault and should be known.
+    /// Observations for people that are not faults, such as what could not be checked.
     pub notices: Vec<String>,
     /// The chains by name.
     pub chains: Vec<ChainReport>,
@@ -53,7 +53,7 @@ pub struct ChainReport {
     pub last_seq: i64,
     /// Hash of its last record.
     pub last_hash: Digest,
-    /// The earliest and the latest time of the records that were shown.
+    /// The earliest and the latest time of the records that were shown; `None` if there were none.
     pub times: Option<(Timestamp, Timestamp)>,
     /// Number of checkpoints that match their records.
     pub heads: u64,
@@ -87,7 +87,7 @@ impl FindingList {
         self.by_chain.get(chain).copied().unwrap_or_default()
     }
 
-    /// The listed findings by chain and number, and the number of all.
+    /// Returns the listed findings, sorted by chain and number, and the number of all faults.
     pub(super) fn into_sorted(mut self) -> (Vec<Finding>, u64) {
         self.listed.sort_by(|a, b| (&a.chain, a.fault.seq()).cmp(&(&b.chain, b.fault.seq())));
         (self.listed, self.total)

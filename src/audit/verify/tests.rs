@@ -24,7 +24,7 @@ const FIRST: &str = "c00000001-0123456789abcdef";
 const SECOND: &str = "c00000002-0123456789abcdef";
 
 impl Log {
-    /// A log whose two chains have that many records.
+    /// Returns a log of two chains with `first` and `second` records.
     fn of(first: i64, second: i64) -> Self {
         let keyring = Keyring::parse(&Keyring::generate(DateTime::UNIX_EPOCH)).unwrap();
         let (claims, receipts, checkpoints, events) = (vec![], vec![], vec![], vec![]);
@@ -66,7 +66,7 @@ impl Log {
         self.events.retain(|event| event.chain != chain || !range.contains(&event.seq));
     }
 
-    /// Recomputes all hashes from a record on, as a forger would who knows the format.
+    /// Recomputes all hashes from record `seq` on, as a forger with knowledge of the format would.
     fn rewrite_from(&mut self, chain: &str, seq: i64) {
         let mut head = if seq == 1 { link().root() } else { self.at(chain, seq - 1).head() };
         for event in self.events.iter_mut().filter(|it| it.chain == chain && it.seq >= seq) {
@@ -140,11 +140,11 @@ fn an_edit_is_found_at_its_record() {
     let mut log = Log::of(10, 5);
     log.at(FIRST, 3).caller = Some("somebody else".into());
     assert_eq!(log.faults(), one(FIRST, Fault::Altered { seq: 3 }));
-    // With a hash that matches the edited content.
+    // Now the hash matches the edited content.
     let edited = log.at(FIRST, 3);
     edited.hash = edited.computed_hash();
     assert_eq!(log.faults(), one(FIRST, Fault::Replaced { seq: 3 }));
-    // With all later hashes recomputed: the chain then ends with another hash.
+    // Now all later hashes are recomputed too, so that the chain ends with another hash.
     log.rewrite_from(FIRST, 4);
     let end = Fault::PredecessorEndMismatch { last: 10, successor: SECOND.into() };
     let position = Fault::DeliveredHashMismatch { seq: 10 };

@@ -24,6 +24,7 @@ pub(super) struct ExportReader {
     first: Option<ExportLine>,
 }
 
+/// Reads the signed checkpoints in a file, one per line; `-` for standard input.
 pub(super) fn read_checkpoints(file: &Path) -> anyhow::Result<Vec<SignedCheckpoint>> {
     let mut reader = open(file)?;
     let (mut checkpoints, mut line) = (Vec::new(), Vec::new());
@@ -65,6 +66,7 @@ impl ExportReader {
         Ok(export)
     }
 
+    /// Returns the next line; `None` at the end of the file.
     pub(super) fn next(&mut self) -> anyhow::Result<Option<ExportLine>> {
         if let Some(first) = self.first.take() {
             return Ok(Some(first));

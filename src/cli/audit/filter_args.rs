@@ -23,7 +23,7 @@ pub(super) struct FilterArgs {
     /// Only events with this outcome, such as `ok` or `permission_denied`
     #[arg(long)]
     outcome: Option<String>,
-    /// Only events from this time on: RFC 3339, or a time ago, such as 24h
+    /// Only events from this time on: an RFC 3339 time, or a duration before now, such as 24h
     #[arg(long, value_name = "T")]
     since: Option<Moment>,
     /// Only events before this time

@@ -1,4 +1,5 @@
-//! `audit ship` and `audit retire`: delivering the journal of a replica that is gone, or declaring it lost.
+//! `audit ship` and `audit retire`: deliver the journal of a lost replica, or retire its chains if the
+//! journal is lost as well.
 
 use std::{io, path::PathBuf, process::ExitCode};
 
@@ -21,16 +22,16 @@ use crate::{
 
 #[derive(Args, Debug)]
 pub(super) struct ShipArgs {
-    /// The replica's state directory, or a copy of it; nothing in it is changed
+    /// The replica's state directory, or a copy of it; its journal is not changed
     #[arg(value_name = "DIR")]
     directory: PathBuf,
 }
 
 #[derive(Args, Debug)]
 pub(super) struct RetireArgs {
-    /// The replica, by the value of `instance` in its events
+    /// The replica: the value of `instance` in its events
     instance: String,
-    /// Why, for the audit log
+    /// The reason, for the audit log
     #[arg(long, value_name = "TEXT")]
     reason: Option<String>,
 }

@@ -14,7 +14,7 @@ use crate::{
 
 /// How often later events are queried.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
-/// How far back each query goes: events are missed only if their replica was cut off from Postgres for
+/// How far back each query goes. Events are missed only if their replica could not reach Postgres for
 /// longer.
 const OVERLAP: Duration = Duration::from_mins(2);
 /// Most events per query.
@@ -22,16 +22,16 @@ const PAGE_SIZE: i64 = 1_000;
 
 #[derive(Args, Debug)]
 pub(super) struct TailArgs {
-    /// How many events
+    /// The number of events
     #[arg(short, default_value_t = 20, value_name = "N",
           value_parser = clap::value_parser!(i64).range(0..=1_000_000))]
     n: i64,
-    /// Prints later events as they come
+    /// Print later events as they arrive
     #[arg(long, short, conflicts_with = "until")]
     follow: bool,
     #[command(flatten)]
     filter: FilterArgs,
-    /// Prints one JSON object per line
+    /// Print one JSON object per line
     #[arg(long)]
     json: bool,
 }
@@ -77,7 +77,7 @@ async fn follow(
 
 /// The events that were printed, as far back as queries go.
 struct Printed {
-    /// Time of the last event that was printed at first. Earlier events are never printed.
+    /// Time of the last event that was printed before following. No earlier event is printed after it.
     started_at: Timestamp,
     /// Time of the newest event that was printed.
     newest: Timestamp,

@@ -34,20 +34,20 @@ use crate::{
 
 /// How many records are passed from the reader to the verifier at a time.
 const BATCH_RECORDS: usize = 1_000;
-/// How often reading a journal that changes meanwhile is tried again.
-const MAX_READS: usize = 10;
+/// How many times reading a journal is retried at most while a broker changes it.
+const MAX_RETRIES: usize = 10;
 /// How many batches may wait for the verifier.
 const QUEUED_BATCHES: usize = 16;
 
 #[derive(Args, Debug)]
 pub(super) struct VerifyArgs {
-    /// Verifies the journal in this state directory instead of the database
+    /// Verify the journal in this state directory instead of the database
     #[arg(long, value_name = "DIR", conflicts_with = "export")]
     journal: Option<PathBuf>,
-    /// Verifies an output of `audit export` instead of the database; `-` for standard input
+    /// Verify an output of `audit export` instead of the database; `-` for standard input
     #[arg(long, value_name = "FILE")]
     export: Option<PathBuf>,
-    /// Fails unless the export holds the whole log
+    /// Fail unless the export holds the whole log
     #[arg(long, requires = "export")]
     whole: bool,
     /// A signed head that was stored elsewhere: a file of them, such as a copy of audit-heads.jsonl or
@@ -60,7 +60,7 @@ pub(super) struct VerifyArgs {
     keys: Option<PathBuf>,
     #[command(flatten)]
     settings: Flags<KeyringFlag>,
-    /// Prints JSON
+    /// Print JSON
     #[arg(long)]
     json: bool,
 }
@@ -127,7 +127,7 @@ fn keys(
     Ok(file.map(|file| Keyring::load(&file)).transpose()?.as_ref().map(VerifyingKeys::from))
 }
 
-/// What a log is verified against.
+/// The keys and heads against which a log is verified.
 struct Evidence {
     keys: Option<VerifyingKeys>,
     /// Heads from the command line.
@@ -282,14 +282,15 @@ impl Evidence {
     }
 }
 
-/// Calls `read` again while it fails differently each time, [`MAX_READS`] times at most.
+/// Calls `read`, and again while it fails with another error than the time before, up to [`MAX_RETRIES`]
+/// times.
 ///
-/// A running broker deletes segments that were listed just before, and truncates those that it abandons,
-/// so that reading its journal can fail although nothing is wrong. The oldest segments are deleted and
-/// are also read first, so that a failed attempt was short.
+/// A running broker deletes segments that were just listed, and truncates those that it abandons, so that
+/// reading its journal can fail although nothing is wrong. It deletes the oldest segments, which are read
+/// first, so that a failed attempt takes little time.
 fn retry_while_changing<T>(read: impl Fn() -> anyhow::Result<T>) -> anyhow::Result<T> {
     let mut last = None;
-    for _ in 0..MAX_READS {
+    for _ in 0..MAX_RETRIES {
         match read() {
             Err(error) => {
                 let text = format!("{error:#}");

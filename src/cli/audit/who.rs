@@ -1,4 +1,4 @@
-//! `audit who`: lists who was given a token.
+//! `audit who`: lists the callers that were given a token.
 
 use std::{
     collections::BTreeMap,
@@ -29,12 +29,13 @@ use crate::{
     upstream::rcs::stated_life,
 };
 
-/// How far outside of a token's life its records are searched: clocks differ, and calls wait.
+/// How far outside of a token's lifetime its records are searched, since clocks differ and calls may wait.
 const SEARCH_MARGIN: TimeDelta = TimeDelta::minutes(15);
 
 #[derive(Args, Debug)]
 pub(super) struct WhoArgs {
-    /// Only events from this time on: RFC 3339, or a time ago, such as 24h; default: the token's life
+    /// Only events from this time on: an RFC 3339 time, or a duration before now, such as 24h; default: the
+    /// token's lifetime
     #[arg(long, value_name = "T")]
     since: Option<Moment>,
     /// Only events before this time
@@ -42,12 +43,12 @@ pub(super) struct WhoArgs {
     until: Option<Moment>,
     #[command(flatten)]
     settings: Flags<KeyringFlag>,
-    /// Prints JSON
+    /// Print JSON
     #[arg(long)]
     json: bool,
 }
 
-/// Somebody who was given the token, with equal records counted together.
+/// A caller that was given the token. Records that differ only in time and port are counted together.
 #[derive(Debug, Serialize)]
 struct Holder {
     account: Option<String>,

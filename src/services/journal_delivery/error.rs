@@ -15,11 +15,11 @@ pub enum DeliveryError {
     /// The database did not answer within this time.
     #[error("the database did not answer within {} s", .0.as_secs())]
     Timeout(Duration),
-    /// The chain's position in Postgres is not where it was: another process delivers the chain, or the
-    /// position belongs to another journal's records.
-    #[error("the position of audit chain {0} was moved by somebody else")]
+    /// The chain's position in Postgres is not the one that was read before: another process has delivered
+    /// records of the chain.
+    #[error("another process moved the delivered position of audit chain {0}")]
     PositionConflict(String),
-    /// A blocking task did not complete, because the process ends.
+    /// The blocking task that reads the journal did not complete: it panicked, or the runtime shuts down.
     #[error("reading the journal was interrupted")]
     Interrupted,
 }

@@ -19,9 +19,9 @@ use crate::{
 /// The detail of an event that names the row of `changes` that it records.
 pub const CHANGE_ID: &str = "change_id";
 
-/// Most rows in one transaction. More would be no faster, and hold locks for longer.
+/// How many rows one transaction inserts at most. More would not be faster, and would hold locks for longer.
 const MAX_ROWS_PER_TRANSACTION: usize = 500;
-/// How long one exchange with Postgres may take before the connection is given up.
+/// How long one exchange with Postgres may take. After that, the connection is dropped.
 const EXCHANGE_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// The delivery of one chain.
@@ -29,18 +29,18 @@ pub(super) struct ChainDelivery {
     pub(super) chain: LocalChain,
     /// The chain's position in Postgres.
     pub(super) position: ChainHead,
-    /// `None` while a blocking task reads with it.
+    /// `None` while a blocking task uses it, and from then on if that task did not complete.
     reader: Option<ChainReader>,
     /// Why the chain cannot be read any further. Other chains are delivered meanwhile.
     pub(super) unreadable: Option<ReadError>,
 }
 
-/// A connection to Postgres, and what is known while it lasts.
+/// A connection to Postgres, and what was learned over it.
 pub(super) struct Session<'a> {
     source: &'a dyn JournalSource,
     connection: PgConnection,
-    /// Days whose partitions exist. Forgotten with the connection, since a failure may mean that somebody
-    /// dropped a partition.
+    /// Days whose partitions exist. A new connection starts without them, since the failure of the last one
+    /// may mean that somebody dropped a partition.
     partitions: BTreeSet<NaiveDate>,
 }
 
@@ -75,7 +75,7 @@ impl<'a> Session<'a> {
         Ok(deliveries)
     }
 
-    /// Delivers what is durable of one chain. Returns whether there was anything to deliver.
+    /// Delivers the durable records of one chain. Returns whether there were any.
     #[instrument(level = "debug", skip_all, fields(chain = delivery.chain.link.chain))]
     pub(super) async fn deliver_all(
         &mut self,
@@ -109,8 +109,8 @@ impl<'a> Session<'a> {
 
     /// Skips the records that neither the database nor the journal has any more: the database was
     /// restored to an earlier state, and the journal had deleted them as delivered. Returns `false` if
-    /// there are none. Verification reports the gap; to wait for the records would fill the journal, and
-    /// lose later ones as well.
+    /// there are none. Verification reports the gap. Waiting for the records would fill the journal, and
+    /// later records would be lost as well.
     fn skip_deleted(&self, delivery: &mut ChainDelivery) -> bool {
         let chain = &delivery.chain.link.chain;
         let local = self.source.chains().into_iter().find(|local| local.link.chain == *chain);
@@ -125,7 +125,7 @@ impl<'a> Session<'a> {
             chain,
             first = delivery.position.seq + 1,
             last = local.before.seq,
-            "audit records that the database lost are not in the journal any more: a gap stays"
+            "audit records that the database lost are no longer in the journal either: the gap is permanent"
         );
         delivery.reader = Some(self.source.reader(Arc::clone(&local.link), local.before));
         true

@@ -11,7 +11,7 @@ use crate::audit::{
 pub(super) trait JournalSource: Sync {
     fn chains(&self) -> Vec<LocalChain>;
     fn reader(&self, link: Arc<ChainLink>, after: ChainHead) -> ChainReader;
-    /// Is called with the position of a chain in Postgres, whenever it becomes known or moves.
+    /// Notes the position of a chain in Postgres. Called whenever the position is read or moves.
     fn mark_delivered(&self, chain: &str, seq: i64);
 }
 

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, net::SocketAddr};
 
 use crate::{audit::record::Record, domain::clock::Timestamp};
 
-/// How many of the requested accounts the record names.
+/// How many of the requested accounts the record names at most.
 const MAX_LISTED_ACCOUNTS: usize = 16;
 
 /// Merged refusals. The record keeps what they have in common.
@@ -47,7 +47,7 @@ impl AggregatedRefusal {
         }
     }
 
-    /// Returns the record. If only one refusal was added, that is its own record, unchanged.
+    /// Returns the merged record; for a single refusal, its own record unchanged.
     pub(super) fn into_record(self) -> Record {
         let Self { record, until, accounts, more_accounts } = self;
         if record.count == 1 {
@@ -73,7 +73,7 @@ fn keep_if_equal<T: PartialEq>(kept: &mut Option<T>, other: Option<&T>) {
     }
 }
 
-/// What two peers have in common: the address, if only the ports differ.
+/// Returns the address of two peers, if only their ports differ.
 fn common_host(one: Option<String>, other: Option<String>) -> Option<String> {
     let host = |peer: &str| {
         peer.parse::<SocketAddr>().map_or_else(|_| peer.to_owned(), |peer| peer.ip().to_string())

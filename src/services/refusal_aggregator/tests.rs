@@ -123,14 +123,14 @@ async fn every_refusal_is_counted_on_disk_before_it_is_answered_and_a_flood_make
     });
     let answered = join_all(refusals).await;
     assert!(answered.iter().all(Result::is_ok));
-    // The journal is still open: what was answered is on disk already.
+    // The journal is still open, and the answered refusals are on disk already.
     let written = fixture.written();
     for origin in 1..=3 {
         let peer = format!("127.0.0.{origin}");
         let of_it = written.iter().filter(|it| it.peer.as_ref().unwrap().starts_with(&peer));
         let counts: Vec<_> = of_it.map(|it| it.count).collect();
         assert_eq!(counts.iter().sum::<i64>(), EACH);
-        // Twenty in the burst; then per second one individual record and four aggregated ones.
+        // There are 20 in the burst, and then per second one individual record and four aggregated ones.
         let most = 20 + 5 * (began.elapsed().as_secs() + 1);
         assert!(counts.len() as u64 <= most, "{counts:?}");
     }

@@ -1,4 +1,4 @@
-//! Retirement of audit chains whose replica is lost and will deliver nothing more.
+//! Retirement of the audit chains of a lost replica, which will deliver no more records.
 
 use tracing::instrument;
 
@@ -21,9 +21,9 @@ pub struct OpenChain {
     pub heartbeat_at: Option<Timestamp>,
     /// Whether the instance runs: it sent a heartbeat within the last minute and has not stopped.
     pub live: bool,
-    /// Whether the instance stopped in order.
+    /// Whether the instance was stopped in the regular way.
     pub stopped: bool,
-    /// What an admin said about the chain when retiring it before.
+    /// Which records may be missing, as noted by an earlier retirement; `None` if there was none.
     pub retired: Option<String>,
 }
 
@@ -63,8 +63,8 @@ impl Admin {
         Ok(chains)
     }
 
-    /// Retires a chain: nothing more of it will be delivered. `what` says what may be missing.
-    /// Triggers make it an audit event.
+    /// Retires a chain, of which no more records will be delivered. `what` says which records may be
+    /// missing. A trigger records the change, which a broker then writes to the audit log.
     ///
     /// # Errors
     /// [`StoreError::NotFound`] when there is no such chain.

@@ -1,4 +1,4 @@
-//! Writes what delivery brings: chains, records, and checkpoints.
+//! The writes of journal delivery: chains, records, and checkpoints.
 
 use std::collections::BTreeMap;
 
@@ -18,8 +18,8 @@ use crate::{
 /// Inserts the row of a chain unless it exists, and returns the chain's delivered position.
 ///
 /// # Errors
-/// [`StoreError::Conflict`] when the row is of another instance or another link, or its hash is
-/// malformed; otherwise when the statement fails.
+/// [`StoreError::Conflict`] when the row has another instance or another link;
+/// [`StoreError::UnreadableRow`] when its hash is malformed; otherwise when a statement fails.
 #[instrument(level = "debug", skip_all, fields(chain = link.chain))]
 pub async fn register_chain(
     connection: &mut PgConnection,
@@ -84,11 +84,11 @@ pub async fn ensure_partition(
 /// last of them, in one transaction. `change_ids` are the rows of `changes` that these events
 /// record.
 ///
-/// Returns `false`, and changes nothing, if the chain's position is not `after`: another process
+/// Returns `false`, and changes nothing, if the chain's position is not `after`, since another process
 /// has moved it.
 ///
 /// # Errors
-/// When a statement fails. If that is the commit, its outcome is unknown: read the position again.
+/// When a statement fails. If the commit fails, its outcome is unknown: read the position again.
 #[instrument(level = "debug", skip_all, fields(chain = link.chain, after = after.seq, events = events.len()))]
 pub async fn deliver(
     connection: &mut PgConnection,

@@ -11,10 +11,10 @@ use crate::{audit::chain::StoredEvent, domain::clock::Timestamp, store::StoreErr
 /// Returns up to `limit` events after the position `after` (`at`, `chain`, `seq`), in the order of
 /// these three.
 ///
-/// Within a chain, records are delivered in order. But a replica that was cut off from Postgres
-/// delivers later, before positions that were read already. A reader that must not miss events
-/// therefore reads again from some time before the last position, and skips those it has seen by
-/// `chain` and `seq`.
+/// Within a chain, records are delivered in order. But a replica that could not reach Postgres for some
+/// time delivers its records late, before positions that were read already. A reader that must not miss
+/// events therefore reads again from some time before the last position, and skips the events that it
+/// has seen already, by `chain` and `seq`.
 ///
 /// # Errors
 /// When the statement fails, or a row holds a malformed hash.

@@ -15,11 +15,11 @@ pub struct EventFilter {
     pub event: Option<String>,
     /// The outcome, such as `ok`.
     pub outcome: Option<String>,
-    /// Earliest time.
+    /// Events before this time are excluded.
     pub since: Option<Timestamp>,
-    /// Time before which the events were recorded.
+    /// Events at or after this time are excluded.
     pub until: Option<Timestamp>,
-    /// Fingerprints, of which the event's token must have one. Only
+    /// The fingerprint of the event's token is one of these. Only
     /// [`AuditSnapshot::events`](super::AuditSnapshot::events) applies this condition.
     pub fingerprints: Option<Vec<String>>,
 }

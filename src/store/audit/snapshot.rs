@@ -19,8 +19,8 @@ use crate::{
     store::StoreError,
 };
 
-/// A transaction that shows the whole audit log as of one moment, however long reading it takes.
-/// Retention waits for its end.
+/// A transaction that shows the whole audit log as of one time, however long reading it takes. Retention
+/// removes no records until it ends.
 pub struct AuditSnapshot(Transaction<'static, Postgres>);
 
 impl AuditSnapshot {
@@ -134,8 +134,8 @@ impl AuditSnapshot {
             .collect()
     }
 
-    /// Streams the records that `filter` selects, by time. Within each chain, that is nearly the
-    /// order of numbers.
+    /// Streams the records that `filter` selects, by time. Within each chain, that is nearly the order of
+    /// numbers. An item is an error when the statement fails, or a row holds a malformed hash.
     pub fn events<'a>(
         &'a mut self,
         filter: &'a EventFilter,

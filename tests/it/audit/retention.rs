@@ -21,7 +21,7 @@ struct PastRecords {
     fixture: JournalFixture,
     database: TestDatabase,
     keyring: Arc<Keyring>,
-    /// The same time for the whole test, since midnight may pass meanwhile.
+    /// The time of the whole test: midnight may pass while it runs.
     now: Timestamp,
 }
 
@@ -157,7 +157,7 @@ async fn only_calls_are_removed_where_changes_are_kept_for_ever() {
     ];
     assert_eq!(past.counts().await, days(&expected));
     assert!(past.verify().await.holds());
-    // The remaining records can still not be changed or removed by hand.
+    // The remaining records still cannot be changed or removed by hand.
     for statement in
         ["update audit_events set count = 2", "delete from audit_events", "truncate audit_events"]
     {

@@ -34,10 +34,11 @@ async fn an_archive_reads_every_durable_record_and_changes_no_file() {
     let journal = open(&disk, limits).unwrap();
     append(&journal, call(10)).await.unwrap();
     let expected = read_all(&journal);
-    // While it is being written, and after a crash that tore its last line.
+    // The journal is still being written.
     let before = names(&disk);
     assert_eq!(read_archive(&disk).unwrap(), expected);
     assert_eq!(names(&disk), before);
+    // A crash has torn the last line.
     let torn = disk.after_power_loss(0);
     let last = torn.texts(".jsonl").pop().unwrap().0;
     torn.state().files.get_mut(&last).unwrap().bytes.extend_from_slice(b"{\"instance\":");

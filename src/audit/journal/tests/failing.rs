@@ -110,7 +110,8 @@ async fn a_read_only_disk_makes_the_journal_unwritable_until_it_is_writable_agai
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(60))]
 
-    /// Whatever fails before a power failure: each record that was reported durable is present, once and in order.
+    /// Storage fails at random before a power failure. Each record that was reported durable is present,
+    /// once and in order.
     #[test]
     fn a_record_that_was_reported_durable_survives_any_faults(
         faults in proptest::collection::vec((0_u8..6, 0_usize..3, 0_usize..2_000), 1..12),

@@ -14,7 +14,7 @@ use crate::harness::{
     process::{BrokerSetup, CommandOutput},
 };
 
-/// The log of a broker that was started twice and stopped in order: two chains, and a token.
+/// A broker that was started and stopped twice, so that its log has two chains, and a token of it.
 struct StoppedBroker {
     fixture: Fixture,
     setup: BrokerSetup,
@@ -239,7 +239,7 @@ async fn a_changed_or_truncated_export_or_journal_is_refused() {
     if let Some(ran) = python(&[&edited]).await {
         assert!(ran.failed().contains("was altered"));
     }
-    // A time with more digits than are hashed: another record must not pass for this one.
+    // A time with more digits than are hashed is refused, so that no other record can pass for this one.
     let (before, after) = export.split_once("\"get_token\"").unwrap();
     let (before, time) = before.rsplit_once("\"at\":\"").unwrap();
     let time = time.replacen('Z', "1Z", 1);

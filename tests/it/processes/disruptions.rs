@@ -81,7 +81,7 @@ async fn call(
 /// The broker, its Postgres, and the counts of calls.
 struct Deployment {
     postgres: Option<EmbeddedPostgres>,
-    place: DataLocation,
+    location: DataLocation,
     setup: BrokerSetup,
     serve: Option<BrokerProcess>,
     counts: Arc<Counts>,
@@ -90,9 +90,9 @@ struct Deployment {
 impl Deployment {
     async fn start_postgres(&mut self) {
         // Child processes of a killed server may take a moment to end.
-        let place = self.place.clone();
+        let location = self.location.clone();
         let started = eventually("postgres again", async || {
-            EmbeddedPostgres::start(place.clone(), Path::new(PROGRAM)).await.ok()
+            EmbeddedPostgres::start(location.clone(), Path::new(PROGRAM)).await.ok()
         });
         self.postgres = Some(started.await);
     }
@@ -137,9 +137,9 @@ impl Deployment {
                 self.start_postgres().await;
             }
             _ => {
-                let standstill = PausedProcesses::pause(self.postgres().pid());
+                let paused = PausedProcesses::pause(self.postgres().pid());
                 tokio::time::sleep(random.millis(1_500)).await;
-                drop(standstill);
+                drop(paused);
             }
         }
     }
@@ -172,8 +172,8 @@ async fn received_tokens_are_recorded_and_delivered_once_whichever_process_is_ki
         "received_tokens_are_recorded_and_delivered_once_whichever_process_is_killed",
     );
     let directory = shared_directory();
-    let place = DataLocation::Persistent(directory.path().join("pg"));
-    let postgres = EmbeddedPostgres::start(place.clone(), Path::new(PROGRAM)).await.unwrap();
+    let location = DataLocation::Persistent(directory.path().join("pg"));
+    let postgres = EmbeddedPostgres::start(location.clone(), Path::new(PROGRAM)).await.unwrap();
     let url = postgres.url(DATABASE);
     let upstream = Simulator::start_on_loopback(SimulatorOptions::default()).await.unwrap();
     upstream.add_account("id-1", "SK.1");
@@ -199,7 +199,7 @@ async fn received_tokens_are_recorded_and_delivered_once_whichever_process_is_ki
         callers.push((caller.to_owned(), tokio::spawn(calling)));
     }
     let mut deployment =
-        Deployment { postgres: Some(postgres), place, setup, serve: Some(serve), counts };
+        Deployment { postgres: Some(postgres), location, setup, serve: Some(serve), counts };
     for _ in 0..DISRUPTIONS {
         deployment.disrupt(&mut random).await;
     }
@@ -211,13 +211,13 @@ async fn received_tokens_are_recorded_and_delivered_once_whichever_process_is_ki
     }
     let mut serve = deployment.serve.take().unwrap();
     let pool = Database::new(&url, "test").unwrap().pool(2);
-    // Stopping delivers only within a time limit, so wait for delivery before.
+    // Stopping delivers only within a time limit, so delivery is awaited before.
     let expected = journaled(&state).len();
     eventually("delivery", async || {
-        let there = "select count(*), (select count(*) from changes where audited_at is null)
+        let query = "select count(*), (select count(*) from changes where audited_at is null)
             from audit_events";
-        let (there, unaudited): (i64, i64) = sqlx::query_as(there).fetch_one(&pool).await.ok()?;
-        (usize::try_from(there).unwrap() >= expected && unaudited == 0).then_some(())
+        let (events, unaudited): (i64, i64) = sqlx::query_as(query).fetch_one(&pool).await.ok()?;
+        (usize::try_from(events).unwrap() >= expected && unaudited == 0).then_some(())
     })
     .await;
     serve.signal(Signal::SIGTERM);
@@ -239,7 +239,7 @@ async fn received_tokens_are_recorded_and_delivered_once_whichever_process_is_ki
         .collect();
     recorded_changes.sort_unstable();
     assert_eq!(recorded_changes, changes);
-    // Received ⊆ recorded ⊆ sent.
+    // Each received token is recorded, and each recorded call was sent.
     let calls = delivered.iter().filter(|event| event.event == "get_token");
     let mut recorded = BTreeMap::<(&str, i64), i64>::new();
     let mut all = 0;
