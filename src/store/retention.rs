@@ -1,4 +1,4 @@
-//! Retention in Postgres: which days of the audit log have expired, and their removal.
+//! Retention in Postgres: finding the expired days of the audit log, and removing them.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -14,26 +14,26 @@ use super::{
 };
 use crate::{audit::checkpoint::PruningReceipt, domain::clock::Timestamp};
 
-/// Statement timeout while a day is removed, which may have many records. Only a late delivery of
-/// records of that day waits for it.
+/// Statement timeout while a day is removed, which may have many records. Other sessions are not blocked,
+/// except a late delivery of records of the same day.
 const REMOVAL_TIMEOUT: &str = "2h";
-/// Lock timeout while a day is removed: whoever waits for a table's lock blocks everybody who comes
-/// later.
+/// Lock timeout while a day is removed. It is short, since a session that waits for a table's lock blocks all
+/// sessions that request it later.
 const LOCK_TIMEOUT: &str = "2s";
 
 /// The shortest time for which records are kept, whatever the settings say. The database's owner
 /// sets it in the table `audit_retention`.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct MinimumRetention {
-    /// For all records except those of changes.
+    /// The minimum for all records except those of changes.
     pub calls: Duration,
-    /// For records of changes; no shorter than `calls`.
+    /// The minimum for records of changes; not shorter than `calls`.
     pub changes: Duration,
 }
 
 impl MinimumRetention {
-    /// Whether the settings `calls` and `changes` keep records at least that long; `None` means for
-    /// ever.
+    /// Returns whether the settings `calls` and `changes` keep records at least for the minimum; `None` means
+    /// for ever.
     #[must_use]
     pub fn allows(&self, calls: Option<Duration>, changes: Option<Duration>) -> bool {
         calls.is_none_or(|calls| calls >= self.calls)
@@ -62,13 +62,13 @@ pub async fn minimum_retention(pool: &PgPool) -> Result<MinimumRetention, StoreE
 pub struct ExpiredDay {
     /// The UTC day.
     pub day: NaiveDate,
-    /// Whether its records of changes have expired too, and not the others alone.
+    /// Whether its records of changes have expired too. If not, only all other records have.
     pub changes_too: bool,
 }
 
-/// Returns the expired days, in order. A day has to have expired by the database's clock and by
-/// `now`, which is ours, since one of them may be wrong. `calls` and `changes` are how long records
-/// are kept; `None` means for ever.
+/// Returns the expired days, in order. A day must have expired both by the database's clock and by `now`, the
+/// time of the local clock, since one of them may be wrong. `calls` and `changes` are how long records are
+/// kept; `None` means for ever.
 ///
 /// # Errors
 /// When the statement fails.
@@ -112,7 +112,9 @@ pub async fn expired_days(
         .collect())
 }
 
-/// The transaction that removes the expired records of one day.
+/// The transaction that removes the expired records of one day. End it by [`DayRemoval::commit`] or
+/// [`DayRemoval::roll_back`].
+#[must_use]
 pub struct DayRemoval {
     transaction: Transaction<'static, Postgres>,
     day: ExpiredDay,
@@ -123,8 +125,8 @@ impl DayRemoval {
     /// removes records.
     ///
     /// # Errors
-    /// When a statement fails; in particular with SQLSTATE `55P03` when the partition is not
-    /// unlocked in time.
+    /// When a statement fails. The SQLSTATE is `55P03` if another session has locked the partition for too
+    /// long.
     #[instrument(level = "debug", skip_all, fields(day = %day.day))]
     pub async fn begin(pool: &PgPool, day: ExpiredDay) -> Result<Option<Self>, StoreError> {
         let mut transaction = pool.begin().await?;
@@ -152,7 +154,7 @@ impl DayRemoval {
         Ok(Some(Self { transaction, day }))
     }
 
-    /// Returns the day.
+    /// Returns the UTC day whose records are removed.
     #[must_use]
     pub fn day(&self) -> NaiveDate {
         self.day.day
@@ -188,7 +190,7 @@ impl DayRemoval {
         Ok(())
     }
 
-    /// Inserts a receipt of a range of records that is to be removed.
+    /// Inserts a receipt for a range of records that will be removed.
     ///
     /// # Errors
     /// When the statement fails.
@@ -212,8 +214,8 @@ impl DayRemoval {
         Ok(())
     }
 
-    /// Rolls back, so that the day stays as it is. Without this call, the rollback happens some
-    /// time after the drop, and until then no other removal can begin.
+    /// Rolls back, so that no record is removed. If the value is dropped instead, the rollback happens some
+    /// time later, and no other removal can begin until then.
     ///
     /// # Errors
     /// When the statement fails.
@@ -221,8 +223,8 @@ impl DayRemoval {
         Ok(self.transaction.rollback().await?)
     }
 
-    /// Removes the records, all of which must have receipts, and commits. Returns how many records
-    /// that were.
+    /// Removes the records, all of which must have receipts, and commits. Returns the number of removed
+    /// records.
     ///
     /// # Errors
     /// [`StoreError::MissingPrivilege`] when a record has no receipt; otherwise when a statement fails.

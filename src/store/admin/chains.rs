@@ -1,11 +1,11 @@
-//! Retirement of audit chains whose replica is lost and will deliver nothing more.
+//! Retirement of audit chains whose replica is lost, so that no more of their records will be delivered.
 
 use tracing::instrument;
 
 use super::connection::{Admin, ensure_affected};
 use crate::{domain::clock::Timestamp, store::StoreError};
 
-/// A chain that may not be delivered completely, and what is known about it.
+/// A chain of which more records may exist than were delivered.
 #[derive(Clone, Debug)]
 pub struct OpenChain {
     /// Name of the chain.
@@ -21,9 +21,9 @@ pub struct OpenChain {
     pub heartbeat_at: Option<Timestamp>,
     /// Whether the instance runs: it sent a heartbeat within the last minute and has not stopped.
     pub live: bool,
-    /// Whether the instance stopped in order.
+    /// Whether the instance stored that it has stopped.
     pub stopped: bool,
-    /// What an admin said about the chain when retiring it before.
+    /// The text with which an admin has retired the chain before; `None` if it is not retired.
     pub retired: Option<String>,
 }
 
@@ -63,8 +63,8 @@ impl Admin {
         Ok(chains)
     }
 
-    /// Retires a chain: nothing more of it will be delivered. `what` says what may be missing.
-    /// Triggers make it an audit event.
+    /// Retires a chain, which declares that no more of its records will be delivered. `what` says which
+    /// records may be missing. A trigger records the change for the audit log.
     ///
     /// # Errors
     /// [`StoreError::NotFound`] when there is no such chain.
