@@ -1,5 +1,5 @@
--- Who may ask for tokens: callers, their credentials, and the accounts that they may use. The triggers are
--- in repeatable/3_callers.sql.
+-- Callers, their credentials, and the accounts whose tokens they may get. The triggers are in
+-- repeatable/3_callers.sql.
 
 create table callers (
     id                     bigint generated always as identity primary key,

@@ -1,13 +1,14 @@
--- Who changed what. Triggers write a row in the transaction of the change itself, so that there is no change
--- without its row and no row without its change. Replicas follow this table to update their caches, and each
--- row becomes one audit record. The functions are in repeatable/1_common.sql.
+-- The log of changes: what was changed, and by which login. Triggers write a row in the transaction of the
+-- change itself, so that there is no change without its row and no row without its change. Replicas follow this
+-- table to update their caches, and each row becomes one audit record. The functions are in
+-- repeatable/1_common.sql.
 --
 -- A session can say who acts and why:
 --     set token_broker.actor = 'jane@example.com'; set token_broker.reason = 'TICKET-1';
 
 create table changes (
     id                     bigint generated always as identity primary key,
-    -- The transaction, so that a reader can ask for what was committed since its last snapshot. A
+    -- The transaction, so that a reader can select what was committed since its last snapshot. A
     -- watermark by time or by id would miss a transaction that commits late.
     changed                xid8        not null default pg_current_xact_id(),
     at                     timestamptz not null default clock_timestamp(),

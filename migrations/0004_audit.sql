@@ -52,7 +52,7 @@ create index audit_events_caller on audit_events (caller, at) where caller is no
 create index audit_events_rare on audit_events (event, at)
     where event in ('issue_failed', 'account_registered', 'account_changed', 'account_removed',
         'caller_changed', 'grant_changed', 'audit_gap', 'audit_pruned', 'chain_retired',
-        'database_accepted', 'handshake_refused', 'started', 'stopped');
+        'database_accepted', 'handshake_refused', 'retention_changed', 'started', 'stopped');
 
 -- Signed checkpoints of chains.
 create table audit_heads (
@@ -68,8 +68,8 @@ create table audit_heads (
 -- Signed pruning receipts. Retention removes whole UTC days. When changes are kept for longer than calls,
 -- a day's calls are removed first and its changes later. Each removed run of records leaves a receipt with
 -- its first and last number and the hashes at both ends. With it, `audit verify` continues from the record
--- before the run to the one after it, and tells records removed by retention from records that somebody
--- else deleted.
+-- before the run to the one after it, and distinguishes records removed by retention from records that
+-- somebody else deleted.
 create table audit_pruning_receipts (
     chain                  text        not null,
     first_seq              bigint      not null,
@@ -81,7 +81,7 @@ create table audit_pruning_receipts (
     at                     timestamptz not null,
     key_id                 text        not null,
     signature              bytea       not null,
-    -- The transaction that removes the records: tells its receipts from earlier ones.
+    -- The transaction that removes the records. It distinguishes its receipts from earlier ones.
     made_in                xid8        not null default pg_current_xact_id(),
     -- Records that were delivered and removed again have a receipt for each removal.
     primary key (chain, first_seq, last_seq, made_in)

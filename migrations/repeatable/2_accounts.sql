@@ -96,7 +96,7 @@ begin
         new.credential_version := old.credential_version + 1;
         -- The secret that last issued a token is kept, unless the upstream refuses it by now. A secret that
         -- never issued one is not kept: the broker would try it once more until the new one is sealed, and the
-        -- upstream locks a login that fails too often. Neither is the secret of another login.
+        -- upstream locks a login that fails too often. The secret of another login is not kept either.
         if new_login or current_setting('token_broker.purge_old', true) = 'on' then
             new.previous_secret := null;
             new.previous_version := null;

@@ -100,8 +100,8 @@ $$;
 
 revoke execute on function audit_ensure_partition(date) from public;
 
--- Locks the partition of `day` against writes until the transaction ends, so that the receipts in `audit_pruning_receipts`
--- stay true.
+-- Locks the partition of `day` against writes until the transaction ends, so that the receipts cover exactly
+-- the records that are removed.
 create or replace function audit_lock_day(day date) returns void
 language plpgsql security definer
 set search_path from current as $$
@@ -113,9 +113,9 @@ $$;
 revoke execute on function audit_lock_day(date) from public;
 
 -- Removes the records of `of_day`, either all of them or all but those of changes, and returns how many it
--- removed. It refuses when the day is not as old as `audit_retention` requires, or when this transaction has not
--- inserted receipts into `audit_pruning_receipts` for as many records, which guards against mistakes of the broker. It cannot
--- tell whether the receipts' signatures are valid; `audit verify` does.
+-- removed. It refuses if the day is not as old as `audit_retention` requires, or if this transaction has not
+-- inserted receipts into `audit_pruning_receipts` for as many records. This guards against mistakes of the
+-- broker. It cannot check the receipts' signatures; `audit verify` does.
 create or replace function audit_prune(of_day date, changes_too boolean) returns bigint
 language plpgsql security definer
 set search_path from current as $$

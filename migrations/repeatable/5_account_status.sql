@@ -1,7 +1,7 @@
 -- version: 1 (raise it with each change of this file)
 --
--- The view that people read: the state of each account, and what to do about it. `create or replace view` keeps
--- the grants on it, but can only add columns at the end.
+-- The view for admins: the state of each account, and a hint at what to do about it. `create or replace view`
+-- keeps the grants on it, but can only add columns at the end.
 
 create or replace view account_status as
 with moment as (select now() as at),

@@ -9,8 +9,8 @@ pub const MAX_NAME: usize = 63;
 /// The longest client id of RCS Biz Center, in characters.
 pub const MAX_CLIENT_ID: usize = 20;
 
-/// Why a value was refused: the name of the value, and the rule that it breaks. The message never shows
-/// the value.
+/// The reason why a value was refused: the name of the value, and the rule that it breaks. The message
+/// never shows the value.
 #[derive(Clone, Copy, Debug, Error, Eq, PartialEq)]
 pub enum InvalidValue {
     /// The value is empty.
@@ -22,7 +22,7 @@ pub enum InvalidValue {
     /// The value does not match this pattern.
     #[error("{0} must match {1}")]
     Malformed(&'static str, &'static str),
-    /// The value is none of these names.
+    /// The value is not one of the allowed names, which the second field lists.
     #[error("{0} must be {1}")]
     Unknown(&'static str, &'static str),
 }
@@ -47,8 +47,7 @@ impl FromStr for AccountName {
 
     fn from_str(name: &str) -> Result<Self, InvalidValue> {
         let first = name.chars().next().ok_or(InvalidValue::Empty("account name"))?;
-        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
-        if !plain(first) || !name.chars().all(|c| plain(c) || matches!(c, '.' | '_' | '-')) {
+        if matches!(first, '.' | '_' | '-') || !name.chars().all(is_name_character) {
             return Err(InvalidValue::Malformed("account name", Self::PATTERN));
         }
         if name.len() > MAX_NAME {
@@ -70,6 +69,11 @@ impl Borrow<str> for AccountName {
     }
 }
 
+/// Returns whether an account's name may contain `c`. The first character must be a letter or a digit.
+pub(super) fn is_name_character(c: char) -> bool {
+    c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '.' | '_' | '-')
+}
+
 /// An account's id in the database. It is never reused: a name that was deleted and inserted again has
 /// another id and is another account.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
@@ -81,8 +85,8 @@ impl fmt::Display for AccountId {
     }
 }
 
-/// The number of a credential among those that an account has had, from 1. Sealed secrets, attempts and
-/// failures name the version that they belong to.
+/// Counts the credentials that an account has had, from 1. Sealed secrets, attempts and failures store
+/// the version that they belong to.
 #[derive(Clone, Copy, Debug, Default, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct CredentialVersion(pub i64);
 

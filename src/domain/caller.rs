@@ -3,38 +3,28 @@
 use std::{fmt, str::FromStr, sync::Arc};
 
 use crate::domain::{
-    account::{AccountName, InvalidValue, MAX_NAME},
+    account::{AccountName, InvalidValue, MAX_NAME, is_name_character},
     clock::Timestamp,
+    named_enum::named_enum,
 };
 
 /// A caller's id in the database. It is never reused.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct CallerId(pub i64);
 
-/// The kind of credential by which a caller was identified.
-#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
-pub enum CallerKind {
-    /// A bearer that the broker issued.
-    Bearer,
-    /// A SPIFFE ID in a verified client certificate.
-    Spiffe,
-    /// A DNS name in a verified client certificate.
-    Dns,
-}
-
-impl CallerKind {
-    /// Returns the kind's name in the database and in the audit log.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Bearer => "bearer",
-            Self::Spiffe => "spiffe",
-            Self::Dns => "dns",
-        }
+named_enum! {
+    /// The kind of credential by which a caller was identified.
+    pub enum CallerKind {
+        /// A bearer that the broker issued.
+        Bearer = "bearer",
+        /// A SPIFFE ID in a verified client certificate.
+        Spiffe = "spiffe",
+        /// A DNS name in a verified client certificate.
+        Dns = "dns",
     }
 }
 
-/// A service that asks for tokens, with everything that decides what it may get.
+/// A service that requests tokens, with its grants and limits.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Caller {
     /// The caller's id.
@@ -76,29 +66,15 @@ impl Caller {
     }
 }
 
-/// A right that a grant can give.
-#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
-pub enum Right {
-    /// To get and watch tokens.
-    Get,
-    /// To report a token that the upstream refused.
-    Report,
-    /// To see the account in lists.
-    List,
-}
-
-impl Right {
-    /// Every right.
-    pub const ALL: [Self; 3] = [Self::Get, Self::Report, Self::List];
-
-    /// Returns the right's name in the database.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Get => "get",
-            Self::Report => "report",
-            Self::List => "list",
-        }
+named_enum! {
+    /// A right that a grant can give.
+    pub enum Right {
+        /// To get and watch tokens.
+        Get = "get",
+        /// To report a token that the upstream refused.
+        Report = "report",
+        /// To see the account in lists.
+        List = "list",
     }
 }
 
@@ -113,7 +89,7 @@ impl FromStr for Right {
     }
 }
 
-/// A set of rights.
+/// A set of rights, as one bit for each.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Rights(u8);
 
@@ -131,14 +107,14 @@ impl FromIterator<Right> for Rights {
     }
 }
 
-/// Rights on some accounts, until an end.
+/// Rights on the accounts that match a pattern, for ever or until a given time.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Grant {
     /// The accounts that the grant covers.
     pub pattern: AccountPattern,
     /// What the grant permits with these accounts.
     pub rights: Rights,
-    /// The time from which on the grant no longer holds; `None` for no end.
+    /// The time at which the grant ends; `None` for a grant that does not end.
     pub ends_at: Option<Timestamp>,
 }
 
@@ -199,9 +175,8 @@ impl FromStr for AccountPattern {
         if pattern.len() > MAX_NAME {
             return Err(InvalidValue::TooLong("account pattern", MAX_NAME));
         }
-        let plain =
-            |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '.' | '_' | '-');
-        if !before.chars().chain(after.chars()).all(plain) || before.starts_with(['.', '_', '-']) {
+        let mut characters = before.chars().chain(after.chars());
+        if !characters.all(is_name_character) || before.starts_with(['.', '_', '-']) {
             return Err(InvalidValue::Malformed("account pattern", RULE));
         }
         Ok(Self { before: before.into(), after: Some(after.into()) })
@@ -284,14 +259,14 @@ mod tests {
             grant("a", &[Right::Get], None),
             grant("c", &[Right::List], Some(now)),
         ]);
-        for (from, resumed) in [
+        for (from, expected) in [
             ("", Some("b")),
             ("b", Some("b")),
             ("b-1", Some("d-")),
             ("d-7", Some("d-7")),
             ("d.", None),
         ] {
-            assert_eq!(caller.first_covered_from(Right::List, from, now), resumed, "{from}");
+            assert_eq!(caller.first_covered_from(Right::List, from, now), expected, "{from}");
         }
         assert_eq!(
             Caller { enabled: false, ..caller }.first_covered_from(Right::List, "", now),

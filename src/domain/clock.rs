@@ -1,5 +1,5 @@
-//! The one source of time. The present time and sleeping come from the same clock, so that a test which
-//! moves the clock also ends the sleeps.
+//! The only source of wall time. A clock returns the present time and also sleeps, so that a test which
+//! moves the clock wakes the sleepers too.
 
 use std::{sync::Arc, time::Duration};
 
@@ -22,7 +22,7 @@ pub enum Clock {
 impl Clock {
     /// Returns the present time.
     #[must_use]
-    #[expect(clippy::disallowed_methods, reason = "the one home of the wall clock")]
+    #[expect(clippy::disallowed_methods, reason = "the only place that reads the wall clock")]
     pub fn now(&self) -> Timestamp {
         match self {
             Self::System => Utc::now(),
@@ -51,7 +51,7 @@ impl Clock {
         }
     }
 
-    /// Waits for `pause` by this clock. Cancel safe.
+    /// Waits until `pause` has passed on this clock. Cancel safe.
     pub async fn sleep(&self, pause: Duration) {
         self.sleep_until(self.now() + delta(pause)).await;
     }
@@ -65,7 +65,7 @@ pub struct ManualClock {
 }
 
 impl ManualClock {
-    /// Returns a clock that stands at `now`.
+    /// Returns a clock whose present time is `now`.
     #[must_use]
     pub fn new(now: Timestamp) -> Self {
         Self { now: Arc::new(watch::Sender::new(now)) }

@@ -1,5 +1,5 @@
-//! What the broker speaks of, and the decisions about it: accounts, callers, tokens, secrets, and when
-//! to issue. Nothing here does I/O; `now` is an argument, or comes from [`clock`].
+//! The domain types (accounts, callers, tokens, secrets) and the rules about them, such as when a token
+//! may be issued. Nothing here does I/O. The present time is an argument, or comes from [`clock`].
 
 pub mod account;
 pub mod caller;

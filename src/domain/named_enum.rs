@@ -1,7 +1,7 @@
-//! Enumerations whose names appear outside the program: in SQL, metrics and audit records.
+//! Enumerations whose names are used outside the program: in SQL, metrics and audit records.
 
 /// Declares a public enumeration from one list of variants and names, with `ALL`, `as_str` and
-/// `Display`, so that no second list can fall behind the first.
+/// `Display`, so that there is no second list to keep in step.
 macro_rules! named_enum {
     (
         $(#[$attribute:meta])*
@@ -19,7 +19,7 @@ macro_rules! named_enum {
             /// Every variant, in the order of declaration.
             pub const ALL: [Self; [$($name),+].len()] = [$(Self::$variant),+];
 
-            /// Returns the name used in the database and in metrics.
+            /// Returns the name that is used outside the program, for example in the database.
             #[must_use]
             pub fn as_str(self) -> &'static str {
                 match self {

@@ -1,11 +1,11 @@
-//! When an account may be issued for: the one rule, as pure functions.
+//! The rule that decides when a token may be issued for an account, as pure functions.
 //!
-//! The rule is applied twice. The refresher plans with what its cache has, and the claim of a lease
-//! decides again with the account's locked row, which may have changed meanwhile. Both call
-//! [`RefreshPolicy::decide`] with an [`IssueView`].
+//! The rule is applied twice. The refresher applies it to the cached account to schedule the next
+//! attempt. The claim of a lease applies it again to the account's locked row, which may have changed
+//! meanwhile. Both build an [`IssueView`] and call the same functions of [`RefreshPolicy`].
 //!
-//! Jitter is derived from the account's name, not drawn: a number drawn anew at each planning would
-//! shift the schedule, and all replicas must find the same moment.
+//! Jitter is computed from the account's name instead of drawn at random. A random number would move
+//! the schedule each time it is computed, and all replicas must compute the same time.
 
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
@@ -21,22 +21,22 @@ use crate::domain::{
     token::{Generation, Token},
 };
 
-/// How far an account's advisory refresh may lie from [`RefreshPolicy::refresh_at`] on either side,
-/// as a share of the token's life.
+/// The largest distance of an account's advisory refresh from [`RefreshPolicy::refresh_at`], before or
+/// after it, as a share of the token's life.
 pub const JITTER: f64 = 0.05;
 /// The last share of a token's life in which its refresh is mandatory.
 const MANDATORY_SHARE: f64 = 0.10;
 /// The longest time before a token's end at which its refresh becomes mandatory.
 const MANDATORY_AT_MOST: Duration = Duration::from_mins(1);
-/// The pause after the first failure that may pass by itself; it doubles with each further one.
+/// The pause after the first of several failures in a row; it doubles with each further one.
 const FIRST_RETRY: Duration = Duration::from_secs(1);
-/// The longest such pause.
+/// The upper bound of that pause.
 const LONGEST_RETRY: Duration = Duration::from_mins(5);
-/// The pause while the upstream refuses the address: long, since each attempt may count against the
-/// account.
+/// The mean pause while the upstream refuses the account or the address. It is long, since each attempt
+/// may count towards a lock of the account.
 const EGRESS_RETRY: Duration = Duration::from_mins(15);
 
-/// A moment that has always passed.
+/// A time in the past, for "at once".
 const AT_ONCE: Timestamp = DateTime::UNIX_EPOCH;
 
 /// The settings that decide when to issue.
@@ -44,12 +44,12 @@ const AT_ONCE: Timestamp = DateTime::UNIX_EPOCH;
 pub struct RefreshPolicy {
     /// The share of a token's life after which it is replaced, 0 to 1.
     pub refresh_at: f64,
-    /// The least time between the starts of two attempts for one account, across replicas.
+    /// The least time between the starts of two attempts for one account, of all replicas together.
     pub min_issue_interval: Duration,
 }
 
-/// The facts that decide whether an account may be issued for. All times are of the clock that `now`
-/// is read from: the replica's when planning, the database's when claiming.
+/// The facts that decide when a token may be issued for an account. All times are by the same clock as
+/// `now`: the replica's for a cached account, the database's for a locked row.
 #[derive(Clone, Copy, Debug)]
 pub struct IssueView<'a> {
     account: &'a Account,
@@ -63,7 +63,7 @@ pub struct IssueView<'a> {
 }
 
 impl<'a> IssueView<'a> {
-    /// Returns the view for planning, of an account as the cache has it. `scheduled_at` is
+    /// Returns the view of a cached account, for scheduling its next attempt. `scheduled_at` is
     /// [`RefreshPolicy::scheduled_at`] for its token.
     #[must_use]
     pub fn cached(
@@ -75,9 +75,9 @@ impl<'a> IssueView<'a> {
         Self { account, refresh, scheduled_at, outage_ended_at, already_replaced: false }
     }
 
-    /// Returns the view for a claim, of an account as its locked row has it. The claimant found its
-    /// token to be due, so the schedule is not asked again: instead the stored generation must still
-    /// be the one that the claimant wants to replace.
+    /// Returns the view of an account's locked row, for a claim to replace the generation `replaces`.
+    /// The claimant has checked the schedule already. Instead, the view compares generations: if a
+    /// later one than `replaces` is stored, the token has been replaced.
     #[must_use]
     pub fn locked(
         account: &'a Account,
@@ -89,7 +89,8 @@ impl<'a> IssueView<'a> {
         Self { account, refresh, scheduled_at: AT_ONCE, outage_ended_at, already_replaced }
     }
 
-    /// Returns whether the last failure was for an outage of the upstream that is over since.
+    /// Returns whether a last failure of `class` belongs to an outage of the upstream that has ended
+    /// since.
     fn failed_in_ended_outage(&self, class: FailureClass) -> bool {
         let started = self.refresh.attempt_started_at;
         class.is_upstream_fault()
@@ -97,25 +98,28 @@ impl<'a> IssueView<'a> {
     }
 }
 
-/// Whether an account may be issued for now.
+/// The decision whether a token may be issued for an account now.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[must_use]
 pub enum IssueDecision {
     /// A token may be issued now.
     Issue {
         /// The credential to issue with.
         credential_version: CredentialVersion,
-        /// Whether the minimum issue interval is not over yet. A changed credential need not wait
-        /// for its end, three times an hour.
+        /// Whether the minimum issue interval is not over yet. A changed credential may be tried
+        /// earlier, up to [`IntervalExceptions::LIMIT`] times an hour.
+        ///
+        /// [`IntervalExceptions::LIMIT`]: super::refresh_state::IntervalExceptions::LIMIT
         uses_interval_exception: bool,
     },
-    /// Not before this moment.
+    /// No token may be issued before this time.
     WaitUntil(Timestamp),
-    /// Not until the account changes: it is disabled, has no usable credential, or another replica
-    /// has replaced the token already.
+    /// No token is to be issued until the account changes: it is disabled, has no usable credential,
+    /// or its token has been replaced already.
     NotNeeded,
 }
 
-/// When an account may be issued for at the earliest, and how.
+/// The earliest time at which a token may be issued, and with which credential.
 struct EarliestIssue {
     at: Timestamp,
     credential_version: CredentialVersion,
@@ -124,9 +128,8 @@ struct EarliestIssue {
 }
 
 impl RefreshPolicy {
-    /// Decides whether the account may be issued for at `now`. The same view never yields a later
-    /// wait at a later `now`.
-    #[must_use]
+    /// Decides whether a token may be issued at `now`. For one view, [`IssueDecision::WaitUntil`] has the
+    /// same time whatever `now` is.
     pub fn decide(&self, view: &IssueView<'_>, now: Timestamp) -> IssueDecision {
         match self.earliest_issue(view) {
             None => IssueDecision::NotNeeded,
@@ -138,9 +141,9 @@ impl RefreshPolicy {
         }
     }
 
-    /// Returns the moment from which [`RefreshPolicy::decide`] permits the next issue, which may
-    /// have passed; `None` while it is not needed. It does not depend on the present moment, so that
-    /// planning an account twice gives it the same place in the queue.
+    /// Returns the time from which [`RefreshPolicy::decide`] permits the next issue, which may have
+    /// passed; `None` while no issue is needed. It does not depend on the present time, so an account
+    /// that is scheduled twice keeps its position in the queue.
     #[must_use]
     pub fn next_issue_at(&self, view: &IssueView<'_>) -> Option<Timestamp> {
         self.earliest_issue(view).map(|earliest| earliest.at)
@@ -152,17 +155,18 @@ impl RefreshPolicy {
             return None;
         }
         let credential_version = account.usable_version(refresh)?;
-        let asked = account.wants_reissue(refresh);
+        let reissue_requested = account.wants_reissue(refresh);
         let untried = credential_version == account.credential_version
             && refresh.attempt_version != Some(credential_version);
-        let due = if asked || untried || refresh.token_may_be_revoked() {
+        let due = if reissue_requested || untried || refresh.token_may_be_revoked() {
             AT_ONCE
         } else {
             view.scheduled_at
         };
         let retry = refresh
             .current_failure(account.credential_version)
-            .filter(|failure| !asked && !untried && !view.failed_in_ended_outage(failure.class))
+            .filter(|_| !reissue_requested && !untried)
+            .filter(|failure| !view.failed_in_ended_outage(failure.class))
             .and(refresh.next_attempt_at)
             .unwrap_or(AT_ONCE);
         let interval_ends = refresh
@@ -185,15 +189,16 @@ impl RefreshPolicy {
         token.map_or(AT_ONCE, |token| self.advisory_refresh_at(account, token))
     }
 
-    /// Returns when `token` is to be replaced, if nothing hinders: after [`RefreshPolicy::refresh_at`]
-    /// of its life, ± 5 % of that life depending on the account's name.
+    /// Returns when `token` should be replaced: after the share [`RefreshPolicy::refresh_at`] of its
+    /// life, earlier or later by up to [`JITTER`] of its life, depending on the account's name.
     #[must_use]
     pub fn advisory_refresh_at(&self, account: &AccountName, token: &Token) -> Timestamp {
         token.at_share(self.refresh_at + (spread(account, "refresh") - 0.5) * 2.0 * JITTER)
     }
 
-    /// Returns the moment from which the replacement of `token` cannot be put off: the last 10 % of
-    /// its life, at most its last minute; at once if there is no token or it may have been revoked.
+    /// Returns the time from which the replacement of `token` must not be delayed: the start of the last
+    /// 10 % of its life, or of its last minute if that is later. It is in the past if there is no token
+    /// or the token may have been revoked.
     #[must_use]
     pub fn mandatory_refresh_at(refresh: &RefreshState, token: Option<&Token>) -> Timestamp {
         token.filter(|_| !refresh.token_may_be_revoked()).map_or(AT_ONCE, |token| {
@@ -202,25 +207,25 @@ impl RefreshPolicy {
         })
     }
 
-    /// Returns the longest `min_ttl` that a caller is granted: what a token always has left before
-    /// its replacement is due. A longer one would force an issue on everyone at each call.
+    /// Returns the upper bound of a caller's `min_ttl`: the part of its life that a token certainly has
+    /// left before its replacement is due. A longer one would cause an issue with each call.
     #[must_use]
     pub fn longest_min_ttl(&self, token: &Token) -> Duration {
         token.life().mul_f64((1.0 - self.refresh_at - JITTER).max(0.0))
     }
 
-    /// Returns how long to wait after a failure of `class`, the `failures`-th in a row; `None` if
-    /// nothing is to be tried until the credential changes.
+    /// Returns how long to wait after a failure of `class`, the `failures`-th in a row; `None` if no
+    /// attempt may be made until the credential changes.
     ///
-    /// `asked` is the pause that the upstream asked for, and `cap` an upper bound of the broker's own
-    /// pause.
+    /// `retry_after` is the pause that the upstream asked for, and `cap` an upper bound of the broker's
+    /// own pause.
     #[must_use]
     pub fn pause_after_failure(
         &self,
         account: &AccountName,
         class: FailureClass,
         failures: u32,
-        asked: Option<Duration>,
+        retry_after: Option<Duration>,
         cap: Option<Duration>,
     ) -> Option<Duration> {
         match class {
@@ -229,13 +234,14 @@ impl RefreshPolicy {
             _ => {
                 let backoff = self.backoff(account, failures);
                 let backoff = cap.map_or(backoff, |cap| backoff.min(cap));
-                Some(asked.map_or(backoff, |asked| asked.max(backoff)))
+                Some(retry_after.map_or(backoff, |pause| pause.max(backoff)))
             }
         }
     }
 
-    /// Doubles from one second to five minutes, spread over the upper half of that by the account's
-    /// name; never below the minimum issue interval.
+    /// Returns a pause that doubles with each failure from one second to five minutes. The account's
+    /// name and the number of failures spread it over the upper half of that. It is never shorter than
+    /// the minimum issue interval.
     fn backoff(&self, account: &AccountName, failures: u32) -> Duration {
         let doubled =
             FIRST_RETRY.saturating_mul(1 << failures.saturating_sub(1).min(16)).min(LONGEST_RETRY);
@@ -250,7 +256,7 @@ impl RefreshPolicy {
 
 /// Returns a number in 0..1 that depends on `account` and `purpose` alone.
 fn spread(account: &AccountName, purpose: &str) -> f64 {
-    // DefaultHasher::new() has fixed keys: every replica of a version finds the same number.
+    // DefaultHasher::new() has fixed keys, so all replicas of one release compute the same number.
     let mut hasher = DefaultHasher::new();
     (account.as_str(), purpose).hash(&mut hasher);
     #[expect(clippy::cast_precision_loss, reason = "53 bits are taken, and 53 bits are exact")]

@@ -1,5 +1,5 @@
-//! What is known of an account's attempts to issue, and the state derived from it that admins and
-//! callers see.
+//! An account with its attempts to issue tokens, and the state derived from both that admins and callers
+//! see.
 
 use std::{str::FromStr, time::Duration};
 
@@ -12,7 +12,7 @@ use crate::domain::{
 };
 
 named_enum! {
-    /// Why an issue failed, as far as the next step depends on it.
+    /// The kind of failure of an attempt to issue, which decides whether and when it is retried.
     ///
     /// The names are stored in `refreshes.error_class`; the view `account_status` compares with them.
     pub enum FailureClass {
@@ -45,14 +45,15 @@ impl FailureClass {
         }
     }
 
-    /// Returns whether nothing is retried until the account's credential changes or an admin asks.
+    /// Returns whether the failure suspends the account: no attempt is made until the credential changes
+    /// or an admin requests a new token.
     #[must_use]
     pub fn suspends(self) -> bool {
         matches!(self, Self::Rejected | Self::Intake)
     }
 
-    /// Returns whether the upstream itself is at fault, so that other accounts fail alike and the
-    /// end of the outage ends the pause.
+    /// Returns whether the upstream itself is at fault. Other accounts then fail too, and the end of the
+    /// outage ends the pause.
     #[must_use]
     pub fn is_upstream_fault(self) -> bool {
         matches!(self, Self::Unreachable | Self::Malformed)
@@ -66,7 +67,7 @@ impl FromStr for FailureClass {
         Self::ALL
             .into_iter()
             .find(|class| class.as_str() == name)
-            .ok_or(InvalidValue::Unknown("failure class", "one of this release's"))
+            .ok_or(InvalidValue::Unknown("failure class", "a class that this release knows"))
     }
 }
 
@@ -102,14 +103,14 @@ pub struct IssueAttempt {
     pub client_id: ClientId,
     /// The credential to issue with.
     pub credential: AccountCredential,
-    /// Whether `credential` is the account's current one. It is the previous one while the upstream
-    /// refuses the secret of a rotation.
+    /// Whether `credential` is the account's current one. The previous one is used while the current one
+    /// is refused or not sealed yet.
     pub uses_current_credential: bool,
     /// The generation that the new token gets.
     pub generation: Generation,
 }
 
-/// An account as the database has it.
+/// An account, as it is stored in the database.
 #[derive(Clone, Debug)]
 pub struct Account {
     /// The row's id, which is never reused.
@@ -126,12 +127,12 @@ pub struct Account {
     pub secret: Option<SealedSecret>,
     /// The credential before the last rotation, kept until the new one has issued a token.
     pub previous: Option<AccountCredential>,
-    /// When an admin last asked for a new token. A token issued before is to be replaced.
+    /// When an admin last requested a new token. A token that was issued before is replaced.
     pub reissue_requested_at: Option<Timestamp>,
 }
 
 impl Account {
-    /// Returns whether an admin asked for a new token since the last attempt began.
+    /// Returns whether an admin requested a new token after the last attempt began.
     #[must_use]
     pub fn wants_reissue(&self, refresh: &RefreshState) -> bool {
         self.reissue_requested_at
@@ -195,15 +196,15 @@ impl Account {
     }
 }
 
-/// How often a changed credential was issued with before the minimum issue interval was over.
+/// Counts how often a changed credential was tried before the minimum issue interval was over.
 ///
-/// A counter over a fixed window: the first exception starts an hour, in which there are at most
-/// [`IntervalExceptions::LIMIT`].
+/// The counter has a fixed window: the first exception begins an hour with at most
+/// [`IntervalExceptions::LIMIT`] exceptions.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct IntervalExceptions {
     /// The exceptions used since `since`.
     pub used: u32,
-    /// When the window began; `None` if there was no exception yet.
+    /// When the window began, as the time of its first exception; `None` before any.
     pub since: Option<Timestamp>,
 }
 
@@ -222,8 +223,8 @@ impl IntervalExceptions {
         }
     }
 
-    /// Returns the counter after an issue at `now`, which `uses_one` or not. A window that is over
-    /// starts anew.
+    /// Returns the counter after an attempt at `now`; `uses_one` says whether the attempt is an exception.
+    /// If the window is over, the count starts again from 0.
     #[must_use]
     pub fn after_issue(&self, now: Timestamp, uses_one: bool) -> Self {
         let window = self.since.filter(|since| self.used > 0 && *since + delta(Self::WINDOW) > now);
@@ -232,45 +233,45 @@ impl IntervalExceptions {
     }
 }
 
-/// What is known of an account's attempts to issue.
+/// The attempts to issue tokens for an account, and what they led to.
 ///
-/// Times that the database stamped are in the local clock's time here: `AccountLoader` converts them.
+/// The database stamps these times by its own clock. In the cache they are by the local clock:
+/// `AccountLoader` converts them.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct RefreshState {
-    /// When the last attempt began; stamped before the upstream is called.
+    /// When the last attempt began. This is stored before the upstream is called.
     pub attempt_started_at: Option<Timestamp>,
     /// The version of the credential that the last attempt used.
     pub attempt_version: Option<CredentialVersion>,
     /// Whether the last attempt has no recorded end: it is under way, or its replica was lost and
     /// the upstream may have issued a token.
     pub attempt_open: bool,
-    /// Until when a replica holds the lease, unless it releases it earlier.
+    /// The end of the last lease, which may have passed; `None` if it was released.
     pub lease_until: Option<Timestamp>,
-    /// Whether the upstream may have ended the stored token: an attempt may have issued another one
-    /// that was not stored, or a caller reported the token as refused.
+    /// Whether the upstream may have revoked the stored token, since an attempt may have issued another
+    /// one that was not stored, or a caller reported the token as refused.
     pub possibly_revoked: bool,
-    /// The generation of the stored token, even of one that does not open.
+    /// The generation of the stored token, even if the token cannot be opened.
     pub stored_generation: Option<Generation>,
     /// The failures since the last success.
     pub consecutive_failures: u32,
     /// The last failure; `None` after a success.
     pub failure: Option<IssueFailure>,
-    /// After a failure that may pass by itself: the moment before which nothing is tried.
+    /// The time before which no attempt is made after a transient failure.
     pub next_attempt_at: Option<Timestamp>,
     /// The exceptions from the minimum issue interval in the current hour.
     pub interval_exceptions: IntervalExceptions,
 }
 
 impl RefreshState {
-    /// Returns the last failure if it was the current credential's. `version` is the account's
-    /// current one.
+    /// Returns the last failure if it is about the current credential, whose version is `version`.
     #[must_use]
     pub fn current_failure(&self, version: CredentialVersion) -> Option<&IssueFailure> {
         self.failure.as_ref().filter(|failure| failure.version == version)
     }
 
-    /// Returns whether the upstream may have ended the stored token, by a report, or by an attempt
-    /// whose outcome is not known.
+    /// Returns whether the upstream may have revoked the stored token: it is marked so, or the outcome of
+    /// the last attempt is not known.
     #[must_use]
     pub fn token_may_be_revoked(&self) -> bool {
         self.possibly_revoked || self.attempt_open

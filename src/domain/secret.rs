@@ -1,5 +1,5 @@
-//! Values that must not be printed. They have no `Display`, their `Debug` shows no content, and their
-//! memory is cleared when they are dropped.
+//! Values that must not be printed. They have no `Display`, and their `Debug` shows no content. The memory of
+//! plain values is cleared when they are dropped.
 
 use std::{fmt, sync::Arc};
 
@@ -10,7 +10,8 @@ use crate::domain::account::{InvalidValue, printable};
 /// The longest client secret of RCS Biz Center, in characters.
 pub const MAX_CLIENT_SECRET: usize = 18;
 
-/// An account's API KEY: 1 to 18 characters without white space and control characters.
+/// An account's client secret, which the upstream's console calls API KEY: 1 to 18 characters without white
+/// space and control characters.
 #[derive(Clone, Debug)]
 pub struct ClientSecret(SecretString);
 
@@ -18,7 +19,7 @@ impl ClientSecret {
     /// Checks a secret and wraps it. One trailing newline, as `echo` adds it, is removed.
     ///
     /// # Errors
-    /// The rule that the value breaks. The error never holds the value.
+    /// Returns the rule that the value breaks. The error never contains the value.
     pub fn new(secret: &str) -> Result<Self, InvalidValue> {
         let secret =
             secret.strip_suffix('\n').map_or(secret, |s| s.strip_suffix('\r').unwrap_or(s));
@@ -45,7 +46,7 @@ impl AccessToken {
     /// Checks a token and wraps it.
     ///
     /// # Errors
-    /// The rule that the value breaks. The error never holds the value.
+    /// Returns the rule that the value breaks. The error never contains the value.
     pub fn new(token: &str) -> Result<Self, InvalidValue> {
         if token.is_empty() {
             return Err(InvalidValue::Empty("access token"));

@@ -10,14 +10,15 @@ use crate::domain::{
 
 /// A number that grows with each new token of an account.
 ///
-/// Made from the time of the issue and the replica, so that it never repeats, also after a restored
-/// database: milliseconds since 1970 in the upper 48 bits, the replica's number in the lower 16.
+/// It contains the time of the issue, as milliseconds since 1970 in the upper 48 bits, and the number of
+/// the replica in the lower 16. So it never repeats, even after an older state of the database was
+/// restored.
 #[derive(Clone, Copy, Debug, Default, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct Generation(pub i64);
 
 impl Generation {
-    /// Returns the generation of an issue at `at` by `replica`. It is above `last` even when the
-    /// clock went back.
+    /// Returns the generation of a token that `replica` issues at `at`. It is greater than `last` even if
+    /// the clock was set back.
     #[must_use]
     pub fn next(at: Timestamp, replica: u16, last: Option<Self>) -> Self {
         let made = (at.timestamp_millis() << 16) | i64::from(replica);
@@ -42,13 +43,13 @@ impl fmt::Display for Generation {
 pub struct IssuedToken {
     /// The JWT.
     pub access_token: AccessToken,
-    /// Its end by *our* clock: the earlier of what the answer and the claims say, less the lead of
-    /// the upstream's clock over ours.
+    /// When it ends, by the local clock: the earlier of the times in the answer and in the claims, minus
+    /// the amount by which the upstream's clock is ahead.
     pub expires_at: Timestamp,
     /// The one address from which it may work, if its claims name one.
     pub allowed_ip: Option<String>,
-    /// How far the upstream's clock is ahead of ours, by the answer's `Date`, in milliseconds;
-    /// absent without a readable `Date`. Good to a second or two.
+    /// How far the upstream's clock is ahead of the local one, by the answer's `Date` header, in
+    /// milliseconds with an error of a second or two. `None` without a readable `Date`.
     pub skew_ms: Option<i64>,
 }
 
@@ -57,7 +58,7 @@ pub struct IssuedToken {
 pub struct Token {
     /// The JWT.
     pub access_token: AccessToken,
-    /// The token's place in the account's series of tokens.
+    /// The number that orders the account's tokens; a later token has a greater one.
     pub generation: Generation,
     /// The version of the credential that it was issued with.
     pub credential_version: CredentialVersion,
@@ -67,7 +68,7 @@ pub struct Token {
     pub expires_at: Timestamp,
     /// The one address from which it may work, if its claims name one.
     pub allowed_ip: Option<String>,
-    /// The keyed hash under which the audit log knows it.
+    /// The keyed hash that identifies it in the audit log.
     pub fingerprint: String,
 }
 

@@ -1,7 +1,7 @@
-//! Every account with its live token, in memory. Calls wait for a change of one account; watch streams
-//! follow the changes of all.
+//! The in-memory cache of all accounts with their tokens. A call can wait for a change of one account, and
+//! a watch stream follows the changes of all.
 //!
-//! Finding an account by its name or id takes no lock. Lists and loads share one.
+//! Looking up an account by its name or id takes no lock. Lists and loads take a common one.
 
 mod snapshot;
 
@@ -27,11 +27,11 @@ use crate::domain::{
     token::Token,
 };
 
-/// The changes that a watch stream may lag behind before it must read all accounts again.
+/// How many changes a watch stream may lag behind before it must read all accounts again.
 const WATCH_BACKLOG: usize = 4_096;
 
-/// The cache's entry of one account. An account whose name was deleted and inserted again has another
-/// entry.
+/// The cache's entry for one account. If an account is deleted and another one is inserted with the same
+/// name, the new one has an entry of its own.
 #[derive(Debug)]
 pub struct CachedAccount {
     id: AccountId,
@@ -48,7 +48,7 @@ impl CachedAccount {
         self.id
     }
 
-    /// Returns the account as it is now.
+    /// Returns the account's present snapshot.
     #[must_use]
     pub fn snapshot(&self) -> Arc<AccountSnapshot> {
         self.snapshot.load_full()
@@ -61,7 +61,7 @@ impl CachedAccount {
         self.changed.subscribe()
     }
 
-    /// Notes that a caller requested the account's token at `now`.
+    /// Stores that a caller requested the account's token at `now`.
     pub fn note_request(&self, now: Timestamp) {
         self.requested_ms.fetch_max(now.timestamp_millis(), Ordering::Relaxed);
     }
@@ -109,7 +109,7 @@ impl AccountCache {
         self.by_id.pin().get(&id).cloned()
     }
 
-    /// Returns all accounts, in no order.
+    /// Returns all accounts, in no particular order.
     #[must_use]
     pub fn all(&self) -> Vec<Arc<CachedAccount>> {
         self.by_id.pin().values().cloned().collect()
@@ -146,11 +146,11 @@ impl AccountCache {
         self.changes.subscribe()
     }
 
-    /// Inserts the account as the database has it, or updates its entry. If the cached token is of a
-    /// later generation, it is kept: a commit overtook the load.
+    /// Inserts an account that was read from the database, or updates its entry. A cached token of a later
+    /// generation is kept, since it was committed after the account was read.
     ///
     /// Calls for one account must not overlap: [`AccountLoader`](super::account_loader::AccountLoader)
-    /// takes care of that.
+    /// ensures that.
     pub fn put(
         &self,
         account: Account,
@@ -198,7 +198,8 @@ impl AccountCache {
         entry
     }
 
-    /// Removes the account. Calls that wait for it and streams that watch it find it marked as removed.
+    /// Removes the account, and wakes the calls that wait for it and the streams that watch it. Its last
+    /// snapshot is marked as removed.
     pub fn remove(&self, id: AccountId) {
         let by_id = self.by_id.pin();
         let Some(entry) = by_id.remove(&id) else { return };
@@ -206,8 +207,9 @@ impl AccountCache {
         self.update(entry, |before| AccountSnapshot { removed: true, ..before.clone() });
     }
 
-    /// Replaces the account's snapshot by what `change` makes of it, and wakes the calls that wait for
-    /// a change and, if it concerns them, the watch streams. `change` may run more than once.
+    /// Replaces the account's snapshot by the one that `change` returns for it, and wakes the calls that
+    /// wait for a change. Watch streams are notified if the token was replaced, or the account was removed,
+    /// enabled or disabled. `change` may run more than once.
     pub fn update(
         &self,
         entry: &Arc<CachedAccount>,
@@ -222,7 +224,7 @@ impl AccountCache {
             || before.removed != after.removed
             || before.account.enabled != after.account.enabled
         {
-            // Sending fails when nobody watches.
+            // Sending fails if there are no watch streams.
             let _ = self.changes.send(entry.clone());
         }
     }
@@ -233,7 +235,7 @@ impl AccountCache {
         ordered.insert(name, entry.clone());
     }
 
-    /// Removes the entry's name, unless another account has it by now.
+    /// Removes the entry's name, unless another account has this name by now.
     fn remove_name(&self, entry: &Arc<CachedAccount>) {
         let mut ordered = self.lock_names();
         let name = &entry.snapshot.load().account.name;
@@ -243,8 +245,8 @@ impl AccountCache {
         }
     }
 
-    /// Locks the names. The guard is held while `by_name` and `ordered` are changed, so that they stay
-    /// the same.
+    /// Locks the names. Hold the guard while changing `by_name` and `ordered`, so that both have the same
+    /// names.
     fn lock_names(&self) -> RwLockWriteGuard<'_, BTreeMap<AccountName, Arc<CachedAccount>>> {
         self.ordered.write()
     }
@@ -271,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn a_load_that_a_commit_overtook_does_not_bring_the_older_token_back() {
+    fn a_load_does_not_replace_a_token_that_was_committed_after_its_read() {
         let cache = AccountCache::default();
         let entry = cache.put(account(1, "acme"), RefreshState::default(), Some(token(2)));
         cache.put(account(1, "acme"), RefreshState::default(), Some(token(1)));
@@ -310,7 +312,7 @@ mod tests {
             cache.put(account(id, name), RefreshState::default(), None);
         }
         cache.remove(AccountId(4));
-        // The new account of a name is loaded before the old one is known to be gone.
+        // The new account called `c` is loaded before the old one is removed.
         cache.put(account(6, "c"), RefreshState::default(), None);
         cache.remove(AccountId(1));
         assert_eq!(names(&cache, Bound::Unbounded, 9), ["0", "a", "a-1", "c"]);
@@ -321,7 +323,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn watchers_are_told_of_new_tokens_and_of_the_removal_but_not_of_attempts() {
+    async fn watch_streams_are_notified_of_new_tokens_and_removals_but_not_of_attempts() {
         let cache = AccountCache::default();
         let entry = cache.put(account(1, "acme"), RefreshState::default(), None);
         let mut changes = cache.changes();

@@ -1,4 +1,4 @@
-//! Loads accounts from the database into the cache, opening their tokens.
+//! Loads accounts from the database into the cache, and opens their sealed tokens.
 
 use std::{collections::BTreeSet, sync::Arc};
 
@@ -24,15 +24,15 @@ use crate::{
 /// The most accounts that one statement loads.
 const PAGE: usize = 1_000;
 
-/// Brings the cache up to date with the database.
+/// Loads accounts from the database into the cache.
 #[derive(Debug)]
 pub struct AccountLoader {
     pool: PgPool,
     keyring: Arc<Keyring>,
     cache: Arc<AccountCache>,
     clock: Clock,
-    /// Held from reading a page to putting it into the cache, so that an older read never overwrites
-    /// a newer one.
+    /// Held while a page is read and put into the cache, so that an older read never overwrites a newer
+    /// one. It is an async lock, since the read waits for the database.
     one_at_a_time: Mutex<()>,
 }
 
@@ -48,8 +48,8 @@ impl AccountLoader {
         Self { pool, keyring, cache, clock, one_at_a_time: Mutex::new(()) }
     }
 
-    /// Loads every account and removes those from the cache that are gone. Returns the number of
-    /// accounts.
+    /// Loads every account, and removes accounts from the cache that no longer exist. Returns the number
+    /// of accounts.
     ///
     /// # Errors
     /// When the database cannot be read; the pages that were loaded before stay in the cache.
@@ -71,7 +71,7 @@ impl AccountLoader {
         Ok(self.cache.len())
     }
 
-    /// Loads the accounts `ids`, and removes those of them from the cache that are gone.
+    /// Loads the accounts `ids`, and removes those from the cache that no longer exist.
     ///
     /// # Errors
     /// When the database cannot be read; the pages that were loaded before stay in the cache.
@@ -86,7 +86,7 @@ impl AccountLoader {
         let _guard = self.one_at_a_time.lock().await;
         let loaded = within(accounts::load(&self.pool, ids)).await?;
         let found: BTreeSet<_> = loaded.iter().map(|loaded| loaded.account.id).collect();
-        // Those that are gone come first: another account may have one's name by now.
+        // Deleted accounts are removed first, since another account may have the same name by now.
         for id in ids.iter().map(|id| AccountId(*id)).filter(|id| !found.contains(id)) {
             self.cache.remove(id);
         }
@@ -100,7 +100,7 @@ impl AccountLoader {
     }
 
     /// Converts the times that the database stamped to the local clock, so that a difference between
-    /// the two clocks neither delays nor hastens an attempt.
+    /// the two clocks does not shift the next attempt.
     fn convert_to_local_time(&self, loaded: &mut LoadedAccount) {
         let ahead = self.clock.now() - loaded.now;
         let LoadedAccount { account, refresh, .. } = loaded;
@@ -115,7 +115,7 @@ impl AccountLoader {
         }
     }
 
-    /// Opens a stored token. One that does not open counts as none, so that a new one is issued.
+    /// Opens a stored token. Returns `None` if it does not open; a new one is issued then.
     fn open(&self, account: AccountId, stored: SealedToken) -> Option<Token> {
         let opened = self.keyring.open_token(account, stored.generation, &stored.sealed);
         let access_token = opened

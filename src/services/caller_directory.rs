@@ -1,6 +1,6 @@
 //! The callers of the service, looked up by the credential that they present.
 //!
-//! The whole index is replaced whenever anything in the database changes, so that lookups take no lock.
+//! The whole index is replaced whenever a caller, credential or grant changes, so that lookups take no lock.
 
 use std::{
     collections::HashMap,
@@ -31,14 +31,14 @@ pub struct CallerDirectory {
     confirmed_ms: AtomicI64,
 }
 
-/// A credential that is registered but not accepted. The details are for the audit log only: a caller is
-/// told no more than for an unknown credential.
+/// A credential that is registered but not accepted. The details are for the audit log only: the caller gets
+/// the same answer as for an unknown credential.
 #[derive(Clone, Debug)]
 pub struct RefusedCredential {
     /// The caller to whom the credential belongs.
     pub caller: Arc<Caller>,
     /// The reason, such as `credential revoked`.
-    pub why: &'static str,
+    pub reason: &'static str,
 }
 
 impl Default for CallerDirectory {
@@ -52,7 +52,7 @@ impl Default for CallerDirectory {
 }
 
 impl CallerDirectory {
-    /// Replaces all credentials. Of several with the same key, the last one counts.
+    /// Replaces all credentials. If several have the same key, the last one is used.
     pub fn replace(&self, credentials: Vec<CallerCredential>) {
         let index = credentials
             .into_iter()
@@ -79,10 +79,10 @@ impl CallerDirectory {
         self.changed.subscribe()
     }
 
-    /// Returns the caller whose credential `key` is, if it is accepted at `now`.
+    /// Returns the caller to whom the credential `key` belongs, if it is accepted at `now`.
     ///
-    /// Bearers are looked up by their SHA-256, and the hashes are compared in constant time. The time that
-    /// a lookup takes can tell something about hashes, from which no bearer can be derived.
+    /// Bearers are looked up by their SHA-256, and the hashes are compared in constant time. The time of a
+    /// lookup may reveal something about stored hashes, but no bearer can be derived from a hash.
     ///
     /// # Errors
     /// Returns `None` for an unknown key, and [`RefusedCredential`] for a credential that has ended or was
@@ -102,7 +102,7 @@ fn accept(
     now: Timestamp,
 ) -> Result<Arc<Caller>, Option<RefusedCredential>> {
     let caller = &credential.caller;
-    let refused = |why| Some(RefusedCredential { caller: caller.clone(), why });
+    let refused = |reason| Some(RefusedCredential { caller: caller.clone(), reason });
     if !caller.enabled {
         return Err(refused("caller disabled"));
     }
@@ -157,7 +157,7 @@ mod tests {
         revoked.revoked = true;
         directory.replace(vec![revoked]);
         let refused = directory.authenticate(&KEY, DateTime::UNIX_EPOCH).unwrap_err().unwrap();
-        assert_eq!((&*refused.caller.name, refused.why), ("demo", "credential revoked"));
+        assert_eq!((&*refused.caller.name, refused.reason), ("demo", "credential revoked"));
     }
 
     #[test]

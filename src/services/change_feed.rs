@@ -1,9 +1,9 @@
 //! Follows what admins and other replicas commit to the database.
 //!
-//! The feed polls, and a notification makes the next poll come at once. Each poll seals client secrets
-//! that admins have written, loads the accounts and callers that have changed, has the refresher plan
-//! them anew, and writes the changes into the audit journal. Beside that, the feed stores this replica's
-//! heartbeat, and it is what decides whether the database counts as connected.
+//! The feed polls the database; a notification starts the next poll at once. Each poll seals client
+//! secrets that admins have written, loads the accounts and callers that have changed, asks the refresher
+//! to reschedule the accounts, and writes the changes into the audit journal. The feed also stores this
+//! replica's heartbeat, and reports to [`DatabaseConnectivity`] whether the database answers.
 
 use std::{sync::Arc, time::Duration};
 
@@ -42,18 +42,18 @@ use crate::{
     },
 };
 
-/// The pause between two polls; a notification ends it early. An admin's statement is to take effect
-/// within a second, also when its notification is lost.
+/// The pause between two polls; a notification ends it early. An admin's statement must take effect within
+/// a second even if its notification is lost.
 const POLL_INTERVAL: Duration = Duration::from_millis(500);
 /// The pause before a lost listening connection is opened again.
 const RECONNECT_PAUSE: Duration = Duration::from_secs(1);
-/// How long the end of a run may take to store that this instance has stopped.
+/// How long [`ChangeFeed::run`] tries to store, at its end, that this instance has stopped.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
-/// The pause between two heartbeats, with which the time of the last request for each account is stored.
+/// The pause between two heartbeats. Each also stores when accounts were last requested.
 const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(10);
-/// A replica whose last heartbeat is older than this, three intervals, counts as gone.
+/// A replica whose last heartbeat is older than this (three intervals) counts as stopped.
 const ABSENT_AFTER: Duration = Duration::from_secs(30);
-/// The most accounts whose last requests are stored by one statement.
+/// The most accounts whose time of the last request is stored by one statement.
 const REQUESTS_BATCH: usize = 500;
 /// The most changes that are claimed for the audit journal at once.
 const CHANGES_BATCH: i64 = 500;
@@ -73,22 +73,24 @@ pub struct ReplicaIdentity {
     pub started_at: Timestamp,
 }
 
-/// Whether this instance has claimed changes in the database that may be missing in its journal, and
-/// must claim again to record them.
+/// Whether this instance has claimed changes in the database that may be missing in its journal, so that
+/// it must claim them again to record them.
 ///
-/// Whether a claimed change reached the journal can be told only once everything that the journal held
-/// has arrived in Postgres, where records name their change. Until then nothing is claimed.
+/// Audit records in Postgres contain the ids of their changes. So once all records of the journal have been
+/// delivered, a claimed change without an audit record is known to be missing in the journal. Until then, no
+/// changes are claimed.
 #[derive(Clone, Copy, Debug)]
 enum Reclaim {
     /// Every claimed change is in the journal.
     NotNeeded,
-    /// Recording was interrupted, and what was claimed is unknown.
+    /// Recording was interrupted, and it is not known which changes were claimed.
     Needed,
-    /// Claim again once this many records of this process, and all of earlier ones, are in Postgres.
+    /// Changes are claimed again once Postgres has all records of earlier processes, and this many of the
+    /// present one.
     AfterDelivery(u64),
 }
 
-/// The task that follows the database, and what it reads and informs.
+/// The task that follows the database, with its dependencies.
 pub struct ChangeFeed {
     /// What this replica reports about itself.
     pub replica: ReplicaIdentity,
@@ -96,9 +98,9 @@ pub struct ChangeFeed {
     pub database: Database,
     /// The identity that the database must keep.
     pub database_identity: DatabaseIdentity,
-    /// The connections for everything else.
+    /// The pool for all other statements.
     pub pool: PgPool,
-    /// Opens what `account seal` has sealed, and seals it for the row.
+    /// Opens values that `account seal` has sealed, and seals secrets for their rows.
     pub keyring: Arc<Keyring>,
     /// Loads changed accounts into the cache.
     pub loader: Arc<AccountLoader>,
@@ -106,9 +108,9 @@ pub struct ChangeFeed {
     pub cache: Arc<AccountCache>,
     /// The callers, which the feed replaces.
     pub directory: Arc<CallerDirectory>,
-    /// Whether the database answers, which the feed finds out.
+    /// Receives whether the database answers.
     pub connectivity: Arc<DatabaseConnectivity>,
-    /// Has the refresher plan a changed account anew.
+    /// Asks the refresher to reschedule a changed account.
     pub refresh: RefreshTrigger,
     /// The audit journal, in which changes are recorded.
     pub journal: Journal,
@@ -117,8 +119,8 @@ pub struct ChangeFeed {
 }
 
 impl ChangeFeed {
-    /// Loads everything once, and returns the snapshot from which [`Self::run`] continues. Must be called
-    /// before anything is served.
+    /// Loads all accounts and callers, and returns the snapshot from which [`Self::run`] continues. It must
+    /// complete before calls are served.
     ///
     /// # Errors
     /// Returns the database's error.
@@ -130,14 +132,14 @@ impl ChangeFeed {
         self.seal_intake().await?;
         let accounts = self.loader.load_all().await?;
         self.load_callers().await?;
-        // The other replicas must be able to see this one, and this one them, before anything is issued.
+        // This replica and the others must know of each other before a token is issued.
         self.send_heartbeat().await?;
         info!(accounts, "accounts and callers are loaded");
         Ok(snapshot)
     }
 
-    /// Follows the database from `snapshot` until `stop`. Returns earlier only when the database was
-    /// replaced by another one, which ends the broker.
+    /// Follows the database from `snapshot` until `stop` is cancelled. Returns earlier only if the database
+    /// was replaced by another one; the broker must then stop.
     pub async fn run(self, snapshot: String, stop: CancellationToken) {
         let notified = Notify::new();
         tokio::select! {
@@ -148,15 +150,15 @@ impl ChangeFeed {
         }
         let stopped = instances::mark_stopped(&self.pool, &self.replica.instance);
         if !matches!(timeout(STOP_TIMEOUT, stopped).await, Ok(Ok(()))) {
-            debug!("that this instance has stopped cannot be stored in the database");
+            debug!("cannot store in the database that this instance has stopped");
         }
     }
 
-    /// Passes notifications of the database on to `notified`. Never returns.
+    /// Forwards notifications of the database to `notified`. Never returns.
     async fn listen(&self, notified: &Notify) {
         loop {
             if let Ok(mut listener) = ChangeListener::connect(&self.database).await {
-                // What was committed while there was no connection is found by this poll.
+                // Notifications were lost while there was no connection, so poll once.
                 notified.notify_one();
                 while listener.wait().await.is_ok() {
                     notified.notify_one();
@@ -166,7 +168,7 @@ impl ChangeFeed {
         }
     }
 
-    /// Polls until the database is not the same any more.
+    /// Polls until the database has been replaced by another one.
     async fn poll(&self, mut snapshot: String, notified: &Notify) {
         // An earlier process may have claimed changes and ended before it had recorded them.
         let mut reclaim = Reclaim::AfterDelivery(0);
@@ -174,7 +176,7 @@ impl ChangeFeed {
             match self.poll_once(&mut snapshot, &mut reclaim).await {
                 Ok(()) => {}
                 Err(error @ StoreError::Replaced(_)) => {
-                    error!(%error, "the broker ends: nothing that it knows may be true any more");
+                    error!(%error, "the broker stops, since its cached accounts and tokens may be outdated");
                     return;
                 }
                 Err(error) => self.report_failure(&error).await,
@@ -186,11 +188,12 @@ impl ChangeFeed {
         }
     }
 
-    /// Tells `connectivity` what a failed poll says about the database.
+    /// Reports a failed poll to `connectivity`.
     ///
-    /// Only a server that does not answer at all counts as lost: a replica may then issue without leases.
-    /// A refused statement, for example for a missing privilege, proves that the server answers; a lost
-    /// session or a statement that took too long proves nothing, so the server is probed.
+    /// The database counts as lost only if the server does not answer at all, since a replica may then issue
+    /// without leases. A refused statement, for example because of a missing privilege, proves that the
+    /// server answers. A lost session or a statement that took too long proves nothing, so the server is
+    /// probed.
     async fn report_failure(&self, error: &StoreError) {
         if error.may_be_outage() && self.database.probe().await.is_err() {
             self.connectivity.mark_lost(&error.to_string());
@@ -199,8 +202,8 @@ impl ChangeFeed {
         }
     }
 
-    /// Takes in everything that was committed since `snapshot`, which advances only when all of it was
-    /// taken in, and records the changes in the journal unless `reclaim` demands to wait.
+    /// Loads all changes that were committed since `snapshot`, which advances only after all of them were
+    /// loaded. Then records the changes in the journal, unless `reclaim` requires to wait.
     async fn poll_once(
         &self,
         snapshot: &mut String,
@@ -231,7 +234,7 @@ impl ChangeFeed {
             Reclaim::AfterDelivery(count) if !self.has_delivered(count) => return Ok(()),
             Reclaim::AfterDelivery(_) => true,
         };
-        // Stays so if recording fails.
+        // This remains set if recording fails or is cancelled.
         *reclaim = Reclaim::Needed;
         self.record_changes(again).await?;
         *reclaim = Reclaim::NotNeeded;
@@ -268,8 +271,8 @@ impl ChangeFeed {
         Ok(())
     }
 
-    /// Seals what an admin has written into the intake column for its row, or says what is wrong with it,
-    /// without quoting it.
+    /// Seals the value of an intake column for its row, or returns why the value is refused, without quoting
+    /// it.
     fn seal(&self, intake: &Intake) -> Result<Vec<u8>, String> {
         let secret = if intake.value.starts_with(SEALED_PREFIX) {
             let opened = self.keyring.open_intake(&intake.client_id, &intake.value);
@@ -280,8 +283,8 @@ impl ChangeFeed {
         Ok(self.keyring.seal_secret(intake.id, intake.version, &secret))
     }
 
-    /// Claims changes and appends their records to the journal until there are none left. With `reclaim`,
-    /// claims one batch, among it what this instance claimed before.
+    /// Claims changes and appends their records to the journal until none are left. With `reclaim`, claims
+    /// only one batch, which includes the changes that this instance has claimed before.
     async fn record_changes(&self, reclaim: bool) -> Result<(), StoreError> {
         loop {
             let claimed =
@@ -294,11 +297,11 @@ impl ChangeFeed {
                 .collect();
             let until = Instant::now() + RECORD_TIMEOUT;
             for appended in records {
-                // If it takes longer, the journal keeps the record and writes it later: only records of
-                // calls can be given up.
+                // After a timeout the journal still writes the record later: only records of calls may be
+                // dropped.
                 let _ = appended.durable(until.saturating_duration_since(Instant::now())).await;
             }
-            // Claiming again would return the same full batch: the rest waits for the next start.
+            // Claiming again would return the same full batch. The rest is recorded after the next start.
             if !more || reclaim {
                 return Ok(());
             }
@@ -311,7 +314,7 @@ impl ChangeFeed {
             tokio::time::sleep(HEARTBEAT_INTERVAL).await;
             match within(self.send_heartbeat()).await {
                 Ok(()) => {}
-                // Polling finds out whether the database answers.
+                // The next poll detects whether the database answers.
                 Err(error) if error.may_be_outage() => {
                     debug!(%error, "the heartbeat cannot be stored");
                 }
@@ -323,8 +326,8 @@ impl ChangeFeed {
         }
     }
 
-    /// Stores that this replica lives and when accounts were last requested from it, and counts the other
-    /// replicas.
+    /// Stores a heartbeat and the times at which accounts were last requested from this replica, and counts
+    /// the other replicas.
     async fn send_heartbeat(&self) -> Result<(), StoreError> {
         let heartbeat = Heartbeat {
             instance: &self.replica.instance,
@@ -345,8 +348,8 @@ impl ChangeFeed {
         Ok(())
     }
 
-    /// Returns the ids of the accounts that were requested at or after `since`, and the times of their last
-    /// requests, in the same order.
+    /// Returns the ids of the accounts that were last requested at or after `since`, and these times in the
+    /// same order.
     fn requests_since(&self, since: Timestamp) -> (Vec<i64>, Vec<Timestamp>) {
         let since = since.timestamp_millis();
         self.cache
@@ -410,7 +413,7 @@ mod tests {
     }
 
     #[test]
-    fn a_change_is_recorded_as_the_event_of_its_table_with_who_made_it() {
+    fn a_change_is_recorded_as_the_event_of_its_table_with_the_login_that_made_it() {
         for (table, operation, event) in [
             ("accounts", "insert", "account_registered"),
             ("accounts", "update", "account_changed"),

@@ -6,27 +6,27 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 use tracing::{info, warn};
 
-/// The replica's relation to the database.
+/// Whether the database answers this replica, and if not, whether the replica may issue without it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Connectivity {
     /// The database answers.
     Connected,
-    /// The database does not answer, and issuing without it is safe: there is no other replica, or
-    /// two replicas that issue do not end one another's tokens.
+    /// The database does not answer, and issuing without it is safe: there is no other replica, or the
+    /// upstream keeps older tokens alive, so that replicas do not end each other's tokens.
     SoleReplica,
-    /// The database does not answer here, but other replicas may reach it and issue. This replica
-    /// only serves the tokens that it has.
+    /// The database does not answer this replica, but other replicas may reach it and issue. This replica
+    /// only serves the tokens in its cache.
     Partitioned,
 }
 
-/// The present [`Connectivity`]. The change feed reports to it; the refresher, the token provider and
-/// readiness read it.
+/// The present [`Connectivity`], shared between the tasks. The change feed updates it; the refresher, the
+/// token provider and the readiness check read it.
 #[derive(Debug)]
 pub struct DatabaseConnectivity {
     current: watch::Sender<Connectivity>,
     /// Whether the database has answered since the start.
     answered: AtomicBool,
-    /// Why the change feed fails although the database answers.
+    /// The error of the change feed, if it fails although the database answers.
     problem: Mutex<Option<String>>,
     /// Whether the last stored heartbeat found no other live replica.
     only_replica: AtomicBool,
@@ -35,9 +35,9 @@ pub struct DatabaseConnectivity {
 }
 
 impl DatabaseConnectivity {
-    /// Returns the state at the start: connected, and with other replicas until a heartbeat tells
-    /// otherwise. `new_token_ends_older` says whether the upstream ends older tokens when it issues a
-    /// new one.
+    /// Returns the state before the first poll: connected, and other replicas are assumed to exist until a
+    /// heartbeat finds none. `new_token_ends_older` says whether the upstream ends older tokens when it
+    /// issues a new one.
     #[must_use]
     pub fn new(new_token_ends_older: bool) -> Self {
         Self {
@@ -68,19 +68,19 @@ impl DatabaseConnectivity {
         self.current.subscribe()
     }
 
-    /// Notes that a heartbeat was stored, and how many other replicas had a recent one.
+    /// Records that a heartbeat was stored, and how many other replicas had a recent one.
     pub fn heartbeat_stored(&self, other_replicas: i64) {
         self.only_replica.store(other_replicas == 0, Ordering::Relaxed);
     }
 
-    /// Forgets how many other replicas there are, because the database refuses this replica's heartbeat:
-    /// the others do not see it, and it must not take itself for the only one.
+    /// Records that the database refuses this replica's heartbeat. The other replicas do not see this one
+    /// then, so it must not count as the only one.
     pub fn heartbeat_refused(&self) {
         self.only_replica.store(false, Ordering::Relaxed);
     }
 
-    /// Notes that the database answers, but that the change feed fails because of `problem`. The replica
-    /// counts as connected: it may issue only with a lease.
+    /// Records that the database answers, but that the change feed fails because of `problem`. The replica
+    /// counts as connected, so it may issue only with a lease.
     pub fn mark_failing(&self, problem: String) {
         let changed = self.problem.lock().replace(problem.clone()).as_ref() != Some(&problem);
         if changed {
@@ -89,30 +89,30 @@ impl DatabaseConnectivity {
         self.mark_answering();
     }
 
-    /// Returns why the change feed fails although the database answers, if it does.
+    /// Returns the error of the change feed, if it fails although the database answers.
     #[must_use]
     pub fn problem(&self) -> Option<String> {
         self.problem.lock().clone()
     }
 
-    /// Notes that the database did not answer at all; `reason` is logged. A refused statement or a single
-    /// lost session is no such reason: see [`Self::mark_failing`]. Whether issuing goes on is decided once,
-    /// as the connection is lost: a replica that is partitioned stays so until the database answers again.
+    /// Records that the database does not answer at all; `reason` is logged. For a refused statement or a
+    /// single lost session, use [`Self::mark_failing`]. Whether issuing continues is decided once, when the
+    /// connection is lost: a partitioned replica remains so until the database answers again.
     pub fn mark_lost(&self, reason: &str) {
         *self.problem.lock() = None;
         let safe = !self.new_token_ends_older || self.only_replica.load(Ordering::Relaxed);
         let lost = if safe { Connectivity::SoleReplica } else { Connectivity::Partitioned };
         if self.change(Connectivity::Connected, lost) {
             let consequence = if safe {
-                "issuing goes on without it, which no other replica can collide with"
+                "issuing goes on without it, since no other replica's tokens are affected"
             } else {
-                "other replicas may issue, so only known tokens are served"
+                "other replicas may issue, so only cached tokens are served"
             };
             warn!(reason, "the database does not answer; {consequence}");
         }
     }
 
-    /// Notes that the database answered and that its changes were followed.
+    /// Records that the database answered and that its changes were loaded.
     pub fn mark_connected(&self) {
         *self.problem.lock() = None;
         self.mark_answering();
@@ -127,8 +127,8 @@ impl DatabaseConnectivity {
         }
     }
 
-    /// Changes from `from` to `to`, and wakes the receivers; returns `false` if the present state is
-    /// another one.
+    /// Changes the state from `from` to `to` and wakes the receivers. Returns `false` and changes nothing if
+    /// the present state is not `from`.
     fn change(&self, from: Connectivity, to: Connectivity) -> bool {
         self.current.send_if_modified(|current| {
             let changes = *current == from;
@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn a_replica_issues_without_the_database_only_where_no_other_can_collide() {
+    fn a_replica_issues_without_the_database_only_if_no_other_replicas_tokens_are_affected() {
         assert_eq!(after_loss(true, None), Connectivity::Partitioned);
         assert_eq!(after_loss(true, Some(1)), Connectivity::Partitioned);
         assert_eq!(after_loss(true, Some(0)), Connectivity::SoleReplica);
@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn a_partitioned_replica_stays_so_until_the_database_answers() {
+    fn a_partitioned_replica_remains_partitioned_until_the_database_answers() {
         let connectivity = DatabaseConnectivity::new(true);
         connectivity.heartbeat_stored(1);
         connectivity.mark_lost("test");

@@ -1,6 +1,6 @@
-//! Issues each account's token ahead of the end of the last one. The loop here plans accounts and starts
-//! attempts: one at a time for each account, several at once in all. [`attempt`] tells what an attempt
-//! does.
+//! Replaces each account's token before it ends. The loop in this file schedules accounts and starts
+//! attempts: at most one at a time for each account, but several at once for different accounts. The module
+//! [`attempt`] has the steps of one attempt.
 
 mod attempt;
 mod dependencies;
@@ -34,22 +34,23 @@ use crate::{
     services::account_cache::CachedAccount,
 };
 
-/// The pause before an account whose attempt panicked is tried again.
+/// The pause after an attempt that panicked.
 const PANIC_PAUSE: Duration = Duration::from_mins(1);
 
-/// Asks the refresher to plan an account anew. Cheap to clone.
+/// A handle that asks the refresher to reschedule an account. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct RefreshTrigger(mpsc::UnboundedSender<AccountId>);
 
 impl RefreshTrigger {
-    /// Has the account planned anew, since it changed or a call waits for its token. Returns at once.
+    /// Asks the refresher to reschedule the account, because the account changed or a call waits for its
+    /// token. Does not block.
     pub fn wake(&self, account: AccountId) {
         // Sending fails only after the refresher has stopped, when the process is about to end.
         let _ = self.0.send(account);
     }
 }
 
-/// The loop that plans accounts and starts attempts.
+/// The loop that schedules accounts and starts attempts.
 pub struct Refresher {
     issuer: Arc<TokenIssuer>,
     queue: RefreshQueue,
@@ -57,15 +58,15 @@ pub struct Refresher {
     attempts: JoinSet<AttemptOutcome>,
     /// The account of each attempt under way.
     accounts: HashMap<task::Id, AccountId>,
-    /// The moment before which no further attempt is started here, to keep to the upstream's rate. The
-    /// database holds all replicas together to it.
+    /// The time before which this replica starts no further attempt, to keep to the upstream's rate. The
+    /// database enforces the rate for all replicas together.
     not_before: Timestamp,
-    /// The end of the last outage for which all accounts were planned anew.
+    /// The end of the last outage after which all accounts were rescheduled.
     outage_ended_at: Option<Timestamp>,
 }
 
 impl Refresher {
-    /// Returns a refresher, and the handle that asks it to plan accounts anew.
+    /// Returns a refresher, and the handle that asks it to reschedule accounts.
     #[must_use]
     pub fn new(issuer: TokenIssuer) -> (Self, RefreshTrigger) {
         let (sender, triggers) = mpsc::unbounded_channel();
@@ -81,8 +82,9 @@ impl Refresher {
         (refresher, RefreshTrigger(sender))
     }
 
-    /// Runs until `stop`, then waits for the attempts under way, at most for the duration of a lease:
-    /// each has called the upstream, and its token must be kept. Dropping the future aborts them.
+    /// Runs until `stop` is cancelled. Then waits for the attempts under way, at most for the duration of a
+    /// lease, since they may have called the upstream and their tokens must be stored. Dropping the future
+    /// aborts them.
     pub async fn run(mut self, stop: CancellationToken) {
         self.plan_all();
         let issuer = self.issuer.clone();
@@ -106,7 +108,7 @@ impl Refresher {
                 }
             }
         }
-        // An attempt that outlives its lease is not waited for: the next claim knows of it.
+        // An attempt that outlives its lease can be abandoned: the next claim sees that it has no end.
         let rest = async { while self.attempts.join_next().await.is_some() {} };
         if tokio::time::timeout(issuer.holder().lease_duration, rest).await.is_err() {
             error!("some attempts did not end before their leases");
@@ -120,8 +122,8 @@ impl Refresher {
         }
     }
 
-    /// Returns when the next attempt may start; `None` while as many as may be are under way, or no
-    /// account is planned.
+    /// Returns when the next attempt may start; `None` while the limit of concurrent attempts is reached or
+    /// no account is scheduled.
     fn next_start(&self, now: Timestamp) -> Option<Timestamp> {
         let canary = self.issuer.state().outage.next_canary();
         let concurrency =

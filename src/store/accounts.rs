@@ -16,19 +16,19 @@ use crate::domain::{
 
 /// The most accounts that [`ids_after`] returns.
 const PAGE: i64 = 1_000;
-/// The secrets that are sampled for each sealing key, to prove that the keyring opens them.
+/// How many secrets are read for each sealing key, to check that the keyring opens them.
 const SAMPLES_PER_KEY: i64 = 3;
 
-/// An account with its refresh state and its token, as one statement read them.
+/// An account with its refresh state and its token, all read by one statement.
 #[derive(Clone, Debug)]
 pub struct LoadedAccount {
     /// The account.
     pub account: Account,
-    /// What is known of its attempts.
+    /// Its attempts to issue tokens.
     pub refresh: RefreshState,
     /// Its token, live or ended.
     pub token: Option<SealedToken>,
-    /// The database's clock at that moment. The times in `account` and `refresh` are by this clock;
+    /// The database's time when the account was read. The times in `account` and `refresh` are by this clock;
     /// those of the token are by the clock of the replica that issued it.
     pub now: Timestamp,
 }
@@ -83,8 +83,8 @@ pub async fn ids_after(pool: &PgPool, after: i64) -> Result<Vec<i64>, StoreError
     Ok(ids)
 }
 
-/// Loads those of the accounts `ids` that exist, in no order. An account whose row is unreadable is
-/// logged and left out: it must not hinder the others.
+/// Loads those of the accounts `ids` that exist, in no particular order. An account whose row is unreadable
+/// is logged and left out, so that the others can be used.
 ///
 /// # Errors
 /// When the database cannot be read.
@@ -209,11 +209,11 @@ pub struct Intake {
 }
 
 /// Seals up to a hundred intake values with `seal` and empties their intake columns, in one
-/// transaction. Rows that another transaction holds are skipped. Returns how many values were
+/// transaction. Rows that another transaction has locked are skipped. Returns how many values were
 /// processed: 0 when none is left.
 ///
-/// A value that `seal` refuses is emptied too, and the account shows the returned reason as its failure
-/// until an admin writes another secret.
+/// If `seal` refuses a value, the column is emptied too, and the returned reason is stored as the account's
+/// failure until an admin writes another secret.
 ///
 /// # Errors
 /// When the database cannot be reached or refuses a statement; then no value was sealed.
@@ -239,9 +239,9 @@ pub async fn seal_intake(
             Ok(client_id) => seal(&Intake { id: AccountId(row.id), client_id, version, value }),
             Err(invalid) => Err(invalid.to_string()),
         };
-        let (secret, refused) = match sealed_value {
+        let (secret, refusal) = match sealed_value {
             Ok(secret) => (Some(secret), None),
-            Err(refused) => (None, Some(refused)),
+            Err(reason) => (None, Some(reason)),
         };
         sqlx::query!(
             "-- store::accounts::seal_intake
@@ -251,7 +251,7 @@ pub async fn seal_intake(
         )
         .execute(&mut *transaction)
         .await?;
-        if let Some(refused) = refused {
+        if let Some(reason) = refusal {
             sqlx::query!(
                 "-- store::accounts::seal_intake
                 update refreshes set error_class = $2, error_code = null, error_message = $3,
@@ -260,7 +260,7 @@ pub async fn seal_intake(
                 where account_id = $1",
                 row.id,
                 FailureClass::Intake.as_str(),
-                refused,
+                reason,
                 row.credential_version,
             )
             .execute(&mut *transaction)
@@ -271,7 +271,8 @@ pub async fn seal_intake(
     Ok(sealed)
 }
 
-/// A sealed secret with what it is bound to, to prove at start that the keyring opens what is stored.
+/// A sealed secret with the values that it is bound to. At the start, samples are opened to check the
+/// keyring.
 pub struct SecretSample {
     /// The account's id, to which the value is bound.
     pub id: AccountId,
@@ -283,8 +284,8 @@ pub struct SecretSample {
     pub sealed: Vec<u8>,
 }
 
-/// Returns the newest sealed secrets of each sealing key that is in use: three of each, since a single
-/// one may be damaged.
+/// Returns the sealed secrets of the newest accounts for each sealing key in use: up to three for each,
+/// since a single one may be damaged.
 ///
 /// # Errors
 /// When the database cannot be read.
@@ -318,8 +319,8 @@ pub async fn sealed_samples(pool: &PgPool) -> Result<Vec<SecretSample>, StoreErr
         .collect())
 }
 
-/// Stores when accounts were last requested; `moments` has the time for each of `ids`. A time that is
-/// less than a minute after the stored one is not written, and a row that another transaction holds is
+/// Stores when accounts were last requested; `times` has the time for each of `ids`. To save writes, a time
+/// less than a minute after the stored one is not written. A row that another transaction has locked is
 /// skipped.
 ///
 /// # Errors
@@ -328,7 +329,7 @@ pub async fn sealed_samples(pool: &PgPool) -> Result<Vec<SecretSample>, StoreErr
 pub async fn note_requests(
     pool: &PgPool,
     ids: &[i64],
-    moments: &[Timestamp],
+    times: &[Timestamp],
 ) -> Result<(), StoreError> {
     sqlx::query!(
         "-- store::accounts::note_requests
@@ -344,7 +345,7 @@ pub async fn note_requests(
         update refreshes r set last_requested_at = free.at
         from free where r.account_id = free.account_id",
         ids,
-        moments,
+        times,
     )
     .execute(pool)
     .await?;

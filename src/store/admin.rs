@@ -1,8 +1,8 @@
-//! The statements behind the commands of an admin: `account`, `caller`, `audit retire` and `check`.
+//! The statements of the admin's commands `account`, `caller`, `audit retire` and `check`.
 //!
-//! Each command that writes is one transaction that tells the database who acts and why. Triggers
-//! record the change in the table `changes`, and the running brokers take it up from there: nothing
-//! here talks to a broker. A value that a trigger refuses is reported in the trigger's words.
+//! Each command that writes is one transaction, in which settings of the session contain the acting person
+//! and the reason. Triggers record the change in the table `changes`, from which running brokers read it:
+//! nothing here connects to a broker. If a trigger refuses a value, the error has the trigger's message.
 
 mod accounts;
 mod callers;

@@ -51,9 +51,8 @@ impl PartialEq for CredentialKey {
     }
 }
 
-/// Loads every credential, revoked ones included, with its caller and the caller's grants. Rows that
-/// cannot be read are logged and left out. Where an identity was revoked and registered again, the
-/// credential in force comes last.
+/// Loads all credentials, including revoked ones, with their callers and the callers' grants. Unreadable
+/// rows are logged and left out. Revoked credentials come before the others.
 ///
 /// # Errors
 /// Returns the database's error.
@@ -81,7 +80,8 @@ async fn try_load(pool: &PgPool) -> Result<Vec<CallerCredential>, StoreError> {
     .await?
     {
         let rights = row.rights.iter().map(|right| right.parse()).collect();
-        // A row that was written past the triggers must not keep the others from being loaded.
+        // A malformed row, which was written while the triggers were disabled, must not prevent the
+        // others from being loaded.
         let (Ok(pattern), Ok(rights)) = (row.pattern.parse(), rights) else {
             error!(caller = row.caller_id, "a malformed grant is ignored");
             continue;

@@ -1,4 +1,4 @@
-//! What was committed since a snapshot, the changes to be recorded in the audit log, and the
+//! The changes that were committed since a snapshot, the changes to record in the audit log, and the
 //! notifications that announce both.
 
 use std::collections::BTreeMap;
@@ -13,7 +13,7 @@ use crate::domain::clock::Timestamp;
 /// The channel on which the triggers announce changes.
 const CHANNEL: &str = "token_broker_changes";
 
-/// What was committed between two snapshots.
+/// The changes that were committed between two snapshots.
 #[derive(Debug)]
 pub struct CommittedChanges {
     /// The later snapshot, as `pg_snapshot` text, from which the next call continues.
@@ -27,8 +27,8 @@ pub struct CommittedChanges {
     pub unrecorded: bool,
 }
 
-/// Returns the present snapshot, from which [`since`] can continue. Take it before loading anything, so
-/// that what is committed during the load is reported afterwards.
+/// Returns the present snapshot, from which [`since`] can continue. Take it before loading accounts, so that
+/// [`since`] returns what is committed during the load.
 ///
 /// # Errors
 /// Returns the database's error.
@@ -43,16 +43,16 @@ pub async fn snapshot(pool: &PgPool) -> Result<String, StoreError> {
     Ok(snapshot)
 }
 
-/// Returns what was committed after `snapshot` was taken.
+/// Returns the changes that were committed after `snapshot` was taken.
 ///
-/// A row is new if its transaction was not visible in the snapshot, whatever its time or number: a
-/// transaction that commits late is not missed, and one that is still open delays nothing. Rows
-/// restored from another server's dump may carry transaction numbers of the future; they were loaded
-/// at the start, and are ignored.
+/// A row is new if its transaction is not visible in the snapshot. Its time or id would not be enough: with
+/// them, a transaction that commits late could be missed. Rows that were restored from another server's dump
+/// may have transaction ids from the future of this server. They were loaded at the start, and are ignored
+/// here.
 ///
 /// # Errors
-/// Returns [`StoreError::Replaced`] when the database is not `expected` any more, or its history does
-/// not reach `snapshot`, and the database's error.
+/// Returns [`StoreError::Replaced`] if the database's identity is not `expected`, or the database is in a
+/// state from before `snapshot`; otherwise the database's error.
 #[instrument(level = "debug", skip_all)]
 pub async fn since(
     pool: &PgPool,
@@ -96,7 +96,7 @@ pub async fn since(
     for row in rows {
         match (row.source.as_deref(), row.row_id) {
             (Some("accounts"), Some(id)) => committed.accounts.push(id),
-            // The cache holds nothing of these; they are only recorded in the audit log.
+            // These tables are not cached. Their changes are only recorded in the audit log.
             (Some("audit_events" | "audit_chains" | "audit_retention"), _) => {}
             (Some(_), _) => committed.access = true,
             (None, _) if row.elsewhere.unwrap_or_default() => {
@@ -133,16 +133,16 @@ pub struct Change {
     pub operation: String,
     /// The name of the account, caller or chain that was changed, or the day that was removed.
     pub subject: String,
-    /// Who made the change and what was changed, as strings, never secrets.
+    /// The login that made the change and the changed values, never secrets.
     pub detail: BTreeMap<String, String>,
 }
 
-/// Claims up to `limit` changes that `instance` is to record in its journal, and returns them in order:
-/// those that no instance has claimed, and, with `reclaim`, those that it claimed before and that are
-/// not in the audit log.
+/// Claims up to `limit` changes for recording in the journal of `instance`, and returns them in order. These
+/// are changes that no instance has claimed. With `reclaim`, they include changes that this instance has
+/// claimed before and that are not in the audit log.
 ///
-/// A change stays with the instance that claimed it, since only its journal tells whether the change
-/// was recorded. Reclaim only when everything that the journal held has been delivered.
+/// No other instance can claim a claimed change, since only the journal of the first one shows whether the
+/// change was recorded. Use `reclaim` only after all records of the journal have been delivered.
 ///
 /// # Errors
 /// Returns the database's error. If the connection was lost, the claim may have been committed.
@@ -197,8 +197,9 @@ pub async fn claim(
     Ok(changes)
 }
 
-/// A session that listens for the notifications of changes and of new tokens. A notification only
-/// says that polling now finds something: one that is lost delays nothing beyond the next poll.
+/// A session that listens for the notifications of changes and of new tokens. A notification has no
+/// content: it means that the next poll will find changes. If one is lost, they are found by the next
+/// regular poll.
 pub struct ChangeListener(PgListener);
 
 impl ChangeListener {
@@ -214,12 +215,12 @@ impl ChangeListener {
         Ok(Self(listener))
     }
 
-    /// Waits until there may be something to find: for a notification, or for a lost connection, which
-    /// is opened again by the next call. Safe to cancel.
+    /// Waits until a poll may find changes: for a notification, or until the connection is lost. The next
+    /// call opens a lost connection again. Cancel safe.
     ///
     /// # Errors
-    /// Returns the database's error when the connection cannot be opened again; connect anew after a
-    /// pause.
+    /// Returns the database's error if the connection cannot be opened again. Create a new listener then,
+    /// after a pause.
     pub async fn wait(&mut self) -> Result<(), StoreError> {
         self.0.try_recv().await?;
         Ok(())

@@ -1,5 +1,5 @@
-//! The identity of the database: which deployment and upstream it belongs to, and whether it is still in
-//! the server where it was last used.
+//! The identity of the database: the deployment and the upstream that it belongs to, and whether it is still
+//! in the server in which it was last used.
 
 use std::collections::BTreeMap;
 
@@ -19,18 +19,19 @@ pub struct DatabaseIdentity {
     pub epoch: i64,
 }
 
-/// What the database says about itself.
+/// The identity that is stored in the database, and whether it can be trusted.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Deployment {
-    /// The identity that it claims to have. A copy claims that of its original.
+    /// The stored identity. A copy has the identity of its original.
     pub identity: DatabaseIdentity,
     /// The upstream to which its accounts belong.
     pub upstream: String,
-    /// Whether it is in another server, or under another `oid`, than when it was last used.
+    /// Whether the database is in another server, or has another `oid`, than when it was last used.
     pub moved: bool,
 }
 
-/// Returns what the database says about itself. At the first start, assigns it to `upstream`.
+/// Returns the identity that is stored in the database. At the first start, assigns the database to
+/// `upstream`.
 ///
 /// # Errors
 /// Returns the database's error.
@@ -43,7 +44,7 @@ pub async fn open(pool: &PgPool, upstream: &str) -> Result<Deployment, StoreErro
     )
     .execute(pool)
     .await?;
-    // A row that was just inserted does not name the server yet.
+    // A row that was just inserted does not contain the server and the database yet.
     sqlx::query!(
         "-- store::deployment::open
         update deployment set system_identifier = c.system_identifier, database_oid = d.oid::bigint
@@ -65,8 +66,8 @@ pub async fn open(pool: &PgPool, upstream: &str) -> Result<Deployment, StoreErro
     Ok(Deployment { identity, upstream: row.upstream, moved: row.moved })
 }
 
-/// Accepts this database as the deployment's own, in whatever server and state it is, and returns its
-/// new identity. Replicas that know the former identity stop using it.
+/// Accepts this database as the deployment's own, whatever its server and state, and returns its new
+/// identity. Replicas that expect the former identity stop.
 ///
 /// Tokens of another upstream are deleted. If the upstream revokes older tokens when it issues a new
 /// one (`ends_older`), the other tokens are marked as possibly revoked: newer ones may have been
@@ -128,8 +129,7 @@ async fn mark_all_possibly_revoked(
     Ok(())
 }
 
-/// Returns the last record that was delivered of each of `chains`. Chains that the database does not
-/// know are left out.
+/// Returns the last delivered record of each of `chains`. Chains that are not in the database are left out.
 ///
 /// # Errors
 /// Returns [`StoreError::UnreadableRow`] when a hash is malformed, and the database's error.
@@ -155,8 +155,8 @@ pub async fn delivered(
         .collect()
 }
 
-/// Returns the upstream that the database belongs to; `None` before the first start of a broker, also
-/// when there is no schema yet.
+/// Returns the upstream that the database belongs to; `None` before the first start of a broker, or if there
+/// is no schema yet.
 ///
 /// # Errors
 /// Returns the database's error.

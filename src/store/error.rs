@@ -1,8 +1,8 @@
-//! What can go wrong with the database, by what a caller does about it.
+//! Errors of the database, in kinds by what a caller does about them.
 //!
-//! No text of these errors quotes a row, a parameter or a URL: an error may end up in a log, on a
-//! terminal or in an answer of `/readyz`. The server's detail, hint, context and statement are
-//! therefore never printed, by `Debug` neither.
+//! The text of an error may be shown in a log, on a terminal or in an answer of `/readyz`, so it never
+//! quotes a row, a parameter or a URL. Neither `Display` nor `Debug` prints the server's detail, hint,
+//! context or statement.
 
 use std::fmt::{self, Display, Formatter};
 
@@ -11,46 +11,45 @@ use thiserror::Error;
 
 /// The `SQLSTATE` of a relation that does not exist: the schema is missing or too old.
 pub(super) const UNDEFINED_TABLE: &str = "42P01";
-/// The `SQLSTATE` of a statement that the login's role may not execute.
+/// The `SQLSTATE` of a statement for which the login's role lacks a privilege.
 const INSUFFICIENT_PRIVILEGE: &str = "42501";
 /// The `SQLSTATE` of a value that a check constraint or a trigger refused.
 const CHECK_VIOLATION: &str = "23514";
-/// The `SQLSTATE` of a login beyond the server's `max_connections`.
+/// The `SQLSTATE` of a login that exceeds the server's `max_connections`.
 const TOO_MANY_CONNECTIONS: &str = "53300";
 
 /// An error of the database or of the driver that talks to it.
 ///
-/// The kinds differ in what follows from them:
-///
-/// | kind | the server answers | what to do |
+/// | kind | does the server answer? | what to do |
 /// |---|---|---|
 /// | [`ConnectionLost`](Self::ConnectionLost) | this session is lost; a new one may work | try again later |
-/// | [`TimedOut`](Self::TimedOut) | unknown | try again later, after asking whether it answers at all |
+/// | [`TimedOut`](Self::TimedOut) | unknown | try again later; [`Database::probe`](super::Database::probe) finds out whether it answers |
 /// | [`TransactionConflict`](Self::TransactionConflict) | yes | repeat the transaction |
-/// | all others | yes | a person has to change something |
+/// | all others | yes | retrying does not help: an admin has to change something |
 #[derive(Debug, Error)]
 pub enum StoreError {
     /// There is no session with the server: it could not be opened, or it ended.
     #[error("the database cannot be reached: {reason}")]
     ConnectionLost {
-        /// Why, without the database's URL.
+        /// The reason, without the database's URL.
         reason: String,
-        /// The error behind it; its text is part of `reason`.
+        /// The underlying error; its text is part of `reason`.
         #[source]
         cause: DatabaseCause,
     },
-    /// Nothing was heard of the server in time. It may hang, or it may answer others, for example
-    /// while a lock holds up one statement.
+    /// The server did not answer in time. It may hang, or it may answer other statements, for example while
+    /// this one waits for a lock.
     #[error("the database took too long: {reason}")]
     TimedOut {
         /// What took too long.
         reason: &'static str,
     },
-    /// The server ended the transaction because of another one: a serialization failure or a
-    /// deadlock. Nothing of it was committed, and it may be repeated.
+    /// The server aborted the transaction because of another one, by a serialization failure or a deadlock.
+    /// Nothing of it was committed, and it may be repeated.
     #[error("the database ended a transaction that was in conflict with another one: {0}")]
     TransactionConflict(#[source] DatabaseCause),
-    /// The login's role may not do that (`SQLSTATE` 42501), or a trigger forbids it to everybody.
+    /// The login's role lacks a privilege, or a trigger forbids the statement to every role (`SQLSTATE`
+    /// 42501).
     #[error("{} ({})", .0.message(), .0)]
     MissingPrivilege(#[source] DatabaseCause),
     /// A check constraint or trigger refused a value (`SQLSTATE` 23514). The message is the
@@ -60,7 +59,7 @@ pub enum StoreError {
     /// A unique name or key is taken.
     #[error("{message}")]
     Conflict {
-        /// What is taken, and by whom if that is known.
+        /// Which name or key is taken, and which row has it if that is known.
         message: String,
         /// The server's error, unless the conflict was found without one.
         #[source]
@@ -69,19 +68,28 @@ pub enum StoreError {
     /// The server refused a statement or a login for any other reason.
     #[error("the database refused a statement ({}): {}", .0, .0.message())]
     Refused(#[source] DatabaseCause),
-    /// There is no row of that name.
+    /// The requested row does not exist. The text says which one.
     #[error("{0}")]
     NotFound(String),
-    /// The schema lacks migrations that this release needs.
+    /// The schema lacks migrations that this release needs, or its migrations contradict the release's.
     #[error("{0}")]
     Schema(String),
+    /// A migration failed.
+    #[error("{name} failed: {} ({cause})", .cause.message())]
+    MigrationFailed {
+        /// Which migration it was.
+        name: String,
+        /// The error of its statement.
+        #[source]
+        cause: DatabaseCause,
+    },
     /// A table of this release does not exist.
     #[error("{}: run `token-broker migrate`", .0.message())]
     UndefinedTable(#[source] DatabaseCause),
-    /// The database was restored, or another one took its place, since it was last read.
+    /// Since it was last read, the database was restored to an older state, or replaced by another one.
     #[error("the database is not the same any more: {0}")]
     Replaced(&'static str),
-    /// A row holds a value that no release writes: somebody wrote past the triggers.
+    /// A row holds a value that the triggers would refuse, so it was written while they were disabled.
     #[error("{table} row {id}: {problem}")]
     UnreadableRow {
         /// The table.
@@ -103,14 +111,14 @@ pub enum StoreError {
     /// The database's URL cannot be used. The text never quotes it: it may hold a password.
     #[error("DATABASE_URL is not a postgresql://user@host/database URL")]
     InvalidUrl,
-    /// The driver failed before it sent anything, or could not make sense of the answer.
+    /// The driver failed before it sent a request, or could not decode the answer.
     #[error("the database driver failed: {0}")]
     Driver(#[source] DatabaseCause),
 }
 
 impl StoreError {
-    /// Reports the row `id` of `table` as unreadable because of `problem`, which must not quote the
-    /// row.
+    /// Returns the error that the row `id` of `table` is unreadable because of `problem`, which must not
+    /// quote the row.
     #[must_use]
     pub(super) fn unreadable_row(
         table: &'static str,
@@ -120,8 +128,14 @@ impl StoreError {
         Self::UnreadableRow { table, id: id.to_string(), problem }
     }
 
-    /// Reports that what `error`, a violation of a unique constraint, is about is taken, in words
-    /// for an admin.
+    /// Returns the error that the statement of a migration failed. `name` says which migration it was.
+    #[must_use]
+    pub(super) fn migration_failed(name: String, error: sqlx::Error) -> Self {
+        Self::MigrationFailed { name, cause: DatabaseCause(error) }
+    }
+
+    /// Returns a conflict with `message`, a text for admins that says what is taken. `error` is the
+    /// violation of the unique constraint.
     #[must_use]
     pub(super) fn taken(message: String, error: sqlx::Error) -> Self {
         Self::Conflict { message, cause: Some(DatabaseCause(error)) }
@@ -139,6 +153,7 @@ impl StoreError {
             | Self::InvalidValue(cause)
             | Self::Refused(cause)
             | Self::UndefinedTable(cause)
+            | Self::MigrationFailed { cause, .. }
             | Self::Driver(cause) => cause.sqlstate(),
             Self::TimedOut { .. }
             | Self::Conflict { cause: None, .. }
@@ -150,22 +165,21 @@ impl StoreError {
         }
     }
 
-    /// Returns whether the session with the server is lost. Whether the server answers on a new
-    /// session is another question.
+    /// Returns whether the session with the server is lost. The server may still answer on a new session.
     #[must_use]
     pub fn is_connection_lost(&self) -> bool {
         matches!(self, Self::ConnectionLost { .. })
     }
 
-    /// Returns whether the error leaves open that the server does not answer at all. All other
-    /// errors prove that it does: nothing else may be taken for an outage.
+    /// Returns whether the server possibly does not answer at all. All other errors prove that it answers,
+    /// so they must not count as an outage.
     #[must_use]
     pub fn may_be_outage(&self) -> bool {
         matches!(self, Self::ConnectionLost { .. } | Self::TimedOut { .. })
     }
 
-    /// Returns whether a start should wait and try again: the server cannot be reached yet, or has
-    /// no connection to spare.
+    /// Returns whether a starting broker should wait and try again, since the server cannot be reached yet
+    /// or has no free connection.
     #[must_use]
     pub fn is_unavailable(&self) -> bool {
         self.may_be_outage() || self.sqlstate() == Some(TOO_MANY_CONNECTIONS)
@@ -228,13 +242,13 @@ enum Kind {
 impl Kind {
     /// Classifies a `SQLSTATE` (PostgreSQL manual, appendix "PostgreSQL Error Codes").
     ///
-    /// Errors that a server reports while it lives are not lost connections, even where it refuses
-    /// this client everything: a wrong password (28P01), a missing database (3D000), a statement
-    /// that took too long (57014), no connection left (53300).
+    /// An error that a running server reports is not a lost connection, even if the client can do nothing:
+    /// a wrong password (28P01), a missing database (3D000), a statement timeout (57014), no free
+    /// connection (53300).
     fn of(sqlstate: &str) -> Self {
         match sqlstate {
-            // Class 08 is what a connection pooler reports when it has no server. The server shuts
-            // down, has crashed, starts up, or ended a session that was idle.
+            // The server shuts down, has crashed, starts up, or closed an idle session. Connection poolers
+            // report class 08 when they cannot reach the server.
             "57P01" | "57P02" | "57P03" | "57P05" => Self::ConnectionLost,
             _ if sqlstate.starts_with("08") => Self::ConnectionLost,
             // Serialization failure; deadlock.
@@ -251,8 +265,8 @@ impl Kind {
 
 /// The error of the server or the driver from which a [`StoreError`] was made.
 ///
-/// Its text names the `SQLSTATE`, or what failed in the driver. Neither `Display` nor `Debug` shows
-/// what the wrapped error says beyond that, and it is no one's `source`: its texts can quote rows.
+/// Its text is the `SQLSTATE`, or a description of what failed in the driver. The wrapped error is never
+/// printed and is not returned as a `source`, since its texts can quote rows.
 pub struct DatabaseCause(sqlx::Error);
 
 impl DatabaseCause {
@@ -352,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn only_lost_connections_and_timeouts_leave_open_whether_the_server_answers() {
+    fn only_lost_connections_and_timeouts_may_be_an_outage() {
         let refused = || io::Error::from(io::ErrorKind::ConnectionRefused);
         for (error, lost, may_be_outage) in [
             (sqlx::Error::Io(refused()), true, true),

@@ -1,4 +1,4 @@
-//! Limits on how long and how often a step with the database is tried.
+//! Timeouts and retries of operations on the database.
 
 use std::time::Duration;
 
@@ -7,25 +7,24 @@ use tracing::debug;
 
 use super::StoreError;
 
-/// How long one step of refreshing or of the change feed waits for the database. The server's own
-/// limits do not help when the connection to it hangs.
+/// How long one step of the refresher or the change feed waits for the database. The server's own timeouts
+/// do not apply when the connection hangs.
 const STEP_TIMEOUT: Duration = Duration::from_secs(10);
-/// How often a transaction is tried that the server keeps ending because of other transactions.
+/// How often a transaction is tried that the server aborts because of other transactions.
 const TRANSACTION_ATTEMPTS: usize = 3;
 
-/// Runs `step`, and drops it when it takes longer than ten seconds. Whether what it had sent was
-/// committed is unknown then.
+/// Runs `step`, and drops it after ten seconds. Whether its statements were committed is unknown then.
 ///
 /// # Errors
-/// Returns the step's own error, and [`StoreError::TimedOut`] when the time is over.
+/// Returns the step's own error, or [`StoreError::TimedOut`] after ten seconds.
 pub async fn within<T>(step: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
     let late = StoreError::TimedOut { reason: "no answer within 10 s" };
     timeout(STEP_TIMEOUT, step).await.unwrap_or(Err(late))
 }
 
-/// Runs `transaction`, and repeats it at once when the server ended it by a serialization failure or
-/// a deadlock, up to three times in all. It must be one whole transaction, or one statement outside
-/// any, and must have no effect outside the database.
+/// Runs `transaction`, up to three times in all if the server aborts it by a serialization failure or a
+/// deadlock. There is no pause between the tries. It must be one whole transaction, or one statement
+/// outside of a transaction, and must have no effect outside the database.
 ///
 /// # Errors
 /// Returns the transaction's last error.
@@ -34,7 +33,7 @@ pub(super) async fn repeat_on_conflict<T, F: Future<Output = Result<T, StoreErro
 ) -> Result<T, StoreError> {
     for _ in 1..TRANSACTION_ATTEMPTS {
         match transaction().await {
-            Err(error) if error.is_retryable() => debug!(%error, "a transaction is repeated"),
+            Err(error) if error.is_retryable() => debug!(%error, "repeating a transaction"),
             done => return done,
         }
     }

@@ -78,8 +78,8 @@ pub async fn count_others(
     Ok(others)
 }
 
-/// Stores that the replica has stopped in an orderly way, so that the others do not wait for its next
-/// heartbeat.
+/// Stores that the replica has stopped, so that the others do not count it until its last heartbeat is too
+/// old.
 ///
 /// # Errors
 /// Returns the database's error.

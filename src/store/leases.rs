@@ -1,8 +1,8 @@
-//! Leases: the permission to issue once for one account. A replica claims it, which stamps the attempt
-//! before the upstream is called, and each later write names the lease's number, so that one that was
-//! superseded meanwhile changes nothing (fencing). All times are the database's.
+//! Leases. A lease is the permission to issue one token for one account. Claiming it stores the start of the
+//! attempt, before the upstream is called. Each later write contains the number of the lease, so that a write
+//! under a superseded lease has no effect (fencing). All times are by the database's clock.
 //!
-//! Locks are taken in one order: `accounts`, `refreshes`, `upstream_pace`.
+//! Lock order of the tables: `accounts`, `refreshes`, `upstream_pace`.
 
 use std::time::Duration;
 
@@ -22,54 +22,56 @@ use crate::domain::{
     token::Generation,
 };
 
-/// The pause before a claim is repeated for an account whose row another transaction holds.
+/// The pause before a claim is repeated for an account whose row another transaction has locked.
 const ROW_LOCKED_PAUSE: Duration = Duration::from_secs(1);
-/// The pause before a claim is repeated when as many leases are held as the upstream may have calls.
+/// The pause before a claim is repeated when the limit of concurrent attempts is reached.
 const CONCURRENCY_PAUSE: Duration = Duration::from_millis(200);
 
-/// The replica that claims leases, and the limits that it claims them under. All replicas of a database
-/// are expected to have the same limits.
+/// The replica that claims leases, and the limits that apply to its claims. All replicas of a database are
+/// expected to have the same limits.
 #[derive(Clone, Debug)]
 pub struct LeaseHolder {
     /// The instance's id, unique among replicas.
     pub instance: String,
-    /// The replica's number in generations.
+    /// The replica's number, which is part of the generations of its tokens.
     pub replica: u16,
-    /// How long a lease lasts: longer than an attempt may take, storing included.
+    /// How long a lease lasts. This must be longer than an attempt may take, including storing its token.
     pub lease_duration: Duration,
-    /// When an account may be issued for.
+    /// The rule that decides when a token may be issued for an account.
     pub policy: RefreshPolicy,
-    /// Attempts a second, of all replicas together.
+    /// The most attempts per second, of all replicas together.
     pub rate: f64,
-    /// Attempts at the same time, of all replicas together.
+    /// The most attempts at the same time, of all replicas together.
     pub concurrency: usize,
 }
 
 impl LeaseHolder {
-    /// Returns the least time between the starts of two attempts that keeps to the rate.
+    /// Returns the least time between the starts of two attempts, by the rate.
     #[must_use]
     pub fn pause_between_attempts(&self) -> Duration {
         Duration::from_secs_f64(1.0 / self.rate.max(0.001))
     }
 }
 
-/// The answer to a claim. Before [`Claim::Wait`] and [`Claim::NotNeeded`] take effect, the caller should
-/// load the account: the database knows something that the cache does not.
+/// The answer to a claim. After [`Claim::Wait`] and [`Claim::NotNeeded`], the caller should load the account,
+/// since its state in the cache is outdated.
 #[derive(Debug)]
+#[must_use]
 pub enum Claim {
     /// A token may be issued now, under this lease.
     Granted(Box<Lease>),
-    /// The account may not be issued for before this time has passed.
+    /// No token may be issued for the account until this time has passed.
     Wait(Duration),
-    /// The replicas together have reached the upstream's rate or concurrency: no account may be issued
-    /// for before this time has passed.
+    /// The replicas together have reached the limit of the rate or of concurrent attempts: no token may be
+    /// issued for any account until this time has passed.
     Paced(Duration),
     /// The account is gone or disabled, has no usable credential, or its token has been replaced.
     NotNeeded,
 }
 
-/// The permission to issue once for one account, until it expires.
+/// The permission to issue one token for one account, until the lease expires.
 #[derive(Clone, Debug)]
+#[must_use]
 pub struct Lease {
     /// The fencing number, which grows with each lease of the account. Writes under an older one
     /// change nothing.
@@ -82,13 +84,14 @@ pub struct Lease {
     pub previous_attempt_lost: bool,
 }
 
-/// Claims a lease to replace generation `replaces` of the account's token, and stamps the attempt.
+/// Claims a lease to replace generation `replaces` of the account's token, and stores the start of the
+/// attempt.
 ///
-/// `outage_ended` is how long ago the upstream's last outage ended, as the claimant saw it: a pause
-/// after a failure in that outage need not be waited out.
+/// `outage_ended` is how long ago the upstream's last outage ended, by the claimant's attempts. The pause
+/// after a failure in that outage is skipped.
 ///
-/// A row that another transaction holds is not waited for. If the future is dropped, the transaction
-/// is rolled back unless it was committing; a lease that was committed then expires by itself.
+/// If another transaction has locked the row, the claim does not wait for it. If the future is dropped, the
+/// transaction is rolled back, unless it was already committing; the lease expires in that case.
 ///
 /// # Errors
 /// When the database cannot be reached or refuses a statement.
@@ -101,7 +104,7 @@ pub async fn claim(
     holder: &LeaseHolder,
 ) -> Result<Claim, StoreError> {
     let mut transaction = pool.begin().await?;
-    // An admin's open transaction holds the row of the account that it changes.
+    // The row may be locked for long, for example by an admin's open transaction.
     let locked = sqlx::query!(
         "-- store::leases::claim
         select account_id from refreshes where account_id = $1 for update skip locked",
@@ -112,7 +115,8 @@ pub async fn claim(
     if locked.is_none() {
         return Ok(Claim::Wait(ROW_LOCKED_PAUSE));
     }
-    // A statement of its own, after the lock: its snapshot has what the lock's last owner committed.
+    // This must be a second statement, after the lock, so that its snapshot includes what the previous
+    // owner of the lock committed.
     let Some(row) = accounts::load(&mut *transaction, &[account.0]).await?.pop() else {
         return Ok(Claim::NotNeeded);
     };
@@ -125,7 +129,8 @@ pub async fn claim(
         IssueDecision::WaitUntil(at) => return Ok(Claim::Wait(until_from(row.now, at))),
         IssueDecision::NotNeeded => return Ok(Claim::NotNeeded),
     };
-    // Every claim locks this row, and locks it last, so that grants follow one another.
+    // Every claim locks the row of `upstream_pace`, so that leases are granted one after the other. It is
+    // locked last, to be locked as briefly as possible.
     if let Some(pause) = upstream_pause(&mut transaction, holder).await? {
         return Ok(Claim::Paced(pause));
     }
@@ -143,7 +148,7 @@ pub async fn claim(
     Ok(Claim::Granted(Box::new(lease)))
 }
 
-/// Returns how long the upstream's rate and concurrency make the claimant wait; `None` for not at all.
+/// Returns how long the limits of the rate and of concurrent attempts delay the claim; `None` if they do not.
 async fn upstream_pause(
     transaction: &mut Transaction<'_, Postgres>,
     holder: &LeaseHolder,
@@ -168,7 +173,7 @@ async fn upstream_pause(
     Ok(full.then_some(CONCURRENCY_PAUSE))
 }
 
-/// Gives the lease to `holder` and stamps the start of the attempt in the account's locked row.
+/// Stores the lease of `holder` and the start of the attempt in the account's locked row.
 async fn stamp_attempt(
     transaction: &mut Transaction<'_, Postgres>,
     row: LoadedAccount,
@@ -209,7 +214,7 @@ async fn stamp_attempt(
     Ok(Lease { id: stamped.lease_id, attempt, replaces, previous_attempt_lost })
 }
 
-/// A failed attempt, with what the account's row is to say about it.
+/// A failed attempt, with the values that are stored in the account's row.
 #[derive(Clone, Debug)]
 pub struct FailedAttempt {
     /// The failure.
@@ -220,10 +225,10 @@ pub struct FailedAttempt {
     pub possibly_revoked: bool,
 }
 
-/// Records that the attempt under `lease` failed, and releases the lease. Returns `false`, and records
-/// nothing, if the account has another lease by now.
+/// Stores that the attempt under `lease` failed, and releases the lease. Returns `false`, and stores nothing,
+/// if the account has another lease by now.
 ///
-/// A failure of the previous credential does not overwrite why the current one is refused.
+/// A failure of the previous credential does not overwrite the failure of the current one.
 ///
 /// # Errors
 /// When the database cannot be reached or refuses a statement; the lease then expires by itself.
@@ -235,7 +240,7 @@ pub async fn record_failure(
 ) -> Result<bool, StoreError> {
     let mut transaction = pool.begin().await?;
     if attempt.failure.class.suspends() {
-        // If a rotation came during the attempt, it kept the secret that is now known to be refused.
+        // If the secret was rotated during the attempt, the refused one was kept as the previous one.
         sqlx::query!(
             "-- store::leases::record_failure
             update accounts set previous_secret = null, previous_version = null
@@ -277,8 +282,8 @@ pub async fn record_failure(
     Ok(true)
 }
 
-/// Releases a lease and records the end of its attempt, without a result. The stamp of its start stays:
-/// the minimum issue interval counts from it. Does nothing if the account has another lease by now.
+/// Releases a lease and stores the end of its attempt, without a result. The start of the attempt is kept,
+/// since the minimum issue interval counts from it. Does nothing if the account has another lease by now.
 ///
 /// # Errors
 /// When the database cannot be reached or refuses the statement; the lease then expires by itself.
@@ -297,9 +302,9 @@ pub async fn release(pool: &PgPool, lease: &Lease) -> Result<(), StoreError> {
     Ok(())
 }
 
-/// Releases the leases that an earlier process of `instance` held, which must have ended. Their attempts
-/// stay without an end, since they may have issued tokens. A row that another transaction holds is
-/// skipped; its lease expires by itself.
+/// Releases the leases of earlier processes of `instance`, all of which must have ended. Their attempts keep
+/// no recorded end, since they may have issued tokens. A row that another transaction has locked is skipped;
+/// its lease expires by itself.
 ///
 /// # Errors
 /// When the database cannot be reached or refuses the statement.

@@ -1,4 +1,4 @@
-//! Migrations: brings a database to the schema of a release, and checks that it has it.
+//! Migrations, which bring a database to the schema of a release, and a check that they were applied.
 //!
 //! Tables and indexes are in the numbered files of `migrations/`, each of which is applied once and never
 //! edited afterwards. Functions, triggers and views are in `migrations/repeatable/`: those files can be
@@ -21,18 +21,19 @@ const VERSION_PREFIX: &str = "-- version: ";
 /// The schema that a release needs.
 pub struct Schema {
     numbered: Migrator,
-    /// In the order in which they are applied.
+    /// The repeatable migrations, in the order in which they are applied.
     repeatable: Vec<Repeatable>,
 }
 
 /// A file that is applied whenever it changed.
 struct Repeatable {
     version: i32,
-    /// Its `description`, the file's name without number and ending, identifies the file in the database.
+    /// The file. Its `description`, which is its name without number and ending, identifies it in the
+    /// database.
     migration: Migration,
 }
 
-/// A repeatable migration as the database has it.
+/// The version of a repeatable migration that was applied to the database.
 struct Applied {
     version: i32,
     checksum: Vec<u8>,
@@ -53,7 +54,8 @@ impl Schema {
     /// # Errors
     /// When a repeatable migration does not state its version.
     pub fn new(mut numbered: Migrator, repeatable: &Migrator) -> Result<Self, StoreError> {
-        // The schema may be a newer release's: this one works on it. `apply` takes the lock.
+        // The schema may be that of a newer release, which this one can use. Locking is off because `apply`
+        // takes the lock.
         numbered.set_ignore_missing(true).set_locking(false);
         let repeatable =
             repeatable.iter().cloned().map(Repeatable::new).collect::<Result<_, _>>()?;
@@ -68,11 +70,11 @@ impl Schema {
     /// When the server cannot be reached or a migration fails. The database then is as it was before.
     pub async fn apply(&self, database: &PgConnectOptions) -> Result<(), StoreError> {
         let mut connection = database.connect().await?;
-        // The lock is sqlx's own, so other programs that migrate by sqlx wait too. The session holds it: it
-        // ends with the connection.
-        connection.lock().await.map_err(refused)?;
+        // This is sqlx's own lock, so other programs that migrate with sqlx wait for it too. It belongs to
+        // the session, and ends with the connection.
+        connection.lock().await.map_err(migrate_error)?;
         let applied = self.apply_locked(&mut connection).await;
-        // After a failure the server rolls back when the connection ends.
+        // After a failure, the server rolls back when the connection is closed.
         let closed = connection.close().await;
         applied?;
         Ok(closed?)
@@ -80,7 +82,7 @@ impl Schema {
 
     async fn apply_locked(&self, connection: &mut PgConnection) -> Result<(), StoreError> {
         let mut transaction = connection.begin().await?;
-        self.numbered.run(&mut *transaction).await.map_err(refused)?;
+        self.numbered.run(&mut *transaction).await.map_err(migrate_error)?;
         let applied = applied(&mut transaction).await?;
         for ours in &self.repeatable {
             if !ours.is_newer_than(applied.get(ours.name()))? {
@@ -132,7 +134,7 @@ impl Schema {
                 {
                     Vec::new()
                 }
-                Err(error) => return Err(refused(error)),
+                Err(error) => return Err(migrate_error(error)),
             };
         let numbered: Vec<_> = self
             .numbered
@@ -141,7 +143,7 @@ impl Schema {
             .map(|ours| format!("{} ({})", ours.version, ours.description))
             .collect();
         if !numbered.is_empty() {
-            // The table of the repeatable ones may be missing too.
+            // The table `repeatable_migrations` may be missing too.
             return Ok(numbered);
         }
         let applied = applied(connection).await?;
@@ -172,17 +174,17 @@ impl Repeatable {
 
     fn failed(&self, error: sqlx::Error) -> StoreError {
         match error {
-            sqlx::Error::Database(error) => {
-                StoreError::Schema(format!("repeatable migration {} failed: {error}", self.name()))
+            error @ sqlx::Error::Database(_) => {
+                StoreError::migration_failed(format!("repeatable migration {}", self.name()), error)
             }
             error => error.into(),
         }
     }
 
-    /// Whether this file has to be applied to a database that has `applied` of it.
+    /// Returns whether this file has to be applied to a database whose version of it is `applied`.
     fn is_newer_than(&self, applied: Option<&Applied>) -> Result<bool, StoreError> {
         let Some(applied) = applied else { return Ok(true) };
-        // Nothing tells which of two texts with one version is the newer one.
+        // With equal versions, it is not known which of the two texts is newer.
         if applied.version == self.version && *applied.checksum != *self.migration.checksum {
             return Err(StoreError::Schema(format!(
                 "repeatable migration {} differs from the one in the database, and both are version {}: \
@@ -199,7 +201,7 @@ fn stated_version(sql: &str) -> Option<i32> {
     sql.strip_prefix(VERSION_PREFIX)?.split_whitespace().next()?.parse().ok()
 }
 
-/// Reads which repeatable migrations the database has, by name.
+/// Returns the repeatable migrations that were applied to the database, by name.
 async fn applied(connection: &mut PgConnection) -> Result<HashMap<String, Applied>, StoreError> {
     let rows = sqlx::query!(
         "-- store::migrate::applied
@@ -213,9 +215,12 @@ async fn applied(connection: &mut PgConnection) -> Result<HashMap<String, Applie
         .collect())
 }
 
-fn refused(error: MigrateError) -> StoreError {
+fn migrate_error(error: MigrateError) -> StoreError {
     match error {
         MigrateError::Execute(error) => error.into(),
+        MigrateError::ExecuteMigration(error, number) => {
+            StoreError::migration_failed(format!("migration {number}"), error)
+        }
         error => StoreError::Schema(error.to_string()),
     }
 }
@@ -241,9 +246,9 @@ mod tests {
     }
 
     #[test]
-    fn no_numbered_migration_leaves_the_transaction() {
-        // sqlx runs a file that begins with `-- no-transaction` outside of the savepoint that it makes
-        // for others. Such a file cannot share one transaction with the rest.
+    fn no_numbered_migration_runs_outside_of_the_transaction() {
+        // sqlx runs each file in a savepoint, except files that begin with `-- no-transaction`. Those could
+        // not be applied in one transaction with the others.
         let schema = Schema::of_this_release().unwrap();
         assert!(schema.numbered.iter().all(|file| !file.no_tx));
     }

@@ -1,7 +1,7 @@
 //! Postgres: the only module that contains SQL.
 //!
 //! Every statement is checked against the schema at compile time (`sqlx::query!`), and begins with a
-//! comment that names the function it is in, so that a line of the server's log leads here.
+//! comment that names its function, so that a statement in the server's log can be found here.
 
 pub mod accounts;
 pub mod admin;
@@ -31,13 +31,13 @@ pub use self::{
     execution::within,
 };
 
-/// How long a statement may take before the server ends it, so that one that waits for a lock does
-/// not keep its connection for ever.
+/// How long a statement may take before the server cancels it, so that a statement that waits for a lock
+/// does not occupy its connection for ever.
 const STATEMENT_TIMEOUT: &str = "30s";
 
-/// How long a connection that is given back to the pool may take to answer a ping.
+/// How long the ping of a connection may take when it is returned to the pool.
 const PING_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long the pool waits for a free connection, or for a new one.
+/// How long a pool waits for a free or a new connection.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long [`Database::probe`] waits for the server.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
@@ -51,7 +51,7 @@ fn interval(duration: Duration) -> PgInterval {
     }
 }
 
-/// The options with which the database is connected to. Making one opens no connection.
+/// The options for connections to the database. Creating a value opens no connection.
 #[derive(Clone, Debug)]
 pub struct Database {
     options: PgConnectOptions,
@@ -59,8 +59,8 @@ pub struct Database {
 
 impl Database {
     /// Reads a `postgresql://` URL. A server that is not on loopback must have a certificate that is
-    /// valid for its name, unless the URL says otherwise with `sslmode`. `application_name` is how
-    /// the server's logs and views name the sessions.
+    /// valid for its name, unless the URL sets another `sslmode`. `application_name` identifies the
+    /// sessions in the server's logs and views.
     ///
     /// # Errors
     /// Returns [`StoreError::InvalidUrl`], which never quotes the URL: it may hold a password.
@@ -95,15 +95,15 @@ impl Database {
         &self.options
     }
 
-    /// Returns a pool of at most `connections` that connects when it is first used. Whoever asks it
-    /// for a connection waits for at most five seconds.
+    /// Returns a pool of at most `connections` connections, which it opens when they are needed. Acquiring
+    /// one fails after five seconds.
     #[must_use]
     pub fn pool(&self, connections: u32) -> PgPool {
         PgPoolOptions::new()
             .max_connections(connections)
             .acquire_timeout(ACQUIRE_TIMEOUT)
-            // sqlx pings a connection that is given back, without a limit. One whose peer fell silent
-            // would be missing from the pool until TCP gives up.
+            // sqlx pings a connection that is returned, without a timeout. If its peer does not answer any
+            // more, the connection would occupy a slot of the pool until TCP gives up.
             .after_release(|connection, _| {
                 Box::pin(async move {
                     let answers = timeout(PING_TIMEOUT, connection.ping()).await;
@@ -113,25 +113,25 @@ impl Database {
             .connect_lazy_with(self.options.clone())
     }
 
-    /// Connects once and disconnects. A pool would try for seconds, and then only say that no
-    /// connection became free.
+    /// Opens a connection and closes it again, to check the options. Unlike a pool, it does not retry, and
+    /// it returns the reason of a failure.
     ///
     /// # Errors
-    /// Returns at once why the server cannot be reached or refuses the login.
-    pub async fn reach(&self) -> Result<(), StoreError> {
+    /// Returns why the server cannot be reached or refuses the login.
+    pub async fn check_connection(&self) -> Result<(), StoreError> {
         Ok(self.options.connect().await?.close().await?)
     }
 
-    /// Asks on a connection of its own whether the server answers at all, for at most three seconds:
-    /// one session that is lost, or one statement that takes long, says nothing about the others.
-    /// A server that refuses the login answers.
+    /// Checks on a new connection, within three seconds, whether the server answers at all. A lost session
+    /// or a slow statement on another connection does not show that. A server that refuses the login does
+    /// answer.
     ///
     /// # Errors
-    /// Returns the lost connection or the timeout.
+    /// Returns [`StoreError::ConnectionLost`] or [`StoreError::TimedOut`] if the server does not answer.
     pub async fn probe(&self) -> Result<(), StoreError> {
         let answer = async {
             let mut connection = self.options.connect().await?;
-            // A connection pooler in between may accept connections while its server is away.
+            // A connection pooler in between may accept connections although its server does not answer.
             connection.ping().await?;
             Ok(connection.close().await?)
         };
@@ -142,7 +142,7 @@ impl Database {
         }
     }
 
-    /// Applies the migrations that are missing, or that changed: see [`migrate`].
+    /// Applies the migrations that are missing or have changed: see [`migrate`].
     ///
     /// # Errors
     /// When the server cannot be reached or a migration fails.

@@ -1,4 +1,4 @@
-//! Retention in Postgres: which days of the audit log have expired, and their removal.
+//! Retention in Postgres: finding the expired days of the audit log, and removing them.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -25,9 +25,9 @@ const LOCK_TIMEOUT: &str = "2s";
 /// sets it in the table `audit_retention`.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct MinimumRetention {
-    /// For all records except those of changes.
+    /// The minimum for all records except those of changes.
     pub calls: Duration,
-    /// For records of changes; no shorter than `calls`.
+    /// The minimum for records of changes; not shorter than `calls`.
     pub changes: Duration,
 }
 
@@ -112,7 +112,9 @@ pub async fn expired_days(
         .collect())
 }
 
-/// The transaction that removes the expired records of one day.
+/// The transaction that removes the expired records of one day. End it by [`DayRemoval::commit`] or
+/// [`DayRemoval::roll_back`].
+#[must_use]
 pub struct DayRemoval {
     transaction: Transaction<'static, Postgres>,
     day: ExpiredDay,
@@ -188,7 +190,7 @@ impl DayRemoval {
         Ok(())
     }
 
-    /// Inserts a receipt of a range of records that is to be removed.
+    /// Inserts a receipt for a range of records that will be removed.
     ///
     /// # Errors
     /// When the statement fails.
@@ -212,8 +214,8 @@ impl DayRemoval {
         Ok(())
     }
 
-    /// Rolls back, so that the day stays as it is. Without this call, the rollback happens some
-    /// time after the drop, and until then no other removal can begin.
+    /// Rolls back, so that no record is removed. If the value is dropped instead, the rollback happens some
+    /// time later, and no other removal can begin until then.
     ///
     /// # Errors
     /// When the statement fails.

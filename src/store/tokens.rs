@@ -1,4 +1,4 @@
-//! Sealed tokens: stored under a lease, or reconciled after they were issued without the database.
+//! Sealed tokens, which are stored under a lease, or reconciled after they were issued without the database.
 
 use std::time::Duration;
 
@@ -14,12 +14,13 @@ use crate::{
     store::leases::Lease,
 };
 
-/// The notification channel on which replicas tell one another that tokens or attempts changed.
+/// The channel on which replicas notify each other of new tokens.
 pub const CHANNEL: &str = "token_broker_tokens";
 
 /// The result of [`commit`].
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Commit {
+#[must_use]
+pub enum CommitOutcome {
     /// The token is the account's token now.
     Stored,
     /// The token was not stored: the account is gone, or has another lease or credential by now.
@@ -28,14 +29,14 @@ pub enum Commit {
     KeptLonger,
 }
 
-/// Stores `token` as the account's if `lease` is still its latest and the account still has the
-/// credential that issued the token (or keeps it through a rotation), and releases the lease.
+/// Stores `token` as the account's token and releases `lease`, if the lease is still the account's latest
+/// one, and the token's credential is still the account's current or previous one.
 ///
-/// Where a new token ends older ones (`new_token_ends_older`), or the stored one is possibly revoked,
-/// the later issue wins: it is the only one that is known to be live. Otherwise the later end wins; ends
-/// that differ by less than the clocks' accuracy count as the same.
+/// If a new token ends older ones (`new_token_ends_older`), or the stored token is possibly revoked, the
+/// later issued token replaces the other, since only that one is known to be live. Otherwise the token with
+/// the later end is kept. Ends that differ by less than 5 seconds count as equal, since clocks differ.
 ///
-/// Committing the same token twice is the same as once.
+/// Idempotent: committing the same token again has no further effect.
 ///
 /// # Errors
 /// When the database cannot be reached or refuses a statement; whether the token was stored is then
@@ -46,10 +47,10 @@ pub async fn commit(
     lease: &Lease,
     token: &SealedToken,
     new_token_ends_older: bool,
-) -> Result<Commit, StoreError> {
+) -> Result<CommitOutcome, StoreError> {
     let account = lease.attempt.account;
     let mut transaction = pool.begin().await?;
-    // Locked in the order in which a DELETE locks them: the account, then its refreshes.
+    // The locks are taken in the same order as by a DELETE: the account, then its row in `refreshes`.
     let issuer = lock_issuer(&mut transaction, account, token).await?;
     let held = sqlx::query!(
         "-- store::tokens::commit
@@ -59,8 +60,10 @@ pub async fn commit(
     )
     .fetch_optional(&mut *transaction)
     .await?;
-    let Some(held) = held.filter(|_| issuer != Issuer::Gone) else { return Ok(Commit::Fenced) };
-    // A success with the previous credential does not hide why the current one is refused.
+    let Some(held) = held.filter(|_| issuer != Issuer::Gone) else {
+        return Ok(CommitOutcome::Fenced);
+    };
+    // A success with the previous credential must not clear the failure of the current one.
     sqlx::query!(
         "-- store::tokens::commit
         update refreshes set lease_holder = null, lease_until = null,
@@ -79,38 +82,39 @@ pub async fn commit(
     let replace_longer = new_token_ends_older || held.possibly_revoked;
     let stored = put(&mut transaction, account, token, replace_longer).await?;
     transaction.commit().await?;
-    Ok(if stored { Commit::Stored } else { Commit::KeptLonger })
+    Ok(if stored { CommitOutcome::Stored } else { CommitOutcome::KeptLonger })
 }
 
 /// The result of [`reconcile`].
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Reconciliation {
+#[must_use]
+pub enum ReconcileOutcome {
     /// The token is the account's token now.
     Stored,
-    /// The token was dropped: another one was stored meanwhile, or the credential or the account is
-    /// gone.
+    /// The token was dropped: another one was stored meanwhile, or its account or credential no longer
+    /// exists.
     Dropped,
     /// Nothing was done, since another replica holds the account's lease: try again later.
     LeaseHeld,
 }
 
-/// A token that was issued and could not be stored, as the database was away.
+/// A token that was issued but could not be stored, because the database did not answer.
 #[derive(Clone, Debug)]
 pub struct OrphanedToken {
     /// The token.
     pub token: SealedToken,
     /// The generation of the stored token when this one was issued.
     pub replaces: Option<Generation>,
-    /// Whether it was issued under a lease. A token that was stored since is then known to be later.
+    /// Whether it was issued under a lease. If so, a token that was stored since is known to be later.
     pub under_lease: bool,
 }
 
-/// What [`reconcile`] needs to know beside the token.
+/// The input of [`reconcile`] besides the token.
 #[derive(Clone, Copy, Debug)]
-pub struct Reconcile<'a> {
+pub struct ReconcileContext<'a> {
     /// The instance that issued the token.
     pub instance: &'a str,
-    /// How long ago its attempt began.
+    /// How long ago the token was issued.
     pub age: Duration,
     /// Whether a later attempt may have issued another token.
     pub possibly_revoked: bool,
@@ -118,11 +122,11 @@ pub struct Reconcile<'a> {
     pub new_token_ends_older: bool,
 }
 
-/// Stores a token that was issued while the database was away, unless another was stored since. If
-/// nobody can say which of the two is the later one, the stored one is marked as possibly revoked
-/// where new tokens end older ones.
+/// Stores a token that was issued while the database did not answer, unless another one was stored since. If
+/// it is not known which of the two was issued later, and new tokens end older ones, the stored one is marked
+/// as possibly revoked.
 ///
-/// Reconciling the same token twice is the same as once.
+/// Idempotent: reconciling the same token again has no further effect.
 ///
 /// # Errors
 /// When the database cannot be reached or refuses a statement; whether the token was stored is then
@@ -132,8 +136,8 @@ pub async fn reconcile(
     pool: &PgPool,
     account: AccountId,
     orphan: &OrphanedToken,
-    circumstances: Reconcile<'_>,
-) -> Result<Reconciliation, StoreError> {
+    context: ReconcileContext<'_>,
+) -> Result<ReconcileOutcome, StoreError> {
     let OrphanedToken { token, replaces, under_lease } = orphan;
     let mut transaction = pool.begin().await?;
     let issuer = lock_issuer(&mut transaction, account, token).await?;
@@ -142,17 +146,18 @@ pub async fn reconcile(
         select coalesce(lease_until > clock_timestamp() and lease_holder <> $2, false) as "leased!"
         from refreshes where account_id = $1 for update"#,
         account.0,
-        circumstances.instance,
+        context.instance,
     )
     .fetch_optional(&mut *transaction)
     .await?
     else {
-        return Ok(Reconciliation::Dropped);
+        return Ok(ReconcileOutcome::Dropped);
     };
     if found.leased {
-        return Ok(Reconciliation::LeaseHeld);
+        return Ok(ReconcileOutcome::LeaseHeld);
     }
-    // A statement of its own, after the lock: its snapshot has what the lock's last owner committed.
+    // This must be a second statement, after the lock, so that its snapshot includes what the previous
+    // owner of the lock committed.
     let stored = sqlx::query_scalar!(
         "-- store::tokens::reconcile
         select generation from tokens where account_id = $1",
@@ -163,7 +168,7 @@ pub async fn reconcile(
     .map(Generation);
     let unchanged = stored == *replaces || stored == Some(token.generation);
     if !unchanged || issuer == Issuer::Gone {
-        if circumstances.new_token_ends_older && !under_lease {
+        if context.new_token_ends_older && !under_lease {
             sqlx::query!(
                 "-- store::tokens::reconcile
                 update refreshes set possibly_revoked = true, changed = pg_current_xact_id()
@@ -174,9 +179,9 @@ pub async fn reconcile(
             .await?;
             transaction.commit().await?;
         }
-        return Ok(Reconciliation::Dropped);
+        return Ok(ReconcileOutcome::Dropped);
     }
-    // A success with the previous credential does not hide why the current one is refused.
+    // A success with the previous credential must not clear the failure of the current one.
     sqlx::query!(
         "-- store::tokens::reconcile
         update refreshes set lease_holder = null, lease_until = null,
@@ -190,16 +195,16 @@ pub async fn reconcile(
             next_attempt_at = null, changed = pg_current_xact_id()
         where account_id = $1",
         account.0,
-        interval(circumstances.age),
+        interval(context.age),
         token.credential_version.0,
-        circumstances.possibly_revoked,
+        context.possibly_revoked,
         issuer == Issuer::Current,
     )
     .execute(&mut *transaction)
     .await?;
     put(&mut transaction, account, token, true).await?;
     transaction.commit().await?;
-    Ok(Reconciliation::Stored)
+    Ok(ReconcileOutcome::Stored)
 }
 
 /// The relation of a token's credential to its account.
@@ -207,9 +212,9 @@ pub async fn reconcile(
 enum Issuer {
     /// The account's current credential issued the token.
     Current,
-    /// The credential before the last rotation issued it, and is still kept.
+    /// The previous credential, which is still kept, issued the token.
     Previous,
-    /// The account does not have that credential any more, or does not exist.
+    /// The account no longer has the credential, or does not exist.
     Gone,
 }
 
@@ -235,10 +240,10 @@ async fn lock_issuer(
     })
 }
 
-/// Makes `token` the account's, unless one of a later generation is stored, or one that lives longer
-/// and is not to be replaced (`replace_longer`). Returns whether it was stored.
+/// Stores `token` as the account's token and returns `true`, unless the stored token has a later generation,
+/// or ends later and `replace_longer` is not set.
 ///
-/// The previous credential is dropped if the current one issued the token.
+/// In either case, the previous credential is dropped if the current one issued `token`.
 async fn put(
     transaction: &mut Transaction<'_, Postgres>,
     account: AccountId,
@@ -281,11 +286,11 @@ async fn put(
     Ok(stored.rows_affected() == 1)
 }
 
-/// Notifies the other replicas that tokens changed. Not part of the transaction that stores a token:
-/// NOTIFY takes a lock of the whole database cluster until its commit.
+/// Notifies the other replicas of new tokens. This is not part of the transaction that stores a token,
+/// because NOTIFY holds a lock of the whole database cluster until its commit.
 ///
 /// # Errors
-/// When the database cannot be reached; the others then find out by polling.
+/// When the database cannot be reached. The others load the tokens at their next poll then.
 #[instrument(level = "debug", skip_all)]
 pub async fn notify(pool: &PgPool) -> Result<(), StoreError> {
     sqlx::query!("-- store::tokens::notify\nselect pg_notify($1, '')", CHANNEL)

@@ -1,4 +1,4 @@
-//! An admin's plain SQL takes effect within moments and without a restart.
+//! Accounts that admins change by plain SQL: the changes take effect within moments and without a restart.
 
 use std::time::Duration;
 
@@ -105,7 +105,7 @@ async fn the_hint_asks_for_a_secret_that_was_emptied_before_it_was_sealed() {
 }
 
 #[tokio::test]
-async fn the_previous_secret_goes_on_issuing_when_the_new_one_is_refused() {
+async fn tokens_are_issued_with_the_previous_secret_while_the_new_one_is_refused() {
     let fixture = Fixture::new().await;
     let bearer = fixture.add_caller("demo", &["*"]).await;
     let broker = fixture.start().await;
@@ -119,12 +119,12 @@ async fn the_previous_secret_goes_on_issuing_when_the_new_one_is_refused() {
     assert_eq!(previous_version(&fixture).await, Some(1));
     assert_eq!(client.get("acme").await.unwrap().generation, first.generation);
 
-    // The new secret was refused, so the next token is issued by the previous one.
+    // The new secret was refused, so the next token is issued with the previous one.
     fixture.upstream.set_faults(Faults { token_life: Duration::from_secs(3), ..Faults::default() });
     fixture.database.sql("update accounts set enabled = false").await;
     fixture.database.sql("update tokens set expires_at = now() + interval '1 second', changed = pg_current_xact_id()").await;
     fixture.database.sql("update accounts set enabled = true").await;
-    let second = eventually("a token by the old secret", async || {
+    let second = eventually("a token issued with the previous secret", async || {
         client.get("acme").await.ok().filter(|token| token.generation > first.generation)
     })
     .await;
@@ -157,18 +157,19 @@ async fn a_rotation_does_not_keep_a_secret_that_is_refused_or_never_issued_a_tok
     assert_eq!(previous_version(&fixture).await, None, "the first secret never issued a token");
     fixture.wait_for_state("acme", "fresh").await;
     rotate("SK.wrong").await;
-    assert_eq!(previous_version(&fixture).await, Some(2), "the second one did");
+    assert_eq!(previous_version(&fixture).await, Some(2), "the second secret issued a token");
     fixture.wait_for_state("acme", "rejected").await;
     rotate("SK.1").await;
     assert_eq!(
         previous_version(&fixture).await,
         Some(2),
-        "the second one is still kept, since the third was refused"
+        "the second secret is still kept, since the third was refused"
     );
     let issued = async || previous_version(&fixture).await.is_none().then_some(());
-    eventually("a token by the new secret", issued).await;
+    eventually("a token issued with the new secret", issued).await;
 
-    // The present secret is refused while it is being rotated, since the upstream has another one now.
+    // The current secret is rotated while an attempt with it is under way. The attempt fails, since the
+    // upstream has another secret now.
     fixture.upstream.add_account("id-1", "SK.2");
     fixture
         .upstream
@@ -182,7 +183,7 @@ async fn a_rotation_does_not_keep_a_secret_that_is_refused_or_never_issued_a_tok
 }
 
 #[tokio::test]
-async fn disabling_and_deleting_take_effect_and_a_new_row_with_the_same_name_is_another_account() {
+async fn disabling_and_deleting_take_effect_and_a_new_row_with_the_name_is_another_account() {
     let fixture = Fixture::new().await;
     let bearer = fixture.add_caller("demo", &["*"]).await;
     let broker = fixture.start().await;
@@ -224,7 +225,7 @@ async fn a_transaction_that_commits_late_is_not_missed() {
     .execute(&mut *late)
     .await
     .unwrap();
-    // While that transaction is open, others commit, and the change feed advances.
+    // While this transaction is open, others commit, and the change feed advances past it.
     fixture.add_account("early", "id-2", "SK.2").await;
     fixture.wait_for_state("early", "fresh").await;
     fixture.database.sql("update accounts set description = 'again' where name = 'early'").await;
@@ -283,7 +284,7 @@ async fn a_sealed_secret_that_was_copied_to_the_newest_account_does_not_prevent_
     assert_eq!(fixture.account_status("one", "state").await, "fresh");
 
     fixture.database.sql("update accounts set client_secret = 'SK.3' where name = 'three'").await;
-    eventually("a token by the corrected secret", async || {
+    eventually("a token issued with the corrected secret", async || {
         (fixture.upstream.issued("id-3") == 2).then_some(())
     })
     .await;
@@ -333,7 +334,7 @@ async fn a_value_that_was_sealed_for_another_row_is_not_used() {
 }
 
 #[tokio::test]
-async fn changes_made_by_sql_become_audit_events_with_who_made_them() {
+async fn changes_made_by_sql_become_audit_events_with_their_actor_and_reason() {
     let fixture = Fixture::new().await;
     // This change is made before any broker has run.
     fixture.add_account("early", "id-1", "SK.1").await;
@@ -363,11 +364,11 @@ async fn changes_made_by_sql_become_audit_events_with_who_made_them() {
             "account_removed/-/acme/ok/-",
         ]
     );
-    let who = fixture
+    let attributed = fixture
         .audit_events(
             "account = 'acme' and detail->>'actor' = 'jane' and detail->>'reason' = 'T-1'",
         )
         .await;
-    assert_eq!(who.len(), 1);
+    assert_eq!(attributed.len(), 1);
     broker.stop().await;
 }

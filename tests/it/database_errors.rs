@@ -1,4 +1,4 @@
-//! What the server's errors become: kinds to act on, and texts that quote no data.
+//! Errors of the server are converted to the right kinds, and their texts quote no data.
 
 use std::{error::Error, time::Duration};
 
@@ -14,7 +14,7 @@ use crate::{
     outages::until_readiness_says,
 };
 
-/// Runs a statement that must fail.
+/// Runs a statement that must fail, and returns its error.
 async fn error_of(database: &TestDatabase, statement: &str) -> StoreError {
     let done = sqlx::raw_sql(AssertSqlSafe(statement.to_owned())).execute(database.pool()).await;
     done.expect_err(statement).into()
@@ -57,7 +57,7 @@ async fn an_error_of_the_server_has_its_kind_and_quotes_no_data() {
         assert!(!texts.contains("canary"), "{texts}");
     }
 
-    // These messages quote the value itself.
+    // The server's messages for these statements quote the value.
     for malformed in ["select 'canary'::text::int", "select to_timestamp('canary', 'YYYY')"] {
         let error = error_of(&database, malformed).await;
         assert_eq!(kind(&error), "refused");
@@ -66,7 +66,7 @@ async fn an_error_of_the_server_has_its_kind_and_quotes_no_data() {
 }
 
 #[tokio::test]
-async fn a_lock_that_holds_up_the_change_feed_does_not_count_as_an_outage() {
+async fn a_lock_that_blocks_the_change_feed_does_not_count_as_an_outage() {
     let manual = ManualClock::new(Clock::System.now());
     let fixture = Fixture::with(Clock::Manual(manual.clone()), Faults::default()).await;
     let bearer = fixture.add_caller("demo", &["*"]).await;
@@ -86,7 +86,7 @@ async fn a_lock_that_holds_up_the_change_feed_does_not_count_as_an_outage() {
     )
     .await;
     manual.advance(Duration::from_secs(59 * 60 + 30));
-    eventually("a token that was issued by a lease", async || {
+    eventually("a token that was issued under a lease", async || {
         let next = client.get("acme").await.ok()?;
         (next.generation > token.generation).then_some(())
     })

@@ -17,6 +17,7 @@ mod audit;
 mod database_errors;
 mod documents;
 mod fuzzed;
+mod guarantees;
 mod identity;
 mod inputs;
 mod migrations;
@@ -24,7 +25,6 @@ mod outages;
 #[cfg(feature = "embedded-postgres")]
 mod postgres;
 mod processes;
-mod promises;
 mod refresh;
 mod refresh_rules;
 mod restored;

@@ -1,4 +1,4 @@
-//! Migrations: numbered files are applied once, repeatable ones whenever they changed, all in one
+//! Migrations: numbered files are applied once, repeatable ones whenever they have changed, all in one
 //! transaction.
 
 use std::{collections::BTreeMap, fs, path::Path};
@@ -13,7 +13,7 @@ use crate::harness::database::TestDatabase;
 
 const ROLES: &str = include_str!("../../deploy/roles.sql");
 
-/// A release's migrations, to be altered before they are applied.
+/// The migrations of a release, which a test can change before it applies them.
 struct Release {
     numbered: Vec<Migration>,
     repeatable: Vec<Migration>,
@@ -70,7 +70,7 @@ async fn empty_database() -> TestDatabase {
     database
 }
 
-/// The first column of each row, as text.
+/// Returns the first column of each row, as text.
 async fn rows(database: &TestDatabase, query: &str) -> Vec<String> {
     sqlx::query(AssertSqlSafe(query.to_owned()))
         .fetch_all(database.pool())
@@ -81,7 +81,8 @@ async fn rows(database: &TestDatabase, query: &str) -> Vec<String> {
         .collect()
 }
 
-/// Every function, trigger, view, table and recorded migration, with the transaction that last wrote it.
+/// Returns every function, trigger, view, table and recorded migration, with the transaction that last
+/// wrote it.
 async fn written(database: &TestDatabase) -> Vec<String> {
     rows(
         database,
@@ -118,7 +119,7 @@ async fn every_function_has_a_fixed_search_path() {
 }
 
 #[tokio::test]
-async fn functions_look_into_the_schema_that_was_migrated() {
+async fn the_search_path_of_functions_is_the_schema_that_was_migrated() {
     let database = empty_database().await;
     let name = rows(&database, "select current_database()::text").await.remove(0);
     database
@@ -172,7 +173,7 @@ async fn only_the_repeatable_migration_that_changed_is_applied() {
 }
 
 #[tokio::test]
-async fn a_repeatable_migration_that_fails_takes_the_numbered_ones_back() {
+async fn a_repeatable_migration_that_fails_rolls_back_the_numbered_ones() {
     let database = TestDatabase::new().await;
     let before = written(&database).await;
     let release = |sql| {
@@ -193,7 +194,7 @@ async fn a_repeatable_migration_that_fails_takes_the_numbered_ones_back() {
 }
 
 #[tokio::test]
-async fn a_numbered_migration_that_fails_leaves_nothing_of_earlier_ones() {
+async fn a_numbered_migration_that_fails_rolls_back_the_earlier_ones() {
     let database = empty_database().await;
 
     let broken = Release::current().with_numbered(1000, "create table").apply(&database).await;
@@ -224,7 +225,7 @@ async fn an_older_release_runs_on_a_newer_schema_and_leaves_it_as_it_is() {
 }
 
 #[tokio::test]
-async fn an_older_or_missing_repeatable_migration_is_a_schema_that_is_too_old() {
+async fn a_schema_with_an_older_or_missing_repeatable_migration_is_too_old() {
     let database = TestDatabase::new().await;
     for older in [
         "delete from repeatable_migrations where name = 'audit'",
@@ -252,7 +253,7 @@ async fn a_repeatable_migration_that_changed_without_a_new_version_is_refused() 
 }
 
 #[tokio::test]
-async fn privileges_outlast_a_change_of_the_repeatable_migrations() {
+async fn privileges_are_kept_when_the_repeatable_migrations_change() {
     let database = TestDatabase::new().await;
     database.sql(ROLES).await;
     let privileges = "select concat_ws(' ', oid::regprocedure, proacl) from pg_proc

@@ -1,4 +1,4 @@
-//! The broker while the database is unreachable or silent, and once it is back.
+//! The broker while the database is unreachable or does not answer, and after it answers again.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -23,8 +23,8 @@ use crate::harness::{
 };
 
 impl Fixture {
-    /// Pretends that another replica is running and stays.
-    async fn with_another_replica(&self) {
+    /// Stores a heartbeat of another replica, which stays recent for the whole test.
+    async fn add_another_replica(&self) {
         self.database
             .sql(
                 "insert into instances (id, replica, version, key_ids, started_at, heartbeat_at)
@@ -34,10 +34,10 @@ impl Fixture {
     }
 
     /// Returns the configuration of a broker that reaches its database through `proxy`.
-    fn plan_by(&self, proxy: &DatabaseProxy) -> AppConfig {
-        let mut plan = self.config();
-        plan.settings.database_url = DatabaseUrl::new(proxy.url()).unwrap();
-        plan
+    fn config_through(&self, proxy: &DatabaseProxy) -> AppConfig {
+        let mut config = self.config();
+        config.settings.database_url = DatabaseUrl::new(proxy.url()).unwrap();
+        config
     }
 }
 
@@ -46,9 +46,10 @@ async fn a_database_that_stopped_answering_is_used_again_once_it_answers() {
     let fixture = Fixture::new().await;
     let proxy = DatabaseProxy::start(fixture.database.url()).await;
     let bearer = fixture.add_caller("demo", &["*"]).await;
-    // With one connection, a single step that never returns it would end all use of the database.
-    let broker =
-        fixture.start_with(AppConfig { pool_connections: 1, ..fixture.plan_by(&proxy) }).await;
+    // With a pool of one connection, a single step that never returns it would block all others.
+    let broker = fixture
+        .start_with(AppConfig { pool_connections: 1, ..fixture.config_through(&proxy) })
+        .await;
     let client = broker.client(&bearer).await;
 
     proxy.blackhole();
@@ -60,11 +61,11 @@ async fn a_database_that_stopped_answering_is_used_again_once_it_answers() {
     broker.stop().await;
 }
 
-/// Waits until `/readyz` says `words`.
-pub(crate) async fn until_readiness_says(broker: &TestBroker, words: &str) {
-    eventually(&format!("`{words}` in readiness"), async || {
+/// Waits until the answer of `/readyz` contains `text`.
+pub(crate) async fn until_readiness_says(broker: &TestBroker, text: &str) {
+    eventually(&format!("`{text}` in readiness"), async || {
         let (_, body) = http(broker.app.ops_address, "GET", "/readyz", "").await;
-        body.contains(words).then_some(())
+        body.contains(text).then_some(())
     })
     .await;
 }
@@ -73,8 +74,8 @@ pub(crate) async fn until_readiness_says(broker: &TestBroker, words: &str) {
 async fn health(grpc: SocketAddr) -> ServingStatus {
     let channel = Endpoint::from_shared(format!("http://{grpc}")).unwrap().connect().await.unwrap();
     let mut client = HealthClient::new(channel);
-    let asked = HealthCheckRequest { service: SERVICE_NAME.into() };
-    client.check(asked).await.unwrap().into_inner().status()
+    let request = HealthCheckRequest { service: SERVICE_NAME.into() };
+    client.check(request).await.unwrap().into_inner().status()
 }
 
 #[tokio::test]
@@ -83,16 +84,16 @@ async fn a_full_journal_refuses_calls_is_shown_in_health_and_recovers_once_deliv
     let proxy = DatabaseProxy::start(fixture.database.url()).await;
     let bearer = fixture.add_caller("demo", &["*"]).await;
     fixture.add_account("acme", "id-1", "SK.1").await;
-    let mut plan = fixture.plan_by(&proxy);
-    plan.journal_segment_bytes = 4 << 10;
-    plan.settings.journal_max_bytes = 32 << 10;
-    let broker = fixture.start_with(plan).await;
+    let mut config = fixture.config_through(&proxy);
+    config.journal_segment_bytes = 4 << 10;
+    config.settings.journal_max_bytes = 32 << 10;
+    let broker = fixture.start_with(config).await;
     let (grpc, ops) = (broker.app.grpc_address, broker.app.ops_address);
     let client = broker.client(&bearer).await;
     client.get("acme").await.unwrap();
     assert_eq!(health(grpc).await, ServingStatus::Serving);
 
-    // Nothing is delivered without the database, and undelivered records must not be deleted.
+    // Without the database no record can be delivered, and undelivered records must not be deleted.
     proxy.disconnect();
     let mut answered = 0;
     let refused = loop {
@@ -104,20 +105,20 @@ async fn a_full_journal_refuses_calls_is_shown_in_health_and_recovers_once_deliv
     };
     assert_eq!(code_and_reason(&refused), "Unavailable AUDIT_UNAVAILABLE");
     assert_eq!(http(ops, "GET", "/readyz", "").await.0, 503);
-    eventually("health that says it", async || {
+    eventually("the health NOT_SERVING", async || {
         (health(grpc).await == ServingStatus::NotServing).then_some(())
     })
     .await;
 
     proxy.forward();
     eventually("a token again", async || client.get("acme").await.ok()).await;
-    eventually("health that says it", async || {
+    eventually("the health SERVING", async || {
         (health(grpc).await == ServingStatus::Serving).then_some(())
     })
     .await;
     broker.stop().await;
-    let told = fixture.audit_events("event = 'get_token' and outcome = 'ok'").await.len();
-    assert!(told >= answered + 2, "{told} recorded of {answered} answered");
+    let recorded = fixture.audit_events("event = 'get_token' and outcome = 'ok'").await.len();
+    assert!(recorded >= answered + 2, "{recorded} recorded of {answered} answered");
 }
 
 #[tokio::test]
@@ -127,14 +128,14 @@ async fn a_partitioned_replica_serves_tokens_to_their_end_and_then_refuses_at_on
     let proxy = DatabaseProxy::start(fixture.database.url()).await;
     let bearer = fixture.add_caller("demo", &["*"]).await;
     fixture.add_account("acme", "id-1", "SK.1").await;
-    fixture.with_another_replica().await;
-    let broker = fixture.start_with(fixture.plan_by(&proxy)).await;
+    fixture.add_another_replica().await;
+    let broker = fixture.start_with(fixture.config_through(&proxy)).await;
     let client = broker.client(&bearer).await;
     let token = client.get("acme").await.unwrap();
 
     proxy.disconnect();
     until_readiness_says(&broker, "serving what is known").await;
-    // For all that is known here, the other replica issues: a second token would end its own.
+    // The other replica may have issued. A token that is issued here would end its token.
     manual.advance(Duration::from_mins(59));
     assert_eq!(client.get("acme").await.unwrap().generation, token.generation);
     manual.advance(Duration::from_mins(1));
@@ -158,12 +159,12 @@ async fn a_waiting_call_is_refused_at_once_when_the_database_is_lost() {
     let proxy = DatabaseProxy::start(fixture.database.url()).await;
     let bearer = fixture.add_caller("demo", &["*"]).await;
     fixture.add_account("acme", "id-1", "SK.1").await;
-    fixture.with_another_replica().await;
-    let broker = fixture.start_with(fixture.plan_by(&proxy)).await;
+    fixture.add_another_replica().await;
+    let broker = fixture.start_with(fixture.config_through(&proxy)).await;
     let client = broker.client(&bearer).await;
     let token = client.get("acme").await.unwrap();
 
-    // No newer token is due: only the outage can end this wait before its deadline.
+    // No newer token is due, so only the outage can end this wait before its deadline.
     let waiting = tokio::spawn({
         let client = client.clone();
         async move {
@@ -197,7 +198,7 @@ async fn a_sole_replica_keeps_tokens_fresh_without_the_database_and_stores_them_
     let proxy = DatabaseProxy::start(fixture.database.url()).await;
     let bearer = fixture.add_caller("demo", &["*"]).await;
     fixture.add_account("acme", "id-1", "SK.1").await;
-    let broker = fixture.start_with(fixture.plan_by(&proxy)).await;
+    let broker = fixture.start_with(fixture.config_through(&proxy)).await;
     let client = broker.client(&bearer).await;
     let first = client.get("acme").await.unwrap();
     let mut calls = 1;
@@ -206,7 +207,7 @@ async fn a_sole_replica_keeps_tokens_fresh_without_the_database_and_stores_them_
     until_readiness_says(&broker, "issuing goes on without it").await;
     let mut served = first.clone();
     for life in 1..=3 {
-        // The refresh is due but not mandatory: the database may be back before that.
+        // The refresh is due but not mandatory, so the sole replica still waits for the database.
         manual.advance(Duration::from_mins(50));
         assert_eq!(client.get("acme").await.unwrap().generation, served.generation);
         manual.advance(Duration::from_secs(9 * 60 + 30));
@@ -250,7 +251,7 @@ async fn a_token_that_was_issued_without_the_database_and_lost_is_replaced_at_th
     let proxy = DatabaseProxy::start(fixture.database.url()).await;
     let bearer = fixture.add_caller("demo", &["*"]).await;
     fixture.add_account("acme", "id-1", "SK.1").await;
-    let broker = fixture.start_with(fixture.plan_by(&proxy)).await;
+    let broker = fixture.start_with(fixture.config_through(&proxy)).await;
     let client = broker.client(&bearer).await;
     let stored = client.get("acme").await.unwrap();
 
@@ -284,8 +285,8 @@ async fn a_token_that_was_issued_as_the_database_was_lost_is_served_and_stored_l
     let fixture = Fixture::new().await;
     let proxy = DatabaseProxy::start(fixture.database.url()).await;
     let bearer = fixture.add_caller("demo", &["*"]).await;
-    fixture.with_another_replica().await;
-    let broker = fixture.start_with(fixture.plan_by(&proxy)).await;
+    fixture.add_another_replica().await;
+    let broker = fixture.start_with(fixture.config_through(&proxy)).await;
     let client = broker.client(&bearer).await;
     let latency = Duration::from_secs(2);
     fixture.upstream.set_faults(Faults { latency, ..Faults::default() });

@@ -1,4 +1,4 @@
-//! Tokens are replaced ahead of their end: once for all replicas, across restarts and lost answers.
+//! Tokens are replaced before they end: by one replica only, and after restarts and lost answers too.
 
 use std::{
     collections::BTreeSet,
@@ -24,7 +24,7 @@ fn short_lived(seconds: u64) -> Faults {
 }
 
 #[tokio::test]
-async fn tokens_are_replaced_ahead_of_their_end_and_served_without_a_gap() {
+async fn tokens_are_replaced_before_their_end_and_served_without_a_gap() {
     const LIFE: Duration = Duration::from_secs(10);
     let fixture = Fixture::with(Clock::System, short_lived(10)).await;
     let bearer = fixture.add_caller("demo", &["*"]).await;
@@ -81,9 +81,9 @@ async fn three_replicas_issue_once_for_each_account() {
     let homes: Vec<_> = (0..3).map(|_| TempDir::new().unwrap()).collect();
     let mut brokers = vec![];
     for home in &homes {
-        let mut plan = fixture.config();
-        plan.settings.state_dir = home.path().to_owned();
-        brokers.push(fixture.start_with(plan).await);
+        let mut config = fixture.config();
+        config.settings.state_dir = home.path().to_owned();
+        brokers.push(fixture.start_with(config).await);
     }
     let mut calls = tokio::task::JoinSet::new();
     for broker in &brokers {
@@ -105,7 +105,7 @@ async fn three_replicas_issue_once_for_each_account() {
 }
 
 #[tokio::test]
-async fn after_a_lost_answer_a_token_is_issued_since_the_lost_one_ended_the_stored_one() {
+async fn after_a_lost_answer_a_new_token_is_issued_since_the_lost_one_ended_the_stored_one() {
     let fixture = Fixture::new().await;
     let bearer = fixture.add_caller("demo", &["*"]).await;
     fixture.add_account("acme", "id-1", "SK.1").await;
@@ -138,7 +138,7 @@ async fn an_attempt_without_a_recorded_end_is_repeated_after_its_lease() {
     let broker = fixture.start().await;
     let first = broker.client(&bearer).await.get("acme").await.unwrap();
     broker.stop().await;
-    // As after a replica was killed between the upstream's answer and the commit.
+    // This is the state after a replica was killed between the upstream's answer and the commit.
     fixture
         .database
         .sql(
@@ -166,7 +166,8 @@ async fn a_restarted_replica_does_not_wait_for_the_leases_of_its_previous_proces
     let client = broker.client(&bearer).await;
     let (acme, bmce) = (client.get("acme").await.unwrap(), client.get("bmce").await.unwrap());
     broker.stop().await;
-    // As if this replica had been killed during one call, and another replica during the other.
+    // This is the state after this replica was killed during one call, and another one during the other
+    // call.
     let instance = std::fs::read_to_string(fixture.state.path().join("instance")).unwrap();
     fixture
         .database
@@ -181,9 +182,9 @@ async fn a_restarted_replica_does_not_wait_for_the_leases_of_its_previous_proces
 
     // The other replica's lease counts towards the concurrency of two; that of the ended process
     // does not.
-    let mut plan = fixture.config();
-    plan.settings.upstream_concurrency = 2;
-    let broker = fixture.start_with(plan).await;
+    let mut config = fixture.config();
+    config.settings.upstream_concurrency = 2;
+    let broker = fixture.start_with(config).await;
     let client = broker.client(&bearer).await;
     eventually("a new token", async || {
         client.get("acme").await.ok().filter(|token| token.generation > acme.generation)
@@ -199,9 +200,9 @@ async fn malformed_answers_never_replace_a_token() {
     let bearer = fixture.add_caller("demo", &["*"]).await;
     fixture.add_account("acme", "id-1", "SK.1").await;
     // Where new tokens do not end older ones, the stored one is never possibly revoked.
-    let mut plan = fixture.config();
-    plan.settings.new_token_ends_older = false;
-    let broker = fixture.start_with(plan).await;
+    let mut config = fixture.config();
+    config.settings.new_token_ends_older = false;
+    let broker = fixture.start_with(config).await;
     let client = broker.client(&bearer).await;
     let first = client.get("acme").await.unwrap();
     for (n, answer) in
@@ -223,7 +224,7 @@ async fn malformed_answers_never_replace_a_token() {
 }
 
 #[tokio::test]
-async fn a_wrong_keyring_another_upstream_or_an_old_schema_is_one_clear_error() {
+async fn a_start_with_a_wrong_keyring_another_upstream_or_an_old_schema_fails_with_a_clear_error() {
     let fixture = Fixture::new().await;
     fixture.add_account("acme", "id-1", "SK.1").await;
     let broker = fixture.start().await;
@@ -234,9 +235,9 @@ async fn a_wrong_keyring_another_upstream_or_an_old_schema_is_one_clear_error() 
     let error = start_error(AppConfig { keyring: other.into(), ..fixture.config() }).await;
     assert!(error.starts_with("the keyring does not open the secret of account acme"), "{error}");
 
-    let mut plan = fixture.config();
-    plan.settings.upstream = "http://127.0.0.1:9/api/1.1".parse().unwrap();
-    let error = start_error(plan).await;
+    let mut config = fixture.config();
+    config.settings.upstream = "http://127.0.0.1:9/api/1.1".parse().unwrap();
+    let error = start_error(config).await;
     assert!(error.contains("belongs to the upstream"), "{error}");
 
     fixture.database.sql("delete from _sqlx_migrations where version = 5").await;
@@ -245,7 +246,7 @@ async fn a_wrong_keyring_another_upstream_or_an_old_schema_is_one_clear_error() 
 }
 
 #[tokio::test]
-async fn in_an_outage_one_account_at_a_time_is_tried_and_all_are_when_the_upstream_is_back() {
+async fn in_an_outage_one_account_at_a_time_is_tried_and_after_it_all_accounts_are() {
     let away = Faults { answer: Answer::Reset, ..Faults::default() };
     let fixture = Fixture::with(Clock::System, away).await;
     let ids = 1..=5;
@@ -259,16 +260,16 @@ async fn in_an_outage_one_account_at_a_time_is_tried_and_all_are_when_the_upstre
     let readiness = http(broker.app.ops_address, "GET", "/readyz", "").await.1;
     assert!(readiness.contains("is away: one account at a time is tried"), "{readiness}");
 
-    // As in a long outage: all accounts but one would wait for an hour.
-    let wait = async |until: &str, of: &str| {
+    // All accounts except one get a pause of an hour, as in a long outage.
+    let set_next_attempt = async |at: &str, condition: &str| {
         let update = format!(
-            "update refreshes set next_attempt_at = {until}, changed = pg_current_xact_id() where {of}"
+            "update refreshes set next_attempt_at = {at}, changed = pg_current_xact_id() where {condition}"
         );
         fixture.database.sql(&update).await;
     };
-    wait("now() + interval '1 hour'", "true").await;
+    set_next_attempt("now() + interval '1 hour'", "true").await;
     fixture.upstream.set_faults(Faults::default());
-    wait("now()", "account_id = (select id from accounts where name = 'acme-4')").await;
+    set_next_attempt("now()", "account_id = (select id from accounts where name = 'acme-4')").await;
     for n in ids {
         fixture.wait_for_state(&format!("acme-{n}"), "fresh").await;
     }

@@ -1,4 +1,5 @@
-//! The rules that exist twice, in Rust and in SQL or in the cache and in a locked row, agree.
+//! Rules that are implemented in Rust and in SQL, or applied to the cache and to a locked row, give the same
+//! results.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -27,14 +28,14 @@ use token_broker::{
 
 use crate::harness::database::TestDatabase;
 
-/// `values` as the rows of a VALUES list, each of SQL type `sql_type`.
+/// Returns a VALUES list with a row for each of `values`, which have the SQL type `sql_type`.
 fn rows(values: &[&str], sql_type: &str) -> String {
     let rows: Vec<_> = values.iter().map(|value| format!("({value}::{sql_type})")).collect();
     format!("(values {})", rows.join(", "))
 }
 
-/// Inserts an account for each combination of the facts that decide on its state. Times are relative to
-/// the start of the transaction, and also equal to it.
+/// Inserts an account for each combination of the facts that its state depends on. Times are before, at and
+/// after the start of the transaction.
 async fn insert_all_combinations(transaction: &mut PgConnection) {
     let classes: Vec<_> = FailureClass::ALL.iter().map(|class| format!("'{class}'")).collect();
     let mut classes: Vec<_> = classes.iter().map(String::as_str).collect();
@@ -83,24 +84,23 @@ async fn rust_and_the_view_account_status_derive_the_same_state_from_all_facts()
     assert_eq!(loaded.len(), 2 * 2 * (FailureClass::ALL.len() + 2) * 3 * 4 * 4 * 4);
 
     let mut seen = BTreeSet::new();
-    for it in loaded {
-        let token_ends = it.token.as_ref().map(|token| token.expires_at);
-        let state = AccountState::of(&it.account, &it.refresh, token_ends, now);
-        let by_view = &by_view[&it.account.id.0];
-        assert_eq!(by_view, state.as_str(), "at {now}, token ends {token_ends:?}: {it:?}");
+    for loaded in loaded {
+        let token_ends = loaded.token.as_ref().map(|token| token.expires_at);
+        let state = AccountState::of(&loaded.account, &loaded.refresh, token_ends, now);
+        let by_view = &by_view[&loaded.account.id.0];
+        assert_eq!(by_view, state.as_str(), "at {now}, token ends {token_ends:?}: {loaded:?}");
         seen.insert(state.as_str());
     }
     let all: BTreeSet<_> = AccountState::ALL.iter().map(|state| state.as_str()).collect();
-    assert_eq!(seen, all, "each state occurs");
+    assert_eq!(seen, all, "each state must occur");
 }
 
-/// The least time between issues in the claims of the next test: long, so that no generated time is near
-/// a boundary.
+/// The minimum issue interval of the claims. It is so long that no generated time is near its end.
 const MIN_ISSUE_INTERVAL: Duration = Duration::from_mins(30);
 /// How long ago the upstream's outage ended, if there was one.
 const OUTAGE_ENDED: Duration = Duration::from_mins(5);
 
-/// The facts that decide on a claim, as SQL values.
+/// The facts that the decision of a claim depends on, as SQL values.
 #[derive(Clone, Debug)]
 #[expect(clippy::struct_excessive_bools, reason = "they are independent columns")]
 struct Facts {
@@ -113,8 +113,8 @@ struct Facts {
     failure: Option<(FailureClass, i64)>,
     exceptions: i32,
     generation: Option<i64>,
-    /// Times relative to the present: the last attempt, the request for a new token, the lease's end,
-    /// the next attempt, and the begin of the exceptions' hour.
+    /// Times relative to the present: the start of the last attempt, the request for a new token, the end
+    /// of the lease, the next attempt, and the start of the window of exceptions.
     times: [Option<&'static str>; 5],
     after_outage: bool,
 }
@@ -150,7 +150,7 @@ fn facts() -> impl Strategy<Value = Facts> {
 }
 
 impl Facts {
-    /// Inserts an account with these facts; returns its id.
+    /// Inserts an account with these facts, and returns its id.
     async fn insert(&self, database: &TestDatabase, n: usize) -> i64 {
         let id: i64 = sqlx::query_scalar(
             "insert into accounts (name, client_id, client_secret, credential_version, enabled)
@@ -216,7 +216,7 @@ impl Facts {
 }
 
 #[tokio::test]
-async fn a_claim_decides_as_planning_does_with_the_same_facts() {
+async fn a_claim_and_the_schedule_decide_the_same_from_the_same_facts() {
     const CLAIMS: usize = 400;
     let database = TestDatabase::new().await;
     let policy = RefreshPolicy { refresh_at: 0.75, min_issue_interval: MIN_ISSUE_INTERVAL };

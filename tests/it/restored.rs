@@ -1,5 +1,5 @@
-//! A database that is a copy, an older state or another deployment's is detected, and used only if an admin
-//! accepts it.
+//! A database that is a copy, an older state or another deployment's is detected. It is used only after an
+//! admin has accepted it.
 
 use token_broker::{
     app::AppConfig,
@@ -13,16 +13,16 @@ use crate::harness::{
     eventually,
 };
 
-/// Returns how many audit events match the SQL condition.
-async fn count(fixture: &Fixture, where_: &str) -> usize {
-    fixture.audit_events(where_).await.len()
+/// Counts the audit events that meet the SQL condition.
+async fn count(fixture: &Fixture, condition: &str) -> usize {
+    fixture.audit_events(condition).await.len()
 }
 
-/// Makes the copy of a database look like one that was restored under its former `oid` in its server.
-async fn restored_in_place(database: &TestDatabase) {
-    let here = "update deployment set database_oid =
+/// Makes a copy of the database look like one that was restored in the same server under the same `oid`.
+async fn set_restored_in_place(database: &TestDatabase) {
+    let statement = "update deployment set database_oid =
         (select oid::bigint from pg_database where datname = current_database())";
-    database.sql(here).await;
+    database.sql(statement).await;
 }
 
 #[tokio::test]
@@ -95,7 +95,7 @@ async fn an_older_state_of_the_database_is_refused_with_a_list_of_what_was_lost(
     let recorded = count(&fixture, "true").await;
 
     fixture.database = dump;
-    restored_in_place(&fixture.database).await;
+    set_restored_in_place(&fixture.database).await;
     let error = start_error(fixture.config()).await;
     assert!(error.contains("it went back in time, by "), "{error}");
     assert!(error.contains(" account_registered late insert "), "{error}");
@@ -136,21 +136,21 @@ async fn a_state_directory_is_not_used_with_another_deployments_database() {
 }
 
 #[tokio::test]
-async fn a_broker_whose_database_is_replaced_ends() {
+async fn a_broker_stops_when_its_database_is_replaced() {
     let fixture = Fixture::new().await;
     let broker = fixture.start().await;
     fixture.database.sql("update deployment set epoch = epoch + 1").await;
     tokio::time::timeout(TEST_TIMEOUT, broker.app.failed()).await.unwrap();
     broker.stop().await;
 
-    let home: (String, i64) = sqlx::query_as("select id, epoch from deployment")
+    let (id, epoch): (String, i64) = sqlx::query_as("select id, epoch from deployment")
         .fetch_one(fixture.database.pool())
         .await
         .unwrap();
-    let home = DatabaseIdentity { id: home.0, epoch: home.1 };
+    let identity = DatabaseIdentity { id, epoch };
     let now = changes::snapshot(fixture.database.pool()).await.unwrap();
-    changes::since(fixture.database.pool(), &now, &home).await.unwrap();
+    changes::since(fixture.database.pool(), &now, &identity).await.unwrap();
     let later = "99999999999:99999999999:";
-    let error = changes::since(fixture.database.pool(), later, &home).await.unwrap_err();
+    let error = changes::since(fixture.database.pool(), later, &identity).await.unwrap_err();
     assert!(matches!(error, StoreError::Replaced(why) if why.contains("back in time")), "{error}");
 }

@@ -1,5 +1,4 @@
-//! What each role of `deploy/roles.sql` may do and may not do, and what a broker does when its role lacks
-//! a privilege.
+//! The privileges of each role of `deploy/roles.sql`, and the broker's behaviour when its role lacks one.
 
 use std::time::Duration;
 
@@ -70,7 +69,7 @@ async fn may(role: &str, statements: &[&str]) {
     }
 }
 
-/// Asserts that the server refuses `role` each of `statements` for a missing privilege.
+/// Asserts that the server refuses each of `statements` for a missing privilege of `role`.
 async fn may_not(role: &str, statements: &[&str]) {
     let database = database_with_roles().await;
     for statement in statements {
@@ -332,11 +331,12 @@ async fn sql_as(database: &TestDatabase, role: &str, statements: &str) {
 fn config_as_runtime(fixture: &Fixture) -> AppConfig {
     let mut url = Url::parse(fixture.database.url()).unwrap();
     url.query_pairs_mut().append_pair("options", &format!("-c role={RUNTIME}"));
-    let mut plan = fixture.config();
-    plan.settings.database_url = DatabaseUrl::new(url.as_str()).unwrap();
-    plan
+    let mut config = fixture.config();
+    config.settings.database_url = DatabaseUrl::new(url.as_str()).unwrap();
+    config
 }
 
+/// Waits until a request for the token of `acme` fails with `expected`, a status code and a reason.
 async fn until_refused(client: &TestClient, expected: &str) {
     eventually(expected, async || {
         (code_and_reason(&client.get("acme").await.err()?) == expected).then_some(())
@@ -366,7 +366,7 @@ async fn the_broker_and_its_admins_need_no_more_than_their_roles() {
         "insert into accounts (name, client_id, client_secret) values ('acme', 'id-1', 'SK.1')";
     sql_as(database, ACCOUNTS, register).await;
 
-    // The secret is sealed at the start; a token is issued, served, reported and issued anew.
+    // The secret is sealed at the start. A token is issued, served, reported and replaced.
     let broker = fixture.start_with(config_as_runtime(&fixture)).await;
     let client = broker.client(&bearer).await;
     let first = client.get("acme").await.unwrap();
@@ -391,7 +391,7 @@ async fn the_broker_and_its_admins_need_no_more_than_their_roles() {
     };
     let second = newer_than(first.generation).await;
 
-    // The secret is rotated, and sealed while the broker runs; the account is disabled and enabled.
+    // The secret is rotated, and sealed while the broker runs. The account is disabled and enabled.
     fixture.upstream.add_account("id-1", "SK.new");
     sql_as(database, ACCOUNTS, "update accounts set client_secret = 'SK.new'").await;
     let third = newer_than(second.generation).await;
@@ -430,7 +430,8 @@ async fn the_broker_and_its_admins_need_no_more_than_their_roles() {
     assert_eq!(
         grouped,
         [
-            // Sealed twice, rotated, the previous secret dropped, disabled, enabled.
+            // The secret was sealed twice, rotated once, and the previous one dropped; the account was
+            // disabled and enabled.
             "account_changed 6",
             "account_registered 1",
             "account_removed 1",
@@ -464,7 +465,7 @@ async fn a_missing_privilege_is_reported_and_no_token_is_issued_without_a_lease(
     // The change feed needs this privilege, and so does a claim of a lease.
     fixture.database.sql("revoke select on refreshes from token_broker_runtime").await;
     until_readiness_says(&broker, "permission denied for table refreshes (SQLSTATE 42501)").await;
-    // No other replica is there, and the token is about to end: if the database counted as lost, the
+    // There is no other replica, and the token is about to end. If the database counted as lost, the
     // replica would issue now.
     manual.advance(Duration::from_secs(59 * 60 + 30));
     for _ in 0..20 {

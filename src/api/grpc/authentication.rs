@@ -141,7 +141,7 @@ impl Authenticator<'_> {
         match self.callers.authenticate(&credential, self.now) {
             Ok(caller) => Ok(AuthenticatedCaller { caller, kind, credential }),
             Err(refused) => {
-                let cause = refused.as_ref().map(|refused| refused.why);
+                let cause = refused.as_ref().map(|refused| refused.reason);
                 let known_caller = refused.map(|refused| {
                     Box::new(AuthenticatedCaller { caller: refused.caller, kind, credential })
                 });

@@ -24,7 +24,8 @@ fn token(life: i64) -> Token {
     Token::example(1, life)
 }
 
-/// One attempt has ended: with credential 1, begun at second 0. Generation 1 is stored.
+/// Returns the state after one ended attempt with credential 1, which began at second 0. Generation 1 is
+/// stored.
 fn tried() -> RefreshState {
     RefreshState {
         attempt_started_at: Some(at(0)),
@@ -44,13 +45,13 @@ fn failed(class: FailureClass, version: i64, next_attempt_at: Option<Timestamp>)
     RefreshState { failure: Some(failure), next_attempt_at, ..tried() }
 }
 
-/// When an account is planned for, whose token is `token`.
+/// Returns when the next issue for a cached account with this token is permitted.
 fn planned(account: &Account, refresh: &RefreshState, token: Option<&Token>) -> Option<Timestamp> {
     let scheduled_at = POLICY.scheduled_at(&account.name, token);
     POLICY.next_issue_at(&IssueView::cached(account, refresh, scheduled_at, None))
 }
 
-/// What a claim to replace generation 1 decides at `second`.
+/// Returns the decision of a claim at `second` to replace generation 1.
 fn claimed(account: &Account, refresh: &RefreshState, second: i64) -> IssueDecision {
     let view = IssueView::locked(account, refresh, Some(Generation(1)), None);
     POLICY.decide(&view, at(second))
@@ -102,8 +103,8 @@ mod planning {
         assert_eq!(planned(&account(), &suspended, None), None);
         let changed = Account { credential_version: CredentialVersion(2), ..account() };
         assert_eq!(planned(&changed, &suspended, None), Some(at(0)));
-        let asked = Account { reissue_requested_at: Some(at(1)), ..account() };
-        assert_eq!(planned(&asked, &suspended, None), Some(at(30)));
+        let requested = Account { reissue_requested_at: Some(at(1)), ..account() };
+        assert_eq!(planned(&requested, &suspended, None), Some(at(30)));
     }
 
     #[test]
@@ -115,13 +116,13 @@ mod planning {
     }
 
     #[test]
-    fn a_failure_that_may_pass_is_waited_out() {
+    fn after_a_transient_failure_the_next_attempt_is_scheduled_after_the_pause() {
         let failing = failed(FailureClass::Unreachable, 1, Some(at(120)));
         assert_eq!(planned(&account(), &failing, None), Some(at(120)));
     }
 
     #[test]
-    fn another_replicas_lease_is_waited_for() {
+    fn an_account_is_scheduled_after_the_end_of_another_replicas_lease() {
         let leased = RefreshState { lease_until: Some(at(99)), ..tried() };
         assert_eq!(planned(&account(), &leased, None), Some(at(99)));
     }
@@ -148,7 +149,7 @@ mod claiming {
     }
 
     #[test]
-    fn a_held_lease_is_waited_for_until_it_ends() {
+    fn a_claim_waits_until_a_held_lease_ends() {
         let leased = RefreshState { lease_until: Some(at(1_005)), ..tried() };
         assert_eq!(claimed(&account(), &leased, 1_000), IssueDecision::WaitUntil(at(1_005)));
         assert_eq!(claimed(&account(), &leased, 1_005), issue(1, false));
@@ -181,14 +182,14 @@ mod claiming {
         assert_eq!(claimed(&account(), &suspended, 1_000), IssueDecision::NotNeeded);
         let changed = Account { credential_version: CredentialVersion(2), ..account() };
         assert_eq!(claimed(&changed, &suspended, 1_000), issue(2, false));
-        let asked = Account { reissue_requested_at: Some(at(5)), ..account() };
-        assert_eq!(claimed(&asked, &suspended, 1_000), issue(1, false));
+        let requested = Account { reissue_requested_at: Some(at(5)), ..account() };
+        assert_eq!(claimed(&requested, &suspended, 1_000), issue(1, false));
         let tried_since = RefreshState { attempt_started_at: Some(at(6)), ..suspended };
-        assert_eq!(claimed(&asked, &tried_since, 1_000), IssueDecision::NotNeeded);
+        assert_eq!(claimed(&requested, &tried_since, 1_000), IssueDecision::NotNeeded);
     }
 
     #[test]
-    fn while_a_new_secret_is_refused_the_previous_one_goes_on_issuing() {
+    fn while_a_new_secret_is_refused_tokens_are_issued_with_the_previous_one() {
         let refused = RefreshState {
             attempt_version: Some(CredentialVersion(2)),
             ..failed(FailureClass::Rejected, 2, None)
@@ -197,7 +198,7 @@ mod claiming {
     }
 
     #[test]
-    fn a_failure_that_may_pass_is_waited_out_unless_the_credential_changed() {
+    fn a_claim_waits_out_the_pause_after_a_transient_failure_unless_the_credential_changed() {
         let failing = failed(FailureClass::Unreachable, 1, Some(at(1_060)));
         assert_eq!(claimed(&account(), &failing, 1_000), IssueDecision::WaitUntil(at(1_060)));
         let changed = Account { credential_version: CredentialVersion(2), ..account() };
@@ -256,8 +257,9 @@ fn a_refresh_is_mandatory_in_the_last_tenth_of_a_life_but_at_most_a_minute() {
 fn pauses_after_failures_double_up_to_five_minutes_and_keep_the_minimum_interval() {
     let name = "acme".parse().unwrap();
     let free = RefreshPolicy { min_issue_interval: Duration::ZERO, ..POLICY };
-    let pause = |policy: RefreshPolicy, failures, asked, cap| {
-        policy.pause_after_failure(&name, FailureClass::Unreachable, failures, asked, cap).unwrap()
+    let pause = |policy: RefreshPolicy, failures, retry_after, cap| {
+        let class = FailureClass::Unreachable;
+        policy.pause_after_failure(&name, class, failures, retry_after, cap).unwrap()
     };
     let seconds = Duration::from_secs;
     assert!(pause(free, 1, None, None) <= seconds(1));
@@ -269,16 +271,16 @@ fn pauses_after_failures_double_up_to_five_minutes_and_keep_the_minimum_interval
 }
 
 #[test]
-fn a_refused_credential_is_not_retried_and_a_refused_address_seldom() {
+fn a_refused_credential_is_not_retried_and_a_refused_address_about_every_15_minutes() {
     let name = "acme".parse().unwrap();
     let pause = |class| POLICY.pause_after_failure(&name, class, 1, None, None);
     assert_eq!(pause(FailureClass::Rejected), None);
     assert_eq!(pause(FailureClass::Intake), None);
-    let seldom = pause(FailureClass::EgressRejected).unwrap();
-    assert!((11..20).contains(&(seldom.as_secs() / 60)), "{seldom:?}");
+    let egress = pause(FailureClass::EgressRejected).unwrap();
+    assert!((11..20).contains(&(egress.as_secs() / 60)), "{egress:?}");
 }
 
-/// The facts of a decision, generated.
+/// Generated facts that a decision depends on.
 #[derive(Clone, Debug)]
 struct Facts {
     account: Account,
@@ -297,7 +299,7 @@ impl Facts {
         IssueView::locked(&self.account, &self.refresh, self.replaces, self.outage_ended_at)
     }
 
-    /// The same facts by a clock that is `ahead` of the first.
+    /// Returns the same facts with their times by a clock that is `ahead` of the first.
     fn by_clock(&self, ahead: TimeDelta) -> Self {
         let mut facts = self.clone();
         facts.scheduled_at += ahead;
@@ -324,7 +326,7 @@ fn moment() -> impl Strategy<Value = Timestamp> {
 prop_compose! {
     fn accounts()(
         enabled in prop::bool::weighted(0.9), sealed in prop::bool::weighted(0.9),
-        current in 1_i64..3, has_previous: bool, asked in option::of(moment()),
+        current in 1_i64..3, has_previous: bool, reissue_requested_at in option::of(moment()),
     ) -> Account {
         let previous = AccountCredential { version: CredentialVersion(0), secret: vec![0].into() };
         Account {
@@ -332,7 +334,7 @@ prop_compose! {
             secret: sealed.then(|| vec![0].into()),
             credential_version: CredentialVersion(current),
             previous: has_previous.then_some(previous),
-            reissue_requested_at: asked,
+            reissue_requested_at,
             ..account()
         }
     }
@@ -443,7 +445,7 @@ proptest! {
     }
 
     #[test]
-    fn a_later_moment_never_yields_a_later_wait(
+    fn a_decision_at_a_later_time_never_waits_longer(
         facts in facts(), now in moment(), later in moment(),
     ) {
         let (now, later) = (now.min(later), now.max(later));
@@ -468,7 +470,7 @@ proptest! {
     fn the_cache_and_the_locked_row_lead_to_the_same_decision(
         facts in facts(), now in moment(), ahead in -9_000_i64..90_000,
     ) {
-        // The claimant's token is due by schedule, and is the stored one: what differs is the clock.
+        // The cached token is due, and is the stored one, so that the views differ only in the clock.
         let mut facts = facts;
         facts.scheduled_at = AT_ONCE;
         facts.replaces = facts.refresh.stored_generation;

@@ -1,4 +1,4 @@
-//! An account at one moment, and how the steps of an attempt change it.
+//! A snapshot of an account, and how the steps of an attempt change it.
 //!
 //! The changes mirror what the same step writes into the account's row (`store::leases`,
 //! `store::tokens`), so that a caller sees a step's result before the row is loaded again.
@@ -14,16 +14,17 @@ use crate::{
     store::leases::FailedAttempt,
 };
 
-/// An account at one moment. A call reads everything that it needs from one snapshot.
+/// An account with its token at one time. A call reads everything that it needs from one snapshot, so that
+/// it sees consistent values.
 #[derive(Clone, Debug)]
 pub struct AccountSnapshot {
     /// The account.
     pub account: Account,
-    /// What is known of its attempts to issue.
+    /// Its attempts to issue tokens.
     pub refresh: RefreshState,
     /// Its last token, live or ended.
     pub token: Option<Arc<Token>>,
-    /// Whether the account was deleted. A snapshot of a deleted account is the last of its entry.
+    /// Whether the account was deleted. No later snapshot follows then.
     pub removed: bool,
 }
 
@@ -41,8 +42,8 @@ impl AccountSnapshot {
         self.token.as_ref().filter(|token| token.is_live(now))
     }
 
-    /// Returns the account with an attempt under way since `now`, which ends within `lease`. If the
-    /// previous attempt was lost, it may have issued a token.
+    /// Returns the snapshot after `attempt` was started at `now`, under a lease that lasts for `lease`. If
+    /// the previous attempt was lost, it may have issued a token, so the stored one is possibly revoked.
     pub(in crate::services) fn with_attempt_started(
         &self,
         attempt: &IssueAttempt,
@@ -60,8 +61,8 @@ impl AccountSnapshot {
         snapshot
     }
 
-    /// Returns the account after an attempt that issued `token`; `stored` says whether the database
-    /// has it.
+    /// Returns the snapshot after an attempt that issued `token`; `stored` says whether the token is in the
+    /// database.
     pub(in crate::services) fn with_token(&self, token: &Arc<Token>, stored: bool) -> Self {
         let mut snapshot = self.clone();
         // Another replica's later token may have been loaded during the attempt.
@@ -77,7 +78,7 @@ impl AccountSnapshot {
         refresh.possibly_revoked = false;
         refresh.consecutive_failures = 0;
         refresh.next_attempt_at = None;
-        // A success with the previous credential does not hide why the current one is refused.
+        // A success with the previous credential must not clear the failure of the current one.
         if token.credential_version == self.account.credential_version {
             refresh.failure = None;
             snapshot.account.previous = None;
@@ -85,7 +86,7 @@ impl AccountSnapshot {
         snapshot
     }
 
-    /// Returns the account after an attempt that failed at `now`. It keeps the token that it has.
+    /// Returns the snapshot after `attempt` failed at `now`. It keeps its token.
     pub(in crate::services) fn with_failure(
         &self,
         attempt: &IssueAttempt,
@@ -103,7 +104,7 @@ impl AccountSnapshot {
             let refused = failed.failure.version;
             snapshot.account.previous.take_if(|previous| previous.version == refused);
         }
-        // A failure of the previous credential does not hide why the current one is refused.
+        // A failure of the previous credential must not replace the failure of the current one.
         if attempt.uses_current_credential {
             refresh.failure = Some(failed.failure.clone());
         }
@@ -126,7 +127,7 @@ mod tests {
         DateTime::UNIX_EPOCH + TimeDelta::seconds(second)
     }
 
-    /// An account whose rotation to credential 1 is under way; generation 3 was issued with 0.
+    /// Returns an account that is being rotated from credential 0 to 1. Its token has generation 3.
     fn rotating() -> AccountSnapshot {
         let previous = AccountCredential { version: CredentialVersion(0), secret: vec![0].into() };
         AccountSnapshot {

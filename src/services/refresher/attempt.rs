@@ -1,14 +1,14 @@
-//! One attempt to issue a token for one account, told in order: the permission is claimed, the upstream
-//! called, the issue recorded, the token stored, and then shown to callers.
+//! The steps of one attempt to issue a token for one account, in this order: claim a permission, call the
+//! upstream, record the issue in the audit journal, store the token, and put it into the cache.
 //!
-//! The order makes it safe. The attempt is stamped before the call: if this process dies during the
-//! call, the next attempt knows that a token may have been issued. A token is used only if its issue is
-//! on record, and shown only after it was stored, so that no caller has a token that a restart would
-//! forget.
+//! The order matters. The start of the attempt is stored before the call, so if this process dies during
+//! the call, the next attempt sees that a token may have been issued. A token is used only after its issue
+//! was recorded, and served only after it was stored, so that a restart does not lose a token that a caller
+//! has.
 //!
-//! While the database does not answer, a replica that cannot collide with others issues too. It differs
-//! in two steps: it claims by what the cache knows and stamps the attempt in the state directory, and
-//! its token waits in [`PendingTokens`](super::PendingTokens) instead of being stored.
+//! While the database does not answer, a sole replica issues without it. Two steps differ then: the
+//! decision is made from the cache and the start of the attempt is stored in the state directory, and the
+//! token is kept in [`PendingTokens`](super::PendingTokens) until it can be stored.
 
 use std::{
     net::IpAddr,
@@ -39,7 +39,7 @@ use crate::{
     },
     store::{
         leases::{self, Claim, FailedAttempt, Lease, LeaseHolder},
-        tokens::{self, Commit, OrphanedToken},
+        tokens::{self, CommitOutcome, OrphanedToken},
         within,
     },
     telemetry::IssueResult,
@@ -48,10 +48,9 @@ use crate::{
 
 /// The pause after an attempt that the database, the journal or the state directory prevented.
 const UNAVAILABLE_PAUSE: Duration = Duration::from_secs(1);
-/// The longest time that the record of an issue may take to become durable; after it the token is
-/// dropped.
+/// How long the record of an issue may take to become durable. After that, the token is dropped.
 const RECORD_TIMEOUT: Duration = Duration::from_secs(5);
-/// The longest time that storing a token is tried for: less than what a lease lasts beyond a call.
+/// How long storing a token is retried. It is less than the time that a lease lasts beyond a call.
 const STORE_TIMEOUT: Duration = Duration::from_secs(10);
 /// The pause between two tries to store a token.
 const STORE_RETRY_PAUSE: Duration = Duration::from_millis(500);
@@ -64,12 +63,13 @@ pub struct TokenIssuer {
     reconciler: Reconciler,
 }
 
-/// What an attempt leaves to the planning of the account's next one.
+/// The outcome of an attempt, as far as scheduling the account's next one needs it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[must_use]
 pub enum AttemptOutcome {
-    /// The account's snapshot says when the next attempt is due.
+    /// The next attempt is due as the account's snapshot says.
     Done,
-    /// The attempt could not be made. It is repeated no earlier than after this pause.
+    /// The attempt could not be completed. The next one starts after this pause at the earliest.
     RetryAfter(Duration),
 }
 
@@ -77,10 +77,10 @@ pub enum AttemptOutcome {
 enum Permission {
     /// The account's lease, which excludes every other replica.
     Lease(Box<Lease>),
-    /// The database does not answer, and no other replica can collide with this one.
+    /// The database does not answer, and no other replica's tokens are affected.
     SoleReplica {
         attempt: Box<IssueAttempt>,
-        /// The generation of the stored token, as far as it was known.
+        /// The generation of the stored token, by the cache.
         replaces: Option<Generation>,
     },
 }
@@ -130,11 +130,11 @@ impl TokenIssuer {
         &self.reconciler
     }
 
-    /// Returns when the next attempt for the account is due, which may have passed; `None` until
-    /// something changes.
+    /// Returns when the next attempt for the account is due, which may have passed; `None` if none is due
+    /// until the account or the connectivity changes.
     ///
-    /// Without the database, a sole replica issues only what cannot be put off, since the database may
-    /// be back before that.
+    /// Without the database, a sole replica waits until the refresh is mandatory, since the database may
+    /// answer again before that.
     pub(super) fn next_attempt_at(&self, snapshot: &AccountSnapshot) -> Option<Timestamp> {
         let policy = &self.settings.holder.policy;
         let at = policy.next_issue_at(&self.view(snapshot))?;
@@ -155,11 +155,11 @@ impl TokenIssuer {
         IssueView::cached(account, refresh, scheduled_at, self.state.outage.ended_at())
     }
 
-    /// Tries to replace the account's token. It does not fail: what went wrong is shown in the
-    /// account's snapshot, in the audit log and in the metrics.
+    /// Tries to replace the account's token. Errors are not returned: a failure is shown in the account's
+    /// snapshot, in the audit log and in the metrics.
     ///
     /// Not cancel safe: if the future is dropped, a token that was just issued is lost. The next attempt
-    /// knows that from the stamp.
+    /// sees then that this one was started and has no end.
     #[instrument(level = "debug", skip_all, fields(account = %entry.snapshot().account.name))]
     pub async fn attempt(&self, entry: &Arc<CachedAccount>) -> AttemptOutcome {
         // An issue that cannot be recorded must not be made.
@@ -167,8 +167,8 @@ impl TokenIssuer {
             return AttemptOutcome::RetryAfter(UNAVAILABLE_PAUSE);
         }
         let snapshot = entry.snapshot();
-        // Another replica's token may have been loaded since the account was planned. The claim would
-        // take that token for the one to be replaced.
+        // Another replica's token may have been loaded since the account was scheduled. Without this
+        // check, the claim would replace that token.
         if self.next_attempt_at(&snapshot).is_none_or(|at| at > self.clock().now()) {
             return AttemptOutcome::Done;
         }
@@ -181,8 +181,8 @@ impl TokenIssuer {
             Err(error) => return self.fail(entry, &permission, error).await,
         };
         let Some(token) = self.record(entry, &permission, issued).await else {
-            // That a token may be out is known from the lease's attempt, which stays without an end. A
-            // sole replica notes it itself.
+            // Under a lease, the attempt has no recorded end, which means that a token may have been
+            // issued. Without a lease, it must be marked here.
             if let Permission::SoleReplica { .. } = permission {
                 self.state.pending.mark_possibly_revoked(entry.id());
             }
@@ -203,8 +203,8 @@ impl TokenIssuer {
 
     // 1. Claim.
 
-    /// Gets the permission for the attempt, and shows callers that it is under way. Otherwise returns
-    /// the outcome of the attempt, which ends here.
+    /// Returns the permission for the attempt, after the snapshot shows that it is under way. If there is
+    /// none, the attempt ends, and its outcome is returned.
     async fn claim(
         &self,
         entry: &Arc<CachedAccount>,
@@ -212,7 +212,7 @@ impl TokenIssuer {
     ) -> Result<Permission, AttemptOutcome> {
         let permission = match self.state.connectivity.current() {
             Connectivity::Connected if self.state.pending.contains(entry.id()) => {
-                // The token that the database does not have may be why the account seems due.
+                // The account may seem due only because the database lacks the pending token.
                 let reconciled = self.reconciler.reconcile(entry.id()).await.unwrap_or(false);
                 return Err(if reconciled {
                     AttemptOutcome::Done
@@ -222,7 +222,7 @@ impl TokenIssuer {
             }
             Connectivity::Connected => self.claim_lease(entry, snapshot).await?,
             Connectivity::SoleReplica => self.claim_as_sole_replica(snapshot).await?,
-            // All accounts are planned again when the database answers.
+            // All accounts are rescheduled when the database answers.
             Connectivity::Partitioned => return Err(AttemptOutcome::Done),
         };
         let lost = matches!(&permission, Permission::Lease(lease) if lease.previous_attempt_lost);
@@ -233,14 +233,14 @@ impl TokenIssuer {
         Ok(permission)
     }
 
-    /// Claims the account's lease, which stamps the attempt in the database.
+    /// Claims the account's lease, which stores the start of the attempt in the database.
     async fn claim_lease(
         &self,
         entry: &CachedAccount,
         snapshot: &AccountSnapshot,
     ) -> Result<Permission, AttemptOutcome> {
-        // Not the cached token's generation: a load that a commit overtook leaves our newer token
-        // beside an older refresh state, which may be all that makes the account due.
+        // This is not the generation of the cached token. If a token was committed during a load, the
+        // cache keeps the newer token beside the older refresh state, by which the account may seem due.
         let replaces = snapshot.refresh.stored_generation;
         let outage_ended =
             self.state.outage.ended_at().map(|at| until_from(at, self.clock().now()));
@@ -250,8 +250,9 @@ impl TokenIssuer {
             Ok(Claim::Granted(lease)) => Ok(Permission::Lease(lease)),
             Ok(Claim::Paced(pause)) => Err(AttemptOutcome::RetryAfter(pause)),
             Ok(Claim::Wait(pause)) => {
-                // Calls that wait for a token see what the database knows.
-                self.reload(entry).await;
+                // Calls that wait for a token get the state in the database. The pause is the same
+                // whether loading succeeds or not.
+                let _ = self.reload(entry).await;
                 Err(AttemptOutcome::RetryAfter(pause))
             }
             Ok(Claim::NotNeeded) => Err(self.reload(entry).await),
@@ -262,8 +263,8 @@ impl TokenIssuer {
         }
     }
 
-    /// Decides by what the cache knows, and stamps the attempt in the state directory: if this process
-    /// is killed, the next one knows that the stored token is possibly revoked.
+    /// Decides from the cached account, and stores the start of the attempt in the state directory. If this
+    /// process is killed, the next one reads there that the stored token is possibly revoked.
     async fn claim_as_sole_replica(
         &self,
         snapshot: &AccountSnapshot,
@@ -286,7 +287,7 @@ impl TokenIssuer {
         Ok(Permission::SoleReplica { attempt, replaces: refresh.stored_generation })
     }
 
-    /// Loads the account from the database, so that it is planned by what the database knows.
+    /// Loads the account from the database into the cache.
     async fn reload(&self, entry: &CachedAccount) -> AttemptOutcome {
         match self.state.loader.load(&[entry.id().0]).await {
             Ok(()) => AttemptOutcome::Done,
@@ -300,7 +301,7 @@ impl TokenIssuer {
 
     // 2. Call.
 
-    /// Calls the upstream with the attempt's credential, and notes whether the upstream answered.
+    /// Calls the upstream with the attempt's credential, and updates whether the upstream is in an outage.
     async fn call_upstream(&self, attempt: &IssueAttempt) -> Result<IssuedToken, IssueError> {
         let credential = &attempt.credential;
         let opened = self.infrastructure.keyring.open_secret(
@@ -322,9 +323,9 @@ impl TokenIssuer {
         match self.state.outage.attempt_ended(attempt.account, failure, self.clock().now()) {
             OutageChange::None => {}
             OutageChange::Began => {
-                warn!("the upstream is away: several accounts in a row failed alike");
+                warn!("an outage of the upstream began: it failed for several accounts in a row");
             }
-            OutageChange::Ended => info!("the upstream answers again"),
+            OutageChange::Ended => info!("the outage of the upstream ended: it answers again"),
         }
         if let Some(skew) = issued.as_ref().ok().and_then(|issued| issued.skew_ms) {
             self.infrastructure.upstream_skew_ms.store(skew, Ordering::Relaxed);
@@ -334,9 +335,9 @@ impl TokenIssuer {
 
     // 3. Record.
 
-    /// Records the issue and returns its token. Returns `None` if the record did not become durable in
-    /// time: it is still written as soon as possible, but the token is dropped, since nobody could say
-    /// when that will be.
+    /// Records the issue in the audit journal and returns its token. Returns `None` if the record did not
+    /// become durable in time. The journal still writes the record as soon as it can, but the token is
+    /// dropped, since a token must not be served before its issue is recorded.
     async fn record(
         &self,
         entry: &CachedAccount,
@@ -383,10 +384,12 @@ impl TokenIssuer {
     // 4. Store.
 
     /// Stores the token and returns `true`, or returns `false` if it is pending until the database
-    /// answers. Otherwise returns the outcome of the attempt, since the token is not the account's.
+    /// answers. If the token was not accepted as the account's token, the attempt ends, and its outcome is
+    /// returned.
     ///
-    /// A pending token is served: it is the live one, whatever the database has. If this process ends
-    /// before it is stored, a new one is issued, since the attempt has no recorded end.
+    /// A pending token is served, since the upstream may have ended the stored one. If this process ends
+    /// before the token is stored, the next one issues a new token, since the attempt has no recorded end in
+    /// the database, or is in the log of the state directory.
     async fn store(
         &self,
         entry: &CachedAccount,
@@ -401,15 +404,17 @@ impl TokenIssuer {
         let token = SealedToken::new(token, sealed);
         let (result, replaces, under_lease) = match permission {
             Permission::Lease(lease) => match self.commit(lease, &token).await {
-                Some(Commit::Stored) => {
+                Some(CommitOutcome::Stored) => {
                     self.infrastructure.metrics.issue(IssueResult::Issued);
                     return Ok(true);
                 }
-                Some(Commit::KeptLonger) => {
+                Some(CommitOutcome::KeptLonger) => {
                     self.infrastructure.metrics.issue(IssueResult::Issued);
                     return Err(self.reload(entry).await);
                 }
-                Some(Commit::Fenced) => return Err(self.discard(entry, lease, &token).await),
+                Some(CommitOutcome::Fenced) => {
+                    return Err(self.discard(entry, lease, &token).await);
+                }
                 None => (IssueResult::NotStored, lease.replaces, true),
             },
             Permission::SoleReplica { replaces, .. } => (IssueResult::Issued, *replaces, false),
@@ -419,22 +424,22 @@ impl TokenIssuer {
         Ok(false)
     }
 
-    /// Commits the token, trying again for [`STORE_TIMEOUT`] while the database is connected; returns
-    /// `None` if it could not be reached.
-    async fn commit(&self, lease: &Lease, token: &SealedToken) -> Option<Commit> {
+    /// Commits the token, and retries after errors for [`STORE_TIMEOUT`] while the database is connected.
+    /// Returns `None` if all tries failed; the last one may have stored the token.
+    async fn commit(&self, lease: &Lease, token: &SealedToken) -> Option<CommitOutcome> {
         let account = lease.attempt.account;
         let (pool, ends_older) = (&self.infrastructure.pool, self.settings.new_token_ends_older);
         let until = Instant::now() + STORE_TIMEOUT;
         loop {
             match within(tokens::commit(pool, lease, token, ends_older)).await {
                 Ok(commit) => return Some(commit),
-                // Callers may be waiting for the token: once the connection is known to be lost, they
-                // are not kept waiting.
+                // Callers may be waiting for the token, so do not retry once the connection is known to
+                // be lost.
                 Err(error)
                     if self.state.connectivity.current() == Connectivity::Connected
                         && Instant::now() < until =>
                 {
-                    warn!(%account, %error, "a token cannot be stored; trying again");
+                    warn!(%account, %error, "a token cannot be stored yet; retrying");
                     sleep(STORE_RETRY_PAUSE).await;
                 }
                 Err(error) => {
@@ -445,8 +450,8 @@ impl TokenIssuer {
         }
     }
 
-    /// Drops a token that was fenced off. Where new tokens end older ones, it may have ended the stored
-    /// one.
+    /// Drops a token that came after its lease was superseded, and releases the lease. If the upstream ends
+    /// older tokens, the stored one is marked as possibly revoked.
     async fn discard(
         &self,
         entry: &CachedAccount,
@@ -456,9 +461,9 @@ impl TokenIssuer {
         let account = &entry.snapshot().account.name;
         self.infrastructure.metrics.issue(IssueResult::Fenced);
         warn!(%account, generation = %token.generation,
-            "a token came too late: the account has another lease or credential");
+            "a token was dropped: the account has another lease or credential by now");
         let pool = &self.infrastructure.pool;
-        // A changed credential must not wait until the lease expires.
+        // A changed credential must not have to wait until the lease expires.
         let released = within(leases::release(pool, lease)).await;
         let marked = if self.settings.new_token_ends_older {
             within(leases::mark_possibly_revoked(pool, entry.id(), None)).await
@@ -466,14 +471,15 @@ impl TokenIssuer {
             Ok(())
         };
         if let Err(error) = released.and(marked) {
-            warn!(%account, %error, "it cannot be noted that a token came too late");
+            warn!(%account, %error, "cannot store in the database that a token was dropped");
         }
         self.reload(entry).await
     }
 
-    // Instead of 3 and 4, after a failure.
+    // Failure, instead of 3 and 4.
 
-    /// Records the failure in the audit log and the metrics, stores it, and shows it.
+    /// Records the failure in the audit journal and the metrics, and stores it in the database and the
+    /// cache.
     async fn fail(
         &self,
         entry: &Arc<CachedAccount>,
@@ -487,7 +493,7 @@ impl TokenIssuer {
                 let recorded = leases::record_failure(&self.infrastructure.pool, lease, &failed);
                 match within(recorded).await {
                     Ok(true) => {}
-                    // Another replica has the lease by now: its result counts.
+                    // The account has another lease by now, whose result must not be overwritten.
                     Ok(false) => return self.reload(entry).await,
                     Err(error) => {
                         warn!(%account, %error, "a failure cannot be stored; its lease will expire");
@@ -506,8 +512,8 @@ impl TokenIssuer {
         AttemptOutcome::Done
     }
 
-    /// Records the failure in the audit log and the metrics, and decides on the pause after it. The
-    /// record need not be durable before the attempt goes on.
+    /// Records the failure in the audit journal and the metrics, and computes the pause after it. Does not
+    /// wait until the record is durable.
     fn record_failure(
         &self,
         entry: &CachedAccount,

@@ -1,4 +1,4 @@
-//! What issuing depends on, in three groups.
+//! The dependencies of issuing, in three groups: settings, infrastructure and shared state.
 
 use std::sync::{Arc, atomic::AtomicI64};
 
@@ -26,11 +26,11 @@ pub struct IssueSettings {
     pub holder: LeaseHolder,
     /// Whether the upstream ends older tokens when it issues a new one.
     pub new_token_ends_older: bool,
-    /// The networks that a token's allowed address should be in; empty if any will do.
+    /// The networks that should contain a token's allowed address; empty if any address is expected.
     pub expected_egress: Vec<IpNet>,
 }
 
-/// What lies outside the refresher: the database, the upstream, the audit log, keys and time.
+/// The infrastructure: database, upstream, audit log, keys, clock and metrics.
 pub struct IssueInfrastructure {
     /// The database.
     pub pool: PgPool,
@@ -44,16 +44,16 @@ pub struct IssueInfrastructure {
     pub clock: Clock,
     /// Counts issues by their result.
     pub metrics: Arc<Metrics>,
-    /// Set to how far the upstream's clock was ahead of the local one at the last issue, in
-    /// milliseconds.
+    /// How far the upstream's clock was ahead of the local one at the last issue, in milliseconds. The
+    /// issuer sets it.
     pub upstream_skew_ms: Arc<AtomicI64>,
 }
 
 /// State that the refresher shares with the rest of the broker.
 pub struct IssueState {
-    /// The accounts, in which the result of an attempt is shown.
+    /// The accounts, whose snapshots show the results of attempts.
     pub cache: Arc<AccountCache>,
-    /// Loads an account into the cache when the database turns out to know more.
+    /// Loads an account into the cache when the cached one turns out to be outdated.
     pub loader: Arc<AccountLoader>,
     /// Whether the database answers.
     pub connectivity: Arc<DatabaseConnectivity>,

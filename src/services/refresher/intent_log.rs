@@ -1,6 +1,5 @@
-//! The log of issues that are made without the database. An account is on disk before the upstream is
-//! called for it, so that a replica which is killed knows at its next start which stored tokens are
-//! possibly revoked.
+//! The log of issues without the database. The account is written to disk before the upstream is called.
+//! After a replica was killed, its next start reads from the log which stored tokens are possibly revoked.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -43,7 +42,7 @@ impl IntentLog {
     /// Appends the account and waits until it is on disk.
     ///
     /// # Errors
-    /// When the file cannot be written; the account may be in it or not.
+    /// When the file cannot be written; the account may be in the file or not.
     pub(super) fn append(&mut self, account: AccountId) -> io::Result<()> {
         let mut file = match self.file.take() {
             Some(file) => file,

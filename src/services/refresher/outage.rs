@@ -1,8 +1,8 @@
-//! Detects an outage of the upstream: several accounts that fail alike in a row are one fault of the
-//! upstream, not as many faults of accounts.
+//! Detects an outage of the upstream. If attempts for several accounts in a row fail because of the
+//! upstream, the upstream as a whole is assumed to be unavailable.
 //!
-//! During an outage one account at a time is tried, the canary. When the upstream answers again, all
-//! accounts that failed meanwhile are due at once: none waits for the end of its own pause.
+//! During an outage, only one account at a time is tried, as a canary. When the upstream answers again, all
+//! accounts that failed in the outage are due at once, whatever their own pauses are.
 
 use std::time::Duration;
 
@@ -14,11 +14,11 @@ use crate::domain::{
     refresh_state::FailureClass,
 };
 
-/// The accounts in a row that must fail alike for an outage to begin.
+/// The number of accounts in a row whose attempts must fail for an outage to begin.
 const THRESHOLD: usize = 3;
 /// The pause before the first canary; it doubles with each further one.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
-/// The longest pause between canaries, and so the longest time that the end of an outage goes unnoticed.
+/// The longest pause between canaries, after which the end of an outage is noticed at the latest.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
 /// Whether the upstream is in an outage, judged by the attempts of this replica.
@@ -29,7 +29,7 @@ pub struct Outage(Mutex<State>);
 struct State {
     /// The accounts that failed since the upstream last answered, up to [`THRESHOLD`].
     failed: Vec<AccountId>,
-    /// Set during an outage.
+    /// The next canary; `None` if there is no outage.
     canary: Option<Canary>,
     /// When the last outage ended.
     ended_at: Option<Timestamp>,
@@ -39,7 +39,7 @@ struct State {
 struct Canary {
     /// When the next canary may be tried.
     not_before: Timestamp,
-    /// The pause after it, if it fails.
+    /// The pause that follows if this canary fails.
     pause: Duration,
 }
 
@@ -58,18 +58,18 @@ impl Outage {
         self.0.lock().canary.is_some()
     }
 
-    /// Returns the longest pause after a failure, if there is an outage: any account may be the next
-    /// canary then.
+    /// Returns the upper bound of the pause after a failure during an outage; `None` without an outage. It
+    /// ensures that there is an account to try as the next canary.
     pub(super) fn pause_cap(&self) -> Option<Duration> {
         self.is_on().then_some(LONGEST_PAUSE)
     }
 
-    /// Returns the moment before which no account may be tried, if there is an outage.
+    /// Returns the time before which no account may be tried during an outage; `None` without an outage.
     pub(super) fn next_canary(&self) -> Option<Timestamp> {
         self.0.lock().canary.map(|canary| canary.not_before)
     }
 
-    /// Notes how an attempt for the account ended at `now`; `failure` is `None` after a success.
+    /// Records how an attempt for the account ended at `now`; `failure` is `None` after a success.
     pub(super) fn attempt_ended(
         &self,
         account: AccountId,
@@ -130,7 +130,7 @@ mod tests {
         DateTime::UNIX_EPOCH + TimeDelta::seconds(second)
     }
 
-    /// Three accounts have failed alike at the second 0.
+    /// Returns an outage that began at second 0, when the third account failed.
     fn outage() -> Outage {
         let outage = Outage::default();
         for account in 1..=2 {
@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn three_accounts_in_a_row_make_an_outage_and_one_alone_does_not() {
+    fn three_failing_accounts_in_a_row_make_an_outage_and_one_does_not() {
         assert!(outage().is_on());
         let one = Outage::default();
         for second in 0..10 {

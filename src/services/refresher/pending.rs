@@ -1,4 +1,4 @@
-//! The tokens that were issued and are not stored yet, because the database was away.
+//! Tokens that were issued but are not stored yet, because the database did not answer.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,12 +13,12 @@ use tracing::error;
 use super::intent_log::IntentLog;
 use crate::{domain::account::AccountId, files::state_dir::StateDir, store::tokens::OrphanedToken};
 
-/// What the database is to be told about one account.
+/// The pending state of one account, which is still to be stored in the database.
 #[derive(Clone, Debug, Default)]
 pub(super) struct PendingIssue {
     /// The last token that was issued.
     pub(super) token: Option<OrphanedToken>,
-    /// Whether a later attempt may have issued another one, which was lost.
+    /// Whether a later attempt may have issued another token, which was lost.
     pub(super) possibly_revoked: bool,
 }
 
@@ -29,14 +29,15 @@ impl PendingIssue {
     }
 }
 
-/// The tokens of all accounts that are not stored yet, and the log that outlives this process.
+/// The pending tokens of all accounts, and the log on disk that survives this process.
 #[derive(Debug)]
 pub struct PendingTokens {
     state: Mutex<State>,
-    /// Names the accounts whose stored token may be ended by one that is lost with this process.
-    /// `None` where new tokens do not end older ones.
+    /// Contains the accounts for which tokens were, or may have been, issued without a lease since the last
+    /// time that nothing was pending. If this process ends, those tokens are lost, but they may have ended
+    /// the stored ones. `None` if the upstream keeps older tokens alive.
     ///
-    /// Locked before `state` where both are held, and only on the blocking pool.
+    /// Lock order: before `state`. It is locked only on the blocking pool.
     log: Option<Arc<Mutex<IntentLog>>>,
     /// Notified when something becomes pending.
     added: Notify,
@@ -68,8 +69,8 @@ impl PendingTokens {
         self.with_log(|log| log.read()).await.unwrap_or(Ok(vec![]))
     }
 
-    /// Forgets the accounts of [`PendingTokens::of_earlier_process`]. Called once the database has
-    /// their tokens marked.
+    /// Clears the accounts of [`PendingTokens::of_earlier_process`]. Call it after their stored tokens were
+    /// marked as possibly revoked.
     ///
     /// # Errors
     /// When the state directory cannot be written.
@@ -77,23 +78,23 @@ impl PendingTokens {
         self.with_log(IntentLog::clear).await.unwrap_or(Ok(()))
     }
 
-    /// Writes to disk that a token may be issued for the account. Each call must be followed by one of
+    /// Writes to disk that a token may be issued for the account. Each success must be followed by one of
     /// [`PendingTokens::add`], [`PendingTokens::mark_possibly_revoked`] or [`PendingTokens::end`].
     ///
     /// # Errors
-    /// When the state directory cannot be written: the upstream must not be called then.
+    /// When the state directory cannot be written. The upstream must not be called then.
     pub(super) async fn begin(&self, account: AccountId) -> io::Result<()> {
         self.state.lock().under_way.insert(account);
         let logged = self.with_log(move |log| log.append(account)).await.unwrap_or(Ok(()));
         logged.inspect_err(|_| self.end(account))
     }
 
-    /// Notes that the account's attempt has ended, and certainly issued no token.
+    /// Records that the account's attempt has ended and has certainly issued no token.
     pub(super) fn end(&self, account: AccountId) {
         self.state.lock().under_way.remove(&account);
     }
 
-    /// Notes that the account's attempt issued this token. It replaces one that is pending already.
+    /// Records that the account's attempt issued this token. It replaces an earlier pending token.
     pub(super) fn add(&self, account: AccountId, orphan: OrphanedToken) {
         {
             let mut state = self.end_attempt(account);
@@ -106,7 +107,7 @@ impl PendingTokens {
         self.added.notify_one();
     }
 
-    /// Notes that the account's attempt may have issued a token that was lost.
+    /// Records that the account's attempt may have issued a token that was lost.
     pub(super) fn mark_possibly_revoked(&self, account: AccountId) {
         self.end_attempt(account).pending.entry(account).or_default().possibly_revoked = true;
         self.added.notify_one();
@@ -134,8 +135,8 @@ impl PendingTokens {
         }
     }
 
-    /// Notes that the database knows `issue` of the account. Once nothing is pending or under way, the
-    /// log is cleared.
+    /// Records that `issue` of the account is stored in the database. Clears the log if nothing is pending
+    /// or under way any more.
     pub(super) async fn reconciled(self: &Arc<Self>, account: AccountId, issue: &PendingIssue) {
         {
             let mut state = self.state.lock();
@@ -146,7 +147,8 @@ impl PendingTokens {
         }
         let this = self.clone();
         let cleared = self.with_log(move |log| {
-            // An attempt that begins from here on appends to the log after this function.
+            // An attempt that begins after this check waits for the lock of the log, and appends to it
+            // after it was cleared.
             let idle = {
                 let state = this.state.lock();
                 state.pending.is_empty() && state.under_way.is_empty()
@@ -154,8 +156,8 @@ impl PendingTokens {
             if idle { log.clear() } else { Ok(()) }
         });
         if let Some(Err(error)) = cleared.await {
-            error!(%error, "the log of issues without the database cannot be cleared, though all are \
-                stored; after a restart their accounts are issued for once more");
+            error!(%error, "the log of issues without the database cannot be cleared, although all tokens \
+                are stored; after a restart, a new token is issued for each account in it");
         }
     }
 

@@ -1,4 +1,4 @@
-//! The order in which accounts are issued for.
+//! The queue of accounts that are scheduled for an attempt.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -10,20 +10,20 @@ use crate::domain::{
     clock::{Timestamp, delta},
 };
 
-/// An account without a live token has the rank of one whose token ends this much later: many new
-/// accounts must not let the tokens of others end.
+/// An account without a live token is ranked as if its token ended after this time, so that many new
+/// accounts do not delay others until their tokens have ended.
 const NO_TOKEN_RANK: Duration = Duration::from_mins(1);
 
-/// Accounts in the order in which they become due. Of those that are due, the one whose token ends
-/// first goes first.
+/// Accounts in the order in which they become due. Among the due accounts, the one whose token ends first
+/// is first.
 #[derive(Debug, Default)]
 pub(super) struct RefreshQueue {
     plans: HashMap<AccountId, Plan>,
-    /// Accounts that were not due when the queue was last asked, by when they are due.
+    /// Accounts that were not due at the last call of `take`, ordered by when they are due.
     later: BTreeSet<(Timestamp, AccountId)>,
-    /// Accounts that are due, by rank.
+    /// Accounts that are due, ordered by rank.
     due: BTreeSet<(Timestamp, AccountId)>,
-    /// Accounts with an attempt under way. They are not planned.
+    /// Accounts with an attempt under way, which cannot be scheduled.
     busy: HashSet<AccountId>,
 }
 
@@ -31,13 +31,14 @@ pub(super) struct RefreshQueue {
 struct Plan {
     due: Timestamp,
     token_ends: Option<Timestamp>,
-    /// The key in `RefreshQueue::due`; `None` while the account is in `later`.
+    /// The rank in `RefreshQueue::due`: the end of the token, or [`NO_TOKEN_RANK`] from now without a live
+    /// one. `None` while the account is in `later`.
     rank: Option<Timestamp>,
 }
 
 impl RefreshQueue {
-    /// Plans the account for `due`, or takes it out if that is `None`. It replaces an earlier plan. An
-    /// account with an attempt under way is not planned.
+    /// Schedules the account for `due`, or removes it if `due` is `None`. An earlier schedule is replaced.
+    /// An account with an attempt under way is not scheduled.
     pub(super) fn plan(
         &mut self,
         id: AccountId,
@@ -55,7 +56,7 @@ impl RefreshQueue {
         }
     }
 
-    /// Takes the account out.
+    /// Removes the account, if it is scheduled.
     pub(super) fn remove(&mut self, id: AccountId) {
         if let Some(plan) = self.plans.remove(&id) {
             match plan.rank {
@@ -65,17 +66,17 @@ impl RefreshQueue {
         }
     }
 
-    /// Notes that an attempt for the account is under way.
+    /// Records that an attempt for the account is under way.
     pub(super) fn attempt_started(&mut self, id: AccountId) {
         self.busy.insert(id);
     }
 
-    /// Notes that the attempt has ended. The account may be planned again.
+    /// Records that the attempt has ended. The account may be scheduled again.
     pub(super) fn attempt_ended(&mut self, id: AccountId) {
         self.busy.remove(&id);
     }
 
-    /// Returns when the next account is due: `now` if one is known to be due, `None` if none is planned.
+    /// Returns when the next account is due: `now` if one is known to be due, `None` if the queue is empty.
     pub(super) fn next_due(&self, now: Timestamp) -> Option<Timestamp> {
         if !self.due.is_empty() {
             return Some(now);
@@ -83,7 +84,7 @@ impl RefreshQueue {
         self.later.first().map(|(due, _)| *due)
     }
 
-    /// Takes out the account that is due at `now` and whose token ends first.
+    /// Removes and returns the account whose token ends first among those that are due at `now`.
     pub(super) fn take(&mut self, now: Timestamp) -> Option<AccountId> {
         while let Some((due, id)) = self.later.first().copied().filter(|(due, _)| *due <= now) {
             self.later.remove(&(due, id));
@@ -112,7 +113,8 @@ mod tests {
     }
 
     #[test]
-    fn the_token_that_ends_first_goes_first_and_a_missing_one_counts_as_ending_in_a_minute() {
+    fn the_account_whose_token_ends_first_is_first_and_a_missing_token_counts_as_ending_in_a_minute()
+     {
         let mut queue = RefreshQueue::default();
         queue.plan(AccountId(1), Some(at(1)), Some(at(500)));
         queue.plan(AccountId(2), Some(at(2)), None);
@@ -138,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn an_account_that_is_planned_for_no_time_is_removed() {
+    fn scheduling_an_account_for_no_time_removes_it() {
         let mut queue = RefreshQueue::default();
         queue.plan(AccountId(1), Some(at(0)), None);
         queue.plan(AccountId(1), None, None);

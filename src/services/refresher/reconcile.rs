@@ -1,4 +1,4 @@
-//! Brings the database up to date with what was issued while it was away.
+//! Stores the tokens that were issued while the database did not answer.
 
 use std::{sync::Arc, time::Duration};
 
@@ -20,7 +20,7 @@ use crate::{
     },
     store::{
         StoreError, leases,
-        tokens::{self, OrphanedToken, Reconcile, Reconciliation},
+        tokens::{self, OrphanedToken, ReconcileContext, ReconcileOutcome},
         within,
     },
 };
@@ -35,24 +35,25 @@ pub(super) struct Reconciler {
     pub(super) loader: Arc<AccountLoader>,
     pub(super) connectivity: Arc<DatabaseConnectivity>,
     pub(super) pending: Arc<PendingTokens>,
-    /// The id of this instance, whose own leases do not hinder it.
+    /// The id of this instance. Its own leases do not delay reconciliation.
     pub(super) instance: String,
     pub(super) new_token_ends_older: bool,
 }
 
 impl Reconciler {
-    /// Reconciles again and again while something is pending. Never returns. If the future is dropped,
-    /// what is pending stays so.
+    /// Reconciles in a loop while tokens are pending. Never returns. Cancel safe: if the future is dropped,
+    /// tokens that were not stored remain pending.
     pub(super) async fn run(&self) {
         loop {
             self.pending.wait_until_any().await;
             self.reconcile_all().await;
-            // In real time, since the clock of a test may stand still.
+            // This is real time, since a test's clock may not move.
             tokio::time::sleep(PAUSE).await;
         }
     }
 
-    /// Reconciles every account with pending tokens, until the database fails to answer.
+    /// Reconciles every account with pending tokens. Stops at the first error, and if the database is not
+    /// connected.
     pub(super) async fn reconcile_all(&self) {
         let mut reconciled = 0;
         for account in self.pending.accounts() {
@@ -68,13 +69,19 @@ impl Reconciler {
             }
         }
         if reconciled > 0 {
-            info!(accounts = reconciled, "what was issued without the database is stored");
+            info!(
+                accounts = reconciled,
+                "tokens that were issued without the database are stored now"
+            );
             notify_replicas(&self.pool).await;
         }
     }
 
-    /// Tells the database what was issued for the account without it, and loads the account. Returns
-    /// `false` if that must wait for another replica's lease.
+    /// Stores the pending state of the account in the database, and loads the account into the cache.
+    /// Returns `false` if this must wait for the end of another replica's lease.
+    ///
+    /// # Errors
+    /// Returns the database's error. The state remains pending, unless only loading failed.
     #[instrument(level = "debug", skip_all, fields(%account))]
     pub(super) async fn reconcile(&self, account: AccountId) -> Result<bool, StoreError> {
         let Some(issue) = self.pending.get(account) else { return Ok(true) };
@@ -82,7 +89,7 @@ impl Reconciler {
             None => within(leases::mark_possibly_revoked(&self.pool, account, None)).await?,
             Some(orphan) => {
                 let result = self.store(account, orphan, &issue).await?;
-                if result == Reconciliation::LeaseHeld {
+                if result == ReconcileOutcome::LeaseHeld {
                     return Ok(false);
                 }
             }
@@ -97,16 +104,16 @@ impl Reconciler {
         account: AccountId,
         orphan: &OrphanedToken,
         issue: &PendingIssue,
-    ) -> Result<Reconciliation, StoreError> {
-        let circumstances = Reconcile {
+    ) -> Result<ReconcileOutcome, StoreError> {
+        let context = ReconcileContext {
             instance: &self.instance,
             age: until_from(orphan.token.issued_at, self.clock.now()),
             possibly_revoked: issue.possibly_revoked,
             new_token_ends_older: self.new_token_ends_older,
         };
-        let stored = tokens::reconcile(&self.pool, account, orphan, circumstances);
+        let stored = tokens::reconcile(&self.pool, account, orphan, context);
         let result = within(stored).await?;
-        if result == Reconciliation::Dropped {
+        if result == ReconcileOutcome::Dropped {
             warn!(%account, generation = %orphan.token.generation,
                 "a token that was issued without the database is dropped: the account has another \
                  token or credential, or is gone");

@@ -1,4 +1,4 @@
-//! The statements behind the command `account`.
+//! The statements of the command `account`.
 
 use tracing::instrument;
 
@@ -15,13 +15,13 @@ use crate::{
 /// The values of an account that is to be registered.
 #[derive(Clone, Debug)]
 pub struct NewAccount<'a> {
-    /// The name by which callers ask for the account's tokens.
+    /// The name that callers use to request the account's tokens.
     pub name: &'a AccountName,
     /// The account's login at the upstream.
     pub client_id: &'a ClientId,
     /// The client secret as `account seal` prints it (`sealed:…`), sealed for this `client_id`.
     pub sealed_secret: &'a str,
-    /// A text for people; the broker does not interpret it.
+    /// A description for admins; the broker does not interpret it.
     pub description: &'a str,
 }
 
@@ -30,24 +30,24 @@ pub struct NewAccount<'a> {
 pub struct Rotation<'a> {
     /// The account's name.
     pub name: &'a AccountName,
-    /// The client id from now on, for which the secret was sealed.
+    /// The new client id, for which the secret was sealed; the same as before if it does not change.
     pub client_id: &'a ClientId,
     /// The client id that the account had when the secret was sealed. If it was changed since, the
     /// rotation is refused.
     pub from_client_id: &'a str,
     /// The new client secret as `account seal` prints it (`sealed:…`).
     pub sealed_secret: &'a str,
-    /// Whether the old secret is dropped at once. Otherwise it is kept until a token was issued by the
-    /// new one.
+    /// Whether the old secret is dropped at once. Otherwise it is kept until a token was issued with the new
+    /// one.
     pub purge_old: bool,
 }
 
-/// A selection of the enabled accounts: those that match every condition that is set.
+/// A selection of enabled accounts: those that meet all conditions that are set.
 #[derive(Clone, Debug)]
 pub struct Selection {
-    /// A pattern that the name matches.
+    /// A pattern that the name must match.
     pub pattern: Option<AccountPattern>,
-    /// The state in the view `account_status`, such as `rejected`.
+    /// The required state in the view `account_status`, such as `rejected`.
     pub state: Option<String>,
 }
 
@@ -70,14 +70,14 @@ pub struct AccountSummary {
     pub hint: String,
 }
 
-/// Everything about an account that may be shown: all but its secrets and its token.
+/// The details of an account that may be shown: everything except its secrets and its token.
 #[derive(Clone, Debug)]
 pub struct AccountDetails {
     /// The account's row in the view `account_status`.
     pub status: AccountSummary,
-    /// The admin's text for people.
+    /// A description for admins.
     pub description: String,
-    /// The number of the present credential; the first one has the number 1.
+    /// The version of the current credential, counted from 1.
     pub credential_version: i64,
     /// Whether the secret from before the last rotation is still kept.
     pub keeps_previous_secret: bool,
@@ -89,13 +89,13 @@ pub struct AccountDetails {
     pub updated_at: Timestamp,
 }
 
-/// Whether the account's present credential, and the last request for a new token if there is one,
-/// have led to a token or to a failure yet. `account … --wait` polls it.
+/// The outcome so far of the account's current credential and of the last request for a new token, if there
+/// is one. `account … --wait` polls it.
 #[derive(Clone, Debug)]
 pub struct Outcome {
-    /// Whether a token was issued.
+    /// Whether a token was issued with the current credential since the request.
     pub issued: bool,
-    /// Whether an attempt failed.
+    /// Whether an attempt with the current credential failed since the request.
     pub failed: bool,
     /// The account's row in the view `account_status`.
     pub status: AccountSummary,
@@ -171,8 +171,8 @@ impl Admin {
         }
     }
 
-    /// Converts `error`. If it says that the name or the client id is taken, names the account that
-    /// has it.
+    /// Converts an error of a statement that writes an account. If the name or the client id is taken, the
+    /// message says which account has it.
     async fn name_conflict(
         &self,
         error: sqlx::Error,
@@ -232,7 +232,7 @@ impl Admin {
         .ok_or_else(|| not_found(name))
     }
 
-    /// Returns what may be shown of one account.
+    /// Returns the details of one account.
     ///
     /// # Errors
     /// Returns [`StoreError::NotFound`] when there is no such account.
@@ -276,11 +276,11 @@ impl Admin {
         .ok_or_else(|| not_found(name))
     }
 
-    /// Requests new tokens for the selected accounts, and returns their names, sorted. A broker issues
-    /// them; this does not wait for it.
+    /// Requests new tokens for the selected accounts, and returns the accounts' names, sorted. Does not wait
+    /// until a broker has issued the tokens.
     #[instrument(level = "debug", skip_all)]
     pub async fn reissue(&self, selection: &Selection) -> Result<Vec<String>, StoreError> {
-        // Brokers lock the same rows, in another order.
+        // Brokers lock the same rows in another order, which can cause a deadlock.
         repeat_on_conflict(|| self.try_reissue(selection)).await
     }
 
@@ -305,8 +305,8 @@ impl Admin {
         Ok(names)
     }
 
-    /// Enables or disables an account. Brokers keep a disabled account's token, and serve it again once
-    /// it is enabled, while it lives.
+    /// Enables or disables an account. Brokers keep a disabled account's token. After the account is enabled
+    /// again, they serve the token until it ends.
     ///
     /// # Errors
     /// Returns [`StoreError::NotFound`] when there is no such account.
@@ -345,8 +345,8 @@ impl Admin {
         Ok(transaction.commit().await?)
     }
 
-    /// Returns whether the account's present credential and the last request for a new token have led
-    /// to a token or to a failure so far.
+    /// Returns whether the account's current credential and the last request for a new token have led to a
+    /// token or to a failure so far.
     ///
     /// # Errors
     /// Returns [`StoreError::NotFound`] when there is no such account.
@@ -384,8 +384,8 @@ fn not_found(name: &AccountName) -> StoreError {
     StoreError::NotFound(no_account(name))
 }
 
-/// Converts a pattern to one of SQL's `like`. Names may contain `_`, which `like` takes for a
-/// wildcard; it is escaped.
+/// Converts a pattern to a pattern of SQL's `like`. Names may contain `_`, which is a wildcard in `like`, so
+/// it is escaped.
 fn like(pattern: &AccountPattern) -> String {
     pattern.to_string().replace('_', "\\_").replace('*', "%")
 }

@@ -1,4 +1,4 @@
-//! The statements behind the command `caller`: callers, their credentials and their grants.
+//! The statements of the command `caller`: callers, their credentials and their grants.
 
 use sqlx::{Postgres, Transaction};
 use tracing::instrument;
@@ -21,7 +21,7 @@ pub struct NewCaller<'a> {
     pub name: &'a AccountName,
     /// The limit in calls per second; `None` means the broker's default.
     pub rate_limit: Option<i32>,
-    /// A text for people; the broker does not interpret it.
+    /// A description for admins; the broker does not interpret it.
     pub description: &'a str,
     /// The SHA-256 of the caller's first bearer.
     pub bearer_sha256: Option<[u8; 32]>,
@@ -36,7 +36,7 @@ pub struct NewBearer<'a> {
     pub sha256: [u8; 32],
     /// When the bearer stops being accepted; `None` for never.
     pub ends_at: Option<Timestamp>,
-    /// A text for people; the broker does not interpret it.
+    /// A description for admins; the broker does not interpret it.
     pub description: &'a str,
 }
 
@@ -66,14 +66,14 @@ pub struct CallerSummary {
     pub grants: i64,
 }
 
-/// Everything about a caller that may be shown: all but the hashes of its bearers.
+/// The details of a caller that may be shown: everything except the hashes of its bearers.
 #[derive(Clone, Debug)]
 pub struct CallerDetails {
     /// The caller itself.
     pub summary: CallerSummary,
-    /// The credentials by which the caller is or was recognised.
+    /// The credentials, including ended and revoked ones.
     pub credentials: Vec<CredentialDetails>,
-    /// The grants that are in force or were.
+    /// The grants, including ended ones.
     pub grants: Vec<GrantDetails>,
 }
 
@@ -109,7 +109,7 @@ pub struct GrantDetails {
 pub struct BearerSummary {
     /// The name of the caller whose bearer it is.
     pub caller: String,
-    /// Everything about the bearer that may be shown.
+    /// The details of the bearer, without its hash.
     pub credential: CredentialDetails,
 }
 
@@ -164,7 +164,7 @@ impl Admin {
         .await?)
     }
 
-    /// Returns what may be shown of one caller.
+    /// Returns the details of one caller.
     ///
     /// # Errors
     /// Returns [`StoreError::NotFound`] when there is no such caller.
@@ -201,7 +201,7 @@ impl Admin {
         Ok(CallerDetails { summary, credentials, grants })
     }
 
-    /// Grants rights on accounts. A grant that the caller has on the same pattern is replaced.
+    /// Grants rights on accounts. An existing grant of the caller with the same pattern is replaced.
     ///
     /// # Errors
     /// Returns [`StoreError::NotFound`] when there is no such caller.
@@ -311,7 +311,7 @@ impl Admin {
         Ok(transaction.commit().await?)
     }
 
-    /// Adds a bearer to those that the caller has, and returns the id by which it can be revoked.
+    /// Adds a bearer to a caller, and returns the id with which it can be revoked.
     ///
     /// # Errors
     /// Returns [`StoreError::NotFound`] when there is no such caller.

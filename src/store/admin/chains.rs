@@ -5,7 +5,7 @@ use tracing::instrument;
 use super::connection::{Admin, ensure_affected};
 use crate::{domain::clock::Timestamp, store::StoreError};
 
-/// A chain that may not be delivered completely, and what is known about it.
+/// A chain of which more records may exist than were delivered.
 #[derive(Clone, Debug)]
 pub struct OpenChain {
     /// Name of the chain.

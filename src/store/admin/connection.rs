@@ -5,7 +5,7 @@ use tracing::instrument;
 
 use crate::store::{Database, StoreError};
 
-/// Who makes a change, and why. Both are recorded in the audit log with each change.
+/// The person who makes a change, and the reason. Both are recorded in the audit log with each change.
 #[derive(Clone, Debug, Default)]
 pub struct Attribution {
     /// The person, if known. The database's login is recorded in any case.
@@ -17,7 +17,7 @@ pub struct Attribution {
 /// A session in which an admin's command reads and writes accounts, callers and audit chains.
 ///
 /// Every method returns the database's error as [`StoreError`]; the sections `# Errors` name only
-/// those that a command can expect.
+/// the kinds that a command handles.
 #[derive(Clone, Debug)]
 pub struct Admin {
     pub(super) pool: PgPool,
@@ -34,12 +34,12 @@ impl Admin {
         database: &Database,
         attribution: Attribution,
     ) -> Result<Self, StoreError> {
-        database.reach().await?;
+        database.check_connection().await?;
         Ok(Self { pool: database.pool(1), attribution })
     }
 
-    /// Returns the session's pool of one connection, for reads that are no command of an admin, such
-    /// as those of the audit log.
+    /// Returns the session's pool of one connection, for reads outside of this module, such as those of the
+    /// audit log.
     #[must_use]
     pub fn pool(&self) -> &PgPool {
         &self.pool

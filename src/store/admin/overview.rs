@@ -1,11 +1,11 @@
-//! What the commands `check`, `keys` and `account` read about the deployment as a whole.
+//! The statements by which the commands `check`, `keys` and `account` read facts about the deployment.
 
 use tracing::instrument;
 
 use super::connection::Admin;
 use crate::{crypto::IntakePublicKey, domain::clock::Timestamp, store::StoreError};
 
-/// The numbers from which the rate of issues follows.
+/// The numbers that determine the rate of issues.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Load {
     /// How many accounts are enabled.
@@ -21,7 +21,7 @@ pub struct LastIssue {
     pub account: String,
     /// When it was issued.
     pub issued_at: Timestamp,
-    /// The address from which the upstream saw the broker call, if it told.
+    /// The address from which the token may be used, if its claims contain one.
     pub allowed_ip: Option<String>,
 }
 
@@ -81,7 +81,7 @@ impl Admin {
             .await?)
     }
 
-    /// Returns the numbers from which the rate of issues follows.
+    /// Returns the numbers that determine the rate of issues.
     #[instrument(level = "debug", skip_all)]
     pub async fn load(&self) -> Result<Load, StoreError> {
         Ok(sqlx::query_as!(
@@ -97,7 +97,7 @@ impl Admin {
         .await?)
     }
 
-    /// Returns what may be shown of the newest stored token.
+    /// Returns the last issue whose token is stored; `None` if there is none.
     #[instrument(level = "debug", skip_all)]
     pub async fn last_issue(&self) -> Result<Option<LastIssue>, StoreError> {
         Ok(sqlx::query_as!(

@@ -1,4 +1,4 @@
-//! Guarantees that only show with several of admins, callers, replicas and the upstream together.
+//! Guarantees that concern the interaction of admins, callers, replicas and the upstream.
 
 use std::time::{Duration, Instant};
 
@@ -6,8 +6,7 @@ use tempfile::TempDir;
 use token_broker::{
     api::proto::{GetTokenRequest, ReportRejectedTokenRequest, WatchTokensRequest},
     dev::simulator::{Answer, Faults},
-    domain::refresh_policy::RefreshPolicy,
-    domain::{account::AccountId, clock::Clock},
+    domain::{account::AccountId, clock::Clock, refresh_policy::RefreshPolicy},
     store::{
         Database,
         leases::{self, Claim, LeaseHolder},
@@ -22,28 +21,28 @@ use crate::harness::{
 };
 
 impl Fixture {
-    /// Registers `many` accounts in one statement, each with a login of the same name at the upstream.
-    async fn register_many(&self, many: usize) {
-        for n in 1..=many {
+    /// Registers `count` accounts in one statement, each with a client id of the same name at the upstream.
+    async fn register_many(&self, count: usize) {
+        for n in 1..=count {
             self.upstream.add_account(&format!("many-{n}"), "SK.many");
         }
         self.database
             .sql(&format!(
                 "insert into accounts (name, client_id, client_secret)
-                 select 'many-' || n, 'many-' || n, 'SK.many' from generate_series(1, {many}) n"
+                 select 'many-' || n, 'many-' || n, 'SK.many' from generate_series(1, {count}) n"
             ))
             .await;
     }
 
-    /// Waits until `many` accounts have a token.
-    async fn until_tokens(&self, many: usize) {
-        eventually(&format!("{many} tokens"), async || {
-            (self.count("tokens").await == many).then_some(())
+    /// Waits until `count` accounts have a token.
+    async fn until_tokens(&self, count: usize) {
+        eventually(&format!("{count} tokens"), async || {
+            (self.count("tokens").await == count).then_some(())
         })
         .await;
     }
 
-    /// Counts the rows of `from`, a FROM clause.
+    /// Counts the rows of a FROM clause.
     async fn count(&self, from: &str) -> usize {
         let count: i64 =
             sqlx::query_scalar(sqlx::AssertSqlSafe(format!("select count(*) from {from}")))
@@ -66,7 +65,7 @@ impl Fixture {
 async fn a_token_for_a_deleted_account_is_not_stored_for_the_new_account_of_its_name() {
     let fixture = Fixture::new().await;
     let bearer = fixture.add_caller("demo", &["*"]).await;
-    // The answer comes only after the other account was inserted.
+    // The upstream answers only after the other account was inserted.
     let latency = Duration::from_secs(1);
     fixture.upstream.set_faults(Faults { latency, ..Faults::default() });
     let broker = fixture.start().await;
@@ -110,7 +109,7 @@ async fn a_token_for_a_deleted_account_is_not_stored_for_the_new_account_of_its_
         fixture.count("tokens natural join (select id as account_id from accounts) it").await,
         1
     );
-    // Both tokens were issued, and both issues are on record.
+    // Both tokens were issued, and both issues were recorded.
     assert_eq!(fixture.audit_events("event = 'token_issued'").await.len(), 2);
 }
 
@@ -149,9 +148,9 @@ async fn replicas_that_seal_at_the_same_time_seal_and_issue_for_each_account_onc
     let homes: Vec<_> = (0..3).map(|_| TempDir::new().unwrap()).collect();
     let mut brokers = vec![];
     for home in &homes {
-        let mut plan = fixture.config();
-        plan.settings.state_dir = home.path().to_owned();
-        brokers.push(fixture.start_with(plan).await);
+        let mut config = fixture.config();
+        config.settings.state_dir = home.path().to_owned();
+        brokers.push(fixture.start_with(config).await);
     }
     fixture.register_many(MANY).await;
     fixture.until_tokens(MANY).await;
@@ -210,7 +209,8 @@ async fn a_claim_does_not_wait_for_another_transaction_and_sees_what_it_committe
     let pool = Database::new(database.url(), "claims").unwrap().pool(1);
     let claim = async |id| leases::claim(&pool, AccountId(id), None, None, &holder).await.unwrap();
 
-    // As another replica does that commits its token, or an admin who leaves a transaction open.
+    // This transaction stands for another replica that commits its token, or for an admin who leaves a
+    // transaction open.
     let mut open = database.pool().begin().await.unwrap();
     sqlx::raw_sql(
         "update refreshes set attempt_ended_at = now()
@@ -224,7 +224,10 @@ async fn a_claim_does_not_wait_for_another_transaction_and_sees_what_it_committe
     .await
     .unwrap();
     assert!(matches!(claim(acme).await, Claim::Wait(_)));
-    assert!(matches!(claim(free).await, Claim::Granted(_)), "one account delays another");
+    assert!(
+        matches!(claim(free).await, Claim::Granted(_)),
+        "a locked account must not delay another one"
+    );
     open.commit().await.unwrap();
     let seen = claim(acme).await;
     assert!(matches!(seen, Claim::NotNeeded), "{seen:?}");
@@ -238,10 +241,10 @@ async fn a_cold_start_keeps_to_the_upstreams_rate_and_concurrency() {
     const CONCURRENCY: usize = 8;
     let fixture = Fixture::new().await;
     fixture.register_many(MANY).await;
-    let mut plan = fixture.config();
-    plan.settings.upstream_rate = f64::from(RATE);
-    plan.settings.upstream_concurrency = CONCURRENCY;
-    let broker = fixture.start_with(plan).await;
+    let mut config = fixture.config();
+    config.settings.upstream_rate = f64::from(RATE);
+    config.settings.upstream_concurrency = CONCURRENCY;
+    let broker = fixture.start_with(config).await;
     fixture.until_tokens(MANY).await;
     broker.stop().await;
 
@@ -250,7 +253,7 @@ async fn a_cold_start_keeps_to_the_upstreams_rate_and_concurrency() {
     for n in 1..=MANY {
         assert_eq!(fixture.upstream.attempts(&format!("many-{n}")), 1, "many-{n}");
     }
-    // A second has the answers to calls that began in it, and to those under way when it began.
+    // In one second, the upstream answers calls that began in it, and calls that were under way before.
     let most = u64::from(RATE) + u64::try_from(CONCURRENCY).unwrap() + 1;
     for (second, issues) in fixture.upstream.issues_per_second() {
         assert!(issues <= most, "{issues} in second {second}");
@@ -286,13 +289,13 @@ async fn two_hundred_calls_for_a_rejected_account_cause_one_attempt() {
 }
 
 #[tokio::test]
-async fn an_upstream_that_is_back_is_noticed_without_exceeding_one_attempt_per_minimum_interval() {
+async fn the_end_of_an_outage_is_noticed_with_at_most_one_attempt_per_minimum_interval() {
     let fixture =
         Fixture::with(Clock::System, Faults { error_rate: 1.0, ..Faults::default() }).await;
     let min_issue_interval = Duration::from_millis(1_200);
-    let mut plan = fixture.config();
-    plan.settings.min_issue_interval = min_issue_interval;
-    let broker = fixture.start_with(plan).await;
+    let mut config = fixture.config();
+    config.settings.min_issue_interval = min_issue_interval;
+    let broker = fixture.start_with(config).await;
     let began = Instant::now();
     fixture.add_account("acme", "id-1", "SK.1").await;
     fixture.until_attempts("id-1", 2).await;
@@ -311,7 +314,7 @@ async fn an_upstream_that_is_back_is_noticed_without_exceeding_one_attempt_per_m
 }
 
 #[tokio::test]
-async fn a_pause_that_the_upstream_asks_for_is_kept() {
+async fn no_attempt_is_made_during_a_pause_that_the_upstream_asks_for() {
     let fixture = Fixture::new().await;
     let bearer = fixture.add_caller("demo", &["*"]).await;
     fixture.upstream.script("id-1", [Answer::RateLimited { retry_after: Some("120".into()) }]);
@@ -325,7 +328,7 @@ async fn a_pause_that_the_upstream_asks_for_is_kept() {
 
     let refused = client.get("acme").await.unwrap_err();
     assert_eq!(code_and_reason(&refused), "Unavailable UPSTREAM_UNAVAILABLE");
-    // Nothing that has the account planned anew causes a second attempt.
+    // Rescheduling the account does not cause a second attempt.
     fixture.database.sql("update accounts set description = 'changed'").await;
     fixture.add_account("other", "id-2", "SK.2").await;
     fixture.wait_for_state("other", "fresh").await;
@@ -338,10 +341,10 @@ async fn no_request_for_a_longer_or_newer_token_forces_an_issue() {
     let fixture = Fixture::new().await;
     let bearer = fixture.add_caller("demo", &["*"]).await;
     fixture.add_account("acme", "id-1", "SK.1").await;
-    // The broker sets the deadline here: a client that sent one would also give up by itself.
-    let mut plan = fixture.config();
-    plan.settings.deadline_default = Duration::from_millis(500);
-    let broker = fixture.start_with(plan).await;
+    // The deadline is the broker's default. If the client sent one, the client might end the call first.
+    let mut config = fixture.config();
+    config.settings.deadline_default = Duration::from_millis(500);
+    let broker = fixture.start_with(config).await;
     let client = broker.client(&bearer).await;
     fixture.wait_for_state("acme", "fresh").await;
     let token = client.get("acme").await.unwrap();
@@ -363,7 +366,7 @@ async fn no_request_for_a_longer_or_newer_token_forces_an_issue() {
 }
 
 #[tokio::test]
-async fn a_watch_of_no_malformed_or_too_many_patterns_is_refused() {
+async fn a_watch_with_no_pattern_a_malformed_one_or_too_many_is_refused() {
     let fixture = Fixture::new().await;
     let bearer = fixture.add_caller("demo", &["*"]).await;
     let broker = fixture.start().await;
@@ -414,9 +417,9 @@ async fn a_report_requires_the_report_right() {
 async fn a_token_for_an_unexpected_address_is_served_and_marked_in_the_audit_log() {
     let fixture = Fixture::new().await;
     let bearer = fixture.add_caller("demo", &["*"]).await;
-    let mut plan = fixture.config();
-    plan.settings.expected_egress = vec!["203.0.113.0/24".parse().unwrap()];
-    let broker = fixture.start_with(plan).await;
+    let mut config = fixture.config();
+    config.settings.expected_egress = vec!["203.0.113.0/24".parse().unwrap()];
+    let broker = fixture.start_with(config).await;
     let client = broker.client(&bearer).await;
     for (account, client_id, secret, address) in [
         ("expected", "id-1", "SK.1", "203.0.113.9"),
