@@ -198,7 +198,7 @@ impl ChangeFeed {
         if error.may_be_outage() && self.database.probe().await.is_err() {
             self.connectivity.mark_lost(&error.to_string());
         } else {
-            self.connectivity.mark_failing(error.to_string());
+            self.connectivity.mark_failing(&error.to_string());
         }
     }
 

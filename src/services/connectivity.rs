@@ -81,10 +81,10 @@ impl DatabaseConnectivity {
 
     /// Records that the database answers, but that the change feed fails because of `problem`. The replica
     /// counts as connected, so it may issue only with a lease.
-    pub fn mark_failing(&self, problem: String) {
-        let changed = self.problem.lock().replace(problem.clone()).as_ref() != Some(&problem);
-        if changed {
-            warn!(%problem, "the database answers, but its changes cannot be followed");
+    pub fn mark_failing(&self, problem: &str) {
+        let before = self.problem.lock().replace(problem.to_owned());
+        if before.as_deref() != Some(problem) {
+            warn!(problem, "the database answers, but its changes cannot be followed");
         }
         self.mark_answering();
     }
@@ -166,7 +166,7 @@ mod tests {
     fn a_database_that_refuses_something_is_not_lost() {
         let connectivity = DatabaseConnectivity::new(true);
         connectivity.heartbeat_stored(0);
-        connectivity.mark_failing("refused".into());
+        connectivity.mark_failing("refused");
         assert_eq!(
             (connectivity.current(), connectivity.problem()),
             (Connectivity::Connected, Some("refused".into()))
@@ -176,7 +176,7 @@ mod tests {
             (connectivity.current(), connectivity.problem()),
             (Connectivity::SoleReplica, None)
         );
-        connectivity.mark_failing("refused".into());
+        connectivity.mark_failing("refused");
         assert_eq!(connectivity.current(), Connectivity::Connected, "issuing needs a lease again");
         connectivity.mark_connected();
         assert_eq!(connectivity.problem(), None);

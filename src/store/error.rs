@@ -240,7 +240,7 @@ enum Kind {
 }
 
 impl Kind {
-    /// Classifies a `SQLSTATE` (PostgreSQL manual, appendix "PostgreSQL Error Codes").
+    /// Classifies a `SQLSTATE`, as listed in appendix A of the manual of Postgres.
     ///
     /// An error that a running server reports is not a lost connection, even if the client can do nothing:
     /// a wrong password (28P01), a missing database (3D000), a statement timeout (57014), no free

@@ -48,7 +48,7 @@ pub struct PublishedKey {
 }
 
 impl Admin {
-    /// Returns the version of the PostgreSQL server.
+    /// Returns the version of the Postgres server.
     #[instrument(level = "debug", skip_all)]
     pub async fn server_version(&self) -> Result<String, StoreError> {
         Ok(sqlx::query_scalar!(
