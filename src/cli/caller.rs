@@ -228,7 +228,10 @@ pub(super) async fn run(global: &GlobalArgs, args: CallerArgs) -> anyhow::Result
     Ok(ExitCode::SUCCESS)
 }
 
-/// Returns the time of `end`, which must be in the future: otherwise it is a mistake.
+/// Returns the time that `end`, the value of `flag`, stands for.
+///
+/// # Errors
+/// When that time is not in the future, which would be a mistake.
 fn future_time(flag: &str, end: Moment) -> anyhow::Result<Timestamp> {
     let now = Clock::System.now();
     let end = end.after(now);

@@ -401,9 +401,9 @@ async fn tls_files_that_cannot_be_used_are_one_error_that_names_the_file() {
             Some(text) => spoil(directory.path(), file, text),
             None => fs::remove_file(directory.path().join(file)).unwrap(),
         }
-        let mut plan = fixture.config();
-        plan.settings.tls = Some(tls);
-        let error = crate::harness::broker::start_error(plan).await;
+        let mut config = fixture.config();
+        config.settings.tls = Some(tls);
+        let error = crate::harness::broker::start_error(config).await;
         assert!(error.starts_with("TLS cannot be served: ") && error.contains(words), "{error}");
         assert!(!error.contains("PRIVATE"), "{error}");
     }
@@ -443,9 +443,9 @@ async fn behind_a_balancer_the_peer_is_the_client_that_it_names_also_with_tls() 
         let tls =
             with_tls.then(|| write_tls_files(files.path(), &ours.issue(&[BROKER_DNS_NAME]), &[]));
         let balancers = vec!["127.0.0.0/8".parse().unwrap()];
-        let mut plan = fixture.config();
-        (plan.settings.tls, plan.settings.proxy_protocol_from) = (tls, balancers);
-        let broker = fixture.start_with(plan).await;
+        let mut config = fixture.config();
+        (config.settings.tls, config.settings.proxy_protocol_from) = (tls, balancers);
+        let broker = fixture.start_with(config).await;
         fixture.wait_for_state("acme", "fresh").await;
         let (address, _forwarding) = balancer(broker.app.grpc_address, PROXY_HEADER).await;
         let channel = if with_tls {
@@ -495,9 +495,9 @@ async fn a_proxy_header_from_an_untrusted_address_is_refused() {
     fixture.add_account("acme", "id-1", "SK.1").await;
     let bearer = fixture.add_caller("demo", &["acme"]).await;
     let balancers = vec!["192.0.2.0/24".parse().unwrap()];
-    let mut plan = fixture.config();
-    plan.settings.proxy_protocol_from = balancers;
-    let broker = fixture.start_with(plan).await;
+    let mut config = fixture.config();
+    config.settings.proxy_protocol_from = balancers;
+    let broker = fixture.start_with(config).await;
     fixture.wait_for_state("acme", "fresh").await;
     let (address, _forwarding) = balancer(broker.app.grpc_address, PROXY_HEADER).await;
     let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();

@@ -34,10 +34,10 @@ impl Fixture {
     }
 
     /// Returns the configuration of a broker that reaches its database through `proxy`.
-    fn plan_by(&self, proxy: &DatabaseProxy) -> AppConfig {
-        let mut plan = self.config();
-        plan.settings.database_url = DatabaseUrl::new(proxy.url()).unwrap();
-        plan
+    fn config_with_proxy(&self, proxy: &DatabaseProxy) -> AppConfig {
+        let mut config = self.config();
+        config.settings.database_url = DatabaseUrl::new(proxy.url()).unwrap();
+        config
     }
 }
 
@@ -47,8 +47,9 @@ async fn a_database_that_stopped_answering_is_used_again_once_it_answers() {
     let proxy = DatabaseProxy::start(fixture.database.url()).await;
     let bearer = fixture.add_caller("demo", &["*"]).await;
     // With one connection, a single step that never returns it would end all use of the database.
-    let broker =
-        fixture.start_with(AppConfig { pool_connections: 1, ..fixture.plan_by(&proxy) }).await;
+    let broker = fixture
+        .start_with(AppConfig { pool_connections: 1, ..fixture.config_with_proxy(&proxy) })
+        .await;
     let client = broker.client(&bearer).await;
 
     proxy.blackhole();
@@ -83,10 +84,10 @@ async fn a_full_journal_refuses_calls_is_shown_in_health_and_recovers_once_deliv
     let proxy = DatabaseProxy::start(fixture.database.url()).await;
     let bearer = fixture.add_caller("demo", &["*"]).await;
     fixture.add_account("acme", "id-1", "SK.1").await;
-    let mut plan = fixture.plan_by(&proxy);
-    plan.journal_segment_bytes = 4 << 10;
-    plan.settings.journal_max_bytes = 32 << 10;
-    let broker = fixture.start_with(plan).await;
+    let mut config = fixture.config_with_proxy(&proxy);
+    config.journal_segment_bytes = 4 << 10;
+    config.settings.journal_max_bytes = 32 << 10;
+    let broker = fixture.start_with(config).await;
     let (grpc, ops) = (broker.app.grpc_address, broker.app.ops_address);
     let client = broker.client(&bearer).await;
     client.get("acme").await.unwrap();
@@ -128,7 +129,7 @@ async fn a_partitioned_replica_serves_tokens_to_their_end_and_then_refuses_at_on
     let bearer = fixture.add_caller("demo", &["*"]).await;
     fixture.add_account("acme", "id-1", "SK.1").await;
     fixture.with_another_replica().await;
-    let broker = fixture.start_with(fixture.plan_by(&proxy)).await;
+    let broker = fixture.start_with(fixture.config_with_proxy(&proxy)).await;
     let client = broker.client(&bearer).await;
     let token = client.get("acme").await.unwrap();
 
@@ -159,7 +160,7 @@ async fn a_waiting_call_is_refused_at_once_when_the_database_is_lost() {
     let bearer = fixture.add_caller("demo", &["*"]).await;
     fixture.add_account("acme", "id-1", "SK.1").await;
     fixture.with_another_replica().await;
-    let broker = fixture.start_with(fixture.plan_by(&proxy)).await;
+    let broker = fixture.start_with(fixture.config_with_proxy(&proxy)).await;
     let client = broker.client(&bearer).await;
     let token = client.get("acme").await.unwrap();
 
@@ -197,7 +198,7 @@ async fn a_sole_replica_keeps_tokens_fresh_without_the_database_and_stores_them_
     let proxy = DatabaseProxy::start(fixture.database.url()).await;
     let bearer = fixture.add_caller("demo", &["*"]).await;
     fixture.add_account("acme", "id-1", "SK.1").await;
-    let broker = fixture.start_with(fixture.plan_by(&proxy)).await;
+    let broker = fixture.start_with(fixture.config_with_proxy(&proxy)).await;
     let client = broker.client(&bearer).await;
     let first = client.get("acme").await.unwrap();
     let mut calls = 1;
@@ -250,7 +251,7 @@ async fn a_token_that_was_issued_without_the_database_and_lost_is_replaced_at_th
     let proxy = DatabaseProxy::start(fixture.database.url()).await;
     let bearer = fixture.add_caller("demo", &["*"]).await;
     fixture.add_account("acme", "id-1", "SK.1").await;
-    let broker = fixture.start_with(fixture.plan_by(&proxy)).await;
+    let broker = fixture.start_with(fixture.config_with_proxy(&proxy)).await;
     let client = broker.client(&bearer).await;
     let stored = client.get("acme").await.unwrap();
 
@@ -285,7 +286,7 @@ async fn a_token_that_was_issued_as_the_database_was_lost_is_served_and_stored_l
     let proxy = DatabaseProxy::start(fixture.database.url()).await;
     let bearer = fixture.add_caller("demo", &["*"]).await;
     fixture.with_another_replica().await;
-    let broker = fixture.start_with(fixture.plan_by(&proxy)).await;
+    let broker = fixture.start_with(fixture.config_with_proxy(&proxy)).await;
     let client = broker.client(&bearer).await;
     let latency = Duration::from_secs(2);
     fixture.upstream.set_faults(Faults { latency, ..Faults::default() });

@@ -149,9 +149,9 @@ async fn replicas_that_seal_at_the_same_time_seal_and_issue_for_each_account_onc
     let homes: Vec<_> = (0..3).map(|_| TempDir::new().unwrap()).collect();
     let mut brokers = vec![];
     for home in &homes {
-        let mut plan = fixture.config();
-        plan.settings.state_dir = home.path().to_owned();
-        brokers.push(fixture.start_with(plan).await);
+        let mut config = fixture.config();
+        config.settings.state_dir = home.path().to_owned();
+        brokers.push(fixture.start_with(config).await);
     }
     fixture.register_many(MANY).await;
     fixture.until_tokens(MANY).await;
@@ -238,10 +238,10 @@ async fn a_cold_start_keeps_to_the_upstreams_rate_and_concurrency() {
     const CONCURRENCY: usize = 8;
     let fixture = Fixture::new().await;
     fixture.register_many(MANY).await;
-    let mut plan = fixture.config();
-    plan.settings.upstream_rate = f64::from(RATE);
-    plan.settings.upstream_concurrency = CONCURRENCY;
-    let broker = fixture.start_with(plan).await;
+    let mut config = fixture.config();
+    config.settings.upstream_rate = f64::from(RATE);
+    config.settings.upstream_concurrency = CONCURRENCY;
+    let broker = fixture.start_with(config).await;
     fixture.until_tokens(MANY).await;
     broker.stop().await;
 
@@ -290,9 +290,9 @@ async fn an_upstream_that_is_back_is_noticed_without_exceeding_one_attempt_per_m
     let fixture =
         Fixture::with(Clock::System, Faults { error_rate: 1.0, ..Faults::default() }).await;
     let min_issue_interval = Duration::from_millis(1_200);
-    let mut plan = fixture.config();
-    plan.settings.min_issue_interval = min_issue_interval;
-    let broker = fixture.start_with(plan).await;
+    let mut config = fixture.config();
+    config.settings.min_issue_interval = min_issue_interval;
+    let broker = fixture.start_with(config).await;
     let began = Instant::now();
     fixture.add_account("acme", "id-1", "SK.1").await;
     fixture.until_attempts("id-1", 2).await;
@@ -339,9 +339,9 @@ async fn no_request_for_a_longer_or_newer_token_forces_an_issue() {
     let bearer = fixture.add_caller("demo", &["*"]).await;
     fixture.add_account("acme", "id-1", "SK.1").await;
     // The broker sets the deadline here: a client that sent one would also give up by itself.
-    let mut plan = fixture.config();
-    plan.settings.deadline_default = Duration::from_millis(500);
-    let broker = fixture.start_with(plan).await;
+    let mut config = fixture.config();
+    config.settings.deadline_default = Duration::from_millis(500);
+    let broker = fixture.start_with(config).await;
     let client = broker.client(&bearer).await;
     fixture.wait_for_state("acme", "fresh").await;
     let token = client.get("acme").await.unwrap();
@@ -414,9 +414,9 @@ async fn a_report_requires_the_report_right() {
 async fn a_token_for_an_unexpected_address_is_served_and_marked_in_the_audit_log() {
     let fixture = Fixture::new().await;
     let bearer = fixture.add_caller("demo", &["*"]).await;
-    let mut plan = fixture.config();
-    plan.settings.expected_egress = vec!["203.0.113.0/24".parse().unwrap()];
-    let broker = fixture.start_with(plan).await;
+    let mut config = fixture.config();
+    config.settings.expected_egress = vec!["203.0.113.0/24".parse().unwrap()];
+    let broker = fixture.start_with(config).await;
     let client = broker.client(&bearer).await;
     for (account, client_id, secret, address) in [
         ("expected", "id-1", "SK.1", "203.0.113.9"),

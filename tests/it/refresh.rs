@@ -81,9 +81,9 @@ async fn three_replicas_issue_once_for_each_account() {
     let homes: Vec<_> = (0..3).map(|_| TempDir::new().unwrap()).collect();
     let mut brokers = vec![];
     for home in &homes {
-        let mut plan = fixture.config();
-        plan.settings.state_dir = home.path().to_owned();
-        brokers.push(fixture.start_with(plan).await);
+        let mut config = fixture.config();
+        config.settings.state_dir = home.path().to_owned();
+        brokers.push(fixture.start_with(config).await);
     }
     let mut calls = tokio::task::JoinSet::new();
     for broker in &brokers {
@@ -181,9 +181,9 @@ async fn a_restarted_replica_does_not_wait_for_the_leases_of_its_previous_proces
 
     // The other replica's lease counts towards the concurrency of two; that of the ended process
     // does not.
-    let mut plan = fixture.config();
-    plan.settings.upstream_concurrency = 2;
-    let broker = fixture.start_with(plan).await;
+    let mut config = fixture.config();
+    config.settings.upstream_concurrency = 2;
+    let broker = fixture.start_with(config).await;
     let client = broker.client(&bearer).await;
     eventually("a new token", async || {
         client.get("acme").await.ok().filter(|token| token.generation > acme.generation)
@@ -199,9 +199,9 @@ async fn malformed_answers_never_replace_a_token() {
     let bearer = fixture.add_caller("demo", &["*"]).await;
     fixture.add_account("acme", "id-1", "SK.1").await;
     // Where new tokens do not end older ones, the stored one is never possibly revoked.
-    let mut plan = fixture.config();
-    plan.settings.new_token_ends_older = false;
-    let broker = fixture.start_with(plan).await;
+    let mut config = fixture.config();
+    config.settings.new_token_ends_older = false;
+    let broker = fixture.start_with(config).await;
     let client = broker.client(&bearer).await;
     let first = client.get("acme").await.unwrap();
     for (n, answer) in
@@ -234,9 +234,9 @@ async fn a_wrong_keyring_another_upstream_or_an_old_schema_is_one_clear_error() 
     let error = start_error(AppConfig { keyring: other.into(), ..fixture.config() }).await;
     assert!(error.starts_with("the keyring does not open the secret of account acme"), "{error}");
 
-    let mut plan = fixture.config();
-    plan.settings.upstream = "http://127.0.0.1:9/api/1.1".parse().unwrap();
-    let error = start_error(plan).await;
+    let mut config = fixture.config();
+    config.settings.upstream = "http://127.0.0.1:9/api/1.1".parse().unwrap();
+    let error = start_error(config).await;
     assert!(error.contains("belongs to the upstream"), "{error}");
 
     fixture.database.sql("delete from _sqlx_migrations where version = 5").await;

@@ -332,9 +332,9 @@ async fn sql_as(database: &TestDatabase, role: &str, statements: &str) {
 fn config_as_runtime(fixture: &Fixture) -> AppConfig {
     let mut url = Url::parse(fixture.database.url()).unwrap();
     url.query_pairs_mut().append_pair("options", &format!("-c role={RUNTIME}"));
-    let mut plan = fixture.config();
-    plan.settings.database_url = DatabaseUrl::new(url.as_str()).unwrap();
-    plan
+    let mut config = fixture.config();
+    config.settings.database_url = DatabaseUrl::new(url.as_str()).unwrap();
+    config
 }
 
 async fn until_refused(client: &TestClient, expected: &str) {

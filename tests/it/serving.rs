@@ -95,9 +95,9 @@ async fn while_the_upstream_is_down_tokens_are_served_until_they_expire_and_neve
     let bearer = fixture.add_caller("demo", &["*"]).await;
     fixture.add_account("acme", "id-1", "SK.1").await;
     // The minimum issue interval is measured by the database's clock, which does not move with the test's.
-    let mut plan = fixture.config();
-    plan.settings.min_issue_interval = Duration::ZERO;
-    let broker = fixture.start_with(plan).await;
+    let mut config = fixture.config();
+    config.settings.min_issue_interval = Duration::ZERO;
+    let broker = fixture.start_with(config).await;
     let client = broker.client(&bearer).await;
     let token = client.get("acme").await.unwrap();
     fixture.upstream.set_faults(Faults { error_rate: 1.0, ..Faults::default() });
@@ -132,9 +132,9 @@ async fn a_call_waits_for_a_token_that_is_being_issued_but_not_beyond_its_deadli
     let bearer = fixture.add_caller("demo", &["*"]).await;
     fixture.upstream.set_faults(Faults { answer: Answer::Hang, ..Faults::default() });
     // The client sends no deadline, since it would enforce it itself; the broker's default applies.
-    let mut plan = fixture.config();
-    plan.settings.deadline_default = Duration::from_millis(500);
-    let broker = fixture.start_with(plan).await;
+    let mut config = fixture.config();
+    config.settings.deadline_default = Duration::from_millis(500);
+    let broker = fixture.start_with(config).await;
     let client = broker.client(&bearer).await;
     fixture.add_account("acme", "id-1", "SK.1").await;
     eventually("the attempt", async || (fixture.upstream.attempts("id-1") == 1).then_some(()))

@@ -60,7 +60,7 @@ pub(super) struct Cluster {
     directory: PathBuf,
     temporary: bool,
     user: ServerUser,
-    /// Only held: closing the file releases the lock.
+    /// It is only kept open, because closing the file releases the lock.
     _lock: File,
 }
 

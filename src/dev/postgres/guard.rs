@@ -48,7 +48,7 @@ const STOP_SIGNALS: [(Signal, Duration); 3] = [
 enum GuardError {
     #[error("this command is for token-broker's own use")]
     Usage,
-    #[error("{0}")]
+    #[error(transparent)]
     System(#[from] io::Error),
     #[error("{} cannot be used: {source}", directory.display())]
     Directory { directory: PathBuf, source: io::Error },
