@@ -3,9 +3,9 @@
 //!
 //! The start, in order ([`App::start`]):
 //! 1. lock the state directory and open the audit journal;
-//! 2. create the [components](components), which need no database, and serve `/livez`, `/readyz` and
+//! 2. create the [components], which need no database, and serve `/livez`, `/readyz` and
 //!    `/metrics`, so that operators can see that a broker waits for its database;
-//! 3. [prepare](prepare): migrate or check the schema, check that the database and the keyring belong
+//! 3. [prepare](mod@prepare): migrate or check the schema, check that the database and the keyring belong
 //!    together, record the start, and load accounts and callers;
 //! 4. [build](wiring) the gRPC server, start all [tasks](running), and report `SERVING`.
 //!

@@ -109,7 +109,7 @@ Examples:
 
 #[derive(Args, Debug)]
 struct NewArgs {
-    /// The account's name: [a-z0-9][a-z0-9._-]{0,62}
+    /// The account's name: `[a-z0-9][a-z0-9._-]{0,62}`
     name: AccountName,
     /// The account's ID in the console, 1 to 20 characters
     #[arg(long, value_name = "ID")]

@@ -41,7 +41,7 @@ Examples:
   token-broker caller add billing --bearer > billing.bearer
   token-broker caller add billing --spiffe-id spiffe://example.com/billing")]
     Add {
-        /// The caller's name: [a-z0-9][a-z0-9._-]{0,62}
+        /// The caller's name: `[a-z0-9][a-z0-9._-]{0,62}`
         name: AccountName,
         /// Create a bearer and print it, once, as the only output
         #[arg(long)]
