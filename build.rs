@@ -9,8 +9,11 @@ const PROTO: &str = "proto/token_broker/v1/token_broker.proto";
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=proto");
+    // `sqlx::migrate!` embeds the migrations, and does not notice a new file by itself.
     println!("cargo::rerun-if-changed=migrations");
 
+    // The source info carries the comments, which become the docs of the generated types. Reflection
+    // does not need them.
     let files = protox::Compiler::new(["proto"])?
         .include_source_info(true)
         .include_imports(true)
@@ -26,7 +29,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     )?;
 
     let mut config = Config::new();
-    // A token must not be printable: `src/api/proto.rs` has the `Debug` that leaves it out.
+    // A token must not be printed: `src/api/proto.rs` implements `Debug` without it.
     config.skip_debug(["token_broker.v1.GetTokenResponse"]);
     tonic_prost_build::configure().compile_fds_with_config(files, config)?;
     Ok(())

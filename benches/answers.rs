@@ -6,9 +6,9 @@
 //! feature `bench` one that writes nothing), and a bare tonic server that sends the same response. They
 //! are measured in turns, so that changes in the machine's speed affect all of them alike.
 //!
-//! Then the broker with `fsync` is measured with more and more callers, each of whom sends the next call
-//! when the last one is answered. With three times as many callers as at the peak, it should still
-//! answer nine tenths as many calls.
+//! Then the broker with `fsync` is measured with more and more callers, each of which sends its next call
+//! when the last one is answered. With three times as many callers as at the peak, the rate should still be
+//! nine tenths of the peak.
 //!
 //! Clients and servers share the machine, and the delivery of audit records to Postgres takes about as
 //! much of its time again. So Postgres is paused during the measurements, except in the rows that say
@@ -72,7 +72,7 @@ struct Server {
     name: &'static str,
     address: SocketAddr,
     bearer: String,
-    /// The address of the admin API; `None` for the bare server.
+    /// The address of the HTTP endpoints for operators; `None` for the bare server.
     ops: Option<SocketAddr>,
     /// Whether Postgres runs during the measurement, so that audit records are delivered.
     delivering: bool,

@@ -9,11 +9,11 @@ use tracing::{info, warn};
 
 use crate::app::App;
 
-/// Raises the process's limit of open files to the most that the system allows. Each connection takes a
+/// Raises the process's soft limit of open files to its hard limit. Each connection takes a
 /// descriptor, and the usual limit of 1,024 exists for programs that use `select`.
 pub fn raise_descriptor_limit() {
     let limit = getrlimit(Resource::Nofile);
-    // If the system refuses, the present limit stays, and fewer connections are accepted.
+    // If the system refuses, the soft limit stays as it is, and fewer connections are accepted.
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
 }
 
@@ -29,7 +29,7 @@ impl Signals {
     /// Handles SIGINT and SIGTERM from now on, so that they no longer end the process.
     ///
     /// # Errors
-    /// When the system refuses.
+    /// When the system refuses to install a handler.
     pub fn take() -> std::io::Result<Self> {
         Ok(Self {
             interrupt: signal(SignalKind::interrupt())?,
@@ -49,9 +49,11 @@ impl Signals {
         }
     }
 
-    /// Runs `start` with a token that the next signal cancels, and returns its result. The next call of
-    /// [`Signals::next`] returns that signal again, in case `start` succeeded all the same because the
-    /// signal came at its very end.
+    /// Runs `start` with a token that the next signal cancels, and returns the result of `start`, which
+    /// must end soon after the token is cancelled.
+    ///
+    /// If a signal came, the next call of [`Signals::next`] returns at once. So the signal is not lost
+    /// when `start` succeeds in spite of it.
     pub async fn during<T>(&mut self, start: impl AsyncFnOnce(CancellationToken) -> T) -> T {
         let give_up = CancellationToken::new();
         let started = start(give_up.clone());
@@ -65,8 +67,9 @@ impl Signals {
     }
 }
 
-/// Waits until a signal arrives or a task of `app` fails, and then stops `app`. A second signal ends the
-/// stop at once. The exit code is a failure if a task failed or the stop was cut short.
+/// Waits until a signal arrives or a task of `app` fails, and then stops `app`. A second signal
+/// interrupts the stop: this function returns at once. The exit code is a failure if a task failed or
+/// the stop was interrupted.
 pub async fn run(app: App, signals: &mut Signals) -> ExitCode {
     let failed = tokio::select! {
         () = signals.next() => false,
@@ -76,7 +79,7 @@ pub async fn run(app: App, signals: &mut Signals) -> ExitCode {
     tokio::select! {
         () = app.stop() => {}
         () = signals.next() => {
-            warn!("stopped at once: calls were cut off, and audit records wait for the next start");
+            warn!("stopped at once: open calls were aborted, and audit records wait for the next start");
             return ExitCode::FAILURE;
         }
     }

@@ -6,8 +6,8 @@ use clap::Parser;
 use token_broker::cli::{self, Cli};
 
 fn main() -> ExitCode {
-    // `dev` starts this program once more as a guard, which ends Postgres when `dev` is killed. The
-    // guard needs neither the command line's help nor a runtime.
+    // `dev` runs this program as its guard process, which stops Postgres when `dev` ends. The command
+    // is hidden, so clap does not know it, and the guard builds its own runtime.
     #[cfg(feature = "embedded-postgres")]
     if std::env::args_os().nth(1).is_some_and(|it| it == token_broker::dev::postgres::GUARD_COMMAND)
     {

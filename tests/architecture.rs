@@ -4,6 +4,8 @@
 //! An import is a `use`, or a path that begins with `crate`, `super` or `self`, outside of code that is
 //! compiled for tests only. A re-export counts as an import of the file that defines the item.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by a panic")]
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
@@ -30,6 +32,11 @@ type ModulePath = Vec<String>;
 
 /// The modules that each module imports from.
 type Imports = BTreeMap<ModulePath, BTreeSet<ModulePath>>;
+
+/// Returns the path of the module `name` in `parent`.
+fn child_of(parent: &ModulePath, name: &str) -> ModulePath {
+    parent.iter().cloned().chain([name.to_owned()]).collect()
+}
 
 /// The imports of one file, not yet resolved.
 #[derive(Default)]
@@ -207,7 +214,7 @@ impl<'a> Resolver<'a> {
                 module[..module.len() - ups].to_vec()
             }
             first => {
-                let child = [module.as_slice(), &[first.to_owned()]].concat();
+                let child = child_of(module, first);
                 if !self.files.contains_key(&child) {
                     return None;
                 }
@@ -215,7 +222,7 @@ impl<'a> Resolver<'a> {
             }
         };
         for segment in rest {
-            let child = [at.as_slice(), &[segment.clone()]].concat();
+            let child = child_of(&at, segment);
             if self.files.contains_key(&child) {
                 at = child;
             } else if let Some(target) = self.re_exports.get(&(at.clone(), segment.clone())) {
@@ -294,7 +301,7 @@ fn read_folder(folder: &Path, module: &ModulePath, files: &mut BTreeMap<ModulePa
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
         let stem = path.file_stem().unwrap().to_str().unwrap().to_owned();
-        let child = [module.as_slice(), &[stem.clone()]].concat();
+        let child = child_of(module, &stem);
         if path.is_dir() {
             read_folder(&path, &child, files);
         } else if path.extension().is_some_and(|extension| extension == "rs") && stem != "main" {
@@ -313,9 +320,7 @@ fn imports_of_the_crate() -> Imports {
     read_folder(&source, &vec![], &mut files);
     let for_tests: Vec<ModulePath> = files
         .iter()
-        .flat_map(|(module, file)| {
-            file.test_modules.iter().map(|child| [module.as_slice(), &[child.clone()]].concat())
-        })
+        .flat_map(|(module, file)| file.test_modules.iter().map(|child| child_of(module, child)))
         .collect();
     files.retain(|module, _| !for_tests.iter().any(|test| module.starts_with(test)));
     imports(&files)

@@ -1,4 +1,4 @@
-//! Targets for data that the broker stored itself and that was changed afterwards.
+//! Targets for data that the broker has stored and that somebody has changed.
 
 use std::{fs, sync::LazyLock, time::Duration};
 
@@ -39,8 +39,8 @@ static SEALED: LazyLock<(Keyring, Vec<u8>, String)> = LazyLock::new(|| {
     (keyring, sealed, intake)
 });
 
-/// A sealed value can be opened, and not if anything in it was changed. The input is a list of edits to
-/// a sealed value; it is also tried as a value itself.
+/// A sealed value opens only if it is unchanged. The input is a list of edits to a sealed value; it is also
+/// tried as a value itself.
 pub fn sealed_value(bytes: &[u8]) {
     let (keyring, sealed, intake) = &*SEALED;
     let binding = RowBinding::client_secret(ACCOUNT, VERSION);
@@ -120,9 +120,9 @@ fn read_journal(state_dir: &std::path::Path) -> Result<Vec<StoredEvent>, String>
     Ok(events)
 }
 
-/// However a segment was changed, the events that are read are those that were written, from the first
-/// one on; the rest is reported as damage, or ignored as an incomplete last line. The input is a list of
-/// edits to a segment; it is also tried as a line.
+/// However a segment was changed, the events that are read from it are the first of those that were written.
+/// The rest is reported as damage, or ignored as an incomplete last line. The input is a list of edits to a
+/// segment; it is also tried as a line.
 pub fn journal(bytes: &[u8]) {
     let segment = &*SEGMENT;
     let mut edited = segment.bytes.clone();

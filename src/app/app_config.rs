@@ -1,4 +1,4 @@
-//! What a broker is built from: the operator's settings, the keyring, and limits that are not settings.
+//! The configuration of a broker: the operator's settings, the keyring, and limits that are not settings.
 
 use std::{num::NonZeroUsize, path::PathBuf, sync::Arc, thread, time::Duration};
 
@@ -12,14 +12,14 @@ use crate::{
     upstream::Target,
 };
 
-/// Connections in the pool that refreshing and the change feed share. The delivery of the journal and
-/// the listener for notifications have a connection of their own each.
+/// The number of connections in the pool that the refresher, the change feed and the token provider
+/// share. The delivery of the journal and the listener for notifications each use another connection.
 const POOL_CONNECTIONS: u32 = 10;
-/// The same for a broker that shares its machine with its database.
+/// The number of connections in that pool when broker and database share a machine.
 const LOCAL_POOL_CONNECTIONS: u32 = 5;
 /// The size in bytes at which the journal starts another segment.
 const JOURNAL_SEGMENT_BYTES: u64 = 64 << 20;
-/// How long delivered segments of the journal are kept, so that they can also be copied elsewhere.
+/// How long delivered segments of the journal are kept, so that operators can copy them.
 const JOURNAL_RETENTION: Duration = Duration::from_hours(7 * 24);
 
 /// The most connections of callers at once, if the process may have enough file descriptors.
@@ -28,10 +28,10 @@ const MAX_CONNECTIONS: usize = 10_000;
 const MAX_WAITING_CALLS: usize = 10_000;
 /// The most `WatchTokens` streams at once. Each takes about 20 KiB too.
 const MAX_STREAMS: usize = 10_000;
-/// The longest time for which a stop goes on answering calls so that load balancers notice it.
+/// The longest [`AppConfig::shutdown_notice`]. It is a quarter of the drain if that is shorter.
 const MAX_SHUTDOWN_NOTICE: Duration = Duration::from_secs(5);
 
-/// What a broker is built from.
+/// The configuration of a broker.
 #[derive(Debug)]
 pub struct AppConfig {
     /// The operator's settings. `listen`, `ops_listen`, `keyring_file` and `log_format` are not used
@@ -42,14 +42,16 @@ pub struct AppConfig {
     /// Whether to apply missing migrations at the start. Without it, a schema that is too old is an
     /// error.
     pub migrate: bool,
-    /// Whether to accept a database that is not as this replica left it.
+    /// Whether to accept a database that differs from the one that this replica used last: see
+    /// [`DatabaseMismatch`](super::DatabaseMismatch).
     pub accept_restored: bool,
-    /// The number of connections in the pool that refreshing and the change feed share.
+    /// The number of connections in the pool that the refresher, the change feed and the token provider
+    /// share.
     pub pool_connections: u32,
     /// The size in bytes at which the journal starts another segment; at most a quarter of
     /// `settings.journal_max_bytes` is used.
     pub journal_segment_bytes: u64,
-    /// The most connections of callers at once. Further ones wait until they are accepted.
+    /// The most connections of callers at once. Further ones wait until an earlier one is closed.
     pub max_connections: usize,
     /// The number of threads that serve connections.
     pub workers: NonZeroUsize,
@@ -60,7 +62,7 @@ pub struct AppConfig {
     /// How long a stop goes on answering calls while health already says `NOT_SERVING`, so that load
     /// balancers stop sending new ones.
     pub shutdown_notice: Duration,
-    /// The source of the time.
+    /// The clock of all services. Tests set it.
     pub clock: Clock,
 }
 
@@ -84,9 +86,9 @@ impl AppConfig {
         }
     }
 
-    /// Returns the configuration of a broker that has the machine and the database to itself, as in
-    /// `dev`, tests and benches: defaults, but with an issue each second for each account, and a stop
-    /// that does not wait for load balancers.
+    /// Returns the configuration of a broker on a developer's machine, as in `dev`, tests and benches. It
+    /// has the default settings, except that an account may issue each second, that a stop drains for 5 s
+    /// at most and does not wait for load balancers, and that the pool is smaller.
     #[must_use]
     pub fn local(
         database_url: DatabaseUrl,
@@ -107,7 +109,7 @@ impl AppConfig {
         }
     }
 
-    /// Returns how the audit journal is written.
+    /// Returns the settings of the audit journal.
     pub(super) fn journal(&self) -> JournalSettings {
         let max_bytes = self.settings.journal_max_bytes;
         JournalSettings {
@@ -119,8 +121,9 @@ impl AppConfig {
     }
 }
 
-/// Returns the most connections for a process that may have `descriptors` open files, of which some are
-/// left for the journal, Postgres, the upstream and `/metrics`.
+/// Returns the most connections of callers for a process that may have `descriptors` open files, or any
+/// number if that is `None`. Some descriptors are reserved for the journal, Postgres, the upstream and
+/// `/metrics`. The result is at least 64 even if the limit is lower.
 fn max_connections(descriptors: Option<u64>) -> usize {
     const RESERVED: usize = 256;
     let descriptors = descriptors.and_then(|most| usize::try_from(most).ok());

@@ -1,5 +1,5 @@
-//! The components of a broker that exist before the database has answered. They share state: everything
-//! else is built from them.
+//! The components of a broker that are created before the database has answered. The services are built
+//! from them, and share their state.
 
 use std::sync::{
     Arc,
@@ -30,10 +30,10 @@ const APPLICATION_NAME: &str = "token-broker";
 /// The value of [`Components::upstream_skew_ms`] before the first issue.
 pub(super) const UNKNOWN_SKEW: i64 = i64::MIN;
 
-/// The components. Most of them are shared by cloning.
+/// The components of one broker. Most of them are handles, whose clones share their state.
 pub(super) struct Components {
     pub(super) database: Database,
-    /// The pool that refreshing and the change feed share.
+    /// The pool that the refresher, the change feed and the token provider share.
     pub(super) pool: PgPool,
     pub(super) cache: Arc<AccountCache>,
     pub(super) directory: Arc<CallerDirectory>,
@@ -44,9 +44,9 @@ pub(super) struct Components {
     pub(super) metrics: Arc<Metrics>,
     pub(super) upstream: UpstreamClient,
     pub(super) tls: Option<Arc<Tls>>,
-    /// How many milliseconds the upstream's clock was ahead at the last issue.
+    /// By how many milliseconds the upstream's clock was ahead of this machine's at the last issue.
     pub(super) upstream_skew_ms: Arc<AtomicI64>,
-    /// Whether calls are served: between the end of the start and the beginning of the stop.
+    /// Whether calls are served. It is true from the end of the start until the stop begins.
     pub(super) serving: Arc<AtomicBool>,
     /// Cancelled when a task or a thread has ended by itself, which is a bug or, for the change feed,
     /// means that the database was replaced. The process ends then.
@@ -55,10 +55,10 @@ pub(super) struct Components {
 }
 
 impl Components {
-    /// Creates the components. Reads the TLS files, and connects to nothing.
+    /// Creates the components. Blocks while it reads the TLS files, and opens no connection.
     ///
     /// # Errors
-    /// When the TLS files, the database's URL or the upstream's settings cannot be used.
+    /// When the TLS files, the database's URL or the upstream's settings are invalid.
     pub(super) fn new(
         config: &AppConfig,
         state_dir: &StateDir,

@@ -1,7 +1,9 @@
-//! Checks that the database is the one that this replica used last, and in no older state.
+//! Checks that the database is the one that this replica used last, and that it is not in an older state,
+//! as after the restore of a backup.
 //!
-//! The state directory remembers the database's deployment id and its epoch, which grows each time that
-//! an operator accepts a restored database. The journal knows how many of its records were delivered.
+//! The state directory remembers the database's deployment id and its epoch, which is incremented each
+//! time that an operator accepts a restored database. The journal knows which of its records were
+//! delivered to the database.
 
 use std::{collections::BTreeMap, fs, io, path::Path};
 
@@ -38,12 +40,13 @@ struct RememberedDatabase {
     epoch: i64,
 }
 
-/// Checks the database behind `pool`. With `--accept-restored`, makes a database that differs the
-/// deployment's own. A difference that another replica accepted since this one last started counts as
-/// accepted.
+/// Checks the database behind `pool`. With `--accept-restored`, a database that differs is accepted: it
+/// becomes the database of the deployment, under a new epoch. A database with fewer records is accepted
+/// too if another replica has accepted it since this one last started.
 ///
 /// # Errors
-/// [`StartError::DatabaseMismatch`] when the database differs and nobody accepted it.
+/// [`StartError::DatabaseMismatch`] when the database differs and was not accepted. Also errors of the
+/// database and of the state directory.
 pub(super) async fn verify(
     pool: &PgPool,
     config: &AppConfig,
@@ -56,8 +59,8 @@ pub(super) async fn verify(
     let found = deployment::open(pool, &ours).await?;
     let chains = journal.chains();
     let names: Vec<_> = chains.iter().map(|chain| chain.link.chain.clone()).collect();
-    let delivered = deployment::delivered(pool, &names).await?;
-    let missing = missing_records(&journal.delivered_positions(), &delivered);
+    let stored = deployment::delivered(pool, &names).await?;
+    let missing = missing_records(&journal.delivered_positions(), &stored);
     let mut differences = differences(remembered.as_ref(), &found, &ours);
     if missing > 0 && !differences.contains(&Difference::OtherDeployment) {
         differences.push(Difference::Older { records: missing });
@@ -66,7 +69,7 @@ pub(super) async fn verify(
         && differences.iter().all(|it| matches!(it, Difference::Older { .. }));
     let mut verified = VerifiedDatabase { identity: found.identity, acceptance: None };
     if !differences.is_empty() {
-        let lost = lost_records(journal.clone(), chains, delivered.clone()).await;
+        let lost = lost_records(journal.clone(), chains, stored.clone()).await;
         if !accepted_elsewhere {
             if !config.accept_restored {
                 return Err(DatabaseMismatch { differences, lost }.into());
@@ -79,9 +82,10 @@ pub(super) async fn verify(
             "the database is not as it was left; that was accepted{lost}"
         );
         verified.acceptance = Some(acceptance_record(config, &differences, &lost));
-        // The journal's own positions do not hold any more: the database's do.
+        // The positions up to which the journal was delivered are those of the former database. From
+        // here on, this database's apply, so that records that it lacks are delivered again.
         for name in names {
-            journal.mark_delivered(&name, delivered.get(&name).map_or(0, |head| head.seq));
+            journal.mark_delivered(&name, stored.get(&name).map_or(0, |head| head.seq));
         }
     }
     let now = RememberedDatabase {
@@ -99,7 +103,7 @@ pub(super) async fn verify(
     Ok(verified)
 }
 
-/// Returns how the database `found` differs from the remembered one, apart from its age.
+/// Returns how the database `found` differs from the remembered one. Missing records are not considered.
 fn differences(
     remembered: Option<&RememberedDatabase>,
     found: &Deployment,
@@ -129,12 +133,12 @@ fn accepted_elsewhere(remembered: Option<&RememberedDatabase>, found: &DatabaseI
     remembered.is_some_and(|it| it.deployment == found.id && it.epoch < found.epoch)
 }
 
-/// Returns the number of records that were delivered, by the journal's positions `known`, and that the
-/// database, with the chain heads `found`, does not have.
-fn missing_records(known: &BTreeMap<String, i64>, found: &BTreeMap<String, ChainHead>) -> i64 {
+/// Returns how many delivered records the database lacks. `delivered` has the last sequence number that
+/// the journal delivered of each chain, and `found` the last record of each chain in the database.
+fn missing_records(delivered: &BTreeMap<String, i64>, found: &BTreeMap<String, ChainHead>) -> i64 {
     let missing =
         |(chain, seq): (&String, &i64)| (seq - found.get(chain).map_or(0, |head| head.seq)).max(0);
-    known.iter().map(missing).sum()
+    delivered.iter().map(missing).sum()
 }
 
 fn acceptance_record(config: &AppConfig, differences: &[Difference], lost: &LostRecords) -> Record {
@@ -146,20 +150,20 @@ fn acceptance_record(config: &AppConfig, differences: &[Difference], lost: &Lost
     record
 }
 
-/// Reads from the journal the records that were delivered and that the database, with the chain heads
-/// `delivered`, does not have. Reads the files on a thread for blocking work.
+/// Reads from the journal the delivered records that the database lacks. `found` has the last record of
+/// each chain in the database. Reads the files on a thread for blocking work.
 async fn lost_records(
     journal: Journal,
     chains: Vec<LocalChain>,
-    delivered: BTreeMap<String, ChainHead>,
+    found: BTreeMap<String, ChainHead>,
 ) -> LostRecords {
     let read = move || {
-        let known = journal.delivered_positions();
+        let delivered = journal.delivered_positions();
         let mut lost = LostRecords::default();
         for chain in chains {
             let name = &chain.link.chain;
-            let from = delivered.get(name).copied().unwrap_or_else(|| chain.link.root());
-            let until = known.get(name).copied().unwrap_or(0);
+            let from = found.get(name).copied().unwrap_or_else(|| chain.link.root());
+            let until = delivered.get(name).copied().unwrap_or(0);
             if let Err(error) = read_lost(&journal, &chain, from, until, &mut lost) {
                 lost.unreadable = Some(with_causes(&error));
             }
@@ -172,7 +176,7 @@ async fn lost_records(
     }
 }
 
-/// Adds the records of `chain` after `from`, up to the sequence number `until`.
+/// Adds to `lost` the records of `chain` after `from`, up to the sequence number `until`.
 fn read_lost(
     journal: &Journal,
     chain: &LocalChain,
@@ -259,10 +263,11 @@ mod tests {
 
     #[test]
     fn missing_records_are_summed_over_all_chains() {
-        let known = [("a", 10), ("b", 20), ("c", 5)].map(|(chain, seq)| (chain.to_owned(), seq));
+        let delivered =
+            [("a", 10), ("b", 20), ("c", 5)].map(|(chain, seq)| (chain.to_owned(), seq));
         let head = |seq| ChainHead { seq, hash: Digest::ZERO };
         let found = [("a", head(7)), ("b", head(25))].map(|(chain, it)| (chain.to_owned(), it));
-        assert_eq!(missing_records(&known.into(), &found.into()), 3 + 5);
+        assert_eq!(missing_records(&delivered.into(), &found.into()), 3 + 5);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use thiserror::Error;
 
 use crate::audit::chain::StoredEvent;
 
-/// How many of the lost changes and issues are listed one by one.
+/// The most lost records that [`LostRecords::listed`] has.
 const MAX_LISTED: usize = 100;
 
 /// One difference between the database and the one that this replica used last.
@@ -14,8 +14,8 @@ const MAX_LISTED: usize = 100;
 pub enum Difference {
     /// The database belongs to another deployment than the state directory.
     OtherDeployment,
-    /// The database is in another server or under another object id than when it was last used: it is
-    /// a copy, or was restored from a dump.
+    /// The database is on another server, or has another object id, than when it was last used: it is a
+    /// copy, or was restored from a dump.
     Moved,
     /// The database belongs to another upstream.
     OtherUpstream {
@@ -24,11 +24,11 @@ pub enum Difference {
         /// The upstream of the settings.
         ours: String,
     },
-    /// This replica has used a restored database that was accepted in place of this one.
+    /// This replica has since used a restored database that was accepted instead of this one.
     Superseded,
     /// The database lacks audit records that this replica delivered to it.
     Older {
-        /// The number of these records.
+        /// How many records it lacks; at least 1.
         records: i64,
     },
 }
@@ -55,7 +55,7 @@ impl fmt::Display for Difference {
     }
 }
 
-/// The database is not as this replica left it.
+/// Why a database is refused: it differs from the one that this replica used last.
 #[derive(Debug, Error)]
 #[error(
     "the database is not as it was left: {}; if that is meant, start once with --accept-restored{lost}",
@@ -64,7 +64,7 @@ impl fmt::Display for Difference {
 pub struct DatabaseMismatch {
     /// The differences, at least one.
     pub differences: Vec<Difference>,
-    /// What the database has lost, as far as this replica's journal tells.
+    /// The records that the database has lost, according to this replica's journal.
     pub lost: LostRecords,
 }
 
@@ -73,12 +73,12 @@ pub(super) fn join(differences: &[Difference]) -> String {
     differences.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
 }
 
-/// Audit records that this replica delivered and that the database does not have any more.
+/// The audit records that this replica delivered and that the database does not have any more.
 #[derive(Debug, Default)]
 pub struct LostRecords {
-    /// The number of records, by event.
+    /// The number of records of each event.
     pub counts: BTreeMap<String, i64>,
-    /// The first changes and issues among them, one line each.
+    /// The first changes and issues among them, one line each; at most 100.
     pub listed: Vec<String>,
     /// Why some of the records could not be read from the journal.
     pub unreadable: Option<String>,

@@ -34,8 +34,8 @@ pub enum StartError {
          were issued without the database, cannot be used"
     )]
     IssuedAlone(#[source] io::Error),
-    /// The database refused a statement, or has another schema. A database that does not answer is
-    /// waited for instead.
+    /// The database refused a statement, or has another schema. If it does not answer, the start waits
+    /// for it instead.
     #[error(transparent)]
     Store(#[from] StoreError),
     /// The upstream's client cannot be built.
@@ -53,14 +53,14 @@ pub enum StartError {
     /// The TLS files cannot be used.
     #[error("TLS cannot be served")]
     Tls(#[from] TlsError),
-    /// The system gives no threads, or no descriptors for them.
+    /// The system cannot create the threads, or the file descriptors that they need.
     #[error("the threads that serve connections cannot be started")]
     Workers(#[source] io::Error),
-    /// A listener has no address.
-    #[error("cannot listen")]
+    /// The address of a listener cannot be read.
+    #[error("the address of a listener cannot be read")]
     Listen(#[source] io::Error),
-    /// The descriptors that gRPC reflection serves are broken, which is a fault of the build.
-    #[error("the service's descriptors cannot be served by reflection")]
+    /// The protobuf descriptors for gRPC reflection cannot be decoded, which is a bug in the build.
+    #[error("the protobuf descriptors for gRPC reflection cannot be decoded")]
     Descriptors(#[from] tonic_reflection::server::Error),
     /// The caller of `App::start` gave up before the start had finished.
     #[error("stopped before the start had finished")]

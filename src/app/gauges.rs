@@ -1,8 +1,8 @@
-//! The gauges that are read at each scrape of `/metrics`.
+//! Fills the gauges at each scrape of `/metrics`.
 //!
-//! To add a metric that this process counts, add it to `telemetry::Metrics`; to add one that is read at
-//! each scrape, add a field to `telemetry::Gauges`, export it there and fill it in here. Either way, add
-//! a row to the table in `docs/operations.md`: a test compares it with what is exported.
+//! To add a counter or a histogram, add it to `telemetry::Metrics`. To add a gauge, add a field to
+//! `telemetry::Gauges`, export it there, and fill it here. In either case add a row to the table in
+//! `docs/operations.md`: a test compares the table with what is exported.
 
 use std::sync::atomic::Ordering;
 
@@ -11,7 +11,7 @@ use chrono::TimeDelta;
 use super::components::{Components, UNKNOWN_SKEW};
 use crate::telemetry::JournalGauges;
 
-/// Makes `/metrics` read the gauges from `components` at each scrape.
+/// Registers a function that reads the gauges from `components` at each scrape.
 pub(super) fn export(components: &Components) {
     let (cache, journal) = (components.cache.clone(), components.journal.clone());
     let (skew, tls) = (components.upstream_skew_ms.clone(), components.tls.clone());

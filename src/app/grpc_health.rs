@@ -1,4 +1,5 @@
-//! What gRPC's health service says: `SERVING` while the audit journal has room, until the stop.
+//! Keeps gRPC's health service up to date. It says `SERVING` while the audit journal has room, and
+//! `NOT_SERVING` once the broker stops.
 
 use std::time::Duration;
 
@@ -9,8 +10,8 @@ use tracing::{info, warn};
 
 use crate::{api::proto::token_service_server::SERVICE_NAME, audit::journal::Journal};
 
-/// How often the journal is checked. It is polled because a disk that hangs sends no notification: only
-/// the time that passes shows it.
+/// How often the journal is checked. It is polled because a disk that hangs causes no event: it is noticed
+/// only by the time that an operation takes.
 const POLL_INTERVAL: Duration = Duration::from_millis(250);
 
 /// Keeps the health service up to date until it is stopped.
@@ -51,14 +52,14 @@ impl GrpcHealth {
         Self { polling, stop }
     }
 
-    /// Reports `NOT_SERVING`, and returns once that is done.
+    /// Reports `NOT_SERVING`, and returns once the health service says so.
     pub(super) async fn stop(self) {
         self.stop.cancel();
         let _ = self.polling.await;
     }
 }
 
-/// Reports for the service and for the server as a whole, whose name is empty.
+/// Sets the status of `TokenService`, and of the server as a whole, which has the empty name.
 async fn report(reporter: &HealthReporter, serving: bool) {
     let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
     for service in ["", SERVICE_NAME] {

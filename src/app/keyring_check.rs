@@ -22,17 +22,17 @@ pub struct WrongKeyring {
     pub error: SealError,
 }
 
-/// Opens `samples`, some stored secrets of each key.
+/// Checks `keyring` by opening `samples`, which are some stored secrets for each key that sealed any.
 ///
-/// A single value that does not open, while others of the same key do, concerns only its own account.
-/// It is logged here, and the account shows it when its next token is issued.
+/// If a value does not open although others of the same key do, only its own account is affected: this is
+/// logged, and the account's next issue fails.
 ///
 /// # Errors
 /// When the keyring lacks the key of a sample, or has a key that opens none of its samples.
 pub fn check_keyring(keyring: &Keyring, samples: &[SecretSample]) -> Result<(), WrongKeyring> {
     let wrong =
         |stored: &SecretSample, error| Err(WrongKeyring { account: stored.name.clone(), error });
-    // For each key the first sample that it did not open, or `None` once it opened one.
+    // For each key: the first sample that it did not open, or `None` once it has opened one.
     let mut unopened = BTreeMap::new();
     let mut faults = Vec::new();
     for stored in samples {
@@ -56,7 +56,7 @@ pub fn check_keyring(keyring: &Keyring, samples: &[SecretSample]) -> Result<(), 
         return wrong(stored, fault);
     }
     for (stored, error) in faults {
-        error!(account = %stored.name, %error, "a stored secret does not open: write it anew");
+        error!(account = %stored.name, %error, "a stored secret does not open: set it again");
     }
     Ok(())
 }

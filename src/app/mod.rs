@@ -3,9 +3,9 @@
 //!
 //! The start, in order ([`App::start`]):
 //! 1. lock the state directory and open the audit journal;
-//! 2. create the [components](components) that need no database, and serve `/livez`, `/readyz` and
-//!    `/metrics`, so that operators can see a broker that waits for its database;
-//! 3. [prepare](prepare): migrate or check the schema, check that the database and the keyring belong
+//! 2. create the [components], which need no database, and serve `/livez`, `/readyz` and
+//!    `/metrics`, so that operators can see that a broker waits for its database;
+//! 3. [prepare](mod@prepare): migrate or check the schema, check that the database and the keyring belong
 //!    together, record the start, and load accounts and callers;
 //! 4. [build](wiring) the gRPC server, start all [tasks](running), and report `SERVING`.
 //!
@@ -16,8 +16,8 @@
 //! 4. stop the change feed, retention, checkpoints and HTTP;
 //! 5. record the stop, close the journal, and deliver what it has while the database answers.
 //!
-//! What an operator sees when the journal's disk is full is in [readiness]; how to add a setting is in
-//! [`config`](crate::config), and how to add a metric in [gauges].
+//! See [readiness] for what an operator sees when the journal's disk is full, [`config`](crate::config) for
+//! how to add a setting, and [gauges] for how to add a metric.
 
 mod app_config;
 mod components;
@@ -48,7 +48,7 @@ pub use self::{
 use self::{
     components::Components,
     prepare::prepare,
-    running::{Group, RunningServices},
+    running::{RunningServices, TaskGroup},
 };
 use crate::{
     api::ops::{self, Ops},
@@ -57,25 +57,26 @@ use crate::{
 };
 
 /// A running broker.
-#[must_use = "a broker that is dropped is not stopped in order"]
+#[must_use = "dropping it leaves its tasks running: call `stop`"]
 pub struct App {
-    /// The address of gRPC.
+    /// The address on which gRPC is served.
     pub grpc_address: SocketAddr,
-    /// The address of HTTP for operations.
+    /// The address of the HTTP endpoints for operators.
     pub ops_address: SocketAddr,
     components: Components,
     services: RunningServices,
 }
 
 impl App {
-    /// Starts a broker that serves gRPC on `grpc` and HTTP for operations on `ops`, and returns once it
-    /// serves calls. Waits while the database does not answer, until `give_up` is cancelled; `/readyz`
-    /// says so meanwhile.
+    /// Starts a broker that serves gRPC on `grpc` and the HTTP endpoints for operators on `ops`, and
+    /// returns once it serves calls. While the database does not answer, the start waits, and `/readyz`
+    /// says so. Cancelling `give_up` ends the start.
     ///
-    /// Dropping the future leaves the HTTP server running: cancel `give_up` instead.
+    /// Not cancel safe: dropping the future leaves the HTTP server running.
     ///
     /// # Errors
-    /// See [`StartError`]. Everything that had been started is stopped again.
+    /// See [`StartError`]; [`StartError::Stopped`] after `give_up` was cancelled. Everything that was
+    /// started has been stopped again.
     pub async fn start(
         config: AppConfig,
         grpc: TcpListener,
@@ -94,10 +95,10 @@ impl App {
             }
         };
         gauges::export(&components);
-        let mut background = Group::default();
+        let mut background = TaskGroup::default();
         let endpoints =
             Ops { readiness: readiness::checks(&components), metrics: components.metrics.clone() };
-        background.adopt(tokio::spawn(ops::serve(ops, endpoints, background.stop_token())));
+        background.add(tokio::spawn(ops::serve(ops, endpoints, background.stop_token())));
 
         let prepared = Box::pin(async {
             let prepared = prepare(&components, &config, &state_dir, give_up).await?;
@@ -128,21 +129,22 @@ impl App {
     }
 
     /// Returns once a task of the broker has ended by itself, which is a bug or, for the change feed,
-    /// means that the database was replaced. Stop the broker then.
+    /// means that the database was replaced. Stop the broker then. Cancel safe.
     pub async fn failed(&self) {
         self.components.failed.cancelled().await;
     }
 
-    /// Stops the broker in the order that the [module](self) documents. Takes at most the shutdown
-    /// notice and the drain, and then some seconds each for the records, the disk and the delivery.
+    /// Stops the broker in the order that the [module](self) documents. This takes at most the shutdown
+    /// notice and the drain, plus some seconds each for the records of calls, the disk and the delivery.
     ///
-    /// Dropping the future leaves tasks running, and records undelivered until the next start.
+    /// Not cancel safe: dropping the future leaves tasks running, and records are delivered only after the
+    /// next start.
     pub async fn stop(self) {
         self.services.stop(self.components).await;
     }
 }
 
-/// Opens the journal, on a thread for blocking work: the segments are read and checked.
+/// Opens the journal on a thread for blocking work, because all segments are read and checked.
 async fn open_journal(state_dir: &StateDir, config: &AppConfig) -> Result<Journal, StartError> {
     let state_dir = state_dir.clone();
     let (settings, clock) = (config.journal(), config.clock.clone());

@@ -1,4 +1,4 @@
-//! The part of the start that needs the database, before any task of the broker runs.
+//! The part of the start that needs the database. No service runs yet.
 
 use std::{sync::Arc, time::Duration};
 
@@ -22,26 +22,26 @@ use crate::{
 /// How long the record of the start may take to become durable.
 const RECORD_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The services that follow the database, with accounts and callers loaded, ready to run.
+/// The services that depend on the database, ready to run. Accounts and callers are loaded.
 pub(super) struct Prepared {
     pub(super) refresher: Refresher,
     pub(super) trigger: RefreshTrigger,
     pub(super) change_feed: ChangeFeed,
-    /// The snapshot that was loaded. The change feed continues from here.
+    /// The database snapshot whose changes are loaded. The change feed continues from there.
     pub(super) snapshot: String,
 }
 
 /// Prepares the database and the journal, in this order:
 /// 1. applies migrations if `--migrate` was given, and checks the schema;
-/// 2. checks that the database is the one that this replica used last, and in no older state;
+/// 2. checks that the database is the one that this replica used last, and not in an older state;
 /// 3. checks that the keyring is the one that sealed the stored secrets, and publishes the public keys
 ///    that admins seal new secrets to;
-/// 4. records the start, and the acceptance of a restored database, in the audit journal;
+/// 4. records the start in the audit journal, and the acceptance of a restored database if there was one;
 /// 5. marks stored tokens as possibly revoked where an earlier process issued newer ones that it could
 ///    not store;
 /// 6. loads accounts and callers.
 ///
-/// Each step waits while the database does not answer.
+/// While the database does not answer, a step that needs it is repeated.
 ///
 /// # Errors
 /// When a step fails, and [`StartError::Stopped`] once `give_up` is cancelled.
@@ -65,8 +65,10 @@ pub(super) async fn prepare(
     }
 
     let pending = PendingTokens::new(state_dir, config.settings.new_token_ends_older);
-    let unstored = pending.of_earlier_process().await.map_err(StartError::IssuedAlone)?;
-    until_reachable(give_up, || mark_possibly_revoked(components, &unstored)).await?;
+    let issued_by_earlier_process =
+        pending.of_earlier_process().await.map_err(StartError::IssuedAlone)?;
+    until_reachable(give_up, || mark_possibly_revoked(components, &issued_by_earlier_process))
+        .await?;
     pending.forget_earlier_process().await.map_err(StartError::IssuedAlone)?;
 
     let issuer = components.token_issuer(config, state_dir, Arc::new(pending));

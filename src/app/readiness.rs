@@ -1,16 +1,17 @@
-//! What `/readyz` answers.
+//! The checks of `/readyz`.
 //!
 //! A replica is ready when accounts and callers are loaded and the audit journal has room. It stays
-//! ready while Postgres or the upstream is away: it can still serve live tokens, and no other replica
-//! could do better.
+//! ready while Postgres or the upstream does not answer: it can still serve live tokens, and no other
+//! replica could do better.
 //!
-//! What an operator sees when the journal's disk, or the size that `JOURNAL_MAX_BYTES` allows, fills up:
+//! What an operator sees when the journal's disk fills up, or the journal reaches `JOURNAL_MAX_BYTES`:
 //! - Nearly full: the check `journal` fails, `/readyz` answers 503, gRPC health says `NOT_SERVING` (see
 //!   `grpc_health.rs`), and calls are still answered.
 //! - Full: the same, and each call is refused with `UNAVAILABLE` and the reason `AUDIT_UNAVAILABLE`,
 //!   because no answer may leave without its record. `token_broker_journal_failed_total` counts the
 //!   records that could not be written.
-//! - Room again: all of this ends by itself, and the journal records how many records are missing.
+//! - Room again: calls are answered and all checks pass again without a restart, and the journal gets a
+//!   record that says how many records are missing.
 
 use std::sync::{Arc, atomic::Ordering};
 
@@ -25,7 +26,7 @@ use crate::{
     },
 };
 
-/// Returns a function that runs the checks. It does not block.
+/// Returns a function that runs all checks. The function does not block.
 pub(super) fn checks(components: &Components) -> Arc<dyn Fn() -> Readiness + Send + Sync> {
     let (cache, journal) = (components.cache.clone(), components.journal.clone());
     let (connectivity, serving) = (components.connectivity.clone(), components.serving.clone());

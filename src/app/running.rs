@@ -1,4 +1,4 @@
-//! The tasks of a running broker: how they are started, and in which order they are stopped.
+//! Starts the tasks of a broker, and stops them in order.
 
 use std::{
     sync::{Arc, atomic::Ordering},
@@ -22,9 +22,10 @@ use crate::{
     files::state_dir::StateDir,
 };
 
-/// How long the journal may take to reach Postgres once everything else has ended.
+/// How long the last delivery of the journal to Postgres may take, and also how long the record of the
+/// stop may take to become durable.
 const DELIVERY_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long calls whose connections are gone may take to append their records.
+/// How long calls may take to append their records after their connections were closed.
 const CALLS_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a step of the stop may take that writes to the state directory's disk.
 const DISK_TIMEOUT: Duration = Duration::from_secs(10);
@@ -33,39 +34,41 @@ const DISK_TIMEOUT: Duration = Duration::from_secs(10);
 pub(super) struct RunningServices {
     health: GrpcHealth,
     limiter: Arc<ConnectionLimiter>,
-    /// The threads that serve connections. They must outlive every call that has begun.
+    /// The threads that serve connections. They are shut down after the calls have ended, or after
+    /// [`CALLS_TIMEOUT`].
     workers: Arc<WorkerThreads>,
     signer: Arc<CheckpointSigner>,
     /// The calls that have not appended their records yet.
     calls: TaskTracker,
     shutdown_notice: Duration,
     /// The first group: gRPC with its streams, and the refresher.
-    serving: Group,
-    /// The second group: the change feed, retention, checkpoints, TLS, and HTTP for operations.
-    background: Group,
-    /// The third group: the delivery of the journal, which ends when the journal is closed.
-    delivery: Group,
+    serving: TaskGroup,
+    /// The second group: the change feed, retention, checkpoints, the reload of TLS files, and the HTTP
+    /// endpoints for operators.
+    background: TaskGroup,
+    /// The third group: the delivery of the journal, which is stopped after the journal is closed.
+    delivery: TaskGroup,
 }
 
-/// Tasks that one token stops.
+/// Tasks that are stopped together, by one token.
 #[derive(Default)]
-pub(super) struct Group {
+pub(super) struct TaskGroup {
     stop: CancellationToken,
     tasks: Vec<JoinHandle<()>>,
 }
 
-impl Group {
+impl TaskGroup {
     /// Returns the token that stops the tasks.
     pub(super) fn stop_token(&self) -> CancellationToken {
         self.stop.clone()
     }
 
-    /// Adds a task that runs already. Its end is not watched.
-    pub(super) fn adopt(&mut self, task: JoinHandle<()>) {
+    /// Adds a task that runs already. If it ends early, nothing happens.
+    pub(super) fn add(&mut self, task: JoinHandle<()>) {
         self.tasks.push(task);
     }
 
-    /// Starts a task that must not end before the group is stopped.
+    /// Starts a task. If it ends before the group is stopped, which is a bug, `failed` is cancelled.
     fn start(
         &mut self,
         name: &'static str,
@@ -83,7 +86,7 @@ impl Group {
         }
     }
 
-    /// Stops the tasks and waits for each of them no longer than `limit`.
+    /// Stops the tasks, and waits up to `limit` for each of them.
     async fn stop_within(self, limit: Duration) {
         self.stop.cancel();
         for task in self.tasks {
@@ -93,7 +96,8 @@ impl Group {
 }
 
 impl RunningServices {
-    /// Starts all tasks, and returns once calls are served. `background` has the tasks that run already.
+    /// Starts all tasks, and returns once calls are served. Adds tasks to `background`, which has those that
+    /// were started earlier.
     pub(super) async fn start(
         components: &Components,
         config: &AppConfig,
@@ -101,14 +105,14 @@ impl RunningServices {
         prepared: Prepared,
         grpc: GrpcServer,
         listener: TcpListener,
-        mut background: Group,
+        mut background: TaskGroup,
     ) -> Self {
         let GrpcServer { server, health, limiter, workers, calls } = grpc;
         let signer = components.checkpoint_signer(config, state_dir);
 
         let failed = &components.failed;
 
-        let mut serving = Group::default();
+        let mut serving = TaskGroup::default();
         let stop = serving.stop_token();
         serving.start("refresher", failed, prepared.refresher.run(stop.clone()));
         serving.start("grpc", failed, serve(listener, server, stop, config.settings.drain));
@@ -122,7 +126,7 @@ impl RunningServices {
             background.start("tls", failed, tls.reload_on_change(stop));
         }
 
-        let mut delivery = Group::default();
+        let mut delivery = TaskGroup::default();
         let stop = delivery.stop_token();
         let deliver = components.journal_delivery(signer.clone(), DELIVERY_TIMEOUT);
         delivery.start("delivery", failed, deliver.run(stop));
@@ -142,7 +146,7 @@ impl RunningServices {
         }
     }
 
-    /// Stops the tasks. `App::stop` documents the order.
+    /// Stops the tasks in the order that the documentation of [`app`](super) lists.
     pub(super) async fn stop(self, components: Components) {
         let Components { journal, clock, serving, .. } = components;
         serving.store(false, Ordering::Relaxed);
@@ -157,7 +161,7 @@ impl RunningServices {
             warn!("some calls did not end in time");
         }
         self.workers.shut_down().await;
-        // The signer's task writes to the disk, which may hang.
+        // One of these tasks signs checkpoints, and writes to the disk, which may hang.
         self.background.stop_within(DISK_TIMEOUT).await;
         let stopped = Record::new(clock.now(), Event::Stopped);
         if journal.append(stopped).durable(DELIVERY_TIMEOUT).await.is_err() {

@@ -11,12 +11,11 @@ use super::error::StartError;
 /// The pause between two attempts to reach the database at the start.
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
 
-/// Repeats `step` while the database cannot be reached, and returns its result otherwise. A step that
-/// is in progress when `give_up` is cancelled is dropped.
+/// Runs `step`, and repeats it as long as it fails because the database cannot be reached. When
+/// `give_up` is cancelled, a step in progress is dropped, so it must be cancel safe.
 ///
 /// # Errors
-/// The step's own error, unless it is that the database cannot be reached, and
-/// [`StartError::Stopped`] once `give_up` is cancelled.
+/// Any other error of the step, and [`StartError::Stopped`] once `give_up` is cancelled.
 pub(super) async fn until_reachable<T, F: Future<Output = Result<T, StartError>>>(
     give_up: &CancellationToken,
     step: impl Fn() -> F,
@@ -39,8 +38,8 @@ pub(super) async fn until_reachable<T, F: Future<Output = Result<T, StartError>>
     }
 }
 
-/// Starts `task`. If it ends or panics before `stop` is cancelled, which is a bug, cancels `failed`, so
-/// that the process ends.
+/// Starts `task`. If it ends or panics before `stop` is cancelled, logs that and cancels `failed`, so that
+/// the process ends. `name` is the name of the task in the log.
 pub(super) fn supervise(
     name: &'static str,
     task: Pin<Box<dyn Future<Output = ()> + Send>>,

@@ -31,14 +31,15 @@ use crate::{
     store::{deployment::DatabaseIdentity, leases::LeaseHolder},
 };
 
-/// How much longer than an attempt a lease lasts: the time to store the token.
+/// How much longer a lease lasts than an attempt may take. In this time the token is stored.
 const LEASE_BEYOND_ATTEMPT: Duration = Duration::from_secs(20);
-/// The most refused calls that wait at once until their records are durable.
+/// The most refused calls that wait for their records to become durable at the same time.
 const MAX_REFUSED_CALLS: usize = 10_000;
-/// How much longer than the longest call a connection may last once it was told to finish.
+/// How much longer than the longest deadline of a call a connection may stay open after the server has
+/// asked the client to close it.
 const CLOSE_BEYOND_DEADLINE: Duration = Duration::from_secs(30);
 
-/// The gRPC server before it accepts connections, and what is needed to stop it.
+/// The gRPC server before it accepts connections, and the handles that stop it.
 pub(super) struct GrpcServer {
     pub(super) server: ConnectionServer,
     pub(super) health: HealthReporter,
@@ -50,7 +51,7 @@ pub(super) struct GrpcServer {
 }
 
 impl Components {
-    /// Returns the issuer of tokens. It keeps tokens that are not stored yet in `pending`.
+    /// Returns the issuer of tokens. It keeps in `pending` the tokens that are not stored yet.
     pub(super) fn token_issuer(
         &self,
         config: &AppConfig,
@@ -89,7 +90,7 @@ impl Components {
         TokenIssuer::new(issue_settings, infrastructure, state)
     }
 
-    /// Returns the feed that follows changes in the database with this identity.
+    /// Returns the feed that follows the changes in the database, which must have this identity.
     pub(super) fn change_feed(
         &self,
         config: &AppConfig,
@@ -139,8 +140,8 @@ impl Components {
         CheckpointSigner::new(journal, keyring, self.clock.clone(), state_dir)
     }
 
-    /// Returns the service that copies the journal to Postgres. It has `drain` to finish when it is
-    /// stopped.
+    /// Returns the service that copies the journal to Postgres. After it is stopped, it goes on for up to
+    /// `drain`.
     pub(super) fn journal_delivery(
         &self,
         signer: Arc<CheckpointSigner>,
@@ -151,10 +152,11 @@ impl Components {
             .drain(drain)
     }
 
-    /// Builds the gRPC server and starts its threads.
+    /// Builds the gRPC server and starts its worker threads.
     ///
     /// # Errors
-    /// When the threads or the descriptors for reflection cannot be had. No thread runs then.
+    /// When the threads cannot be created, or the protobuf descriptors cannot be decoded. No thread runs
+    /// then.
     pub(super) fn grpc(
         &self,
         config: &AppConfig,

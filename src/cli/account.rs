@@ -109,7 +109,7 @@ Examples:
 
 #[derive(Args, Debug)]
 struct NewArgs {
-    /// The account's name: [a-z0-9][a-z0-9._-]{0,62}
+    /// The account's name: `[a-z0-9][a-z0-9._-]{0,62}`
     name: AccountName,
     /// The account's ID in the console, 1 to 20 characters
     #[arg(long, value_name = "ID")]
@@ -233,7 +233,7 @@ async fn rotate(global: &GlobalArgs, admin: &Admin, args: RotateArgs) -> anyhow:
     wait.print_outcomes(admin, &[name.to_string()]).await
 }
 
-/// Returns the public key that the settings name, if they do.
+/// Returns the public key from the settings, if it is set.
 fn configured_key(
     global: &GlobalArgs,
     args: &SecretArgs,
@@ -241,8 +241,8 @@ fn configured_key(
     Ok(config::intake_key(&global.sources(args.intake.given.clone())?)?)
 }
 
-/// Returns the public key of the settings, or else the one that the brokers published. Callers get it
-/// before they prompt for the secret, so that nobody types a secret that cannot be sealed.
+/// Returns the public key from the settings, or else the one that the brokers have published. Get the key
+/// before the prompt, so that nobody types a secret that cannot be sealed.
 async fn intake_key(
     global: &GlobalArgs,
     admin: &Admin,
@@ -254,7 +254,7 @@ async fn intake_key(
     }
 }
 
-/// Prompts for the account's API KEY and seals it.
+/// Reads the account's API KEY, with a prompt on a terminal, and seals it.
 fn seal(
     key: &IntakePublicKey,
     name: &AccountName,

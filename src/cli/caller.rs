@@ -41,7 +41,7 @@ Examples:
   token-broker caller add billing --bearer > billing.bearer
   token-broker caller add billing --spiffe-id spiffe://example.com/billing")]
     Add {
-        /// The caller's name: [a-z0-9][a-z0-9._-]{0,62}
+        /// The caller's name: `[a-z0-9][a-z0-9._-]{0,62}`
         name: AccountName,
         /// Create a bearer and print it, once, as the only output
         #[arg(long)]
@@ -228,7 +228,10 @@ pub(super) async fn run(global: &GlobalArgs, args: CallerArgs) -> anyhow::Result
     Ok(ExitCode::SUCCESS)
 }
 
-/// Returns the time of `end`, which must be in the future: otherwise it is a mistake.
+/// Returns the time that `end`, the value of `flag`, stands for.
+///
+/// # Errors
+/// When that time is not in the future, which would be a mistake.
 fn future_time(flag: &str, end: Moment) -> anyhow::Result<Timestamp> {
     let now = Clock::System.now();
     let end = end.after(now);

@@ -39,7 +39,7 @@ pub(super) struct CheckArgs {
     settings: Flags<BrokerFlags>,
 }
 
-/// Prints results as they arrive, or with `--json` all of them at the end.
+/// Prints each result when it is added, or with `--json` all of them at the end.
 struct Printer {
     json: bool,
     results: Vec<CheckResult>,
@@ -52,7 +52,8 @@ impl Printer {
         printed
     }
 
-    /// Returns the exit code, which is a failure if any check failed.
+    /// Prints the results if `--json` was given. Returns the exit code, which is a failure if any check
+    /// failed.
     fn finish(self) -> anyhow::Result<ExitCode> {
         if self.json {
             output::json(&self.results)?;

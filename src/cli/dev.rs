@@ -17,13 +17,13 @@ use crate::{dev, telemetry};
 pub(super) struct DevArgs {
     /// Keeps database, keyring and journal in this directory
     #[arg(long, value_name = "DIR")]
-    pub(super) state_dir: Option<PathBuf>,
+    state_dir: Option<PathBuf>,
     /// The lifetime of the simulated upstream's tokens
     #[arg(long, default_value = "60s", value_parser = positive_duration)]
-    pub(super) token_life: Duration,
+    token_life: Duration,
     /// The address for gRPC; without it, 127.0.0.1:50051, or another port if that is taken
     #[arg(long, value_name = "ADDRESS:PORT")]
-    pub(super) listen: Option<SocketAddr>,
+    listen: Option<SocketAddr>,
 }
 
 pub(super) async fn run(global: &GlobalArgs, args: DevArgs) -> anyhow::Result<ExitCode> {

@@ -1,4 +1,5 @@
-//! The flags that every command has, and what they lead to: the settings and the admin connection.
+//! The flags that every command has. They lead to the settings, and to the admin commands' connection to
+//! the database.
 
 use std::{collections::BTreeMap, env, path::PathBuf};
 
@@ -54,8 +55,8 @@ impl GlobalArgs {
     }
 }
 
-/// Returns the user's name for the audit log, or the user's number where the environment has no name, as
-/// in a container.
+/// Returns the user's name for the audit log, or the user's number if the environment has no name, as in a
+/// container.
 fn user_name() -> String {
     ["SUDO_USER", "USER", "LOGNAME"]
         .into_iter()

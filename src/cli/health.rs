@@ -21,7 +21,7 @@ use tonic_health::pb::{
 use super::{global::GlobalArgs, output};
 use crate::config::{self, Flags, HealthEndpoint, ListenFlag};
 
-/// The most bytes that are read of the answer of `/readyz`.
+/// How many bytes of the response of `/readyz` are read at most.
 const MAX_ANSWER_BYTES: u64 = 16 << 10;
 /// How long a probe may take.
 const TIMEOUT: Duration = Duration::from_secs(3);
@@ -35,14 +35,15 @@ pub(super) struct HealthArgs {
 
 pub(super) async fn run(global: &GlobalArgs, args: HealthArgs) -> anyhow::Result<ExitCode> {
     match config::health_endpoint(&global.sources(args.settings.given)?)? {
-        HealthEndpoint::Grpc(listen) => ask_grpc(local_address(listen)).await,
-        HealthEndpoint::Readyz(listen) => ask_readyz(local_address(listen)).await,
+        HealthEndpoint::Grpc(listen) => check_grpc(local_address(listen)).await,
+        HealthEndpoint::Readyz(listen) => check_readyz(local_address(listen)).await,
     }
 }
 
-/// Prints what `/readyz` says. It answers with 200 when gRPC's health service says `SERVING`.
-async fn ask_readyz(address: SocketAddr) -> anyhow::Result<ExitCode> {
-    let ask = async {
+/// Calls `/readyz`, and prints whether the broker is ready. `/readyz` answers with 200 when gRPC's health
+/// service says `SERVING`.
+async fn check_readyz(address: SocketAddr) -> anyhow::Result<ExitCode> {
+    let request_readiness = async {
         let mut stream = TcpStream::connect(address).await?;
         let request =
             format!("GET /readyz HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n");
@@ -51,7 +52,7 @@ async fn ask_readyz(address: SocketAddr) -> anyhow::Result<ExitCode> {
         stream.take(MAX_ANSWER_BYTES).read_to_string(&mut answer).await?;
         Ok::<_, io::Error>(answer)
     };
-    match tokio::time::timeout(TIMEOUT, ask).await {
+    match tokio::time::timeout(TIMEOUT, request_readiness).await {
         Ok(Ok(answer)) => {
             let ready = answer.starts_with("HTTP/1.1 200");
             output::line(if ready { "serving" } else { "not_serving" })?;
@@ -62,8 +63,8 @@ async fn ask_readyz(address: SocketAddr) -> anyhow::Result<ExitCode> {
     }
 }
 
-/// Prints what gRPC's health service says.
-async fn ask_grpc(address: SocketAddr) -> anyhow::Result<ExitCode> {
+/// Calls gRPC's health service, and prints its status.
+async fn check_grpc(address: SocketAddr) -> anyhow::Result<ExitCode> {
     let channel = Endpoint::from_shared(format!("http://{address}"))?
         .timeout(TIMEOUT)
         .connect_timeout(TIMEOUT);

@@ -142,7 +142,7 @@ async fn status(
     table.print("the keyring is empty")
 }
 
-/// Returns the brokers that are live, and the public keys that the database has.
+/// Returns the brokers that are live, and the public intake keys in the database.
 async fn brokers_and_published_keys(
     admin: &Admin,
 ) -> anyhow::Result<(Vec<InstanceSummary>, Vec<PublishedKey>)> {

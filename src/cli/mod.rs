@@ -24,7 +24,7 @@ use clap_complete::Shell;
 
 use self::{
     global::{APPLICATION_NAME, GlobalArgs},
-    output::Closed,
+    output::OutputClosed,
 };
 use crate::{
     api::proto,
@@ -88,8 +88,8 @@ Example:
 pub async fn run(cli: Cli) -> ExitCode {
     match dispatch(cli).await {
         Ok(code) => code,
-        // The reader of the output, such as `head`, needs no more of it.
-        Err(error) if error.is::<Closed>() => ExitCode::SUCCESS,
+        // The reader of the output, such as `head`, has closed it because it needs no more.
+        Err(error) if error.is::<OutputClosed>() => ExitCode::SUCCESS,
         Err(error) => {
             output::note(format_args!("error: {}", chain(&error)));
             ExitCode::from(if error.is::<InvalidSettings>() { 2 } else { 1 })
@@ -97,8 +97,8 @@ pub async fn run(cli: Cli) -> ExitCode {
     }
 }
 
-/// Returns the texts of `error` and of its causes, without those that a text before them contains:
-/// errors of the database are complete by themselves, and name their cause too.
+/// Returns the messages of `error` and of its causes, joined. A message that is contained in those before
+/// it is left out, because some errors, such as those of the database, include their cause's message.
 fn chain(error: &anyhow::Error) -> String {
     error.chain().fold(String::new(), |texts, cause| match cause.to_string() {
         text if texts.contains(&text) => texts,

@@ -11,12 +11,12 @@ use thiserror::Error;
 /// The reader of standard output has closed it, as `head` does.
 #[derive(Debug, Error)]
 #[error("standard output is closed")]
-pub(super) struct Closed;
+pub(super) struct OutputClosed;
 
 /// Prints a line to standard output.
 ///
 /// # Errors
-/// [`Closed`] when nobody reads standard output any more.
+/// [`OutputClosed`] when standard output is a pipe whose reader has closed it.
 pub(super) fn line(text: impl Display) -> anyhow::Result<()> {
     bytes(format!("{text}\n").as_bytes())
 }
@@ -27,10 +27,10 @@ pub(super) fn bytes(bytes: &[u8]) -> anyhow::Result<()> {
     check_written(stdout.write_all(bytes).and_then(|()| stdout.flush()))
 }
 
-/// Returns the result of writing to standard output, with a broken pipe as [`Closed`].
+/// Returns the result of writing to standard output, with a broken pipe as [`OutputClosed`].
 pub(super) fn check_written(written: io::Result<()>) -> anyhow::Result<()> {
     match written {
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(Closed.into()),
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(OutputClosed.into()),
         written => Ok(written?),
     }
 }
@@ -40,24 +40,25 @@ pub(super) fn json(value: &impl Serialize) -> anyhow::Result<()> {
     line(serde_json::to_string_pretty(value)?)
 }
 
-/// Prints a line for the user to standard error. A failure is ignored: there is nobody to tell.
+/// Prints a line for the user to standard error. If that fails, the error is ignored, because there is no
+/// other place to report it.
 pub(super) fn note(text: impl Display) {
     let _ = writeln!(io::stderr().lock(), "{text}");
 }
 
-/// A table of aligned columns without lines between them, the same on a terminal and in a pipe.
+/// A table with aligned columns and no lines, the same on a terminal and in a pipe.
 pub(super) struct Table(comfy_table::Table);
 
 impl Table {
     /// Returns an empty table with these column names.
     pub(super) fn new<const N: usize>(header: [&str; N]) -> Self {
-        let mut table = Self::headless();
+        let mut table = Self::without_header();
         table.0.set_header(header);
         table
     }
 
     /// Returns an empty table without column names, for pairs of a name and a value.
-    pub(super) fn headless() -> Self {
+    pub(super) fn without_header() -> Self {
         let mut table = comfy_table::Table::new();
         table.load_preset(comfy_table::presets::NOTHING);
         Self(table)
@@ -91,7 +92,7 @@ pub(super) fn or_dash(value: Option<impl Display>) -> String {
     value.map_or_else(|| "-".into(), |value| value.to_string())
 }
 
-/// Returns `text` with its control characters escaped. Others wrote it, and it must not move the
+/// Returns `text` with its control characters escaped, so that a text from elsewhere cannot move the
 /// terminal's cursor.
 pub(super) fn printable(text: &str) -> String {
     text.chars()

@@ -11,11 +11,11 @@ use zeroize::Zeroizing;
 
 use crate::domain::secret::ClientSecret;
 
-/// The most bytes that are read for a secret. A longer file is not a secret.
+/// How many bytes are read at most. No API KEY is that long.
 const MAX_SECRET_BYTES: u64 = 4096;
 
-/// Reads an API KEY from `file`, if there is one; or else from the terminal without an echo, if standard
-/// input is one; or else from standard input. The prompt names `owner`. Blocks until it has been read.
+/// Reads an API KEY from `file` if it is given, and otherwise from standard input. If that is a terminal,
+/// prints a prompt that names `owner`, and turns off the echo. Blocks until the API KEY has been read.
 pub(super) fn client_secret(file: Option<&Path>, owner: &str) -> anyhow::Result<ClientSecret> {
     let text = match file {
         Some(path) => File::open(path)

@@ -54,7 +54,8 @@ pub(super) async fn run(global: &GlobalArgs, args: ServeArgs) -> anyhow::Result<
         .await;
     match started {
         Ok(app) => Ok(lifecycle::run(app, &mut signals).await),
-        // A signal came before the database answered. That is not a failure.
+        // A signal came during the start, for example while the database did not answer. That is not a
+        // failure.
         Err(StartError::Stopped) => Ok(ExitCode::SUCCESS),
         Err(error) => Err(error.into()),
     }

@@ -19,7 +19,7 @@ use crate::{
     lifecycle::Signals,
 };
 
-/// Runs the simulated RCS Biz Center alone, until a signal stops it
+/// Runs only the simulated RCS Biz Center, until a signal stops it
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:

@@ -1,8 +1,8 @@
-//! SQL statements that an admin can run elsewhere.
+//! The SQL statement that `account seal` prints, for an admin to run with another program.
 
 use crate::domain::account::{AccountName, ClientId};
 
-/// Returns the statement that registers an account whose secret is sealed already.
+/// Returns the statement that registers an account with its sealed secret.
 pub(super) fn insert_account(
     name: &AccountName,
     client_id: &ClientId,

@@ -24,27 +24,27 @@ impl Serialize for LocalTime {
     }
 }
 
-/// A time as the user gave it: in RFC 3339, or as a distance from now.
+/// A time in a flag: an RFC 3339 time, or a duration before or after now.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Moment {
     At(Timestamp),
-    Distance(Duration),
+    Relative(Duration),
 }
 
 impl Moment {
-    /// Returns the time, with a distance counted forwards from `now`.
+    /// Returns the time; a duration counts forwards from `now`.
     pub(super) fn after(self, now: Timestamp) -> Timestamp {
         match self {
             Self::At(at) => at,
-            Self::Distance(distance) => now + delta(distance),
+            Self::Relative(duration) => now + delta(duration),
         }
     }
 
-    /// Returns the time, with a distance counted backwards from `now`.
+    /// Returns the time; a duration counts backwards from `now`.
     pub(super) fn before(self, now: Timestamp) -> Timestamp {
         match self {
             Self::At(at) => at,
-            Self::Distance(distance) => now - delta(distance),
+            Self::Relative(duration) => now - delta(duration),
         }
     }
 }
@@ -55,7 +55,7 @@ impl FromStr for Moment {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         DateTime::parse_from_rfc3339(text)
             .map(|at| Self::At(at.to_utc()))
-            .or_else(|_| humantime::parse_duration(text).map(Self::Distance))
+            .or_else(|_| humantime::parse_duration(text).map(Self::Relative))
             .map_err(|_| "neither RFC 3339, such as 2027-01-31T09:00:00+09:00, nor a duration, such as 90d")
     }
 }
@@ -88,7 +88,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_moment_is_a_time_or_a_distance_from_now() {
+    fn a_moment_is_a_time_or_a_duration_before_or_after_now() {
         let now = DateTime::UNIX_EPOCH;
         let parse = |text: &str| text.parse::<Moment>();
         assert_eq!(parse("1970-01-01T09:00:05+09:00").unwrap().after(now).timestamp(), 5);

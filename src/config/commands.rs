@@ -1,4 +1,4 @@
-//! The settings that single commands read.
+//! The settings of the commands other than `serve` and `check`.
 
 use std::{net::SocketAddr, path::PathBuf};
 
@@ -23,9 +23,9 @@ pub struct ClientSettings {
     pub endpoint: Url,
     /// The caller's bearer, if it has one.
     pub bearer: Option<Bearer>,
-    /// The CA of the broker's certificate, PEM. Without it, the system's CAs count.
+    /// The file of the CA of the broker's certificate, PEM. Without it, the system's CAs are trusted.
     pub ca_file: Option<PathBuf>,
-    /// The caller's certificate chain and its key, PEM, if it has a certificate.
+    /// The files of the caller's certificate chain and of its key, PEM, if it has a certificate.
     pub identity: Option<(PathBuf, PathBuf)>,
 }
 
@@ -75,8 +75,8 @@ fn required_database(reader: &mut Reader<'_>) -> DatabaseUrl {
     reader.required(&DATABASE_URL, DatabaseUrl::new)
 }
 
-/// Reads the public key that secrets are sealed to, if one is set. Otherwise the caller takes the one
-/// that the database has.
+/// Reads the public key that secrets are sealed to. When this returns `None`, the command takes the key
+/// from the database.
 pub fn intake_key(sources: &Sources) -> Result<Option<IntakePublicKey>, InvalidSettings> {
     read(sources, |reader| reader.optional(&INTAKE_KEY, parse::intake_key))
 }
@@ -91,7 +91,7 @@ pub fn known_keyring_file(sources: &Sources) -> Result<Option<PathBuf>, InvalidS
     read(sources, |reader| reader.optional(&KEYRING_FILE, parse::path))
 }
 
-/// The address at which `health` asks whether the broker serves.
+/// The endpoint that `health` calls to find out whether the broker serves.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum HealthEndpoint {
     /// gRPC's health service, in plain text.
@@ -100,8 +100,8 @@ pub enum HealthEndpoint {
     Readyz(SocketAddr),
 }
 
-/// Reads where `health` asks. With TLS, gRPC would have to be called by a host name and with a CA that
-/// the probe does not know, so `/readyz` is asked instead.
+/// Reads the endpoint that `health` calls. If gRPC is served with TLS, that is `/readyz`, because the
+/// command knows neither the host name in the certificate nor its CA.
 pub fn health_endpoint(sources: &Sources) -> Result<HealthEndpoint, InvalidSettings> {
     read(sources, |reader| {
         let grpc = reader.or_default(&LISTEN, parse::address);

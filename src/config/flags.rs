@@ -1,5 +1,5 @@
-//! Command line flags that are derived from the table, so that every setting has one and its help text
-//! names its environment variable.
+//! Command line flags that are derived from the table of settings, so that every setting has a flag whose
+//! help names the environment variable.
 
 use std::{collections::BTreeMap, marker::PhantomData};
 
@@ -7,7 +7,7 @@ use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
 
 use super::table::{self, Setting};
 
-/// The heading above the settings in the help of a command.
+/// The heading of the settings in the help of a command.
 const HEADING: &str = "Settings";
 
 /// The settings that a command accepts as flags.
@@ -56,7 +56,8 @@ impl FlagGroup for ListenFlag {
     const SETTINGS: &'static [&'static Setting] = &[&table::LISTEN];
 }
 
-/// The flag for `migrate`'s own database URL, beside `--database-url-file`, which every command has.
+/// The flag for the database URL of `migrate`, in addition to `--database-url-file`, which every command
+/// has.
 #[derive(Clone, Copy, Debug)]
 pub struct MigrateFlag;
 
@@ -67,7 +68,7 @@ impl FlagGroup for MigrateFlag {
 /// The flags of the group `G` that were given.
 #[derive(Clone, Debug)]
 pub struct Flags<G> {
-    /// The values as given, by [`Setting::key`], or for secrets by [`Setting::file_key`].
+    /// The values, not parsed yet, by [`Setting::key`], or for secrets by [`Setting::file_key`].
     pub given: BTreeMap<String, String>,
     group: PhantomData<G>,
 }
@@ -104,8 +105,8 @@ fn id(setting: &Setting) -> String {
     if setting.secret { setting.file_key() } else { setting.key.to_owned() }
 }
 
-/// Returns the flag of `setting`. It is not tied to the environment variable by clap, because clap's
-/// help prints the variable's present value.
+/// Returns the flag of `setting`. Clap's own support for environment variables is not used, because its
+/// help would print the current value of the variable.
 fn arg(setting: &Setting) -> Arg {
     let env = if setting.secret {
         format!("{} or {}", setting.env(), setting.file_env())

@@ -1,4 +1,4 @@
-//! Parsers of the values. Their errors say what was expected and never quote the value, which may be a
+//! The parsers of values. Their errors say what was expected, and never quote the value, which may be a
 //! secret.
 
 use std::{
@@ -67,7 +67,7 @@ pub(super) fn intake_key(text: &str) -> Result<IntakePublicKey, Fault> {
     text.parse().map_err(|error: IntakeError| error.to_string())
 }
 
-/// Parses addresses and CIDRs that are joined by commas or white space.
+/// Parses a list of addresses and CIDRs, separated by commas, spaces or newlines.
 pub(super) fn networks(text: &str) -> Result<Vec<IpNet>, Fault> {
     text.split([',', ' ', '\n'])
         .filter(|part| !part.is_empty())
@@ -76,8 +76,8 @@ pub(super) fn networks(text: &str) -> Result<Vec<IpNet>, Fault> {
         .map_err(|_| "not a list of addresses or CIDRs such as 192.0.2.1,198.51.100.0/24".into())
 }
 
-/// Parses the networks of load balancers. These are trusted to name the address of the client, so a
-/// network of all addresses is refused.
+/// Parses the networks of load balancers. The broker believes the client addresses that they send, so a
+/// network that contains all addresses is refused.
 pub(super) fn load_balancers(text: &str) -> Result<Vec<IpNet>, Fault> {
     let networks = networks(text)?;
     if networks.iter().any(|network| network.prefix_len() == 0) {
@@ -103,7 +103,7 @@ where
     }
 }
 
-/// Returns a parser as [`number`] does, of numbers that `/s` may follow.
+/// Like [`number`], but a value may end in `/s` (per second).
 pub(super) fn rate<T>(least: T, most: T) -> impl Fn(&str) -> Result<T, Fault>
 where
     T: std::str::FromStr + PartialOrd + std::fmt::Display,

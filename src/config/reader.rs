@@ -8,10 +8,10 @@ use super::{
     table::{Setting, WhenUnset},
 };
 
-/// Returns what `read` makes of `sources`.
+/// Calls `read` with a reader of `sources`, and returns its result.
 ///
 /// # Errors
-/// When `read` met a fault, or the file has an unknown key.
+/// When the reader found a fault, or the file has an unknown key.
 pub(super) fn read<T>(
     sources: &Sources,
     read: impl FnOnce(&mut Reader<'_>) -> T,
@@ -21,13 +21,14 @@ pub(super) fn read<T>(
     if reader.faults.is_empty() { Ok(value) } else { Err(InvalidSettings(reader.faults)) }
 }
 
-/// Goes on after a fault, with a default or an example in place of the missing value, so that it can
-/// check the other settings. [`read`] returns no value if there was a fault.
+/// Reads values from the sources. After a fault it goes on, with the default or the example of the table
+/// instead of the missing value, so that it can check the other settings. [`read`] returns an error if
+/// there was a fault.
 pub(super) struct Reader<'a> {
     sources: &'a Sources,
-    /// The lines of the report.
+    /// The lines of the error message.
     faults: Vec<String>,
-    /// The keys of the settings that a fault was reported for.
+    /// The keys of the settings for which a fault was reported.
     faulty: BTreeSet<&'static str>,
 }
 
@@ -55,6 +56,9 @@ impl<'a> Reader<'a> {
     }
 
     /// Returns the value, or the table's default.
+    ///
+    /// # Panics
+    /// When the table has no default for `setting`, or one that `parse` refuses.
     pub(super) fn or_default<T>(
         &mut self,
         setting: &'static Setting,
@@ -66,7 +70,10 @@ impl<'a> Reader<'a> {
         })
     }
 
-    /// Returns the value, which must be given.
+    /// Returns the value. Reports a fault if it is not given.
+    ///
+    /// # Panics
+    /// When the table does not say that `setting` is required, or has an example that `parse` refuses.
     pub(super) fn required<T>(
         &mut self,
         setting: &'static Setting,
@@ -90,8 +97,8 @@ impl<'a> Reader<'a> {
         parse(example).expect("the table's examples are valid")
     }
 
-    /// Reports `fault` of `setting`, which contradicts `other`, unless either of them has a fault
-    /// already: then a default or an example takes its place, and the contradiction may not exist.
+    /// Reports that `setting` contradicts `other`; `fault` says how. Does nothing if one of them has a fault
+    /// already, because its value is only a default or an example then.
     pub(super) fn contradiction(
         &mut self,
         setting: &'static Setting,

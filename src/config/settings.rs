@@ -34,8 +34,8 @@ const MILLISECOND: Duration = Duration::from_millis(1);
 const HOUR: Duration = Duration::from_hours(1);
 const YEAR: Duration = Duration::from_hours(24 * 366);
 
-/// The settings of `serve`. The constant of the same name in [`table`](super::table) has the meaning
-/// and the default of each field.
+/// The settings of `serve`. The constant of the same name in [`table`](super::table) says what each field
+/// means and what its default is.
 #[derive(Clone, Debug)]
 #[expect(missing_docs, reason = "the table documents each setting, once")]
 pub struct Settings {
@@ -92,8 +92,8 @@ impl Settings {
         Ok((settings, sources.warnings()))
     }
 
-    /// Returns the settings of a broker for which only the required ones and the state directory are
-    /// given. Reads neither flags nor the environment nor a file.
+    /// Returns the required settings and the state directory as given, and all others with their defaults.
+    /// Reads neither flags nor the environment nor a file.
     #[must_use]
     pub fn with_defaults(
         database_url: DatabaseUrl,
@@ -105,7 +105,7 @@ impl Settings {
         Self { database_url, state_dir, keyring_file, upstream, ..defaults }
     }
 
-    /// Returns how the upstream is called.
+    /// Returns the settings of the upstream's client.
     #[must_use]
     pub fn upstream_client(&self) -> UpstreamSettings {
         UpstreamSettings {
@@ -162,8 +162,8 @@ impl Settings {
         }
     }
 
-    /// Reads the files of TLS. The certificate and the key must be set together, and the callers' CAs
-    /// only with both.
+    /// Reads the paths of the TLS files. The certificate and the key must be set together, and the callers'
+    /// CAs only with them.
     fn read_tls(reader: &mut Reader<'_>) -> Option<TlsFiles> {
         let cert = reader.optional(&TLS_CERT, parse::path);
         let key = reader.optional(&TLS_KEY, parse::path);
@@ -183,7 +183,7 @@ impl Settings {
         None
     }
 
-    /// Refuses settings that are valid one by one and contradict each other.
+    /// Reports settings that contradict each other although each of them is valid.
     fn refuse_contradictions(&self, reader: &mut Reader<'_>) {
         if !self.listen.ip().is_loopback() && !self.plaintext && self.tls.is_none() {
             let fault = "beyond loopback without TLS; set TOKEN_BROKER_TLS_CERT and _KEY, or \

@@ -1,5 +1,5 @@
-//! The sources of values: flags, the environment and the TOML file. The first one that has a setting
-//! decides.
+//! The sources of values: flags, the environment and the TOML file. The first one that has a value for a
+//! setting takes precedence.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -30,7 +30,7 @@ impl fmt::Display for InvalidSettings {
 
 impl std::error::Error for InvalidSettings {}
 
-/// The values as they were given, not parsed yet.
+/// The values from all sources, not parsed yet.
 #[derive(Clone)]
 pub struct Sources {
     /// The flags, by [`Setting::key`], or for secrets by [`Setting::file_key`].
@@ -39,7 +39,7 @@ pub struct Sources {
     pub env: BTreeMap<String, String>,
     /// The path and the content of the TOML file.
     pub file: Option<(PathBuf, Table)>,
-    /// Reads the file that a setting named `…_file` names. Tests replace it.
+    /// The function that reads the file named by the `…_file` form of a setting. Tests replace it.
     pub read_file: fn(&Path) -> io::Result<String>,
 }
 
@@ -74,8 +74,8 @@ impl Sources {
         }
     }
 
-    /// Returns a line for each environment variable that has the broker's prefix and is not a setting:
-    /// a typing error, or one that Kubernetes sets for a service called `token-broker`.
+    /// Returns a line for each environment variable that has the broker's prefix and is not a setting. It
+    /// may be a typing error, or a variable that Kubernetes sets for a service called `token-broker`.
     #[must_use]
     pub fn warnings(&self) -> Vec<String> {
         let known: BTreeSet<_> = table::all()
@@ -109,8 +109,8 @@ impl Sources {
     /// Returns the value of `setting` in the first source that has one.
     ///
     /// # Errors
-    /// A line of the report, when a source has both the value and a file for it, when that file cannot
-    /// be read, or when the value is a date or a table.
+    /// A line for the user, when a source has both the value and a file for it, when that file cannot be
+    /// read, or when the value in the TOML file is a date or a table.
     pub(super) fn find(&self, setting: &Setting) -> Result<Option<GivenValue>, String> {
         for source in [Source::Flags, Source::Environment, Source::File] {
             let inline = self.get(source, setting, Form::Inline)?;
@@ -127,7 +127,8 @@ impl Sources {
         Ok(None)
     }
 
-    /// Replaces a path by the content of its file, without one newline at the end.
+    /// Reads the file that `path` names. Returns its content, without one newline at the end, under the name
+    /// of `path`.
     fn read(&self, path: GivenValue) -> Result<GivenValue, String> {
         match (self.read_file)(Path::new(path.value.as_str())) {
             Ok(text) => {
@@ -188,15 +189,18 @@ enum Source {
     File,
 }
 
-/// How a source gives a value: itself, or by the path of a file that contains it.
+/// How a source gives a value.
 #[derive(Clone, Copy)]
 enum Form {
+    /// The value itself.
     Inline,
+    /// The path of a file that contains the value.
     Path,
 }
 
-/// A value, with the name under which it was given and the source.
+/// A value, with its source and its name in that source.
 pub(super) struct GivenValue {
+    /// The name of the flag, of the environment variable, or of the key in the TOML file.
     name: String,
     /// `flag`, `environment`, or the path of the TOML file.
     origin: String,
@@ -204,14 +208,14 @@ pub(super) struct GivenValue {
 }
 
 impl GivenValue {
-    /// Returns the report's line for `fault`.
+    /// Returns a line for the user that says where the value is and that it has this fault.
     pub(super) fn fault_line(&self, fault: &str) -> String {
         format!("{} ({}): {fault}", self.name, self.origin)
     }
 }
 
-/// Returns a value of the TOML file as it would be written in an environment variable: the texts of a
-/// list are joined by commas.
+/// Returns a value of the TOML file as it would be written in an environment variable. The texts of a list
+/// are joined by commas. Returns `None` for a date or a table, and for a list of anything but texts.
 fn text_of(value: &Value) -> Option<String> {
     match value {
         Value::String(text) => Some(text.clone()),

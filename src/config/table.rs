@@ -12,14 +12,14 @@ pub struct Setting {
     pub key: &'static str,
     /// The help text: what the setting means, with its unit.
     pub help: &'static str,
-    /// What applies when no source gives a value.
+    /// What applies when no source has a value.
     pub when_unset: WhenUnset,
     /// Whether the value is a secret, or a URL that may contain a password. Such a setting has no
     /// flag for its value and is never printed, but its value may be read from a file.
     pub secret: bool,
 }
 
-/// What applies when no source gives a value for a setting.
+/// What applies when no source has a value for a setting.
 #[derive(Debug, Eq, PartialEq)]
 pub enum WhenUnset {
     /// The setting is required: resolving fails.
@@ -44,7 +44,7 @@ impl Setting {
         Self { when_unset: WhenUnset::Required { example }, ..self }
     }
 
-    const fn or(self, default: &'static str) -> Self {
+    const fn or_default(self, default: &'static str) -> Self {
         Self { when_unset: WhenUnset::Default(default), ..self }
     }
 
@@ -68,7 +68,7 @@ impl Setting {
     /// Returns the name of the environment variable.
     #[must_use]
     pub fn env(&self) -> String {
-        // The tools around Postgres know the database's URL under this name, without the prefix.
+        // Other tools read the database's URL from a variable of this name, without the prefix.
         if self.key == DATABASE_URL.key {
             return "DATABASE_URL".into();
         }
@@ -103,8 +103,8 @@ pub const CONFIG_ENV: &str = "TOKEN_BROKER_CONFIG";
 
 pub const DATABASE_URL: Setting = Setting::new(
     "database_url",
-    "Postgres: postgresql://user@host/database; off loopback by verified TLS unless sslmode says \
-     otherwise",
+    "The database's URL, postgresql://user@host/database; beyond loopback it is reached by verified \
+     TLS unless sslmode says otherwise",
 )
 .required("postgresql://localhost/broker")
 .secret();
@@ -116,15 +116,15 @@ pub const MIGRATE_DATABASE_URL: Setting = Setting::new(
 .or_setting(&DATABASE_URL)
 .secret();
 pub const LISTEN: Setting =
-    Setting::new("listen", "Address and port of gRPC").or("127.0.0.1:50051");
+    Setting::new("listen", "Address and port of gRPC").or_default("127.0.0.1:50051");
 pub const OPS_LISTEN: Setting =
     Setting::new("ops_listen", "Address and port of HTTP: /livez, /readyz, /metrics")
-        .or("127.0.0.1:9464");
+        .or_default("127.0.0.1:9464");
 pub const STATE_DIR: Setting = Setting::new(
     "state_dir",
     "Directory of the audit journal and the instance's id; one process at a time may use it",
 )
-.or("/var/lib/token-broker");
+.or_default("/var/lib/token-broker");
 pub const KEYRING_FILE: Setting = Setting::new(
     "keyring_file",
     "The keyring, as `keys generate` writes it; refused if others may read it",
@@ -148,61 +148,62 @@ pub const EXPECTED_EGRESS: Setting = Setting::new(
 );
 pub const NEW_TOKEN_ENDS_OLDER: Setting =
     Setting::new("new_token_ends_older", "Whether a new token ends its account's older tokens")
-        .or("true");
+        .or_default("true");
 pub const REFRESH_AT: Setting =
     Setting::new("refresh_at", "Share of a token's life after which it is replaced, 0.1 to 0.9")
-        .or("0.75");
+        .or_default("0.75");
 pub const MIN_ISSUE_INTERVAL: Setting = Setting::new(
     "min_issue_interval",
     "Least time between two attempts to issue a token of one account",
 )
-.or("30s");
+.or_default("30s");
 pub const UPSTREAM_TIMEOUT: Setting =
     Setting::new("upstream_timeout", "Time limit of one call to the upstream, 100ms to 60s")
-        .or("10s");
+        .or_default("10s");
 pub const UPSTREAM_RATE: Setting =
     Setting::new("upstream_rate", "Calls to the upstream a second, of all replicas together")
-        .or("20");
+        .or_default("20");
 pub const UPSTREAM_CONCURRENCY: Setting = Setting::new(
     "upstream_concurrency",
     "Calls to the upstream at one time, of all replicas together",
 )
-.or("8");
+.or_default("8");
 pub const AUDIT_SYNC: Setting = Setting::new(
     "audit_sync",
     "Before an answer is sent, its record is on disk (`fsync`) or handed to the kernel (`write`)",
 )
-.or("fsync");
+.or_default("fsync");
 pub const AUDIT_RETENTION: Setting = Setting::new(
     "audit_retention",
     "How long audit records of calls are kept, such as `400d`; `never` means without limit",
 )
-.or("never");
+.or_default("never");
 pub const CHANGE_RETENTION: Setting = Setting::new(
     "change_retention",
     "How long audit records of changes to accounts, callers, grants and keys are kept",
 )
-.or("never");
+.or_default("never");
 pub const JOURNAL_MAX_BYTES: Setting =
     Setting::new("journal_max_bytes", "Largest size of the audit journal, at least 1MiB")
-        .or("8GiB");
+        .or_default("8GiB");
 pub const CALLER_RATE: Setting =
     Setting::new("caller_rate", "Calls a second of each caller that has no limit of its own")
-        .or("1000");
+        .or_default("1000");
 pub const DEADLINE_DEFAULT: Setting =
-    Setting::new("deadline_default", "Deadline of a call that brings none").or("5s");
+    Setting::new("deadline_default", "Deadline of a call that sets none").or_default("5s");
 pub const DEADLINE_MAX: Setting =
     Setting::new("deadline_max", "Longest deadline of a call; a longer one is shortened to it")
-        .or("60s");
+        .or_default("60s");
 pub const DRAIN: Setting =
-    Setting::new("drain", "How long a stop waits for the calls in progress").or("20s");
+    Setting::new("drain", "How long a stop waits for the calls in progress").or_default("20s");
 pub const MAX_AUTHORIZATION_STALENESS: Setting = Setting::new(
     "max_authorization_staleness",
     "How long grants are trusted while the database does not answer",
 )
-.or("24h");
+.or_default("24h");
 pub const PLAINTEXT: Setting =
-    Setting::new("plaintext", "Allows gRPC to listen beyond loopback without TLS").or("false");
+    Setting::new("plaintext", "Allows gRPC to listen beyond loopback without TLS")
+        .or_default("false");
 pub const LOG_FORMAT: Setting = Setting::new(
     "log_format",
     "`pretty` or `json`; without it, pretty on a terminal and JSON elsewhere",
@@ -235,7 +236,7 @@ pub const INTAKE_KEY: Setting = Setting::new(
 );
 pub const ENDPOINT: Setting =
     Setting::new("endpoint", "The URL of the broker, http:// or https://")
-        .or("http://127.0.0.1:50051");
+        .or_default("http://127.0.0.1:50051");
 pub const BEARER: Setting = Setting::new("bearer", "The caller's bearer, tbk_…").secret();
 pub const CA_FILE: Setting = Setting::new(
     "ca_file",
@@ -248,7 +249,7 @@ pub const CLIENT_KEY: Setting =
 /// The setting that every command which uses the database reads.
 pub const DATABASE: &[&Setting] = &[&DATABASE_URL];
 
-/// The settings of `serve` and `check`, beside [`DATABASE`].
+/// The settings of `serve` and `check`, in addition to [`DATABASE`].
 pub const BROKER: &[&Setting] = &[
     &LISTEN,
     &OPS_LISTEN,
@@ -285,7 +286,7 @@ pub const BROKER: &[&Setting] = &[
 /// The settings of `token get`.
 pub const CLIENT: &[&Setting] = &[&ENDPOINT, &BEARER, &CA_FILE, &CLIENT_CERT, &CLIENT_KEY];
 
-/// The settings of single admin commands, beside [`DATABASE`].
+/// The settings of single admin commands, in addition to [`DATABASE`].
 pub const ADMIN: &[&Setting] = &[&MIGRATE_DATABASE_URL, &INTAKE_KEY];
 
 /// Returns every setting.

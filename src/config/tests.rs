@@ -121,8 +121,8 @@ fn all_faults_are_in_one_report() {
     let mut all = sources(&[
         ("TOKEN_BROKER_LISTEN", "here"),
         ("TOKEN_BROKER_DEADLINE_MAX", "soon"),
-        // Contradicts the default of DEADLINE_MAX, which stands in for the malformed value: this
-        // must not be reported.
+        // This contradicts the default of DEADLINE_MAX, which is used instead of the malformed value. The
+        // contradiction must not be reported.
         ("TOKEN_BROKER_DEADLINE_DEFAULT", "90s"),
     ]);
     all.flags.insert("drain".into(), "long".into());

@@ -1,4 +1,4 @@
-//! URLs that may contain a password, so that their `Debug` output leaves it out.
+//! Types for URLs that may contain a password. Their `Debug` output omits it.
 
 use std::fmt;
 
@@ -7,15 +7,15 @@ use url::Url;
 
 use crate::store::{Database, StoreError};
 
-/// A checked `postgresql://` URL.
+/// A valid `postgresql://` URL.
 #[derive(Clone, Debug)]
 pub struct DatabaseUrl(SecretString);
 
 impl DatabaseUrl {
-    /// Checks `url`.
+    /// Validates `url`.
     ///
     /// # Errors
-    /// When `url` is not a URL of a Postgres database. The message never contains the URL.
+    /// When `url` is not the URL of a Postgres database. The message never contains the URL.
     pub fn new(url: &str) -> Result<Self, String> {
         Database::new(url, "token-broker")
             .map_err(|_| "not a postgresql://user@host/database URL")?;
@@ -25,7 +25,7 @@ impl DatabaseUrl {
     /// Returns the database at this URL. Postgres shows `application_name` in `pg_stat_activity`.
     ///
     /// # Errors
-    /// None that [`DatabaseUrl::new`] would not have found.
+    /// Never for a URL that [`DatabaseUrl::new`] accepted.
     pub fn database(&self, application_name: &str) -> Result<Database, StoreError> {
         Database::new(self.0.expose_secret(), application_name)
     }

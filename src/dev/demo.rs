@@ -41,8 +41,8 @@ const REGISTERED_LOGINS: [DemoLogin; 2] = [
     login("demo-agency", "demoAgency", "SK.demo-agency"),
 ];
 
-/// The logins that the user registers by following the welcome text: `acme` with the right secret,
-/// `typo` with a wrong one at first.
+/// The logins whose accounts the user registers with the commands of the welcome text: `acme` with the
+/// right secret, and `typo` first with a wrong one.
 pub(super) const UNREGISTERED_LOGINS: [DemoLogin; 2] =
     [login("acme", "acmeId", "SK.acme"), login("typo", "typoId", "SK.right")];
 
@@ -69,7 +69,7 @@ pub(super) async fn register(
     directory: &Path,
 ) -> anyhow::Result<Bearer> {
     let attribution =
-        Attribution { actor: Some("dev".into()), reason: Some("the demo's own".into()) };
+        Attribution { actor: Some("dev".into()), reason: Some("set up by dev".into()) };
     let admin = Admin::connect(database, attribution).await?;
     register_accounts(&admin, keyring).await?;
     register_caller(&admin, &directory.join("demo.bearer")).await
@@ -106,7 +106,7 @@ async fn register_caller(admin: &Admin, bearer_file: &Path) -> anyhow::Result<Be
             let caller = NewCaller {
                 name: &name,
                 rate_limit: None,
-                description: "made by dev",
+                description: "registered by dev",
                 bearer_sha256: Some(bearer.sha256()),
                 identities: &[],
             };
@@ -116,13 +116,13 @@ async fn register_caller(admin: &Admin, bearer_file: &Path) -> anyhow::Result<Be
         }
         Ok(_) if is_new => {
             let new_bearer =
-                NewBearer { sha256: bearer.sha256(), ends_at: None, description: "made by dev" };
+                NewBearer { sha256: bearer.sha256(), ends_at: None, description: "created by dev" };
             admin.add_bearer(&name, new_bearer).await?;
         }
         caller => drop(caller?),
     }
     if is_new {
-        // Written last: a file whose bearer is not registered would never be replaced.
+        // The file is written last, because `dev` would never replace a file whose bearer is not registered.
         let mut file =
             fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(bearer_file)?;
         file.write_all(bearer.expose().as_bytes())?;

@@ -26,7 +26,7 @@ pub(super) struct LocalEnvironment {
 
 impl LocalEnvironment {
     /// Uses the database of `DATABASE_URL` if that is set, and otherwise starts an embedded server.
-    /// `state_dir` is where to keep keyring, journal and the embedded server's data.
+    /// `state_dir` is the directory for the keyring, the journal and the embedded server's data.
     pub(super) async fn open(state_dir: Option<&Path>) -> anyhow::Result<Self> {
         match env::var("DATABASE_URL") {
             Ok(url) => Self::with_external_database(url, state_dir),
@@ -65,7 +65,7 @@ impl LocalEnvironment {
             .as_ref()
             .map_or(DataLocation::Temporary, |dir| DataLocation::Persistent(dir.join("postgres")));
         if let Some(dir) = &state_dir {
-            fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+            fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
         }
         let postgres = EmbeddedPostgres::start(location, &program).await?;
         // Without a state directory, keyring and journal lie in the server's temporary directory:
@@ -126,5 +126,5 @@ fn create_private_directory(dir: &Path) -> anyhow::Result<()> {
         .recursive(true)
         .mode(0o700)
         .create(dir)
-        .with_context(|| format!("cannot make {}", dir.display()))
+        .with_context(|| format!("cannot create {}", dir.display()))
 }

@@ -40,7 +40,7 @@ use crate::{
     store::{Database, deployment},
 };
 
-/// The address of the admin API, unless its port is taken.
+/// The address of the HTTP endpoints for operators, unless its port is taken.
 const OPS_ADDRESS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9464);
 /// The address of the gRPC API, unless `--listen` names another one or its port is taken.
 const GRPC_ADDRESS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 50_051);

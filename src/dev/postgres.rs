@@ -36,5 +36,5 @@ pub use self::{
     cluster::DATABASE,
     guard::{GUARD_COMMAND, guard},
     installation::{Installation, InstallationError},
-    server::{DataLocation, EmbeddedPostgres, StartError},
+    server::{DataLocation, EmbeddedPostgres, EmbeddedPostgresError},
 };

@@ -123,11 +123,6 @@ impl Simulator {
         self.state.put_account(client_id, None, Some(locked));
     }
 
-    /// Removes an account and its tokens.
-    pub fn remove_account(&self, client_id: &str) {
-        self.state.remove_account(client_id);
-    }
-
     /// Returns the faults that are in effect.
     #[must_use]
     pub fn faults(&self) -> Faults {
@@ -169,12 +164,6 @@ impl Simulator {
         self.state.issued(client_id)
     }
 
-    /// Returns how many tokens have been issued to all accounts together.
-    #[must_use]
-    pub fn issued_in_all(&self) -> u64 {
-        self.state.counters().issued
-    }
-
     /// Returns for each second of the upstream's time in which tokens were issued: the second since
     /// 1970, and how many. The pairs are in order of time; only the newest 86,400 are kept.
     #[must_use]
@@ -204,12 +193,6 @@ impl Simulator {
     #[must_use]
     pub fn now(&self) -> Timestamp {
         self.state.now()
-    }
-
-    /// Restores the accounts and faults of the [`SimulatorOptions`], and removes all tokens, scripts
-    /// and counters.
-    pub fn reset(&self) {
-        self.state.reset();
     }
 }
 

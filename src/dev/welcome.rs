@@ -1,4 +1,4 @@
-//! The text that `dev` prints when the broker is ready, with commands to try.
+//! The text that `dev` prints when the broker is ready. It has commands to try.
 
 use std::{env, time::Duration};
 
@@ -42,8 +42,8 @@ Get a token, with grpcurl or without:
 
   TOKEN_BROKER_ENDPOINT=http://{grpc} TOKEN_BROKER_BEARER={bearer} {program} token get demo-master
 
-Register an account by plain SQL and ask for its token the same way; then one with a wrong secret, which
-the last of these puts right. (The simulated upstream knows these two logins and those of demo-….)
+Register an account with plain SQL, and get its token in the same way. Then register one with a wrong
+secret, which the last command corrects. (The simulated upstream knows these two logins and those of demo-….)
 
   psql {psql} -c "insert into accounts (name, client_id, client_secret) values ('{acme}', '{acme_id}', '{acme_secret}')"
 
@@ -51,7 +51,7 @@ the last of these puts right. (The simulated upstream knows these two logins and
 
   psql {psql} -c "update accounts set client_secret = '{typo_secret}' where name = '{typo}'"
 
-See where the accounts stand, and who did what:
+See the state of the accounts, and who did what:
 
   psql {psql} -c 'select name, state, time_left, last_error, hint from account_status'
 

@@ -82,7 +82,7 @@ pub struct TokenProvider {
 }
 
 impl TokenProvider {
-    /// Returns a live token of `account` for `caller`. Waits for one up to `deadline` while [`decide`] says
+    /// Returns a live token of `account` for `caller`. Waits for one up to `deadline` while [`decide()`] says
     /// so.
     ///
     /// Cancel safe: a dropped call only gives back its wait permit. An attempt to issue that it triggered goes

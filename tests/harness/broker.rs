@@ -189,7 +189,7 @@ impl TestBroker {
         TestClient::connect(&format!("http://{}", self.app.grpc_address), bearer).await
     }
 
-    /// Stops it, and waits until it has stopped.
+    /// Stops the broker, and waits until it has stopped.
     pub(crate) async fn stop(self) {
         self.app.stop().await;
     }

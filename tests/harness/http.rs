@@ -1,4 +1,4 @@
-//! HTTP requests to the admin API.
+//! HTTP requests to a broker's endpoints for operators, and to a simulator's control endpoints.
 
 use std::net::SocketAddr;
 

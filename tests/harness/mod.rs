@@ -9,12 +9,12 @@
 //! | [`database`] | a database for each test, and the server on which the databases are |
 //! | [`database_proxy`] | a proxy before the database, to interrupt connections |
 //! | [`certificates`] | a certificate authority, and connections with TLS |
-//! | [`http`] | requests to the admin API |
+//! | [`http`] | HTTP requests to brokers and simulators |
 //! | [`raw_http2`] | an HTTP/2 client that can violate the protocol |
 //! | [`rng`] | random numbers that can be repeated |
 //!
-//! The server is the one of `DATABASE_URL`, or else an embedded one, which takes the feature
-//! `embedded-postgres`.
+//! The database server is the one that `DATABASE_URL` names, or else an embedded one, for which the feature
+//! `embedded-postgres` must be enabled.
 
 pub(crate) mod broker;
 pub(crate) mod certificates;
@@ -27,11 +27,12 @@ pub(crate) mod rng;
 
 use std::time::{Duration, Instant};
 
-/// How long a test waits for something that must happen. It is far longer than that ever takes, so
-/// that no test fails because the machine is slow.
+/// How long a test waits for something that must happen. It is far more than anything takes, so that no
+/// test fails because the machine is slow.
 pub(crate) const TEST_TIMEOUT: Duration = Duration::from_mins(1);
 
-/// Calls `probe` every 20 ms until it returns a value. `what` names that for the panic message.
+/// Calls `probe` every 20 ms until it returns a value, and returns that. The panic message says that the
+/// test waited for `what`.
 ///
 /// # Panics
 /// After [`TEST_TIMEOUT`].

@@ -388,8 +388,8 @@ impl BrokerSetup {
     }
 }
 
-/// Returns an address with a free port below the range from which the system assigns ports. So nobody
-/// gets the port before the broker listens on it, nor while the broker restarts.
+/// Returns an address with a free port that is below the range from which the system assigns ports. So no
+/// other process is given the port before the broker listens on it, or while the broker restarts.
 fn free_address() -> SocketAddr {
     static ATTEMPTS: AtomicU16 = AtomicU16::new(0);
     let start = u16::try_from(process::id() % 100).unwrap() * 200;

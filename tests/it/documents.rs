@@ -1,4 +1,5 @@
-//! The documents agree with the code: their SQL runs, and their tables list what the code has.
+//! The documents agree with the code: the SQL in them runs, and their tables list the settings and metrics
+//! that exist.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -68,7 +69,7 @@ fn rows<'a>(document: &'a str, headers: &[&str]) -> Vec<Vec<&'a str>> {
     rows
 }
 
-/// Returns what stands between backticks in `text`.
+/// Returns the parts of `text` that are enclosed in backticks.
 fn code_spans(text: &str) -> Vec<&str> {
     text.split('`').skip(1).step_by(2).collect()
 }
@@ -78,7 +79,7 @@ fn documented_name(setting: &Setting) -> String {
     setting.env().trim_start_matches(table::ENV_PREFIX).to_owned()
 }
 
-/// Returns a cell of the column "default" in one spelling.
+/// Returns the default in a cell, with the same text for all spellings of "none".
 fn normalized_default(cell: &str) -> String {
     if let [default] = code_spans(cell)[..] {
         return default.into();
@@ -165,7 +166,7 @@ fn the_metrics_table_in_the_operations_document_lists_what_is_exported() {
     let exported = exported_metrics();
     let mut documented = BTreeSet::new();
     for row in rows(OPERATIONS, &["metric"]) {
-        // A name such as `…_durable_total` takes the place of the last words of the one before it.
+        // `…_durable_total` stands for the first name in the row, with its last words replaced.
         let mut first: Option<&str> = None;
         let spans = row.iter().flat_map(|cell| code_spans(cell));
         for name in spans.map(|span| span.split('{').next().unwrap()) {

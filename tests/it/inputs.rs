@@ -1,5 +1,5 @@
-//! Invalid rows: each is refused with one error that names the column and contains no secret, and leaves
-//! no trace. A sealed secret that does not open affects only its own account.
+//! Invalid rows are refused: each with one error, which names the column and contains no secret, and without
+//! a change of any table. A sealed secret that does not open affects only its own account.
 
 use sqlx::{AssertSqlSafe, PgPool, postgres::PgDatabaseError};
 use token_broker::{
@@ -107,7 +107,7 @@ const BEARERS: InvalidRows = InvalidRows {
     new_row_faults: &[],
 };
 
-const IDENTITIES: InvalidRows = InvalidRows {
+const SPIFFE_IDS: InvalidRows = InvalidRows {
     table: "caller_credentials",
     row: &[("caller_id", "(select id from callers)"), ("kind", "'spiffe'")],
     faults: &[],
@@ -120,7 +120,7 @@ const IDENTITIES: InvalidRows = InvalidRows {
     ],
 };
 
-const NAMES: InvalidRows = InvalidRows {
+const DNS_NAMES: InvalidRows = InvalidRows {
     table: "caller_credentials",
     row: &[("caller_id", "(select id from callers)"), ("kind", "'dns'")],
     faults: &[],
@@ -156,7 +156,7 @@ const GRANTS: InvalidRows = InvalidRows {
     new_row_faults: &[],
 };
 
-const TABLES: [InvalidRows; 6] = [ACCOUNTS, CALLERS, BEARERS, IDENTITIES, NAMES, GRANTS];
+const TABLES: [InvalidRows; 6] = [ACCOUNTS, CALLERS, BEARERS, SPIFFE_IDS, DNS_NAMES, GRANTS];
 
 /// Statements that conflict with existing rows, and what the error must name.
 const CONFLICTS: [(&str, &str); 8] = [
@@ -229,8 +229,8 @@ impl InvalidRows {
     }
 }
 
-/// Runs every invalid statement, checks that it is refused without a trace, and returns the errors'
-/// messages.
+/// Runs every invalid statement, checks that it is refused and changes nothing, and returns the messages of
+/// the errors.
 async fn assert_all_refused(pool: &PgPool) -> Vec<String> {
     run(pool, EXISTING_ROWS).await.unwrap();
     let before = all_rows(pool).await;
@@ -301,7 +301,7 @@ async fn an_invalid_row_is_refused_with_one_error_that_names_its_column_and_leav
 #[tokio::test]
 async fn the_server_log_contains_no_secret_of_a_refused_row() {
     let postgres = crate::harness::database::start_embedded_postgres().await;
-    // The server logs all that it can log about an error, except the statement.
+    // With this option, the server logs everything about an error except the statement.
     let url = postgres.url(token_broker::dev::postgres::DATABASE);
     let database = token_broker::store::Database::new(
         &format!("{url}&options=-c%20log_error_verbosity%3Dverbose"),

@@ -45,10 +45,10 @@ mod skipped {
     }
 
     skipped! {
-        inputs_an_unlogged_statement
+        inputs_server_log
         postgres
         processes_canaries
-        processes_crashes_standstill
+        processes_crashes_paused_postgres
         processes_dev
         processes_turns
     }

@@ -22,7 +22,8 @@ use sqlx::{Connection, PgConnection, Row};
 use tempfile::TempDir;
 use token_broker::{
     dev::postgres::{
-        DATABASE, DataLocation, EmbeddedPostgres, GUARD_COMMAND, Installation, StartError,
+        DATABASE, DataLocation, EmbeddedPostgres, EmbeddedPostgresError, GUARD_COMMAND,
+        Installation,
     },
     store::Database,
 };
@@ -207,7 +208,7 @@ async fn a_path_that_is_too_long_for_a_socket_is_refused_before_anything_is_crea
     let error =
         EmbeddedPostgres::start(DataLocation::Persistent(path.clone()), Path::new(PROGRAM)).await;
 
-    assert!(matches!(error, Err(StartError::SocketPathTooLong { .. })), "{error:?}");
+    assert!(matches!(error, Err(EmbeddedPostgresError::SocketPathTooLong { .. })), "{error:?}");
     assert!(!path.exists());
 }
 

@@ -1,4 +1,5 @@
-//! Tests of the program as a process: of what needs signals, crashes, an environment or a shell.
+//! Tests that run the program as a process, because they need signals, crashes, environment variables or a
+//! shell.
 
 mod audit_commands;
 #[cfg(feature = "embedded-postgres")]

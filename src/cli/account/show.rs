@@ -41,7 +41,7 @@ pub(super) fn one(account: &AccountDetails, as_json: bool) -> anyhow::Result<()>
         value["updated_at"] = json!(LocalTime(account.updated_at));
         return output::json(&value);
     }
-    let mut table = Table::headless();
+    let mut table = Table::without_header();
     let mut row = |name: &str, value: String| table.row([name.to_owned(), value]);
     row("name", status.name.clone());
     row("client id", status.client_id.clone());

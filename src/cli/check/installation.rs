@@ -25,11 +25,11 @@ const ROLES: [&str; 4] = [
     "token_broker_access",
     "token_broker_auditor",
 ];
-/// The lifetime of a token in seconds that is assumed when none is known: that of the example in the
-/// upstream's documentation.
+/// The lifetime of a token, in seconds, that is assumed when no token has been issued yet. The example in
+/// the upstream's documentation has this lifetime.
 const ASSUMED_LIFETIME: f64 = 3_600.0;
 
-/// Loads the keyring. Returns it if it can be used.
+/// Loads the keyring, and returns it if it is valid.
 pub(super) fn keyring(settings: &Settings) -> (CheckResult, Option<Keyring>) {
     match Keyring::load(&settings.keyring_file) {
         Ok(keyring) => {
@@ -123,7 +123,7 @@ fn roles_check(missing: &[String], superuser: bool) -> CheckResult {
     if superuser {
         return CheckResult::warning(
             "roles",
-            "the broker logs in as a superuser, whom no privilege limits",
+            "the broker logs in as a superuser, to whom no restriction applies",
         );
     }
     CheckResult::ok("roles", "all there")
@@ -165,23 +165,21 @@ fn intake_check(known: bool, none_published: bool) -> CheckResult {
     CheckResult::warning("intake key", text)
 }
 
-/// Checks that the database allows audit records to be deleted when the settings say.
+/// Checks that the minimum retention in the database is not longer than the retention in the settings.
 fn retention_check(settings: &Settings, least: MinimumRetention) -> CheckResult {
     const SUBJECT: &str = "retention";
     let (calls, changes) = (settings.audit_retention, settings.change_retention);
+    let limited = |kept| humantime::format_duration(kept).to_string();
     if !least.allows(calls, changes) {
-        let days = |kept| humantime::format_duration(kept).to_string();
         let text = format!(
             "the table audit_retention keeps calls for {} and changes for {} at least, which is \
              longer than the settings say",
-            days(least.calls),
-            days(least.changes)
+            limited(least.calls),
+            limited(least.changes)
         );
         return CheckResult::warning(SUBJECT, text);
     }
-    let text = |kept: Option<std::time::Duration>| {
-        kept.map_or("ever".to_owned(), |kept| humantime::format_duration(kept).to_string())
-    };
+    let text = |kept: Option<_>| kept.map_or("ever".to_owned(), limited);
     CheckResult::ok(
         SUBJECT,
         format!("calls are kept for {}, changes for {}", text(calls), text(changes)),

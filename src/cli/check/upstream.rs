@@ -52,12 +52,12 @@ async fn connect_to_first_host(settings: &Settings) -> Result<String, String> {
         .or(target.as_ref())
         .and_then(host_and_port)
         .ok_or("the upstream's URL has no host")?;
-    let what = if proxy.is_some() { "the proxy" } else { "the upstream" };
+    let name = if proxy.is_some() { "the proxy" } else { "the upstream" };
     let connecting = connect(&host, port, settings.upstream_bind_address);
     match tokio::time::timeout(CONNECT_TIMEOUT, connecting).await {
-        Ok(Ok(from)) => Ok(format!("{what} at {host}:{port} takes connections from {}", from.ip())),
-        Ok(Err(error)) => Err(format!("{what} at {host}:{port} cannot be reached: {error}")),
-        Err(_) => Err(format!("{what} at {host}:{port} does not answer")),
+        Ok(Ok(from)) => Ok(format!("{name} at {host}:{port} takes connections from {}", from.ip())),
+        Ok(Err(error)) => Err(format!("{name} at {host}:{port} cannot be reached: {error}")),
+        Err(_) => Err(format!("{name} at {host}:{port} does not answer")),
     }
 }
 

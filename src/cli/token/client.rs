@@ -1,4 +1,4 @@
-//! A client of the broker's gRPC service that turns its errors into advice.
+//! A client of the broker's gRPC service, whose errors tell the user what to do.
 
 use std::{fmt, fs, path::Path, time::Duration};
 
@@ -25,9 +25,9 @@ use crate::{
     config::ClientSettings,
 };
 
-/// How long connecting may take, and how long the answer to a keepalive ping.
+/// How long connecting may take, and how long the client waits for the answer to a keepalive ping.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// How often a ping is sent, so that a watch notices when the broker's machine is gone.
+/// How often a keepalive ping is sent, so that a watch notices when the broker's machine has failed.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
 
 /// A connection to one broker as one caller.
@@ -131,7 +131,7 @@ fn is_loopback(url: &url::Url) -> bool {
     }
 }
 
-/// Why a call failed, with a hint.
+/// Why a call failed, with a hint that says what to do.
 #[derive(Debug, Eq, PartialEq)]
 pub(super) struct CallError {
     code: String,
@@ -176,7 +176,7 @@ impl fmt::Display for CallError {
 
 impl std::error::Error for CallError {}
 
-/// Returns what an admin or the caller can do about the error with this reason.
+/// Returns what an admin or the caller can do about an error with this reason.
 fn advice(reason: &str) -> Option<&'static str> {
     Some(match reason {
         "CREDENTIAL_MISSING" => "set TOKEN_BROKER_BEARER_FILE to the file that holds your bearer",

@@ -5,7 +5,7 @@
 //! |---|---|
 //! | `guard` | locked by the guard process as long as it runs |
 //! | `log` | the output of `initdb` and the server |
-//! | `data` | `PostgreSQL`'s data directory; it is complete if it exists |
+//! | `data` | Postgres' data directory; it is complete if it exists |
 //! | `data.new` | a data directory that `initdb` has not finished |
 //! | `.s.PGSQL.5432` | the server's socket |
 
@@ -60,14 +60,14 @@ pub(super) struct Cluster {
     directory: PathBuf,
     temporary: bool,
     user: ServerUser,
-    /// Only held: closing the file releases the lock.
+    /// It is only kept open, because closing the file releases the lock.
     _lock: File,
 }
 
 impl Cluster {
     /// Creates `directory` if it does not exist, makes the user that runs the server its owner, and
     /// locks it. A temporary directory must not exist yet. `programs` is the directory of
-    /// `PostgreSQL`'s programs.
+    /// Postgres' programs.
     pub(super) fn open(programs: PathBuf, directory: PathBuf, temporary: bool) -> io::Result<Self> {
         let user = ServerUser::find()?;
         if temporary {
@@ -158,7 +158,7 @@ impl Cluster {
         }
     }
 
-    /// Returns a command that runs one of `PostgreSQL`'s programs as the server's user, in a process
+    /// Returns a command that runs one of Postgres' programs as the server's user, in a process
     /// group of its own, with its output appended to the log. Of this process's environment the
     /// program gets only three variables: others, such as `PGDATA`, would change what it does.
     fn command(&self, program: &str) -> io::Result<Command> {

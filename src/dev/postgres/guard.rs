@@ -48,7 +48,7 @@ const STOP_SIGNALS: [(Signal, Duration); 3] = [
 enum GuardError {
     #[error("this command is for token-broker's own use")]
     Usage,
-    #[error("{0}")]
+    #[error(transparent)]
     System(#[from] io::Error),
     #[error("{} cannot be used: {source}", directory.display())]
     Directory { directory: PathBuf, source: io::Error },
@@ -66,7 +66,7 @@ enum GuardError {
 /// process, is closed. Blocks until the server has stopped.
 ///
 /// `arguments` are those after [`GUARD_COMMAND`]: `temporary` or `persistent`, the directory of
-/// `PostgreSQL`'s programs, and the server's directory. Writes one line to standard output: `ready`
+/// Postgres' programs, and the server's directory. Writes one line to standard output: `ready`
 /// and the server's process id once the server accepts connections, or else an error message.
 #[must_use]
 pub fn guard(arguments: impl Iterator<Item = OsString>) -> ExitCode {

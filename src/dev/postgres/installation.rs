@@ -1,4 +1,4 @@
-//! Finding `PostgreSQL`'s programs on this machine, or downloading them.
+//! Finding Postgres' programs on this machine, or downloading them.
 
 use std::{
     env,
@@ -23,11 +23,11 @@ const DOWNLOADED_MAJOR: u32 = 17;
 /// How long a download may take, including the extraction.
 const DOWNLOAD_LIMIT: Duration = Duration::from_mins(5);
 
-/// The environment variable that names the directory of `PostgreSQL`'s programs. If it is set, no
+/// The environment variable that names the directory of Postgres' programs. If it is set, no
 /// other directory is tried.
 const PROGRAMS_VARIABLE: &str = "TOKEN_BROKER_POSTGRES_BIN";
 
-/// Why no usable `PostgreSQL` programs were found.
+/// Why no usable Postgres programs were found.
 #[derive(Debug, Error)]
 pub enum InstallationError {
     /// The programs in a directory cannot be used.
@@ -51,7 +51,7 @@ pub enum InstallationError {
     },
 }
 
-/// A directory with the programs of a `PostgreSQL` version that the migrations support.
+/// A directory with the programs of a Postgres version that the migrations support.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Installation {
     programs: PathBuf,
@@ -145,7 +145,7 @@ fn cache_directory() -> Option<PathBuf> {
     Some(caches.join("token-broker/postgres"))
 }
 
-/// Returns the directories where distributions install `PostgreSQL`'s programs, in the order in which
+/// Returns the directories where distributions install Postgres' programs, in the order in which
 /// they are tried.
 fn candidates() -> Vec<PathBuf> {
     let mut found: Vec<PathBuf> = pg_config_directory().into_iter().collect();

@@ -38,8 +38,8 @@ pub enum DataLocation {
 
 /// Why an embedded server did not start.
 #[derive(Debug, Error)]
-pub enum StartError {
-    /// No usable `PostgreSQL` programs were found.
+pub enum EmbeddedPostgresError {
+    /// No usable Postgres programs were found.
     #[error(transparent)]
     Installation(#[from] InstallationError),
     /// The path of the directory is too long for a Unix socket inside it.
@@ -93,9 +93,13 @@ impl EmbeddedPostgres {
     /// # Errors
     /// When no usable programs are found, or when the server does not start. No process is left
     /// running then.
-    pub async fn start(location: DataLocation, program: &Path) -> Result<Self, StartError> {
+    pub async fn start(
+        location: DataLocation,
+        program: &Path,
+    ) -> Result<Self, EmbeddedPostgresError> {
         let installation = Installation::find_or_download().await?;
-        let guard_error = |source| StartError::Guard { program: program.to_owned(), source };
+        let guard_error =
+            |source| EmbeddedPostgresError::Guard { program: program.to_owned(), source };
         let (lifetime, directory) = match location {
             DataLocation::Temporary => {
                 ("temporary", cluster::new_temporary_path().map_err(guard_error)?)
@@ -121,7 +125,7 @@ impl EmbeddedPostgres {
             Err(message) => {
                 // The guard removes a temporary directory before it ends.
                 let _ = guard.wait().await;
-                Err(StartError::Server(message))
+                Err(EmbeddedPostgresError::Server(message))
             }
         }
     }
@@ -184,12 +188,12 @@ async fn read_report(stdout: Option<ChildStdout>) -> io::Result<Result<u32, Stri
     Ok(Err(report.trim_end().to_owned()))
 }
 
-fn check_socket_path(directory: &Path) -> Result<(), StartError> {
+fn check_socket_path(directory: &Path) -> Result<(), EmbeddedPostgresError> {
     let length = directory.join(SOCKET_NAME).as_os_str().len();
     if length <= SOCKET_PATH_LIMIT {
         return Ok(());
     }
-    Err(StartError::SocketPathTooLong {
+    Err(EmbeddedPostgresError::SocketPathTooLong {
         directory: directory.to_owned(),
         length,
         limit: SOCKET_PATH_LIMIT,

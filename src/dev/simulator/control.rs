@@ -109,7 +109,8 @@ async fn counters(State(state): State<Arc<UpstreamState>>) -> Response {
     Json(state.counters()).into_response()
 }
 
-/// Says whether a token is live, and whose it is, or with which code it would be refused.
+/// Returns whether a token is live. The answer also has the client id of a live token, or the error code
+/// with which another token would be refused.
 async fn live(
     State(state): State<Arc<UpstreamState>>,
     body: Bytes,

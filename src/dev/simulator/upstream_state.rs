@@ -132,6 +132,8 @@ impl UpstreamState {
         self.clock.now() + TimeDelta::seconds(self.lock().faults.clock_skew_seconds)
     }
 
+    /// Restores the accounts and faults of the [`SimulatorOptions`], and removes all tokens, scripts and
+    /// counters.
     pub(super) fn reset(&self) {
         let mut inner = self.lock();
         // Requests that are in flight will decrement this counter.
@@ -282,7 +284,7 @@ impl UpstreamState {
         let allow_ip = faults.allow_ip.unwrap_or(client_address);
         let claims = Claims::new(client_id, allow_ip, (now, expires_at), *serial);
         let text =
-            claims.sign().map_err(|_| ApiError::new(500, "69999", "The token cannot be made"))?;
+            claims.sign().map_err(|_| ApiError::new(500, "69999", "The token cannot be signed"))?;
         let token = SimulatedToken { serial: *serial, text, expires_at };
         account.tokens.retain(|older| !faults.new_token_ends_older && older.expires_at > now);
         account.tokens.push(token.clone());

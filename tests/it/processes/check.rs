@@ -25,14 +25,15 @@ const CA_FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/processes/t
 const CERTIFICATE: &[u8] = include_bytes!("tls/server.pem");
 const KEY: &[u8] = include_bytes!("tls/server.key");
 
-/// Serves one connection with `serve` on a thread of its own. Returns the address and the thread.
+/// Accepts two connections on a thread: closes the first one, and serves the second one with `serve`. Returns
+/// the address and the thread.
 fn serve_once<T: Send + 'static>(
     serve: impl FnOnce(TcpStream) -> T + Send + 'static,
 ) -> (SocketAddr, thread::JoinHandle<T>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     let served = thread::spawn(move || {
-        // The check `reach` only opens a connection.
+        // The first connection is that of the check `reach`, which sends nothing.
         drop(listener.accept().unwrap());
         serve(listener.accept().unwrap().0)
     });
@@ -77,7 +78,7 @@ fn result_of<'a>(output: &'a str, subject: &str) -> &'a str {
 
 #[tokio::test]
 async fn the_check_of_tls_sends_no_credential_and_verifies_the_upstreams_certificate() {
-    let (address, asked) = serve_once(answer_over_tls);
+    let (address, request) = serve_once(answer_over_tls);
     let mut setup =
         BrokerSetup::new(NO_DATABASE, &format!("https://localhost:{}/api/1.1", address.port()))
             .await;
@@ -88,14 +89,14 @@ async fn the_check_of_tls_sends_no_credential_and_verifies_the_upstreams_certifi
     assert!(result_of(&output, "reach").starts_with("ok "), "{output}");
     assert!(result_of(&output, "tls").starts_with("ok "), "{output}");
     assert!(result_of(&output, "tls").contains("404 Not Found"), "{output}");
-    let head = asked.join().unwrap().unwrap().to_lowercase();
+    let head = request.join().unwrap().unwrap().to_lowercase();
     assert!(head.starts_with("head /api/1.1 http/1.1\r\n"), "{head}");
     assert!(!head.contains("authorization") && !head.contains("content-length"), "{head}");
 }
 
 #[tokio::test]
 async fn an_upstream_with_an_untrusted_certificate_fails_the_check_of_tls() {
-    let (address, asked) = serve_once(answer_over_tls);
+    let (address, request) = serve_once(answer_over_tls);
     let setup = BrokerSetup::new(NO_DATABASE, &format!("https://{address}/api/1.1")).await;
 
     let output = setup.run(&["check"]).await.failed();
@@ -103,12 +104,12 @@ async fn an_upstream_with_an_untrusted_certificate_fails_the_check_of_tls() {
     assert!(result_of(&output, "reach").starts_with("ok "), "{output}");
     let tls = result_of(&output, "tls");
     assert!(tls.starts_with("FAIL") && tls.ends_with("its certificate is not accepted"), "{tls}");
-    asked.join().unwrap().unwrap_err();
+    request.join().unwrap().unwrap_err();
 }
 
 #[tokio::test]
 async fn a_proxy_that_refuses_to_connect_is_distinguished_from_an_upstream_that_fails() {
-    let (address, asked) = serve_once(|mut stream| answer(&mut stream, "403 Forbidden").unwrap());
+    let (address, request) = serve_once(|mut stream| answer(&mut stream, "403 Forbidden").unwrap());
     let mut setup = BrokerSetup::new(NO_DATABASE, "https://localhost:1/api/1.1").await;
     setup.set("TOKEN_BROKER_UPSTREAM_PROXY", &format!("http://{address}"));
 
@@ -119,7 +120,7 @@ async fn a_proxy_that_refuses_to_connect_is_distinguished_from_an_upstream_that_
     let tls = result_of(&output, "tls");
     let is_named = tls.ends_with("the proxy did not open a tunnel to it");
     assert!(tls.starts_with("FAIL") && is_named, "{tls}");
-    assert!(asked.join().unwrap().starts_with("CONNECT localhost:1 HTTP/1.1\r\n"));
+    assert!(request.join().unwrap().starts_with("CONNECT localhost:1 HTTP/1.1\r\n"));
 }
 
 #[tokio::test]

@@ -141,7 +141,7 @@ async fn while_postgres_is_stopped_tokens_are_served_and_their_records_are_deliv
     let client = TestClient::connect(&setup.endpoint(), &bearer).await;
     let first = eventually("the grant", async || client.get("acme").await.ok()).await;
 
-    let standstill = PausedProcesses::pause(postgres.pid());
+    let paused = PausedProcesses::pause(postgres.pid());
     // A call that waited for the database would exceed its deadline of 5 s. Call until the broker itself
     // reports that the database does not answer.
     let mut calls = 1;
@@ -156,7 +156,7 @@ async fn while_postgres_is_stopped_tokens_are_served_and_their_records_are_deliv
         body.to_string().contains("does not answer").then_some(())
     })
     .await;
-    drop(standstill);
+    drop(paused);
 
     let pool = Database::new(&url, "test").unwrap().pool(1);
     eventually("all records", async || {

@@ -156,7 +156,7 @@ fn headers(frames: &[Frame]) -> impl Iterator<Item = &Frame> {
     frames.iter().filter(|frame| frame.0 == HEADERS)
 }
 
-/// Checks that a GOAWAY, if one arrived, has the code ENHANCE_YOUR_CALM and the debug data `expected`.
+/// Checks that a GOAWAY, if one arrived, has the code `ENHANCE_YOUR_CALM` and the debug data `expected`.
 fn assert_enhance_your_calm(flood: &str, frames: &[Frame], expected: &str) {
     // The GOAWAY is lost if the client still sends when the server closes.
     if let Some((code, debug_data)) = goaway(frames) {

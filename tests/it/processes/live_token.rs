@@ -1,5 +1,5 @@
-//! The served token is the one that the upstream considers live, although each new token ends the
-//! previous one: also after stops, kills and timeouts between an issue and its commit.
+//! The broker serves the token that the upstream considers live, although each new token ends the previous
+//! one. This also holds after stops, kills and timeouts between an issue and its commit.
 
 use std::time::Duration;
 
@@ -16,8 +16,8 @@ use crate::harness::{
     process::{BrokerProcess, BrokerSetup},
 };
 
-/// A broker process that serves one account, which has a token.
-struct Served {
+/// A broker process that serves one account, `acme`, which has a token.
+struct ServedAccount {
     fixture: Fixture,
     setup: BrokerSetup,
     bearer: Bearer,
@@ -25,7 +25,7 @@ struct Served {
     client: TestClient,
 }
 
-impl Served {
+impl ServedAccount {
     async fn new(upstream_timeout: &str) -> Self {
         let fixture = Fixture::with(Clock::System, Faults::default()).await;
         let bearer = fixture.add_caller("demo", &["*"]).await;
@@ -103,7 +103,7 @@ fn slow() -> Faults {
 #[tokio::test]
 async fn a_broker_that_was_stopped_beyond_the_end_of_its_lease_serves_the_live_token() {
     // A lease lasts 20 s longer than an attempt may take: 21 s here.
-    let served = Served::new("1s").await;
+    let served = ServedAccount::new("1s").await;
     served.fixture.upstream.set_faults(slow());
     served.request_reissue().await;
     served.until_requested(2).await;
@@ -127,7 +127,7 @@ async fn a_broker_that_was_stopped_beyond_the_end_of_its_lease_serves_the_live_t
 
 #[tokio::test]
 async fn a_token_that_arrives_after_that_of_another_replica_does_not_replace_it() {
-    let served = Served::new("10s").await;
+    let served = ServedAccount::new("10s").await;
     let replica = served.setup.replica();
     let mut second = replica.serve().await;
     let second_client = TestClient::connect(&replica.endpoint(), &served.bearer).await;
@@ -161,7 +161,7 @@ async fn a_token_that_arrives_after_that_of_another_replica_does_not_replace_it(
 #[tokio::test]
 async fn a_broker_that_is_killed_before_the_answer_to_an_issue_serves_the_live_token_after_a_restart()
  {
-    let mut served = Served::new("10s").await;
+    let mut served = ServedAccount::new("10s").await;
     served.fixture.upstream.script("id-1", [Answer::IssueThenHang]);
     served.request_reissue().await;
     served.until_issued(2).await;
@@ -178,12 +178,12 @@ async fn a_broker_that_is_killed_before_the_answer_to_an_issue_serves_the_live_t
 #[tokio::test]
 async fn a_broker_that_is_killed_between_the_answer_and_the_commit_serves_the_live_token_after_a_restart()
  {
-    let mut served = Served::new("10s").await;
+    let mut served = ServedAccount::new("10s").await;
     served.fixture.upstream.set_faults(slow());
     served.request_reissue().await;
     served.until_requested(2).await;
 
-    // The commit waits for this lock, and never happens.
+    // The commit waits for this lock. The broker is killed meanwhile, so it never happens.
     let mut lock = served.fixture.database.pool().begin().await.unwrap();
     sqlx::query("select from refreshes for update").execute(&mut *lock).await.unwrap();
     served.fixture.upstream.set_faults(Faults::default());
@@ -206,7 +206,7 @@ async fn a_broker_that_is_killed_between_the_answer_and_the_commit_serves_the_li
 
 #[tokio::test]
 async fn after_a_timeout_another_token_is_issued_and_served() {
-    let served = Served::new("200ms").await;
+    let served = ServedAccount::new("200ms").await;
     served.fixture.upstream.script("id-1", [Answer::IssueThenHang]);
     served.request_reissue().await;
     served.until_issued(2).await;

@@ -1,4 +1,4 @@
-//! The whole use of a broker from a shell: environment, files, commands and signals.
+//! A broker is set up, used and stopped as from a shell: by its environment, files, commands and signals.
 
 use std::time::{Duration, Instant};
 
