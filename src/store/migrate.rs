@@ -221,6 +221,10 @@ fn migrate_error(error: MigrateError) -> StoreError {
         MigrateError::ExecuteMigration(error, number) => {
             StoreError::migration_failed(format!("migration {number}"), error)
         }
+        MigrateError::VersionMismatch(number) => StoreError::Schema(format!(
+            "the database has another migration {number} than this release: it was made by a build \
+             before the first release; make a new database"
+        )),
         error => StoreError::Schema(error.to_string()),
     }
 }

@@ -88,6 +88,8 @@ pub struct Tls {
     /// The end of the certificate, in seconds since 1970.
     not_after: AtomicI64,
     clock: Clock,
+    /// The hash of the files that [`Tls::load`] read.
+    first_hash: [u8; 32],
 }
 
 /// The content of the files.
@@ -109,8 +111,10 @@ impl Tls {
     /// # Errors
     /// [`TlsError`], which names the faulty file.
     pub fn load(files: TlsFiles, clock: Clock) -> Result<Self, TlsError> {
-        let loaded = FileContents::of(&files)?.load(&files)?;
+        let contents = FileContents::of(&files)?;
+        let loaded = contents.load(&files)?;
         let tls = Self {
+            first_hash: contents.hash(),
             files,
             config: ArcSwap::from_pointee(loaded.config),
             not_after: AtomicI64::new(loaded.not_after.timestamp()),
@@ -135,12 +139,12 @@ impl Tls {
     /// Reloads the files when their content changes, until `stop`. If the new files cannot be used, the
     /// configuration in use stays, and the fault is logged once.
     pub async fn reload_on_change(self: Arc<Self>, stop: CancellationToken) {
-        let mut seen = None;
+        let mut seen = self.first_hash;
         loop {
             let this = Arc::clone(&self);
             // The task fails only if it panics. Then the next poll tries again.
             let polled = task::spawn_blocking(move || this.poll(seen)).await;
-            seen = polled.ok().or(seen);
+            seen = polled.unwrap_or(seen);
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = tokio::time::sleep(POLL_INTERVAL) => {}
@@ -148,13 +152,12 @@ impl Tls {
         }
     }
 
-    /// Reads the files, and loads them if their hash differs from `seen`. Returns their hash. The first
-    /// poll, where `seen` is `None`, loads nothing, since [`Tls::load`] has just done so.
-    fn poll(&self, seen: Option<[u8; 32]>) -> [u8; 32] {
+    /// Reads the files, and loads them if their hash differs from `seen`. Returns their hash.
+    fn poll(&self, seen: [u8; 32]) -> [u8; 32] {
         const UNREADABLE: [u8; 32] = [0; 32];
         let read = FileContents::of(&self.files);
         let hash = read.as_ref().map_or(UNREADABLE, FileContents::hash);
-        if seen.is_none_or(|seen| seen == hash) {
+        if seen == hash {
             return hash;
         }
         match read.and_then(|read| read.load(&self.files)) {
@@ -260,4 +263,40 @@ fn pem_fault(error: &pem::Error) -> &'static str {
 
 fn malformed(file: &Path, why: &str) -> TlsError {
     TlsError::Malformed { file: file.to_owned(), why: why.to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn write_certificate(files: &TlsFiles) {
+        let names = vec!["broker.example".to_owned()];
+        let rcgen::CertifiedKey { cert, signing_key } =
+            rcgen::generate_simple_self_signed(names).unwrap();
+        fs::write(&files.cert, cert.pem()).unwrap();
+        fs::write(&files.key, signing_key.serialize_pem()).unwrap();
+    }
+
+    #[test]
+    fn files_that_changed_before_the_first_poll_are_reloaded_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let files = TlsFiles {
+            cert: directory.path().join("cert.pem"),
+            key: directory.path().join("key.pem"),
+            client_ca: None,
+        };
+        write_certificate(&files);
+        let tls = Tls::load(files.clone(), Clock::System).unwrap();
+        let first = tls.config();
+        let seen = tls.poll(tls.first_hash);
+        assert!(Arc::ptr_eq(&first, &tls.config()), "the files have not changed");
+
+        write_certificate(&files);
+        let seen_after = tls.poll(seen);
+        let second = tls.config();
+        assert!(!Arc::ptr_eq(&first, &second));
+        assert_eq!(tls.poll(seen_after), seen_after);
+        assert!(Arc::ptr_eq(&second, &tls.config()));
+        assert_ne!(tls.first_hash, seen_after);
+    }
 }
