@@ -43,7 +43,7 @@ Get a token, with grpcurl or without:
   TOKEN_BROKER_ENDPOINT=http://{grpc} TOKEN_BROKER_BEARER={bearer} {program} token get demo-master
 
 Register an account with plain SQL, and get its token in the same way. Then register one with a wrong
-secret, which the last command corrects. (The simulated upstream knows these two logins and those of demo-….)
+secret, which the `update` corrects. (The simulated upstream knows these two logins and those of demo-….)
 
   psql {psql} -c "insert into accounts (name, client_id, client_secret) values ('{acme}', '{acme_id}', '{acme_secret}')"
 

@@ -60,7 +60,7 @@ pub struct Refresher {
     accounts: HashMap<task::Id, AccountId>,
     /// The time before which this replica starts no further attempt, to keep to the upstream's rate. The
     /// database enforces the rate for all replicas together.
-    not_before: Timestamp,
+    paced_until: Timestamp,
     /// The end of the last outage after which all accounts were rescheduled.
     outage_ended_at: Option<Timestamp>,
 }
@@ -76,7 +76,7 @@ impl Refresher {
             triggers,
             attempts: JoinSet::new(),
             accounts: HashMap::new(),
-            not_before: Timestamp::UNIX_EPOCH,
+            paced_until: Timestamp::UNIX_EPOCH,
             outage_ended_at: None,
         };
         (refresher, RefreshTrigger(sender))
@@ -131,7 +131,7 @@ impl Refresher {
         if self.attempts.len() >= concurrency {
             return None;
         }
-        let not_before = canary.map_or(self.not_before, |canary| canary.max(self.not_before));
+        let not_before = canary.map_or(self.paced_until, |canary| canary.max(self.paced_until));
         self.queue.next_due(now).map(|due| due.max(not_before))
     }
 
@@ -139,7 +139,7 @@ impl Refresher {
         let now = self.issuer.clock().now();
         let Some(id) = self.queue.take(now) else { return };
         let Some(entry) = self.issuer.state().cache.by_id(id) else { return };
-        self.not_before = now + delta(self.issuer.holder().pause_between_attempts());
+        self.paced_until = now + delta(self.issuer.holder().pause_between_attempts());
         self.queue.attempt_started(id);
         let issuer = self.issuer.clone();
         let attempt = self.attempts.spawn(async move { issuer.attempt(&entry).await });

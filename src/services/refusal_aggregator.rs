@@ -46,7 +46,7 @@ const DURABLE_WITHIN: Duration = Duration::from_secs(5);
 const MAX_KINDS: usize = 10_000;
 
 /// The outcome of an aggregated record; `None` until it is known.
-type Outcome = Option<Result<(), AuditUnavailable>>;
+type WriteResult = Option<Result<(), AuditUnavailable>>;
 
 /// Records refusals in the journal, aggregated where they repeat. Cheap to clone.
 #[derive(Clone)]
@@ -96,15 +96,15 @@ struct KindState {
 /// An aggregated record that is not written yet.
 struct PendingAggregate {
     refusal: AggregatedRefusal,
-    outcome: watch::Sender<Outcome>,
+    outcome: watch::Sender<WriteResult>,
 }
 
 /// How a refusal is recorded.
-enum Disposition {
+enum RecordedIn {
     /// In a record of its own.
     Individual(Box<Record>),
     /// In an aggregated record, whose outcome is sent here.
-    Aggregated(watch::Receiver<Outcome>),
+    Aggregated(watch::Receiver<WriteResult>),
 }
 
 impl RefusalAggregator {
@@ -122,9 +122,9 @@ impl RefusalAggregator {
     /// [`AuditUnavailable`] when the record could not be written, or is not durable after the time
     /// `within`.
     pub async fn record(&self, refusal: Record, within: Duration) -> Result<(), AuditUnavailable> {
-        match self.dispose(refusal, self.0.epoch.elapsed()) {
-            Disposition::Individual(record) => self.0.journal.append(*record).durable(within).await,
-            Disposition::Aggregated(mut outcome) => {
+        match self.choose_record(refusal, self.0.epoch.elapsed()) {
+            RecordedIn::Individual(record) => self.0.journal.append(*record).durable(within).await,
+            RecordedIn::Aggregated(mut outcome) => {
                 let known = tokio::time::timeout(within, outcome.wait_for(Option::is_some)).await;
                 let known = known.map_err(|_| AuditUnavailable::TooSlow(within))?;
                 // An error means that the task that writes the record was dropped.
@@ -134,12 +134,12 @@ impl RefusalAggregator {
     }
 
     /// Decides how `refusal` is recorded, and adds it to the aggregated record where it belongs to one.
-    fn dispose(&self, refusal: Record, now: Duration) -> Disposition {
+    fn choose_record(&self, refusal: Record, now: Duration) -> RecordedIn {
         let mut kinds = self.0.kinds.lock();
         let (kind, state) = kinds.state_of(RefusalKind::of(&refusal), now);
         // While a record is pending, later refusals join it, so that none overtakes earlier ones.
         if state.pending.is_none() && kind.origin != Origin::Any && state.try_spend(now) {
-            return Disposition::Individual(Box::new(refusal));
+            return RecordedIn::Individual(Box::new(refusal));
         }
         let pending = match &mut state.pending {
             Some(pending) => {
@@ -154,7 +154,7 @@ impl RefusalAggregator {
                 })
             }
         };
-        Disposition::Aggregated(pending.outcome.subscribe())
+        RecordedIn::Aggregated(pending.outcome.subscribe())
     }
 
     /// Writes the pending record of `kind` after the aggregation window.

@@ -26,7 +26,7 @@ pub enum CommitOutcome {
     /// The token was not stored: the account is gone, or has another lease or credential by now.
     Fenced,
     /// The token was not stored: the stored one lives longer, and new tokens do not end older ones.
-    KeptLonger,
+    StoredLivesLonger,
 }
 
 /// Stores `token` as the account's token and releases `lease`, if the lease is still the account's latest
@@ -79,10 +79,10 @@ pub async fn commit(
     )
     .execute(&mut *transaction)
     .await?;
-    let replace_longer = new_token_ends_older || held.possibly_revoked;
-    let stored = put(&mut transaction, account, token, replace_longer).await?;
+    let replace_longer_lived = new_token_ends_older || held.possibly_revoked;
+    let stored = put(&mut transaction, account, token, replace_longer_lived).await?;
     transaction.commit().await?;
-    Ok(if stored { CommitOutcome::Stored } else { CommitOutcome::KeptLonger })
+    Ok(if stored { CommitOutcome::Stored } else { CommitOutcome::StoredLivesLonger })
 }
 
 /// The result of [`reconcile`].
@@ -100,7 +100,7 @@ pub enum ReconcileOutcome {
 
 /// A token that was issued but could not be stored, because the database did not answer.
 #[derive(Clone, Debug)]
-pub struct OrphanedToken {
+pub struct PendingToken {
     /// The token.
     pub token: SealedToken,
     /// The generation of the stored token when this one was issued.
@@ -135,10 +135,10 @@ pub struct ReconcileContext<'a> {
 pub async fn reconcile(
     pool: &PgPool,
     account: AccountId,
-    orphan: &OrphanedToken,
+    orphan: &PendingToken,
     context: ReconcileContext<'_>,
 ) -> Result<ReconcileOutcome, StoreError> {
-    let OrphanedToken { token, replaces, under_lease } = orphan;
+    let PendingToken { token, replaces, under_lease } = orphan;
     let mut transaction = pool.begin().await?;
     let issuer = lock_issuer(&mut transaction, account, token).await?;
     let Some(found) = sqlx::query!(
@@ -241,14 +241,14 @@ async fn lock_issuer(
 }
 
 /// Stores `token` as the account's token and returns `true`, unless the stored token has a later generation,
-/// or ends later and `replace_longer` is not set.
+/// or ends later and `replace_longer_lived` is not set.
 ///
 /// In either case, the previous credential is dropped if the current one issued `token`.
 async fn put(
     transaction: &mut Transaction<'_, Postgres>,
     account: AccountId,
     token: &SealedToken,
-    replace_longer: bool,
+    replace_longer_lived: bool,
 ) -> Result<bool, StoreError> {
     let stored = sqlx::query!(
         "-- store::tokens::put
@@ -270,7 +270,7 @@ async fn put(
         token.expires_at,
         token.allowed_ip,
         token.fingerprint,
-        replace_longer,
+        replace_longer_lived,
     )
     .execute(&mut **transaction)
     .await?;

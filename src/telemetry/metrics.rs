@@ -80,7 +80,8 @@ const UNKNOWN_CODE: usize = 2;
 /// How an attempt to issue a token ended.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum IssueResult {
-    /// A token was issued and stored.
+    /// A token was issued. It is stored, or pending while a sole replica has no database, or it was dropped
+    /// because the stored one lives longer.
     Issued,
     /// The upstream refused the credential.
     Rejected,
@@ -178,11 +179,7 @@ impl Metrics {
         let family = Family::<[(&str, &str); 1], Counter>::default();
         let issues = IssueResult::ALL
             .map(|result| family.get_or_create_owned(&[("result", result.as_str())]));
-        registry.register(
-            "issues",
-            "Calls of the upstream for a token, by what came of them",
-            family,
-        );
+        registry.register("issues", "Attempts to issue a token, by result", family);
 
         let sources = Sources::default();
         registry.register_collector(Box::new(sources.clone()));

@@ -75,7 +75,7 @@ pub struct AuditLayer {
     /// Tracks the calls in progress. The shutdown waits for them before it closes the journal, since each
     /// still writes its record.
     pub calls: TaskTracker,
-    /// Limits the unauthenticated or rate limited calls that wait for their record, by client network
+    /// Limits the calls refused by their headers that wait for their record, by client network
     /// (`None` where the address is unknown).
     pub refusal_waits: Arc<KeyedSemaphore<Option<IpAddr>>>,
 }

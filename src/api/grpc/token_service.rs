@@ -42,7 +42,7 @@ impl TokenService for TokenServiceHandler {
         let context = context_of(&request)?;
         let request = request.into_inner();
         context.draft.set_account(&request.account);
-        let (account, token) = refuse_in(&context, async {
+        let (account, token) = noting_refusal(&context, async {
             let account = convert::account_name(&request.account)?;
             let wanted = TokenRequest {
                 min_ttl: convert::min_ttl(request.min_ttl)?,
@@ -68,7 +68,7 @@ impl TokenService for TokenServiceHandler {
         let context = context_of(&request)?;
         let accounts = request.into_inner().accounts;
         context.draft.set_accounts(&accounts);
-        let stream = refuse_in(&context, async {
+        let stream = noting_refusal(&context, async {
             let Self { provider, journal, api_base_url } = self.clone();
             let patterns = convert::patterns(&accounts)?;
             watch::start(provider, journal, api_base_url, &context, patterns).await
@@ -86,7 +86,7 @@ impl TokenService for TokenServiceHandler {
         context.draft.set_account(&account);
         context.draft.add_detail("reported_generation", &generation.to_string());
         context.draft.add_detail("upstream_code", &sanitize_requested_name(&upstream_code));
-        let outcome = refuse_in(&context, async {
+        let outcome = noting_refusal(&context, async {
             let account = convert::account_name(&account)?;
             self.provider
                 .report_rejected_token(&context.caller, &account, generation, &upstream_code)
@@ -112,7 +112,7 @@ impl TokenService for TokenServiceHandler {
     ) -> Result<Response<ListAccountsResponse>, Status> {
         let context = context_of(&request)?;
         let request = request.into_inner();
-        let (accounts, more) = refuse_in(&context, async {
+        let (accounts, more) = noting_refusal(&context, async {
             let PageRequest { after, size } = convert::page_request(&request)?;
             self.provider.list(&context.caller, after.as_ref(), size)
         })
@@ -135,7 +135,7 @@ fn context_of<T>(request: &Request<T>) -> Result<CallContext, Status> {
 }
 
 /// Runs `answer`. Notes its refusal in the call's record, and converts it to a status.
-async fn refuse_in<T>(
+async fn noting_refusal<T>(
     context: &CallContext,
     answer: impl Future<Output = Result<T, CallRefusal>>,
 ) -> Result<T, Status> {

@@ -38,11 +38,12 @@ pub(super) struct Writer {
     retained: Vec<PendingEvent>,
     /// When to try again, while the journal cannot be written.
     retry_at: Option<Instant>,
-    /// When the free space was last checked, and whether anything was written since.
+    /// When the free space was last checked.
     space_checked_at: Option<Instant>,
+    /// Whether anything was written since then.
     written_since_check: bool,
     /// Whether the last batch had several records, so that it is worth waiting for more.
-    last_batch_shared: bool,
+    last_batch_had_several: bool,
 }
 
 impl Writer {
@@ -55,7 +56,7 @@ impl Writer {
             retry_at: None,
             space_checked_at: None,
             written_since_check: false,
-            last_batch_shared: false,
+            last_batch_had_several: false,
         })
     }
 
@@ -64,11 +65,11 @@ impl Writer {
         let mut positions_saved_at = Instant::now();
         loop {
             let closing = self.shared.closing.load(Ordering::Acquire);
-            if self.last_batch_shared && !closing {
+            if self.last_batch_had_several && !closing {
                 self.gather();
             }
             let drained = self.shared.queue.drain(closing);
-            self.last_batch_shared = drained.records.len() > 1;
+            self.last_batch_had_several = drained.records.len() > 1;
             self.write_batch(drained, closing);
             if closing {
                 break;

@@ -184,8 +184,8 @@ fn advice(reason: &str) -> Option<&'static str> {
             "the bearer is incomplete or mistyped: it has 53 characters, with tbk_"
         }
         "CREDENTIAL_REFUSED" => {
-            "the bearer is unknown, expired or revoked: an admin creates another with \
-             `caller bearer add`"
+            "the bearer or certificate is unknown, expired or revoked, or its caller is disabled: an \
+             admin sees which with `caller show CALLER`"
         }
         "NOT_GRANTED" => "an admin grants it with `caller grant CALLER ACCOUNT`",
         "NO_SUCH_ACCOUNT" => "`account list` shows the registered accounts",

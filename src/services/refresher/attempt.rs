@@ -3,12 +3,14 @@
 //!
 //! The order matters. The start of the attempt is stored before the call, so if this process dies during
 //! the call, the next attempt sees that a token may have been issued. A token is used only after its issue
-//! was recorded, and served only after it was stored, so that a restart does not lose a token that a caller
-//! has.
+//! was recorded. It is stored before it is served, so that a restart does not lose a token that a caller
+//! has. A token that cannot be stored, under a lease or without the database, is served all the same, since
+//! the upstream may have ended the older one; it is kept in [`PendingTokens`](super::PendingTokens) until it
+//! is stored.
 //!
 //! While the database does not answer, a sole replica issues without it. Two steps differ then: the
 //! decision is made from the cache and the start of the attempt is stored in the state directory, and the
-//! token is kept in [`PendingTokens`](super::PendingTokens) until it can be stored.
+//! token is pending from the start.
 
 use std::{
     net::IpAddr,
@@ -39,7 +41,7 @@ use crate::{
     },
     store::{
         leases::{self, Claim, FailedAttempt, Lease, LeaseHolder},
-        tokens::{self, CommitOutcome, OrphanedToken},
+        tokens::{self, CommitOutcome, PendingToken},
         within,
     },
     telemetry::IssueResult,
@@ -408,7 +410,7 @@ impl TokenIssuer {
                     self.infrastructure.metrics.issue(IssueResult::Issued);
                     return Ok(true);
                 }
-                Some(CommitOutcome::KeptLonger) => {
+                Some(CommitOutcome::StoredLivesLonger) => {
                     self.infrastructure.metrics.issue(IssueResult::Issued);
                     return Err(self.reload(entry).await);
                 }
@@ -420,7 +422,7 @@ impl TokenIssuer {
             Permission::SoleReplica { replaces, .. } => (IssueResult::Issued, *replaces, false),
         };
         self.infrastructure.metrics.issue(result);
-        self.state.pending.add(entry.id(), OrphanedToken { token, replaces, under_lease });
+        self.state.pending.add(entry.id(), PendingToken { token, replaces, under_lease });
         Ok(false)
     }
 

@@ -11,13 +11,13 @@ use tokio::{sync::Notify, task};
 use tracing::error;
 
 use super::intent_log::IntentLog;
-use crate::{domain::account::AccountId, files::state_dir::StateDir, store::tokens::OrphanedToken};
+use crate::{domain::account::AccountId, files::state_dir::StateDir, store::tokens::PendingToken};
 
-/// The pending state of one account, which is still to be stored in the database.
+/// What was issued for one account and is not stored in the database yet.
 #[derive(Clone, Debug, Default)]
 pub(super) struct PendingIssue {
     /// The last token that was issued.
-    pub(super) token: Option<OrphanedToken>,
+    pub(super) token: Option<PendingToken>,
     /// Whether a later attempt may have issued another token, which was lost.
     pub(super) possibly_revoked: bool,
 }
@@ -33,9 +33,9 @@ impl PendingIssue {
 #[derive(Debug)]
 pub struct PendingTokens {
     state: Mutex<State>,
-    /// Contains the accounts for which tokens were, or may have been, issued without a lease since the last
-    /// time that nothing was pending. If this process ends, those tokens are lost, but they may have ended
-    /// the stored ones. `None` if the upstream keeps older tokens alive.
+    /// Lists the accounts for which tokens were, or may have been, issued without a lease. It is cleared once
+    /// nothing is pending. If this process ends before, those tokens are lost, but they may have ended the
+    /// stored ones. `None` if the upstream keeps older tokens alive.
     ///
     /// Lock order: before `state`. It is locked only on the blocking pool.
     log: Option<Arc<Mutex<IntentLog>>>,
@@ -95,13 +95,13 @@ impl PendingTokens {
     }
 
     /// Records that the account's attempt issued this token. It replaces an earlier pending token.
-    pub(super) fn add(&self, account: AccountId, orphan: OrphanedToken) {
+    pub(super) fn add(&self, account: AccountId, orphan: PendingToken) {
         {
             let mut state = self.end_attempt(account);
             let issue = state.pending.entry(account).or_default();
             // The first of several pending tokens replaces the stored one.
             let replaces = issue.token.take().map_or(orphan.replaces, |first| first.replaces);
-            let token = Some(OrphanedToken { replaces, ..orphan });
+            let token = Some(PendingToken { replaces, ..orphan });
             *issue = PendingIssue { token, possibly_revoked: false };
         }
         self.added.notify_one();
@@ -188,8 +188,8 @@ mod tests {
 
     const ACCOUNT: AccountId = AccountId(7);
 
-    fn orphan(generation: i64, replaces: i64) -> OrphanedToken {
-        OrphanedToken {
+    fn orphan(generation: i64, replaces: i64) -> PendingToken {
+        PendingToken {
             token: SealedToken::new(&Token::example(generation, 3_600), vec![]),
             replaces: Some(Generation(replaces)),
             under_lease: false,

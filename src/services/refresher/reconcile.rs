@@ -20,7 +20,7 @@ use crate::{
     },
     store::{
         StoreError, leases,
-        tokens::{self, OrphanedToken, ReconcileContext, ReconcileOutcome},
+        tokens::{self, PendingToken, ReconcileContext, ReconcileOutcome},
         within,
     },
 };
@@ -102,7 +102,7 @@ impl Reconciler {
     async fn store(
         &self,
         account: AccountId,
-        orphan: &OrphanedToken,
+        orphan: &PendingToken,
         issue: &PendingIssue,
     ) -> Result<ReconcileOutcome, StoreError> {
         let context = ReconcileContext {

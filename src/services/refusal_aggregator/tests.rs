@@ -152,7 +152,7 @@ async fn every_caller_gets_the_error_when_an_aggregated_record_cannot_be_written
 async fn a_refusal_whose_caller_disconnected_is_counted_too() {
     let fixture = Fixture::new();
     for nth in 0..30 {
-        drop(fixture.aggregator.dispose(refusal(nth, "127.0.0.1:1", "acme"), Duration::ZERO));
+        drop(fixture.aggregator.choose_record(refusal(nth, "127.0.0.1:1", "acme"), Duration::ZERO));
     }
     fixture.aggregator.0.tasks.close();
     fixture.aggregator.0.tasks.wait().await;
@@ -162,15 +162,15 @@ async fn a_refusal_whose_caller_disconnected_is_counted_too() {
 #[tokio::test]
 async fn beyond_the_limit_of_kinds_refusals_are_aggregated_by_reason() {
     let fixture = Fixture::new();
-    let dispose = |nth: usize, second| {
+    let choose_record = |nth: usize, second| {
         let peer = format!("{}:1", std::net::Ipv4Addr::from_bits(u32::try_from(nth).unwrap()));
-        fixture.aggregator.dispose(refusal(0, &peer, "acme"), Duration::from_secs(second))
+        fixture.aggregator.choose_record(refusal(0, &peer, "acme"), Duration::from_secs(second))
     };
     for nth in 0..MAX_KINDS {
-        assert!(matches!(dispose(nth, 0), Disposition::Individual(_)));
+        assert!(matches!(choose_record(nth, 0), RecordedIn::Individual(_)));
     }
     for nth in 0..3 {
-        assert!(matches!(dispose(MAX_KINDS + nth, 0), Disposition::Aggregated(_)));
+        assert!(matches!(choose_record(MAX_KINDS + nth, 0), RecordedIn::Aggregated(_)));
     }
     {
         let kinds = fixture.aggregator.0.kinds.lock();
@@ -180,6 +180,6 @@ async fn beyond_the_limit_of_kinds_refusals_are_aggregated_by_reason() {
         assert!(merged.contains("count: 3"), "{merged}");
     }
     // Idle kinds are removed.
-    assert!(matches!(dispose(MAX_KINDS, 1), Disposition::Individual(_)));
+    assert!(matches!(choose_record(MAX_KINDS, 1), RecordedIn::Individual(_)));
     assert_eq!(fixture.aggregator.0.kinds.lock().states.len(), 2);
 }

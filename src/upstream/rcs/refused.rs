@@ -43,7 +43,7 @@ pub(super) fn read(
     }
 }
 
-/// Returns the class by the table of [`super::read`].
+/// Returns the class by the rows of the table at [`super::read`] that are not for status 200.
 fn classify(status: StatusCode, code: Option<&str>) -> FailureClass {
     match (status.as_u16(), code) {
         (429, _) => FailureClass::RateLimited,
