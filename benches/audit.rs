@@ -155,8 +155,7 @@ async fn append(journal: &Journal, records: usize) -> Duration {
 async fn deliver(journal: &Journal, database: &Database) -> Duration {
     let begun = Instant::now();
     let stop = CancellationToken::new();
-    let delivery =
-        JournalDelivery::new(journal.clone(), database.connection().clone()).drain(NO_LIMIT);
+    let delivery = JournalDelivery::new(journal.clone(), database.clone()).drain(NO_LIMIT);
     let task = tokio::spawn(delivery.run(stop.clone()));
     while !journal.earlier_chains_delivered() {
         tokio::time::sleep(Duration::from_millis(5)).await;

@@ -147,7 +147,7 @@ impl Components {
         signer: Arc<CheckpointSigner>,
         drain: Duration,
     ) -> JournalDelivery {
-        JournalDelivery::new(self.journal.clone(), self.database.connection().clone())
+        JournalDelivery::new(self.journal.clone(), self.database.clone())
             .checkpoint_signer(signer)
             .drain(drain)
     }

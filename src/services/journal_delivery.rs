@@ -10,15 +10,17 @@ mod source;
 
 use std::{sync::Arc, time::Duration};
 
-use sqlx::postgres::PgConnectOptions;
 use tokio_util::sync::CancellationToken;
 
-use self::session::{ChainDelivery, Session};
+use self::session::{ChainDelivery, DeliverySession};
 pub use self::{error::DeliveryError, session::CHANGE_ID};
-use crate::audit::{
-    chain::ChainLink,
-    checkpoint_signer::CheckpointSigner,
-    journal::{Archive, Journal, ReadError},
+use crate::{
+    audit::{
+        chain::ChainLink,
+        checkpoint_signer::CheckpointSigner,
+        journal::{Archive, Journal, ReadError},
+    },
+    store::Database,
 };
 
 /// The delay before reconnecting after a failure. It doubles with each further failure.
@@ -33,7 +35,7 @@ const DEFAULT_DRAIN_LIMIT: Duration = Duration::from_secs(5);
 /// Delivers the durable records of this process's journal, over a connection of its own.
 pub struct JournalDelivery {
     journal: Journal,
-    connection: PgConnectOptions,
+    database: Database,
     checkpoint_signer: Option<Arc<CheckpointSigner>>,
     drain_limit: Duration,
 }
@@ -41,8 +43,8 @@ pub struct JournalDelivery {
 impl JournalDelivery {
     /// Returns a delivery that [`JournalDelivery::run`] starts.
     #[must_use]
-    pub fn new(journal: Journal, connection: PgConnectOptions) -> Self {
-        Self { journal, connection, checkpoint_signer: None, drain_limit: DEFAULT_DRAIN_LIMIT }
+    pub fn new(journal: Journal, database: Database) -> Self {
+        Self { journal, database, checkpoint_signer: None, drain_limit: DEFAULT_DRAIN_LIMIT }
     }
 
     /// Also stores the checkpoints of `signer` in Postgres.
@@ -105,7 +107,7 @@ impl JournalDelivery {
         stop: &CancellationToken,
         delivered: &mut bool,
     ) -> Result<(), DeliveryError> {
-        let mut session = Session::connect(&self.journal, &self.connection).await?;
+        let mut session = DeliverySession::connect(&self.journal, &self.database).await?;
         let mut deliveries = session.register_chains().await?;
         loop {
             // Read before delivering, so that every record that was durable when `stop` was cancelled is
@@ -178,9 +180,9 @@ pub struct DeliveredChain {
 /// before stay delivered.
 pub async fn deliver_archive(
     archive: &Archive,
-    connection: &PgConnectOptions,
+    database: &Database,
 ) -> Result<Vec<DeliveredChain>, DeliveryError> {
-    let mut session = Session::connect(archive, connection).await?;
+    let mut session = DeliverySession::connect(archive, database).await?;
     let mut delivered = Vec::new();
     for mut delivery in session.register_chains().await? {
         let from = delivery.position.seq;

@@ -8,12 +8,14 @@
 use std::collections::HashMap;
 
 use sqlx::{
-    ConnectOptions, Connection, PgConnection,
+    Connection, PgConnection,
     migrate::{Migrate, MigrateError, Migration, Migrator},
-    postgres::PgConnectOptions,
 };
 
-use super::error::{StoreError, UNDEFINED_TABLE};
+use super::{
+    connection::Database,
+    error::{StoreError, UNDEFINED_TABLE},
+};
 
 /// What the first line of a repeatable migration begins with; the version follows.
 const VERSION_PREFIX: &str = "-- version: ";
@@ -37,6 +39,24 @@ struct Repeatable {
 struct Applied {
     version: i32,
     checksum: Vec<u8>,
+}
+
+impl Database {
+    /// Applies the migrations that are missing or have changed: see [`Schema::apply`].
+    ///
+    /// # Errors
+    /// When the server cannot be reached or a migration fails.
+    pub async fn migrate(&self) -> Result<(), StoreError> {
+        Schema::of_this_release()?.apply(self).await
+    }
+
+    /// Checks that the schema has every migration of this release.
+    ///
+    /// # Errors
+    /// [`StoreError::Schema`] names what is missing and the command that applies it.
+    pub async fn check_schema(&self) -> Result<(), StoreError> {
+        Schema::of_this_release()?.check(self).await
+    }
 }
 
 impl Schema {
@@ -68,8 +88,8 @@ impl Schema {
     ///
     /// # Errors
     /// When the server cannot be reached or a migration fails. The database then is as it was before.
-    pub async fn apply(&self, database: &PgConnectOptions) -> Result<(), StoreError> {
-        let mut connection = database.connect().await?;
+    pub async fn apply(&self, database: &Database) -> Result<(), StoreError> {
+        let mut connection = database.open().await?;
         // This is sqlx's own lock, so other programs that migrate with sqlx wait for it too. It belongs to
         // the session, and ends with the connection.
         connection.lock().await.map_err(migrate_error)?;
@@ -112,8 +132,8 @@ impl Schema {
     ///
     /// # Errors
     /// [`StoreError::Schema`] names what is missing and the command that applies it.
-    pub async fn check(&self, database: &PgConnectOptions) -> Result<(), StoreError> {
-        let mut connection = database.connect().await?;
+    pub async fn check(&self, database: &Database) -> Result<(), StoreError> {
+        let mut connection = database.open().await?;
         let missing = self.missing(&mut connection).await?;
         connection.close().await?;
         if missing.is_empty() {

@@ -49,8 +49,7 @@ impl JournalFixture {
     }
 
     fn delivery(&self) -> JournalDelivery {
-        let options = self.database.connection().clone();
-        JournalDelivery::new(self.journal.clone(), options).drain(AMPLE)
+        JournalDelivery::new(self.journal.clone(), self.database.clone()).drain(AMPLE)
     }
 
     /// Delivers everything that is durable.

@@ -51,7 +51,7 @@ impl Release {
     async fn apply(self, database: &TestDatabase) -> Result<(), StoreError> {
         let numbered = Migrator::with_migrations(self.numbered);
         let repeatable = Migrator::with_migrations(self.repeatable);
-        Schema::new(numbered, &repeatable)?.apply(store(database).connection()).await
+        Schema::new(numbered, &repeatable)?.apply(&store(database)).await
     }
 }
 

@@ -41,7 +41,7 @@ pub(super) async fn ship(global: &GlobalArgs, args: ShipArgs) -> anyhow::Result<
     let database = url.database(APPLICATION_NAME)?;
     database.check_schema().await?;
     let archive = task::spawn_blocking(move || open(&args.directory)).await??;
-    let chains = journal_delivery::deliver_archive(&archive, database.connection()).await?;
+    let chains = journal_delivery::deliver_archive(&archive, &database).await?;
     let mut table = Table::new(["CHAIN", "HAD", "HAS NOW"]);
     let mut delivered = 0;
     let mut complete = true;

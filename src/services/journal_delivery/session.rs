@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use chrono::{Datelike, NaiveDate};
-use sqlx::{ConnectOptions, Connection, PgConnection, postgres::PgConnectOptions};
+use sqlx::{Connection, PgConnection};
 use tracing::instrument;
 
 use super::{error::DeliveryError, source::JournalSource};
@@ -13,7 +13,7 @@ use crate::{
         checkpoint_signer::CheckpointSigner,
         journal::{ChainReader, LocalChain, ReadError, with_causes},
     },
-    store::{StoreError, audit},
+    store::{Database, StoreError, audit},
 };
 
 /// The detail of an event that names the row of `changes` that it records.
@@ -36,7 +36,7 @@ pub(super) struct ChainDelivery {
 }
 
 /// A connection to Postgres, and what was learned over it.
-pub(super) struct Session<'a> {
+pub(super) struct DeliverySession<'a> {
     source: &'a dyn JournalSource,
     connection: PgConnection,
     /// Days whose partitions exist. A new connection starts without them, since the failure of the last one
@@ -44,12 +44,12 @@ pub(super) struct Session<'a> {
     partitions: BTreeSet<NaiveDate>,
 }
 
-impl<'a> Session<'a> {
+impl<'a> DeliverySession<'a> {
     pub(super) async fn connect(
         source: &'a dyn JournalSource,
-        options: &PgConnectOptions,
+        database: &Database,
     ) -> Result<Self, DeliveryError> {
-        let connection = within_timeout(async { Ok(options.connect().await?) }).await?;
+        let connection = within_timeout(database.open()).await?;
         Ok(Self { source, connection, partitions: BTreeSet::new() })
     }
 
