@@ -8,7 +8,7 @@ FILE is the output of `audit export` or `audit tail --json`, or a segment of a j
 
 Prints each chain with its last number and hash, then each fault. Exits with 1 if there is a fault.
 """
-import argparse, datetime, hashlib, json, re, subprocess, sys, tempfile
+import argparse, bisect, datetime, hashlib, json, re, subprocess, sys, tempfile
 
 def net(value):
     """Returns a value as it is hashed: a netstring, or `-` if it is absent."""
@@ -48,21 +48,53 @@ arguments.add_argument("--keys"); arguments.add_argument("--heads"); arguments.a
 given = arguments.parse_args()
 keys = dict(re.findall(r"# (\w+)\n(-----BEGIN[^#]*)", open(given.keys).read())) if given.keys else {}
 chains, cuts, heads, records, faults, ends, whole = {}, {}, [], {}, [], {}, False
+
+def read(it):
+    """Takes in one line. Raises an error of CANNOT_READ if it is not what it should be."""
+    global whole
+    def checked(part, texts, numbers, hashes, optional=()):
+        for names, good in ((texts, lambda v: isinstance(v, str)), (numbers, lambda v: type(v) is int and 0 <= v < 2**63),
+                            (hashes, lambda v: len(bytes.fromhex(v)) == 32)):
+            for name in names:
+                if not (name in optional and part.get(name) is None or good(part[name])): raise ValueError(name)
+        return part
+    whole = whole or it.get("audit_export", {}).get("whole", False) is True
+    if "event" in it:
+        checked(it, ("instance", "chain", "at", "event", "outcome"), ("seq",), ("prev_hash", "hash"))
+        if not all(isinstance(v, str) for v in it.get("detail", {}).values()): raise ValueError("detail")
+        if it["seq"] < 1: faults.append((it["chain"], it["seq"], "has an impossible number")); return
+        altered = record_hash(it) != it["hash"]
+        here = records.setdefault(it["chain"], {})
+        if altered: faults.append((it["chain"], it["seq"], "was altered"))
+        if it["seq"] in here: faults.append((it["chain"], it["seq"], "occurs twice"))
+        here[it["seq"]] = (it["prev_hash"], it["hash"])
+    elif "unreadable" in it:
+        row = it["unreadable"]
+        faults.append((str(row["chain"]), int(row["seq"]), "cannot be read (%s): %s" % (row["table"], row["why"])))
+    elif isinstance(it.get("chain"), dict):
+        claim = checked(it["chain"], ("chain", "linked_chain"), ("last_seq",), ("linked_hash", "last_hash"), ("linked_chain", "last_seq", "last_hash"))
+        chains[claim["chain"]] = claim
+    elif "cut" in it:
+        cut = checked(it["cut"], ("chain", "at", "key_id"), ("first_seq", "last_seq"), ("prev_hash", "hash"))
+        if not 1 <= cut["first_seq"] <= cut["last_seq"]: raise ValueError("an impossible run of records")
+        bytes.fromhex(cut["signature"]); cuts.setdefault(cut["chain"], {})[cut["first_seq"]] = cut
+    elif "head" in it or "signature" in it:
+        head = checked(it.get("head", it), ("chain", "at", "key_id"), ("seq",), ("hash",))
+        bytes.fromhex(head["signature"]); heads.append(head)
+
+CANNOT_READ = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
 for file in given.files + ([given.heads] if given.heads else []):
-    for it in map(json.loads, open(file, encoding="utf-8", newline="\n")):
-        whole = whole or it.get("audit_export", {}).get("whole", False)
-        if "event" in it:
-            if record_hash(it) != it["hash"]: faults.append((it["chain"], it["seq"], "was altered"))
-            if it["seq"] in records.setdefault(it["chain"], {}): faults.append((it["chain"], it["seq"], "occurs twice"))
-            records[it["chain"]][it["seq"]] = (it["prev_hash"], it["hash"])
-        elif isinstance(it.get("chain"), dict): chains[it["chain"]["chain"]] = it["chain"]
-        elif "cut" in it and it["cut"]["first_seq"] <= it["cut"]["last_seq"]: cuts.setdefault(it["cut"]["chain"], {})[it["cut"]["first_seq"]] = it["cut"]
-        elif "head" in it or "signature" in it: heads.append(it.get("head", it))
+    with open(file, "rb") as lines:
+        for number, line in enumerate(iter(lambda: lines.readline(64 << 20), b""), 1):
+            try: read(json.loads(line))
+            except CANNOT_READ as error:
+                # Checkpoints may be among other lines of a log.
+                if file != given.heads: faults.append(("", number, "of %s cannot be read: %s" % (file, type(error).__name__)))
 # Follow each chain from its first record to its last. A pruning receipt counts as one step.
 for chain in sorted({*records, *cuts, *chains, *(h["chain"] for h in heads)}):
     here, gone, claim = records.get(chain, {}), cuts.get(chain, {}), chains.get(chain, {})
     seq, head = (0, claim["linked_hash"]) if whole and claim else (min([*here, *gone], default=1) - 1, None)
-    known, last = {seq: head}, max([*here, *(c["last_seq"] for c in gone.values()), claim.get("last_seq") or 0])
+    steps, known, last = sorted({*here, *gone}), {seq: head}, max([*here, *(c["last_seq"] for c in gone.values()), claim.get("last_seq") or 0])
     if whole and not claim: faults.append((chain, 0, "belongs to an unknown chain"))
     for cut in gone.values():
         if not genuine(keys, b"cut", ("chain", "first_seq", "prev_hash", "last_seq", "hash", "at"), cut): faults.append((chain, cut["first_seq"], "has a pruning receipt with a wrong signature"))
@@ -71,8 +103,12 @@ for chain in sorted({*records, *cuts, *chains, *(h["chain"] for h in heads)}):
         cut = gone.get(seq + 1)
         step = (cut["prev_hash"], cut["hash"]) if cut else here.get(seq + 1)
         if step and head not in (None, step[0]): faults.append((chain, seq, "is not the one that the next record follows"))
-        if not step and whole: faults.append((chain, seq + 1, "is missing"))
-        seq, head = (cut["last_seq"] if cut else seq + 1), step and step[1]
+        if step: seq, head = (cut["last_seq"] if cut else seq + 1), step[1]
+        else:
+            # All records up to the next one that is present are missing.
+            until = steps[bisect.bisect(steps, seq + 1)] - 1 if steps and steps[-1] > seq + 1 else last
+            if whole: faults.append((chain, seq + 1, "is missing" if until == seq + 1 else "is missing, and so are those up to %d" % until))
+            seq, head = until, None
         known[seq] = head
     if whole and claim and (seq, head) != (claim["last_seq"], claim["last_hash"]): faults.append((chain, seq, "is not the last record of the chain"))
     for h in (h for h in heads if h["chain"] == chain):
@@ -80,10 +116,12 @@ for chain in sorted({*records, *cuts, *chains, *(h["chain"] for h in heads)}):
         if h["seq"] > seq: faults.append((chain, seq + 1, "is missing: a checkpoint of record %d was signed" % h["seq"]))
         elif (known.get(h["seq"]) or h["hash"]) != h["hash"]: faults.append((chain, h["seq"], "differs from the record whose checkpoint was signed"))
     ends[chain] = head
-    print(chain, seq, head)
+    print(chain.encode("unicode_escape").decode(), seq, head)
 # In a complete export, each chain begins with the last hash of the chain before it.
 for chain, claim in chains.items() if whole else ():
     if claim["linked_hash"] != ends.get(claim["linked_chain"] or "", "0" * 64): faults.append((claim["linked_chain"] or chain, 0, "or the end of its chain is not where chain %s begins" % chain))
-for chain, seq, why in sorted(faults): print("chain %s: record %d %s" % (chain, seq, why))
+for chain, seq, why in sorted(faults):
+    text = "chain %s: record %d %s" % (chain, seq, why) if chain else "line %d %s" % (seq, why)
+    print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
 if not keys: print("signatures were not checked: use --keys", file=sys.stderr)
 sys.exit(1 if faults else 0)

@@ -2,6 +2,8 @@
 
 use std::process::ExitCode;
 
+#[cfg(target_os = "linux")]
+use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -15,6 +17,17 @@ pub fn raise_descriptor_limit() {
     let limit = getrlimit(Resource::Nofile);
     // If the system refuses, the soft limit stays as it is, and fewer connections are accepted.
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+}
+
+/// Keeps the memory of this process, which holds secrets, to itself: a crash leaves no core file, neither
+/// on disk nor with the handler that the system pipes it to, and other processes of the same user can
+/// neither read the memory nor attach a debugger. Root still can.
+pub fn protect_memory() {
+    let none = Rlimit { current: Some(0), maximum: Some(0) };
+    // Neither call can fail with these arguments; if a system refuses, the process runs without.
+    let _ = setrlimit(Resource::Core, none);
+    #[cfg(target_os = "linux")]
+    let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
 }
 
 /// SIGINT and SIGTERM, which ask the process to stop.

@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 use chrono::TimeDelta;
 
 use super::components::{Components, UNKNOWN_SKEW};
-use crate::telemetry::JournalGauges;
+use crate::telemetry::{self, JournalGauges};
 
 /// Registers a function that reads the gauges from `components` at each scrape.
 pub(super) fn export(components: &Components) {
@@ -28,6 +28,7 @@ pub(super) fn export(components: &Components) {
         let skew = Some(skew.load(Ordering::Relaxed)).filter(|skew| *skew != UNKNOWN_SKEW);
         gauges.upstream_clock_skew = skew.map(TimeDelta::milliseconds);
         gauges.tls_not_after = tls.as_ref().map(|tls| tls.not_after());
+        gauges.log_lines_dropped = telemetry::dropped_log_lines();
         let stats = journal.stats();
         gauges.journal = JournalGauges {
             appended: stats.appended,

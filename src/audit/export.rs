@@ -9,6 +9,7 @@ use super::{
     chain::StoredEvent,
     checkpoint::{PruningReceipt, SignedCheckpoint},
     json_error, timestamp_format,
+    unreadable::Unreadable,
     verify::ChainClaim,
 };
 use crate::domain::clock::Timestamp;
@@ -40,6 +41,8 @@ pub enum ExportStatement {
     /// A signed checkpoint.
     #[serde(rename = "head")]
     Checkpoint(SignedCheckpoint),
+    /// A row that could not be decoded, and so is not in the export.
+    Unreadable(Unreadable),
     /// The last line. If it is absent, the file is truncated.
     End {
         /// Number of records in the export.

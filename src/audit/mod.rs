@@ -13,6 +13,7 @@
 //! | [`pruning`] | finds the contiguous ranges of records that retention is about to remove |
 //! | [`verify`] | checks a log, from whichever source its records come |
 //! | [`export`] | defines the line format of `audit export` |
+//! | [`unreadable`] | describes a row that cannot be decoded |
 //!
 //! [`crate::services::journal_delivery`] delivers the journal and [`crate::store::audit`] holds the SQL.
 //! `docs/audit-format.md` describes files, hashes and signatures for other implementations.
@@ -27,4 +28,5 @@ mod netstring;
 pub mod pruning;
 pub mod record;
 mod timestamp_format;
+pub mod unreadable;
 pub mod verify;

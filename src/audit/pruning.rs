@@ -3,10 +3,12 @@
 use super::{
     chain::{ChainHead, StoredEvent},
     checkpoint::PrunedRange,
+    unreadable::Unreadable,
+    verify::is_valid_seq,
 };
 
-/// A record that is not what was written: its hash does not match its content, or it does not follow the
-/// record before it. Retention keeps its whole day as evidence.
+/// A record that is not what was written: it cannot be decoded, its hash does not match its content, or it
+/// does not follow the record before it. Retention keeps its whole day as evidence.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct TamperedRecord {
     /// The record's chain.
@@ -32,8 +34,11 @@ impl PrunedRangeCollector {
         let hash_matches = event.computed_hash() == event.hash;
         let follows = match self.ranges.last_mut() {
             // A number that does not exceed the last one is a duplicate and begins no new range.
-            Some((chain, range)) if *chain == event.chain && event.seq <= range.last.seq + 1 => {
-                let follows = event.seq == range.last.seq + 1 && event.prev_hash == range.last.hash;
+            Some((chain, range))
+                if *chain == event.chain && event.seq <= range.last.seq.saturating_add(1) =>
+            {
+                let follows = event.seq.checked_sub(1) == Some(range.last.seq)
+                    && event.prev_hash == range.last.hash;
                 range.last = event.head();
                 follows
             }
@@ -47,9 +52,19 @@ impl PrunedRangeCollector {
                 true
             }
         };
-        if self.tampered.is_none() && !(hash_matches && follows) {
-            self.tampered = Some(TamperedRecord { chain: event.chain.clone(), seq: event.seq });
+        if !(hash_matches && follows && is_valid_seq(event.seq)) {
+            self.note_tampered(&event.chain, event.seq);
         }
+    }
+
+    /// Adds a record that cannot be decoded, and so is not what was written.
+    pub fn add_unreadable(&mut self, row: &Unreadable) {
+        self.records += 1;
+        self.note_tampered(&row.chain, row.seq);
+    }
+
+    fn note_tampered(&mut self, chain: &str, seq: i64) {
+        self.tampered.get_or_insert_with(|| TamperedRecord { chain: chain.to_owned(), seq });
     }
 
     /// Returns how many records were added.
@@ -129,6 +144,23 @@ mod tests {
         };
         assert_eq!(tampered(rehashed), Err(4));
         assert_eq!(tampered(|it| it.insert(2, it[1].clone())), Err(2));
+    }
+
+    #[test]
+    fn a_row_that_cannot_be_read_or_has_an_impossible_number_keeps_its_day() {
+        let mut ranges = PrunedRangeCollector::default();
+        ranges.add_unreadable(&Unreadable::row("audit_events", "c1", 4, "detail is null"));
+        ranges.add(&chain("c1", 1)[0]);
+        assert_eq!(ranges.records(), 2);
+        assert_eq!(ranges.finish(), Err(TamperedRecord { chain: "c1".into(), seq: 4 }));
+        for seq in [0, -1, i64::MIN, i64::MAX] {
+            let mut events = chain("c1", 2);
+            for event in &mut events {
+                event.seq = seq;
+                event.hash = event.computed_hash();
+            }
+            assert_eq!(ranges_of(&events).map_err(|record| record.seq), Err(seq));
+        }
     }
 
     proptest! {

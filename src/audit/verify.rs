@@ -12,7 +12,10 @@ mod report;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use self::{chain_verifier::ChainVerifier, report::FindingList};
+use self::{
+    chain_verifier::{ChainVerifier, RecordHashes},
+    report::FindingList,
+};
 pub use self::{
     claim::{ChainClaim, Extent},
     fault::{Fault, Finding},
@@ -21,8 +24,9 @@ pub use self::{
 use super::{
     chain::{ChainHead, Digest, StoredEvent},
     checkpoint::{PruningReceipt, SignedCheckpoint},
+    unreadable::Unreadable,
 };
-use crate::crypto::VerifyingKeys;
+use crate::{crypto::VerifyingKeys, domain::clock::Timestamp};
 
 /// How many records of all chains together are held because an earlier record has not come: about 100
 /// MiB. Beyond that, the records that they wait for count as missing.
@@ -96,6 +100,29 @@ impl Verifier {
         self.findings.add(chain, Fault::TornTail { location, last });
     }
 
+    /// Adds a row that cannot be decoded. If it is a record whose hashes can be read, the chain is followed
+    /// through it.
+    pub fn add_unreadable(&mut self, row: &Unreadable) {
+        let Unreadable { table, chain, seq, why, .. } = row;
+        let fault = Fault::Unreadable { seq: *seq, place: table.clone(), why: why.clone() };
+        self.findings.add(chain, fault);
+        if let Some((prev_hash, hash)) = row.hashes().filter(|_| is_valid_seq(*seq)) {
+            let record = RecordHashes { prev_hash, hash, hash_matches: false };
+            self.follow(chain, *seq, None, record);
+        }
+    }
+
+    /// Adds a fault of a file, which belongs to no chain. `why` names the file and the place.
+    pub fn add_unreadable_line(&mut self, why: String) {
+        self.findings.add("", Fault::UnreadableLine { why });
+    }
+
+    /// Adds the finding that a chain cannot be read any further.
+    pub fn add_unreadable_rest(&mut self, chain: &str, after: i64, why: String) {
+        let place = "the journal".to_owned();
+        self.findings.add(chain, Fault::Unreadable { seq: after.saturating_add(1), place, why });
+    }
+
     /// Verifies a record.
     pub fn add_record(&mut self, event: &StoredEvent) {
         self.add_hashed_record(event, event.computed_hash() == event.hash);
@@ -109,16 +136,23 @@ impl Verifier {
         if !hash_matches {
             self.findings.add(&event.chain, Fault::Altered { seq: event.seq });
         }
+        let (prev_hash, hash) = (event.prev_hash, event.hash);
+        let record = RecordHashes { prev_hash, hash, hash_matches };
+        self.follow(&event.chain, event.seq, Some(event.at), record);
+    }
+
+    /// Shows a record to the verifier of its chain.
+    fn follow(&mut self, name: &str, seq: i64, at: Option<Timestamp>, record: RecordHashes) {
         // Chains are few and records many: the name is copied for the first record of a chain only.
-        let chain = if self.chains.contains_key(&event.chain) {
-            self.chains.get_mut(&event.chain)
+        let chain = if self.chains.contains_key(name) {
+            self.chains.get_mut(name)
         } else {
-            Some(self.chains.entry(event.chain.clone()).or_default())
+            Some(self.chains.entry(name.to_owned()).or_default())
         };
         let Some(chain) = chain else { return };
         let before = chain.waiting();
-        chain.add_record(event, hash_matches, self.extent, &mut |fault| {
-            self.findings.add(&event.chain, fault);
+        chain.add_record(seq, at, record, self.extent, &mut |fault| {
+            self.findings.add(name, fault);
         });
         self.waiting = self.waiting + chain.waiting() - before;
         if self.waiting >= MAX_WAITING {
@@ -281,7 +315,7 @@ enum Link {
 }
 
 /// Whether a record can have the number `seq`. The input is not trusted and may contain any number.
-fn is_valid_seq(seq: i64) -> bool {
+pub(super) fn is_valid_seq(seq: i64) -> bool {
     (1..i64::MAX).contains(&seq)
 }
 

@@ -66,9 +66,9 @@ Example:
 
 pub(super) async fn run(global: &GlobalArgs, args: AuditArgs) -> anyhow::Result<ExitCode> {
     match args.command {
-        Command::Tail(args) => tail::run(global, args).await?,
+        Command::Tail(args) => return tail::run(global, args).await,
         Command::Verify(args) => return verify::run(global, args).await,
-        Command::Export(args) => export::run(global, args).await?,
+        Command::Export(args) => return export::run(global, args).await,
         Command::Who(args) => return who::run(global, args).await,
         Command::Ship(args) => return ship::ship(global, args).await,
         Command::Retire(args) => ship::retire(global, args).await?,

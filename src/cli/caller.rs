@@ -2,9 +2,9 @@
 
 mod show;
 
-use std::process::ExitCode;
+use std::{path::PathBuf, process::ExitCode};
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use clap::{Args, Subcommand};
 
 use super::{
@@ -20,6 +20,7 @@ use crate::{
         caller::{AccountPattern, CallerKind, Right},
         clock::{Clock, Timestamp},
     },
+    files::secret_file::SecretFile,
     store::admin::{Admin, NewBearer, NewCaller, NewGrant},
 };
 
@@ -38,7 +39,7 @@ enum Command {
     /// Registers a caller
     #[command(after_help = "\
 Examples:
-  token-broker caller add billing --bearer > billing.bearer
+  token-broker caller add billing --bearer --out billing.bearer
   token-broker caller add billing --spiffe-id spiffe://example.com/billing")]
     Add {
         /// The caller's name: `[a-z0-9][a-z0-9._-]{0,62}`
@@ -46,6 +47,9 @@ Examples:
         /// Create a bearer and print it, once, as the only output
         #[arg(long)]
         bearer: bool,
+        /// Write the bearer into this new file, which only you can read, instead of printing it
+        #[arg(long, value_name = "FILE", requires = "bearer")]
+        out: Option<PathBuf>,
         /// A SPIFFE ID in the caller's certificates
         #[arg(long, value_name = "URI")]
         spiffe_id: Vec<String>,
@@ -138,10 +142,13 @@ enum BearerCommand {
     /// Creates another bearer and prints it, once, as the only output; the others stay valid
     #[command(after_help = "\
 Example:
-  token-broker caller bearer add billing --expires 90d > billing.bearer")]
+  token-broker caller bearer add billing --expires 90d --out next.bearer")]
     Add {
         /// The caller's name
         name: AccountName,
+        /// Write the bearer into this new file, which only you can read, instead of printing it
+        #[arg(long, value_name = "FILE")]
+        out: Option<PathBuf>,
         /// The end: an RFC 3339 time, or a duration from now, such as 90d
         #[arg(long, value_name = "T")]
         expires: Option<Moment>,
@@ -171,22 +178,22 @@ fn rate_limit() -> clap::builder::RangedI64ValueParser<i32> {
 pub(super) async fn run(global: &GlobalArgs, args: CallerArgs) -> anyhow::Result<ExitCode> {
     let admin = global.admin(args.reason.as_deref()).await?;
     match args.command {
-        Command::Add { name, bearer, spiffe_id, dns, rate_limit, description } => {
+        Command::Add { name, bearer, out, spiffe_id, dns, rate_limit, description } => {
             let spiffe = spiffe_id.into_iter().map(|id| (CallerKind::Spiffe, id));
             let identities: Vec<_> =
                 spiffe.chain(dns.into_iter().map(|name| (CallerKind::Dns, name))).collect();
-            let bearer = bearer.then(Bearer::generate);
+            let bearer = bearer.then(|| NewSecret::create(out)).transpose()?;
             let caller = NewCaller {
                 name: &name,
                 rate_limit,
                 description: &description,
-                bearer_sha256: bearer.as_ref().map(Bearer::sha256),
+                bearer_sha256: bearer.as_ref().map(|new| new.bearer.sha256()),
                 identities: &identities,
             };
             admin.add_caller(&caller).await?;
             note(format_args!("caller {name} is registered; it has no grants yet"));
             if let Some(bearer) = bearer {
-                print_bearer(&bearer)?;
+                bearer.hand_over()?;
             }
         }
         Command::List { json } => show::list(&admin.callers().await?, json)?,
@@ -241,13 +248,14 @@ fn future_time(flag: &str, end: Moment) -> anyhow::Result<Timestamp> {
 
 async fn bearer(admin: &Admin, command: BearerCommand) -> anyhow::Result<()> {
     match command {
-        BearerCommand::Add { name, expires, description } => {
-            let bearer = Bearer::generate();
+        BearerCommand::Add { name, out, expires, description } => {
             let ends_at = expires.map(|expires| future_time("--expires", expires)).transpose()?;
-            let new = NewBearer { sha256: bearer.sha256(), ends_at, description: &description };
+            let secret = NewSecret::create(out)?;
+            let new =
+                NewBearer { sha256: secret.bearer.sha256(), ends_at, description: &description };
             let id = admin.add_bearer(&name, new).await?;
             note(format_args!("caller {name} has a new bearer, number {id}"));
-            print_bearer(&bearer)
+            secret.hand_over()
         }
         BearerCommand::List { name, json } => {
             if let Some(name) = &name {
@@ -263,10 +271,39 @@ async fn bearer(admin: &Admin, command: BearerCommand) -> anyhow::Result<()> {
     }
 }
 
-/// Prints a new bearer. It cannot be printed again, because only its hash is stored.
-fn print_bearer(bearer: &Bearer) -> anyhow::Result<()> {
-    note("keep the bearer now: it is shown only once");
-    output::line(bearer.expose())
+/// A bearer that is about to be registered, and the file that it was written to, if any. The file is removed
+/// if this is dropped, because the database has refused the bearer.
+struct NewSecret {
+    bearer: Bearer,
+    file: Option<(PathBuf, SecretFile)>,
+}
+
+impl NewSecret {
+    /// Generates a bearer, and writes it to `out`. That comes before its registration, so that no bearer is
+    /// registered which nobody has.
+    fn create(out: Option<PathBuf>) -> anyhow::Result<Self> {
+        let bearer = Bearer::generate();
+        let write = |path: PathBuf| match SecretFile::create(&path, bearer.expose()) {
+            Ok(file) => Ok((path, file)),
+            Err(error) => {
+                Err(error).with_context(|| format!("{}: nothing was registered", path.display()))
+            }
+        };
+        let file = out.map(write).transpose()?;
+        Ok(Self { bearer, file })
+    }
+
+    /// Leaves the bearer to the user after its registration: in its file, or else printed. It cannot be
+    /// printed again, because only its hash is stored.
+    fn hand_over(self) -> anyhow::Result<()> {
+        if let Some((path, file)) = self.file {
+            file.keep();
+            note(format_args!("the bearer is in {}, which only you can read", path.display()));
+            return Ok(());
+        }
+        note("keep the bearer now: it is shown only once");
+        output::secret_line(self.bearer.expose())
+    }
 }
 
 fn joined(patterns: &[AccountPattern]) -> String {

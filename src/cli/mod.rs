@@ -29,6 +29,7 @@ use self::{
 use crate::{
     api::proto,
     config::{self, Flags, InvalidSettings, MigrateFlag},
+    lifecycle, telemetry,
 };
 
 /// Issues, keeps fresh and serves the RCS Biz Center tokens of many accounts over gRPC, and audits
@@ -44,7 +45,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage or settings.
 Examples:
   token-broker dev                      everything on this machine, nothing to set up
   token-broker account add acme --client-id myMemberId
-  token-broker caller add billing --bearer > billing.bearer
+  token-broker caller add billing --bearer --out billing.bearer
   token-broker caller grant billing 'acme-*'
   TOKEN=$(token-broker token get acme)"
 )]
@@ -84,8 +85,25 @@ Example:
     Proto,
 }
 
+impl Command {
+    /// Returns whether the command runs a broker. Such a process must never wait for the reader of its
+    /// standard error; for the others, that is the ordinary thing to do.
+    fn serves(&self) -> bool {
+        matches!(self, Self::Serve(_) | Self::Dev(_))
+    }
+}
+
 /// Runs the command. Prints its error, if any, on standard error, and returns the exit code.
 pub async fn run(cli: Cli) -> ExitCode {
+    lifecycle::protect_memory();
+    // Dropped last, so that what follows, also a panic, is written before the process ends.
+    let _stderr = match cli.command.serves().then(telemetry::detach_stderr).transpose() {
+        Ok(stderr) => stderr,
+        Err(error) => {
+            output::note(format_args!("error: cannot write a log: {error}"));
+            return ExitCode::FAILURE;
+        }
+    };
     match dispatch(cli).await {
         Ok(code) => code,
         // The reader of the output, such as `head`, has closed it because it needs no more.
@@ -174,6 +192,8 @@ mod tests {
             "token-broker account reissue acme-* --state rejected",
             "token-broker account list --json",
             "token-broker caller add billing --bearer --dns billing.example.com --rate-limit 10",
+            "token-broker caller add billing --bearer --out billing.bearer",
+            "token-broker caller bearer add billing --out next.bearer",
             "token-broker caller grant billing acme-* demo --rights get,list --until 90d",
             "token-broker caller bearer add billing --expires 2027-01-01T00:00:00+09:00",
             "token-broker caller bearer revoke 3",
@@ -196,6 +216,7 @@ mod tests {
             "token-broker account add acme --client-id id --client-secret SK.x",
             "token-broker account reissue",
             "token-broker caller grant billing",
+            "token-broker caller add billing --out billing.bearer",
             "token-broker caller grant billing acme --rights write",
             "token-broker caller limit billing",
             "token-broker token get acme --bearer tbk_x",

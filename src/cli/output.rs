@@ -5,8 +5,11 @@ use std::{
     io::{self, Write},
 };
 
+use rustix::fs::{FileType, RawMode, fstat};
 use serde::Serialize;
 use thiserror::Error;
+
+use crate::telemetry;
 
 /// The reader of standard output has closed it, as `head` does.
 #[derive(Debug, Error)]
@@ -19,6 +22,24 @@ pub(super) struct OutputClosed;
 /// [`OutputClosed`] when standard output is a pipe whose reader has closed it.
 pub(super) fn line(text: impl Display) -> anyhow::Result<()> {
     bytes(format!("{text}\n").as_bytes())
+}
+
+/// Prints a line with a secret to standard output. Warns first if that is a file which others may read.
+pub(super) fn secret_line(text: impl Display) -> anyhow::Result<()> {
+    let mode = fstat(io::stdout()).map_or(0, |stat| stat.st_mode);
+    if is_exposed_file(mode) {
+        note(format_args!(
+            "warning: standard output is a file that others may read (mode {:03o}): use --out FILE, or \
+             set umask 077 first",
+            mode & 0o777
+        ));
+    }
+    line(text)
+}
+
+/// Returns whether `mode` is that of a regular file to which others than its owner have access.
+fn is_exposed_file(mode: RawMode) -> bool {
+    FileType::from_raw_mode(mode) == FileType::RegularFile && mode & 0o077 != 0
 }
 
 /// Prints `bytes` to standard output as they are.
@@ -43,7 +64,7 @@ pub(super) fn json(value: &impl Serialize) -> anyhow::Result<()> {
 /// Prints a line for the user to standard error. If that fails, the error is ignored, because there is no
 /// other place to report it.
 pub(super) fn note(text: impl Display) {
-    let _ = writeln!(io::stderr().lock(), "{text}");
+    telemetry::stderr_line(text);
 }
 
 /// A table with aligned columns and no lines, the same on a terminal and in a pipe.
@@ -120,6 +141,21 @@ NAME  STATE     NOTE
 acme  fresh
       rejected  61006\\u{1b}[2J";
         assert_eq!(table.to_string(), expected);
+    }
+
+    #[test]
+    fn only_a_regular_file_that_others_may_use_is_exposed() {
+        for (mode, exposed) in [
+            (0o100_644, true),
+            (0o100_640, true),
+            (0o100_602, true),
+            (0o100_600, false),
+            (0o010_644, false),
+            (0o020_666, false),
+            (0, false),
+        ] {
+            assert_eq!(is_exposed_file(mode), exposed, "{mode:o}");
+        }
     }
 
     proptest! {

@@ -80,9 +80,10 @@ async fn get(mut client: BrokerClient, args: &GetArgs) -> anyhow::Result<ExitCod
     };
     let token = client.get_token(request, args.timeout).await?;
     if args.json {
-        output::json(&as_json(account.as_str(), &token))?;
+        let token = as_json(account.as_str(), &token);
+        output::secret_line(serde_json::to_string_pretty(&token)?)?;
     } else {
-        output::line(&token.access_token)?;
+        output::secret_line(&token.access_token)?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -93,8 +94,10 @@ async fn watch(mut client: BrokerClient, args: &GetArgs) -> anyhow::Result<ExitC
     while let Some(message) = client.next(&mut stream).await? {
         let account = &message.account;
         match message.event {
-            Some(Event::Token(token)) if args.json => output::line(as_json(account, &token))?,
-            Some(Event::Token(token)) => output::line(&token.access_token)?,
+            Some(Event::Token(token)) if args.json => {
+                output::secret_line(as_json(account, &token))?;
+            }
+            Some(Event::Token(token)) => output::secret_line(&token.access_token)?,
             Some(Event::Ended(AccountEnded { reason })) => {
                 let reason = Reason::try_from(reason).unwrap_or_default().as_str_name();
                 let reason = reason.trim_start_matches("REASON_").to_lowercase();

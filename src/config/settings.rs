@@ -16,9 +16,9 @@ use super::{
         AUDIT_RETENTION, AUDIT_SYNC, CALLER_RATE, CHANGE_RETENTION, DATABASE_URL, DEADLINE_DEFAULT,
         DEADLINE_MAX, DRAIN, EXPECTED_EGRESS, JOURNAL_MAX_BYTES, KEYRING_FILE, LISTEN, LOG_FORMAT,
         MAX_AUTHORIZATION_STALENESS, MIN_ISSUE_INTERVAL, NEW_TOKEN_ENDS_OLDER, OPS_LISTEN,
-        PLAINTEXT, PROXY_PROTOCOL_FROM, REFRESH_AT, STATE_DIR, TLS_CERT, TLS_CLIENT_CA, TLS_KEY,
-        TRUST_DOMAIN, UPSTREAM, UPSTREAM_BIND_ADDRESS, UPSTREAM_CONCURRENCY, UPSTREAM_PROXY,
-        UPSTREAM_RATE, UPSTREAM_TIMEOUT,
+        PLAINTEXT, PROXY_PROTOCOL_FROM, REFRESH_AT, STATE_DIR, TLS_CERT, TLS_CLIENT_CA,
+        TLS_CLIENT_CRL, TLS_KEY, TRUST_DOMAIN, UPSTREAM, UPSTREAM_BIND_ADDRESS,
+        UPSTREAM_CONCURRENCY, UPSTREAM_PROXY, UPSTREAM_RATE, UPSTREAM_TIMEOUT,
     },
     urls::{DatabaseUrl, ProxyUrl},
 };
@@ -68,7 +68,7 @@ pub struct Settings {
     pub drain: Duration,
     pub max_authorization_staleness: Duration,
     pub plaintext: bool,
-    /// The files of `tls_cert`, `tls_key` and `tls_client_ca`. Without them gRPC is served in plain
+    /// The files of `tls_cert`, `tls_key`, `tls_client_ca` and `tls_client_crl`. Without them gRPC is served in plain
     /// text.
     pub tls: Option<TlsFiles>,
     pub trust_domain: Option<String>,
@@ -162,14 +162,21 @@ impl Settings {
         }
     }
 
-    /// Reads the paths of the TLS files. The certificate and the key must be set together, and the callers'
-    /// CAs only with them.
+    /// Reads the paths of the TLS files. The certificate and the key must be set together, the callers' CAs
+    /// only with them, and the lists of revoked certificates only with the CAs.
     fn read_tls(reader: &mut Reader<'_>) -> Option<TlsFiles> {
         let cert = reader.optional(&TLS_CERT, parse::path);
         let key = reader.optional(&TLS_KEY, parse::path);
         let client_ca = reader.optional(&TLS_CLIENT_CA, parse::path);
+        let client_crl = reader.optional(&TLS_CLIENT_CRL, parse::path);
+        if client_crl.is_some() && client_ca.is_none() {
+            let fault = "set without TOKEN_BROKER_TLS_CLIENT_CA: it lists callers' certificates";
+            reader.contradiction(&TLS_CLIENT_CRL, &TLS_CLIENT_CA, fault);
+        }
         match (cert, key) {
-            (Some(cert), Some(key)) => return Some(TlsFiles { cert, key, client_ca }),
+            (Some(cert), Some(key)) => {
+                return Some(TlsFiles { cert, key, client_ca, client_crl });
+            }
             (Some(_), None) => reader.contradiction(&TLS_CERT, &TLS_KEY, "set without its key"),
             (None, Some(_)) => {
                 reader.contradiction(&TLS_KEY, &TLS_CERT, "set without its certificate");

@@ -220,6 +220,10 @@ pub const TLS_CLIENT_CA: Setting = Setting::new(
     "tls_client_ca",
     "The CAs of callers' certificates, PEM; without it, only bearers identify callers",
 );
+pub const TLS_CLIENT_CRL: Setting = Setting::new(
+    "tls_client_crl",
+    "The lists of callers' certificates that their CAs have revoked, PEM; reloaded when it changes",
+);
 pub const TRUST_DOMAIN: Setting = Setting::new(
     "trust_domain",
     "The SPIFFE trust domain of callers, such as example.com; without it, no SPIFFE ID counts",
@@ -279,6 +283,7 @@ pub const BROKER: &[&Setting] = &[
     &TLS_CERT,
     &TLS_KEY,
     &TLS_CLIENT_CA,
+    &TLS_CLIENT_CRL,
     &TRUST_DOMAIN,
     &PROXY_PROTOCOL_FROM,
 ];

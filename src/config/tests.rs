@@ -102,6 +102,7 @@ fn every_bad_setting_gets_its_one_line() {
         ("TOKEN_BROKER_TLS_CERT", "/cert.pem", "set without its key"),
         ("TOKEN_BROKER_TLS_KEY", "/key.pem", "set without its certificate"),
         ("TOKEN_BROKER_TLS_CLIENT_CA", "/ca.pem", "set without TOKEN_BROKER_TLS_CERT"),
+        ("TOKEN_BROKER_TLS_CLIENT_CRL", "/crl.pem", "set without TOKEN_BROKER_TLS_CLIENT_CA"),
         ("TOKEN_BROKER_PROXY_PROTOCOL_FROM", "balancer", "not a list of addresses"),
         ("TOKEN_BROKER_PROXY_PROTOCOL_FROM", "0.0.0.0/0", "not all addresses"),
         ("TOKEN_BROKER_TRUST_DOMAIN", "example.com", "set without TOKEN_BROKER_TLS_CLIENT_CA"),

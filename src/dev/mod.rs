@@ -23,13 +23,15 @@ use std::{
     path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
+    thread,
     time::Duration,
 };
 
 use anyhow::{Context, bail};
 use local_environment::LocalEnvironment;
 use simulator::{Faults, Simulator, SimulatorOptions};
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, sync::oneshot};
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     app::{App, AppConfig, StartError},
@@ -65,7 +67,7 @@ pub struct DevOptions {
 /// When a part cannot start, or when `print` fails. The parts that have started are stopped then.
 pub async fn run(
     options: DevOptions,
-    print: impl Fn(String) -> anyhow::Result<()>,
+    print: impl Fn(String) -> anyhow::Result<()> + Send + 'static,
 ) -> anyhow::Result<ExitCode> {
     lifecycle::raise_descriptor_limit();
     let mut signals = Signals::take()?;
@@ -82,7 +84,7 @@ async fn run_in(
     environment: &LocalEnvironment,
     options: &DevOptions,
     signals: &mut Signals,
-    print: impl Fn(String) -> anyhow::Result<()>,
+    print: impl Fn(String) -> anyhow::Result<()> + Send + 'static,
 ) -> anyhow::Result<ExitCode> {
     let directory = &environment.directory;
     let database = Database::new(&environment.database_url, "token-broker dev")?;
@@ -115,16 +117,33 @@ async fn run_in(
         }
         Err(error) => return Err(error.into()),
     };
-    let result =
-        match print(welcome::welcome(environment, &app, &upstream, &bearer, options.token_life)) {
-            Ok(()) => Ok(lifecycle::run(app, signals).await),
-            Err(error) => {
-                app.stop().await;
-                Err(error)
-            }
-        };
+    let text = welcome::welcome(environment, &app, &upstream, &bearer, options.token_life);
+    let printed = signals.during(async |give_up| print_on_thread(text, print, give_up).await).await;
+    let result = match printed {
+        Ok(()) => Ok(lifecycle::run(app, signals).await),
+        Err(error) => {
+            app.stop().await;
+            Err(error)
+        }
+    };
     upstream.shutdown().await;
     result
+}
+
+/// Prints `text`, and returns when that is done or `give_up` is cancelled. It is printed on a thread of its
+/// own, so that a signal is heeded even if nobody reads standard output.
+async fn print_on_thread(
+    text: String,
+    print: impl Fn(String) -> anyhow::Result<()> + Send + 'static,
+    give_up: CancellationToken,
+) -> anyhow::Result<()> {
+    let (done, printed) = oneshot::channel();
+    // If the receiver is gone, nobody waits for the result.
+    thread::Builder::new().spawn(move || done.send(print(text)))?;
+    tokio::select! {
+        printed = printed => printed?,
+        () = give_up.cancelled() => Ok(()),
+    }
 }
 
 fn load_or_create_keyring(directory: &Path) -> anyhow::Result<Keyring> {

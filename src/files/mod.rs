@@ -1,4 +1,6 @@
-//! Files that outlive the process: the state directory, and the atomic replacement of a file.
+//! Files that outlive the process: the state directory, the atomic replacement of a file, and files for new
+//! secrets.
 
 pub mod atomic;
+pub mod secret_file;
 pub mod state_dir;

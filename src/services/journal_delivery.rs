@@ -18,7 +18,7 @@ use crate::{
     audit::{
         chain::ChainLink,
         checkpoint_signer::CheckpointSigner,
-        journal::{Archive, Journal, ReadError},
+        journal::{Archive, Journal},
     },
     store::Database,
 };
@@ -125,15 +125,13 @@ impl JournalDelivery {
                 let _ = session.close().await;
                 return Ok(());
             }
-            let any_unreadable = deliveries.iter().any(|delivery| delivery.unreadable.is_some());
+            let any_blocked = deliveries.iter().any(|delivery| delivery.blocked.is_some());
             tokio::select! {
                 () = self.journal.wait_for_durable() => {}
                 () = self.wait_for_checkpoint() => {}
                 () = stop.cancelled(), if !stopping => {}
-                () = tokio::time::sleep(UNREADABLE_RETRY_DELAY), if any_unreadable => {
-                    for delivery in &mut deliveries {
-                        delivery.unreadable = None;
-                    }
+                () = tokio::time::sleep(UNREADABLE_RETRY_DELAY), if any_blocked => {
+                    session.unblock(&mut deliveries).await?;
                 }
             }
         }
@@ -152,7 +150,7 @@ impl JournalDelivery {
         self.journal.chains().iter().all(|chain| {
             deliveries.iter().any(|delivery| {
                 delivery.chain.link.chain == chain.link.chain
-                    && (delivery.unreadable.is_some() || delivery.position.seq >= chain.last_seq)
+                    && (delivery.blocked.is_some() || delivery.position.seq >= chain.last_seq)
             })
         })
     }
@@ -167,8 +165,8 @@ pub struct DeliveredChain {
     pub from: i64,
     /// `seq` of the last record that Postgres has now.
     pub to: i64,
-    /// Why the chain could not be read to its end, if so.
-    pub unreadable: Option<ReadError>,
+    /// Why the chain could not be delivered to its end, if so.
+    pub blocked: Option<String>,
 }
 
 /// Delivers everything in `archive` over one connection, for `audit ship`.
@@ -187,8 +185,8 @@ pub async fn deliver_archive(
     for mut delivery in session.register_chains().await? {
         let from = delivery.position.seq;
         session.deliver_all(&mut delivery).await?;
-        let ChainDelivery { chain, position, unreadable, .. } = delivery;
-        delivered.push(DeliveredChain { chain: chain.link, from, to: position.seq, unreadable });
+        let ChainDelivery { chain, position, blocked, .. } = delivery;
+        delivered.push(DeliveredChain { chain: chain.link, from, to: position.seq, blocked });
     }
     session.close().await?;
     Ok(delivered)

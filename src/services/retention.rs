@@ -129,7 +129,12 @@ impl Retention {
         now: Timestamp,
     ) -> Result<Option<i64>, StoreError> {
         let mut ranges = PrunedRangeCollector::default();
-        removal.records(|event| ranges.add(&event)).await?;
+        removal
+            .records(|event| match event {
+                Ok(event) => ranges.add(&event),
+                Err(unreadable) => ranges.add_unreadable(&unreadable),
+            })
+            .await?;
         let records = ranges.records();
         match ranges.finish() {
             Ok(ranges) => {

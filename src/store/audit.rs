@@ -15,6 +15,7 @@ pub use self::{
     delivery::{deliver, ensure_partition, register_chain, store_checkpoint},
     events::{events_after, latest_events},
     filter::EventFilter,
+    row::Decoded,
     snapshot::AuditSnapshot,
 };
 pub use crate::audit::chain::StoredEvent;

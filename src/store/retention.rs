@@ -1,15 +1,15 @@
 //! Retention in Postgres: finding the expired days of the audit log, and removing them.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::time::Duration;
 
 use chrono::{DateTime, NaiveDate, NaiveTime};
 use futures_util::TryStreamExt;
-use sqlx::{PgPool, Postgres, Transaction, types::Json};
+use sqlx::{PgPool, Postgres, Transaction};
 use tracing::instrument;
 
 use super::{
     StoreError,
-    audit::{EventRow, StoredEvent},
+    audit::{Decoded, EventRow, StoredEvent},
     interval,
 };
 use crate::{audit::checkpoint::PruningReceipt, domain::clock::Timestamp};
@@ -163,9 +163,12 @@ impl DayRemoval {
     /// Calls `visit` with every record that is to be removed, by chain and number.
     ///
     /// # Errors
-    /// When the statement fails, or a row holds a malformed hash.
+    /// When the statement fails.
     #[instrument(level = "debug", skip_all, fields(day = %self.day.day))]
-    pub async fn records(&mut self, mut visit: impl FnMut(StoredEvent)) -> Result<(), StoreError> {
+    pub async fn records(
+        &mut self,
+        mut visit: impl FnMut(Decoded<StoredEvent>),
+    ) -> Result<(), StoreError> {
         let begins = self.day.day.and_time(NaiveTime::MIN).and_utc();
         let ends = self.day.day.succ_opt().map_or(DateTime::<chrono::Utc>::MAX_UTC, |next| {
             next.and_time(NaiveTime::MIN).and_utc()
@@ -173,9 +176,11 @@ impl DayRemoval {
         let mut rows = sqlx::query_as!(
             EventRow,
             r#"/* store::retention::records */
-            select instance, chain, seq, at, event, caller, caller_kind, peer, account, outcome,
-                reason, generation, token_fingerprint, trace_id, latency_us, count,
-                detail as "detail: Json<BTreeMap<String, String>>", prev_hash, hash
+            select instance as "instance?", chain, seq,
+            case when at >= '1970-01-01 00:00:00+00' and at < '10000-01-01 00:00:00+00' then at end as "at?",
+            event as "event?", caller, caller_kind, peer, account, outcome as "outcome?", reason,
+            generation, token_fingerprint, trace_id, latency_us, count as "count?",
+            detail::text as "detail?", prev_hash as "prev_hash?", hash as "hash?"
             from audit_events
             where at >= $1 and at < $2 and ($3 or event <> all (audit_change_events()))
             order by chain, seq"#,
@@ -185,7 +190,7 @@ impl DayRemoval {
         )
         .fetch(&mut *self.transaction);
         while let Some(row) = rows.try_next().await? {
-            visit(row.try_into()?);
+            visit(row.decode());
         }
         Ok(())
     }

@@ -26,6 +26,8 @@ pub struct Gauges {
     pub tls_not_after: Option<i64>,
     /// The audit journal and its delivery to Postgres.
     pub journal: JournalGauges,
+    /// Lines of the log that were dropped because nobody read them or they could not be written.
+    pub log_lines_dropped: u64,
 }
 
 /// The number of accounts in each state. Each account is in exactly one.
@@ -92,7 +94,9 @@ impl Collector for Sources {
     fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
         let gauges = self.read();
         encode_tokens(&mut encoder, &gauges)?;
-        encode_journal(&mut encoder, gauges.journal)
+        encode_journal(&mut encoder, gauges.journal)?;
+        let help = "Lines of the log that were dropped";
+        counter(&mut encoder, "log_lines_dropped", help, gauges.log_lines_dropped)
     }
 }
 

@@ -320,6 +320,7 @@ mod tests {
         metrics.on_scrape(|gauges| {
             gauges.earliest_token_end = DateTime::from_timestamp(1_800_000_000, 0);
             gauges.upstream_clock_skew = Some(TimeDelta::milliseconds(-1500));
+            gauges.log_lines_dropped = 3;
         });
         metrics.on_scrape(|gauges| {
             gauges.journal = JournalGauges {
@@ -344,6 +345,7 @@ mod tests {
                 "token_broker_journal_bytes 4096",
                 "token_broker_undelivered_records 2",
                 "token_broker_audit_last_delivered_timestamp_seconds 1700000000",
+                "token_broker_log_lines_dropped_total 3",
                 "# EOF",
             ],
         );

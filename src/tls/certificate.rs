@@ -56,6 +56,18 @@ impl PeerIdentity {
     }
 }
 
+impl PeerIdentity {
+    /// Returns the names for the audit log; `None` if the certificate identifies nobody.
+    #[must_use]
+    pub fn names(&self) -> Option<String> {
+        match self {
+            Self::Spiffe { id, .. } => Some(id.clone()),
+            Self::Dns(names) => Some(names.join(",")),
+            Self::Unidentified(_) => None,
+        }
+    }
+}
+
 fn spiffe(uri: &str) -> PeerIdentity {
     let Some((trust_domain, path)) =
         uri.strip_prefix("spiffe://").and_then(|rest| rest.split_once('/'))

@@ -1,7 +1,9 @@
-//! TLS on the gRPC port: the broker's certificate and key, and the CAs of callers' certificates. They are
-//! reloaded when their files change.
+//! TLS on the gRPC port: the broker's certificate and key, the CAs of callers' certificates, and the lists of
+//! revoked ones. They are reloaded when their files change.
 
 mod certificate;
+mod client_certificate;
+mod revocation;
 
 use std::{
     fs, io,
@@ -19,10 +21,11 @@ use rustls::{
     RootCertStore, ServerConfig,
     crypto::aws_lc_rs::default_provider,
     pki_types::{
-        CertificateDer, PrivateKeyDer,
+        CertificateDer, PrivateKeyDer, UnixTime,
         pem::{self, PemObject},
     },
-    server::WebPkiClientVerifier,
+    server::{NoServerSessionStorage, WebPkiClientVerifier, danger::ClientCertVerifier},
+    time_provider::TimeProvider,
 };
 use thiserror::Error;
 use tokio::task;
@@ -30,7 +33,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 use zeroize::Zeroizing;
 
-pub use self::certificate::PeerIdentity;
+pub use self::{
+    certificate::PeerIdentity, client_certificate::ClientCertificate, revocation::RevocationList,
+};
 use crate::domain::clock::{Clock, Timestamp};
 
 /// How often the files are read and compared with those in use.
@@ -47,6 +52,8 @@ pub struct TlsFiles {
     pub key: PathBuf,
     /// The CAs of callers' certificates. Without this file, callers can only use bearers.
     pub client_ca: Option<PathBuf>,
+    /// Lists of revoked certificates, each signed by the CA that issued the certificates.
+    pub client_crl: Option<PathBuf>,
 }
 
 /// Why the TLS files cannot be used. No message quotes a file, which may hold a key.
@@ -84,7 +91,7 @@ pub enum TlsError {
 /// The TLS configuration in use, and the files that it came from.
 pub struct Tls {
     files: TlsFiles,
-    config: ArcSwap<ServerConfig>,
+    current: ArcSwap<Loaded>,
     /// The end of the certificate, in seconds since 1970.
     not_after: AtomicI64,
     clock: Clock,
@@ -97,12 +104,30 @@ struct FileContents {
     cert: Vec<u8>,
     key: Zeroizing<Vec<u8>>,
     client_ca: Option<Vec<u8>>,
+    client_crl: Option<Vec<u8>>,
 }
 
 /// The configuration that the files give.
 struct Loaded {
-    config: ServerConfig,
+    config: Arc<ServerConfig>,
+    /// Verifies the certificates of callers, as the configuration does during a handshake.
+    client_verifier: Option<Arc<dyn ClientCertVerifier>>,
+    revocation_lists: Vec<RevocationList>,
+    /// The CAs for which there are revocation lists of others, but none of their own.
+    without_list: Vec<String>,
     not_after: Timestamp,
+    /// The first configuration has the number 0; each reload adds one.
+    generation: u64,
+}
+
+/// Lets handshakes take the time from the broker's clock.
+#[derive(Debug)]
+struct HandshakeTime(Clock);
+
+impl TimeProvider for HandshakeTime {
+    fn current_time(&self) -> Option<UnixTime> {
+        Some(client_certificate::unix_time(self.0.now()))
+    }
 }
 
 impl Tls {
@@ -112,22 +137,35 @@ impl Tls {
     /// [`TlsError`], which names the faulty file.
     pub fn load(files: TlsFiles, clock: Clock) -> Result<Self, TlsError> {
         let contents = FileContents::of(&files)?;
-        let loaded = contents.load(&files)?;
+        let loaded = contents.load(&files, &clock, 0)?;
         let tls = Self {
             first_hash: contents.hash(),
             files,
-            config: ArcSwap::from_pointee(loaded.config),
             not_after: AtomicI64::new(loaded.not_after.timestamp()),
+            current: ArcSwap::from_pointee(loaded),
             clock,
         };
-        tls.warn_before_expiry(loaded.not_after);
+        tls.warn_of_what_ends();
         Ok(tls)
     }
 
     /// Returns the configuration for the next connection.
     #[must_use]
     pub fn config(&self) -> Arc<ServerConfig> {
-        self.config.load_full()
+        Arc::clone(&self.current.load().config)
+    }
+
+    /// Returns the lists of revoked certificates.
+    #[must_use]
+    pub fn revocation_lists(&self) -> Vec<RevocationList> {
+        self.current.load().revocation_lists.clone()
+    }
+
+    /// Returns the names of the CAs whose certificates cannot be revoked, because no list is theirs. Empty
+    /// if there are no lists at all.
+    #[must_use]
+    pub fn cas_without_revocation_list(&self) -> Vec<String> {
+        self.current.load().without_list.clone()
     }
 
     /// Returns the end of the broker's certificate, in seconds since 1970.
@@ -160,12 +198,14 @@ impl Tls {
         if seen == hash {
             return hash;
         }
-        match read.and_then(|read| read.load(&self.files)) {
-            Ok(Loaded { config, not_after }) => {
-                self.config.store(Arc::new(config));
+        let generation = self.current.load().generation + 1;
+        match read.and_then(|read| read.load(&self.files, &self.clock, generation)) {
+            Ok(loaded) => {
+                let not_after = loaded.not_after;
+                self.current.store(Arc::new(loaded));
                 self.not_after.store(not_after.timestamp(), Ordering::Relaxed);
                 info!(cert = %self.files.cert.display(), ends = %not_after, "the TLS files were reloaded");
-                self.warn_before_expiry(not_after);
+                self.warn_of_what_ends();
             }
             Err(error) => {
                 error!(%error, "the TLS files have changed and cannot be used; the previous ones stay in use");
@@ -174,9 +214,24 @@ impl Tls {
         hash
     }
 
-    fn warn_before_expiry(&self, not_after: Timestamp) {
-        if not_after - self.clock.now() < EXPIRY_WARNING {
-            warn!(cert = %self.files.cert.display(), ends = %not_after, "the certificate ends soon");
+    /// Warns of a certificate that ends soon, and of revocation lists that are out of date or missing.
+    fn warn_of_what_ends(&self) {
+        let (current, now) = (self.current.load(), self.clock.now());
+        let ends = current.not_after;
+        if ends - now < EXPIRY_WARNING {
+            warn!(cert = %self.files.cert.display(), %ends, "the certificate ends soon");
+        }
+        for list in current.revocation_lists.iter().filter(|list| list.is_out_of_date(now)) {
+            warn!(
+                issuer = list.issuer,
+                "a certificate revocation list is out of date; it still counts"
+            );
+        }
+        for ca in &current.without_list {
+            warn!(
+                ca,
+                "a CA has no certificate revocation list: its certificates cannot be revoked"
+            );
         }
     }
 }
@@ -190,13 +245,20 @@ impl FileContents {
             cert: read(&files.cert)?,
             key: Zeroizing::new(read(&files.key)?),
             client_ca: files.client_ca.as_deref().map(read).transpose()?,
+            client_crl: files.client_crl.as_deref().map(read).transpose()?,
         })
     }
 
     /// Returns a hash of the contents, so that they can be compared without keeping the key in memory.
     fn hash(&self) -> [u8; 32] {
         let mut context = Context::new(&SHA256);
-        for part in [&self.cert, &*self.key, self.client_ca.as_ref().unwrap_or(&Vec::new())] {
+        let parts = [
+            &*self.cert,
+            &self.key,
+            self.client_ca.as_deref().unwrap_or_default(),
+            self.client_crl.as_deref().unwrap_or_default(),
+        ];
+        for part in parts {
             context.update(&(part.len() as u64).to_be_bytes());
             context.update(part);
         }
@@ -205,7 +267,7 @@ impl FileContents {
         hash
     }
 
-    fn load(&self, files: &TlsFiles) -> Result<Loaded, TlsError> {
+    fn load(&self, files: &TlsFiles, clock: &Clock, generation: u64) -> Result<Loaded, TlsError> {
         let chain = certificates(&files.cert, &self.cert)?;
         let not_after = certificate::not_after(&chain[0])
             .ok_or_else(|| malformed(&files.cert, "the certificate cannot be read"))?;
@@ -216,29 +278,68 @@ impl FileContents {
             key: files.key.clone(),
             why: error.to_string(),
         };
+        let callers = self.load_client_auth(files)?;
         let provider = Arc::new(default_provider());
-        let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
+        let time = Arc::new(HandshakeTime(clock.clone()));
+        let builder = ServerConfig::builder_with_details(provider, time)
             .with_safe_default_protocol_versions()
             .map_err(refused)?;
-        let builder = match files.client_ca.as_deref().zip(self.client_ca.as_deref()) {
+        let builder = match &callers.verifier {
             None => builder.with_no_client_auth(),
-            Some((file, pem)) => {
-                let mut roots = RootCertStore::empty();
-                for ca in certificates(file, pem)? {
-                    roots.add(ca).map_err(|error| malformed(file, &error.to_string()))?;
-                }
-                // A caller without a certificate can identify itself by a bearer.
-                let verifier = WebPkiClientVerifier::builder_with_provider(roots.into(), provider)
-                    .allow_unauthenticated()
-                    .build()
-                    .map_err(|error| malformed(file, &error.to_string()))?;
-                builder.with_client_cert_verifier(verifier)
-            }
+            Some(verifier) => builder.with_client_cert_verifier(Arc::clone(verifier)),
         };
         let mut config = builder.with_single_cert(chain, key).map_err(refused)?;
         config.alpn_protocols = vec![b"h2".to_vec()];
-        Ok(Loaded { config, not_after })
+        // A resumed session would not verify the client's certificate again.
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        config.send_tls13_tickets = 0;
+        Ok(Loaded {
+            config: Arc::new(config),
+            client_verifier: callers.verifier,
+            revocation_lists: callers.revocation_lists,
+            without_list: callers.without_list,
+            not_after,
+            generation,
+        })
     }
+
+    /// Returns what verifies callers' certificates; nothing if there are no CAs for them.
+    fn load_client_auth(&self, files: &TlsFiles) -> Result<ClientAuth, TlsError> {
+        let Some((file, pem)) = files.client_ca.as_deref().zip(self.client_ca.as_deref()) else {
+            return Ok(ClientAuth::default());
+        };
+        let cas = certificates(file, pem)?;
+        let mut roots = RootCertStore::empty();
+        for ca in &cas {
+            roots.add(ca.clone()).map_err(|error| malformed(file, &error.to_string()))?;
+        }
+        let provider = Arc::new(default_provider());
+        // A caller without a certificate can identify itself by a bearer.
+        let mut builder = WebPkiClientVerifier::builder_with_provider(roots.into(), provider)
+            .allow_unauthenticated();
+        let mut auth = ClientAuth::default();
+        let mut faulty_file = file;
+        if let Some((file, pem)) = files.client_crl.as_deref().zip(self.client_crl.as_deref()) {
+            let (lists, ders) = revocation::lists(file, pem)?;
+            auth.without_list = revocation::cas_without_list(&cas, &lists);
+            auth.revocation_lists = lists;
+            // A CA without a list is trusted without one, so that one list can be added after another.
+            builder = builder.with_crls(ders).allow_unknown_revocation_status();
+            faulty_file = file;
+        }
+        let verifier =
+            builder.build().map_err(|error| malformed(faulty_file, &error.to_string()))?;
+        auth.verifier = Some(verifier);
+        Ok(auth)
+    }
+}
+
+/// What the files say about callers' certificates.
+#[derive(Default)]
+struct ClientAuth {
+    verifier: Option<Arc<dyn ClientCertVerifier>>,
+    revocation_lists: Vec<RevocationList>,
+    without_list: Vec<String>,
 }
 
 /// Returns the certificates in a PEM file. At least one is required.
@@ -284,6 +385,7 @@ mod tests {
             cert: directory.path().join("cert.pem"),
             key: directory.path().join("key.pem"),
             client_ca: None,
+            client_crl: None,
         };
         write_certificate(&files);
         let tls = Tls::load(files.clone(), Clock::System).unwrap();

@@ -1,10 +1,14 @@
 //! A certificate authority for tests, and connections with TLS.
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use rcgen::{
-    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair, SanType,
-    date_time_ymd, string::Ia5String,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer, DnType,
+    IsCa, KeyIdMethod, KeyPair, RevokedCertParams, SanType, SerialNumber, date_time_ymd,
+    string::Ia5String,
 };
 use token_broker::tls::TlsFiles;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
@@ -49,7 +53,18 @@ impl TestCa {
     }
 
     fn issue_until(&self, names: &[&str], year: i32) -> PemIdentity {
+        self.issue_numbered(names, year, None)
+    }
+
+    /// Issues a certificate that ends at the beginning of `year`, with this serial number if any.
+    pub(crate) fn issue_numbered(
+        &self,
+        names: &[&str],
+        year: i32,
+        serial: Option<u64>,
+    ) -> PemIdentity {
         let mut params = CertificateParams::default();
+        params.serial_number = serial.map(SerialNumber::from);
         params.not_before = date_time_ymd(2000, 1, 1);
         params.not_after = date_time_ymd(year, 1, 1);
         let name = |name: &&str| {
@@ -61,6 +76,39 @@ impl TestCa {
         let cert = params.signed_by(&key, &self.0).unwrap();
         PemIdentity { cert: cert.pem(), key: key.serialize_pem() }
     }
+
+    /// Returns a list, in PEM, that revokes the certificates with these serial numbers, and is valid until
+    /// the beginning of `next_update`.
+    pub(crate) fn revocation_list(&self, serials: &[u64], next_update: i32) -> String {
+        let revoked = |serial: &u64| RevokedCertParams {
+            serial_number: (*serial).into(),
+            revocation_time: date_time_ymd(2001, 1, 1),
+            reason_code: None,
+            invalidity_date: None,
+        };
+        let list = CertificateRevocationListParams {
+            this_update: date_time_ymd(2000, 1, 1),
+            next_update: date_time_ymd(next_update, 1, 1),
+            crl_number: 1.into(),
+            issuing_distribution_point: None,
+            revoked_certs: serials.iter().map(revoked).collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        list.signed_by(&self.0).unwrap().pem().unwrap()
+    }
+}
+
+/// Writes the lists of revoked certificates beside the other TLS files, and returns the file.
+pub(crate) fn write_revocation_lists(directory: &Path, lists: &[String]) -> PathBuf {
+    replace_file(directory, "callers.crl", &lists.concat())
+}
+
+/// Replaces the file atomically, as a broker that reads it at any time expects.
+fn replace_file(directory: &Path, name: &str, text: &str) -> PathBuf {
+    let (temporary, file) = (directory.join(format!("{name}.new")), directory.join(name));
+    fs::write(&temporary, text).unwrap();
+    fs::rename(temporary, &file).unwrap();
+    file
 }
 
 /// Writes the TLS files of a broker into `directory`, replacing existing ones: its certificate and
@@ -70,18 +118,13 @@ pub(crate) fn write_tls_files(
     broker: &PemIdentity,
     client_cas: &[&TestCa],
 ) -> TlsFiles {
-    let file = |name: &str, text: &str| {
-        // The file is replaced atomically, as a broker that reads it at any time expects.
-        let (temporary, file) = (directory.join(format!("{name}.new")), directory.join(name));
-        fs::write(&temporary, text).unwrap();
-        fs::rename(temporary, &file).unwrap();
-        file
-    };
+    let file = |name: &str, text: &str| replace_file(directory, name, text);
     let cas: String = client_cas.iter().map(|ca| ca.pem()).collect();
     TlsFiles {
         cert: file("broker.pem", &broker.cert),
         key: file("broker.key", &broker.key),
         client_ca: (!client_cas.is_empty()).then(|| file("callers.pem", &cas)),
+        client_crl: None,
     }
 }
 

@@ -14,6 +14,7 @@ mod harness;
 
 mod accounts;
 mod audit;
+mod client_certificates;
 mod database_errors;
 mod documents;
 mod fuzzed;

@@ -14,5 +14,7 @@ mod disruptions;
 mod drain;
 mod floods;
 mod live_token;
+mod secrets;
 mod shell;
 mod tls_recipe;
+mod unread_log;

@@ -29,7 +29,7 @@ use tower::Service;
 use tracing::error;
 
 use super::{
-    authentication::Authenticator,
+    authentication::{Authenticator, PresentedCertificate},
     connection::{ConnectionActivity, ConnectionPeer},
     method::{event_of, has_response_stream, method_of},
     status::outcome_of,
@@ -39,7 +39,7 @@ use crate::{
         journal::{AuditUnavailable, Journal},
         record::Record,
     },
-    domain::clock::Clock,
+    domain::{caller::CallerKind, clock::Clock},
     services::{
         caller_directory::CallerDirectory, caller_rates::CallerRates, client_network::network_of,
         keyed_semaphore::KeyedSemaphore, refusal_aggregator::RefusalAggregator,
@@ -192,9 +192,13 @@ impl AuditLayer {
             now: self.clock.now(),
         };
         let peer = request.extensions().get::<ConnectionPeer>();
-        let certificate = peer.and_then(|peer| peer.certificate.as_deref());
+        let certificate = peer.and_then(|peer| peer.certificate.as_ref());
+        let presented = certificate.map(|certificate| PresentedCertificate {
+            identity: certificate.identity(),
+            refusal: certificate.refusal(),
+        });
         let authenticated = authenticator
-            .authenticate(request.headers(), certificate)
+            .authenticate(request.headers(), presented)
             .map_err(|failure| draft.set_authentication_failure(failure))?;
         draft.set_caller(&authenticated);
         self.rates
@@ -209,6 +213,7 @@ impl AuditLayer {
         connection.inspect(|connection| connection.note_authenticated());
         let context = CallContext {
             caller: authenticated.caller,
+            certificate: certificate.filter(|_| authenticated.kind != CallerKind::Bearer).cloned(),
             credential: authenticated.credential,
             deadline: deadline.for_rpc(arrived),
             draft: draft.clone(),

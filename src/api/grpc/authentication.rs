@@ -46,6 +46,15 @@ impl From<CallRefusal> for AuthenticationFailure {
     }
 }
 
+/// The client certificate of a connection.
+#[derive(Clone, Copy, Debug)]
+pub struct PresentedCertificate<'a> {
+    /// The identity that it names.
+    pub identity: &'a PeerIdentity,
+    /// Why it is not accepted any more, if so: since the handshake it may have ended or been revoked.
+    pub refusal: Option<&'static str>,
+}
+
 /// Authenticates callers at one moment.
 #[derive(Clone, Copy)]
 pub struct Authenticator<'a> {
@@ -69,13 +78,13 @@ impl Authenticator<'_> {
     pub fn authenticate(
         self,
         headers: &HeaderMap,
-        certificate: Option<&PeerIdentity>,
+        certificate: Option<PresentedCertificate<'_>>,
     ) -> Result<AuthenticatedCaller, AuthenticationFailure> {
         let mut bearers = headers.get_all(AUTHORIZATION).iter();
         match (bearers.next(), bearers.next(), certificate) {
             (Some(bearer), None, _) => self.by_bearer(bearer.to_str().unwrap_or_default()),
             (Some(_), Some(_), _) => Err(CallRefusal::BearerMalformed.into()),
-            (None, _, Some(identity)) => self.by_certificate(identity),
+            (None, _, Some(certificate)) => self.by_certificate(certificate),
             (None, _, None) => Err(CallRefusal::CredentialMissing.into()),
         }
     }
@@ -94,13 +103,17 @@ impl Authenticator<'_> {
     /// Finds the caller that a client certificate identifies. The TLS handshake has verified the certificate.
     fn by_certificate(
         self,
-        identity: &PeerIdentity,
+        certificate: PresentedCertificate<'_>,
     ) -> Result<AuthenticatedCaller, AuthenticationFailure> {
         let refused = |cause, certificate_names: Option<String>| AuthenticationFailure {
             cause: Some(cause),
             certificate_names,
             ..CallRefusal::CredentialRefused.into()
         };
+        let identity = certificate.identity;
+        if let Some(cause) = certificate.refusal {
+            return Err(refused(cause, identity.names()));
+        }
         match identity {
             PeerIdentity::Unidentified(cause) => Err(refused(*cause, None)),
             PeerIdentity::Spiffe { id, trust_domain } => match self.trust_domain {
@@ -114,7 +127,7 @@ impl Authenticator<'_> {
                 None => Err(refused("no trust domain is set", Some(id.clone()))),
             },
             PeerIdentity::Dns(names) => self.by_dns_names(names).map_err(|failure| {
-                AuthenticationFailure { certificate_names: Some(names.join(",")), ..failure }
+                AuthenticationFailure { certificate_names: identity.names(), ..failure }
             }),
         }
     }
@@ -196,6 +209,8 @@ mod tests {
             headers.append(AUTHORIZATION, value.parse().unwrap());
         }
         let now = DateTime::UNIX_EPOCH;
+        let certificate =
+            certificate.map(|identity| PresentedCertificate { identity, refusal: None });
         Authenticator { callers: directory, trust_domain, now }
             .authenticate(&headers, certificate)
             .map(|found| format!("{} by {}", found.caller.name, found.kind.as_str()))
@@ -234,6 +249,21 @@ mod tests {
         }
         let disabled = by(dns(&["old.example.com"]), ours);
         assert!(matches!(disabled, Err((CallRefusal::CredentialRefused, Some(_)))), "{disabled:?}");
+    }
+
+    #[test]
+    fn a_certificate_that_has_ended_since_the_handshake_identifies_nobody() {
+        let directory = directory(&Bearer::generate());
+        let (headers, now) = (HeaderMap::new(), DateTime::UNIX_EPOCH);
+        let authenticator =
+            Authenticator { callers: &directory, trust_domain: Some("example.com"), now };
+        for identity in [spiffe(BILLING), dns(&["search.example.com"])] {
+            let ended = PresentedCertificate { identity: &identity, refusal: Some("it has ended") };
+            let failure = authenticator.authenticate(&headers, Some(ended)).unwrap_err();
+            assert_eq!(failure.refusal, CallRefusal::CredentialRefused);
+            assert_eq!(failure.cause, Some("it has ended"));
+            assert_eq!(failure.certificate_names, identity.names());
+        }
     }
 
     #[test]

@@ -9,7 +9,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::tls::PeerIdentity;
+use crate::tls::ClientCertificate;
 
 /// How many streams of health and reflection a connection may have at the same time.
 const MAX_PUBLIC_STREAMS: usize = 16;
@@ -26,8 +26,19 @@ const UNREAD_TIMEOUT: Duration = Duration::from_secs(15);
 pub(super) struct ConnectionPeer {
     /// The client's address; behind a trusted balancer, the address that the balancer names.
     pub(super) address: SocketAddr,
-    /// The identity in the verified client certificate, if the client presented one.
-    pub(super) certificate: Option<Arc<PeerIdentity>>,
+    /// The client certificate, if the client presented one. The handshake has verified it.
+    pub(super) certificate: Option<Arc<ClientCertificate>>,
+}
+
+impl ConnectionPeer {
+    /// Returns once the client certificate is not accepted any more, with the reason; never without one.
+    /// Cancel safe.
+    pub(super) async fn certificate_refused(&self) -> &'static str {
+        match &self.certificate {
+            Some(certificate) => certificate.refused().await,
+            None => std::future::pending().await,
+        }
+    }
 }
 
 /// Tracks the calls of a connection, to decide when it is idle and whether its client reads the responses.

@@ -183,7 +183,7 @@ impl ConnectionServer {
                 }
             },
         };
-        let certificate = handshake::client_identity(&stream).map(Arc::new);
+        let certificate = handshake::client_certificate(&stream, tls).map(Arc::new);
         self.serve_on_worker(stream, ConnectionPeer { address, certificate }, permit, stop).await
     }
 

@@ -50,6 +50,9 @@ impl TokenService for TokenServiceHandler {
             };
             let CallContext { caller, deadline, .. } = &context;
             let token = self.provider.get_token(caller, &account, wanted, *deadline).await?;
+            // The call may have waited for the token, and the credential may have ended meanwhile.
+            context.check_certificate()?;
+            self.provider.reauthenticate(&context.credential)?;
             Ok((account, token))
         })
         .await?;

@@ -33,7 +33,6 @@ use crate::{
         account_cache::CachedAccount,
         token_provider::{CallRefusal, TokenProvider},
     },
-    store::callers::CredentialKey,
 };
 
 /// How many events are buffered for a slow client. Once the buffer is full, the stream waits for the client.
@@ -74,7 +73,7 @@ pub(super) async fn start(
         journal,
         api_base_url,
         caller: context.caller.clone(),
-        credential: context.credential.clone(),
+        context: context.clone(),
         patterns,
         watched: HashMap::new(),
         record_template,
@@ -99,8 +98,8 @@ struct WatchStream {
     api_base_url: Arc<str>,
     /// The caller with its grants, as they were last seen.
     caller: Arc<Caller>,
-    /// The credential that opened the stream. When it ends, so does the stream.
-    credential: CredentialKey,
+    /// The call that opened the stream. When its credential ends, so does the stream.
+    context: CallContext,
     patterns: Vec<AccountPattern>,
     /// The accounts on the stream, each with the generation of the token that was last sent.
     watched: HashMap<AccountId, (AccountName, Option<Generation>)>,
@@ -147,7 +146,11 @@ impl WatchStream {
 
     /// Updates the caller and its grants. Ends the stream if its credential is no longer accepted.
     async fn reauthenticate(&mut self) -> Result<(), Ended> {
-        match self.provider.reauthenticate(&self.credential) {
+        let caller = self
+            .context
+            .check_certificate()
+            .and_then(|()| self.provider.reauthenticate(&self.context.credential));
+        match caller {
             Ok(caller) => {
                 self.caller = caller;
                 Ok(())

@@ -7,6 +7,8 @@ use crate::audit::chain::{ChainHead, ChainLink, StoredEvent};
 
 /// How many bytes are read at a time. The size is doubled until a whole line fits.
 const CHUNK_BYTES: usize = 1 << 20;
+/// A line that is longer than this, in bytes, is damage. The broker's own lines are far shorter.
+const MAX_LINE_BYTES: usize = 64 << 20;
 
 /// Reads one chain from a position on, across its segments.
 pub struct ChainReader {
@@ -126,6 +128,9 @@ impl ChainReader {
             if chunk.len() < wanted {
                 let after = cursor.head.seq;
                 return Err(cursor.damaged(format!("the segment ends after record {after}")));
+            }
+            if wanted >= MAX_LINE_BYTES {
+                return Err(cursor.damaged("the line is longer than a record can be".into()));
             }
             wanted *= 2;
         }

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     audit::{
-        chain::{ChainHead, Digest, StoredEvent},
+        chain::{ChainHead, Digest},
         checkpoint::PruningReceipt,
     },
     domain::clock::Timestamp,
@@ -41,11 +41,11 @@ pub(super) struct ChainVerifier {
 
 /// The part of a record that its neighbours in the chain are compared with.
 #[derive(Clone, Copy)]
-struct RecordHashes {
-    prev_hash: Digest,
-    hash: Digest,
+pub(super) struct RecordHashes {
+    pub(super) prev_hash: Digest,
+    pub(super) hash: Digest,
     /// Whether `hash` is the hash of the record's content.
-    hash_matches: bool,
+    pub(super) hash_matches: bool,
 }
 
 impl ChainVerifier {
@@ -101,31 +101,33 @@ impl ChainVerifier {
 
     pub(super) fn add_record(
         &mut self,
-        event: &StoredEvent,
-        hash_matches: bool,
+        seq: i64,
+        at: Option<Timestamp>,
+        record: RecordHashes,
         extent: Extent,
         on_fault: OnFault<'_>,
     ) {
         self.records += 1;
-        let (first, last) = self.times.unwrap_or((event.at, event.at));
-        self.times = Some((first.min(event.at), last.max(event.at)));
+        if let Some(at) = at {
+            let (first, last) = self.times.unwrap_or((at, at));
+            self.times = Some((first.min(at), last.max(at)));
+        }
         // Records and receipts are in one database and are restored together, so that a removed record
         // cannot have come back by a restore.
-        if self.receipt_covering(event.seq).is_some() {
-            return on_fault(Fault::PresentAfterPruning { seq: event.seq });
+        if self.receipt_covering(seq).is_some() {
+            return on_fault(Fault::PresentAfterPruning { seq });
         }
-        let record = RecordHashes { prev_hash: event.prev_hash, hash: event.hash, hash_matches };
         match self.head {
-            Some(head) if event.seq == head.seq + 1 && self.waiting.is_empty() => {
-                self.follow_record(head, event.seq, record, on_fault);
+            Some(head) if seq == head.seq + 1 && self.waiting.is_empty() => {
+                self.follow_record(head, seq, record, on_fault);
             }
-            Some(head) if extent == Extent::Partial => self.skip_absent(head, event.seq, record),
+            Some(head) if extent == Extent::Partial => self.skip_absent(head, seq, record),
             None if extent == Extent::Partial => {
-                self.head = Some(ChainHead { seq: event.seq, hash: record.hash });
+                self.head = Some(ChainHead { seq, hash: record.hash });
             }
-            Some(head) if event.seq <= head.seq => on_fault(Fault::Duplicate { seq: event.seq }),
-            _ if self.waiting.insert(event.seq, record).is_some() => {
-                on_fault(Fault::Duplicate { seq: event.seq });
+            Some(head) if seq <= head.seq => on_fault(Fault::Duplicate { seq }),
+            _ if self.waiting.insert(seq, record).is_some() => {
+                on_fault(Fault::Duplicate { seq });
             }
             _ => self.advance(extent, on_fault),
         }

@@ -36,6 +36,20 @@ pub enum Fault {
         /// The number.
         seq: i64,
     },
+    /// A row, a line, or the rest of a journal cannot be read.
+    Unreadable {
+        /// The record's number; 0 if it is not known.
+        seq: i64,
+        /// The table or the file.
+        place: String,
+        /// What is wrong.
+        why: String,
+    },
+    /// A line of a file cannot be read, or the file ends too early.
+    UnreadableLine {
+        /// Where it is, and what is wrong.
+        why: String,
+    },
     /// The range of a receipt is not possible.
     InvalidRange {
         /// Its first number.
@@ -128,6 +142,7 @@ impl Fault {
             Self::Altered { seq }
             | Self::Replaced { seq }
             | Self::Duplicate { seq }
+            | Self::Unreadable { seq, .. }
             | Self::InvalidNumber { seq }
             | Self::PresentAfterPruning { seq }
             | Self::InvalidRange { first: seq, .. }
@@ -141,6 +156,7 @@ impl Fault {
             | Self::PredecessorEndMismatch { last, .. }
             | Self::TornTail { last, .. } => last.saturating_add(1),
             Self::ChainRowMissing
+            | Self::UnreadableLine { .. }
             | Self::ChainAbsent
             | Self::PredecessorUnnamed
             | Self::PredecessorMissing { .. } => 0,
@@ -155,6 +171,7 @@ impl Fault {
             Self::Replaced { .. } => "replaced",
             Self::Duplicate { .. } => "twice",
             Self::InvalidNumber { .. } => "no_number",
+            Self::Unreadable { .. } | Self::UnreadableLine { .. } => "unreadable",
             Self::PresentAfterPruning { .. } => "not_removed",
             Self::TornTail { .. } => "torn",
             Self::ChainAbsent => "not_here",
@@ -201,6 +218,13 @@ impl fmt::Display for Fault {
                  their writing before any call was answered, or they were altered"
             ),
             Self::ChainAbsent => f.write_str("there is a signed head of it, and nothing else"),
+            Self::Unreadable { seq: 0, place, why } => {
+                write!(f, "its row in {place} cannot be read: {why}")
+            }
+            Self::UnreadableLine { why } => f.write_str(why),
+            Self::Unreadable { seq, place, why } => {
+                write!(f, "record {seq} cannot be read ({place}): {why}")
+            }
             Self::InvalidNumber { seq } => write!(f, "no record can have the number {seq}"),
             Self::InvalidRange { first, last } => {
                 write!(f, "a receipt names records {first} to {last}, which is no possible range")

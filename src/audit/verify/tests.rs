@@ -121,6 +121,35 @@ fn one(chain: &str, fault: Fault) -> Vec<(String, Fault)> {
     vec![(chain.to_owned(), fault)]
 }
 
+/// A record that cannot be decoded is one fault. If its hashes can be read, its neighbours are verified.
+#[test]
+fn a_record_that_cannot_be_read_is_a_fault_and_the_chain_is_followed_through_it() {
+    let log = Log::of(5, 0);
+    for with_hashes in [true, false] {
+        let mut verifier = Verifier::new(Extent::Whole, None);
+        for (claim, root) in &log.claims {
+            verifier.add_chain(claim.clone(), *root);
+        }
+        for event in &log.events {
+            if event.seq != 3 {
+                verifier.add_record(event);
+                continue;
+            }
+            let mut row = *Unreadable::row("audit_events", FIRST, 3, "detail is null");
+            if with_hashes {
+                (row.prev_hash, row.hash) = (Some(event.prev_hash), Some(event.hash));
+            }
+            verifier.add_unreadable(&row);
+        }
+        let report = verifier.finish();
+        let names: Vec<_> = report.findings.iter().map(|it| it.fault.name()).collect();
+        let expected: &[_] = if with_hashes { &["unreadable"] } else { &["missing", "unreadable"] };
+        let sorted: std::collections::BTreeSet<_> = names.iter().copied().collect();
+        assert_eq!(sorted, expected.iter().copied().collect(), "{:?}", report.findings);
+        assert_eq!(report.chains[0].records, if with_hashes { 5 } else { 4 });
+    }
+}
+
 #[test]
 fn an_unmodified_log_holds_and_is_counted() {
     let mut log = Log::of(10, 5);
@@ -393,9 +422,9 @@ fn a_record_counts_as_missing_once_too_many_wait_for_it() {
     let chain = verifier.chains.get_mut(FIRST).unwrap();
     let mut faults = vec![];
     for seq in [5, 6, 9] {
-        let mut event = log.events[0].clone();
-        event.seq = seq;
-        chain.add_record(&event, true, Extent::Whole, &mut |fault| faults.push(fault));
+        let StoredEvent { at, prev_hash, hash, .. } = log.events[0];
+        let record = RecordHashes { prev_hash, hash, hash_matches: true };
+        chain.add_record(seq, Some(at), record, Extent::Whole, &mut |fault| faults.push(fault));
     }
     assert_eq!((chain.waiting(), faults.len()), (3, 0));
     verifier.waiting = 3;

@@ -22,8 +22,9 @@ pub(super) fn describe(event: &StoredEvent) -> String {
     ];
     let details =
         event.detail.iter().map(|(name, value)| format!("{}={}", word(name), word(value)));
-    let start = format!("{}  {:<22} {:<18}", LocalTime(event.at), event.event, event.outcome);
-    let position = format!("at {}/{}#{}", event.instance, event.chain, event.seq);
+    let (name, outcome) = (word(&event.event), word(&event.outcome));
+    let start = format!("{}  {name:<22} {outcome:<18}", LocalTime(event.at));
+    let position = format!("at {}/{}#{}", word(&event.instance), word(&event.chain), event.seq);
     let words: Vec<_> = iter::once(start)
         .chain(fields.into_iter().flatten())
         .chain(details)

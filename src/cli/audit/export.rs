@@ -1,6 +1,9 @@
 //! `audit export`: prints the log as JSON lines.
 
-use std::io::{self, BufWriter, Write};
+use std::{
+    io::{self, BufWriter, Write},
+    process::ExitCode,
+};
 
 use clap::Args;
 use futures_util::TryStreamExt;
@@ -11,7 +14,7 @@ use crate::{
     audit::export::{ExportHeader, ExportStatement},
     cli::{global::GlobalArgs, output},
     domain::clock::Clock,
-    store::audit::{AuditSnapshot, EventFilter},
+    store::audit::{AuditSnapshot, Decoded, EventFilter},
 };
 
 #[derive(Args, Debug)]
@@ -20,45 +23,71 @@ pub(super) struct ExportArgs {
     filter: FilterArgs,
 }
 
-pub(super) async fn run(global: &GlobalArgs, args: ExportArgs) -> anyhow::Result<()> {
+pub(super) async fn run(global: &GlobalArgs, args: ExportArgs) -> anyhow::Result<ExitCode> {
     let admin = global.admin(None).await?;
     let now = Clock::System.now();
     let filter = args.filter.into_filter(now);
     let mut snapshot = AuditSnapshot::open(admin.pool()).await?;
-    let mut writer = LineWriter(BufWriter::with_capacity(1 << 18, io::stdout().lock()));
+    let mut writer = LineWriter::new(io::stdout().lock());
     let whole = filter == EventFilter::default();
     writer.write(&ExportStatement::AuditExport(ExportHeader::new(now, whole)))?;
     for claim in snapshot.claims().await? {
-        writer.write(&ExportStatement::Chain(claim))?;
+        writer.statement(claim.map(ExportStatement::Chain))?;
     }
     for receipt in snapshot.receipts().await? {
-        writer.write(&ExportStatement::PruningReceipt(receipt))?;
+        writer.statement(receipt.map(ExportStatement::PruningReceipt))?;
     }
     for checkpoint in snapshot.checkpoints().await? {
-        writer.write(&ExportStatement::Checkpoint(checkpoint))?;
+        writer.statement(checkpoint.map(ExportStatement::Checkpoint))?;
     }
     let mut records = 0;
     let mut events = snapshot.events(&filter);
     while let Some(event) = events.try_next().await? {
-        writer.write(&event)?;
-        records += 1;
+        match event {
+            Ok(event) => {
+                writer.write(&event)?;
+                records += 1;
+            }
+            Err(unreadable) => writer.statement(Err(unreadable))?,
+        }
     }
     writer.write(&ExportStatement::End { records })?;
-    writer.flush()?;
+    let unreadable = writer.flush()?;
     output::note(format_args!("{records} records"));
-    Ok(())
+    if unreadable > 0 {
+        output::note(format_args!(
+            "{unreadable} rows cannot be read: the export names them, see `audit verify`"
+        ));
+    }
+    Ok(ExitCode::from(u8::from(unreadable > 0)))
 }
 
 /// Buffered standard output of JSON lines.
-struct LineWriter<W: Write>(BufWriter<W>);
+struct LineWriter<W: Write> {
+    out: BufWriter<W>,
+    /// How many rows could not be read.
+    unreadable: u64,
+}
 
 impl<W: Write> LineWriter<W> {
-    fn write(&mut self, value: &impl Serialize) -> anyhow::Result<()> {
-        let line = serde_json::to_vec(value)?;
-        output::check_written(self.0.write_all(&line).and_then(|()| self.0.write_all(b"\n")))
+    fn new(out: W) -> Self {
+        Self { out: BufWriter::with_capacity(1 << 18, out), unreadable: 0 }
     }
 
-    fn flush(mut self) -> anyhow::Result<()> {
-        output::check_written(self.0.flush())
+    /// Writes a statement, or the one that says which row cannot be read.
+    fn statement(&mut self, statement: Decoded<ExportStatement>) -> anyhow::Result<()> {
+        self.unreadable += u64::from(statement.is_err());
+        self.write(&statement.unwrap_or_else(|row| ExportStatement::Unreadable(*row)))
+    }
+
+    fn write(&mut self, value: &impl Serialize) -> anyhow::Result<()> {
+        let line = serde_json::to_vec(value)?;
+        output::check_written(self.out.write_all(&line).and_then(|()| self.out.write_all(b"\n")))
+    }
+
+    /// Writes what is buffered, and returns how many rows could not be read.
+    fn flush(mut self) -> anyhow::Result<u64> {
+        output::check_written(self.out.flush())?;
+        Ok(self.unreadable)
     }
 }

@@ -2,16 +2,17 @@
 
 use std::{
     fs::File,
-    io::{self, BufRead, BufReader, Read},
+    io::{self, BufRead, BufReader},
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, anyhow};
+use anyhow::Context;
 
 use crate::audit::{checkpoint::SignedCheckpoint, export::ExportLine};
 
-/// Longest line that is read, in bytes. Records have some hundreds.
-const MAX_LINE_BYTES: u64 = 1 << 20;
+/// Longest line that is read, in bytes. The broker's own records have some hundreds, but others may have
+/// inserted longer ones.
+const MAX_LINE_BYTES: usize = 64 << 20;
 
 /// Reads the lines of an export.
 pub(super) struct ExportReader {
@@ -20,15 +21,17 @@ pub(super) struct ExportReader {
     line: Vec<u8>,
     /// Number of the last line that was read, from 1.
     line_number: usize,
-    /// The first line, which [`ExportReader::open`] read to find errors early.
-    first: Option<ExportLine>,
 }
+
+/// A line that cannot be read: where it is, and why.
+#[derive(Debug, Eq, PartialEq)]
+pub(super) struct UnreadableLine(pub(super) String);
 
 /// Reads the signed checkpoints in a file, one per line; `-` for standard input.
 pub(super) fn read_checkpoints(file: &Path) -> anyhow::Result<Vec<SignedCheckpoint>> {
     let mut reader = open(file)?;
     let (mut checkpoints, mut line) = (Vec::new(), Vec::new());
-    while next_line(&mut reader, &mut line).with_context(|| file.display().to_string())? {
+    while next_line(&mut reader, &mut line).with_context(|| file.display().to_string())?.is_some() {
         // Other lines are skipped: the file may be the broker's log.
         checkpoints.extend(serde_json::from_slice::<SignedCheckpoint>(&line));
     }
@@ -43,59 +46,77 @@ fn open(file: &Path) -> anyhow::Result<Box<dyn BufRead>> {
     Ok(Box::new(BufReader::with_capacity(1 << 18, opened)))
 }
 
-/// Reads a line with its end; returns `false` at the end of the file.
-fn next_line(reader: &mut impl BufRead, line: &mut Vec<u8>) -> io::Result<bool> {
+/// Reads a line with its end, and returns its length; `None` at the end of the file. Of a line that is
+/// longer than [`MAX_LINE_BYTES`], `line` holds the beginning, and the rest is skipped.
+fn next_line(reader: &mut impl BufRead, line: &mut Vec<u8>) -> io::Result<Option<u64>> {
     line.clear();
-    let read = reader.take(MAX_LINE_BYTES).read_until(b'\n', line)?;
-    if read as u64 == MAX_LINE_BYTES && !line.ends_with(b"\n") {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            "the line is longer than a record can be",
-        ));
+    let mut length = 0;
+    loop {
+        let available = match reader.fill_buf() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            available => available?,
+        };
+        let end = available.iter().position(|b| *b == b'\n').map(|at| at + 1);
+        let taken = end.unwrap_or(available.len());
+        let room = MAX_LINE_BYTES - line.len();
+        line.extend_from_slice(&available[..taken.min(room)]);
+        reader.consume(taken);
+        length += taken as u64;
+        if end.is_some() || taken == 0 {
+            return Ok(Some(length).filter(|length| *length > 0));
+        }
     }
-    Ok(read > 0)
 }
 
 impl ExportReader {
-    /// Opens an export, `-` for standard input, and reads its first line. [`ExportReader::next`]
-    /// returns that line first.
+    /// Opens an export, `-` for standard input.
     pub(super) fn open(file: &Path) -> anyhow::Result<Self> {
-        let (reader, file) = (open(file)?, file.to_owned());
-        let mut export = Self { file, reader, line: Vec::new(), line_number: 0, first: None };
-        export.first = export.next()?;
-        Ok(export)
+        Ok(Self { reader: open(file)?, file: file.to_owned(), line: Vec::new(), line_number: 0 })
     }
 
-    /// Returns the next line; `None` at the end of the file.
-    pub(super) fn next(&mut self) -> anyhow::Result<Option<ExportLine>> {
-        if let Some(first) = self.first.take() {
-            return Ok(Some(first));
-        }
+    /// Returns the next line, decoded if it can be; `None` at the end of the file.
+    ///
+    /// # Errors
+    /// When the file cannot be read any further.
+    pub(super) fn next(&mut self) -> anyhow::Result<Option<Result<ExportLine, UnreadableLine>>> {
         self.line_number += 1;
-        let location = || format!("{}, line {}", self.file.display(), self.line_number);
-        if !next_line(&mut self.reader, &mut self.line).with_context(location)? {
-            return Ok(None);
+        let location = format!("{}, line {}", self.file.display(), self.line_number);
+        let length = next_line(&mut self.reader, &mut self.line);
+        let Some(length) = length.with_context(|| location.clone())? else { return Ok(None) };
+        if length > MAX_LINE_BYTES as u64 {
+            let too_long = format!("{location}: {length} bytes are more than a record can have");
+            return Ok(Some(Err(UnreadableLine(too_long))));
         }
         let line = ExportLine::parse(&self.line);
-        line.map(Some)
-            .map_err(|why| anyhow!("{}, line {}: {why}", self.file.display(), self.line_number))
+        Ok(Some(line.map_err(|why| UnreadableLine(format!("{location}: {why}")))))
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
+
     use super::*;
 
     #[test]
-    fn an_endless_line_is_refused() {
-        let mut line = Vec::new();
-        let mut endless = BufReader::new(io::repeat(b'x'));
-        assert!(next_line(&mut endless, &mut line).is_err());
-        let mut short = &b"one\ntwo"[..];
+    fn a_line_that_is_too_long_is_skipped_and_the_next_one_is_read() {
+        let long = MAX_LINE_BYTES as u64 + 5;
+        let text = io::repeat(b'x').take(long).chain(&b"\nnext\n"[..]);
+        let (mut reader, mut line) = (BufReader::new(text), Vec::new());
+        assert_eq!(next_line(&mut reader, &mut line).unwrap(), Some(long + 1));
+        assert_eq!(line.len(), MAX_LINE_BYTES);
+        assert_eq!(next_line(&mut reader, &mut line).unwrap(), Some(5));
+        assert_eq!(line, b"next\n");
+        assert_eq!(next_line(&mut reader, &mut line).unwrap(), None);
+    }
+
+    #[test]
+    fn lines_are_read_with_their_ends() {
+        let (mut reader, mut line) = (&b"one\ntwo"[..], Vec::new());
         for expected in [&b"one\n"[..], b"two"] {
-            assert!(next_line(&mut short, &mut line).unwrap());
+            assert!(next_line(&mut reader, &mut line).unwrap().is_some());
             assert_eq!(line, expected);
         }
-        assert!(!next_line(&mut short, &mut line).unwrap());
+        assert_eq!(next_line(&mut reader, &mut line).unwrap(), None);
     }
 }

@@ -8,7 +8,7 @@ use clap::Args;
 use tokio::task;
 
 use crate::{
-    audit::journal::{Archive, TornTail, with_causes},
+    audit::journal::{Archive, TornTail},
     cli::{
         global::{APPLICATION_NAME, GlobalArgs},
         output::{self, Table},
@@ -45,14 +45,13 @@ pub(super) async fn ship(global: &GlobalArgs, args: ShipArgs) -> anyhow::Result<
     let mut table = Table::new(["CHAIN", "HAD", "HAS NOW"]);
     let mut delivered = 0;
     let mut complete = true;
-    for DeliveredChain { chain, from, to, unreadable } in &chains {
+    for DeliveredChain { chain, from, to, blocked } in &chains {
         delivered += to - from;
-        if let Some(error) = unreadable {
+        if let Some(why) = blocked {
             complete = false;
             output::note(format_args!(
-                "chain {} cannot be read any further: {}",
-                chain.chain,
-                with_causes(error)
+                "chain {} cannot be delivered any further: {why}",
+                chain.chain
             ));
         }
         table.row([chain.chain.clone(), from.to_string(), to.to_string()]);
@@ -116,13 +115,16 @@ pub(super) async fn retire(global: &GlobalArgs, args: RetireArgs) -> anyhow::Res
 fn describe_missing(last: &OpenChain) -> String {
     let OpenChain { delivered_seq, started_at, .. } = last;
     let reported = last.reported_seq.unwrap_or(*delivered_seq);
-    let missing = reported - delivered_seq;
+    let missing = reported.saturating_sub(*delivered_seq);
     if last.stopped && last.reported_seq.is_some() && missing == 0 {
         return format!("it was stopped, and all {delivered_seq} records are there");
     }
     let until = match last.heartbeat_at {
         Some(at) => format!("its last heartbeat was at {}", LocalTime(at)),
-        None => format!("it was opened at {} and sent no heartbeat", LocalTime(*started_at)),
+        None => match started_at {
+            Some(at) => format!("it was opened at {} and sent no heartbeat", LocalTime(*at)),
+            None => "it sent no heartbeat".to_owned(),
+        },
     };
     let known = if missing > 0 {
         format!("{missing} records, up to {reported}, are certainly missing")
@@ -142,7 +144,7 @@ mod tests {
     fn what_may_be_missing_follows_from_the_delivered_and_the_reported_position() {
         let last = OpenChain {
             chain: "c1".into(),
-            started_at: DateTime::UNIX_EPOCH,
+            started_at: Some(DateTime::UNIX_EPOCH),
             delivered_seq: 812,
             reported_seq: Some(840),
             heartbeat_at: Some(DateTime::UNIX_EPOCH),

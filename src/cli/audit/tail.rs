@@ -1,15 +1,16 @@
 //! `audit tail`: prints the last events, and follows later ones.
 
-use std::{collections::HashSet, time::Duration};
+use std::{collections::HashSet, process::ExitCode, time::Duration};
 
 use clap::Args;
+use serde_json::json;
 use sqlx::PgPool;
 
 use super::{event_text::describe, filter_args::FilterArgs};
 use crate::{
     cli::{global::GlobalArgs, output},
     domain::clock::{Clock, Timestamp, delta},
-    store::audit::{EventFilter, StoredEvent, events_after, latest_events},
+    store::audit::{Decoded, EventFilter, StoredEvent, events_after, latest_events},
 };
 
 /// How often later events are queried.
@@ -36,7 +37,7 @@ pub(super) struct TailArgs {
     json: bool,
 }
 
-pub(super) async fn run(global: &GlobalArgs, args: TailArgs) -> anyhow::Result<()> {
+pub(super) async fn run(global: &GlobalArgs, args: TailArgs) -> anyhow::Result<ExitCode> {
     let admin = global.admin(None).await?;
     let now = Clock::System.now();
     let filter = args.filter.into_filter(now);
@@ -50,7 +51,7 @@ pub(super) async fn run(global: &GlobalArgs, args: TailArgs) -> anyhow::Result<(
     if args.follow {
         follow(admin.pool(), &filter, Printed::new(&last, now), args.json).await?;
     }
-    Ok(())
+    Ok(ExitCode::from(u8::from(last.iter().any(Result::is_err))))
 }
 
 async fn follow(
@@ -64,12 +65,16 @@ async fn follow(
         let mut after = printed.query_from();
         loop {
             let page = events_after(pool, filter, Some(after.clone()), PAGE_SIZE).await?;
-            let Some(last) = page.last() else { break };
-            after = (last.at, last.chain.clone(), last.seq);
             for event in &page {
                 if printed.is_new(event) {
                     print(event, json)?;
                 }
+            }
+            // A record that cannot be read has no time from which to go on. Pages are large, so that this
+            // is the next record that can.
+            match page.iter().rev().find_map(|event| event.as_ref().ok()) {
+                Some(last) => after = position(last),
+                None => break,
             }
         }
     }
@@ -82,13 +87,18 @@ struct Printed {
     /// Time of the newest event that was printed.
     newest: Timestamp,
     positions: HashSet<(Timestamp, String, i64)>,
+    /// Chain and number of the rows that cannot be read and were reported.
+    unreadable: HashSet<(String, i64)>,
 }
 
 impl Printed {
-    fn new(events: &[StoredEvent], now: Timestamp) -> Self {
-        let started_at = events.last().map_or(now, |event| event.at);
-        let positions = events.iter().map(position).collect();
-        Self { started_at, newest: started_at, positions }
+    fn new(events: &[Decoded<StoredEvent>], now: Timestamp) -> Self {
+        let readable = || events.iter().filter_map(|event| event.as_ref().ok());
+        let started_at = readable().next_back().map_or(now, |event| event.at);
+        let positions = readable().map(position).collect();
+        let unreadable = events.iter().filter_map(|event| event.as_ref().err());
+        let unreadable = unreadable.map(|row| (row.chain.clone(), row.seq)).collect();
+        Self { started_at, newest: started_at, positions, unreadable }
     }
 
     fn query_from(&mut self) -> (Timestamp, String, i64) {
@@ -98,9 +108,14 @@ impl Printed {
         (from, String::new(), 0)
     }
 
-    fn is_new(&mut self, event: &StoredEvent) -> bool {
-        self.newest = self.newest.max(event.at);
-        self.positions.insert(position(event))
+    fn is_new(&mut self, event: &Decoded<StoredEvent>) -> bool {
+        match event {
+            Ok(event) => {
+                self.newest = self.newest.max(event.at);
+                self.positions.insert(position(event))
+            }
+            Err(row) => self.unreadable.insert((row.chain.clone(), row.seq)),
+        }
     }
 }
 
@@ -108,8 +123,13 @@ fn position(event: &StoredEvent) -> (Timestamp, String, i64) {
     (event.at, event.chain.clone(), event.seq)
 }
 
-fn print(event: &StoredEvent, json: bool) -> anyhow::Result<()> {
-    if json { output::line(serde_json::to_string(event)?) } else { output::line(describe(event)) }
+fn print(event: &Decoded<StoredEvent>, json: bool) -> anyhow::Result<()> {
+    match event {
+        Ok(event) if json => output::line(serde_json::to_string(event)?),
+        Ok(event) => output::line(describe(event)),
+        Err(row) if json => output::line(json!({ "unreadable": row })),
+        Err(row) => output::line(row),
+    }
 }
 
 #[cfg(test)]
@@ -117,15 +137,18 @@ mod tests {
     use chrono::DateTime;
 
     use super::{super::event_text::tests::event, *};
+    use crate::audit::unreadable::Unreadable;
 
     #[test]
     fn late_events_are_printed_and_each_event_once() {
-        let mut printed = Printed::new(&[event(10, 1)], DateTime::UNIX_EPOCH);
-        assert!(!printed.is_new(&event(10, 1)));
-        assert!(printed.is_new(&event(200, 3)));
+        let mut printed = Printed::new(&[Ok(event(10, 1))], DateTime::UNIX_EPOCH);
+        assert!(!printed.is_new(&Ok(event(10, 1))));
+        assert!(printed.is_new(&Ok(event(200, 3))));
         let (from, ..) = printed.query_from();
         assert_eq!(from.timestamp(), 80);
-        assert!(printed.is_new(&event(90, 2)));
-        assert!(!printed.is_new(&event(200, 3)));
+        assert!(printed.is_new(&Ok(event(90, 2))));
+        assert!(!printed.is_new(&Ok(event(200, 3))));
+        let unreadable = Err(Unreadable::row("audit_events", "c1", 7, "detail is null"));
+        assert!(printed.is_new(&unreadable) && !printed.is_new(&unreadable));
     }
 }

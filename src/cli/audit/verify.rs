@@ -13,13 +13,13 @@ use serde_json::{Value, json};
 use sqlx::PgPool;
 use tokio::{sync::mpsc, task};
 
-use super::export_reader::{ExportReader, read_checkpoints};
+use super::export_reader::{ExportReader, UnreadableLine, read_checkpoints};
 use crate::{
     audit::{
         chain::{ChainHead, Digest, StoredEvent},
         checkpoint::SignedCheckpoint,
         export::{ExportLine, ExportStatement},
-        journal::{Archive, TornTail},
+        journal::{Archive, TornTail, with_causes},
         verify::{ChainClaim, Extent, VerificationReport, Verifier},
     },
     cli::{
@@ -29,7 +29,7 @@ use crate::{
     },
     config::{self, Flags, KeyringFlag},
     crypto::{Keyring, VerifyingKeys},
-    store::audit::{AuditSnapshot, EventFilter},
+    store::audit::{AuditSnapshot, Decoded, EventFilter},
 };
 
 /// How many records are passed from the reader to the verifier at a time.
@@ -169,19 +169,31 @@ impl Evidence {
         let mut verifier = self.verifier(Extent::Whole);
         let mut snapshot = AuditSnapshot::open(pool).await?;
         for claim in snapshot.claims().await? {
-            add_chain(&mut verifier, claim);
+            match claim {
+                Ok(claim) => add_chain(&mut verifier, claim),
+                Err(unreadable) => verifier.add_unreadable(&unreadable),
+            }
         }
         for receipt in snapshot.receipts().await? {
-            verifier.add_receipt(receipt);
+            match receipt {
+                Ok(receipt) => verifier.add_receipt(receipt),
+                Err(unreadable) => verifier.add_unreadable(&unreadable),
+            }
         }
         for checkpoint in &snapshot.checkpoints().await? {
-            verifier.add_checkpoint(checkpoint);
+            match checkpoint {
+                Ok(checkpoint) => verifier.add_checkpoint(checkpoint),
+                Err(unreadable) => verifier.add_unreadable(unreadable),
+            }
         }
-        let (batches, mut received) = mpsc::channel::<Vec<StoredEvent>>(QUEUED_BATCHES);
+        let (batches, mut received) = mpsc::channel::<Vec<Decoded<StoredEvent>>>(QUEUED_BATCHES);
         let verifying = task::spawn_blocking(move || {
             while let Some(batch) = received.blocking_recv() {
                 for event in &batch {
-                    verifier.add_record(event);
+                    match event {
+                        Ok(event) => verifier.add_record(event),
+                        Err(unreadable) => verifier.add_unreadable(unreadable),
+                    }
                 }
             }
             verifier
@@ -199,10 +211,18 @@ impl Evidence {
     }
 
     fn verify_journal(&self, directory: &Path) -> anyhow::Result<VerificationReport> {
-        retry_while_changing(|| self.verify_journal_once(directory))
+        // A running broker changes the journal, so that a fault counts only if it is found twice.
+        match retry_while_changing(|| self.verify_journal_once(directory, OnDamage::Stop)) {
+            Ok(report) => Ok(report),
+            Err(_) => self.verify_journal_once(directory, OnDamage::Report),
+        }
     }
 
-    fn verify_journal_once(&self, directory: &Path) -> anyhow::Result<VerificationReport> {
+    fn verify_journal_once(
+        &self,
+        directory: &Path,
+        on_damage: OnDamage,
+    ) -> anyhow::Result<VerificationReport> {
         let mut verifier = self.verifier(Extent::Retained);
         let archive = Archive::open(directory, None)?;
         // A tail without a complete record is ignored: a running broker may be writing it.
@@ -216,9 +236,18 @@ impl Evidence {
         }
         for chain in archive.chains() {
             verifier.add_chain(ChainClaim::of(&chain.link), chain.before);
+            let name = chain.link.chain.clone();
             let mut reader = archive.reader(chain.link, chain.before);
             loop {
-                let events = reader.read()?;
+                let events = match (reader.read(), on_damage) {
+                    (Ok(events), _) => events,
+                    (Err(error), OnDamage::Stop) => return Err(error.into()),
+                    (Err(error), OnDamage::Report) => {
+                        let (after, why) = (reader.head().seq, with_causes(&error));
+                        verifier.add_unreadable_rest(&name, after, why);
+                        break;
+                    }
+                };
                 if events.is_empty() {
                     break;
                 }
@@ -231,55 +260,70 @@ impl Evidence {
         Ok(verifier.finish())
     }
 
+    /// Verifies an export. Lines that cannot be read are faults.
     fn verify_export(&self, file: &Path, whole: bool) -> anyhow::Result<VerificationReport> {
         let mut export = ExportReader::open(file)?;
-        let first = export.next()?;
+        let Some(first) = export.next()? else { bail!("{} is empty", file.display()) };
         let extent = match &first {
-            Some(ExportLine::Statement(ExportStatement::AuditExport(header))) if header.whole => {
+            Ok(ExportLine::Statement(ExportStatement::AuditExport(header))) if header.whole => {
                 Extent::Whole
             }
-            Some(_) => Extent::Partial,
-            None => bail!("{} is empty", file.display()),
+            _ => Extent::Partial,
         };
         ensure!(
             !whole || extent == Extent::Whole,
             "{} is a part of an audit log, not the whole of one",
             file.display()
         );
-        let has_end = matches!(first, Some(ExportLine::Statement(ExportStatement::AuditExport(_))));
+        let has_end = matches!(first, Ok(ExportLine::Statement(ExportStatement::AuditExport(_))));
         let mut verifier = self.verifier(extent);
-        let (mut records, mut ended) = (0, !has_end);
-        while let Some(line) = export.next()? {
+        let (mut records, mut stated) = (0, None);
+        let mut next = Some(first);
+        while let Some(line) = next {
             match line {
-                ExportLine::Record(event) => {
+                Ok(ExportLine::Record(event)) => {
                     records += 1;
                     verifier.add_record(&event);
                 }
-                ExportLine::Statement(ExportStatement::AuditExport(_)) => {}
-                ExportLine::Statement(ExportStatement::Chain(claim)) => {
-                    add_chain(&mut verifier, claim);
+                Ok(ExportLine::Statement(ExportStatement::End { records })) => {
+                    stated = Some(records);
                 }
-                ExportLine::Statement(ExportStatement::PruningReceipt(receipt)) => {
-                    verifier.add_receipt(receipt);
-                }
-                ExportLine::Statement(ExportStatement::Checkpoint(checkpoint)) => {
-                    verifier.add_checkpoint(&checkpoint);
-                }
-                ExportLine::Statement(ExportStatement::End { records: stated })
-                    if stated == records =>
-                {
-                    ended = true;
-                }
-                ExportLine::Statement(ExportStatement::End { records: stated }) => {
-                    bail!("{}: it ends after {records} records of {stated}", file.display())
-                }
+                Ok(ExportLine::Statement(statement)) => add_statement(&mut verifier, statement),
+                Err(UnreadableLine(why)) => verifier.add_unreadable_line(why),
             }
+            next = export.next()?;
         }
-        if !ended {
-            bail!("{}: its last line is missing: the file is truncated", file.display());
+        let file = file.display();
+        match stated {
+            Some(stated) if stated != records => verifier.add_unreadable_line(format!(
+                "{file}: it ends after {records} records of {stated}"
+            )),
+            None if has_end => verifier.add_unreadable_line(format!(
+                "{file}: its last line is missing: the file is truncated"
+            )),
+            _ => {}
         }
         Ok(verifier.finish())
     }
+}
+
+fn add_statement(verifier: &mut Verifier, statement: ExportStatement) {
+    match statement {
+        ExportStatement::AuditExport(_) | ExportStatement::End { .. } => {}
+        ExportStatement::Chain(claim) => add_chain(verifier, claim),
+        ExportStatement::PruningReceipt(receipt) => verifier.add_receipt(receipt),
+        ExportStatement::Checkpoint(checkpoint) => verifier.add_checkpoint(&checkpoint),
+        ExportStatement::Unreadable(row) => verifier.add_unreadable(&row),
+    }
+}
+
+/// What to do with a part of a journal that cannot be read.
+#[derive(Clone, Copy)]
+enum OnDamage {
+    /// Fail, so that the journal is read again.
+    Stop,
+    /// Report it as a fault, and go on with the next chain.
+    Report,
 }
 
 /// Calls `read`, and again while it fails with another error than the time before, up to [`MAX_RETRIES`]
@@ -312,7 +356,11 @@ fn add_chain(verifier: &mut Verifier, claim: ChainClaim) {
 
 fn print(report: &VerificationReport) -> anyhow::Result<()> {
     for finding in &report.findings {
-        output::line(format_args!("chain {}: {}", finding.chain, finding.fault))?;
+        let fault = output::printable(&finding.fault.to_string());
+        match finding.chain.as_str() {
+            "" => output::line(fault)?,
+            chain => output::line(format_args!("chain {}: {fault}", output::printable(chain)))?,
+        }
     }
     let unlisted = report.faults - report.findings.len() as u64;
     if unlisted > 0 {
@@ -334,7 +382,7 @@ fn print(report: &VerificationReport) -> anyhow::Result<()> {
     }
     table.print("there are no chains")?;
     for notice in &report.notices {
-        output::note(format_args!("note: {notice}"));
+        output::note(format_args!("note: {}", output::printable(notice)));
     }
     let (records, chains) = (report.records(), report.chains.len());
     let holds = match (report.holds(), report.signatures_checked) {

@@ -78,7 +78,10 @@ pub(super) async fn run(global: &GlobalArgs, args: WhoArgs) -> anyhow::Result<Ex
     let mut holders = BTreeMap::new();
     let mut events = snapshot.events(&filter);
     while let Some(event) = events.try_next().await? {
-        add(&mut holders, event);
+        match event {
+            Ok(event) => add(&mut holders, event),
+            Err(unreadable) => output::note(format_args!("warning: {unreadable}")),
+        }
     }
     let mut holders: Vec<_> = holders.into_values().collect();
     holders.sort_by_key(|holder: &Holder| holder.first.0);
@@ -128,7 +131,7 @@ fn add(holders: &mut BTreeMap<[Option<String>; 5], Holder>, event: StoredEvent) 
         first: LocalTime(at),
         last: LocalTime(at),
     });
-    holder.times += count;
+    holder.times = holder.times.saturating_add(count);
     holder.first.0 = holder.first.0.min(at);
     holder.last.0 = holder.last.0.max(at);
 }

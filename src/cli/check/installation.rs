@@ -15,7 +15,7 @@ use crate::{
         admin::{Admin, Attribution, LastIssue, Load},
         retention::{self, MinimumRetention},
     },
-    tls::Tls,
+    tls::{RevocationList, Tls},
 };
 
 /// The roles that `deploy/roles.sql` creates.
@@ -42,21 +42,42 @@ pub(super) fn keyring(settings: &Settings) -> (CheckResult, Option<Keyring>) {
 
 /// Loads the TLS files that gRPC would be served with.
 pub(super) fn tls(settings: &Settings) -> CheckResult {
+    const SUBJECT: &str = "serving";
     let Some(files) = settings.tls.clone() else {
-        return CheckResult::warning("serving", "without TLS");
+        return CheckResult::warning(SUBJECT, "without TLS");
     };
-    match Tls::load(files, Clock::System) {
-        Ok(tls) => {
-            let end = Timestamp::from_timestamp_secs(tls.not_after()).unwrap_or_default();
-            let text = format!("TLS; the certificate ends at {}", LocalTime(end));
-            let ended = end <= Clock::System.now();
-            if ended {
-                CheckResult::failure("serving", text)
-            } else {
-                CheckResult::ok("serving", text)
-            }
+    let tls = match Tls::load(files, Clock::System) {
+        Ok(tls) => tls,
+        Err(error) => return CheckResult::failure(SUBJECT, error.to_string()),
+    };
+    let now = Clock::System.now();
+    let end = Timestamp::from_timestamp_secs(tls.not_after()).unwrap_or_default();
+    let mut text = format!("TLS; the certificate ends at {}", LocalTime(end));
+    let lists = tls.revocation_lists();
+    for list in &lists {
+        text += &revocation_list_text(list, now);
+    }
+    let without_list = tls.cas_without_revocation_list();
+    for ca in &without_list {
+        text += &format!("; no certificate of {ca} can be revoked: there is no list of it");
+    }
+    if end <= now {
+        CheckResult::failure(SUBJECT, text)
+    } else if !without_list.is_empty() || lists.iter().any(|list| list.is_out_of_date(now)) {
+        CheckResult::warning(SUBJECT, text)
+    } else {
+        CheckResult::ok(SUBJECT, text)
+    }
+}
+
+fn revocation_list_text(list: &RevocationList, now: Timestamp) -> String {
+    let revoked = format!("; {} certificates of {} are revoked", list.revoked, list.issuer);
+    match list.next_update {
+        None => format!("{revoked}, by a list without an end"),
+        Some(next) if next < now => {
+            format!("{revoked}, by a list that is out of date since {}", LocalTime(next))
         }
-        Err(error) => CheckResult::failure("serving", error.to_string()),
+        Some(next) => format!("{revoked}, by a list that is renewed by {}", LocalTime(next)),
     }
 }
 

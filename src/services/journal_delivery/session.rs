@@ -31,8 +31,15 @@ pub(super) struct ChainDelivery {
     pub(super) position: ChainHead,
     /// `None` while a blocking task uses it, and from then on if that task did not complete.
     reader: Option<ChainReader>,
-    /// Why the chain cannot be read any further. Other chains are delivered meanwhile.
-    pub(super) unreadable: Option<ReadError>,
+    /// Why the chain cannot be delivered any further. Other chains are delivered meanwhile.
+    pub(super) blocked: Option<String>,
+}
+
+impl ChainDelivery {
+    /// Whether the chain's row in Postgres could be read.
+    fn is_registered(&self) -> bool {
+        self.reader.is_some()
+    }
 }
 
 /// A connection to Postgres, and what was learned over it.
@@ -58,21 +65,54 @@ impl<'a> DeliverySession<'a> {
     pub(super) async fn register_chains(&mut self) -> Result<Vec<ChainDelivery>, DeliveryError> {
         let mut deliveries = Vec::new();
         for chain in self.source.chains() {
-            let registered = audit::register_chain(&mut self.connection, &chain.link);
-            let position = within_timeout(registered).await?;
-            if position.seq > chain.last_seq {
-                tracing::error!(
-                    chain = chain.link.chain,
-                    delivered = position.seq,
-                    journal = chain.last_seq,
-                    "Postgres has audit records that this journal has lost"
-                );
-            }
-            self.source.mark_delivered(&chain.link.chain, position.seq);
-            let reader = Some(self.source.reader(Arc::clone(&chain.link), position));
-            deliveries.push(ChainDelivery { chain, position, reader, unreadable: None });
+            deliveries.push(self.register_chain(chain).await?);
         }
         Ok(deliveries)
+    }
+
+    /// Registers a chain, and reads its position. A row that is not the one of this chain, or cannot be
+    /// read, blocks the chain alone.
+    async fn register_chain(&mut self, chain: LocalChain) -> Result<ChainDelivery, DeliveryError> {
+        let registered = audit::register_chain(&mut self.connection, &chain.link);
+        let position = match within_timeout(registered).await {
+            Ok(position) => position,
+            Err(DeliveryError::Store(
+                error @ (StoreError::UnreadableRow { .. }
+                | StoreError::Conflict { cause: None, .. }),
+            )) => {
+                let name = &chain.link.chain;
+                tracing::error!(chain = name, %error, "an audit chain cannot be delivered");
+                let (position, blocked) = (chain.link.root(), Some(error.to_string()));
+                return Ok(ChainDelivery { chain, position, reader: None, blocked });
+            }
+            Err(error) => return Err(error),
+        };
+        if position.seq > chain.last_seq {
+            tracing::error!(
+                chain = chain.link.chain,
+                delivered = position.seq,
+                journal = chain.last_seq,
+                "Postgres has audit records that this journal has lost"
+            );
+        }
+        self.source.mark_delivered(&chain.link.chain, position.seq);
+        let reader = Some(self.source.reader(Arc::clone(&chain.link), position));
+        Ok(ChainDelivery { chain, position, reader, blocked: None })
+    }
+
+    /// Tries again what is blocked.
+    pub(super) async fn unblock(
+        &mut self,
+        deliveries: &mut [ChainDelivery],
+    ) -> Result<(), DeliveryError> {
+        for delivery in deliveries.iter_mut().filter(|delivery| delivery.blocked.is_some()) {
+            if delivery.is_registered() {
+                delivery.blocked = None;
+            } else {
+                *delivery = self.register_chain(delivery.chain.clone()).await?;
+            }
+        }
+        Ok(())
     }
 
     /// Delivers the durable records of one chain. Returns whether there were any.
@@ -82,7 +122,7 @@ impl<'a> DeliverySession<'a> {
         delivery: &mut ChainDelivery,
     ) -> Result<bool, DeliveryError> {
         let mut any = false;
-        while delivery.unreadable.is_none() {
+        while delivery.blocked.is_none() {
             let events = match read(delivery).await? {
                 Ok(events) if events.is_empty() => break,
                 Ok(events) => events,
@@ -95,7 +135,7 @@ impl<'a> DeliverySession<'a> {
                         error = why,
                         "an audit chain cannot be read any further"
                     );
-                    delivery.unreadable = Some(error);
+                    delivery.blocked = Some(why);
                     break;
                 }
             };

@@ -10,8 +10,8 @@ use crate::{domain::clock::Timestamp, store::StoreError};
 pub struct OpenChain {
     /// Name of the chain.
     pub chain: String,
-    /// When it was opened.
-    pub started_at: Timestamp,
+    /// When it was opened; absent if that is not a time between the years 1970 and 9999.
+    pub started_at: Option<Timestamp>,
     /// `seq` of the last record in Postgres.
     pub delivered_seq: i64,
     /// `seq` of the last record that the instance reported in its heartbeat; `None` if it reported
@@ -39,9 +39,12 @@ impl Admin {
         let chains = sqlx::query_as!(
             OpenChain,
             r#"/* store::admin::open_chains */
-            select c.chain, c.started_at, c.delivered_seq, c.retired,
+            select c.chain, c.delivered_seq,
+                case when c.started_at >= '1970-01-01 00:00:00+00'
+                    and c.started_at < '10000-01-01 00:00:00+00' then c.started_at end as started_at,
+                c.retired,
                 case when i.journal_chain = c.chain then i.journal_seq end as reported_seq,
-                i.heartbeat_at as "heartbeat_at?",
+                case when isfinite(i.heartbeat_at) then i.heartbeat_at end as "heartbeat_at?",
                 coalesce(i.stopped_at is not null, false) as "stopped!",
                 coalesce(i.stopped_at is null
                     and i.heartbeat_at > clock_timestamp() - interval '1 minute', false) as "live!"
@@ -49,7 +52,8 @@ impl Admin {
             left join instances i on i.id = c.instance
             where c.instance = $1 and not exists (
                 select from audit_chains n
-                where n.linked_chain = c.chain and n.linked_hash = c.delivered_hash)
+                where n.linked_chain = c.chain and n.linked_hash = c.delivered_hash
+                    and n.chain <> c.chain)
             -- Names sort as chains were opened.
             order by c.chain"#,
             instance,

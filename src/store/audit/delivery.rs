@@ -6,10 +6,9 @@ use chrono::NaiveDate;
 use sqlx::{Connection, PgConnection, types::Json};
 use tracing::instrument;
 
-use super::row::digest;
 use crate::{
     audit::{
-        chain::{ChainHead, ChainLink, StoredEvent},
+        chain::{ChainHead, ChainLink, Digest, StoredEvent},
         checkpoint::SignedCheckpoint,
     },
     store::StoreError,
@@ -19,7 +18,7 @@ use crate::{
 ///
 /// # Errors
 /// [`StoreError::Conflict`] when the row has another instance or another link;
-/// [`StoreError::UnreadableRow`] when its hash is malformed; otherwise when a statement fails.
+/// [`StoreError::UnreadableRow`] when its position is none; otherwise when a statement fails.
 #[instrument(level = "debug", skip_all, fields(chain = link.chain))]
 pub async fn register_chain(
     connection: &mut PgConnection,
@@ -52,10 +51,13 @@ pub async fn register_chain(
         let message = format!("audit chain {chain} is registered with another instance or link");
         return Err(StoreError::Conflict { message, cause: None });
     }
-    Ok(ChainHead {
-        seq: row.delivered_seq,
-        hash: digest("audit_chains", &link.chain, &row.delivered_hash)?,
-    })
+    let unreadable = |why| StoreError::unreadable_row("audit_chains", &link.chain, why);
+    let hash = Digest::from_bytes(&row.delivered_hash)
+        .ok_or_else(|| unreadable("delivered_hash is not a SHA-256"))?;
+    if !(0..i64::MAX).contains(&row.delivered_seq) {
+        return Err(unreadable("delivered_seq is not a number that a record can have"));
+    }
+    Ok(ChainHead { seq: row.delivered_seq, hash })
 }
 
 /// Creates the partition of a UTC day unless it exists.

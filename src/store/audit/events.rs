@@ -1,11 +1,12 @@
 //! Queries of audit events, in pages.
 
-use std::collections::BTreeMap;
-
-use sqlx::{PgPool, types::Json};
+use sqlx::PgPool;
 use tracing::instrument;
 
-use super::{filter::EventFilter, row::EventRow};
+use super::{
+    filter::EventFilter,
+    row::{Decoded, EventRow},
+};
 use crate::{audit::chain::StoredEvent, domain::clock::Timestamp, store::StoreError};
 
 /// Returns up to `limit` events after the position `after` (`at`, `chain`, `seq`), in the order of
@@ -17,23 +18,25 @@ use crate::{audit::chain::StoredEvent, domain::clock::Timestamp, store::StoreErr
 /// has seen already, by `chain` and `seq`.
 ///
 /// # Errors
-/// When the statement fails, or a row holds a malformed hash.
+/// When the statement fails.
 #[instrument(level = "debug", skip_all, fields(limit))]
 pub async fn events_after(
     pool: &PgPool,
     filter: &EventFilter,
     after: Option<(Timestamp, String, i64)>,
     limit: i64,
-) -> Result<Vec<StoredEvent>, StoreError> {
+) -> Result<Vec<Decoded<StoredEvent>>, StoreError> {
     let (since, until) = filter.times(after.as_ref().map(|(at, ..)| *at));
     let (after_at, after_chain, after_seq) =
         after.map_or((None, None, None), |(at, chain, seq)| (Some(at), Some(chain), Some(seq)));
     let rows = sqlx::query_as!(
         EventRow,
         r#"/* store::audit::events_after */
-        select instance, chain, seq, at, event, caller, caller_kind, peer, account, outcome, reason,
-            generation, token_fingerprint, trace_id, latency_us, count,
-            detail as "detail: Json<BTreeMap<String, String>>", prev_hash, hash
+        select instance as "instance?", chain, seq,
+            case when at >= '1970-01-01 00:00:00+00' and at < '10000-01-01 00:00:00+00' then at end as "at?",
+            event as "event?", caller, caller_kind, peer, account, outcome as "outcome?", reason,
+            generation, token_fingerprint, trace_id, latency_us, count as "count?",
+            detail::text as "detail?", prev_hash as "prev_hash?", hash as "hash?"
         from audit_events
         where at >= $1 and at < $2
             and ($3::text is null or account = $3)
@@ -56,7 +59,7 @@ pub async fn events_after(
     )
     .fetch_all(pool)
     .await?;
-    rows.into_iter().map(StoredEvent::try_from).collect()
+    Ok(rows.into_iter().map(EventRow::decode).collect())
 }
 
 /// Returns the last `n` events, in the order of [`events_after`].
@@ -68,14 +71,16 @@ pub async fn latest_events(
     pool: &PgPool,
     filter: &EventFilter,
     n: i64,
-) -> Result<Vec<StoredEvent>, StoreError> {
+) -> Result<Vec<Decoded<StoredEvent>>, StoreError> {
     let (since, until) = filter.times(None);
     let rows = sqlx::query_as!(
         EventRow,
         r#"/* store::audit::latest_events */
-        select instance, chain, seq, at, event, caller, caller_kind, peer, account, outcome, reason,
-            generation, token_fingerprint, trace_id, latency_us, count,
-            detail as "detail: Json<BTreeMap<String, String>>", prev_hash, hash
+        select instance as "instance?", chain, seq,
+            case when at >= '1970-01-01 00:00:00+00' and at < '10000-01-01 00:00:00+00' then at end as "at?",
+            event as "event?", caller, caller_kind, peer, account, outcome as "outcome?", reason,
+            generation, token_fingerprint, trace_id, latency_us, count as "count?",
+            detail::text as "detail?", prev_hash as "prev_hash?", hash as "hash?"
         from audit_events
         where at >= $1 and at < $2
             and ($3::text is null or account = $3)
@@ -94,5 +99,5 @@ pub async fn latest_events(
     )
     .fetch_all(pool)
     .await?;
-    rows.into_iter().rev().map(StoredEvent::try_from).collect()
+    Ok(rows.into_iter().rev().map(EventRow::decode).collect())
 }

@@ -75,16 +75,17 @@ impl PastRecords {
         let mut verifier = Verifier::new(Extent::Whole, Some(VerifyingKeys::from(&*self.keyring)));
         let mut snapshot = AuditSnapshot::open(&self.fixture.pool).await.unwrap();
         for claim in snapshot.claims().await.unwrap() {
+            let claim = claim.unwrap();
             let root = claim.root();
             verifier.add_chain(claim, root);
         }
         for receipt in snapshot.receipts().await.unwrap() {
-            verifier.add_receipt(receipt);
+            verifier.add_receipt(receipt.unwrap());
         }
         let filter = EventFilter::default();
         let events: Vec<_> = snapshot.events(&filter).try_collect().await.unwrap();
         for event in &events {
-            verifier.add_record(event);
+            verifier.add_record(event.as_ref().unwrap());
         }
         verifier.finish()
     }

@@ -163,7 +163,8 @@ fn journaled(state: &Path) -> Vec<StoredEvent> {
 }
 
 async fn delivered(pool: &PgPool) -> Vec<StoredEvent> {
-    events_after(pool, &EventFilter::default(), None, i64::MAX).await.unwrap()
+    let events = events_after(pool, &EventFilter::default(), None, i64::MAX).await.unwrap();
+    events.into_iter().map(Result::unwrap).collect()
 }
 
 #[tokio::test]

@@ -7,7 +7,10 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::draft_record::DraftRecord;
-use crate::{domain::caller::Caller, store::callers::CredentialKey};
+use crate::{
+    domain::caller::Caller, services::token_provider::CallRefusal, store::callers::CredentialKey,
+    tls::ClientCertificate,
+};
 
 /// The facts about a call that its RPC needs. The request carries them as an extension.
 #[derive(Clone)]
@@ -16,6 +19,8 @@ pub struct CallContext {
     pub caller: Arc<Caller>,
     /// The credential by which the caller was authenticated.
     pub credential: CredentialKey,
+    /// The client certificate, if the caller was authenticated by it.
+    pub certificate: Option<Arc<ClientCertificate>>,
     /// When the RPC must have answered: a little before the call's deadline, so that the answer, even an
     /// error, reaches the client in time.
     pub deadline: Instant,
@@ -23,6 +28,19 @@ pub struct CallContext {
     pub draft: DraftRecord,
     /// Cancelled when the connection drains. A stream must end then.
     pub draining: CancellationToken,
+}
+
+impl CallContext {
+    /// Checks that the client certificate which authenticated the caller, if any, is still accepted.
+    ///
+    /// # Errors
+    /// [`CallRefusal::CredentialRefused`] if it has ended or was revoked meanwhile.
+    pub fn check_certificate(&self) -> Result<(), CallRefusal> {
+        match self.certificate.as_ref().and_then(|certificate| certificate.refusal()) {
+            Some(_) => Err(CallRefusal::CredentialRefused),
+            None => Ok(()),
+        }
+    }
 }
 
 /// Returns the trace id in a W3C `traceparent` header, if it is well formed.

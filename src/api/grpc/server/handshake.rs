@@ -1,7 +1,7 @@
 //! The client's identity after a TLS handshake, and the audit records of connections that are refused before
 //! they make a call.
 
-use std::{io, net::SocketAddr, time::Duration};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio_rustls::server::TlsStream;
 use tracing::warn;
@@ -11,17 +11,20 @@ use crate::{
     audit::record::{Event, Record},
     domain::clock::Clock,
     services::refusal_aggregator::RefusalAggregator,
-    tls::PeerIdentity,
+    tls::{ClientCertificate, Tls},
 };
 
 /// How long the record may take to become durable. The connection counts against the limits meanwhile.
 const RECORD_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Returns the identity in the client's certificate, if the client presented one. The handshake has verified
-/// the certificate.
-pub(super) fn client_identity(stream: &TlsStream<Socket>) -> Option<PeerIdentity> {
+/// Returns the client's certificate, if the client presented one. The handshake has verified it.
+pub(super) fn client_certificate(
+    stream: &TlsStream<Socket>,
+    tls: &Arc<Tls>,
+) -> Option<ClientCertificate> {
     let (_, session) = stream.get_ref();
-    session.peer_certificates().and_then(|chain| chain.first()).map(PeerIdentity::of)
+    let chain = session.peer_certificates()?.iter().map(|it| it.clone().into_owned()).collect();
+    ClientCertificate::new(chain, Arc::clone(tls))
 }
 
 /// Records a TLS handshake that failed, unless the client only closed the connection, as TCP probes do.
@@ -75,6 +78,7 @@ fn reason(fault: &rustls::Error) -> &'static str {
             CertificateError::Expired | CertificateError::ExpiredContext { .. },
         ) => "CERTIFICATE_EXPIRED",
         Error::InvalidCertificate(CertificateError::UnknownIssuer) => "UNKNOWN_ISSUER",
+        Error::InvalidCertificate(CertificateError::Revoked) => "CERTIFICATE_REVOKED",
         Error::InvalidCertificate(_) | Error::NoCertificatesPresented => "CERTIFICATE_REFUSED",
         Error::InvalidMessage(_) | Error::InappropriateMessage { .. } => "NO_TLS",
         Error::AlertReceived(_) => "CLIENT_ALERT",

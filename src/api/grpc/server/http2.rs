@@ -12,6 +12,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tonic::{body::Body, service::Routes};
 use tower::{BoxError, Service};
+use tracing::debug;
 
 use super::request_body::RequestBody;
 use crate::api::grpc::{
@@ -54,7 +55,7 @@ pub(super) struct Lifetime {
 
 /// Serves the calls of a connection until the client closes it, or does not read its responses. The
 /// connection drains (GOAWAY: no new calls, and those in flight end) when it is too old, was idle for too
-/// long, or the server stops.
+/// long, its client certificate is not accepted any more, or the server stops.
 ///
 /// # Errors
 /// When the connection fails, its client does not read the responses, or the connection does not end within
@@ -70,7 +71,7 @@ where
 {
     let activity = ConnectionActivity::default();
     let service = {
-        let activity = activity.clone();
+        let (activity, peer) = (activity.clone(), peer.clone());
         service_fn(move |request: Request<Incoming>| {
             let (mut routes, mut call) = (routes.clone(), activity.begin_call());
             let path = request.uri().path();
@@ -110,6 +111,9 @@ where
         () = lifetime.stop.cancelled() => {}
         () = sleep(lifetime.max_age) => {}
         () = activity.idle() => {}
+        reason = peer.certificate_refused() => {
+            debug!(address = %peer.address, reason, "a connection ends with its certificate");
+        }
     }
     activity.draining().cancel();
     connection.as_mut().graceful_shutdown();
