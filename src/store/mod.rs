@@ -12,9 +12,11 @@ pub mod deployment;
 mod error;
 mod execution;
 pub mod instances;
+pub mod intake_keys;
 pub mod leases;
 pub mod migrate;
 pub mod retention;
+pub mod schema_trust;
 pub mod tokens;
 
 use std::{str::FromStr, time::Duration};
@@ -148,6 +150,29 @@ impl Database {
     /// When the server cannot be reached or a migration fails.
     pub async fn migrate(&self) -> Result<(), StoreError> {
         Schema::of_this_release()?.apply(&self.options).await
+    }
+
+    /// Checks that nobody but the owner of the tables can put functions in the place of those that statements
+    /// mean: see [`schema_trust`].
+    ///
+    /// # Errors
+    /// [`StoreError::UnsafeSchema`] says what has to be changed; otherwise the database's error.
+    pub async fn check_schema_trust(&self) -> Result<(), StoreError> {
+        let mut connection = self.options.connect().await?;
+        let faults = schema_trust::faults(&mut connection).await?;
+        connection.close().await?;
+        if faults.is_empty() { Ok(()) } else { Err(StoreError::UnsafeSchema(faults)) }
+    }
+
+    /// Returns the server and the database that the options name: host, port and database, without the user. A
+    /// Unix socket counts as a host by its directory.
+    #[must_use]
+    pub fn location(&self) -> String {
+        let options = &self.options;
+        let socket = options.get_socket().map(|path| path.display().to_string());
+        let host = socket.unwrap_or_else(|| options.get_host().to_owned());
+        let database = options.get_database().unwrap_or_else(|| options.get_username());
+        format!("{host}:{}/{database}", options.get_port())
     }
 
     /// Checks that the schema has every migration of this release.

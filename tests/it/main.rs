@@ -28,6 +28,7 @@ mod processes;
 mod refresh;
 mod refresh_rules;
 mod restored;
+mod rights;
 mod roles;
 mod serving;
 mod upstream;
