@@ -7,7 +7,8 @@
 --
 -- Run it after each migration, as the owner of the tables (the role that runs `migrate`). The first time, that
 -- role must be allowed to create roles. The script can be repeated. It revokes privileges that an earlier
--- release's script granted and this one does not grant.
+-- release's script granted and this one does not grant. It also takes the right to create objects in the schema
+-- from everybody but its owner, and fails if it cannot.
 --
 -- Triggers write into tables that the writing role may not write to (`changes`, `refreshes`): they run with the
 -- rights of the tables' owner. No role may TRUNCATE a table, and none may UPDATE or DELETE audit records.
@@ -16,8 +17,13 @@ begin;
 
 do $$
 declare
+    tables_schema name := pg_catalog.current_schema();
+    path text := pg_catalog.current_setting('search_path');
     role_name text;
+    others text;
 begin
+    -- Somebody may have created functions in the schema that match the calls below better than Postgres's own.
+    perform pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);
     foreach role_name in array array['token_broker_runtime', 'token_broker_accounts',
         'token_broker_access', 'token_broker_auditor']
     loop
@@ -26,9 +32,27 @@ begin
         exception when duplicate_object or unique_violation then
             null;
         end;
-        execute format('revoke all on all tables in schema public from %I', role_name);
-        execute format('grant usage on schema public to %I', role_name);
+        execute format('revoke all on all tables in schema %I from %I', tables_schema, role_name);
+        execute format('revoke create on schema %I from %I', tables_schema, role_name);
+        execute format('grant usage on schema %I to %I', tables_schema, role_name);
     end loop;
+
+    -- Whoever may create objects in the schema could create a function or operator that a statement of the broker
+    -- or of an admin takes for one of Postgres. Before Postgres 15 everybody may, and an upgrade keeps that.
+    execute format('revoke create on schema %I from public', tables_schema);
+    select string_agg(case when c.grantee = 0 then 'public' else quote_ident(pg_get_userbyid(c.grantee)) end, ', ')
+        into others
+        from pg_namespace n, aclexplode(coalesce(n.nspacl, acldefault('n', n.nspowner))) c
+        where n.nspname = tables_schema and c.privilege_type = 'CREATE' and c.grantee <> n.nspowner
+            and c.grantee not in (select oid from pg_roles where rolsuper or rolname = 'pg_database_owner')
+            and c.grantee not in (
+                select relowner from pg_class where relnamespace = n.oid and relname = 'accounts');
+    if others is not null then
+        raise exception using errcode = 'insufficient_privilege',
+            message = format('others than the owner may create objects in schema %I: %s', tables_schema, others),
+            hint = format('As the owner of the schema: revoke create on schema %I from %s', tables_schema, others);
+    end if;
+    perform set_config('search_path', path, true);
 end
 $$;
 
@@ -45,9 +69,12 @@ grant select, insert, update on refreshes to token_broker_runtime;
 grant select, insert, update, delete on tokens to token_broker_runtime;
 grant select, update on upstream_pace to token_broker_runtime;
 grant select, insert, update on deployment to token_broker_runtime;
-grant select, insert, update, delete on intake_keys, instances to token_broker_runtime;
+grant select, insert, update on instances to token_broker_runtime;
+-- Only the owner of the tables publishes an intake key, to which admins seal secrets: `keys publish`.
+grant select on intake_keys, unrecorded_changes, unaudited_changes to token_broker_runtime;
 grant select, update (recorder, audited_at) on changes to token_broker_runtime;
-grant select, insert, update on audit_chains to token_broker_runtime;
+grant select, insert, update (delivered_seq, delivered_hash, delivered_at, retired, retired_at)
+    on audit_chains to token_broker_runtime;
 grant select, insert on audit_events, audit_heads, audit_pruning_receipts to token_broker_runtime;
 grant select on audit_retention to token_broker_runtime;
 grant execute on function audit_ensure_partition(date), audit_lock_day(date), audit_prune(date, boolean)
@@ -92,7 +119,8 @@ grant
 -- changes, and writes nothing.
 grant
     select
-    on audit_chains, audit_pruning_receipts, audit_events, audit_heads, audit_retention, changes, instances
+    on audit_chains, audit_pruning_receipts, audit_events, audit_heads, audit_retention, changes, instances,
+        unrecorded_changes, unaudited_changes
     to token_broker_auditor;
 
 commit;

@@ -1,15 +1,16 @@
--- version: 1 (raise it with each change of this file)
+-- version: 2 (raise it with each change of this file)
 --
 -- Functions that the triggers of several tables call.
 
--- The functions below keep this search path. The temporary schema comes last in it: a caller must not be able
--- to put objects of its own before the ones that a function means.
-select set_config('search_path', quote_ident(current_schema()) || ', pg_temp', false);
+-- Names are resolved in pg_catalog alone, both now and when a function runs. Our own objects are named with
+-- their schema, for which `@schema@` stands. So nobody can put another object in the place of the one that is
+-- meant, even if others may create objects in that schema.
+set local search_path = pg_catalog, pg_temp;
 
 -- Refuses a row with an error that does not contain the row.
-create or replace function token_broker_refuse(message text, column_name text) returns void
+create or replace function @schema@.token_broker_refuse(message text, column_name text) returns void
 language plpgsql
-set search_path from current as $$
+set search_path = pg_catalog, pg_temp as $$
 begin
     raise exception using errcode = 'check_violation', message = message, column = column_name;
 end
@@ -18,24 +19,24 @@ $$;
 -- Whether `value` has 1 to `longest` characters, none of them white space or control characters. The
 -- characters are listed because regular expression classes depend on the database's locale. The broker must
 -- be able to read every value that passes here.
-create or replace function token_broker_is_printable(value text, longest integer) returns boolean
+create or replace function @schema@.token_broker_is_printable(value text, longest integer) returns boolean
 language sql immutable
-set search_path from current as $$
+set search_path = pg_catalog, pg_temp as $$
     select char_length(value) between 1 and longest
         and value !~ '[\u0001-\u0020\u007f-\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]'
 $$;
 
 -- Whether `at` is finite and within the range that every client can represent.
-create or replace function token_broker_is_time(at timestamptz) returns boolean
+create or replace function @schema@.token_broker_is_time(at timestamptz) returns boolean
 language sql immutable
-set search_path from current as $$
+set search_path = pg_catalog, pg_temp as $$
     select at between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'
 $$;
 
 -- Returns `{"<name>": "<a> → <b>"}` when `a` and `b` differ, else `{}`.
-create or replace function token_broker_differs(name text, a text, b text) returns jsonb
+create or replace function @schema@.token_broker_differs(name text, a text, b text) returns jsonb
 language sql immutable
-set search_path from current as $$
+set search_path = pg_catalog, pg_temp as $$
     select case when a is distinct from b
         then jsonb_build_object(name, coalesce(a, 'none') || ' → ' || coalesce(b, 'none'))
         else '{}'::jsonb end
@@ -43,20 +44,20 @@ $$;
 
 -- Records a change and wakes the brokers. Only trigger functions that run with the rights of the tables'
 -- owner call it: other roles may not insert into `changes`.
-create or replace function token_broker_change(
+create or replace function @schema@.token_broker_change(
     table_name text, operation text, row_id bigint, subject text, what jsonb
 ) returns void
 language sql
-set search_path from current as $$
-    insert into changes (table_name, operation, row_id, subject, what)
+set search_path = pg_catalog, pg_temp as $$
+    insert into @schema@.changes (table_name, operation, row_id, subject, what)
     values (table_name, lower(operation), row_id, subject, what);
     select pg_notify('token_broker_changes', '');
 $$;
 
 -- TRUNCATE runs no row triggers, so it would remove rows without recording the change.
-create or replace function token_broker_no_truncate() returns trigger
+create or replace function @schema@.token_broker_no_truncate() returns trigger
 language plpgsql
-set search_path from current as $$
+set search_path = pg_catalog, pg_temp as $$
 begin
     raise exception using errcode = 'insufficient_privilege',
         message = format('%s cannot be truncated; delete rows instead', tg_table_name);

@@ -1,41 +1,42 @@
--- version: 1 (raise it with each change of this file)
+-- version: 2 (raise it with each change of this file)
 --
 -- What happens when a row of `accounts` is written: its values are checked, a new secret begins a new
 -- credential version, and the change is recorded.
 
--- The functions below keep this search path. The temporary schema comes last in it: a caller must not be able
--- to put objects of its own before the ones that a function means.
-select set_config('search_path', quote_ident(current_schema()) || ', pg_temp', false);
+-- Names are resolved in pg_catalog alone, both now and when a function runs. Our own objects are named with
+-- their schema, for which `@schema@` stands. So nobody can put another object in the place of the one that is
+-- meant, even if others may create objects in that schema.
+set local search_path = pg_catalog, pg_temp;
 
 -- Runs with the rights of the tables' owner: a role that may write accounts need not be able to read tokens and
 -- refreshes.
-create or replace function accounts_validate() returns trigger
+create or replace function @schema@.accounts_validate() returns trigger
 language plpgsql security definer
-set search_path from current as $$
+set search_path = pg_catalog, pg_temp as $$
 declare
     new_secret boolean;
     new_login boolean;
 begin
     if new.name is null or new.name !~ '^[a-z0-9][a-z0-9._-]{0,62}$' then
-        perform token_broker_refuse('accounts.name must match [a-z0-9][a-z0-9._-]{0,62}', 'name');
+        perform @schema@.token_broker_refuse('accounts.name must match [a-z0-9][a-z0-9._-]{0,62}', 'name');
     end if;
     if new.provider is null or new.provider <> 'rcs' then
-        perform token_broker_refuse('accounts.provider must be rcs', 'provider');
+        perform @schema@.token_broker_refuse('accounts.provider must be rcs', 'provider');
     end if;
-    if token_broker_is_printable(new.client_id, 20) is not true then
-        perform token_broker_refuse(
+    if @schema@.token_broker_is_printable(new.client_id, 20) is not true then
+        perform @schema@.token_broker_refuse(
             'accounts.client_id must have 1 to 20 characters without white space', 'client_id');
     end if;
     if new.enabled is null then
-        perform token_broker_refuse('accounts.enabled must be true or false', 'enabled');
+        perform @schema@.token_broker_refuse('accounts.enabled must be true or false', 'enabled');
     end if;
     new.description := coalesce(new.description, '');
     if char_length(new.description) > 1000 then
-        perform token_broker_refuse(
+        perform @schema@.token_broker_refuse(
             'accounts.description must have at most 1000 characters', 'description');
     end if;
-    if not token_broker_is_time(new.reissue_requested_at) then
-        perform token_broker_refuse(
+    if not @schema@.token_broker_is_time(new.reissue_requested_at) then
+        perform @schema@.token_broker_refuse(
             'accounts.reissue_requested_at must be a time between 1970 and 9999',
             'reissue_requested_at');
     end if;
@@ -43,20 +44,20 @@ begin
     if new.reissue_requested_at > now() then
         new.reissue_requested_at := now();
     end if;
-    if token_broker_is_time(new.created_at) is not true then
-        perform token_broker_refuse(
+    if @schema@.token_broker_is_time(new.created_at) is not true then
+        perform @schema@.token_broker_refuse(
             'accounts.created_at must be a time between 1970 and 9999', 'created_at');
     end if;
-    if token_broker_is_time(new.updated_at) is not true then
-        perform token_broker_refuse(
+    if @schema@.token_broker_is_time(new.updated_at) is not true then
+        perform @schema@.token_broker_refuse(
             'accounts.updated_at must be a time between 1970 and 9999', 'updated_at');
     end if;
     if new.credential_version is null then
-        perform token_broker_refuse(
+        perform @schema@.token_broker_refuse(
             'accounts.credential_version is not to be set', 'credential_version');
     end if;
     if new.id is null then
-        perform token_broker_refuse('accounts.id is not to be set', 'id');
+        perform @schema@.token_broker_refuse('accounts.id is not to be set', 'id');
     end if;
 
     -- `echo` and editors add one trailing newline.
@@ -64,31 +65,36 @@ begin
     if new.client_secret like 'sealed:%' then
         if new.client_secret !~ '^sealed:v1:[a-z0-9]{1,32}:[A-Za-z0-9_-]{40,}$'
            or char_length(new.client_secret) > 500 then
-            perform token_broker_refuse(
+            perform @schema@.token_broker_refuse(
                 'accounts.client_secret starts with sealed: but is not what account seal prints',
                 'client_secret');
         end if;
-    elsif not token_broker_is_printable(new.client_secret, 18) then
-        perform token_broker_refuse(
+    elsif not @schema@.token_broker_is_printable(new.client_secret, 18) then
+        perform @schema@.token_broker_refuse(
             'accounts.client_secret must have 1 to 18 characters without white space',
             'client_secret');
     end if;
 
     if tg_op = 'INSERT' then
         if new.client_secret is null and new.sealed_secret is null then
-            perform token_broker_refuse('accounts.client_secret is required', 'client_secret');
+            perform @schema@.token_broker_refuse('accounts.client_secret is required', 'client_secret');
         end if;
         return new;
     end if;
 
     if new.id <> old.id then
-        perform token_broker_refuse('accounts.id cannot be changed', 'id');
+        perform @schema@.token_broker_refuse('accounts.id cannot be changed', 'id');
+    end if;
+    -- Grants name accounts. A new name could bring an account's tokens to callers to whom nobody granted them.
+    if new.name <> old.name then
+        perform @schema@.token_broker_refuse(
+            'accounts.name cannot be changed, since grants name it: add an account of the new name', 'name');
     end if;
     new_secret := new.client_secret is not null
         and new.client_secret is distinct from old.client_secret;
     new_login := new.client_id <> old.client_id or new.provider <> old.provider;
     if new_login and not new_secret then
-        perform token_broker_refuse(
+        perform @schema@.token_broker_refuse(
             'accounts.client_id can only be changed together with client_secret', 'client_id');
     end if;
     new.credential_version := old.credential_version;
@@ -101,9 +107,9 @@ begin
             new.previous_secret := null;
             new.previous_version := null;
         elsif old.previous_secret is null and old.sealed_secret is not null
-            and exists (select from tokens
+            and exists (select from @schema@.tokens
                 where account_id = old.id and credential_version = old.credential_version)
-            and not exists (select from refreshes
+            and not exists (select from @schema@.refreshes
                 where account_id = old.id and error_version = old.credential_version
                     and error_class in ('rejected', 'intake'))
         then
@@ -117,27 +123,37 @@ begin
 end
 $$;
 
-revoke execute on function accounts_validate() from public;
+revoke execute on function @schema@.accounts_validate() from public;
 
-create or replace trigger accounts_validate before insert or update on accounts
-    for each row execute function accounts_validate();
+create or replace trigger accounts_validate before insert or update on @schema@.accounts
+    for each row execute function @schema@.accounts_validate();
 
-create or replace function accounts_changed() returns trigger
+-- Returns the columns that decide who gets which tokens, as text. Each change records it, so that the row can be
+-- compared with its last recorded change.
+create or replace function @schema@.accounts_state(it @schema@.accounts) returns text
+language sql immutable
+set search_path = pg_catalog, pg_temp as $$
+    select format('name=%L client_id=%L enabled=%L credential_version=%L',
+        it.name, it.client_id, it.enabled, it.credential_version)
+$$;
+
+create or replace function @schema@.accounts_changed() returns trigger
 language plpgsql security definer
-set search_path from current as $$
+set search_path = pg_catalog, pg_temp as $$
 declare
     what jsonb := '{}';
 begin
     if tg_op = 'INSERT' then
-        insert into refreshes (account_id) values (new.id);
-        what := jsonb_build_object('client_id', new.client_id, 'enabled', new.enabled::text);
-        perform token_broker_change('accounts', tg_op, new.id, new.name, what);
+        insert into @schema@.refreshes (account_id) values (new.id);
+        what := jsonb_build_object('client_id', new.client_id, 'enabled', new.enabled::text,
+            'state', @schema@.accounts_state(new));
+        perform @schema@.token_broker_change('accounts', tg_op, new.id, new.name, what);
     elsif tg_op = 'UPDATE' then
-        what := token_broker_differs('name', old.name, new.name)
-            || token_broker_differs('client_id', old.client_id, new.client_id)
-            || token_broker_differs('enabled', old.enabled::text, new.enabled::text)
-            || token_broker_differs('description', old.description, new.description)
-            || token_broker_differs('credential_version',
+        what := jsonb_build_object('state', @schema@.accounts_state(new))
+            || @schema@.token_broker_differs('client_id', old.client_id, new.client_id)
+            || @schema@.token_broker_differs('enabled', old.enabled::text, new.enabled::text)
+            || @schema@.token_broker_differs('description', old.description, new.description)
+            || @schema@.token_broker_differs('credential_version',
                 old.credential_version::text, new.credential_version::text);
         if new.reissue_requested_at is distinct from old.reissue_requested_at then
             what := what || '{"reissue": "requested"}';
@@ -149,18 +165,18 @@ begin
         if old.previous_secret is not null and new.previous_secret is null then
             what := what || '{"previous_secret": "dropped"}';
         end if;
-        perform token_broker_change('accounts', tg_op, new.id, new.name, what);
+        perform @schema@.token_broker_change('accounts', tg_op, new.id, new.name, what);
     else
-        perform token_broker_change('accounts', tg_op, old.id, old.name,
+        perform @schema@.token_broker_change('accounts', tg_op, old.id, old.name,
             jsonb_build_object('client_id', old.client_id));
     end if;
     return null;
 end
 $$;
 
-revoke execute on function accounts_changed() from public;
+revoke execute on function @schema@.accounts_changed() from public;
 
-create or replace trigger accounts_changed after insert or update or delete on accounts
-    for each row execute function accounts_changed();
-create or replace trigger accounts_no_truncate before truncate on accounts
-    for each statement execute function token_broker_no_truncate();
+create or replace trigger accounts_changed after insert or update or delete on @schema@.accounts
+    for each row execute function @schema@.accounts_changed();
+create or replace trigger accounts_no_truncate before truncate on @schema@.accounts
+    for each statement execute function @schema@.token_broker_no_truncate();

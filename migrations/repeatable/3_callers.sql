@@ -1,178 +1,212 @@
--- version: 1 (raise it with each change of this file)
+-- version: 2 (raise it with each change of this file)
 --
 -- What happens when a row of `callers`, `caller_credentials` or `grants` is written: its values are checked and
 -- the change is recorded.
 
--- The functions below keep this search path. The temporary schema comes last in it: a caller must not be able
--- to put objects of its own before the ones that a function means.
-select set_config('search_path', quote_ident(current_schema()) || ', pg_temp', false);
+-- Names are resolved in pg_catalog alone, both now and when a function runs. Our own objects are named with
+-- their schema, for which `@schema@` stands. So nobody can put another object in the place of the one that is
+-- meant, even if others may create objects in that schema.
+set local search_path = pg_catalog, pg_temp;
 
-create or replace function callers_validate() returns trigger
+create or replace function @schema@.callers_validate() returns trigger
 language plpgsql
-set search_path from current as $$
+set search_path = pg_catalog, pg_temp as $$
 begin
     if new.name is null or new.name !~ '^[a-z0-9][a-z0-9._-]{0,62}$' then
-        perform token_broker_refuse('callers.name must match [a-z0-9][a-z0-9._-]{0,62}', 'name');
+        perform @schema@.token_broker_refuse('callers.name must match [a-z0-9][a-z0-9._-]{0,62}', 'name');
     end if;
     if new.enabled is null then
-        perform token_broker_refuse('callers.enabled must be true or false', 'enabled');
+        perform @schema@.token_broker_refuse('callers.enabled must be true or false', 'enabled');
     end if;
     if new.rate_limit is not null and new.rate_limit not between 1 and 1000000 then
-        perform token_broker_refuse('callers.rate_limit must be 1 to 1000000', 'rate_limit');
+        perform @schema@.token_broker_refuse('callers.rate_limit must be 1 to 1000000', 'rate_limit');
     end if;
     new.description := coalesce(new.description, '');
-    if token_broker_is_time(new.created_at) is not true then
-        perform token_broker_refuse(
+    if @schema@.token_broker_is_time(new.created_at) is not true then
+        perform @schema@.token_broker_refuse(
             'callers.created_at must be a time between 1970 and 9999', 'created_at');
     end if;
     new.updated_at := now();
     if tg_op = 'UPDATE' and new.id <> old.id then
-        perform token_broker_refuse('callers.id cannot be changed', 'id');
+        perform @schema@.token_broker_refuse('callers.id cannot be changed', 'id');
+    end if;
+    -- Audit records name callers. With a new name, the earlier records would seem to be of another caller.
+    if tg_op = 'UPDATE' and new.name <> old.name then
+        perform @schema@.token_broker_refuse(
+            'callers.name cannot be changed, since audit records name it: add a caller of the new name', 'name');
     end if;
     return new;
 end
 $$;
 
-create or replace trigger callers_validate before insert or update on callers
-    for each row execute function callers_validate();
+create or replace trigger callers_validate before insert or update on @schema@.callers
+    for each row execute function @schema@.callers_validate();
 
-create or replace function callers_changed() returns trigger
+-- Returns the columns that decide who gets which tokens, as text: see accounts_state.
+create or replace function @schema@.callers_state(it @schema@.callers) returns text
+language sql immutable
+set search_path = pg_catalog, pg_temp as $$
+    select format('name=%L enabled=%L rate_limit=%L', it.name, it.enabled, it.rate_limit)
+$$;
+
+create or replace function @schema@.callers_changed() returns trigger
 language plpgsql security definer
-set search_path from current as $$
+set search_path = pg_catalog, pg_temp as $$
 declare
     what jsonb := '{}';
 begin
     if tg_op = 'INSERT' then
-        what := jsonb_strip_nulls(jsonb_build_object('rate_limit', new.rate_limit::text));
+        what := jsonb_strip_nulls(jsonb_build_object('rate_limit', new.rate_limit::text,
+            'state', @schema@.callers_state(new)));
     elsif tg_op = 'UPDATE' then
-        what := token_broker_differs('name', old.name, new.name)
-            || token_broker_differs('enabled', old.enabled::text, new.enabled::text)
-            || token_broker_differs('rate_limit', old.rate_limit::text, new.rate_limit::text)
-            || token_broker_differs('description', old.description, new.description);
+        what := jsonb_build_object('state', @schema@.callers_state(new))
+            || @schema@.token_broker_differs('enabled', old.enabled::text, new.enabled::text)
+            || @schema@.token_broker_differs('rate_limit', old.rate_limit::text, new.rate_limit::text)
+            || @schema@.token_broker_differs('description', old.description, new.description);
     end if;
     if tg_op = 'DELETE' then
-        perform token_broker_change('callers', tg_op, old.id, old.name, what);
+        perform @schema@.token_broker_change('callers', tg_op, old.id, old.name, what);
     else
-        perform token_broker_change('callers', tg_op, new.id, new.name, what);
+        perform @schema@.token_broker_change('callers', tg_op, new.id, new.name, what);
     end if;
     return null;
 end
 $$;
 
-revoke execute on function callers_changed() from public;
+revoke execute on function @schema@.callers_changed() from public;
 
-create or replace trigger callers_changed after insert or update or delete on callers
-    for each row execute function callers_changed();
-create or replace trigger callers_no_truncate before truncate on callers
-    for each statement execute function token_broker_no_truncate();
+create or replace trigger callers_changed after insert or update or delete on @schema@.callers
+    for each row execute function @schema@.callers_changed();
+create or replace trigger callers_no_truncate before truncate on @schema@.callers
+    for each statement execute function @schema@.token_broker_no_truncate();
 
-create or replace function caller_credentials_validate() returns trigger
+create or replace function @schema@.caller_credentials_validate() returns trigger
 language plpgsql
-set search_path from current as $$
+set search_path = pg_catalog, pg_temp as $$
 begin
     new.description := coalesce(new.description, '');
     if new.caller_id is null then
-        perform token_broker_refuse('caller_credentials.caller_id is required', 'caller_id');
+        perform @schema@.token_broker_refuse('caller_credentials.caller_id is required', 'caller_id');
     end if;
     if new.kind is null or new.kind not in ('bearer', 'spiffe', 'dns') then
-        perform token_broker_refuse(
+        perform @schema@.token_broker_refuse(
             'caller_credentials.kind must be bearer, spiffe or dns', 'kind');
     end if;
     if new.kind = 'bearer' and octet_length(new.bearer_sha256) is distinct from 32 then
-        perform token_broker_refuse(
+        perform @schema@.token_broker_refuse(
             'caller_credentials.bearer_sha256 must have 32 bytes', 'bearer_sha256');
     end if;
     if new.kind = 'bearer' and new.identity is not null then
-        perform token_broker_refuse(
+        perform @schema@.token_broker_refuse(
             'caller_credentials.identity is for the kinds spiffe and dns', 'identity');
     end if;
     if new.kind <> 'bearer' and new.bearer_sha256 is not null then
-        perform token_broker_refuse(
+        perform @schema@.token_broker_refuse(
             'caller_credentials.bearer_sha256 is for the kind bearer', 'bearer_sha256');
     end if;
     if new.kind = 'spiffe' and (new.identity is null
        or new.identity !~ '^spiffe://[a-z0-9._-]{1,255}(/[A-Za-z0-9._-]+)+$') then
-        perform token_broker_refuse(
+        perform @schema@.token_broker_refuse(
             'caller_credentials.identity must be spiffe://trust-domain/path', 'identity');
     end if;
     if new.kind = 'dns' and (new.identity is null or char_length(new.identity) > 253
        or new.identity !~ '^[a-z0-9][a-z0-9-]{0,62}(\.[a-z0-9][a-z0-9-]{0,62})*$') then
-        perform token_broker_refuse(
+        perform @schema@.token_broker_refuse(
             'caller_credentials.identity must be a DNS name in lower case', 'identity');
     end if;
-    if not token_broker_is_time(new.ends_at) then
-        perform token_broker_refuse(
+    if not @schema@.token_broker_is_time(new.ends_at) then
+        perform @schema@.token_broker_refuse(
             'caller_credentials.ends_at must be a time between 1970 and 9999', 'ends_at');
     end if;
-    if not token_broker_is_time(new.revoked_at) then
-        perform token_broker_refuse(
+    if not @schema@.token_broker_is_time(new.revoked_at) then
+        perform @schema@.token_broker_refuse(
             'caller_credentials.revoked_at must be a time between 1970 and 9999', 'revoked_at');
     end if;
-    if token_broker_is_time(new.created_at) is not true then
-        perform token_broker_refuse(
+    if @schema@.token_broker_is_time(new.created_at) is not true then
+        perform @schema@.token_broker_refuse(
             'caller_credentials.created_at must be a time between 1970 and 9999', 'created_at');
     end if;
     if tg_op = 'UPDATE' and (new.id, new.caller_id) is distinct from (old.id, old.caller_id) then
-        perform token_broker_refuse(
+        perform @schema@.token_broker_refuse(
             'caller_credentials.id and caller_id cannot be changed', 'caller_id');
     end if;
     return new;
 end
 $$;
 
-create or replace trigger caller_credentials_validate before insert or update on caller_credentials
-    for each row execute function caller_credentials_validate();
+create or replace trigger caller_credentials_validate before insert or update on @schema@.caller_credentials
+    for each row execute function @schema@.caller_credentials_validate();
 
 -- Returns a caller's name, or its number when the caller is gone: a cascading delete removes it before its
 -- credentials and grants.
-create or replace function token_broker_caller_name(caller bigint) returns text
+create or replace function @schema@.token_broker_caller_name(caller bigint) returns text
 language sql stable
-set search_path from current as $$
-    select coalesce((select name from callers where id = caller), '#' || caller)
+set search_path = pg_catalog, pg_temp as $$
+    select coalesce((select name from @schema@.callers where id = caller), '#' || caller)
 $$;
 
-create or replace function caller_credentials_changed() returns trigger
+-- Returns a time as text that does not depend on the session's settings.
+create or replace function @schema@.token_broker_time(at timestamptz) returns text
+language sql immutable
+set search_path = pg_catalog, pg_temp as $$
+    select to_char(at at time zone 'UTC', 'YYYY-MM-DD HH24:MI:SS.US')
+$$;
+
+-- Returns the columns that decide who gets which tokens, as text: see accounts_state. The hash of a bearer is
+-- hashed again, so that whoever reads changes does not learn it.
+create or replace function @schema@.caller_credentials_state(it @schema@.caller_credentials) returns text
+language sql immutable
+set search_path = pg_catalog, pg_temp as $$
+    select format('caller=%L kind=%L identity=%L bearer=%L ends_at=%L revoked_at=%L',
+        it.caller_id, it.kind, it.identity, left(encode(sha256(it.bearer_sha256), 'hex'), 32),
+        @schema@.token_broker_time(it.ends_at), @schema@.token_broker_time(it.revoked_at))
+$$;
+
+create or replace function @schema@.caller_credentials_changed() returns trigger
 language plpgsql security definer
-set search_path from current as $$
+set search_path = pg_catalog, pg_temp as $$
 declare
-    it caller_credentials := case when tg_op = 'DELETE' then old else new end;
+    it @schema@.caller_credentials := case when tg_op = 'DELETE' then old else new end;
     what jsonb;
 begin
     what := jsonb_strip_nulls(jsonb_build_object('credential', it.id::text, 'kind', it.kind,
         'identity', it.identity, 'ends_at', it.ends_at::text));
     if tg_op = 'UPDATE' then
         what := what
-            || token_broker_differs('identity', old.identity, new.identity)
-            || token_broker_differs('ends_at', old.ends_at::text, new.ends_at::text)
-            || token_broker_differs('revoked_at', old.revoked_at::text, new.revoked_at::text);
+            || @schema@.token_broker_differs('identity', old.identity, new.identity)
+            || @schema@.token_broker_differs('ends_at', old.ends_at::text, new.ends_at::text)
+            || @schema@.token_broker_differs('revoked_at', old.revoked_at::text, new.revoked_at::text);
         if new.bearer_sha256 is distinct from old.bearer_sha256 then
             what := what || '{"bearer": "replaced"}';
         end if;
     end if;
-    perform token_broker_change('caller_credentials', tg_op, it.id,
-        token_broker_caller_name(it.caller_id), what);
+    if tg_op <> 'DELETE' then
+        what := what || jsonb_build_object('state', @schema@.caller_credentials_state(it));
+    end if;
+    perform @schema@.token_broker_change('caller_credentials', tg_op, it.id,
+        @schema@.token_broker_caller_name(it.caller_id), what);
     return null;
 end
 $$;
 
-revoke execute on function caller_credentials_changed() from public;
+revoke execute on function @schema@.caller_credentials_changed() from public;
 
-create or replace trigger caller_credentials_changed after insert or update or delete on caller_credentials
-    for each row execute function caller_credentials_changed();
-create or replace trigger caller_credentials_no_truncate before truncate on caller_credentials
-    for each statement execute function token_broker_no_truncate();
+create or replace trigger caller_credentials_changed after insert or update or delete on @schema@.caller_credentials
+    for each row execute function @schema@.caller_credentials_changed();
+create or replace trigger caller_credentials_no_truncate before truncate on @schema@.caller_credentials
+    for each statement execute function @schema@.token_broker_no_truncate();
 
-create or replace function grants_validate() returns trigger
+create or replace function @schema@.grants_validate() returns trigger
 language plpgsql
-set search_path from current as $$
+set search_path = pg_catalog, pg_temp as $$
 begin
     if new.caller_id is null then
-        perform token_broker_refuse('grants.caller_id is required', 'caller_id');
+        perform @schema@.token_broker_refuse('grants.caller_id is required', 'caller_id');
     end if;
     -- An account's name with at most one `*` in it, or `*` alone.
     if new.pattern is null or char_length(new.pattern) > 63
        or new.pattern !~ '^([a-z0-9][a-z0-9._-]*\*?[a-z0-9._-]*|\*[a-z0-9._-]*)$' then
-        perform token_broker_refuse(
+        perform @schema@.token_broker_refuse(
             'grants.pattern must be an account name in which one * may stand for any characters',
             'pattern');
     end if;
@@ -181,52 +215,63 @@ begin
        or array_ndims(new.rights) <> 1 or array_lower(new.rights, 1) <> 1
        or array_position(new.rights, null) is not null
        or not new.rights <@ array['get', 'report', 'list'] then
-        perform token_broker_refuse(
+        perform @schema@.token_broker_refuse(
             'grants.rights must be some of get, report, list', 'rights');
     end if;
-    if not token_broker_is_time(new.ends_at) then
-        perform token_broker_refuse(
+    if not @schema@.token_broker_is_time(new.ends_at) then
+        perform @schema@.token_broker_refuse(
             'grants.ends_at must be a time between 1970 and 9999', 'ends_at');
     end if;
-    if token_broker_is_time(new.created_at) is not true then
-        perform token_broker_refuse(
+    if @schema@.token_broker_is_time(new.created_at) is not true then
+        perform @schema@.token_broker_refuse(
             'grants.created_at must be a time between 1970 and 9999', 'created_at');
     end if;
     if tg_op = 'UPDATE' and (new.id, new.caller_id) is distinct from (old.id, old.caller_id) then
-        perform token_broker_refuse('grants.id and caller_id cannot be changed', 'caller_id');
+        perform @schema@.token_broker_refuse('grants.id and caller_id cannot be changed', 'caller_id');
     end if;
     return new;
 end
 $$;
 
-create or replace trigger grants_validate before insert or update on grants
-    for each row execute function grants_validate();
+create or replace trigger grants_validate before insert or update on @schema@.grants
+    for each row execute function @schema@.grants_validate();
 
-create or replace function grants_changed() returns trigger
+-- Returns the columns that decide who gets which tokens, as text: see accounts_state.
+create or replace function @schema@.grants_state(it @schema@.grants) returns text
+language sql immutable
+set search_path = pg_catalog, pg_temp as $$
+    select format('caller=%L pattern=%L rights=%L ends_at=%L', it.caller_id, it.pattern,
+        array_to_string(it.rights, ','), @schema@.token_broker_time(it.ends_at))
+$$;
+
+create or replace function @schema@.grants_changed() returns trigger
 language plpgsql security definer
-set search_path from current as $$
+set search_path = pg_catalog, pg_temp as $$
 declare
-    it grants := case when tg_op = 'DELETE' then old else new end;
+    it @schema@.grants := case when tg_op = 'DELETE' then old else new end;
     what jsonb;
 begin
     what := jsonb_strip_nulls(jsonb_build_object('grant', it.id::text, 'pattern', it.pattern,
         'rights', array_to_string(it.rights, ','), 'ends_at', it.ends_at::text));
     if tg_op = 'UPDATE' then
         what := what
-            || token_broker_differs('pattern', old.pattern, new.pattern)
-            || token_broker_differs('rights',
+            || @schema@.token_broker_differs('pattern', old.pattern, new.pattern)
+            || @schema@.token_broker_differs('rights',
                 array_to_string(old.rights, ','), array_to_string(new.rights, ','))
-            || token_broker_differs('ends_at', old.ends_at::text, new.ends_at::text);
+            || @schema@.token_broker_differs('ends_at', old.ends_at::text, new.ends_at::text);
     end if;
-    perform token_broker_change('grants', tg_op, it.id,
-        token_broker_caller_name(it.caller_id), what);
+    if tg_op <> 'DELETE' then
+        what := what || jsonb_build_object('state', @schema@.grants_state(it));
+    end if;
+    perform @schema@.token_broker_change('grants', tg_op, it.id,
+        @schema@.token_broker_caller_name(it.caller_id), what);
     return null;
 end
 $$;
 
-revoke execute on function grants_changed() from public;
+revoke execute on function @schema@.grants_changed() from public;
 
-create or replace trigger grants_changed after insert or update or delete on grants
-    for each row execute function grants_changed();
-create or replace trigger grants_no_truncate before truncate on grants
-    for each statement execute function token_broker_no_truncate();
+create or replace trigger grants_changed after insert or update or delete on @schema@.grants
+    for each row execute function @schema@.grants_changed();
+create or replace trigger grants_no_truncate before truncate on @schema@.grants
+    for each statement execute function @schema@.token_broker_no_truncate();

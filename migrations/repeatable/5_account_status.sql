@@ -1,9 +1,13 @@
--- version: 1 (raise it with each change of this file)
+-- version: 2 (raise it with each change of this file)
 --
 -- The view for admins: the state of each account, and a hint at what to do about it. `create or replace view`
 -- keeps the grants on it, but can only add columns at the end.
 
-create or replace view account_status as
+-- Names are resolved in pg_catalog alone. Our own objects are named with their schema, for which `@schema@`
+-- stands. So nobody can put another object in the place of the one that is meant.
+set local search_path = pg_catalog, pg_temp;
+
+create or replace view @schema@.account_status as
 with moment as (select now() as at),
 known as (
     select a.*, r.lease_until, r.attempt_started_at, r.consecutive_failures, r.error_class,
@@ -12,9 +16,9 @@ known as (
         coalesce(t.expires_at > moment.at, false) as live,
         coalesce(r.lease_until > moment.at, false) as leased,
         r.error_class is not null and r.error_version = a.credential_version as failing
-    from moment, accounts a
-    left join refreshes r on r.account_id = a.id
-    left join tokens t on t.account_id = a.id
+    from moment, @schema@.accounts a
+    left join @schema@.refreshes r on r.account_id = a.id
+    left join @schema@.tokens t on t.account_id = a.id
 )
 select
     name,

@@ -39,8 +39,8 @@ pub struct AppConfig {
     pub settings: Settings,
     /// The keyring of `settings.keyring_file`.
     pub keyring: Arc<Keyring>,
-    /// Whether to apply missing migrations at the start. Without it, a schema that is too old is an
-    /// error.
+    /// Whether to apply missing migrations at the start, and to publish the keyring's intake key. Without it, a
+    /// schema that is too old and a missing key are errors.
     pub migrate: bool,
     /// Whether to accept a database that differs from the one that this replica used last: see
     /// [`DatabaseMismatch`](super::DatabaseMismatch).

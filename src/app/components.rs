@@ -18,6 +18,7 @@ use crate::{
     services::{
         account_cache::AccountCache, account_loader::AccountLoader,
         caller_directory::CallerDirectory, connectivity::DatabaseConnectivity, refresher::Outage,
+        trust_monitor::Trust,
     },
     store::Database,
     telemetry::Metrics,
@@ -39,6 +40,7 @@ pub(super) struct Components {
     pub(super) directory: Arc<CallerDirectory>,
     pub(super) connectivity: Arc<DatabaseConnectivity>,
     pub(super) outage: Arc<Outage>,
+    pub(super) trust: Trust,
     pub(super) loader: Arc<AccountLoader>,
     pub(super) journal: Journal,
     pub(super) metrics: Arc<Metrics>,
@@ -84,6 +86,7 @@ impl Components {
             directory: Arc::new(CallerDirectory::default()),
             connectivity: Arc::new(DatabaseConnectivity::new(settings.new_token_ends_older)),
             outage: Arc::default(),
+            trust: Trust::default(),
             loader: Arc::new(loader),
             journal,
             metrics: Arc::new(Metrics::new(env!("CARGO_PKG_VERSION"))),

@@ -8,6 +8,7 @@ use super::{database_mismatch::DatabaseMismatch, keyring_check::WrongKeyring};
 use crate::{
     audit::journal::{AuditUnavailable, JournalError},
     files::state_dir::StateDirError,
+    services::trust_monitor::IntakeKeyFault,
     store::StoreError,
     tls::TlsError,
     upstream::UpstreamSetupError,
@@ -44,6 +45,9 @@ pub enum StartError {
     /// The keyring is not the one that sealed the stored secrets.
     #[error(transparent)]
     WrongKeyring(#[from] WrongKeyring),
+    /// The published intake key is not one of the keyring.
+    #[error(transparent)]
+    IntakeKey(#[from] IntakeKeyFault),
     /// The database is not the one that this replica used last, or is in an older state.
     #[error(transparent)]
     DatabaseMismatch(#[from] DatabaseMismatch),

@@ -1,5 +1,5 @@
-//! Keeps gRPC's health service up to date. It says `SERVING` while the audit journal has room, and
-//! `NOT_SERVING` once the broker stops.
+//! Keeps gRPC's health service up to date. It says `SERVING` while the audit journal has room and the database can
+//! be trusted, and `NOT_SERVING` once the broker stops.
 
 use std::time::Duration;
 
@@ -8,7 +8,10 @@ use tokio_util::sync::CancellationToken;
 use tonic_health::{ServingStatus, server::HealthReporter};
 use tracing::{info, warn};
 
-use crate::{api::proto::token_service_server::SERVICE_NAME, audit::journal::Journal};
+use crate::{
+    api::proto::token_service_server::SERVICE_NAME, audit::journal::Journal,
+    services::trust_monitor::Trust,
+};
 
 /// How often the journal is checked. It is polled because a disk that hangs causes no event: it is noticed
 /// only by the time that an operation takes.
@@ -21,9 +24,10 @@ pub(super) struct GrpcHealth {
 }
 
 impl GrpcHealth {
-    /// Reports the journal's present state, and starts a task that reports its changes.
-    pub(super) async fn start(reporter: HealthReporter, journal: Journal) -> Self {
-        let mut serving = journal.is_ready();
+    /// Reports the present state, and starts a task that reports its changes.
+    pub(super) async fn start(reporter: HealthReporter, journal: Journal, trust: Trust) -> Self {
+        let is_ready = move || journal.is_ready() && trust.fault().is_none();
+        let mut serving = is_ready();
         report(&reporter, serving).await;
         let stop = CancellationToken::new();
         let stopped = stop.clone();
@@ -34,15 +38,15 @@ impl GrpcHealth {
                     () = stopped.cancelled() => break,
                     _ = interval.tick() => {}
                 }
-                let ready = journal.is_ready();
+                let ready = is_ready();
                 if std::mem::replace(&mut serving, ready) != ready {
                     report(&reporter, ready).await;
                     if ready {
-                        info!("the audit journal can be written: health says SERVING");
+                        info!("health says SERVING");
                     } else {
                         warn!(
-                            "the audit journal cannot be written or is nearly full: health says \
-                             NOT_SERVING"
+                            "the audit journal cannot be written or is nearly full, or the database \
+                             cannot be trusted, as /readyz says: health says NOT_SERVING"
                         );
                     }
                 }

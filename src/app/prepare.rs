@@ -15,8 +15,9 @@ use crate::{
     services::{
         change_feed::ChangeFeed,
         refresher::{PendingTokens, RefreshTrigger, Refresher},
+        trust_monitor::{IntakeKeyFault, check_published},
     },
-    store::{accounts, instances, leases, within},
+    store::{StoreError, accounts, intake_keys, leases, within},
 };
 
 /// How long the record of the start may take to become durable.
@@ -32,10 +33,10 @@ pub(super) struct Prepared {
 }
 
 /// Prepares the database and the journal, in this order:
-/// 1. applies migrations if `--migrate` was given, and checks the schema;
+/// 1. applies migrations if `--migrate` was given, and checks the schema and who may create objects in it;
 /// 2. checks that the database is the one that this replica used last, and not in an older state;
-/// 3. checks that the keyring is the one that sealed the stored secrets, and publishes the public keys
-///    that admins seal new secrets to;
+/// 3. checks that the keyring is the one that sealed the stored secrets, and that admins seal new ones to its
+///    intake key, which it publishes if `--migrate` was given;
 /// 4. records the start in the audit journal, and the acceptance of a restored database if there was one;
 /// 5. marks stored tokens as possibly revoked where an earlier process issued newer ones that it could
 ///    not store;
@@ -57,7 +58,7 @@ pub(super) async fn prepare(
     let verify =
         || database_identity::verify(&components.pool, config, state_dir, &components.journal);
     let verified = until_reachable(give_up, verify).await?;
-    until_reachable(give_up, || use_keyring(components, config)).await?;
+    until_reachable(give_up, || check_keys(components, config)).await?;
 
     record(components, start_record(config, started_at)).await?;
     if let Some(acceptance) = verified.acceptance {
@@ -82,20 +83,24 @@ async fn check_schema(components: &Components, config: &AppConfig) -> Result<(),
     if config.migrate {
         components.database.migrate().await?;
     }
-    Ok(components.database.check_schema().await?)
+    components.database.check_schema().await?;
+    Ok(components.database.check_schema_trust().await?)
 }
 
-async fn use_keyring(components: &Components, config: &AppConfig) -> Result<(), StartError> {
-    check_keyring(&config.keyring, &accounts::sealed_samples(&components.pool).await?)?;
-    let keys: Vec<_> = config
-        .keyring
-        .intake_publics()
-        .iter()
-        .map(|key| (key.key_id().to_string(), key.bytes().to_vec()))
-        .collect();
-    let primary = config.keyring.intake_public();
-    instances::publish_intake_keys(&components.pool, &keys, primary.key_id().as_str()).await?;
-    Ok(())
+/// Checks the keyring against the stored secrets and the published intake key. With `--migrate`, publishes the
+/// keyring's key, unless a key is published that is not the keyring's: only an admin can know whether that
+/// is an attack or a keyring that was replaced.
+async fn check_keys(components: &Components, config: &AppConfig) -> Result<(), StartError> {
+    let (pool, keyring) = (&components.pool, &config.keyring);
+    check_keyring(keyring, &accounts::sealed_samples(pool).await?)?;
+    match check_published(keyring, &intake_keys::published(pool).await?) {
+        Ok(()) | Err(IntakeKeyFault::NonePublished) if config.migrate => {
+            let mut transaction = pool.begin().await.map_err(StoreError::from)?;
+            intake_keys::publish(&mut transaction, &keyring.intake_public()).await?;
+            Ok(transaction.commit().await.map_err(StoreError::from)?)
+        }
+        checked => Ok(checked?),
+    }
 }
 
 fn start_record(config: &AppConfig, started_at: Timestamp) -> Record {

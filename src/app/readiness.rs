@@ -1,6 +1,7 @@
 //! The checks of `/readyz`.
 //!
-//! A replica is ready when accounts and callers are loaded and the audit journal has room. It stays
+//! A replica is ready when accounts and callers are loaded, the audit journal has room, and the database can be
+//! trusted with the secrets of admins (see [`trust_monitor`](crate::services::trust_monitor)). It stays
 //! ready while Postgres or the upstream does not answer: it can still serve live tokens, and no other
 //! replica could do better.
 //!
@@ -31,9 +32,11 @@ pub(super) fn checks(components: &Components) -> Arc<dyn Fn() -> Readiness + Sen
     let (cache, journal) = (components.cache.clone(), components.journal.clone());
     let (connectivity, serving) = (components.connectivity.clone(), components.serving.clone());
     let (outage, clock) = (components.outage.clone(), components.clock.clone());
+    let trust = components.trust.clone();
     Arc::new(move || Readiness {
         checks: vec![
             serving_check(serving.load(Ordering::Relaxed)),
+            trust_check(trust.fault()),
             journal_check(&journal),
             postgres_check(&connectivity),
             delivery_check(&connectivity, &journal),
@@ -45,6 +48,12 @@ pub(super) fn checks(components: &Components) -> Arc<dyn Fn() -> Readiness + Sen
 fn serving_check(serving: bool) -> Check {
     let detail = if serving { "accounts and callers are loaded" } else { "starting or stopping" };
     Check { name: "serving", ok: serving, required: true, detail: detail.into() }
+}
+
+fn trust_check(fault: Option<String>) -> Check {
+    let ok = fault.is_none();
+    let detail = fault.unwrap_or_else(|| "the published intake key is the keyring's".into());
+    Check { name: "trust", ok, required: true, detail }
 }
 
 fn journal_check(journal: &Journal) -> Check {

@@ -43,7 +43,7 @@ pub(super) struct RunningServices {
     shutdown_notice: Duration,
     /// The first group: gRPC with its streams, and the refresher.
     serving: TaskGroup,
-    /// The second group: the change feed, retention, checkpoints, the reload of TLS files, and the HTTP
+    /// The second group: the change feed, retention, checks of trust, checkpoints, the reload of TLS files, and the HTTP
     /// endpoints for operators.
     background: TaskGroup,
     /// The third group: the delivery of the journal, which is stopped after the journal is closed.
@@ -121,6 +121,7 @@ impl RunningServices {
         let feed = prepared.change_feed.run(prepared.snapshot, stop.clone());
         background.start("change feed", failed, feed);
         background.start("retention", failed, components.retention(config).run(stop.clone()));
+        background.start("trust", failed, components.trust_monitor(config).run(stop.clone()));
         background.start("checkpoints", failed, signer.clone().run(stop.clone()));
         if let Some(tls) = components.tls.clone() {
             background.start("tls", failed, tls.reload_on_change(stop));
@@ -131,7 +132,8 @@ impl RunningServices {
         let deliver = components.journal_delivery(signer.clone(), DELIVERY_TIMEOUT);
         delivery.start("delivery", failed, deliver.run(stop));
 
-        let health = GrpcHealth::start(health, components.journal.clone()).await;
+        let health =
+            GrpcHealth::start(health, components.journal.clone(), components.trust.clone()).await;
         components.serving.store(true, Ordering::Relaxed);
         Self {
             health,

@@ -27,6 +27,7 @@ use crate::{
         refusal_aggregator::RefusalAggregator,
         retention::Retention,
         token_provider::TokenProvider,
+        trust_monitor::TrustMonitor,
     },
     store::{deployment::DatabaseIdentity, leases::LeaseHolder},
 };
@@ -127,6 +128,15 @@ impl Components {
             clock: self.clock.clone(),
             calls: config.settings.audit_retention,
             changes: config.settings.change_retention,
+        }
+    }
+
+    /// Returns the service that checks whether the database can be trusted.
+    pub(super) fn trust_monitor(&self, config: &AppConfig) -> TrustMonitor {
+        TrustMonitor {
+            pool: self.pool.clone(),
+            keyring: config.keyring.clone(),
+            trust: self.trust.clone(),
         }
     }
 

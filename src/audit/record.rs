@@ -40,6 +40,10 @@ pub enum Event {
     CallerChanged,
     /// A grant changed.
     GrantChanged,
+    /// The published intake key changed.
+    KeysChanged,
+    /// A table changed that this release does not know.
+    OtherChanged,
     /// Calls that were refused because the journal could not be written; `count` is how many.
     AuditGap,
     /// Retention removed records that were older than the retention settings.
@@ -76,6 +80,8 @@ impl Event {
             Self::AccountRemoved => "account_removed",
             Self::CallerChanged => "caller_changed",
             Self::GrantChanged => "grant_changed",
+            Self::KeysChanged => "keys_changed",
+            Self::OtherChanged => "other_changed",
             Self::AuditGap => "audit_gap",
             Self::AuditPruned => "audit_pruned",
             Self::RetentionChanged => "retention_changed",

@@ -1,5 +1,7 @@
 //! The command `account`.
 
+mod intake_key;
+mod known_keys;
 mod show;
 pub(super) mod wait;
 
@@ -11,7 +13,7 @@ use clap::{Args, Subcommand};
 use self::wait::WaitArgs;
 use super::{global::GlobalArgs, output, prompt, sql};
 use crate::{
-    config::{self, Flags, IntakeKeyFlag},
+    config::{Flags, KnownKeyFlags},
     crypto::IntakePublicKey,
     domain::{
         account::{AccountName, ClientId},
@@ -143,7 +145,7 @@ struct SecretArgs {
     #[arg(long, value_name = "FILE")]
     secret_file: Option<PathBuf>,
     #[command(flatten)]
-    intake: Flags<IntakeKeyFlag>,
+    intake: Flags<KnownKeyFlags>,
 }
 
 pub(super) async fn run(global: &GlobalArgs, args: AccountArgs) -> anyhow::Result<ExitCode> {
@@ -151,9 +153,10 @@ pub(super) async fn run(global: &GlobalArgs, args: AccountArgs) -> anyhow::Resul
     match args.command {
         Command::Add { account, wait } => add(global, &open().await?, &account, &wait).await,
         Command::Seal { account } => {
-            let key = match configured_key(global, &account.secret)? {
-                Some(key) => key,
-                None => open().await?.intake_key().await?,
+            let trust = intake_key::Trust::new(global, &account.secret.intake)?;
+            let key = match trust.configured() {
+                Some(key) => key.clone(),
+                None => trust.key_for(&open().await?).await?,
             };
             let sealed = seal(&key, &account.name, &account.client_id, &account.secret)?;
             let NewArgs { name, client_id, description, .. } = &account;
@@ -233,25 +236,14 @@ async fn rotate(global: &GlobalArgs, admin: &Admin, args: RotateArgs) -> anyhow:
     wait.print_outcomes(admin, &[name.to_string()]).await
 }
 
-/// Returns the public key from the settings, if it is set.
-fn configured_key(
-    global: &GlobalArgs,
-    args: &SecretArgs,
-) -> anyhow::Result<Option<IntakePublicKey>> {
-    Ok(config::intake_key(&global.sources(args.intake.given.clone())?)?)
-}
-
-/// Returns the public key from the settings, or else the one that the brokers have published. Get the key
-/// before the prompt, so that nobody types a secret that cannot be sealed.
+/// Returns the public key to seal to. Get the key before the prompt, so that nobody types a secret that cannot be
+/// sealed.
 async fn intake_key(
     global: &GlobalArgs,
     admin: &Admin,
     args: &SecretArgs,
 ) -> anyhow::Result<IntakePublicKey> {
-    match configured_key(global, args)? {
-        Some(key) => Ok(key),
-        None => Ok(admin.intake_key().await?),
-    }
+    intake_key::Trust::new(global, &args.intake)?.key_for(admin).await
 }
 
 /// Reads the account's API KEY, with a prompt on a terminal, and seals it.

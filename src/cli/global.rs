@@ -49,10 +49,13 @@ impl GlobalArgs {
     /// name of the user who runs the command.
     pub(super) async fn admin(&self, reason: Option<&str>) -> anyhow::Result<Admin> {
         let url = config::database_url(&self.sources(BTreeMap::new())?)?;
-        let attribution =
-            Attribution { actor: Some(user_name()), reason: reason.map(ToOwned::to_owned) };
-        Ok(Admin::connect(&url.database(APPLICATION_NAME)?, attribution).await?)
+        Ok(Admin::connect(&url.database(APPLICATION_NAME)?, attribution(reason)).await?)
     }
+}
+
+/// Returns who acts, and why, for the records of changes.
+pub(super) fn attribution(reason: Option<&str>) -> Attribution {
+    Attribution { actor: Some(user_name()), reason: reason.map(ToOwned::to_owned) }
 }
 
 /// Returns the user's name for the audit log, or the user's number if the environment has no name, as in a

@@ -2,19 +2,24 @@
 
 use std::{collections::BTreeMap, path::PathBuf, process::ExitCode};
 
+use anyhow::ensure;
 use clap::{Args, Subcommand};
 use serde_json::json;
 
 use super::{
-    global::GlobalArgs,
+    global::{self, APPLICATION_NAME, GlobalArgs},
     output::{self, Table},
     time::LocalTime,
 };
 use crate::{
-    config::{self, Flags, KeyringFlag},
+    config::{self, Flags, IntakeKeyFlag, KeyringFlag, MigrateFlag},
     crypto::{KeyKind, Keyring, VerifyingKeys},
     domain::clock::Clock,
-    store::admin::{Admin, InstanceSummary, PublishedKey},
+    services::trust_monitor::check_published,
+    store::{
+        admin::{Admin, InstanceSummary},
+        intake_keys::{self, PublishedKey},
+    },
 };
 
 /// Creates and shows the keyring
@@ -43,6 +48,25 @@ Example:
         #[arg(long)]
         json: bool,
     },
+    /// Publishes the public key that admins seal secrets to; needs the login that owns the tables
+    #[command(after_help = "\
+Takes the database from TOKEN_BROKER_MIGRATE_DATABASE_URL or DATABASE_URL, and the key from the keyring or
+from --intake-key.
+
+Examples:
+  token-broker keys publish
+  token-broker keys publish --intake-key i520e41a9:fUetyttumZ233xqf78wn3cyzQpoKc4N7t_OuvbCYgQU")]
+    Publish {
+        /// Publish the key even if a running broker has not loaded it, and so cannot open what is sealed to it
+        #[arg(long)]
+        force: bool,
+        #[command(flatten)]
+        intake: Flags<IntakeKeyFlag>,
+        #[command(flatten)]
+        keyring: Flags<KeyringFlag>,
+        #[command(flatten)]
+        database: Flags<MigrateFlag>,
+    },
     /// Prints the public key that admins seal secrets to, or those that verify audit signatures
     #[command(after_help = "\
 Examples:
@@ -67,6 +91,12 @@ pub(super) async fn run(global: &GlobalArgs, args: KeysArgs) -> anyhow::Result<E
                 out.display()
             ));
         }
+        Command::Publish { force, intake, keyring, database } => {
+            let mut flags = intake.given;
+            flags.extend(keyring.given);
+            flags.extend(database.given);
+            publish(global, flags, force).await?;
+        }
         Command::Status { settings, json } => status(global, settings.given, json).await?,
         Command::Public { signing, settings } => {
             let keyring = keyring(global, settings.given)?;
@@ -84,6 +114,36 @@ fn keyring(global: &GlobalArgs, flags: BTreeMap<String, String>) -> anyhow::Resu
     Ok(Keyring::load(&config::keyring_file(&global.sources(flags)?)?)?)
 }
 
+/// Publishes the key of the setting, or else of the keyring, with the login that owns the tables.
+async fn publish(
+    global: &GlobalArgs,
+    flags: BTreeMap<String, String>,
+    force: bool,
+) -> anyhow::Result<()> {
+    let sources = global.sources(flags.clone())?;
+    let key = match config::intake_key(&sources)? {
+        Some(key) => key,
+        None => keyring(global, flags)?.intake_public(),
+    };
+    let database = config::migrate_database_url(&sources)?.database(APPLICATION_NAME)?;
+    let admin = Admin::connect(&database, global::attribution(None)).await?;
+    let instances = live_instances(&admin).await?;
+    let id = key.key_id().as_str();
+    let lacking = instances.iter().filter(|it| !it.key_ids.iter().any(|held| held == id)).count();
+    ensure!(
+        force || lacking == 0,
+        "{lacking} of {} running brokers have not loaded {id}, and could not open what is sealed to it: give \
+         them the keyring first, or say --force",
+        instances.len()
+    );
+    if admin.publish_intake_key(&key).await? {
+        output::note(format_args!("published the intake key {key}"));
+    } else {
+        output::note(format_args!("the intake key {key} is published already"));
+    }
+    Ok(())
+}
+
 async fn status(
     global: &GlobalArgs,
     flags: BTreeMap<String, String>,
@@ -95,7 +155,12 @@ async fn status(
         Err(error) => Err(error),
     };
     let (instances, published) = match known {
-        Ok((instances, published)) => (Some(instances), Some(published)),
+        Ok((instances, published)) => {
+            if let Err(fault) = check_published(&keyring, &published) {
+                output::note(format_args!("warning: {fault}"));
+            }
+            (Some(instances), Some(published))
+        }
         Err(error) => {
             output::note(format_args!(
                 "warning: it is unknown which keys the brokers have: {error:#}"
@@ -146,9 +211,13 @@ async fn status(
 async fn brokers_and_published_keys(
     admin: &Admin,
 ) -> anyhow::Result<(Vec<InstanceSummary>, Vec<PublishedKey>)> {
+    Ok((live_instances(admin).await?, intake_keys::published(admin.pool()).await?))
+}
+
+async fn live_instances(admin: &Admin) -> anyhow::Result<Vec<InstanceSummary>> {
     let mut instances = admin.instances().await?;
     instances.retain(|instance| instance.live);
-    Ok((instances, admin.published_keys().await?))
+    Ok(instances)
 }
 
 fn yes_or_no(yes: bool) -> String {

@@ -10,7 +10,7 @@ use super::{
     sources::{InvalidSettings, Sources},
     table::{
         BEARER, CA_FILE, CLIENT_CERT, CLIENT_KEY, DATABASE_URL, ENDPOINT, INTAKE_KEY, KEYRING_FILE,
-        LISTEN, MIGRATE_DATABASE_URL, OPS_LISTEN, TLS_CERT,
+        KNOWN_KEYS_FILE, LISTEN, MIGRATE_DATABASE_URL, OPS_LISTEN, TLS_CERT,
     },
     urls::DatabaseUrl,
 };
@@ -79,6 +79,11 @@ fn required_database(reader: &mut Reader<'_>) -> DatabaseUrl {
 /// from the database.
 pub fn intake_key(sources: &Sources) -> Result<Option<IntakePublicKey>, InvalidSettings> {
     read(sources, |reader| reader.optional(&INTAKE_KEY, parse::intake_key))
+}
+
+/// Reads the path of the file that remembers intake keys; `None` stands for the one in the home directory.
+pub fn known_keys_file(sources: &Sources) -> Result<Option<PathBuf>, InvalidSettings> {
+    read(sources, |reader| reader.optional(&KNOWN_KEYS_FILE, parse::path))
 }
 
 /// Reads the path of the keyring, for commands that need it.

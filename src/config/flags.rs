@@ -40,6 +40,14 @@ impl FlagGroup for IntakeKeyFlag {
     const SETTINGS: &'static [&'static Setting] = &[&table::INTAKE_KEY];
 }
 
+/// The flags that say which public key to trust.
+#[derive(Clone, Copy, Debug)]
+pub struct KnownKeyFlags;
+
+impl FlagGroup for KnownKeyFlags {
+    const SETTINGS: &'static [&'static Setting] = &[&table::INTAKE_KEY, &table::KNOWN_KEYS_FILE];
+}
+
 /// The flag for the keyring's path.
 #[derive(Clone, Copy, Debug)]
 pub struct KeyringFlag;
@@ -128,7 +136,7 @@ fn value_name(setting: &Setting) -> &'static str {
     match setting.key {
         _ if setting.secret => "FILE",
         key if key.ends_with("listen") => "ADDRESS:PORT",
-        "keyring_file" | "ca_file" | "client_cert" | "client_key" => "FILE",
+        "keyring_file" | "known_keys_file" | "ca_file" | "client_cert" | "client_key" => "FILE",
         "state_dir" => "DIR",
         _ => "VALUE",
     }

@@ -236,7 +236,12 @@ pub const PROXY_PROTOCOL_FROM: Setting = Setting::new(
 pub const INTAKE_KEY: Setting = Setting::new(
     "intake_key",
     "The public key that secrets are sealed to, as `keys public` prints it; without it, the one in \
-     the database",
+     the database, if it is the one that is remembered",
+);
+pub const KNOWN_KEYS_FILE: Setting = Setting::new(
+    "known_keys_file",
+    "The file that remembers the intake key of each database; without it, known-keys in \
+     $XDG_CONFIG_HOME/token-broker or ~/.config/token-broker",
 );
 pub const ENDPOINT: Setting =
     Setting::new("endpoint", "The URL of the broker, http:// or https://")
@@ -292,7 +297,7 @@ pub const BROKER: &[&Setting] = &[
 pub const CLIENT: &[&Setting] = &[&ENDPOINT, &BEARER, &CA_FILE, &CLIENT_CERT, &CLIENT_KEY];
 
 /// The settings of single admin commands, in addition to [`DATABASE`].
-pub const ADMIN: &[&Setting] = &[&MIGRATE_DATABASE_URL, &INTAKE_KEY];
+pub const ADMIN: &[&Setting] = &[&MIGRATE_DATABASE_URL, &INTAKE_KEY, &KNOWN_KEYS_FILE];
 
 /// Returns every setting.
 pub fn all() -> impl Iterator<Item = &'static Setting> {

@@ -100,7 +100,11 @@ async fn run_in(
     let ops = bind_preferring(OPS_ADDRESS).await?;
     let database_url = DatabaseUrl::new(&environment.database_url).map_err(anyhow::Error::msg)?;
     let target = upstream.base_url().parse()?;
-    let config = AppConfig::local(database_url, target, directory.clone(), keyring);
+    // This publishes the intake key.
+    let config = AppConfig {
+        migrate: true,
+        ..AppConfig::local(database_url, target, directory.clone(), keyring)
+    };
     let start = signals
         .during(async |give_up| Box::pin(App::start(config, grpc, ops, &give_up)).await)
         .await;

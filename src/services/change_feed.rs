@@ -374,7 +374,9 @@ fn audit_record(change: &Change) -> Record {
         ("audit_events", _) => Event::AuditPruned,
         ("audit_chains", _) => Event::ChainRetired,
         ("audit_retention", _) => Event::RetentionChanged,
-        _ => Event::CallerChanged,
+        ("intake_keys", _) => Event::KeysChanged,
+        ("callers" | "caller_credentials", _) => Event::CallerChanged,
+        _ => Event::OtherChanged,
     };
     let mut record = Record::new(change.at, event)
         .with("change_id", change.id.to_string())
@@ -385,7 +387,9 @@ fn audit_record(change: &Change) -> Record {
         "audit_events" => record.with("day", &change.subject),
         "audit_chains" => record.with("chain", &change.subject),
         "audit_retention" => record,
-        _ => record.with("caller", &change.subject),
+        "intake_keys" => record.with("key_id", &change.subject),
+        "callers" | "caller_credentials" | "grants" => record.with("caller", &change.subject),
+        _ => record.with("subject", &change.subject),
     };
     for (key, value) in &change.detail {
         record = record.with(key, value);
@@ -424,6 +428,8 @@ mod tests {
             ("audit_events", "prune", "audit_pruned"),
             ("audit_chains", "retire", "chain_retired"),
             ("audit_retention", "update", "retention_changed"),
+            ("intake_keys", "delete", "keys_changed"),
+            ("table_of_a_newer_release", "update", "other_changed"),
         ] {
             let record = audit_record(&change(table, operation));
             assert_eq!(record.event.as_str(), event);

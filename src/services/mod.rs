@@ -11,6 +11,7 @@
 //! | [`refresher`] | issuing and storing tokens |
 //! | [`change_feed`] | following committed changes |
 //! | [`token_provider`] | answering calls: checking grants, reading the cache, waiting for a token |
+//! | [`trust_monitor`] | whether the published intake key and the schema can be trusted |
 //! | [`refusal_aggregator`] | one audit record for many equal refusals |
 //! | [`journal_delivery`], [`retention`] | delivering the audit journal to Postgres; removing old audit records |
 
@@ -28,3 +29,4 @@ pub mod refresher;
 pub mod refusal_aggregator;
 pub mod retention;
 pub mod token_provider;
+pub mod trust_monitor;

@@ -243,14 +243,7 @@ pub async fn seal_intake(
             Ok(secret) => (Some(secret), None),
             Err(reason) => (None, Some(reason)),
         };
-        sqlx::query!(
-            "-- store::accounts::seal_intake
-            update accounts set sealed_secret = $2, client_secret = null where id = $1",
-            row.id,
-            secret,
-        )
-        .execute(&mut *transaction)
-        .await?;
+        // The failure comes first: without it, the broker's role may not empty the column.
         if let Some(reason) = refusal {
             sqlx::query!(
                 "-- store::accounts::seal_intake
@@ -266,6 +259,14 @@ pub async fn seal_intake(
             .execute(&mut *transaction)
             .await?;
         }
+        sqlx::query!(
+            "-- store::accounts::seal_intake
+            update accounts set sealed_secret = $2, client_secret = null where id = $1",
+            row.id,
+            secret,
+        )
+        .execute(&mut *transaction)
+        .await?;
     }
     transaction.commit().await?;
     Ok(sealed)

@@ -1,4 +1,4 @@
-//! The statements of the admin's commands `account`, `caller`, `audit retire` and `check`.
+//! The statements of the admin's commands `account`, `caller`, `keys`, `audit retire` and `check`.
 //!
 //! Each command that writes is one transaction, in which settings of the session contain the acting person
 //! and the reason. Triggers record the change in the table `changes`, from which running brokers read it:
@@ -18,5 +18,5 @@ pub use self::{
     },
     chains::OpenChain,
     connection::{Admin, Attribution},
-    overview::{InstanceSummary, LastIssue, Load, PublishedKey},
+    overview::{InstanceSummary, LastIssue, Load, UnauditedChange, UnrecordedChange},
 };

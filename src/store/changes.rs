@@ -97,7 +97,7 @@ pub async fn since(
         match (row.source.as_deref(), row.row_id) {
             (Some("accounts"), Some(id)) => committed.accounts.push(id),
             // These tables are not cached. Their changes are only recorded in the audit log.
-            (Some("audit_events" | "audit_chains" | "audit_retention"), _) => {}
+            (Some("audit_events" | "audit_chains" | "audit_retention" | "intake_keys"), _) => {}
             (Some(_), _) => committed.access = true,
             (None, _) if row.elsewhere.unwrap_or_default() => {
                 return Err(StoreError::Replaced(
@@ -126,10 +126,11 @@ pub struct Change {
     pub id: i64,
     /// When the trigger recorded the change.
     pub at: Timestamp,
-    /// The table: `accounts`, `callers`, `caller_credentials`, `grants`, `audit_events`, `audit_chains`
-    /// or `audit_retention`.
+    /// The table: `accounts`, `callers`, `caller_credentials`, `grants`, `intake_keys`, `audit_events`,
+    /// `audit_chains` or `audit_retention`. A newer schema may have more.
     pub table: String,
-    /// `insert`, `update` or `delete`; `prune` for the removal of a day's events, `retire` for a chain.
+    /// `insert`, `update` or `delete`; `prune` for the removal of a day's events, `retire` for a chain, `baseline`
+    /// for a row that a migration found.
     pub operation: String,
     /// The name of the account, caller or chain that was changed, or the day that was removed.
     pub subject: String,

@@ -59,6 +59,17 @@ impl Database {
         Ok(Self { options })
     }
 
+    /// Returns the server and the database that the options name: host, port and database, without the user. A
+    /// Unix socket counts as a host by its directory.
+    #[must_use]
+    pub fn location(&self) -> String {
+        let options = &self.options;
+        let socket = options.get_socket().map(|path| path.display().to_string());
+        let host = socket.unwrap_or_else(|| options.get_host().to_owned());
+        let database = options.get_database().unwrap_or_else(|| options.get_username());
+        format!("{host}:{}/{database}", options.get_port())
+    }
+
     /// Opens a connection outside of any pool, ready to be used.
     ///
     /// # Errors

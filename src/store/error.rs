@@ -74,6 +74,13 @@ pub enum StoreError {
     /// The schema lacks migrations that this release needs, or its migrations contradict the release's.
     #[error("{0}")]
     Schema(String),
+    /// Others could have functions run with the rights of this session: see
+    /// [`schema_trust`](super::schema_trust).
+    #[error("others could run code with the rights of this login: {}", .0.join("; "))]
+    UnsafeSchema(
+        /// What is unsafe, with the statements that mend it.
+        Vec<String>,
+    ),
     /// A migration failed.
     #[error("{name} failed: {} ({cause})", .cause.message())]
     MigrationFailed {
@@ -159,6 +166,7 @@ impl StoreError {
             | Self::Conflict { cause: None, .. }
             | Self::NotFound(_)
             | Self::Schema(_)
+            | Self::UnsafeSchema(_)
             | Self::Replaced(_)
             | Self::UnreadableRow { .. }
             | Self::InvalidUrl => None,

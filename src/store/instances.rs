@@ -1,4 +1,4 @@
-//! The replicas that use the database, and the intake keys that they publish.
+//! The replicas that use the database.
 
 use std::time::Duration;
 
@@ -92,32 +92,5 @@ pub async fn mark_stopped(pool: &PgPool, instance: &str) -> Result<(), StoreErro
     )
     .execute(pool)
     .await?;
-    Ok(())
-}
-
-/// Publishes the public halves of the intake keys, which `account add` and `account seal` use. `primary`
-/// is the id of the one to which new secrets are to be sealed.
-///
-/// # Errors
-/// Returns the database's error; some of the keys may be published then.
-#[instrument(level = "debug", skip_all)]
-pub async fn publish_intake_keys(
-    pool: &PgPool,
-    keys: &[(String, Vec<u8>)],
-    primary: &str,
-) -> Result<(), StoreError> {
-    for (id, public) in keys {
-        sqlx::query!(
-            "-- store::instances::publish_intake_keys
-            insert into intake_keys (key_id, public_key, is_primary) values ($1, $2, $1 = $3)
-            on conflict (key_id) do update
-            set public_key = excluded.public_key, is_primary = excluded.is_primary",
-            id,
-            public,
-            primary,
-        )
-        .execute(pool)
-        .await?;
-    }
     Ok(())
 }

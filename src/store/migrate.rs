@@ -8,17 +8,22 @@
 use std::collections::HashMap;
 
 use sqlx::{
-    Connection, PgConnection,
+    AssertSqlSafe, Connection, PgConnection,
     migrate::{Migrate, MigrateError, Migration, Migrator},
 };
 
 use super::{
     connection::Database,
     error::{StoreError, UNDEFINED_TABLE},
+    schema_trust,
 };
 
 /// What the first line of a repeatable migration begins with; the version follows.
 const VERSION_PREFIX: &str = "-- version: ";
+
+/// What stands in repeatable migrations for the schema that is migrated. Their functions look no names up in a
+/// schema that others may write, so they name their objects with it.
+const SCHEMA_PLACEHOLDER: &str = "@schema@";
 
 /// The schema that a release needs.
 pub struct Schema {
@@ -102,16 +107,23 @@ impl Schema {
 
     async fn apply_locked(&self, connection: &mut PgConnection) -> Result<(), StoreError> {
         let mut transaction = connection.begin().await?;
+        schema_trust::close_schema(&mut transaction).await?;
+        let faults = schema_trust::faults(&mut transaction).await?;
+        if !faults.is_empty() {
+            return Err(StoreError::UnsafeSchema(faults));
+        }
         self.numbered.run(&mut *transaction).await.map_err(migrate_error)?;
         let applied = applied(&mut transaction).await?;
+        let schema = SessionSchema::of(&mut transaction).await?;
         for ours in &self.repeatable {
             if !ours.is_newer_than(applied.get(ours.name()))? {
                 continue;
             }
-            sqlx::raw_sql(ours.migration.sql.clone())
+            sqlx::raw_sql(AssertSqlSafe(schema.fill_in(ours.migration.sql.as_str())))
                 .execute(&mut *transaction)
                 .await
                 .map_err(|error| ours.failed(error))?;
+            schema.restore_search_path(&mut transaction).await?;
             sqlx::query!(
                 "-- store::migrate::apply
                 insert into repeatable_migrations (name, version, checksum) values ($1, $2, $3)
@@ -174,6 +186,50 @@ impl Schema {
             }
         }
         Ok(repeatable)
+    }
+}
+
+/// The schema that is migrated: the first one in the search path of the session.
+struct SessionSchema {
+    quoted: String,
+    search_path: String,
+}
+
+impl SessionSchema {
+    async fn of(connection: &mut PgConnection) -> Result<Self, StoreError> {
+        let row = sqlx::query!(
+            r#"-- store::migrate::SessionSchema::of
+            select current_schema()::text as name, quote_ident(current_schema()) as quoted,
+                current_setting('search_path') as "search_path!""#,
+        )
+        .fetch_one(connection)
+        .await?;
+        let name = row.name.unwrap_or_default();
+        // The name is written into string literals too.
+        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+        if name.is_empty() || !name.chars().all(plain) {
+            return Err(StoreError::Schema(format!(
+                "the name of the schema {name:?} must consist of a-z, 0-9 and _"
+            )));
+        }
+        Ok(Self { quoted: row.quoted.unwrap_or_default(), search_path: row.search_path })
+    }
+
+    /// Returns a repeatable migration with the schema in the place of `@schema@`.
+    fn fill_in(&self, sql: &str) -> String {
+        sql.replace(SCHEMA_PLACEHOLDER, &self.quoted)
+    }
+
+    /// Undoes that a repeatable migration sets the search path.
+    async fn restore_search_path(&self, connection: &mut PgConnection) -> Result<(), StoreError> {
+        sqlx::query!(
+            "-- store::migrate::SessionSchema::restore_search_path
+            select pg_catalog.set_config('search_path', $1, true)",
+            self.search_path,
+        )
+        .fetch_one(connection)
+        .await?;
+        Ok(())
     }
 }
 

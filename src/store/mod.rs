@@ -13,9 +13,11 @@ pub mod deployment;
 mod error;
 mod execution;
 pub mod instances;
+pub mod intake_keys;
 pub mod leases;
 pub mod migrate;
 pub mod retention;
+pub mod schema_trust;
 pub mod tokens;
 
 use std::time::Duration;

@@ -23,8 +23,8 @@ use tonic_types::StatusExt;
 
 use super::{TEST_TIMEOUT, database::TestDatabase, eventually};
 
-/// What a broker needs to run: an empty database, a simulated upstream, a keyring and a state
-/// directory. The upstream has the accounts `id-1` to `id-9` with the secrets `SK.1` to `SK.9`.
+/// What a broker needs to run: an empty database with the published intake key, a simulated upstream, a keyring
+/// and a state directory. The upstream has the accounts `id-1` to `id-9` with the secrets `SK.1` to `SK.9`.
 pub(crate) struct Fixture {
     pub(crate) database: TestDatabase,
     pub(crate) upstream: Simulator,
@@ -51,10 +51,13 @@ impl Fixture {
         for n in 1..=9 {
             upstream.add_account(&format!("id-{n}"), &format!("SK.{n}"));
         }
+        let database = TestDatabase::new().await;
+        let keyring = Keyring::parse(&Keyring::generate(clock.now())).unwrap();
+        database.publish(&keyring.intake_public()).await;
         Self {
-            database: TestDatabase::new().await,
+            database,
             upstream,
-            keyring: Arc::new(Keyring::parse(&Keyring::generate(clock.now())).unwrap()),
+            keyring: Arc::new(keyring),
             clock,
             state: TempDir::new().unwrap(),
         }

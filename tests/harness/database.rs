@@ -16,7 +16,10 @@ use std::{
 use sqlx::{
     AssertSqlSafe, Connection, PgConnection, PgPool, Postgres, Row, postgres::PgQueryResult,
 };
-use token_broker::store::Database;
+use token_broker::{
+    crypto::IntakePublicKey,
+    store::{Database, intake_keys},
+};
 use tokio::{runtime, sync::OnceCell};
 use url::Url;
 
@@ -71,6 +74,13 @@ impl TestDatabase {
     /// Returns a pool of connections to it, with the server's administrator as their user.
     pub(crate) fn pool(&self) -> &PgPool {
         &self.pool
+    }
+
+    /// Publishes the intake key, as `keys publish` does.
+    pub(crate) async fn publish(&self, key: &IntakePublicKey) {
+        let mut transaction = self.pool.begin().await.unwrap();
+        intake_keys::publish(&mut transaction, key).await.unwrap();
+        transaction.commit().await.unwrap();
     }
 
     /// Runs statements as an admin would in `psql`, and returns the result of the last one.

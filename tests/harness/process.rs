@@ -21,10 +21,14 @@ use token_broker::tls::TlsFiles;
 use tokio::{
     io::AsyncWriteExt,
     process::{Child, Command},
+    sync::OnceCell,
     time::timeout,
 };
 
 use super::{TEST_TIMEOUT, eventually, http::try_http};
+
+/// The URL of a database that does not exist.
+pub(crate) const NO_DATABASE: &str = "postgresql://127.0.0.1:9/nobody?sslmode=disable";
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_token-broker");
 
@@ -54,6 +58,8 @@ fn without_settings(program: &str) -> Command {
     for (name, _) in env::vars_os().filter(|(name, _)| is_a_setting(name)) {
         command.env_remove(name);
     }
+    // Intake keys are remembered here, and not in the home directory of the developer.
+    command.env("XDG_CONFIG_HOME", concat!(env!("CARGO_TARGET_TMPDIR"), "/config"));
     command
 }
 
@@ -301,6 +307,8 @@ pub(crate) struct BrokerSetup {
     pub(crate) grpc: SocketAddr,
     pub(crate) ops: SocketAddr,
     settings: BTreeMap<String, String>,
+    /// Whether the keyring's intake key was published.
+    published: OnceCell<()>,
 }
 
 impl BrokerSetup {
@@ -345,7 +353,8 @@ impl BrokerSetup {
             ("TOKEN_BROKER_CALLER_RATE", "100000"),
         ];
         let owned = |(name, value): (&str, &str)| (name.to_owned(), value.to_owned());
-        Self { directory, grpc, ops, settings: settings.map(owned).into() }
+        let settings = settings.map(owned).into();
+        Self { directory, grpc, ops, settings, published: OnceCell::new() }
     }
 
     pub(crate) fn set(&mut self, name: &str, value: &str) {
@@ -397,8 +406,18 @@ impl BrokerSetup {
         run(self.command(arguments), &format!("{secret}\n")).await
     }
 
-    /// Starts a broker and waits until `/readyz` says that it is ready.
+    /// Publishes the keyring's intake key, the first time that this is called.
+    pub(crate) async fn publish_key(&self) {
+        self.published
+            .get_or_init(async || {
+                self.run(&["keys", "publish"]).await.ok();
+            })
+            .await;
+    }
+
+    /// Starts a broker, for which the intake key is published, and waits until `/readyz` says that it is ready.
     pub(crate) async fn serve(&self) -> BrokerProcess {
+        self.publish_key().await;
         self.until_ready(BrokerProcess::start(self.command(&["serve"]))).await
     }
 

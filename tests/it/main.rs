@@ -29,6 +29,7 @@ mod processes;
 mod refresh;
 mod refresh_rules;
 mod restored;
+mod rights;
 mod roles;
 mod serving;
 mod upstream;

@@ -38,11 +38,12 @@ impl Release {
         self
     }
 
-    /// Raises the version of every repeatable migration to 2.
+    /// Raises the version of every repeatable migration.
     fn with_every_repeatable_changed(mut self) -> Self {
         for it in &mut self.repeatable {
-            let sql = it.sql.as_str().replacen("-- version: 1 ", "-- version: 2 ", 1);
-            assert_ne!(sql, it.sql.as_str(), "it was at version 1");
+            let (version, rest) = it.sql.as_str().split_once(" (raise").unwrap();
+            let version: i32 = version.strip_prefix("-- version: ").unwrap().parse().unwrap();
+            let sql = format!("-- version: {} (raise{rest}", version + 1);
             *it = migration(it.version, &it.description, &sql);
         }
         self
@@ -112,14 +113,15 @@ async fn version_of(database: &TestDatabase, name: &str) -> Vec<String> {
 async fn every_function_has_a_fixed_search_path() {
     let database = TestDatabase::new().await;
     let functions = "select proname::text from pg_proc where pronamespace = 'public'::regnamespace";
-    let elsewhere = "and not coalesce(proconfig @> array['search_path=public, pg_temp'], false)";
+    let elsewhere =
+        "and not coalesce(proconfig @> array['search_path=pg_catalog, pg_temp'], false)";
 
     assert!(rows(&database, functions).await.len() > 20);
     assert_eq!(rows(&database, &format!("{functions} {elsewhere}")).await, [""; 0]);
 }
 
 #[tokio::test]
-async fn the_search_path_of_functions_is_the_schema_that_was_migrated() {
+async fn functions_name_the_schema_that_was_migrated_and_no_other() {
     let database = empty_database().await;
     let name = rows(&database, "select current_database()::text").await.remove(0);
     database
@@ -130,7 +132,21 @@ async fn the_search_path_of_functions_is_the_schema_that_was_migrated() {
 
     let paths = "select distinct unnest(proconfig) from pg_proc
         where pronamespace = 'broker'::regnamespace";
-    assert_eq!(rows(&database, paths).await, ["search_path=broker, pg_temp"]);
+    assert_eq!(rows(&database, paths).await, ["search_path=pg_catalog, pg_temp"]);
+    let elsewhere = "select proname::text from pg_proc
+        where pronamespace = 'broker'::regnamespace and prosrc ~ 'public[.]|@schema@'";
+    assert_eq!(rows(&database, elsewhere).await, [""; 0]);
+    database
+        .sql(
+            "insert into accounts (name, client_id, client_secret) values ('acme', 'id-1', 'SK.1');
+             insert into callers (name) values ('shop');
+             insert into grants (caller_id, pattern) select id, 'acme' from callers;
+             select audit_ensure_partition('2026-01-01');",
+        )
+        .await;
+    let changed = "select table_name || ' ' || subject from changes order by id";
+    assert_eq!(rows(&database, changed).await, ["accounts acme", "callers shop", "grants shop"]);
+    assert_eq!(rows(&database, "select subject from unrecorded_changes").await, [""; 0]);
 }
 
 #[tokio::test]
@@ -160,7 +176,8 @@ async fn only_the_repeatable_migration_that_changed_is_applied() {
     let database = TestDatabase::new().await;
     let before = written(&database).await;
 
-    let changed = "-- version: 2\ncreate or replace function token_broker_is_time(at timestamptz)
+    let changed =
+        "-- version: 1000\ncreate or replace function token_broker_is_time(at timestamptz)
         returns boolean language sql set search_path = public, pg_temp as 'select true'";
     Release::current().with_repeatable(1, "common", changed).apply(&database).await.unwrap();
 
@@ -169,7 +186,7 @@ async fn only_the_repeatable_migration_that_changed_is_applied() {
     assert_eq!(changed.len(), 2, "{changed:?}");
     assert!(changed[0].starts_with("file common "), "{changed:?}");
     assert!(changed[1].starts_with("function token_broker_is_time("), "{changed:?}");
-    assert_eq!(version_of(&database, "common").await, ["2"]);
+    assert_eq!(version_of(&database, "common").await, ["1000"]);
 }
 
 #[tokio::test]
@@ -207,6 +224,7 @@ async fn a_numbered_migration_that_fails_rolls_back_the_earlier_ones() {
 #[tokio::test]
 async fn an_older_release_runs_on_a_newer_schema_and_leaves_it_as_it_is() {
     let database = TestDatabase::new().await;
+    let older = version_of(&database, "account status").await;
     Release::current()
         .with_every_repeatable_changed()
         .with_numbered(1000, "create table added ()")
@@ -220,7 +238,7 @@ async fn an_older_release_runs_on_a_newer_schema_and_leaves_it_as_it_is() {
     store(&database).migrate().await.unwrap();
 
     assert_eq!(written(&database).await, newer);
-    assert_eq!(version_of(&database, "account status").await, ["2"]);
+    assert_ne!(version_of(&database, "account status").await, older);
     assert_eq!(version_of(&database, "later").await, ["7"]);
 }
 
@@ -282,6 +300,7 @@ fn everything_is_defined_in_one_file_only() {
             for line in fs::read_to_string(&path).unwrap().lines() {
                 let Some(rest) = line.strip_prefix("create ") else { continue };
                 let rest = rest.strip_prefix("or replace ").unwrap_or(rest);
+                let rest = rest.strip_prefix("unique ").unwrap_or(rest);
                 let words: Vec<_> = rest.splitn(2, ' ').collect();
                 let name = words[1].split([' ', '(']).next().unwrap();
                 *kinds.entry(words[0].to_owned()).or_default() += 1;

@@ -17,4 +17,5 @@ mod live_token;
 mod secrets;
 mod shell;
 mod tls_recipe;
+mod trust_anchor;
 mod unread_log;

@@ -25,12 +25,12 @@ use crate::{
     outages::until_readiness_says,
 };
 
-const ROLES: &str = include_str!("../../deploy/roles.sql");
+pub(crate) const ROLES: &str = include_str!("../../deploy/roles.sql");
 
-const RUNTIME: &str = "token_broker_runtime";
-const ACCOUNTS: &str = "token_broker_accounts";
-const ACCESS: &str = "token_broker_access";
-const AUDITOR: &str = "token_broker_auditor";
+pub(crate) const RUNTIME: &str = "token_broker_runtime";
+pub(crate) const ACCOUNTS: &str = "token_broker_accounts";
+pub(crate) const ACCESS: &str = "token_broker_access";
+pub(crate) const AUDITOR: &str = "token_broker_auditor";
 
 /// Inserts an account, a caller with a credential and a grant, and an audit record.
 const ROWS: &str = "
@@ -39,12 +39,15 @@ const ROWS: &str = "
     insert into caller_credentials (caller_id, kind, bearer_sha256)
         select id, 'bearer', sha256('x') from callers;
     insert into grants (caller_id, pattern) select id, 'acme' from callers;
+    insert into deployment (upstream) values ('staging');
+    insert into audit_chains (chain, instance, started_at, linked_hash, delivered_hash)
+        values ('c', 'i', now(), '', '');
     select audit_ensure_partition('2026-01-01');
     insert into audit_events
         (instance, chain, seq, at, event, outcome, count, detail, prev_hash, hash)
         values ('i', 'c', 1, '2026-01-01 12:00Z', 'started', 'ok', 1, '{}', '', '');";
 
-async fn database_with_roles() -> TestDatabase {
+pub(crate) async fn database_with_roles() -> TestDatabase {
     let database = TestDatabase::new().await;
     database.sql(ROLES).await;
     database.sql(ROWS).await;
@@ -52,7 +55,11 @@ async fn database_with_roles() -> TestDatabase {
 }
 
 /// Runs a statement as `role` in a transaction that is rolled back.
-async fn attempt(database: &TestDatabase, role: &str, statement: &str) -> sqlx::Result<()> {
+pub(crate) async fn attempt(
+    database: &TestDatabase,
+    role: &str,
+    statement: &str,
+) -> sqlx::Result<()> {
     let mut transaction = database.pool().begin().await?;
     for statement in [format!("set local role {role}"), statement.to_owned()] {
         sqlx::raw_sql(AssertSqlSafe(statement)).execute(&mut *transaction).await?;
@@ -106,8 +113,11 @@ async fn the_runtime_role_may_do_what_the_broker_does() {
             "select audit_lock_day('2026-01-01'); insert into audit_pruning_receipts (chain, first_seq, prev_hash, \
              last_seq, hash, at, key_id, signature) values ('c', 1, '', 1, '', now(), 'h', ''); \
              select audit_prune('2026-01-01', true)",
-            "update accounts set client_secret = null, sealed_secret = 'x'",
+            "update accounts set client_secret = null, \
+             sealed_secret = '\\x0109'::bytea || 's12345678'::bytea || repeat('x', 29)::bytea",
             "update accounts set previous_secret = null, previous_version = null",
+            "update refreshes set error_class = 'intake', error_version = 1; \
+             update accounts set client_secret = null",
             "update accounts a set reissue_requested_at = now() from account_status s \
              where s.name = a.name returning a.name",
             "select * from callers natural join grants",
@@ -122,10 +132,14 @@ async fn the_runtime_role_may_do_what_the_broker_does() {
             "update deployment set epoch = epoch + 1, system_identifier = c.system_identifier \
              from pg_control_system() c",
             "select credential_version from accounts where id = 1 for share",
-            "insert into intake_keys (key_id, public_key, is_primary) values ('k', 'x', true)",
+            "select key_id, public_key, is_primary from intake_keys",
+            "select * from unrecorded_changes",
+            "select * from unaudited_changes",
             "insert into instances (id, replica, version, key_ids, started_at, heartbeat_at) \
              values ('i', 1, '0', '{}', now(), now())",
-            "update changes set recorder = 'i', audited_at = now()",
+            "update changes set recorder = 'i'; update changes set audited_at = now()",
+            "update audit_chains set delivered_seq = 2, delivered_hash = '', delivered_at = now()",
+            "update audit_chains set retired = 'lost', retired_at = now()",
             "insert into audit_chains (chain, instance, started_at, linked_hash, delivered_hash) \
              values ('d', 'i', now(), '', '')",
             "select audit_ensure_partition('2026-01-02'); insert into audit_events \
@@ -170,6 +184,21 @@ async fn the_runtime_role_changes_neither_audit_records_nor_accounts_nor_access(
             "insert into changes (table_name, operation, row_id, subject) values ('a', 'b', 1, 'c')",
             "update changes set what = '{}'",
             "create table mine (it text)",
+            "insert into intake_keys (key_id, public_key, is_primary) values ('k', 'x', true)",
+            "update intake_keys set is_primary = true",
+            "delete from intake_keys",
+            "truncate intake_keys",
+            "update audit_chains set instance = 'other'",
+            "update audit_chains set linked_hash = ''",
+            "delete from instances",
+            "update deployment set id = 'other'",
+            "update deployment set epoch = 0",
+            // API KEYs are neither replaced nor lost.
+            "update accounts set client_secret = 'other'",
+            "update accounts set client_secret = null",
+            "update accounts set client_secret = null, sealed_secret = 'x'",
+            "update accounts set sealed_secret = 'x'",
+            "update accounts set previous_secret = 'x', previous_version = 1",
         ],
     )
     .await;
@@ -185,7 +214,7 @@ async fn the_accounts_role_manages_accounts() {
             "update accounts set client_secret = 'rotated' where name = 'acme'",
             "set local token_broker.purge_old = 'on'; \
              update accounts set client_secret = 'purged' where name = 'acme'",
-            "update accounts set name = 'other', client_id = 'other', client_secret = 'other'",
+            "update accounts set client_id = 'other', client_secret = 'other'",
             "update accounts set enabled = false, description = 'off' where name = 'acme'",
             "update accounts set reissue_requested_at = now() where name like 'ac%'",
             "delete from accounts where name = 'acme'",
@@ -217,6 +246,9 @@ async fn the_accounts_role_reads_no_secret_and_grants_no_access() {
             "select * from changes",
             "delete from changes",
             "truncate accounts",
+            "update intake_keys set is_primary = false",
+            "insert into intake_keys (key_id, public_key, is_primary) values ('k', 'x', true)",
+            "select * from unrecorded_changes",
         ],
     )
     .await;
@@ -272,6 +304,8 @@ async fn the_auditor_role_reads_audit_records_and_changes() {
             "select * from audit_chains natural left join audit_heads",
             "lock table audit_events in access share mode; select * from audit_pruning_receipts",
             "select subject, what, session_user_name from changes",
+            "select * from unrecorded_changes",
+            "select * from unaudited_changes",
             "select id, journal_chain, journal_seq from instances",
         ],
     )
@@ -319,7 +353,7 @@ async fn a_change_under_a_role_is_recorded_with_the_login_that_assumed_it() {
 }
 
 /// Runs statements as `role` in a transaction that is committed.
-async fn sql_as(database: &TestDatabase, role: &str, statements: &str) {
+pub(crate) async fn sql_as(database: &TestDatabase, role: &str, statements: &str) {
     let mut transaction = database.pool().begin().await.unwrap();
     for statements in [format!("set local role {role}"), statements.to_owned()] {
         sqlx::raw_sql(AssertSqlSafe(statements)).execute(&mut *transaction).await.unwrap();
@@ -328,7 +362,7 @@ async fn sql_as(database: &TestDatabase, role: &str, statements: &str) {
 }
 
 /// Returns the configuration of a broker that uses its database with the runtime role.
-fn config_as_runtime(fixture: &Fixture) -> AppConfig {
+pub(crate) fn config_as_runtime(fixture: &Fixture) -> AppConfig {
     let mut url = Url::parse(fixture.database.url()).unwrap();
     url.query_pairs_mut().append_pair("options", &format!("-c role={RUNTIME}"));
     let mut config = fixture.config();

@@ -29,7 +29,10 @@ use crate::{
     },
     config::{self, Flags, KeyringFlag},
     crypto::{Keyring, VerifyingKeys},
-    store::audit::{AuditSnapshot, Decoded, EventFilter},
+    store::{
+        admin::Admin,
+        audit::{AuditSnapshot, Decoded, EventFilter},
+    },
 };
 
 /// How many records are passed from the reader to the verifier at a time.
@@ -38,6 +41,8 @@ const BATCH_RECORDS: usize = 1_000;
 const MAX_RETRIES: usize = 10;
 /// How many batches may wait for the verifier.
 const QUEUED_BATCHES: usize = 16;
+/// How many differences between rows and their records are shown.
+const SHOWN_CHANGES: i64 = 100;
 
 #[derive(Args, Debug)]
 pub(super) struct VerifyArgs {
@@ -92,6 +97,7 @@ impl FromStr for HeadArgument {
 pub(super) async fn run(global: &GlobalArgs, args: VerifyArgs) -> anyhow::Result<ExitCode> {
     let keys = keys(global, args.keys.as_deref(), args.settings)?;
     let evidence = Evidence::new(keys, args.heads)?;
+    let mut differences = Vec::new();
     let report = match (args.journal, args.export) {
         (Some(directory), _) => {
             task::spawn_blocking(move || evidence.verify_journal(&directory)).await??
@@ -99,14 +105,30 @@ pub(super) async fn run(global: &GlobalArgs, args: VerifyArgs) -> anyhow::Result
         (None, Some(file)) => {
             task::spawn_blocking(move || evidence.verify_export(&file, args.whole)).await??
         }
-        (None, None) => evidence.verify_database(global.admin(None).await?.pool()).await?,
+        (None, None) => {
+            let admin = global.admin(None).await?;
+            differences = unrecorded(&admin).await?;
+            evidence.verify_database(admin.pool()).await?
+        }
     };
     if args.json {
-        output::json(&in_json(&report))?;
+        output::json(&in_json(&report, &differences))?;
     } else {
+        for difference in &differences {
+            output::line(difference)?;
+        }
         print(&report)?;
     }
-    Ok(ExitCode::from(u8::from(!report.holds())))
+    Ok(ExitCode::from(u8::from(!report.holds() || !differences.is_empty())))
+}
+
+/// Returns how accounts, callers, credentials, grants and intake keys differ from what was recorded when they were
+/// changed, and how those records differ from the audit log.
+async fn unrecorded(admin: &Admin) -> anyhow::Result<Vec<String>> {
+    let unrecorded = admin.unrecorded_changes(SHOWN_CHANGES).await?;
+    let unaudited = admin.unaudited_changes(SHOWN_CHANGES).await?;
+    let unaudited = unaudited.iter().map(ToString::to_string);
+    Ok(unrecorded.iter().map(ToString::to_string).chain(unaudited).collect())
 }
 
 /// The keys that check signatures: those of `file`, else those of the keyring; `None` if no keyring is
@@ -394,7 +416,7 @@ fn print(report: &VerificationReport) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn in_json(report: &VerificationReport) -> Value {
+fn in_json(report: &VerificationReport, differences: &[String]) -> Value {
     let findings = report.findings.iter().map(|finding| {
         json!({
             "chain": finding.chain, "seq": finding.fault.seq(), "fault": finding.fault.name(),
@@ -405,7 +427,7 @@ fn in_json(report: &VerificationReport) -> Value {
         "holds": report.holds(), "signatures_checked": report.signatures_checked,
         "records": report.records(), "faults": report.faults,
         "findings": findings.collect::<Vec<_>>(), "notices": report.notices,
-        "chains": report.chains,
+        "chains": report.chains, "unrecorded_changes": differences,
     })
 }
 

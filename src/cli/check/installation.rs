@@ -10,9 +10,11 @@ use crate::{
     config::Settings,
     crypto::Keyring,
     domain::clock::{Clock, Timestamp},
+    services::trust_monitor::check_published,
     store::{
         StoreError, accounts,
         admin::{Admin, Attribution, LastIssue, Load},
+        intake_keys,
         retention::{self, MinimumRetention},
     },
     tls::{RevocationList, Tls},
@@ -25,6 +27,8 @@ const ROLES: [&str; 4] = [
     "token_broker_access",
     "token_broker_auditor",
 ];
+/// How many differences between rows and their records are shown.
+const SHOWN_CHANGES: i64 = 10;
 /// The lifetime of a token, in seconds, that is assumed when no token has been issued yet. The example in
 /// the upstream's documentation has this lifetime.
 const ASSUMED_LIFETIME: f64 = 3_600.0;
@@ -96,7 +100,7 @@ async fn add_database_checks(
     results: &mut Vec<CheckResult>,
 ) -> Result<(), StoreError> {
     let database = settings.database_url.database("token-broker check")?;
-    let admin = Admin::connect(&database, Attribution::default()).await?;
+    let admin = Admin::connect_unchecked(&database, Attribution::default()).await?;
     results
         .push(CheckResult::ok("database", format!("PostgreSQL {}", admin.server_version().await?)));
     match database.check_schema().await {
@@ -106,16 +110,24 @@ async fn add_database_checks(
             return Ok(());
         }
     }
+    results.push(match database.check_schema_trust().await {
+        Ok(()) => {
+            CheckResult::ok("names", "only the tables' owner can create objects in the schema")
+        }
+        Err(StoreError::UnsafeSchema(faults)) => CheckResult::failure("names", faults.join("; ")),
+        Err(error) => return Err(error),
+    });
     let roles = ROLES.map(ToOwned::to_owned);
     let (missing, superuser) = admin.missing_roles(&roles).await?;
     results.push(roles_check(&missing, superuser));
     let remembered = admin.upstream().await?;
     results.push(deployment_check(&settings.upstream.to_string(), remembered.as_deref()));
     if let Some(keyring) = keyring {
-        let published = admin.published_keys().await?;
-        let ours = keyring.intake_public();
-        let known = published.iter().any(|key| key.key_id == ours.key_id().as_str());
-        results.push(intake_check(known, published.is_empty()));
+        let published = intake_keys::published(admin.pool()).await?;
+        results.push(match check_published(keyring, &published) {
+            Ok(()) => CheckResult::ok("intake key", "published"),
+            Err(fault) => CheckResult::failure("intake key", fault.to_string()),
+        });
         let samples = accounts::sealed_samples(admin.pool()).await?;
         results.push(secrets_check(check_keyring(keyring, &samples), samples.len()));
     }
@@ -124,12 +136,12 @@ async fn add_database_checks(
         0 => CheckResult::warning("brokers", "none has sent a heartbeat in the last minute"),
         live => CheckResult::ok("brokers", format!("{live} live")),
     });
+    results.push(changes_check(&admin).await?);
     results.push(match retention::minimum_retention(admin.pool()).await {
         Ok(least) => retention_check(settings, least),
-        Err(StoreError::Refused(why)) => CheckResult::failure(
-            "roles",
-            format!("{why}: run deploy/roles.sql again, as after each migration"),
-        ),
+        Err(error @ StoreError::MissingPrivilege(_)) => {
+            CheckResult::failure("roles", missing_privilege(&error))
+        }
         Err(error) => return Err(error),
     });
     results.push(rate_check(admin.load().await?, settings.upstream_rate, settings.refresh_at));
@@ -174,16 +186,36 @@ fn secrets_check(checked: Result<(), WrongKeyring>, samples: usize) -> CheckResu
     }
 }
 
-fn intake_check(known: bool, none_published: bool) -> CheckResult {
-    if known {
-        return CheckResult::ok("intake key", "published");
-    }
-    let text = if none_published {
-        "none is published yet: the first broker that starts does so"
-    } else {
-        "the keyring's key is not among the published ones: do the brokers have another keyring?"
+/// Compares accounts, callers, credentials, grants and intake keys with what was recorded when they were changed,
+/// and the records with the audit log.
+async fn changes_check(admin: &Admin) -> Result<CheckResult, StoreError> {
+    const SUBJECT: &str = "changes";
+    let found = async {
+        let unrecorded = admin.unrecorded_changes(SHOWN_CHANGES).await?;
+        let unaudited = admin.unaudited_changes(SHOWN_CHANGES).await?;
+        Ok((unrecorded, unaudited))
     };
-    CheckResult::warning("intake key", text)
+    let (unrecorded, unaudited) = match found.await {
+        Ok(found) => found,
+        Err(error @ StoreError::MissingPrivilege(_)) => {
+            return Ok(CheckResult::failure(SUBJECT, missing_privilege(&error)));
+        }
+        Err(error) => return Err(error),
+    };
+    let texts: Vec<_> = unrecorded
+        .iter()
+        .map(ToString::to_string)
+        .chain(unaudited.iter().map(ToString::to_string))
+        .collect();
+    Ok(if texts.is_empty() {
+        CheckResult::ok(SUBJECT, "accounts, callers and grants are as they were recorded")
+    } else {
+        CheckResult::failure(SUBJECT, texts.join("; "))
+    })
+}
+
+fn missing_privilege(error: &StoreError) -> String {
+    format!("{error}: run deploy/roles.sql again, as after each migration")
 }
 
 /// Checks that the minimum retention in the database is not longer than the retention in the settings.

@@ -28,9 +28,23 @@ impl Admin {
     /// Connects to `database`. Changes are recorded with `attribution`.
     ///
     /// # Errors
-    /// Returns at once why the database cannot be reached or refuses the login.
+    /// Returns at once why the database cannot be reached or refuses the login, and
+    /// [`StoreError::UnsafeSchema`] if others could run code with the rights of the login.
     #[instrument(level = "debug", skip_all)]
     pub async fn connect(
+        database: &Database,
+        attribution: Attribution,
+    ) -> Result<Self, StoreError> {
+        database.check_schema_trust().await?;
+        Self::connect_unchecked(database, attribution).await
+    }
+
+    /// Like [`connect`](Self::connect), for a command that reports itself whether the schema is safe.
+    ///
+    /// # Errors
+    /// Returns at once why the database cannot be reached or refuses the login.
+    #[instrument(level = "debug", skip_all)]
+    pub async fn connect_unchecked(
         database: &Database,
         attribution: Attribution,
     ) -> Result<Self, StoreError> {

@@ -1,9 +1,15 @@
 //! The statements by which the commands `check`, `keys` and `account` read facts about the deployment.
 
+use std::fmt;
+
 use tracing::instrument;
 
 use super::connection::Admin;
-use crate::{crypto::IntakePublicKey, domain::clock::Timestamp, store::StoreError};
+use crate::{
+    crypto::IntakePublicKey,
+    domain::clock::Timestamp,
+    store::{StoreError, intake_keys},
+};
 
 /// The numbers that determine the rate of issues.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -38,13 +44,57 @@ pub struct InstanceSummary {
     pub live: bool,
 }
 
-/// An intake key whose public half the brokers have published.
-#[derive(Clone, Debug)]
-pub struct PublishedKey {
-    /// The key's id.
-    pub key_id: String,
-    /// Whether new secrets are sealed to it.
-    pub is_primary: bool,
+/// A row of accounts, callers, credentials, grants or intake keys that is not as its last recorded change left
+/// it.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct UnrecordedChange {
+    /// The table.
+    pub table: String,
+    /// The row's primary key.
+    pub row: String,
+    /// The name of the account or caller, or the id of the key.
+    pub subject: String,
+    /// What the last change recorded; `None` if it was a removal, or if there was no change.
+    pub recorded: Option<String>,
+    /// What the row holds now; `None` if there is no such row.
+    pub found: Option<String>,
+}
+
+impl fmt::Display for UnrecordedChange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { table, row, subject, recorded, found } = self;
+        let or_none = |state: &Option<String>| state.as_deref().unwrap_or("no row").to_owned();
+        write!(
+            f,
+            "{table} row {row} ({subject}) was changed without a record: recorded is {}, found is {}",
+            or_none(recorded),
+            or_none(found),
+        )
+    }
+}
+
+/// A change that the audit log does not have, or has otherwise.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct UnauditedChange {
+    /// The number of the row in `changes`.
+    pub id: i64,
+    /// When it was made.
+    pub at: Timestamp,
+    /// The table that was changed.
+    pub table: String,
+    /// What was done.
+    pub operation: String,
+    /// What was changed.
+    pub subject: String,
+    /// What is wrong.
+    pub problem: String,
+}
+
+impl fmt::Display for UnauditedChange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { id, at, table, operation, subject, problem } = self;
+        write!(f, "change {id} ({operation} on {table}, {subject}, at {at}) {problem}")
+    }
 }
 
 impl Admin {
@@ -125,39 +175,48 @@ impl Admin {
         .await?)
     }
 
-    /// Returns the intake keys that brokers have published, ordered by id.
+    /// Publishes `key` as the one to which admins seal client secrets. Returns whether that changed anything.
+    ///
+    /// # Errors
+    /// Returns [`StoreError::MissingPrivilege`] unless the login has the rights of the tables' owner.
     #[instrument(level = "debug", skip_all)]
-    pub async fn published_keys(&self) -> Result<Vec<PublishedKey>, StoreError> {
+    pub async fn publish_intake_key(&self, key: &IntakePublicKey) -> Result<bool, StoreError> {
+        let mut transaction = self.begin().await?;
+        let changed = intake_keys::publish(&mut transaction, key).await?;
+        transaction.commit().await?;
+        Ok(changed)
+    }
+
+    /// Returns the rows that are not as their last recorded change left them, at most `limit`, ordered by table
+    /// and row.
+    #[instrument(level = "debug", skip_all)]
+    pub async fn unrecorded_changes(
+        &self,
+        limit: i64,
+    ) -> Result<Vec<UnrecordedChange>, StoreError> {
         Ok(sqlx::query_as!(
-            PublishedKey,
-            "/* store::admin::published_keys */ select key_id, is_primary from intake_keys order by key_id",
+            UnrecordedChange,
+            r#"/* store::admin::unrecorded_changes */
+             select table_name as "table!", row_key as "row!", subject as "subject!", recorded, found
+             from unrecorded_changes order by table_name, row_key limit $1"#,
+            limit,
         )
         .fetch_all(&self.pool)
         .await?)
     }
 
-    /// Returns the public key to which new client secrets are to be sealed.
-    ///
-    /// # Errors
-    /// Returns [`StoreError::NotFound`] before a broker has published one.
+    /// Returns the changes that the audit log does not have, or has otherwise, at most `limit`, in order.
     #[instrument(level = "debug", skip_all)]
-    pub async fn intake_key(&self) -> Result<IntakePublicKey, StoreError> {
-        let row = sqlx::query!(
-            "/* store::admin::intake_key */
-             select key_id, public_key from intake_keys where is_primary
-             order by published_at desc limit 1",
+    pub async fn unaudited_changes(&self, limit: i64) -> Result<Vec<UnauditedChange>, StoreError> {
+        Ok(sqlx::query_as!(
+            UnauditedChange,
+            r#"/* store::admin::unaudited_changes */
+             select id as "id!", at as "at!", table_name as "table!", operation as "operation!",
+                 subject as "subject!", problem as "problem!"
+             from unaudited_changes order by id limit $1"#,
+            limit,
         )
-        .fetch_optional(&self.pool)
-        .await?
-        .ok_or_else(|| {
-            StoreError::NotFound(
-                "the database has no intake key yet: start a broker once, or give \
-                 --intake-key as `keys public` prints it"
-                    .into(),
-            )
-        })?;
-        IntakePublicKey::new(&row.key_id, &row.public_key).map_err(|_| {
-            StoreError::unreadable_row("intake_keys", &row.key_id, "the public key is malformed")
-        })
+        .fetch_all(&self.pool)
+        .await?)
     }
 }

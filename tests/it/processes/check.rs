@@ -15,10 +15,11 @@ use rustls::{
 use serde_json::Value;
 use token_broker::dev::simulator::{Simulator, SimulatorOptions};
 
-use crate::harness::{database::TestDatabase, process::BrokerSetup};
+use crate::harness::{
+    database::TestDatabase,
+    process::{BrokerSetup, NO_DATABASE},
+};
 
-/// The URL of a database that does not exist. The checks of the upstream do not need one.
-const NO_DATABASE: &str = "postgresql://127.0.0.1:9/nobody?sslmode=disable";
 /// The CA that signed the certificate below. Its key was deleted, so that it cannot sign anything else.
 const CA_FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/processes/tls/ca.pem");
 /// A certificate for `localhost` and its key, which are used by these tests only.

@@ -1,0 +1,224 @@
+-- version: 1 (raise it with each change of this file)
+--
+-- What protects the rows themselves: which intake key is published, what the broker's own login may not do, and
+-- whether rows are still as their last recorded change left them.
+
+-- Names are resolved in pg_catalog alone, both now and when a function runs. Our own objects are named with
+-- their schema, for which `@schema@` stands. So nobody can put another object in the place of the one that is
+-- meant, even if others may create objects in that schema.
+set local search_path = pg_catalog, pg_temp;
+
+-- Admins seal secrets to the key in `intake_keys`. Only the owner of the tables may write it (`keys publish`).
+create or replace function @schema@.intake_keys_validate() returns trigger
+language plpgsql
+set search_path = pg_catalog, pg_temp as $$
+begin
+    if new.key_id is null or new.key_id !~ '^[a-z0-9]{1,32}$' then
+        perform @schema@.token_broker_refuse('intake_keys.key_id must match [a-z0-9]{1,32}', 'key_id');
+    end if;
+    if octet_length(new.public_key) is distinct from 32 then
+        perform @schema@.token_broker_refuse('intake_keys.public_key must have 32 bytes', 'public_key');
+    end if;
+    return new;
+end
+$$;
+
+create or replace trigger intake_keys_validate before insert or update on @schema@.intake_keys
+    for each row execute function @schema@.intake_keys_validate();
+
+-- Returns the key as `keys public` prints it, and whether secrets are sealed to it.
+create or replace function @schema@.intake_keys_state(it @schema@.intake_keys) returns text
+language sql immutable
+set search_path = pg_catalog, pg_temp as $$
+    select format('key=%L primary=%L', it.key_id || ':'
+        || rtrim(translate(encode(it.public_key, 'base64'), '+/', '-_'), '='), it.is_primary)
+$$;
+
+create or replace function @schema@.intake_keys_changed() returns trigger
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp as $$
+begin
+    if tg_op = 'DELETE' then
+        perform @schema@.token_broker_change('intake_keys', tg_op, 0, old.key_id, '{}');
+    else
+        perform @schema@.token_broker_change('intake_keys', tg_op, 0, new.key_id,
+            jsonb_build_object('state', @schema@.intake_keys_state(new)));
+    end if;
+    return null;
+end
+$$;
+
+revoke execute on function @schema@.intake_keys_changed() from public;
+
+create or replace trigger intake_keys_changed after insert or update or delete on @schema@.intake_keys
+    for each row execute function @schema@.intake_keys_changed();
+create or replace trigger intake_keys_no_truncate before truncate on @schema@.intake_keys
+    for each statement execute function @schema@.token_broker_no_truncate();
+
+-- Whether the user who runs the statement has the rights of the owner of the table. Superusers have.
+create or replace function @schema@.token_broker_is_owner(of_table oid) returns boolean
+language sql stable
+set search_path = pg_catalog, pg_temp as $$
+    select pg_has_role(current_user, relowner, 'USAGE') from pg_class where oid = of_table
+$$;
+
+-- Limits what the broker's login may do with secrets. It must be able to write these columns to seal secrets, but
+-- it can neither replace a sealed secret nor write one of its own. It runs before accounts_validate, and with
+-- the rights of the user whose statement it is.
+create or replace function @schema@.accounts_guard() returns trigger
+language plpgsql
+set search_path = pg_catalog, pg_temp as $$
+begin
+    if @schema@.token_broker_is_owner(tg_relid) then
+        return new;
+    end if;
+    if new.client_secret is distinct from old.client_secret then
+        if new.client_secret is not null
+           and not has_column_privilege(tg_relid, 'client_id', 'UPDATE') then
+            raise exception using errcode = 'insufficient_privilege',
+                message = 'only a role that manages accounts may set accounts.client_secret';
+        end if;
+        -- The failure is what admins see in account_status.
+        if new.client_secret is null and new.sealed_secret is null
+           and not has_column_privilege(tg_relid, 'client_id', 'UPDATE')
+           and not exists (select from @schema@.refreshes where account_id = old.id
+                and error_class = 'intake' and error_version = old.credential_version) then
+            raise exception using errcode = 'insufficient_privilege',
+                message = 'accounts.client_secret can only be emptied by sealing it, or with a recorded failure';
+        end if;
+    end if;
+    if new.sealed_secret is distinct from old.sealed_secret and (
+        old.client_secret is null or new.client_secret is not null
+        -- A format, the length of the key's id, the id, a nonce, at least one byte, and a tag.
+        or case when octet_length(new.sealed_secret) < 32 then true
+            else get_byte(new.sealed_secret, 0) <> 1
+                or octet_length(new.sealed_secret) < 31 + get_byte(new.sealed_secret, 1) end
+    ) then
+        raise exception using errcode = 'insufficient_privilege',
+            message = 'accounts.sealed_secret can only be set by sealing accounts.client_secret';
+    end if;
+    if (new.previous_secret, new.previous_version) is distinct from (old.previous_secret, old.previous_version) then
+        if new.previous_secret is not null or new.previous_version is not null then
+            raise exception using errcode = 'insufficient_privilege',
+                message = 'accounts.previous_secret can only be emptied';
+        end if;
+        if not exists (select from @schema@.tokens
+                where account_id = old.id and credential_version = old.credential_version)
+           and not exists (select from @schema@.refreshes
+                where account_id = old.id and attempt_version = old.previous_version) then
+            raise exception using errcode = 'insufficient_privilege',
+                message = 'accounts.previous_secret is kept until the secret after it has issued a token';
+        end if;
+    end if;
+    return new;
+end
+$$;
+
+create or replace trigger accounts_guard before update on @schema@.accounts
+    for each row execute function @schema@.accounts_guard();
+
+-- A change counts as audited only if its audit record is there. Otherwise it stays as it is, and is recorded.
+-- That is also right after the database was restored: the journal may deliver the record of another change that
+-- had the same number.
+create or replace function @schema@.changes_guard() returns trigger
+language plpgsql
+set search_path = pg_catalog, pg_temp as $$
+begin
+    if old.audited_at is null and new.audited_at is not null
+       and not exists (select from @schema@.audit_events
+            where at = old.at and detail ->> 'change_id' = old.id::text) then
+        new.audited_at := null;
+    end if;
+    if not @schema@.token_broker_is_owner(tg_relid)
+       and (old.audited_at is not null and new.audited_at is distinct from old.audited_at
+            or old.recorder is not null and new.recorder is distinct from old.recorder) then
+        raise exception using errcode = 'insufficient_privilege',
+            message = 'changes that were claimed or audited stay so';
+    end if;
+    return new;
+end
+$$;
+
+create or replace trigger changes_guard before update on @schema@.changes
+    for each row execute function @schema@.changes_guard();
+
+-- The broker's login accepts a restored database by raising the epoch. It cannot make the database pass for
+-- another one.
+create or replace function @schema@.deployment_guard() returns trigger
+language plpgsql
+set search_path = pg_catalog, pg_temp as $$
+begin
+    if not @schema@.token_broker_is_owner(tg_relid)
+       and (new.id <> old.id or new.created_at <> old.created_at or new.epoch < old.epoch) then
+        raise exception using errcode = 'insufficient_privilege',
+            message = 'deployment.id and created_at cannot be changed, nor epoch decreased';
+    end if;
+    return new;
+end
+$$;
+
+create or replace trigger deployment_guard before update on @schema@.deployment
+    for each row execute function @schema@.deployment_guard();
+
+-- The rows that are not as their last recorded change left them. Triggers record each change, so such a row was
+-- written by somebody who can disable them: the owner of the tables or a superuser.
+create or replace view @schema@.unrecorded_changes as
+with recorded as (
+    select distinct on (table_name, row_key) table_name, row_key, id, operation, subject,
+        case when operation <> 'delete' then what ->> 'state' end as state
+    from (
+        select *, case when table_name = 'intake_keys' then subject else row_id::text end as row_key
+        from @schema@.changes
+        where table_name in ('accounts', 'callers', 'caller_credentials', 'grants', 'intake_keys')
+    ) numbered
+    order by table_name, row_key, id desc
+), found as (
+    select 'accounts' as table_name, id::text as row_key, name as subject, @schema@.accounts_state(a) as state
+        from @schema@.accounts a
+    union all select 'callers', id::text, name, @schema@.callers_state(c) from @schema@.callers c
+    union all select 'caller_credentials', c.id::text, coalesce(caller.name, '#' || c.caller_id),
+        @schema@.caller_credentials_state(c)
+        from @schema@.caller_credentials c left join @schema@.callers caller on caller.id = c.caller_id
+    union all select 'grants', g.id::text, coalesce(caller.name, '#' || g.caller_id), @schema@.grants_state(g)
+        from @schema@.grants g left join @schema@.callers caller on caller.id = g.caller_id
+    union all select 'intake_keys', key_id, key_id, @schema@.intake_keys_state(k) from @schema@.intake_keys k
+)
+select table_name, row_key, coalesce(found.subject, recorded.subject) as subject, recorded.id as change_id,
+    recorded.state as recorded, found.state as found
+from recorded full join found using (table_name, row_key)
+where recorded.state is distinct from found.state;
+
+-- The changes that the audit log does not have, or has otherwise. Records that retention removed are not missed.
+create or replace view @schema@.unaudited_changes as
+select * from (
+    select c.id, c.at, c.table_name, c.operation, c.subject, case
+        when c.audited_at is null and c.at < now() - interval '10 minutes' then
+            'waits for its audit record'
+        when c.audited_at is null
+            or to_regclass('@schema@.audit_events_' || to_char(c.at at time zone 'UTC', 'YYYYMMDD')) is null then
+            null
+        when e.detail is null then 'counts as audited, but has no audit record'
+        when e.detail ->> 'table' <> c.table_name or e.detail ->> 'operation' <> c.operation
+            -- An audit record shortens and escapes what is long or unusual.
+            or c.what ->> 'state' ~ '^[^\\[:cntrl:]]{0,256}$'
+                and c.what ->> 'state' is distinct from e.detail ->> 'state' then
+            'differs from its audit record'
+        end as problem
+    from @schema@.changes c
+    left join lateral (
+        select detail from @schema@.audit_events
+        where at = c.at and detail ->> 'change_id' = c.id::text limit 1
+    ) e on true
+) each_change
+where problem is not null;
+
+-- Records the state of rows whose last change was recorded before changes had a state. A row without any recorded
+-- change stays unrecorded.
+insert into @schema@.changes (table_name, operation, row_id, subject, what)
+select now.table_name, 'baseline', case when now.table_name = 'intake_keys' then 0 else now.row_key::bigint end,
+    now.subject, jsonb_build_object('state', now.found)
+from @schema@.unrecorded_changes now
+left join @schema@.changes last on last.id = now.change_id
+where now.found is not null and now.recorded is null and case when now.table_name = 'intake_keys'
+    then not exists (select from @schema@.changes where table_name = 'intake_keys')
+    else last.operation <> 'delete' end;

@@ -1,0 +1,558 @@
+//! What logins with rights in the database cannot do beyond them: read API KEYs by publishing a key of their own,
+//! run code as the owner, get tokens by a name, lose API KEYs, or change something without a trace.
+
+use token_broker::{
+    config::DatabaseUrl,
+    crypto::Keyring,
+    domain::clock::Clock,
+    store::{Database, StoreError},
+};
+
+use crate::{
+    harness::{
+        broker::{Fixture, start_error},
+        database::TestDatabase,
+        eventually,
+        http::http,
+    },
+    outages::until_readiness_says,
+    roles::{
+        ACCESS, ACCOUNTS, AUDITOR, ROLES, RUNTIME, attempt, config_as_runtime, database_with_roles,
+        sql_as,
+    },
+};
+
+fn other_keyring() -> Keyring {
+    Keyring::parse(&Keyring::generate(Clock::System.now())).unwrap()
+}
+
+async fn texts(database: &TestDatabase, query: &'static str) -> Vec<String> {
+    sqlx::query_scalar(query).fetch_all(database.pool()).await.unwrap()
+}
+
+/// The published intake key cannot be changed by the broker's login or by an admin's. A broker does not start when
+/// the published key is not one of its keyring, and is not ready when that happens while it runs.
+#[tokio::test]
+async fn a_published_key_that_is_not_the_brokers_is_noticed_at_the_start_and_while_it_runs() {
+    let fixture = Fixture::new().await;
+    let database = &fixture.database;
+    database.sql(ROLES).await;
+    let other = other_keyring().intake_public();
+    let bytes = hex::encode(other.bytes());
+    let broker = fixture.start_with(config_as_runtime(&fixture)).await;
+
+    for statement in [
+        format!("update intake_keys set public_key = '\\x{bytes}'"),
+        format!(
+            "insert into intake_keys (key_id, public_key, is_primary, published_at)
+             values ('i1', '\\x{bytes}', true, now() + interval '1 day')"
+        ),
+        "delete from intake_keys".into(),
+        "truncate intake_keys".into(),
+        "drop table intake_keys".into(),
+        "alter table intake_keys disable trigger all".into(),
+    ] {
+        for role in [RUNTIME, ACCOUNTS, ACCESS, AUDITOR] {
+            let error = attempt(database, role, &statement).await.expect_err(&statement);
+            let code = error.as_database_error().unwrap().code().unwrap().into_owned();
+            assert_eq!(code, "42501", "{role} may not {statement}: {error}");
+        }
+    }
+    assert_eq!(http(broker.app.ops_address, "GET", "/readyz", "").await.0, 200);
+
+    // A superuser can do all of this, and each of it is noticed.
+    let ours = fixture.keyring.intake_public();
+    for (swap, says) in [
+        (format!("update intake_keys set public_key = '\\x{bytes}'"), "differs from"),
+        (
+            format!(
+                "begin; set local session_replication_role = replica;
+                 delete from intake_keys;
+                 insert into intake_keys (key_id, public_key, is_primary)
+                     values ('{}', '\\x{bytes}', true); commit",
+                other.key_id()
+            ),
+            "is not in the keyring",
+        ),
+        (
+            format!(
+                "insert into intake_keys (key_id, public_key, is_primary)
+                 values ('{}', '\\x{bytes}', false)",
+                other.key_id()
+            ),
+            "is not in the keyring",
+        ),
+        ("delete from intake_keys".into(), "no intake key is published"),
+    ] {
+        database.sql(&swap).await;
+        until_readiness_says(&broker, says).await;
+        assert_eq!(http(broker.app.ops_address, "GET", "/readyz", "").await.0, 503);
+        for migrate in [false, true] {
+            if migrate && says.starts_with("no ") {
+                continue;
+            }
+            let mut config = fixture.config();
+            config.settings.state_dir = fixture.state.path().join("another");
+            config.migrate = migrate;
+            let error = start_error(config).await;
+            assert!(error.contains(says) && error.contains("keys publish"), "{error}");
+        }
+        database.publish(&ours).await;
+        eventually("readiness", async || {
+            (http(broker.app.ops_address, "GET", "/readyz", "").await.0 == 200).then_some(())
+        })
+        .await;
+    }
+    eventually("the records of the changes", async || {
+        let recorded = fixture.audit_events("event = 'keys_changed' and detail ? 'key_id'").await;
+        (recorded.len() >= 6).then_some(())
+    })
+    .await;
+    broker.stop().await;
+}
+
+/// A broker that migrates publishes its key itself, and does so again after a rotation.
+#[tokio::test]
+async fn a_broker_that_migrates_publishes_its_own_key() {
+    let fixture = Fixture::new().await;
+    let database = &fixture.database;
+    database.sql("delete from intake_keys").await;
+    let error = start_error(fixture.config()).await;
+    assert!(error.starts_with("no intake key is published"), "{error}");
+
+    let mut config = fixture.config();
+    config.migrate = true;
+    fixture.start_with(config).await.stop().await;
+    let published = "select key_id from intake_keys where is_primary";
+    assert_eq!(
+        texts(database, published).await,
+        [fixture.keyring.intake_public().key_id().as_str()]
+    );
+    let changes = "select operation from changes where table_name = 'intake_keys' order by id";
+    let count = texts(database, changes).await.len();
+    let mut config = fixture.config();
+    config.migrate = true;
+    fixture.start_with(config).await.stop().await;
+    assert_eq!(texts(database, changes).await.len(), count, "the same key is no change");
+}
+
+/// Functions and operators that match calls of our triggers, functions and views better than those of Postgres.
+/// Each of them writes down who runs it.
+const BETTER_MATCHES: &str = "
+    create table public.ran (who text default current_user, what text);
+    grant insert on public.ran to public;
+    create function public.jsonb_build_object(text, text) returns jsonb language plpgsql as
+        $$ begin insert into public.ran (what) values ('build 2'); return '{}'; end $$;
+    create function public.jsonb_build_object(text, text, text, text) returns jsonb language plpgsql as
+        $$ begin insert into public.ran (what) values ('build 4'); return '{}'; end $$;
+    create function public.jsonb_build_object(text, text, text, text, text, text) returns jsonb
+        language plpgsql as
+        $$ begin insert into public.ran (what) values ('build 6'); return '{}'; end $$;
+    create function public.jsonb_build_object(text, text, text, text, text, text, text, text)
+        returns jsonb language plpgsql as
+        $$ begin insert into public.ran (what) values ('build 8'); return '{}'; end $$;
+    create function public.format(text, text) returns text language plpgsql as
+        $$ begin insert into public.ran (what) values ('format 2'); return ''; end $$;
+    create function public.format(text, name) returns text language plpgsql as
+        $$ begin insert into public.ran (what) values ('format name'); return ''; end $$;
+    create function public.format(text, text, boolean, integer) returns text language plpgsql as
+        $$ begin insert into public.ran (what) values ('format caller'); return ''; end $$;
+    create function public.format(text, text, text, boolean, bigint) returns text language plpgsql as
+        $$ begin insert into public.ran (what) values ('format account'); return ''; end $$;
+    create function public.format(text, text, text, text) returns text language plpgsql as
+        $$ begin insert into public.ran (what) values ('format partition'); return ''; end $$;
+    create function public.array_to_string(text[], text) returns text language plpgsql as
+        $$ begin insert into public.ran (what) values ('array_to_string'); return ''; end $$;
+    create function public.cardinality(text[]) returns integer language plpgsql as
+        $$ begin insert into public.ran (what) values ('cardinality'); return 1; end $$;
+    create function public.array_ndims(text[]) returns integer language plpgsql as
+        $$ begin insert into public.ran (what) values ('array_ndims'); return 1; end $$;
+    create function public.array_lower(text[], integer) returns integer language plpgsql as
+        $$ begin insert into public.ran (what) values ('array_lower'); return 1; end $$;
+    create function public.array_position(text[], text) returns integer language plpgsql as
+        $$ begin insert into public.ran (what) values ('array_position'); return 1; end $$;
+    create function public.concat_ws(text, text, text) returns text language plpgsql as
+        $$ begin insert into public.ran (what) values ('concat_ws'); return ''; end $$;
+    create function public.contained(text[], text[]) returns boolean language plpgsql as
+        $$ begin insert into public.ran (what) values ('contained'); return true; end $$;
+    create operator public.<@ (leftarg = text[], rightarg = text[], function = public.contained);
+    create function public.joined(text, bigint) returns text language plpgsql as
+        $$ begin insert into public.ran (what) values ('joined'); return ''; end $$;
+    create operator public.|| (leftarg = text, rightarg = bigint, function = public.joined);
+    create function public.joined(text, text) returns text language plpgsql as
+        $$ begin insert into public.ran (what) values ('joined'); return textcat($1, $2); end $$;
+    create operator public.|| (leftarg = text, rightarg = text, function = public.joined);
+    create function public.same(text, text) returns boolean language plpgsql as
+        $$ begin insert into public.ran (what) values ('same'); return texteq($1, $2); end $$;
+    create operator public.= (leftarg = text, rightarg = text, function = public.same);
+    create function public.differ(text, text) returns boolean language plpgsql as
+        $$ begin insert into public.ran (what) values ('differ'); return textne($1, $2); end $$;
+    create operator public.<> (leftarg = text, rightarg = text, function = public.differ);
+    create function public.token_broker_refuse(text, name) returns void language plpgsql as
+        $$ begin insert into public.ran (what) values ('refuse'); end $$;
+    create function public.token_broker_is_printable(varchar, bigint) returns boolean language plpgsql as
+        $$ begin insert into public.ran (what) values ('printable'); return true; end $$;";
+
+/// What the roles do, with each trigger and function of ours.
+const WORK: &[(&str, &str)] = &[
+    (
+        ACCOUNTS,
+        "insert into accounts (name, client_id, client_secret) values ('new', 'new-id', 'SK.1');
+         update accounts set client_secret = 'SK.2', description = 'x' where name = 'new';
+         update accounts set enabled = false, reissue_requested_at = now() where name = 'new';
+         delete from accounts where name = 'new'",
+    ),
+    (ACCOUNTS, "select * from account_status"),
+    (
+        ACCESS,
+        "insert into callers (name, rate_limit) values ('new', 5);
+         update callers set rate_limit = 6, enabled = false where name = 'new';
+         insert into caller_credentials (caller_id, kind, identity)
+             select id, 'spiffe', 'spiffe://example.org/new' from callers where name = 'new';
+         update caller_credentials set revoked_at = now(), ends_at = now() where kind = 'spiffe';
+         insert into grants (caller_id, pattern, rights)
+             select id, 'acme', '{get}' from callers where name = 'new';
+         update grants set ends_at = now(), rights = '{get,list}';
+         delete from callers where name = 'new'",
+    ),
+    (
+        RUNTIME,
+        "select audit_ensure_partition('2026-01-01'); select audit_lock_day('2026-01-01');
+         insert into audit_pruning_receipts (chain, first_seq, prev_hash, last_seq, hash, at, key_id, signature)
+             values ('c', 1, '', 1, '', now(), 'h', '');
+         select audit_prune('2026-01-01', true)",
+    ),
+    (RUNTIME, "select * from unrecorded_changes; select * from unaudited_changes"),
+    (AUDITOR, "select * from unrecorded_changes; select * from unaudited_changes"),
+];
+
+/// Where everybody may create objects in the schema of the tables, nobody can have a function run with the rights
+/// of the owner or of another role.
+#[tokio::test]
+async fn a_better_match_in_the_tables_schema_never_runs_with_the_rights_of_others() {
+    let database = database_with_roles().await;
+    database.sql("grant create on schema public to public").await;
+    sql_as(&database, ACCOUNTS, BETTER_MATCHES).await;
+
+    let ran_as_others =
+        "select who || ' ' || what from public.ran where who <> 'token_broker_accounts'";
+    for (role, statements) in WORK {
+        let path = format!("set local search_path = pg_catalog, public; {statements}");
+        sql_as(&database, role, &path).await;
+    }
+    assert_eq!(texts(&database, ran_as_others).await, [""; 0]);
+
+    // In this order, their own statements find such objects. Those of our functions do not.
+    for (role, statements) in WORK {
+        let path = format!("set local search_path = public, pg_catalog; {statements}");
+        sql_as(&database, role, &path).await;
+    }
+    let ran_as_owner = "select what from public.ran where who = session_user";
+    assert_eq!(texts(&database, ran_as_owner).await, [""; 0]);
+}
+
+/// A schema in which others may create objects, or have done so, is refused by brokers, by migrations and by
+/// admins' commands. The error has the statement that mends it.
+#[tokio::test]
+async fn a_schema_in_which_others_may_create_objects_is_refused_until_that_is_revoked() {
+    let fixture = Fixture::new().await;
+    let database = &fixture.database;
+    database.sql(ROLES).await;
+    let store = || Database::new(database.url(), "test").unwrap();
+    let broker = fixture.start_with(config_as_runtime(&fixture)).await;
+    for (grant, revoke) in [
+        ("grant create on schema public to public", "revoke create on schema public from public"),
+        (
+            "grant create on schema public to token_broker_accounts",
+            "revoke create on schema public from token_broker_accounts",
+        ),
+        (
+            "grant all on schema public to token_broker_runtime",
+            "revoke create on schema public from token_broker_runtime",
+        ),
+    ] {
+        database.sql(grant).await;
+        let error = store().check_schema_trust().await.unwrap_err();
+        assert!(matches!(error, StoreError::UnsafeSchema(_)), "{error}");
+        assert!(error.to_string().contains(revoke), "{error}");
+        until_readiness_says(&broker, revoke).await;
+        let mut config = config_as_runtime(&fixture);
+        config.settings.state_dir = fixture.state.path().join("another");
+        assert!(start_error(config).await.contains(revoke));
+        database.sql(ROLES).await;
+        store().check_schema_trust().await.unwrap();
+        until_readiness_says(&broker, "the published intake key is the keyring's").await;
+    }
+    broker.stop().await;
+
+    // The owner's migration takes the right from everybody by itself.
+    database.sql("grant create on schema public to public").await;
+    store().migrate().await.unwrap();
+    store().check_schema_trust().await.unwrap();
+
+    // What somebody created before that stays dangerous.
+    database
+        .sql(
+            "grant create on schema public to token_broker_access; set role token_broker_access;
+             create function public.lower(varchar) returns text language sql as 'select $1';
+             create operator public.~~~ (leftarg = text, rightarg = varchar, function = texteq);
+             reset role; revoke create on schema public from token_broker_access",
+        )
+        .await;
+    for refused in [store().check_schema_trust().await, store().migrate().await] {
+        let error = refused.unwrap_err().to_string();
+        assert!(error.contains("function lower(character varying) belongs to"), "{error}");
+        assert!(error.contains("operator ~~~(text,character varying) belongs to"), "{error}");
+    }
+}
+
+/// Who may manage accounts cannot bring an account's tokens to other callers by its name, and who may manage
+/// callers cannot make the records of one seem to be of another.
+#[tokio::test]
+async fn names_of_accounts_and_callers_are_never_changed() {
+    let database = database_with_roles().await;
+    for (role, statement) in [
+        (ACCOUNTS, "update accounts set name = 'other'"),
+        (ACCOUNTS, "update accounts set name = upper(name)"),
+        (
+            ACCOUNTS,
+            "update accounts set name = 'other', client_id = 'other', client_secret = 'other'",
+        ),
+        (
+            ACCOUNTS,
+            "insert into accounts (name, client_id, client_secret) values ('acme', 'acme-id', 'x')
+             on conflict (name) do update set name = 'other'",
+        ),
+        (ACCESS, "update callers set name = 'other'"),
+    ] {
+        let error = attempt(&database, role, statement).await.expect_err(statement);
+        let error = error.as_database_error().unwrap();
+        assert_eq!(error.code().unwrap(), "23514", "{statement}: {error}");
+    }
+    // Writing the same name again changes nothing.
+    attempt(&database, ACCOUNTS, "update accounts set name = name, enabled = false").await.unwrap();
+    attempt(&database, ACCESS, "update callers set name = name, enabled = false").await.unwrap();
+}
+
+/// The broker's login neither replaces an API KEY, nor loses one without a failure that admins see.
+#[tokio::test]
+async fn the_runtime_role_moves_api_keys_and_does_nothing_else_with_them() {
+    let fixture = Fixture::new().await;
+    let database = &fixture.database;
+    database.sql(ROLES).await;
+    let broker = fixture.start_with(config_as_runtime(&fixture)).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    fixture.wait_for_state("acme", "fresh").await;
+    // The secret is rotated to one that is refused, so that the one before it is kept.
+    database.sql("update accounts set client_secret = 'SK.wrong'").await;
+    fixture.wait_for_state("acme", "rejected").await;
+    broker.stop().await;
+
+    let refused = async |statement: &str| {
+        let error = attempt(database, RUNTIME, statement).await.expect_err(statement);
+        let code = error.as_database_error().unwrap().code().unwrap().into_owned();
+        assert_eq!(code, "42501", "{statement}: {error}");
+    };
+    let sealed = "'\\x0109'::bytea || 's12345678'::bytea || repeat('x', 29)::bytea";
+    refused("update accounts set sealed_secret = null").await;
+    refused(&format!("update accounts set sealed_secret = {sealed}")).await;
+    refused("update accounts set sealed_secret = previous_secret").await;
+    refused("update accounts set client_secret = 'SK.mine'").await;
+    refused("update accounts set previous_secret = sealed_secret").await;
+    refused("update accounts set previous_version = 7").await;
+    // This attempt was with the current secret only: the previous one was not tried again.
+    database.sql("update refreshes set attempt_version = 2; delete from tokens").await;
+    refused("update accounts set previous_secret = null, previous_version = null").await;
+
+    // A secret that was not sealed yet can be sealed, or refused for admins to see, and not be replaced.
+    database.sql("update accounts set client_secret = 'SK.1'").await;
+    refused("update accounts set client_secret = 'SK.mine'").await;
+    refused("update accounts set client_secret = null").await;
+    refused("update accounts set client_secret = null, sealed_secret = 'SK.mine'").await;
+    attempt(
+        database,
+        RUNTIME,
+        &format!("update accounts set client_secret = null, sealed_secret = {sealed}"),
+    )
+    .await
+    .unwrap();
+    attempt(
+        database,
+        RUNTIME,
+        "update refreshes set error_class = 'intake', error_version = 3;
+         update accounts set client_secret = null",
+    )
+    .await
+    .unwrap();
+}
+
+/// A change cannot be kept out of the audit log by marking it.
+#[tokio::test]
+async fn a_change_that_is_marked_as_audited_without_its_record_is_recorded_all_the_same() {
+    let fixture = Fixture::new().await;
+    let database = &fixture.database;
+    database.sql(ROLES).await;
+    fixture.add_caller("shop", &["acme"]).await;
+    sql_as(database, RUNTIME, "update changes set audited_at = now()").await;
+    let marked = "select id::text from changes where audited_at is not null";
+    assert_eq!(texts(database, marked).await, [""; 0]);
+
+    let broker = fixture.start_with(config_as_runtime(&fixture)).await;
+    eventually("the record of the grant", async || {
+        (fixture.audit_events("event = 'grant_changed'").await.len() == 1).then_some(())
+    })
+    .await;
+    eventually("all changes to be marked", async || {
+        let left = "select id::text from changes where audited_at is null";
+        texts(database, left).await.is_empty().then_some(())
+    })
+    .await;
+    for statement in
+        ["update changes set audited_at = null", "update changes set recorder = 'another'"]
+    {
+        attempt(database, RUNTIME, statement).await.expect_err(statement);
+    }
+    assert_eq!(texts(database, "select problem from unaudited_changes").await, [""; 0]);
+
+    // A change that somebody hides with the triggers off is found.
+    database
+        .sql(
+            "begin; set local session_replication_role = replica;
+             insert into changes (table_name, operation, row_id, subject, audited_at)
+                 values ('grants', 'insert', 7, 'hidden', now());
+             insert into changes (table_name, operation, row_id, subject, at, recorder)
+                 values ('grants', 'insert', 8, 'waiting', now() - interval '1 hour', 'nobody');
+             update changes set what = what || '{\"state\": \"other\"}' where table_name = 'callers';
+             commit",
+        )
+        .await;
+    let problems = "select subject || ' ' || problem from unaudited_changes order by id";
+    assert_eq!(
+        texts(database, problems).await,
+        [
+            "shop differs from its audit record",
+            "hidden counts as audited, but has no audit record",
+            "waiting waits for its audit record",
+        ]
+    );
+    broker.stop().await;
+}
+
+/// Rows that were written with the triggers off are told by name, whichever column that decides who gets which
+/// tokens was changed.
+#[tokio::test]
+async fn a_change_without_a_record_is_found_by_name() {
+    let database = database_with_roles().await;
+    let key = other_keyring().intake_public();
+    database.publish(&key).await;
+    database
+        .sql(
+            "insert into caller_credentials (caller_id, kind, identity)
+                 select id, 'dns', 'shop.example.com' from callers;
+             update grants set rights = '{get}', ends_at = now() + interval '1 day';
+             update caller_credentials set ends_at = now() + interval '1 day';
+             update callers set rate_limit = 5, enabled = false;
+             update accounts set enabled = false, description = 'changed';
+             insert into callers (name) values ('gone'); delete from callers where name = 'gone'",
+        )
+        .await;
+    // The text of a time depends on the session's settings.
+    database
+        .sql("set timezone = 'Asia/Seoul'; set datestyle = 'SQL, DMY';
+              update grants set ends_at = ends_at + interval '1 day'; reset timezone; reset datestyle")
+        .await;
+    assert_eq!(texts(&database, "select subject from unrecorded_changes").await, [""; 0]);
+
+    for (change, table, subject) in [
+        ("update accounts set enabled = true", "accounts", "acme"),
+        ("update accounts set client_id = 'other'", "accounts", "acme"),
+        ("update accounts set name = 'other'", "accounts", "other"),
+        ("update accounts set credential_version = 9", "accounts", "acme"),
+        ("delete from accounts", "accounts", "acme"),
+        (
+            "insert into accounts (name, client_id) overriding system value values ('new', 'new')",
+            "accounts",
+            "new",
+        ),
+        ("update callers set enabled = true", "callers", "shop"),
+        ("update callers set rate_limit = null", "callers", "shop"),
+        ("update callers set name = 'other'", "callers", "other"),
+        ("insert into callers (name) values ('new')", "callers", "new"),
+        (
+            "update caller_credentials set revoked_at = now() where kind = 'dns'",
+            "caller_credentials",
+            "shop",
+        ),
+        (
+            "update caller_credentials set ends_at = null where kind = 'dns'",
+            "caller_credentials",
+            "shop",
+        ),
+        (
+            "update caller_credentials set identity = 'evil.example.com' where kind = 'dns'",
+            "caller_credentials",
+            "shop",
+        ),
+        (
+            "update caller_credentials set bearer_sha256 = sha256('y') where kind = 'bearer'",
+            "caller_credentials",
+            "shop",
+        ),
+        (
+            "insert into caller_credentials (caller_id, kind, bearer_sha256)
+                 select id, 'bearer', sha256('z') from callers",
+            "caller_credentials",
+            "shop",
+        ),
+        ("update grants set pattern = '*'", "grants", "shop"),
+        ("update grants set rights = '{get,report,list}'", "grants", "shop"),
+        ("update grants set ends_at = null", "grants", "shop"),
+        ("insert into grants (caller_id, pattern) select id, '*' from callers", "grants", "shop"),
+        ("delete from grants", "grants", "shop"),
+        (
+            "update intake_keys set public_key = sha256('mine')",
+            "intake_keys",
+            key.key_id().as_str(),
+        ),
+        ("delete from intake_keys", "intake_keys", key.key_id().as_str()),
+    ] {
+        let mut transaction = database.pool().begin().await.unwrap();
+        for statement in ["set local session_replication_role = replica", change] {
+            sqlx::raw_sql(statement).execute(&mut *transaction).await.unwrap();
+        }
+        let found: Vec<String> =
+            sqlx::query_scalar("select table_name || ' ' || subject from unrecorded_changes")
+                .fetch_all(&mut *transaction)
+                .await
+                .unwrap();
+        transaction.rollback().await.unwrap();
+        assert_eq!(found, [format!("{table} {subject}")], "{change}");
+    }
+}
+
+/// Rows that are older than the comparison are recorded by the migration that brings it, once.
+#[tokio::test]
+async fn rows_from_before_the_comparison_are_recorded_by_the_migration() {
+    let database = database_with_roles().await;
+    database
+        .sql(
+            "begin; set local session_replication_role = replica;
+             update changes set what = what - 'state'; commit;
+             update repeatable_migrations set version = 0 where name = 'integrity'",
+        )
+        .await;
+    assert_eq!(texts(&database, "select subject from unrecorded_changes").await.len(), 4);
+    let url = DatabaseUrl::new(database.url()).unwrap();
+    url.database("test").unwrap().migrate().await.unwrap();
+    assert_eq!(texts(&database, "select subject from unrecorded_changes").await, [""; 0]);
+
+    database
+        .sql(
+            "begin; set local session_replication_role = replica;
+             insert into grants (caller_id, pattern) select id, '*' from callers; commit;
+             update repeatable_migrations set version = 0 where name = 'integrity'",
+        )
+        .await;
+    url.database("test").unwrap().migrate().await.unwrap();
+    assert_eq!(texts(&database, "select table_name from unrecorded_changes").await, ["grants"]);
+}
