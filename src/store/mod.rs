@@ -8,14 +8,18 @@ pub mod admin;
 pub mod audit;
 pub mod callers;
 pub mod changes;
+mod connect_options;
 mod connection;
 pub mod deployment;
+mod distrust;
 mod error;
 mod execution;
 pub mod instances;
 pub mod leases;
 pub mod migrate;
+mod pooler;
 pub mod retention;
+mod session_settings;
 pub mod tokens;
 
 use std::time::Duration;

@@ -14,5 +14,7 @@ mod disruptions;
 mod drain;
 mod floods;
 mod live_token;
+#[cfg(feature = "embedded-postgres")]
+mod rotation;
 mod shell;
 mod tls_recipe;
