@@ -8,6 +8,7 @@
 //! | [`process`] | the program as a process: its settings, signals, output |
 //! | [`database`] | a database for each test, and the server on which the databases are |
 //! | [`database_proxy`] | a proxy before the database, to interrupt connections |
+//! | [`pgbouncer`] | a connection pooler before the database |
 //! | [`certificates`] | a certificate authority, and connections with TLS |
 //! | [`http`] | HTTP requests to brokers and simulators |
 //! | [`raw_http2`] | an HTTP/2 client that can violate the protocol |
@@ -21,6 +22,7 @@ pub(crate) mod certificates;
 pub(crate) mod database;
 pub(crate) mod database_proxy;
 pub(crate) mod http;
+pub(crate) mod pgbouncer;
 pub(crate) mod process;
 pub(crate) mod raw_http2;
 pub(crate) mod rng;

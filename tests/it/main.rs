@@ -32,6 +32,7 @@ mod restored;
 mod rights;
 mod roles;
 mod serving;
+mod sessions;
 mod upstream;
 
 /// Names the tests that are not compiled without the feature `embedded-postgres`, so that
@@ -52,6 +53,7 @@ mod skipped {
         processes_canaries
         processes_crashes_paused_postgres
         processes_dev
+        processes_rotation
         processes_turns
     }
 }

@@ -14,6 +14,8 @@ mod disruptions;
 mod drain;
 mod floods;
 mod live_token;
+#[cfg(feature = "embedded-postgres")]
+mod rotation;
 mod secrets;
 mod shell;
 mod tls_recipe;

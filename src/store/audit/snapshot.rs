@@ -26,7 +26,8 @@ const NO_TIME: &str = "its time is not between the years 1970 and 9999";
 pub struct AuditSnapshot(Transaction<'static, Postgres>);
 
 impl AuditSnapshot {
-    /// Begins a transaction with repeatable-read isolation and without a statement timeout.
+    /// Begins a transaction with repeatable-read isolation and without a time limit for statements or
+    /// for pauses between them.
     ///
     /// # Errors
     /// When a statement fails.
@@ -43,7 +44,8 @@ impl AuditSnapshot {
         .await?;
         sqlx::query!(
             "/* store::audit::snapshot::open */
-            select set_config('statement_timeout', '0', true)"
+            select set_config('statement_timeout', '0', true) as statement,
+                set_config('idle_in_transaction_session_timeout', '0', true) as idle"
         )
         .fetch_one(&mut *transaction)
         .await?;
