@@ -98,3 +98,92 @@ impl fmt::Debug for ProxyUrl {
         write!(f, "{:?}:{:?}", self.0.host_str(), self.0.port_or_known_default())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeMap, fs, path::Path};
+
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::config::commands::{database_url, migrate_database_url};
+
+    fn url(name: &str) -> String {
+        format!("postgresql://u:canary@h/{name}")
+    }
+
+    /// Returns sources with these environment variables and this TOML file.
+    fn sources(env: &[(&str, &str)], toml: Option<&Path>) -> Sources {
+        let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+        let table = |path: &Path| fs::read_to_string(path).unwrap().parse().unwrap();
+        Sources {
+            env: env.iter().map(owned).collect::<BTreeMap<_, _>>(),
+            file: toml.map(|path| (path.to_owned(), table(path))),
+            read_file: |path| fs::read_to_string(path),
+            ..Sources::empty()
+        }
+    }
+
+    fn read_again(database: &DatabaseUrl) -> Result<String, String> {
+        let url = database.source.as_ref().unwrap().read()?;
+        Ok(url.expose_secret().rsplit_once('/').unwrap().1.to_owned())
+    }
+
+    #[test]
+    fn the_url_is_read_again_from_the_file_that_has_it() {
+        let directory = TempDir::new().unwrap();
+        let (file, toml) = (directory.path().join("url"), directory.path().join("toml"));
+        let write = |name: &str| {
+            fs::write(&file, url(name) + "\r\n").unwrap();
+            fs::write(&toml, format!("database_url = '{}'", url(name))).unwrap();
+        };
+        write("first");
+        let path = file.to_str().unwrap();
+        let given = [
+            (database_url(&sources(&[("DATABASE_URL_FILE", path)], None)), "second"),
+            (database_url(&sources(&[], Some(&toml))), "second"),
+            (migrate_database_url(&sources(&[("DATABASE_URL_FILE", path)], Some(&toml))), "second"),
+            (
+                migrate_database_url(&sources(
+                    &[
+                        ("TOKEN_BROKER_MIGRATE_DATABASE_URL_FILE", path),
+                        ("DATABASE_URL", "postgresql://u@h/other"),
+                    ],
+                    None,
+                )),
+                "second",
+            ),
+            // The environment cannot change, and takes precedence.
+            (database_url(&sources(&[("DATABASE_URL", &url("first"))], Some(&toml))), "first"),
+        ];
+        write("second");
+        for (n, (database, expected)) in given.into_iter().enumerate() {
+            assert_eq!(read_again(&database.unwrap()).as_deref(), Ok(expected), "{n}");
+        }
+    }
+
+    #[test]
+    fn a_url_that_cannot_be_read_again_is_not_quoted() {
+        let directory = TempDir::new().unwrap();
+        let (file, toml) = (directory.path().join("url"), directory.path().join("toml"));
+        fs::write(&file, url("first")).unwrap();
+        fs::write(&toml, format!("database_url_file = '{}'", file.display())).unwrap();
+        let database = database_url(&sources(&[], Some(&toml))).unwrap();
+        assert_eq!(read_again(&database).as_deref(), Ok("first"));
+        for content in ["", "canary", "postgresql://u:1#canary@h/db", "\npostgresql://u:canary@h/"]
+        {
+            fs::write(&file, content).unwrap();
+            let fault = read_again(&database);
+            let quoted = format!("{fault:?} {database:?}");
+            assert!(!quoted.contains("canary"), "{quoted}");
+            assert!(fault.is_err() || content.starts_with('\n'), "{content}: {quoted}");
+        }
+        for content in ["canary", "database_url = 7", "listen = 'canary'"] {
+            fs::write(&toml, content).unwrap();
+            let fault = read_again(&database).unwrap_err();
+            assert!(!fault.contains("canary"), "{fault}");
+        }
+        fs::remove_file(&toml).unwrap();
+        read_again(&database).unwrap_err();
+    }
+}

@@ -23,7 +23,7 @@ use crate::{
 };
 
 /// The pause between two checks.
-const INTERVAL: Duration = Duration::from_secs(5);
+const INTERVAL: Duration = Duration::from_secs(2);
 
 /// Why secrets that admins seal to the published key would not be for this broker. No message holds more than the
 /// ids of keys.
@@ -115,7 +115,7 @@ pub struct TrustMonitor {
 }
 
 impl TrustMonitor {
-    /// Checks every five seconds until `stop` is cancelled. While the database does not answer, the last
+    /// Checks every two seconds until `stop` is cancelled. While the database does not answer, the last
     /// result stands.
     pub async fn run(self, stop: CancellationToken) {
         loop {

@@ -85,7 +85,8 @@ pub(super) async fn set_statement_timeout(
     connection: &mut PgConnection,
 ) -> Result<(), sqlx::Error> {
     let set =
-        "/* store::session_settings */ set statement_timeout = 30000; set lock_timeout = 5000";
+        "/* store::session_settings */ set statement_timeout = 30000; set lock_timeout = 5000;
+               set quote_all_identifiers = off";
     for _ in 1..FIRST_STATEMENT_ATTEMPTS {
         match sqlx::raw_sql(set).execute(&mut *connection).await {
             Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some(CANCELLED) => {}

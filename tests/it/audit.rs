@@ -289,22 +289,27 @@ async fn delivered_changes_are_marked_as_audited() {
         .execute(&fixture.pool)
         .await
         .unwrap();
-    let ids: Vec<i64> = sqlx::query_scalar("select id from changes order by id")
+    let changes: Vec<(i64, Timestamp)> = sqlx::query_as("select id, at from changes order by id")
         .fetch_all(&fixture.pool)
         .await
         .unwrap();
-    assert_eq!(ids.len(), 3);
-    for id in &ids[..2] {
-        let record = Record::new(day(0), Event::CallerChanged).with(CHANGE_ID, id.to_string());
+    assert_eq!(changes.len(), 3);
+    for (id, at) in &changes[..2] {
+        let record = Record::new(*at, Event::CallerChanged).with(CHANGE_ID, id.to_string());
         append(&fixture.journal, record).await;
     }
+    // The record of another change that had the same number before the database was restored.
+    let (id, at) = changes[2];
+    let earlier = at - Duration::from_hours(1);
+    let record = Record::new(earlier, Event::CallerChanged).with(CHANGE_ID, id.to_string());
+    append(&fixture.journal, record).await;
     fixture.drain().await;
     let audited: Vec<i64> =
         sqlx::query_scalar("select id from changes where audited_at is not null order by id")
             .fetch_all(&fixture.pool)
             .await
             .unwrap();
-    assert_eq!(audited, ids[..2]);
+    assert_eq!(audited, [changes[0].0, changes[1].0]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

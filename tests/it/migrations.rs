@@ -138,15 +138,17 @@ async fn functions_name_the_schema_that_was_migrated_and_no_other() {
     assert_eq!(rows(&database, elsewhere).await, [""; 0]);
     database
         .sql(
-            "insert into accounts (name, client_id, client_secret) values ('acme', 'id-1', 'SK.1');
+            "set search_path = broker;
+             insert into accounts (name, client_id, client_secret) values ('acme', 'id-1', 'SK.1');
              insert into callers (name) values ('shop');
              insert into grants (caller_id, pattern) select id, 'acme' from callers;
-             select audit_ensure_partition('2026-01-01');",
+             select audit_ensure_partition('2026-01-01');
+             reset search_path",
         )
         .await;
-    let changed = "select table_name || ' ' || subject from changes order by id";
+    let changed = "select table_name || ' ' || subject from broker.changes order by id";
     assert_eq!(rows(&database, changed).await, ["accounts acme", "callers shop", "grants shop"]);
-    assert_eq!(rows(&database, "select subject from unrecorded_changes").await, [""; 0]);
+    assert_eq!(rows(&database, "select subject from broker.unrecorded_changes").await, [""; 0]);
 }
 
 #[tokio::test]

@@ -471,6 +471,7 @@ async fn the_broker_and_its_admins_need_no_more_than_their_roles() {
             "account_removed 1",
             "caller_changed 2",
             "grant_changed 2",
+            "keys_changed 1",
             "started 2",
             "stopped 2",
             "token_issued 3",

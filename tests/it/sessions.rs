@@ -326,7 +326,7 @@ async fn a_pooler_that_does_not_keep_sessions_is_refused_with_words_that_name_th
         keep_busy(&bouncer.url(), clients, &stop);
         tokio::time::sleep(Duration::from_millis(50)).await;
         let database = Database::new(&bouncer.url(), "test").unwrap();
-        for attempt in 0..10 {
+        for attempt in 0..5 {
             let error = database.check_connection().await.expect_err(&settings);
             let text = error.to_string();
             assert!(text.contains("pool_mode = session"), "{settings} {attempt}: {text}");
