@@ -1,4 +1,4 @@
--- version: 1 (raise it with each change of this file)
+-- version: 2 (raise it with each change of this file)
 --
 -- What happens when a row of `accounts` is written: its values are checked, a new secret begins a new
 -- credential version, and the change is recorded.
@@ -100,7 +100,7 @@ begin
         if new_login or current_setting('token_broker.purge_old', true) = 'on' then
             new.previous_secret := null;
             new.previous_version := null;
-        elsif old.previous_secret is null and old.sealed_secret is not null
+        elsif old.sealed_secret is not null
             and exists (select from tokens
                 where account_id = old.id and credential_version = old.credential_version)
             and not exists (select from refreshes
@@ -159,6 +159,24 @@ end
 $$;
 
 revoke execute on function accounts_changed() from public;
+
+-- Deletes what the broker keeps for a deleted account; the rows of `tokens` follow those of `refreshes`. It runs
+-- at the commit: until then the rows are not locked, and a token that is issued meanwhile can be stored.
+create or replace function accounts_deleted() returns trigger
+language plpgsql security definer
+set search_path from current as $$
+begin
+    delete from refreshes where account_id = old.id;
+    return null;
+end
+$$;
+
+revoke execute on function accounts_deleted() from public;
+
+drop trigger if exists accounts_deleted on accounts;
+create constraint trigger accounts_deleted after delete on accounts
+    deferrable initially deferred
+    for each row execute function accounts_deleted();
 
 create or replace trigger accounts_changed after insert or update or delete on accounts
     for each row execute function accounts_changed();

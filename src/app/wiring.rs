@@ -16,6 +16,7 @@ use crate::{
     audit::checkpoint_signer::CheckpointSigner,
     files::state_dir::StateDir,
     services::{
+        account_upkeep::AccountUpkeep,
         caller_rates::CallerRates,
         change_feed::ChangeFeed,
         heartbeat::{HeartbeatTask, ReplicaIdentity},
@@ -52,18 +53,21 @@ pub(super) struct GrpcServer {
 }
 
 impl Components {
-    /// Returns the issuer of tokens. It keeps in `pending` the tokens that are not stored yet.
+    /// Returns the issuer of tokens. It keeps in `pending` the tokens that are not stored yet. Their generations
+    /// contain the number `replica`.
     pub(super) fn token_issuer(
         &self,
         config: &AppConfig,
         state_dir: &StateDir,
+        replica: u16,
         pending: Arc<PendingTokens>,
     ) -> TokenIssuer {
         let settings = &config.settings;
         let issue_settings = IssueSettings {
             holder: LeaseHolder {
                 instance: state_dir.instance().to_owned(),
-                replica: state_dir.replica(),
+                start: state_dir.start().to_owned(),
+                replica,
                 lease_duration: settings.upstream_timeout + LEASE_BEYOND_ATTEMPT,
                 policy: settings.refresh_policy(),
                 rate: settings.upstream_rate,
@@ -100,7 +104,7 @@ impl Components {
         trigger: RefreshTrigger,
     ) -> ChangeFeed {
         ChangeFeed {
-            replica: self.replica_identity(config, state_dir),
+            instance: state_dir.instance().to_owned(),
             database: self.database.clone(),
             database_identity,
             pool: self.pool.clone(),
@@ -116,22 +120,24 @@ impl Components {
 
     /// Returns the task that tells the other replicas that this one is alive.
     pub(super) fn heartbeat(&self, config: &AppConfig, state_dir: &StateDir) -> HeartbeatTask {
-        HeartbeatTask {
-            replica: self.replica_identity(config, state_dir),
-            pool: self.pool.clone(),
-            cache: self.cache.clone(),
-            connectivity: self.connectivity.clone(),
-            journal: self.journal.clone(),
-            clock: self.clock.clone(),
-        }
-    }
-
-    fn replica_identity(&self, config: &AppConfig, state_dir: &StateDir) -> ReplicaIdentity {
-        ReplicaIdentity {
+        let replica = ReplicaIdentity {
             instance: state_dir.instance().to_owned(),
+            start: state_dir.start().to_owned(),
             replica: state_dir.replica(),
             key_ids: config.keyring.key_ids().iter().map(ToString::to_string).collect(),
             started_at: self.clock.now(),
+        };
+        let (pool, connectivity) = (self.pool.clone(), self.connectivity.clone());
+        let ended = state_dir.ended_starts().to_vec();
+        HeartbeatTask::new(replica, ended, pool, connectivity, self.journal.clone())
+    }
+
+    /// Returns the service that updates rows of accounts that may be locked.
+    pub(super) fn account_upkeep(&self) -> AccountUpkeep {
+        AccountUpkeep {
+            pool: self.pool.clone(),
+            cache: self.cache.clone(),
+            clock: self.clock.clone(),
         }
     }
 

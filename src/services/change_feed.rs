@@ -21,7 +21,7 @@ use crate::{
     domain::{account::AccountId, clock::Clock, secret::ClientSecret},
     services::{
         account_loader::AccountLoader, caller_directory::CallerDirectory,
-        connectivity::DatabaseConnectivity, heartbeat::ReplicaIdentity, refresher::RefreshTrigger,
+        connectivity::DatabaseConnectivity, refresher::RefreshTrigger,
     },
     store::{
         Database, StoreError,
@@ -62,8 +62,8 @@ enum Reclaim {
 
 /// The task that follows the database, with its dependencies.
 pub struct ChangeFeed {
-    /// What this replica reports about itself.
-    pub replica: ReplicaIdentity,
+    /// The id of this instance, which claims changes for its journal.
+    pub instance: String,
     /// The options for the connections that listen and probe.
     pub database: Database,
     /// The identity that the database must keep.
@@ -96,7 +96,7 @@ impl ChangeFeed {
         let snapshot = changes::snapshot(&self.pool).await?;
         // Only one process at a time can lock the state directory that the instance belongs to, so the
         // leases of an earlier process have no holder.
-        leases::release_all(&self.pool, &self.replica.instance).await?;
+        leases::release_all(&self.pool, &self.instance).await?;
         self.seal_intake().await?;
         let accounts = self.loader.load_all().await?;
         self.load_callers().await?;
@@ -248,8 +248,7 @@ impl ChangeFeed {
     /// only one batch, which includes the changes that this instance has claimed before.
     async fn record_changes(&self, reclaim: bool) -> Result<(), StoreError> {
         loop {
-            let claimed =
-                changes::claim(&self.pool, &self.replica.instance, reclaim, CHANGES_BATCH);
+            let claimed = changes::claim(&self.pool, &self.instance, reclaim, CHANGES_BATCH);
             let claimed = within(claimed).await?;
             let more = claimed.len() >= usize::try_from(CHANGES_BATCH).unwrap_or(usize::MAX);
             let records: Vec<_> = claimed

@@ -20,7 +20,7 @@ pub mod tokens;
 use std::{str::FromStr, time::Duration};
 
 use sqlx::{
-    ConnectOptions, Connection, PgPool,
+    ConnectOptions, Connection, PgPool, Postgres, Transaction,
     postgres::{PgConnectOptions, PgPoolOptions, PgSslMode, types::PgInterval},
 };
 use tokio::time::timeout;
@@ -41,6 +41,19 @@ const PING_TIMEOUT: Duration = Duration::from_secs(5);
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long [`Database::probe`] waits for the server.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Begins a transaction that waits for each lock for half a second at most. Admins can hold locks for as long
+/// as they like, and what the broker does after a call to the upstream must not depend on them.
+///
+/// The limit is shorter than `deadlock_timeout`, one second by default: in a deadlock with an admin's
+/// transaction, the broker's is the one that ends.
+const BEGIN: &str = "begin; set local lock_timeout = '500ms'";
+
+/// Begins a transaction whose statements fail with [`StoreError::Locked`] if they wait for a lock longer than
+/// [`BEGIN`] says.
+async fn begin(pool: &PgPool) -> Result<Transaction<'static, Postgres>, StoreError> {
+    Ok(pool.begin_with(BEGIN).await?)
+}
 
 /// Converts a duration to an `interval`, whose resolution is a microsecond.
 fn interval(duration: Duration) -> PgInterval {

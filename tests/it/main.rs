@@ -20,6 +20,7 @@ mod fuzzed;
 mod guarantees;
 mod identity;
 mod inputs;
+mod locks;
 mod migrations;
 mod outages;
 #[cfg(feature = "embedded-postgres")]
@@ -27,6 +28,7 @@ mod postgres;
 mod processes;
 mod refresh;
 mod refresh_rules;
+mod replicas;
 mod restored;
 mod roles;
 mod serving;

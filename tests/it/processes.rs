@@ -16,3 +16,4 @@ mod floods;
 mod live_token;
 mod shell;
 mod tls_recipe;
+mod twins;
