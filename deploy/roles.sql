@@ -68,6 +68,7 @@ grant select on callers, caller_credentials, grants to token_broker_runtime;
 grant select, insert, update on refreshes to token_broker_runtime;
 grant select, insert, update, delete on tokens to token_broker_runtime;
 grant select, update on upstream_pace to token_broker_runtime;
+grant select, insert, update, delete on upstream_calls to token_broker_runtime;
 grant select, insert, update on deployment to token_broker_runtime;
 grant select, insert, update on instances to token_broker_runtime;
 -- Only the owner of the tables publishes an intake key, to which admins seal secrets: `keys publish`.

@@ -106,7 +106,7 @@ begin
         if new_login or current_setting('token_broker.purge_old', true) = 'on' then
             new.previous_secret := null;
             new.previous_version := null;
-        elsif old.previous_secret is null and old.sealed_secret is not null
+        elsif old.sealed_secret is not null
             and exists (select from @schema@.tokens
                 where account_id = old.id and credential_version = old.credential_version)
             and not exists (select from @schema@.refreshes
@@ -175,6 +175,24 @@ end
 $$;
 
 revoke execute on function @schema@.accounts_changed() from public;
+
+-- Deletes what the broker keeps for a deleted account; the rows of `tokens` follow those of `refreshes`. It runs
+-- at the commit: until then the rows are not locked, and a token that is issued meanwhile can be stored.
+create or replace function @schema@.accounts_deleted() returns trigger
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp as $$
+begin
+    delete from @schema@.refreshes where account_id = old.id;
+    return null;
+end
+$$;
+
+revoke execute on function @schema@.accounts_deleted() from public;
+
+drop trigger if exists accounts_deleted on @schema@.accounts;
+create constraint trigger accounts_deleted after delete on @schema@.accounts
+    deferrable initially deferred
+    for each row execute function @schema@.accounts_deleted();
 
 create or replace trigger accounts_changed after insert or update or delete on @schema@.accounts
     for each row execute function @schema@.accounts_changed();

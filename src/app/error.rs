@@ -8,6 +8,7 @@ use super::{database_mismatch::DatabaseMismatch, keyring_check::WrongKeyring};
 use crate::{
     audit::journal::{AuditUnavailable, JournalError},
     files::state_dir::StateDirError,
+    services::heartbeat::IdentityError,
     services::trust_monitor::IntakeKeyFault,
     store::StoreError,
     tls::TlsError,
@@ -39,6 +40,9 @@ pub enum StartError {
     /// for it instead.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// Another process acts under the identity of the state directory.
+    #[error(transparent)]
+    Identity(IdentityError),
     /// The upstream's client cannot be built.
     #[error(transparent)]
     Upstream(#[from] UpstreamSetupError),
@@ -69,4 +73,13 @@ pub enum StartError {
     /// The caller of `App::start` gave up before the start had finished.
     #[error("stopped before the start had finished")]
     Stopped,
+}
+
+impl From<IdentityError> for StartError {
+    fn from(error: IdentityError) -> Self {
+        match error {
+            IdentityError::Store(error) => Self::Store(error),
+            in_use @ IdentityError::InUse(_) => Self::Identity(in_use),
+        }
+    }
 }

@@ -5,8 +5,8 @@
 //! 1. lock the state directory and open the audit journal;
 //! 2. create the [components], which need no database, and serve `/livez`, `/readyz` and
 //!    `/metrics`, so that operators can see that a broker waits for its database;
-//! 3. [prepare](mod@prepare): migrate or check the schema, check that the database and the keyring belong
-//!    together, record the start, and load accounts and callers;
+//! 3. [prepare](mod@prepare): migrate or check the schema, announce this process to the other replicas, check
+//!    that the database and the keyring belong together, record the start, and load accounts and callers;
 //! 4. [build](wiring) the gRPC server, start all [tasks](running), and report `SERVING`.
 //!
 //! The stop, in order ([`App::stop`]):
@@ -46,9 +46,7 @@ pub use self::{
     keyring_check::{WrongKeyring, check_keyring},
 };
 use self::{
-    components::Components,
-    prepare::prepare,
-    running::{RunningServices, TaskGroup},
+    components::Components, prepare::prepare, running::RunningServices, supervise::TaskGroup,
 };
 use crate::{
     api::ops::{self, Ops},
@@ -101,7 +99,8 @@ impl App {
         background.add(tokio::spawn(ops::serve(ops, endpoints, background.stop_token())));
 
         let prepared = Box::pin(async {
-            let prepared = prepare(&components, &config, &state_dir, give_up).await?;
+            let prepared =
+                prepare(&components, &config, &state_dir, give_up, &mut background).await?;
             let server = components.grpc(&config, prepared.trigger.clone())?;
             Ok((prepared, server))
         })

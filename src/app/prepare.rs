@@ -2,11 +2,17 @@
 
 use std::{sync::Arc, time::Duration};
 
+use tokio::sync::{Mutex, watch};
 use tokio_util::sync::CancellationToken;
+use tracing::warn;
 
 use super::{
-    app_config::AppConfig, components::Components, database_identity, error::StartError,
-    keyring_check::check_keyring, supervise::until_reachable,
+    app_config::AppConfig,
+    components::Components,
+    database_identity,
+    error::StartError,
+    keyring_check::check_keyring,
+    supervise::{TaskGroup, until_reachable},
 };
 use crate::{
     audit::record::{Event, Record},
@@ -14,6 +20,7 @@ use crate::{
     files::state_dir::StateDir,
     services::{
         change_feed::ChangeFeed,
+        heartbeat::{HeartbeatTask, Standing},
         refresher::{PendingTokens, RefreshTrigger, Refresher},
         trust_monitor::{IntakeKeyFault, check_published},
     },
@@ -34,13 +41,16 @@ pub(super) struct Prepared {
 
 /// Prepares the database and the journal, in this order:
 /// 1. applies migrations if `--migrate` was given, and checks the schema and who may create objects in it;
-/// 2. checks that the database is the one that this replica used last, and not in an older state;
-/// 3. checks that the keyring is the one that sealed the stored secrets, and that admins seal new ones to its
+/// 2. announces this process, unless another one acts under its identity, and starts the heartbeat in
+///    `background`;
+/// 3. checks that the database is the one that this replica used last, and not in an older state;
+/// 4. checks that the keyring is the one that sealed the stored secrets, and that admins seal new ones to its
 ///    intake key, which it publishes if `--migrate` was given;
-/// 4. records the start in the audit journal, and the acceptance of a restored database if there was one;
-/// 5. marks stored tokens as possibly revoked where an earlier process issued newer ones that it could
+/// 5. records the start in the audit journal, and the acceptance of a restored database if there was one;
+/// 6. marks stored tokens as possibly revoked where an earlier process issued newer ones that it could
 ///    not store;
-/// 6. loads accounts and callers.
+/// 7. loads accounts and callers;
+/// 8. waits until the other replicas know of this one.
 ///
 /// While the database does not answer, a step that needs it is repeated.
 ///
@@ -51,10 +61,15 @@ pub(super) async fn prepare(
     config: &AppConfig,
     state_dir: &StateDir,
     give_up: &CancellationToken,
+    background: &mut TaskGroup,
 ) -> Result<Prepared, StartError> {
     let started_at = components.clock.now();
     until_reachable(give_up, || check_schema(components, config)).await?;
     components.connectivity.mark_connected();
+    let mut heartbeat = components.heartbeat(config, state_dir);
+    announce(&mut heartbeat, give_up).await?;
+    let (replica, standing) = (heartbeat.replica_number(), heartbeat.standing());
+    background.start("heartbeat", &components.failed, heartbeat.run(background.stop_token()));
     let verify =
         || database_identity::verify(&components.pool, config, state_dir, &components.journal);
     let verified = until_reachable(give_up, verify).await?;
@@ -72,11 +87,46 @@ pub(super) async fn prepare(
         .await?;
     pending.forget_earlier_process().await.map_err(StartError::IssuedAlone)?;
 
-    let issuer = components.token_issuer(config, state_dir, Arc::new(pending));
+    let issuer = components.token_issuer(config, state_dir, replica, Arc::new(pending));
     let (refresher, trigger) = Refresher::new(issuer);
     let change_feed = components.change_feed(config, state_dir, verified.identity, trigger.clone());
     let snapshot = until_reachable(give_up, || async { Ok(change_feed.start().await?) }).await?;
+    until_acknowledged(standing, give_up, &components.failed).await?;
     Ok(Prepared { refresher, trigger, change_feed, snapshot })
+}
+
+/// Announces this process, and repeats that while the database does not answer.
+async fn announce(
+    heartbeat: &mut HeartbeatTask,
+    give_up: &CancellationToken,
+) -> Result<(), StartError> {
+    // The steps of `until_reachable` cannot borrow mutably, so they take turns.
+    let heartbeat = Mutex::new(heartbeat);
+    until_reachable(give_up, || async { Ok(heartbeat.lock().await.announce().await?) }).await
+}
+
+/// Waits until every other replica that is likely alive knows of this one. Until then, another replica may count
+/// as the only one if the database is lost, and end the tokens that this one would serve.
+async fn until_acknowledged(
+    mut standing: watch::Receiver<Option<Standing>>,
+    give_up: &CancellationToken,
+    failed: &CancellationToken,
+) -> Result<(), StartError> {
+    let acknowledged = |standing: &Option<Standing>| standing.is_some_and(|it| it.awaited == 0);
+    tokio::select! {
+        () = give_up.cancelled() => Err(StartError::Stopped),
+        // The heartbeat has ended, and logged why.
+        () = failed.cancelled() => Err(StartError::Stopped),
+        known = standing.wait_for(acknowledged) => match known.as_deref() {
+            Ok(Some(Standing { unaware, .. })) if *unaware > 0 => {
+                warn!(replicas = unaware, "other replicas do not answer: until they count as stopped, \
+                    nothing is served while the database does not answer");
+                Ok(())
+            }
+            Ok(_) => Ok(()),
+            Err(_) => Err(StartError::Stopped),
+        },
+    }
 }
 
 async fn check_schema(components: &Components, config: &AppConfig) -> Result<(), StartError> {

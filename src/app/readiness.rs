@@ -72,6 +72,10 @@ fn postgres_check(connectivity: &DatabaseConnectivity) -> Check {
     let detail = match (connectivity.current(), problem) {
         (Connectivity::SoleReplica, _) => "does not answer; issuing goes on without it".into(),
         (Connectivity::Partitioned, _) => "does not answer; serving what is known".into(),
+        (Connectivity::Unacknowledged, _) => {
+            "does not answer; nothing is served, since a replica may issue that does not know of this one"
+                .into()
+        }
         (Connectivity::Connected, _) if !connectivity.has_answered() => {
             "has not answered yet".into()
         }

@@ -5,13 +5,13 @@ use std::{
     time::Duration,
 };
 
-use tokio::{net::TcpListener, task::JoinHandle, time::timeout};
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio::{net::TcpListener, time::timeout};
+use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
 use super::{
     app_config::AppConfig, components::Components, grpc_health::GrpcHealth, prepare::Prepared,
-    supervise::supervise, wiring::GrpcServer,
+    supervise::TaskGroup, wiring::GrpcServer,
 };
 use crate::{
     api::grpc::server::{ConnectionLimiter, WorkerThreads, serve},
@@ -43,56 +43,11 @@ pub(super) struct RunningServices {
     shutdown_notice: Duration,
     /// The first group: gRPC with its streams, and the refresher.
     serving: TaskGroup,
-    /// The second group: the change feed, retention, checks of trust, checkpoints, the reload of TLS files, and the HTTP
-    /// endpoints for operators.
+    /// The second group: the change feed, the heartbeat, the upkeep of accounts, retention, checks of
+    /// trust, checkpoints, the reload of TLS files, and the HTTP endpoints for operators.
     background: TaskGroup,
     /// The third group: the delivery of the journal, which is stopped after the journal is closed.
     delivery: TaskGroup,
-}
-
-/// Tasks that are stopped together, by one token.
-#[derive(Default)]
-pub(super) struct TaskGroup {
-    stop: CancellationToken,
-    tasks: Vec<JoinHandle<()>>,
-}
-
-impl TaskGroup {
-    /// Returns the token that stops the tasks.
-    pub(super) fn stop_token(&self) -> CancellationToken {
-        self.stop.clone()
-    }
-
-    /// Adds a task that runs already. If it ends early, nothing happens.
-    pub(super) fn add(&mut self, task: JoinHandle<()>) {
-        self.tasks.push(task);
-    }
-
-    /// Starts a task. If it ends before the group is stopped, which is a bug, `failed` is cancelled.
-    fn start(
-        &mut self,
-        name: &'static str,
-        failed: &CancellationToken,
-        task: impl Future<Output = ()> + Send + 'static,
-    ) {
-        self.tasks.push(supervise(name, Box::pin(task), self.stop_token(), failed.clone()));
-    }
-
-    /// Stops the tasks and waits until they have ended.
-    pub(super) async fn stop(self) {
-        self.stop.cancel();
-        for task in self.tasks {
-            let _ = task.await;
-        }
-    }
-
-    /// Stops the tasks, and waits up to `limit` for each of them.
-    async fn stop_within(self, limit: Duration) {
-        self.stop.cancel();
-        for task in self.tasks {
-            let _ = timeout(limit, task).await;
-        }
-    }
 }
 
 impl RunningServices {
@@ -120,6 +75,7 @@ impl RunningServices {
         let stop = background.stop_token();
         let feed = prepared.change_feed.run(prepared.snapshot, stop.clone());
         background.start("change feed", failed, feed);
+        background.start("upkeep", failed, components.account_upkeep().run(stop.clone()));
         background.start("retention", failed, components.retention(config).run(stop.clone()));
         background.start("trust", failed, components.trust_monitor(config).run(stop.clone()));
         background.start("checkpoints", failed, signer.clone().run(stop.clone()));

@@ -16,8 +16,10 @@ use crate::{
     audit::checkpoint_signer::CheckpointSigner,
     files::state_dir::StateDir,
     services::{
+        account_upkeep::AccountUpkeep,
         caller_rates::CallerRates,
-        change_feed::{ChangeFeed, ReplicaIdentity},
+        change_feed::ChangeFeed,
+        heartbeat::{HeartbeatTask, ReplicaIdentity},
         journal_delivery::JournalDelivery,
         keyed_semaphore::KeyedSemaphore,
         refresher::{
@@ -52,18 +54,21 @@ pub(super) struct GrpcServer {
 }
 
 impl Components {
-    /// Returns the issuer of tokens. It keeps in `pending` the tokens that are not stored yet.
+    /// Returns the issuer of tokens. It keeps in `pending` the tokens that are not stored yet. Their generations
+    /// contain the number `replica`.
     pub(super) fn token_issuer(
         &self,
         config: &AppConfig,
         state_dir: &StateDir,
+        replica: u16,
         pending: Arc<PendingTokens>,
     ) -> TokenIssuer {
         let settings = &config.settings;
         let issue_settings = IssueSettings {
             holder: LeaseHolder {
                 instance: state_dir.instance().to_owned(),
-                replica: state_dir.replica(),
+                start: state_dir.start().to_owned(),
+                replica,
                 lease_duration: settings.upstream_timeout + LEASE_BEYOND_ATTEMPT,
                 policy: settings.refresh_policy(),
                 rate: settings.upstream_rate,
@@ -100,22 +105,39 @@ impl Components {
         trigger: RefreshTrigger,
     ) -> ChangeFeed {
         ChangeFeed {
-            replica: ReplicaIdentity {
-                instance: state_dir.instance().to_owned(),
-                replica: state_dir.replica(),
-                key_ids: config.keyring.key_ids().iter().map(ToString::to_string).collect(),
-                started_at: self.clock.now(),
-            },
+            instance: state_dir.instance().to_owned(),
             database: self.database.clone(),
             database_identity,
             pool: self.pool.clone(),
             keyring: config.keyring.clone(),
             loader: self.loader.clone(),
-            cache: self.cache.clone(),
             directory: self.directory.clone(),
             connectivity: self.connectivity.clone(),
             refresh: trigger,
             journal: self.journal.clone(),
+            clock: self.clock.clone(),
+        }
+    }
+
+    /// Returns the task that tells the other replicas that this one is alive.
+    pub(super) fn heartbeat(&self, config: &AppConfig, state_dir: &StateDir) -> HeartbeatTask {
+        let replica = ReplicaIdentity {
+            instance: state_dir.instance().to_owned(),
+            start: state_dir.start().to_owned(),
+            replica: state_dir.replica(),
+            key_ids: config.keyring.key_ids().iter().map(ToString::to_string).collect(),
+            started_at: self.clock.now(),
+        };
+        let (pool, connectivity) = (self.pool.clone(), self.connectivity.clone());
+        let ended = state_dir.ended_starts().to_vec();
+        HeartbeatTask::new(replica, ended, pool, connectivity, self.journal.clone())
+    }
+
+    /// Returns the service that updates rows of accounts that may be locked.
+    pub(super) fn account_upkeep(&self) -> AccountUpkeep {
+        AccountUpkeep {
+            pool: self.pool.clone(),
+            cache: self.cache.clone(),
             clock: self.clock.clone(),
         }
     }

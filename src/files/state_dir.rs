@@ -4,7 +4,7 @@
 use std::{
     fs::{DirBuilder, File, OpenOptions, TryLockError},
     io,
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -39,6 +39,10 @@ pub enum StateDirError {
 pub struct StateDir {
     path: PathBuf,
     instance: Arc<str>,
+    /// Identifies this process among all that used the directory or a copy of it.
+    start: Arc<str>,
+    /// The starts of earlier processes that held the same lock, so that they have ended.
+    ended_starts: Arc<[String]>,
     /// The kernel releases the lock when the file is closed, also when the process is killed.
     _lock: Arc<File>,
 }
@@ -75,7 +79,31 @@ impl StateDir {
         if !is_instance_id(&instance) {
             return Err(StateDirError::Malformed(instance_path));
         }
-        Ok(Self { path: path.to_owned(), instance: instance.into(), _lock: Arc::new(lock) })
+        let starts_path = path.join("starts");
+        let (start, ended_starts) =
+            register_start(&starts_path, &lock).map_err(failed(&starts_path))?;
+        Ok(Self {
+            path: path.to_owned(),
+            instance: instance.into(),
+            start: start.into(),
+            ended_starts: ended_starts.into(),
+            _lock: Arc::new(lock),
+        })
+    }
+
+    /// Returns a random number that identifies this process among all that used the directory or a copy of
+    /// it.
+    #[must_use]
+    pub fn start(&self) -> &str {
+        &self.start
+    }
+
+    /// Returns the starts of earlier processes that are known to have ended, since they held the lock that this
+    /// process holds. Those that used another copy of the directory, or used it before the system was
+    /// restarted, are not among them.
+    #[must_use]
+    pub fn ended_starts(&self) -> &[String] {
+        &self.ended_starts
     }
 
     /// Returns this replica's identity, which was generated at random and stays the same at each start.
@@ -84,7 +112,8 @@ impl StateDir {
         &self.instance
     }
 
-    /// Returns a number that is derived from the identity. Two replicas may have the same number.
+    /// Returns a number that is derived from the identity. Two replicas may have the same number: the heartbeat
+    /// chooses another one then.
     #[must_use]
     pub fn replica(&self) -> u16 {
         let digest = digest::digest(&digest::SHA256, self.instance.as_bytes());
@@ -139,11 +168,56 @@ fn read_instance_id(path: &Path) -> io::Result<Option<String>> {
 /// Generates an instance id and makes it durable before it is used: if a crash lost it, records would
 /// name an unknown instance.
 fn create_instance_id(dir: &Path) -> io::Result<String> {
-    let mut random = [0; 8];
-    rand::fill(&mut random).map_err(|_| io::Error::other("no random numbers"))?;
-    let instance = format!("i-{}", hex::encode(random));
+    let instance = format!("i-{}", random_hex()?);
     atomic::replace(&dir.join("instance"), format!("{instance}\n").as_bytes())?;
     Ok(instance)
+}
+
+/// How many starts the file lists. Usually the last one is the one that the database knows; after starts that
+/// did not reach the database, it is an earlier one.
+const LISTED_STARTS: usize = 20;
+
+/// Adds a random start to the file `path`, and returns it with the starts that were listed before.
+///
+/// The first line of the file identifies the file `lock` on this system. In a copy of the directory, the lock is
+/// another file, and who holds the original's is not known: then no earlier start is returned.
+fn register_start(path: &Path, lock: &File) -> io::Result<(String, Vec<String>)> {
+    let start = random_hex()?;
+    let identity = lock_identity(lock)?;
+    let listed = match std::fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
+        Err(error) => return Err(error),
+    };
+    let mut lines = listed.lines();
+    let ended: Vec<_> = if lines.next() == Some(&identity) {
+        lines.map(ToOwned::to_owned).collect()
+    } else {
+        vec![]
+    };
+    let kept = ended.iter().skip((ended.len() + 1).saturating_sub(LISTED_STARTS));
+    let mut text = format!("{identity}\n");
+    for start in kept.chain([&start]) {
+        text.push_str(start);
+        text.push('\n');
+    }
+    atomic::replace(path, text.as_bytes())?;
+    Ok((start, ended))
+}
+
+/// Returns a line that no other lock file has: not a copy of it, nor the same file seen from another system, where
+/// its lock may not be shared, nor before a restart.
+fn lock_identity(lock: &File) -> io::Result<String> {
+    let metadata = lock.metadata()?;
+    // Only Linux has this file. Elsewhere, the numbers of device and file identify the lock.
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    Ok(format!("lock {}:{} {}", metadata.dev(), metadata.ino(), boot.trim_end()))
+}
+
+fn random_hex() -> io::Result<String> {
+    let mut random = [0; 8];
+    rand::fill(&mut random).map_err(|_| io::Error::other("no random numbers"))?;
+    Ok(hex::encode(random))
 }
 
 #[cfg(test)]
@@ -175,6 +249,31 @@ mod tests {
         assert!(matches!(refused, StateDirError::InUse(_)), "{refused}");
         drop(clone);
         StateDir::open(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn earlier_starts_are_known_to_have_ended_but_not_those_of_a_copys_original() {
+        let parent = tempfile::tempdir().unwrap();
+        let (path, copy) = (parent.path().join("original"), parent.path().join("copy"));
+        let first = StateDir::open(&path).unwrap();
+        let (instance, start) = (first.instance().to_owned(), first.start().to_owned());
+        assert_eq!(first.ended_starts(), [""; 0]);
+        std::fs::create_dir(&copy).unwrap();
+        for name in ["lock", "instance", "starts"] {
+            std::fs::copy(path.join(name), copy.join(name)).unwrap();
+        }
+        let copied = StateDir::open(&copy).unwrap();
+        assert_eq!(copied.instance(), instance);
+        assert_eq!(copied.ended_starts(), [""; 0], "the original is in use");
+        drop(first);
+        let mut starts = vec![start];
+        for _ in 0..LISTED_STARTS + 5 {
+            let again = StateDir::open(&path).unwrap();
+            assert!(!starts.contains(&again.start().to_owned()));
+            let known = starts.len().min(LISTED_STARTS);
+            assert_eq!(again.ended_starts(), &starts[starts.len() - known..]);
+            starts.push(again.start().to_owned());
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 use tracing::{info, warn};
 
 /// Whether the database answers this replica, and if not, whether the replica may issue without it.
@@ -17,6 +17,18 @@ pub enum Connectivity {
     /// The database does not answer this replica, but other replicas may reach it and issue. This replica
     /// only serves the tokens in its cache.
     Partitioned,
+    /// The database does not answer, and there may be a replica that does not know of this one: it may count
+    /// as the only one, and end the tokens in this one's cache. So nothing is issued, and nothing served.
+    Unacknowledged,
+}
+
+/// What a replica knows about others.
+#[derive(Clone, Copy, Debug)]
+struct Knowledge {
+    /// Until when it is known that there is no other replica; `None` if there is one, or nothing is known.
+    alone_until: Option<Instant>,
+    /// Whether there may be a replica that does not know of this one.
+    unacknowledged: bool,
 }
 
 /// The present [`Connectivity`], shared between the tasks. The change feed updates it; the refresher, the
@@ -28,15 +40,15 @@ pub struct DatabaseConnectivity {
     answered: AtomicBool,
     /// The error of the change feed, if it fails although the database answers.
     problem: Mutex<Option<String>>,
-    /// Whether the last stored heartbeat found no other live replica.
-    only_replica: AtomicBool,
+    /// What the last heartbeats say about other replicas.
+    knowledge: Mutex<Knowledge>,
     /// Whether the upstream ends older tokens when it issues a new one.
     new_token_ends_older: bool,
 }
 
 impl DatabaseConnectivity {
-    /// Returns the state before the first poll: connected, and other replicas are assumed to exist until a
-    /// heartbeat finds none. `new_token_ends_older` says whether the upstream ends older tokens when it
+    /// Returns the state before the first poll: connected, and others are assumed to exist and not to know of
+    /// this replica until a heartbeat shows otherwise. `new_token_ends_older` says whether the upstream ends older tokens when it
     /// issues a new one.
     #[must_use]
     pub fn new(new_token_ends_older: bool) -> Self {
@@ -44,7 +56,7 @@ impl DatabaseConnectivity {
             current: watch::Sender::new(Connectivity::Connected),
             answered: AtomicBool::new(false),
             problem: Mutex::new(None),
-            only_replica: AtomicBool::new(false),
+            knowledge: Mutex::new(Knowledge { alone_until: None, unacknowledged: true }),
             new_token_ends_older,
         }
     }
@@ -68,15 +80,17 @@ impl DatabaseConnectivity {
         self.current.subscribe()
     }
 
-    /// Records that a heartbeat was stored, and how many other replicas had a recent one.
-    pub fn heartbeat_stored(&self, other_replicas: i64) {
-        self.only_replica.store(other_replicas == 0, Ordering::Relaxed);
+    /// Records that a heartbeat was stored. `alone_until` is the time until which it proves that there is no
+    /// other replica, `None` if there is one; `unacknowledged` says whether one of the others may not know of
+    /// this replica.
+    pub fn heartbeat_stored(&self, alone_until: Option<Instant>, unacknowledged: bool) {
+        *self.knowledge.lock() = Knowledge { alone_until, unacknowledged };
     }
 
     /// Records that the database refuses this replica's heartbeat. The other replicas do not see this one
     /// then, so it must not count as the only one.
     pub fn heartbeat_refused(&self) {
-        self.only_replica.store(false, Ordering::Relaxed);
+        self.knowledge.lock().alone_until = None;
     }
 
     /// Records that the database answers, but that the change feed fails because of `problem`. The replica
@@ -100,15 +114,31 @@ impl DatabaseConnectivity {
     /// connection is lost: a partitioned replica remains so until the database answers again.
     pub fn mark_lost(&self, reason: &str) {
         *self.problem.lock() = None;
-        let safe = !self.new_token_ends_older || self.only_replica.load(Ordering::Relaxed);
-        let lost = if safe { Connectivity::SoleReplica } else { Connectivity::Partitioned };
+        let lost = self.after_loss(Instant::now());
         if self.change(Connectivity::Connected, lost) {
-            let consequence = if safe {
-                "issuing goes on without it, since no other replica's tokens are affected"
-            } else {
-                "other replicas may issue, so only cached tokens are served"
+            let consequence = match lost {
+                Connectivity::Unacknowledged => {
+                    "a replica that does not know of this one may issue, so nothing is served"
+                }
+                Connectivity::Partitioned => {
+                    "other replicas may issue, so only cached tokens are served"
+                }
+                _ => "issuing goes on without it, since no other replica's tokens are affected",
             };
             warn!(reason, "the database does not answer; {consequence}");
+        }
+    }
+
+    /// Returns the state if the database is lost at `now`. Being alone must be known from a recent heartbeat: a
+    /// replica that was paused for long may have been counted as stopped by others that started meanwhile.
+    fn after_loss(&self, now: Instant) -> Connectivity {
+        let Knowledge { alone_until, unacknowledged } = *self.knowledge.lock();
+        if !self.new_token_ends_older || alone_until.is_some_and(|until| now < until) {
+            Connectivity::SoleReplica
+        } else if unacknowledged {
+            Connectivity::Unacknowledged
+        } else {
+            Connectivity::Partitioned
         }
     }
 
@@ -122,6 +152,7 @@ impl DatabaseConnectivity {
         self.answered.store(true, Ordering::Relaxed);
         if self.change(Connectivity::SoleReplica, Connectivity::Connected)
             || self.change(Connectivity::Partitioned, Connectivity::Connected)
+            || self.change(Connectivity::Unacknowledged, Connectivity::Connected)
         {
             info!("the database answers again");
         }
@@ -142,12 +173,21 @@ impl DatabaseConnectivity {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
-    fn after_loss(new_token_ends_older: bool, other_replicas: Option<i64>) -> Connectivity {
+    const HOUR: Duration = Duration::from_hours(1);
+
+    /// Records a heartbeat that found no other replica.
+    fn alone(connectivity: &DatabaseConnectivity) {
+        connectivity.heartbeat_stored(Some(Instant::now() + HOUR), false);
+    }
+
+    fn after_loss(new_token_ends_older: bool, knowledge: Option<(bool, bool)>) -> Connectivity {
         let connectivity = DatabaseConnectivity::new(new_token_ends_older);
-        if let Some(others) = other_replicas {
-            connectivity.heartbeat_stored(others);
+        if let Some((alone, unacknowledged)) = knowledge {
+            connectivity.heartbeat_stored(alone.then(|| Instant::now() + HOUR), unacknowledged);
         }
         connectivity.mark_lost("test");
         connectivity.current()
@@ -155,17 +195,28 @@ mod tests {
 
     #[test]
     fn a_replica_issues_without_the_database_only_if_no_other_replicas_tokens_are_affected() {
-        assert_eq!(after_loss(true, None), Connectivity::Partitioned);
-        assert_eq!(after_loss(true, Some(1)), Connectivity::Partitioned);
-        assert_eq!(after_loss(true, Some(0)), Connectivity::SoleReplica);
+        assert_eq!(after_loss(true, None), Connectivity::Unacknowledged);
+        assert_eq!(after_loss(true, Some((false, true))), Connectivity::Unacknowledged);
+        assert_eq!(after_loss(true, Some((false, false))), Connectivity::Partitioned);
+        assert_eq!(after_loss(true, Some((true, false))), Connectivity::SoleReplica);
         assert_eq!(after_loss(false, None), Connectivity::SoleReplica);
-        assert_eq!(after_loss(false, Some(2)), Connectivity::SoleReplica);
+        assert_eq!(after_loss(false, Some((false, true))), Connectivity::SoleReplica);
+    }
+
+    #[test]
+    fn old_knowledge_of_being_alone_does_not_count() {
+        let connectivity = DatabaseConnectivity::new(true);
+        let until = Instant::now() + HOUR;
+        connectivity.heartbeat_stored(Some(until), false);
+        let before = until - Duration::from_millis(1);
+        assert_eq!(connectivity.after_loss(before), Connectivity::SoleReplica);
+        assert_eq!(connectivity.after_loss(until), Connectivity::Partitioned);
     }
 
     #[test]
     fn a_database_that_refuses_something_is_not_lost() {
         let connectivity = DatabaseConnectivity::new(true);
-        connectivity.heartbeat_stored(0);
+        alone(&connectivity);
         connectivity.mark_failing("refused");
         assert_eq!(
             (connectivity.current(), connectivity.problem()),
@@ -185,7 +236,7 @@ mod tests {
     #[test]
     fn a_replica_whose_heartbeat_is_refused_does_not_count_as_the_only_one() {
         let connectivity = DatabaseConnectivity::new(true);
-        connectivity.heartbeat_stored(0);
+        alone(&connectivity);
         connectivity.heartbeat_refused();
         connectivity.mark_lost("test");
         assert_eq!(connectivity.current(), Connectivity::Partitioned);
@@ -194,10 +245,10 @@ mod tests {
     #[test]
     fn a_partitioned_replica_remains_partitioned_until_the_database_answers() {
         let connectivity = DatabaseConnectivity::new(true);
-        connectivity.heartbeat_stored(1);
+        connectivity.heartbeat_stored(None, false);
         connectivity.mark_lost("test");
         let mut changes = connectivity.changes();
-        connectivity.heartbeat_stored(0);
+        alone(&connectivity);
         connectivity.mark_lost("test");
         assert_eq!(connectivity.current(), Connectivity::Partitioned);
         assert!(!changes.has_changed().unwrap());

@@ -4,12 +4,14 @@
 //! | module | contents |
 //! |---|---|
 //! | [`account_cache`], [`account_loader`] | the accounts and their tokens in memory; loading them from the database |
+//! | [`account_upkeep`] | dropping previous secrets, storing when accounts were requested |
 //! | [`caller_directory`] | the callers by their credentials |
 //! | [`caller_rates`], [`gcra`] | the rate limit of each caller, and its algorithm |
 //! | [`keyed_semaphore`], [`client_network`] | limits for each caller or client; which addresses count as one client |
 //! | [`connectivity`] | whether the database answers, and what a replica may do while it does not |
 //! | [`refresher`] | issuing and storing tokens |
 //! | [`change_feed`] | following committed changes |
+//! | [`heartbeat`] | the identity of this replica; telling others that it is alive, and learning of them |
 //! | [`token_provider`] | answering calls: checking grants, reading the cache, waiting for a token |
 //! | [`trust_monitor`] | whether the published intake key and the schema can be trusted |
 //! | [`refusal_aggregator`] | one audit record for many equal refusals |
@@ -17,12 +19,14 @@
 
 pub mod account_cache;
 pub mod account_loader;
+pub mod account_upkeep;
 pub mod caller_directory;
 pub mod caller_rates;
 pub mod change_feed;
 pub mod client_network;
 pub mod connectivity;
 pub mod gcra;
+pub mod heartbeat;
 pub mod journal_delivery;
 pub mod keyed_semaphore;
 pub mod refresher;

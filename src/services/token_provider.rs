@@ -38,7 +38,7 @@ use crate::{
     services::{
         account_cache::{AccountCache, CachedAccount},
         caller_directory::CallerDirectory,
-        connectivity::DatabaseConnectivity,
+        connectivity::{Connectivity, DatabaseConnectivity},
         keyed_semaphore::{KeyedPermit, KeyedSemaphore},
         refresher::RefreshTrigger,
     },
@@ -232,13 +232,17 @@ impl TokenProvider {
     /// among the accounts that the caller's grants cover; a plain name must be one of them.
     ///
     /// # Errors
-    /// For a plain name without a grant or without an account, as in [`TokenProvider::get_token`].
+    /// For a plain name without a grant or without an account, as in [`TokenProvider::get_token`], and while
+    /// no token may be served.
     pub async fn watched_accounts(
         &self,
         caller: &Caller,
         patterns: &[AccountPattern],
     ) -> Result<Vec<Arc<CachedAccount>>, CallRefusal> {
         self.check_grants_are_current()?;
+        if self.connectivity.current() == Connectivity::Unacknowledged {
+            return Err(CallRefusal::DatabaseUnavailable { retry_after: STORE_REPORT_TIMEOUT });
+        }
         let mut selected = BTreeMap::new();
         let mut wildcards = Vec::new();
         for pattern in patterns {

@@ -3,7 +3,7 @@
 use sqlx::{PgExecutor, PgPool};
 use tracing::{error, instrument};
 
-use super::StoreError;
+use super::{StoreError, begin};
 use crate::domain::{
     account::{AccountId, ClientId, CredentialVersion},
     clock::Timestamp,
@@ -56,6 +56,7 @@ struct Row {
     next_attempt_at: Option<Timestamp>,
     interval_exceptions: Option<i32>,
     interval_exceptions_since: Option<Timestamp>,
+    refused_version: Option<i64>,
     sealed_token: Option<Vec<u8>>,
     generation: Option<i64>,
     token_version: Option<i64>,
@@ -108,7 +109,8 @@ pub async fn load<'e>(
             r.error_class as "error_class?", r.error_code as "error_code?",
             r.error_message as "error_message?", r.error_version as "error_version?",
             r.next_attempt_at as "next_attempt_at?", r.interval_exceptions as "interval_exceptions?",
-            r.interval_exceptions_since as "interval_exceptions_since?", t.sealed_token as "sealed_token?",
+            r.interval_exceptions_since as "interval_exceptions_since?",
+            r.refused_version as "refused_version?", t.sealed_token as "sealed_token?",
             t.generation as "generation?", t.credential_version as "token_version?",
             t.issued_at as "issued_at?", t.expires_at as "expires_at?",
             t.allowed_ip as "allowed_ip?", t.fingerprint as "fingerprint?",
@@ -167,12 +169,15 @@ impl Row {
                 enabled: self.enabled,
                 credential_version: CredentialVersion(self.credential_version),
                 secret: self.sealed_secret.map(SealedSecret::from),
-                previous: self.previous_version.zip(self.previous_secret).map(
-                    |(version, secret)| AccountCredential {
+                // One that the upstream refused is about to be dropped.
+                previous: self
+                    .previous_version
+                    .filter(|version| self.refused_version != Some(*version))
+                    .zip(self.previous_secret)
+                    .map(|(version, secret)| AccountCredential {
                         version: CredentialVersion(version),
                         secret: secret.into(),
-                    },
-                ),
+                    }),
                 reissue_requested_at: self.reissue_requested_at,
             },
             refresh: RefreshState {
@@ -222,7 +227,7 @@ pub async fn seal_intake(
     pool: &PgPool,
     mut seal: impl FnMut(&Intake) -> Result<Vec<u8>, String>,
 ) -> Result<usize, StoreError> {
-    let mut transaction = pool.begin().await?;
+    let mut transaction = begin(pool).await?;
     let rows = sqlx::query!(
         r#"-- store::accounts::seal_intake
         select id, client_id, credential_version, client_secret as "client_secret!"
@@ -332,6 +337,7 @@ pub async fn note_requests(
     ids: &[i64],
     times: &[Timestamp],
 ) -> Result<(), StoreError> {
+    let mut transaction = begin(pool).await?;
     sqlx::query!(
         "-- store::accounts::note_requests
         with asked as (
@@ -348,7 +354,39 @@ pub async fn note_requests(
         ids,
         times,
     )
-    .execute(pool)
+    .execute(&mut *transaction)
     .await?;
-    Ok(())
+    Ok(transaction.commit().await?)
+}
+
+/// Drops previous credentials that are not needed any more: the current credential has issued the account's
+/// token, or the upstream refused the previous one. A row that another transaction has locked is skipped. Returns
+/// how many were dropped.
+///
+/// This is not part of storing a token or a failure, which must not wait for the account's row.
+///
+/// # Errors
+/// When the database cannot be reached or refuses the statement.
+#[instrument(level = "debug", skip_all)]
+pub async fn drop_replaced_credentials(pool: &PgPool) -> Result<u64, StoreError> {
+    let mut transaction = begin(pool).await?;
+    let dropped = sqlx::query!(
+        "-- store::accounts::drop_replaced_credentials
+        with free as (
+            select a.id
+            from accounts a
+            left join refreshes r on r.account_id = a.id
+            left join tokens t on t.account_id = a.id
+            where a.previous_secret is not null
+                and (t.credential_version = a.credential_version
+                    or r.refused_version = a.previous_version)
+            for no key update of a skip locked
+        )
+        update accounts a set previous_secret = null, previous_version = null
+        from free where a.id = free.id",
+    )
+    .execute(&mut *transaction)
+    .await?;
+    transaction.commit().await?;
+    Ok(dropped.rows_affected())
 }

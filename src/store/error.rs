@@ -65,6 +65,10 @@ pub enum StoreError {
     /// Nothing of it was committed, and it may be repeated.
     #[error("the database ended a transaction that was in conflict with another one: {0}")]
     TransactionConflict(#[source] DatabaseCause),
+    /// A lock that another transaction holds was not released in time (`SQLSTATE` 55P03). Nothing of the
+    /// transaction was committed.
+    #[error("another transaction holds a lock that is needed: {0}")]
+    Locked(#[source] DatabaseCause),
     /// The login's role lacks a privilege, or a trigger forbids the statement to every role (`SQLSTATE`
     /// 42501).
     #[error("{} ({})", .0.message(), .0)]
@@ -196,6 +200,7 @@ impl StoreError {
             | Self::UnreadableColumn { cause, .. }
             | Self::Conflict { cause: Some(cause), .. }
             | Self::TransactionConflict(cause)
+            | Self::Locked(cause)
             | Self::MissingPrivilege(cause)
             | Self::InvalidValue(cause)
             | Self::LoginRefused(cause)
@@ -228,11 +233,13 @@ impl StoreError {
         matches!(self, Self::ConnectionLost { .. } | Self::TimedOut { .. })
     }
 
-    /// Returns whether a starting broker should wait and try again, since the server cannot be reached yet
-    /// or has no free connection.
+    /// Returns whether a starting broker should wait and try again, since the server cannot be reached yet,
+    /// has no free connection, or another transaction holds a lock.
     #[must_use]
     pub fn is_unavailable(&self) -> bool {
-        self.may_be_outage() || self.sqlstate() == Some(TOO_MANY_CONNECTIONS)
+        self.may_be_outage()
+            || matches!(self, Self::Locked(_))
+            || self.sqlstate() == Some(TOO_MANY_CONNECTIONS)
     }
 
     /// Returns whether the same transaction may succeed when it is repeated at once.
@@ -261,6 +268,7 @@ impl From<sqlx::Error> for StoreError {
                     Self::ConnectionLost { reason: cause.message().to_owned(), cause }
                 }
                 Kind::TransactionConflict => Self::TransactionConflict(cause),
+                Kind::Locked => Self::Locked(cause),
                 Kind::MissingPrivilege => Self::MissingPrivilege(cause),
                 Kind::InvalidValue => Self::InvalidValue(cause),
                 Kind::Conflict => {
@@ -307,6 +315,7 @@ pub(super) fn unusable(reason: String) -> sqlx::Error {
 enum Kind {
     ConnectionLost,
     TransactionConflict,
+    Locked,
     MissingPrivilege,
     InvalidValue,
     Conflict,
@@ -330,6 +339,8 @@ impl Kind {
             _ if sqlstate.starts_with("08") => Self::ConnectionLost,
             // Serialization failure; deadlock.
             "40001" | "40P01" => Self::TransactionConflict,
+            // `nowait` or `lock_timeout`.
+            "55P03" => Self::Locked,
             INSUFFICIENT_PRIVILEGE => Self::MissingPrivilege,
             CHECK_VIOLATION => Self::InvalidValue,
             // Unique and exclusion constraints.
@@ -429,6 +440,7 @@ mod tests {
             ("57P05", Kind::ConnectionLost),
             ("40001", Kind::TransactionConflict),
             ("40P01", Kind::TransactionConflict),
+            ("55P03", Kind::Locked),
             ("42501", Kind::MissingPrivilege),
             ("23514", Kind::InvalidValue),
             ("23505", Kind::Conflict),
@@ -446,7 +458,6 @@ mod tests {
             ("42P05", Kind::StatementLost),
             ("53100", Kind::Refused),
             ("53300", Kind::Refused),
-            ("55P03", Kind::Refused),
             ("57014", Kind::Refused),
             ("XX001", Kind::Refused),
         ] {

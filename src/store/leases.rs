@@ -2,7 +2,8 @@
 //! attempt, before the upstream is called. Each later write contains the number of the lease, so that a write
 //! under a superseded lease has no effect (fencing). All times are by the database's clock.
 //!
-//! Lock order of the tables: `accounts`, `refreshes`, `upstream_pace`.
+//! Lock order of the tables: `refreshes`, `upstream_pace`, `upstream_calls`. Nothing here locks `accounts`, whose
+//! rows admins may lock for long.
 
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use tracing::instrument;
 use super::{
     StoreError,
     accounts::{self, LoadedAccount},
-    interval,
+    begin, interval,
 };
 use crate::domain::{
     account::{AccountId, CredentialVersion},
@@ -33,6 +34,9 @@ const CONCURRENCY_PAUSE: Duration = Duration::from_millis(200);
 pub struct LeaseHolder {
     /// The instance's id, unique among replicas.
     pub instance: String,
+    /// The random number of this process's start. Once another process has taken the instance over, no lease
+    /// is granted to this one.
+    pub start: String,
     /// The replica's number, which is part of the generations of its tokens.
     pub replica: u16,
     /// How long a lease lasts. This must be longer than an attempt may take, including storing its token.
@@ -90,7 +94,8 @@ pub struct Lease {
 /// `outage_ended` is how long ago the upstream's last outage ended, by the claimant's attempts. The pause
 /// after a failure in that outage is skipped.
 ///
-/// If another transaction has locked the row, the claim does not wait for it. If the future is dropped, the
+/// If another transaction has locked the row, the claim does not wait for it; for other locks it waits half a
+/// second at most. If the future is dropped, the
 /// transaction is rolled back, unless it was already committing; the lease expires in that case.
 ///
 /// # Errors
@@ -103,12 +108,17 @@ pub async fn claim(
     outage_ended: Option<Duration>,
     holder: &LeaseHolder,
 ) -> Result<Claim, StoreError> {
-    let mut transaction = pool.begin().await?;
+    let mut transaction = begin(pool).await?;
     // The row may be locked for long, for example by an admin's open transaction.
     let locked = sqlx::query!(
         "-- store::leases::claim
-        select account_id from refreshes where account_id = $1 for update skip locked",
+        select account_id from refreshes
+        where account_id = $1
+            and not exists (select from instances where id = $2 and start_nonce <> $3)
+        for update skip locked",
         account.0,
+        holder.instance,
+        holder.start,
     )
     .fetch_optional(&mut *transaction)
     .await?;
@@ -138,6 +148,17 @@ pub async fn claim(
         stamp_attempt(&mut transaction, row, version, uses_interval_exception, holder).await?;
     sqlx::query!(
         "-- store::leases::claim
+        insert into upstream_calls (account_id, lease_id, until)
+        values ($1, $2, clock_timestamp() + $3)
+        on conflict (account_id) do update set lease_id = excluded.lease_id, until = excluded.until",
+        account.0,
+        lease.id,
+        interval(holder.lease_duration),
+    )
+    .execute(&mut *transaction)
+    .await?;
+    sqlx::query!(
+        "-- store::leases::claim
         update upstream_pace
         set next_slot = greatest(next_slot + $1, clock_timestamp())",
         interval(holder.pause_between_attempts()),
@@ -162,14 +183,13 @@ async fn upstream_pause(
     if pace.next_slot > pace.now {
         return Ok(Some(until_from(pace.now, pace.next_slot)));
     }
-    let leases = sqlx::query_scalar!(
+    let calls = sqlx::query_scalar!(
         r#"-- store::leases::upstream_pause
-        select count(*) as "leases!"
-        from refreshes where lease_until > clock_timestamp()"#
+        select count(*) as "calls!" from upstream_calls where until > clock_timestamp()"#
     )
     .fetch_one(&mut **transaction)
     .await?;
-    let full = usize::try_from(leases).is_ok_and(|leases| leases >= holder.concurrency);
+    let full = usize::try_from(calls).is_ok_and(|calls| calls >= holder.concurrency);
     Ok(full.then_some(CONCURRENCY_PAUSE))
 }
 
@@ -228,7 +248,8 @@ pub struct FailedAttempt {
 /// Stores that the attempt under `lease` failed, and releases the lease. Returns `false`, and stores nothing,
 /// if the account has another lease by now.
 ///
-/// A failure of the previous credential does not overwrite the failure of the current one.
+/// A failure of the previous credential does not overwrite the failure of the current one. If the upstream
+/// refused it, it is not used again: see [`accounts::drop_replaced_credentials`].
 ///
 /// # Errors
 /// When the database cannot be reached or refuses a statement; the lease then expires by itself.
@@ -238,19 +259,7 @@ pub async fn record_failure(
     lease: &Lease,
     attempt: &FailedAttempt,
 ) -> Result<bool, StoreError> {
-    let mut transaction = pool.begin().await?;
-    if attempt.failure.class.suspends() {
-        // If the secret was rotated during the attempt, the refused one was kept as the previous one.
-        sqlx::query!(
-            "-- store::leases::record_failure
-            update accounts set previous_secret = null, previous_version = null
-            where id = $1 and previous_version = $2",
-            lease.attempt.account.0,
-            lease.attempt.credential.version.0,
-        )
-        .execute(&mut *transaction)
-        .await?;
-    }
+    let mut transaction = begin(pool).await?;
     let done = sqlx::query!(
         "-- store::leases::record_failure
         update refreshes set lease_holder = null, lease_until = null,
@@ -260,6 +269,7 @@ pub async fn record_failure(
             error_code = case when $9 then $5 else error_code end,
             error_message = case when $9 then $6 else error_message end,
             error_version = case when $9 then $7 else error_version end,
+            refused_version = case when $10 then $7 else refused_version end,
             next_attempt_at = clock_timestamp() + $8,
             changed = pg_current_xact_id()
         where account_id = $1 and lease_id = $2",
@@ -272,12 +282,14 @@ pub async fn record_failure(
         attempt.failure.version.0,
         attempt.retry_after.map(interval),
         lease.attempt.uses_current_credential,
+        attempt.failure.class.suspends(),
     )
     .execute(&mut *transaction)
     .await?;
     if done.rows_affected() == 0 {
         return Ok(false);
     }
+    delete_call(&mut transaction, lease).await?;
     transaction.commit().await?;
     Ok(true)
 }
@@ -289,6 +301,7 @@ pub async fn record_failure(
 /// When the database cannot be reached or refuses the statement; the lease then expires by itself.
 #[instrument(level = "debug", skip_all, fields(account = %lease.attempt.account))]
 pub async fn release(pool: &PgPool, lease: &Lease) -> Result<(), StoreError> {
+    let mut transaction = begin(pool).await?;
     sqlx::query!(
         "-- store::leases::release
         update refreshes set lease_holder = null, lease_until = null,
@@ -297,9 +310,58 @@ pub async fn release(pool: &PgPool, lease: &Lease) -> Result<(), StoreError> {
         lease.attempt.account.0,
         lease.id,
     )
-    .execute(pool)
+    .execute(&mut *transaction)
+    .await?;
+    delete_call(&mut transaction, lease).await?;
+    Ok(transaction.commit().await?)
+}
+
+/// Stores that the call to the upstream under `lease` has ended, while its result cannot be stored because
+/// the account's row is locked. The call no longer counts towards the limit of concurrent ones.
+///
+/// # Errors
+/// When the database cannot be reached or refuses the statement; the call then counts until its lease
+/// expires.
+#[instrument(level = "debug", skip_all, fields(account = %lease.attempt.account))]
+pub async fn end_call(pool: &PgPool, lease: &Lease) -> Result<(), StoreError> {
+    let mut transaction = begin(pool).await?;
+    delete_call(&mut transaction, lease).await?;
+    Ok(transaction.commit().await?)
+}
+
+async fn delete_call(
+    transaction: &mut Transaction<'_, Postgres>,
+    lease: &Lease,
+) -> Result<(), StoreError> {
+    sqlx::query!(
+        "-- store::leases::delete_call
+        delete from upstream_calls where account_id = $1 and lease_id = $2",
+        lease.attempt.account.0,
+        lease.id,
+    )
+    .execute(&mut **transaction)
     .await?;
     Ok(())
+}
+
+/// Deletes the calls of replicas that were killed, once their leases have expired.
+///
+/// # Errors
+/// When the database cannot be reached or refuses the statement.
+#[instrument(level = "debug", skip_all)]
+pub async fn delete_expired_calls(pool: &PgPool) -> Result<(), StoreError> {
+    let mut transaction = begin(pool).await?;
+    sqlx::query!(
+        "-- store::leases::delete_expired_calls
+        with expired as (
+            select account_id from upstream_calls where until < clock_timestamp()
+            for update skip locked
+        )
+        delete from upstream_calls c using expired where c.account_id = expired.account_id",
+    )
+    .execute(&mut *transaction)
+    .await?;
+    Ok(transaction.commit().await?)
 }
 
 /// Releases the leases of earlier processes of `instance`, all of which must have ended. Their attempts keep
@@ -310,6 +372,7 @@ pub async fn release(pool: &PgPool, lease: &Lease) -> Result<(), StoreError> {
 /// When the database cannot be reached or refuses the statement.
 #[instrument(level = "debug", skip_all, fields(instance))]
 pub async fn release_all(pool: &PgPool, instance: &str) -> Result<(), StoreError> {
+    let mut transaction = begin(pool).await?;
     sqlx::query!(
         "-- store::leases::release_all
         with free as (
@@ -320,22 +383,23 @@ pub async fn release_all(pool: &PgPool, instance: &str) -> Result<(), StoreError
         from free where refreshes.account_id = free.account_id",
         instance,
     )
-    .execute(pool)
+    .execute(&mut *transaction)
     .await?;
-    Ok(())
+    Ok(transaction.commit().await?)
 }
 
 /// Marks the stored token as possibly revoked, so that it is replaced. With `reported`, it is marked
 /// only if its generation is still the one that a caller reported as refused.
 ///
 /// # Errors
-/// When the database cannot be reached or refuses the statement.
+/// When the database cannot be reached or refuses the statement, or the account's row stays locked.
 #[instrument(level = "debug", skip_all, fields(%account))]
 pub async fn mark_possibly_revoked(
     pool: &PgPool,
     account: AccountId,
     reported: Option<Generation>,
 ) -> Result<(), StoreError> {
+    let mut transaction = begin(pool).await?;
     sqlx::query!(
         "-- store::leases::mark_possibly_revoked
         update refreshes set possibly_revoked = true, changed = pg_current_xact_id()
@@ -344,7 +408,7 @@ pub async fn mark_possibly_revoked(
         account.0,
         reported.map(|generation| generation.0),
     )
-    .execute(pool)
+    .execute(&mut *transaction)
     .await?;
-    Ok(())
+    Ok(transaction.commit().await?)
 }

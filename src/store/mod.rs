@@ -26,13 +26,26 @@ pub mod tokens;
 
 use std::time::Duration;
 
-use sqlx::postgres::types::PgInterval;
+use sqlx::{PgPool, Postgres, Transaction, postgres::types::PgInterval};
 
 pub use self::{
     connection::{Database, Session},
     error::{DatabaseCause, StoreError},
     execution::within,
 };
+
+/// Begins a transaction that waits for each lock for half a second at most. Admins can hold locks for as long
+/// as they like, and what the broker does after a call to the upstream must not depend on them.
+///
+/// The limit is shorter than `deadlock_timeout`, one second by default: in a deadlock with an admin's
+/// transaction, the broker's is the one that ends.
+const BEGIN: &str = "begin; set local lock_timeout = '500ms'";
+
+/// Begins a transaction whose statements fail with [`StoreError::Locked`] if they wait for a lock longer than
+/// [`BEGIN`] says.
+async fn begin(pool: &PgPool) -> Result<Transaction<'static, Postgres>, StoreError> {
+    Ok(pool.begin_with(BEGIN).await?)
+}
 
 /// Converts a duration to an `interval`, whose resolution is a microsecond.
 fn interval(duration: Duration) -> PgInterval {

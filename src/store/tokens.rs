@@ -5,7 +5,7 @@ use std::time::Duration;
 use sqlx::{PgPool, Postgres, Transaction};
 use tracing::instrument;
 
-use super::{StoreError, interval};
+use super::{StoreError, begin, interval};
 use crate::{
     domain::{
         account::AccountId,
@@ -36,11 +36,13 @@ pub enum CommitOutcome {
 /// later issued token replaces the other, since only that one is known to be live. Otherwise the token with
 /// the later end is kept. Ends that differ by less than 5 seconds count as equal, since clocks differ.
 ///
+/// Takes no lock of `accounts`, so no statement of an admin on accounts delays it.
+///
 /// Idempotent: committing the same token again has no further effect.
 ///
 /// # Errors
-/// When the database cannot be reached or refuses a statement; whether the token was stored is then
-/// unknown.
+/// [`StoreError::Locked`] if another transaction has locked the account's row of `refreshes` or one of the
+/// tables; the token was not stored then. After any other error, whether it was stored is unknown.
 #[instrument(level = "debug", skip_all, fields(account = %lease.attempt.account))]
 pub async fn commit(
     pool: &PgPool,
@@ -49,9 +51,7 @@ pub async fn commit(
     new_token_ends_older: bool,
 ) -> Result<CommitOutcome, StoreError> {
     let account = lease.attempt.account;
-    let mut transaction = pool.begin().await?;
-    // The locks are taken in the same order as by a DELETE: the account, then its row in `refreshes`.
-    let issuer = lock_issuer(&mut transaction, account, token).await?;
+    let mut transaction = begin(pool).await?;
     let held = sqlx::query!(
         "-- store::tokens::commit
         select possibly_revoked from refreshes where account_id = $1 and lease_id = $2 for update",
@@ -60,22 +60,34 @@ pub async fn commit(
     )
     .fetch_optional(&mut *transaction)
     .await?;
-    let Some(held) = held.filter(|_| issuer != Issuer::Gone) else {
+    let Some(held) = held else {
         return Ok(CommitOutcome::Fenced);
     };
-    // A success with the previous credential must not clear the failure of the current one.
+    if issuer(&mut transaction, account, token).await? == Issuer::Gone {
+        return Ok(CommitOutcome::Fenced);
+    }
+    // A success must not clear the failure of a later credential.
     sqlx::query!(
         "-- store::tokens::commit
         update refreshes set lease_holder = null, lease_until = null,
             attempt_ended_at = clock_timestamp(), possibly_revoked = false, consecutive_failures = 0,
-            error_class = case when $2 then null else error_class end,
-            error_code = case when $2 then null else error_code end,
-            error_message = case when $2 then null else error_message end,
-            error_version = case when $2 then null else error_version end,
+            error_class = case when error_version > $2 then error_class end,
+            error_code = case when error_version > $2 then error_code end,
+            error_message = case when error_version > $2 then error_message end,
+            error_version = case when error_version > $2 then error_version end,
+            refused_version = nullif(refused_version, $2),
             next_attempt_at = null, changed = pg_current_xact_id()
         where account_id = $1",
         account.0,
-        lease.attempt.uses_current_credential,
+        token.credential_version.0,
+    )
+    .execute(&mut *transaction)
+    .await?;
+    sqlx::query!(
+        "-- store::tokens::commit
+        delete from upstream_calls where account_id = $1 and lease_id = $2",
+        account.0,
+        lease.id,
     )
     .execute(&mut *transaction)
     .await?;
@@ -129,8 +141,8 @@ pub struct ReconcileContext<'a> {
 /// Idempotent: reconciling the same token again has no further effect.
 ///
 /// # Errors
-/// When the database cannot be reached or refuses a statement; whether the token was stored is then
-/// unknown.
+/// [`StoreError::Locked`], at once, if another transaction has locked the account's row of `refreshes`.
+/// After any other error, whether the token was stored is unknown.
 #[instrument(level = "debug", skip_all, fields(%account))]
 pub async fn reconcile(
     pool: &PgPool,
@@ -139,12 +151,11 @@ pub async fn reconcile(
     context: ReconcileContext<'_>,
 ) -> Result<ReconcileOutcome, StoreError> {
     let PendingToken { token, replaces, under_lease } = orphan;
-    let mut transaction = pool.begin().await?;
-    let issuer = lock_issuer(&mut transaction, account, token).await?;
+    let mut transaction = begin(pool).await?;
     let Some(found) = sqlx::query!(
         r#"-- store::tokens::reconcile
         select coalesce(lease_until > clock_timestamp() and lease_holder <> $2, false) as "leased!"
-        from refreshes where account_id = $1 for update"#,
+        from refreshes where account_id = $1 for update nowait"#,
         account.0,
         context.instance,
     )
@@ -167,7 +178,7 @@ pub async fn reconcile(
     .await?
     .map(Generation);
     let unchanged = stored == *replaces || stored == Some(token.generation);
-    if !unchanged || issuer == Issuer::Gone {
+    if !unchanged || issuer(&mut transaction, account, token).await? == Issuer::Gone {
         if context.new_token_ends_older && !under_lease {
             sqlx::query!(
                 "-- store::tokens::reconcile
@@ -181,24 +192,24 @@ pub async fn reconcile(
         }
         return Ok(ReconcileOutcome::Dropped);
     }
-    // A success with the previous credential must not clear the failure of the current one.
+    // A success must not clear the failure of a later credential.
     sqlx::query!(
         "-- store::tokens::reconcile
         update refreshes set lease_holder = null, lease_until = null,
             attempt_started_at = greatest(attempt_started_at, clock_timestamp() - $2::interval),
             attempt_ended_at = clock_timestamp(), attempt_version = $3, possibly_revoked = $4,
             consecutive_failures = 0,
-            error_class = case when $5 then null else error_class end,
-            error_code = case when $5 then null else error_code end,
-            error_message = case when $5 then null else error_message end,
-            error_version = case when $5 then null else error_version end,
+            error_class = case when error_version > $3 then error_class end,
+            error_code = case when error_version > $3 then error_code end,
+            error_message = case when error_version > $3 then error_message end,
+            error_version = case when error_version > $3 then error_version end,
+            refused_version = nullif(refused_version, $3),
             next_attempt_at = null, changed = pg_current_xact_id()
         where account_id = $1",
         account.0,
         interval(context.age),
         token.credential_version.0,
         context.possibly_revoked,
-        issuer == Issuer::Current,
     )
     .execute(&mut *transaction)
     .await?;
@@ -210,40 +221,37 @@ pub async fn reconcile(
 /// The relation of a token's credential to its account.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Issuer {
-    /// The account's current credential issued the token.
-    Current,
-    /// The previous credential, which is still kept, issued the token.
-    Previous,
+    /// The account's current credential, or the previous one, which is still kept, issued the token.
+    Known,
     /// The account no longer has the credential, or does not exist.
     Gone,
 }
 
-/// Returns whether the account still has the credential that issued `token`, and locks the account
-/// against changes until the end of the transaction.
-async fn lock_issuer(
+/// Returns whether the account still has the credential that issued `token`.
+///
+/// The account is read without a lock, because an admin's open transaction may hold one for long. A change that
+/// is committed after this read counts as later than the token: the token is stored as if it had been issued
+/// just before, and the changed credential is tried at once, as after every change. Call it after the account's
+/// row of `refreshes` was locked, in a statement of its own, so that it sees what was committed before.
+async fn issuer(
     transaction: &mut Transaction<'_, Postgres>,
     account: AccountId,
     token: &SealedToken,
 ) -> Result<Issuer, StoreError> {
-    let row = sqlx::query!(
-        "-- store::tokens::lock_issuer
-        select credential_version, previous_version from accounts where id = $1 for share",
+    let known = sqlx::query_scalar!(
+        r#"-- store::tokens::issuer
+        select exists (select from accounts
+            where id = $1 and $2 in (credential_version, previous_version)) as "known!""#,
         account.0,
+        token.credential_version.0,
     )
-    .fetch_optional(&mut **transaction)
+    .fetch_one(&mut **transaction)
     .await?;
-    let version = token.credential_version.0;
-    Ok(match row {
-        Some(row) if row.credential_version == version => Issuer::Current,
-        Some(row) if row.previous_version == Some(version) => Issuer::Previous,
-        _ => Issuer::Gone,
-    })
+    Ok(if known { Issuer::Known } else { Issuer::Gone })
 }
 
 /// Stores `token` as the account's token and returns `true`, unless the stored token has a later generation,
 /// or ends later and `replace_longer_lived` is not set.
-///
-/// In either case, the previous credential is dropped if the current one issued `token`.
 async fn put(
     transaction: &mut Transaction<'_, Postgres>,
     account: AccountId,
@@ -271,15 +279,6 @@ async fn put(
         token.allowed_ip,
         token.fingerprint,
         replace_longer_lived,
-    )
-    .execute(&mut **transaction)
-    .await?;
-    sqlx::query!(
-        "-- store::tokens::put
-        update accounts set previous_secret = null, previous_version = null
-        where id = $1 and credential_version = $2 and previous_secret is not null",
-        account.0,
-        token.credential_version.0,
     )
     .execute(&mut **transaction)
     .await?;

@@ -200,6 +200,7 @@ async fn a_claim_does_not_wait_for_another_transaction_and_sees_what_it_committe
     let [acme, free] = ids[..] else { panic!("{ids:?}") };
     let holder = LeaseHolder {
         instance: "ours".into(),
+        start: "1".into(),
         replica: 1,
         lease_duration: Duration::from_mins(1),
         policy: RefreshPolicy { refresh_at: 0.75, min_issue_interval: Duration::ZERO },

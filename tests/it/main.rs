@@ -21,6 +21,7 @@ mod fuzzed;
 mod guarantees;
 mod identity;
 mod inputs;
+mod locks;
 mod migrations;
 mod outages;
 #[cfg(feature = "embedded-postgres")]
@@ -28,6 +29,7 @@ mod postgres;
 mod processes;
 mod refresh;
 mod refresh_rules;
+mod replicas;
 mod restored;
 mod rights;
 mod roles;

@@ -20,4 +20,5 @@ mod secrets;
 mod shell;
 mod tls_recipe;
 mod trust_anchor;
+mod twins;
 mod unread_log;

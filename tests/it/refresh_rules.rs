@@ -222,6 +222,7 @@ async fn a_claim_and_the_schedule_decide_the_same_from_the_same_facts() {
     let policy = RefreshPolicy { refresh_at: 0.75, min_issue_interval: MIN_ISSUE_INTERVAL };
     let holder = LeaseHolder {
         instance: "ours".into(),
+        start: "1".into(),
         replica: 1,
         lease_duration: Duration::from_mins(1),
         policy,

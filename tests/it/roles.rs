@@ -440,6 +440,16 @@ async fn the_broker_and_its_admins_need_no_more_than_their_roles() {
     let client = broker.client(&bearer).await;
     assert_eq!(client.get("acme").await.unwrap().generation, third.generation);
     assert_eq!(fixture.upstream.requests(), requests, "the token survived the restart");
+    // The broker drops the previous secret soon after the new one has issued a token.
+    eventually("the end of the previous secret", async || {
+        let kept: i64 =
+            sqlx::query_scalar("select count(*) from accounts where previous_secret is not null")
+                .fetch_one(database.pool())
+                .await
+                .unwrap();
+        (kept == 0).then_some(())
+    })
+    .await;
     sql_as(database, ACCOUNTS, "delete from accounts").await;
     until_refused(&client, "NotFound NO_SUCH_ACCOUNT").await;
     sql_as(database, ACCESS, "delete from grants").await;

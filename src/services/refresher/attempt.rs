@@ -40,6 +40,7 @@ use crate::{
         connectivity::Connectivity,
     },
     store::{
+        StoreError,
         leases::{self, Claim, FailedAttempt, Lease, LeaseHolder},
         tokens::{self, CommitOutcome, PendingToken},
         within,
@@ -146,7 +147,7 @@ impl TokenIssuer {
                 let token = snapshot.token.as_deref();
                 Some(at.max(RefreshPolicy::mandatory_refresh_at(&snapshot.refresh, token)))
             }
-            Connectivity::Partitioned => None,
+            Connectivity::Partitioned | Connectivity::Unacknowledged => None,
         }
     }
 
@@ -225,7 +226,9 @@ impl TokenIssuer {
             Connectivity::Connected => self.claim_lease(entry, snapshot).await?,
             Connectivity::SoleReplica => self.claim_as_sole_replica(snapshot).await?,
             // All accounts are rescheduled when the database answers.
-            Connectivity::Partitioned => return Err(AttemptOutcome::Done),
+            Connectivity::Partitioned | Connectivity::Unacknowledged => {
+                return Err(AttemptOutcome::Done);
+            }
         };
         let lost = matches!(&permission, Permission::Lease(lease) if lease.previous_attempt_lost);
         let (now, lease_duration) = (self.clock().now(), self.holder().lease_duration);
@@ -385,8 +388,8 @@ impl TokenIssuer {
 
     // 4. Store.
 
-    /// Stores the token and returns `true`, or returns `false` if it is pending until the database
-    /// answers. If the token was not accepted as the account's token, the attempt ends, and its outcome is
+    /// Stores the token and returns `true`, or returns `false` if it is pending until the database answers or
+    /// another transaction releases its lock. If the token was not accepted as the account's token, the attempt ends, and its outcome is
     /// returned.
     ///
     /// A pending token is served, since the upstream may have ended the stored one. If this process ends
@@ -417,7 +420,10 @@ impl TokenIssuer {
                 Some(CommitOutcome::Fenced) => {
                     return Err(self.discard(entry, lease, &token).await);
                 }
-                None => (IssueResult::NotStored, lease.replaces, true),
+                None => {
+                    self.end_call(lease).await;
+                    (IssueResult::NotStored, lease.replaces, true)
+                }
             },
             Permission::SoleReplica { replaces, .. } => (IssueResult::Issued, *replaces, false),
         };
@@ -427,7 +433,8 @@ impl TokenIssuer {
     }
 
     /// Commits the token, and retries after errors for [`STORE_TIMEOUT`] while the database is connected.
-    /// Returns `None` if all tries failed; the last one may have stored the token.
+    /// Returns `None` if all tries failed; the last one may have stored the token. A lock that is held for
+    /// long is not waited for: callers need the token now, and other accounts need this attempt's place.
     async fn commit(&self, lease: &Lease, token: &SealedToken) -> Option<CommitOutcome> {
         let account = lease.attempt.account;
         let (pool, ends_older) = (&self.infrastructure.pool, self.settings.new_token_ends_older);
@@ -435,6 +442,10 @@ impl TokenIssuer {
         loop {
             match within(tokens::commit(pool, lease, token, ends_older)).await {
                 Ok(commit) => return Some(commit),
+                Err(error @ StoreError::Locked(_)) => {
+                    warn!(%account, %error, "a token is served, and stored once the lock is released");
+                    return None;
+                }
                 // Callers may be waiting for the token, so do not retry once the connection is known to
                 // be lost.
                 Err(error)
@@ -449,6 +460,17 @@ impl TokenIssuer {
                     return None;
                 }
             }
+        }
+    }
+
+    /// Stores that the call under `lease` has ended, so that other accounts can be called for.
+    async fn end_call(&self, lease: &Lease) {
+        if self.state.connectivity.current() != Connectivity::Connected {
+            return;
+        }
+        if let Err(error) = within(leases::end_call(&self.infrastructure.pool, lease)).await {
+            debug!(account = %lease.attempt.account, %error,
+                "an ended call counts until its lease expires");
         }
     }
 
@@ -472,6 +494,9 @@ impl TokenIssuer {
         } else {
             Ok(())
         };
+        if released.is_err() {
+            self.end_call(lease).await;
+        }
         if let Err(error) = released.and(marked) {
             warn!(%account, %error, "cannot store in the database that a token was dropped");
         }
@@ -499,6 +524,7 @@ impl TokenIssuer {
                     Ok(false) => return self.reload(entry).await,
                     Err(error) => {
                         warn!(%account, %error, "a failure cannot be stored; its lease will expire");
+                        self.end_call(lease).await;
                     }
                 }
             }

@@ -1,4 +1,4 @@
-//! Tokens that were issued but are not stored yet, because the database did not answer.
+//! Tokens that were issued but are not stored yet, because the database did not answer or a row was locked.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

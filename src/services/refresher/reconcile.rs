@@ -1,9 +1,10 @@
-//! Stores the tokens that were issued while the database did not answer.
+//! Stores the tokens that were issued while the database did not answer, or while an admin's transaction had
+//! locked their accounts' rows.
 
 use std::{sync::Arc, time::Duration};
 
 use sqlx::PgPool;
-use tracing::{info, instrument, warn};
+use tracing::{debug, info, instrument, warn};
 
 use super::{
     notify::notify_replicas,
@@ -52,8 +53,8 @@ impl Reconciler {
         }
     }
 
-    /// Reconciles every account with pending tokens. Stops at the first error, and if the database is not
-    /// connected.
+    /// Reconciles every account with pending tokens, except those that another transaction has locked. Stops
+    /// at any other error, and if the database is not connected.
     pub(super) async fn reconcile_all(&self) {
         let mut reconciled = 0;
         for account in self.pending.accounts() {
@@ -62,17 +63,17 @@ impl Reconciler {
             }
             match self.reconcile(account).await {
                 Ok(done) => reconciled += usize::from(done),
+                Err(error @ StoreError::Locked(_)) => {
+                    debug!(%account, %error, "a token cannot be stored yet");
+                }
                 Err(error) => {
-                    warn!(%error, "tokens that were issued without the database cannot be stored yet");
+                    warn!(%error, "pending tokens cannot be stored yet");
                     break;
                 }
             }
         }
         if reconciled > 0 {
-            info!(
-                accounts = reconciled,
-                "tokens that were issued without the database are stored now"
-            );
+            info!(accounts = reconciled, "pending tokens are stored now");
             notify_replicas(&self.pool).await;
         }
     }
@@ -115,7 +116,7 @@ impl Reconciler {
         let result = within(stored).await?;
         if result == ReconcileOutcome::Dropped {
             warn!(%account, generation = %orphan.token.generation,
-                "a token that was issued without the database is dropped: the account has another \
+                "a pending token is dropped: the account has another \
                  token or credential, or is gone");
         }
         Ok(result)

@@ -42,7 +42,8 @@ pub(super) enum Decision {
 
 /// Decides whether a call for a token is served, waits, or is refused.
 ///
-/// A live token is served whatever the account's refresh state, unless the account is disabled. A call
+/// A live token is served whatever the account's refresh state, unless the account is disabled or the token may
+/// have been ended by a replica that does not know of this one. A call
 /// that wants a token with more life left, or of a later generation, waits as long as one may still come;
 /// when none will come soon, the live token is served if its generation suffices.
 pub(super) fn decide(
@@ -57,6 +58,10 @@ pub(super) fn decide(
     }
     if !snapshot.account.enabled {
         return Decision::Refuse(CallRefusal::AccountDisabled);
+    }
+    // Another replica may have ended the token in the cache.
+    if connectivity == Connectivity::Unacknowledged {
+        return Decision::Refuse(CallRefusal::DatabaseUnavailable { retry_after: DEFAULT_RETRY });
     }
     let acceptable = snapshot.live_token(now).filter(|token| token.generation > request.newer_than);
     let no_new_token = why_no_new_token_soon(snapshot, connectivity, now);

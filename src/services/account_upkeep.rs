@@ -1,0 +1,92 @@
+//! Updates rows of accounts that other transactions may have locked, which no other duty may wait for.
+
+use std::{sync::Arc, time::Duration};
+
+use sqlx::PgPool;
+use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info};
+
+use crate::{
+    domain::clock::{Clock, Timestamp},
+    services::account_cache::AccountCache,
+    store::{StoreError, accounts, leases, within},
+};
+
+/// The pause between two rounds.
+const INTERVAL: Duration = Duration::from_secs(1);
+/// How often the times of the last requests are stored.
+const REQUESTS_INTERVAL: Duration = Duration::from_secs(10);
+/// The most accounts whose time of the last request is stored by one statement.
+const REQUESTS_BATCH: usize = 500;
+
+/// Drops credentials that are not needed any more, and stores when accounts were last requested. Rows that are
+/// locked are left for a later round.
+pub struct AccountUpkeep {
+    /// The pool for all statements.
+    pub pool: PgPool,
+    /// The accounts, with the times at which they were last requested.
+    pub cache: Arc<AccountCache>,
+    /// The clock by which requests are selected.
+    pub clock: Clock,
+}
+
+impl AccountUpkeep {
+    /// Runs until `stop` is cancelled.
+    pub async fn run(self, stop: CancellationToken) {
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = self.work() => {}
+        }
+    }
+
+    /// Never returns.
+    async fn work(&self) {
+        let mut rounds = interval(INTERVAL);
+        rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut requests_due = Instant::now() + REQUESTS_INTERVAL;
+        loop {
+            rounds.tick().await;
+            let mut results = vec![self.drop_credentials().await];
+            if Instant::now() >= requests_due {
+                requests_due = Instant::now() + REQUESTS_INTERVAL;
+                results.push(self.note_requests().await);
+                results.push(within(leases::delete_expired_calls(&self.pool)).await);
+            }
+            for error in results.into_iter().filter_map(Result::err) {
+                debug!(%error, "rows of accounts are left for a later round");
+            }
+        }
+    }
+
+    async fn drop_credentials(&self) -> Result<(), StoreError> {
+        let dropped = within(accounts::drop_replaced_credentials(&self.pool)).await?;
+        if dropped > 0 {
+            info!(accounts = dropped, "previous secrets were dropped");
+        }
+        Ok(())
+    }
+
+    async fn note_requests(&self) -> Result<(), StoreError> {
+        let (ids, moments) = self.requests_since(self.clock.now() - 2 * REQUESTS_INTERVAL);
+        for (ids, moments) in ids.chunks(REQUESTS_BATCH).zip(moments.chunks(REQUESTS_BATCH)) {
+            within(accounts::note_requests(&self.pool, ids, moments)).await?;
+        }
+        Ok(())
+    }
+
+    /// Returns the ids of the accounts that were last requested at or after `since`, and these times in the
+    /// same order.
+    fn requests_since(&self, since: Timestamp) -> (Vec<i64>, Vec<Timestamp>) {
+        let since = since.timestamp_millis();
+        self.cache
+            .all()
+            .iter()
+            .filter(|account| account.requested_ms() >= since)
+            .filter_map(|account| {
+                let requested = Timestamp::from_timestamp_millis(account.requested_ms())?;
+                Some((account.id().0, requested))
+            })
+            .unzip()
+    }
+}

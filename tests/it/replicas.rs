@@ -1,0 +1,175 @@
+//! What replicas know of each other: a replica counts as the only one only if no other one can serve or issue.
+
+use std::{
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    time::Duration,
+};
+
+use tempfile::TempDir;
+use token_broker::{
+    app::AppConfig,
+    config::DatabaseUrl,
+    dev::simulator::Faults,
+    domain::clock::{Clock, ManualClock},
+};
+
+use crate::{
+    harness::{
+        broker::{Fixture, code_and_reason},
+        database_proxy::DatabaseProxy,
+        eventually,
+    },
+    outages::until_readiness_says,
+};
+
+impl Fixture {
+    /// Stores a replica that is alive for the whole test, and knows of no other one.
+    async fn add_unaware_replica(&self, heartbeat_at: &str) {
+        self.database
+            .sql(&format!(
+                "insert into instances (id, start_nonce, replica, version, key_ids, started_at, heartbeat_at)
+                 values ('i-other', 'other', 1, '0', '{{}}', now(), {heartbeat_at})"
+            ))
+            .await;
+    }
+
+    fn second_config(&self, proxy: &DatabaseProxy, home: &TempDir) -> AppConfig {
+        let mut config = self.config();
+        config.settings.database_url = DatabaseUrl::new(proxy.url()).unwrap();
+        config.settings.state_dir = home.path().to_owned();
+        config
+    }
+}
+
+#[tokio::test]
+async fn a_replica_knows_of_another_one_as_soon_as_that_one_serves() {
+    let manual = ManualClock::new(Clock::System.now());
+    let fixture = Fixture::with(Clock::Manual(manual.clone()), Faults::default()).await;
+    let proxy = DatabaseProxy::start(fixture.database.url()).await;
+    let homes = [TempDir::new().unwrap(), TempDir::new().unwrap()];
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let first = fixture.start_with(fixture.second_config(&proxy, &homes[0])).await;
+    let token = first.client(&bearer).await.get("acme").await.unwrap();
+
+    let second = fixture.start_with(fixture.second_config(&proxy, &homes[1])).await;
+    // Postgres stops at the moment at which the second replica is ready.
+    proxy.disconnect();
+    for broker in [&first, &second] {
+        until_readiness_says(broker, "serving what is known").await;
+    }
+    // Neither of the two issues, so the tokens of both stay live to their end.
+    manual.advance(Duration::from_secs(59 * 60 + 30));
+    for broker in [&first, &second] {
+        let served = broker.client(&bearer).await.get("acme").await.unwrap();
+        assert_eq!(served.access_token, token.access_token);
+    }
+    assert!(fixture.upstream.is_live(&token.access_token));
+    assert_eq!(fixture.upstream.requests(), 1);
+
+    // A replica that stops is no longer counted.
+    proxy.forward();
+    until_readiness_says(&second, "\"answers\"").await;
+    second.stop().await;
+    eventually("heartbeats after the second one's end", async || {
+        let later: bool = sqlx::query_scalar(
+            "select max(heartbeat_at) filter (where stopped_at is null)
+                 > max(stopped_at) + interval '1500 milliseconds' from instances",
+        )
+        .fetch_one(fixture.database.pool())
+        .await
+        .unwrap();
+        later.then_some(())
+    })
+    .await;
+    proxy.disconnect();
+    until_readiness_says(&first, "issuing goes on without it").await;
+    first.stop().await;
+}
+
+#[tokio::test]
+async fn a_replica_does_not_serve_before_all_that_are_alive_know_of_it() {
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    fixture.add_unaware_replica("now() + interval '1 hour'").await;
+    let acknowledged = AtomicBool::new(false);
+    let starting = async {
+        let broker = fixture.start().await;
+        assert!(acknowledged.load(Relaxed), "it serves although the other one does not know of it");
+        broker
+    };
+    let acknowledging = async {
+        eventually("its announcement", async || {
+            let announced: i64 = sqlx::query_scalar(
+                "select count(*) from instances where id <> 'i-other' and 'other' = any (seen)",
+            )
+            .fetch_one(fixture.database.pool())
+            .await
+            .unwrap();
+            (announced == 1).then_some(())
+        })
+        .await;
+        // It heartbeats, and goes on waiting.
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        assert_eq!(fixture.upstream.requests(), 0);
+        acknowledged.store(true, Relaxed);
+        fixture
+            .database
+            .sql(
+                "update instances set seen =
+                     array(select start_nonce from instances where id <> 'i-other')
+                 where id = 'i-other'",
+            )
+            .await;
+    };
+    let (broker, ()) = tokio::join!(starting, acknowledging);
+    broker.client(&bearer).await.get("acme").await.unwrap();
+    broker.stop().await;
+}
+
+#[tokio::test]
+async fn a_replica_that_was_killed_delays_no_start_but_nothing_is_served_without_the_database() {
+    let fixture = Fixture::new().await;
+    let proxy = DatabaseProxy::start(fixture.database.url()).await;
+    let home = TempDir::new().unwrap();
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    // It may have been killed, or it may be paused and count as the only one when it goes on.
+    fixture.add_unaware_replica("now()").await;
+    let broker = fixture.start_with(fixture.second_config(&proxy, &home)).await;
+    let client = broker.client(&bearer).await;
+    client.get("acme").await.unwrap();
+
+    proxy.disconnect();
+    until_readiness_says(&broker, "nothing is served").await;
+    let refused = client.get("acme").await.unwrap_err();
+    assert_eq!(code_and_reason(&refused), "Unavailable DATABASE_UNAVAILABLE");
+
+    proxy.forward();
+    until_readiness_says(&broker, "\"answers\"").await;
+    client.get("acme").await.unwrap();
+    assert_eq!(fixture.upstream.requests(), 1);
+    broker.stop().await;
+}
+
+#[tokio::test]
+async fn replicas_with_the_same_number_issue_under_different_ones() {
+    let fixture = Fixture::new().await;
+    let first = fixture.start().await;
+    first.stop().await;
+    fixture
+        .database
+        .sql(
+            "insert into instances (id, start_nonce, replica, version, key_ids, started_at, heartbeat_at, seen)
+             select 'i-other', 'other', replica, '0', '{}', now(), now(), '{}' from instances",
+        )
+        .await;
+    let again = fixture.start().await;
+    let numbers: i64 = sqlx::query_scalar("select count(distinct replica) from instances")
+        .fetch_one(fixture.database.pool())
+        .await
+        .unwrap();
+    assert_eq!(numbers, 2);
+    again.stop().await;
+}
