@@ -14,6 +14,7 @@ use crate::{
     files::state_dir::StateDir,
     services::{
         change_feed::ChangeFeed,
+        heartbeat::HeartbeatTask,
         refresher::{PendingTokens, RefreshTrigger, Refresher},
     },
     store::{accounts, instances, leases, within},
@@ -27,6 +28,7 @@ pub(super) struct Prepared {
     pub(super) refresher: Refresher,
     pub(super) trigger: RefreshTrigger,
     pub(super) change_feed: ChangeFeed,
+    pub(super) heartbeat: HeartbeatTask,
     /// The database snapshot whose changes are loaded. The change feed continues from there.
     pub(super) snapshot: String,
 }
@@ -39,7 +41,8 @@ pub(super) struct Prepared {
 /// 4. records the start in the audit journal, and the acceptance of a restored database if there was one;
 /// 5. marks stored tokens as possibly revoked where an earlier process issued newer ones that it could
 ///    not store;
-/// 6. loads accounts and callers.
+/// 6. loads accounts and callers;
+/// 7. stores the first heartbeat.
 ///
 /// While the database does not answer, a step that needs it is repeated.
 ///
@@ -75,7 +78,9 @@ pub(super) async fn prepare(
     let (refresher, trigger) = Refresher::new(issuer);
     let change_feed = components.change_feed(config, state_dir, verified.identity, trigger.clone());
     let snapshot = until_reachable(give_up, || async { Ok(change_feed.start().await?) }).await?;
-    Ok(Prepared { refresher, trigger, change_feed, snapshot })
+    let heartbeat = components.heartbeat(config, state_dir);
+    until_reachable(give_up, || async { Ok(heartbeat.start().await?) }).await?;
+    Ok(Prepared { refresher, trigger, change_feed, heartbeat, snapshot })
 }
 
 async fn check_schema(components: &Components, config: &AppConfig) -> Result<(), StartError> {

@@ -43,7 +43,7 @@ pub(super) struct RunningServices {
     shutdown_notice: Duration,
     /// The first group: gRPC with its streams, and the refresher.
     serving: TaskGroup,
-    /// The second group: the change feed, retention, checkpoints, the reload of TLS files, and the HTTP
+    /// The second group: the change feed, the heartbeat, retention, checkpoints, the reload of TLS files, and the HTTP
     /// endpoints for operators.
     background: TaskGroup,
     /// The third group: the delivery of the journal, which is stopped after the journal is closed.
@@ -120,6 +120,7 @@ impl RunningServices {
         let stop = background.stop_token();
         let feed = prepared.change_feed.run(prepared.snapshot, stop.clone());
         background.start("change feed", failed, feed);
+        background.start("heartbeat", failed, prepared.heartbeat.run(stop.clone()));
         background.start("retention", failed, components.retention(config).run(stop.clone()));
         background.start("checkpoints", failed, signer.clone().run(stop.clone()));
         if let Some(tls) = components.tls.clone() {

@@ -2,18 +2,15 @@
 //!
 //! The feed polls the database; a notification starts the next poll at once. Each poll seals client
 //! secrets that admins have written, loads the accounts and callers that have changed, asks the refresher
-//! to reschedule the accounts, and writes the changes into the audit journal. The feed also stores this
-//! replica's heartbeat, and reports to [`DatabaseConnectivity`] whether the database answers.
+//! to reschedule the accounts, and writes the changes into the audit journal. The feed also reports to
+//! [`DatabaseConnectivity`] whether the database answers.
 
 use std::{sync::Arc, time::Duration};
 
 use sqlx::PgPool;
-use tokio::{
-    sync::Notify,
-    time::{Instant, timeout},
-};
+use tokio::{sync::Notify, time::Instant};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, error, info, warn};
+use tracing::{error, info};
 
 use crate::{
     audit::{
@@ -21,15 +18,10 @@ use crate::{
         record::{Event, Record},
     },
     crypto::{Keyring, SEALED_PREFIX},
-    domain::{
-        account::AccountId,
-        clock::{Clock, Timestamp},
-        secret::ClientSecret,
-    },
+    domain::{account::AccountId, clock::Clock, secret::ClientSecret},
     services::{
-        account_cache::AccountCache, account_loader::AccountLoader,
-        caller_directory::CallerDirectory, connectivity::DatabaseConnectivity,
-        refresher::RefreshTrigger,
+        account_loader::AccountLoader, caller_directory::CallerDirectory,
+        connectivity::DatabaseConnectivity, heartbeat::ReplicaIdentity, refresher::RefreshTrigger,
     },
     store::{
         Database, StoreError,
@@ -37,7 +29,6 @@ use crate::{
         callers,
         changes::{self, Change, ChangeListener},
         deployment::DatabaseIdentity,
-        instances::{self, Heartbeat},
         leases, within,
     },
 };
@@ -47,31 +38,10 @@ use crate::{
 const POLL_INTERVAL: Duration = Duration::from_millis(500);
 /// The pause before a lost listening connection is opened again.
 const RECONNECT_PAUSE: Duration = Duration::from_secs(1);
-/// How long [`ChangeFeed::run`] tries to store, at its end, that this instance has stopped.
-const STOP_TIMEOUT: Duration = Duration::from_secs(1);
-/// The pause between two heartbeats. Each also stores when accounts were last requested.
-const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(10);
-/// A replica whose last heartbeat is older than this (three intervals) counts as stopped.
-const ABSENT_AFTER: Duration = Duration::from_secs(30);
-/// The most accounts whose time of the last request is stored by one statement.
-const REQUESTS_BATCH: usize = 500;
 /// The most changes that are claimed for the audit journal at once.
 const CHANGES_BATCH: i64 = 500;
 /// How long the records of one such batch may take to become durable.
 const RECORD_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// What a replica reports about itself in its heartbeat.
-#[derive(Clone, Debug)]
-pub struct ReplicaIdentity {
-    /// The id of the instance, which belongs to its state directory.
-    pub instance: String,
-    /// The number of the replica, which is part of the generations of its tokens.
-    pub replica: u16,
-    /// The ids of the keys in its keyring.
-    pub key_ids: Vec<String>,
-    /// When the process started.
-    pub started_at: Timestamp,
-}
 
 /// Whether this instance has claimed changes in the database that may be missing in its journal, so that
 /// it must claim them again to record them.
@@ -104,8 +74,6 @@ pub struct ChangeFeed {
     pub keyring: Arc<Keyring>,
     /// Loads changed accounts into the cache.
     pub loader: Arc<AccountLoader>,
-    /// The accounts, with the times at which they were last requested.
-    pub cache: Arc<AccountCache>,
     /// The callers, which the feed replaces.
     pub directory: Arc<CallerDirectory>,
     /// Receives whether the database answers.
@@ -114,7 +82,7 @@ pub struct ChangeFeed {
     pub refresh: RefreshTrigger,
     /// The audit journal, in which changes are recorded.
     pub journal: Journal,
-    /// The clock by which callers are confirmed and requests are selected.
+    /// The clock by which callers are confirmed.
     pub clock: Clock,
 }
 
@@ -132,8 +100,6 @@ impl ChangeFeed {
         self.seal_intake().await?;
         let accounts = self.loader.load_all().await?;
         self.load_callers().await?;
-        // This replica and the others must know of each other before a token is issued.
-        self.send_heartbeat().await?;
         info!(accounts, "accounts and callers are loaded");
         Ok(snapshot)
     }
@@ -146,11 +112,6 @@ impl ChangeFeed {
             () = stop.cancelled() => {}
             () = self.listen(&notified) => {}
             () = self.poll(snapshot, &notified) => {}
-            () = self.keep_alive() => {}
-        }
-        let stopped = instances::mark_stopped(&self.pool, &self.replica.instance);
-        if !matches!(timeout(STOP_TIMEOUT, stopped).await, Ok(Ok(()))) {
-            debug!("cannot store in the database that this instance has stopped");
         }
     }
 
@@ -306,61 +267,6 @@ impl ChangeFeed {
                 return Ok(());
             }
         }
-    }
-
-    /// Sends a heartbeat at each interval. Never returns.
-    async fn keep_alive(&self) {
-        loop {
-            tokio::time::sleep(HEARTBEAT_INTERVAL).await;
-            match within(self.send_heartbeat()).await {
-                Ok(()) => {}
-                // The next poll detects whether the database answers.
-                Err(error) if error.may_be_outage() => {
-                    debug!(%error, "the heartbeat cannot be stored");
-                }
-                Err(error) => {
-                    warn!(%error, "the database refuses the heartbeat: other replicas do not see this one");
-                    self.connectivity.heartbeat_refused();
-                }
-            }
-        }
-    }
-
-    /// Stores a heartbeat and the times at which accounts were last requested from this replica, and counts
-    /// the other replicas.
-    async fn send_heartbeat(&self) -> Result<(), StoreError> {
-        let heartbeat = Heartbeat {
-            instance: &self.replica.instance,
-            replica: self.replica.replica,
-            version: env!("CARGO_PKG_VERSION"),
-            key_ids: &self.replica.key_ids,
-            started_at: self.replica.started_at,
-            chain: &self.journal.chain().chain,
-            seq: self.journal.head().seq,
-        };
-        let (ids, moments) = self.requests_since(self.clock.now() - 2 * HEARTBEAT_INTERVAL);
-        instances::store_heartbeat(&self.pool, &heartbeat).await?;
-        let others = instances::count_others(&self.pool, heartbeat.instance, ABSENT_AFTER).await?;
-        self.connectivity.heartbeat_stored(others);
-        for (ids, moments) in ids.chunks(REQUESTS_BATCH).zip(moments.chunks(REQUESTS_BATCH)) {
-            accounts::note_requests(&self.pool, ids, moments).await?;
-        }
-        Ok(())
-    }
-
-    /// Returns the ids of the accounts that were last requested at or after `since`, and these times in the
-    /// same order.
-    fn requests_since(&self, since: Timestamp) -> (Vec<i64>, Vec<Timestamp>) {
-        let since = since.timestamp_millis();
-        self.cache
-            .all()
-            .iter()
-            .filter(|account| account.requested_ms() >= since)
-            .filter_map(|account| {
-                let requested = Timestamp::from_timestamp_millis(account.requested_ms())?;
-                Some((account.id().0, requested))
-            })
-            .unzip()
     }
 }
 
