@@ -13,7 +13,7 @@ use crate::{
     domain::{account::AccountId, clock::Timestamp},
     files::state_dir::StateDir,
     services::{
-        change_feed::ChangeFeed,
+        change_feed::{ChangeFeed, LoadedDuties},
         heartbeat::HeartbeatTask,
         refresher::{PendingTokens, RefreshTrigger, Refresher},
     },
@@ -29,8 +29,8 @@ pub(super) struct Prepared {
     pub(super) trigger: RefreshTrigger,
     pub(super) change_feed: ChangeFeed,
     pub(super) heartbeat: HeartbeatTask,
-    /// The database snapshot whose changes are loaded. The change feed continues from there.
-    pub(super) snapshot: String,
+    /// The duties of the change feed that have loaded accounts and callers, and continue from there.
+    pub(super) loaded: LoadedDuties,
 }
 
 /// Prepares the database and the journal, in this order:
@@ -77,10 +77,10 @@ pub(super) async fn prepare(
     let issuer = components.token_issuer(config, state_dir, Arc::new(pending));
     let (refresher, trigger) = Refresher::new(issuer);
     let change_feed = components.change_feed(config, state_dir, verified.identity, trigger.clone());
-    let snapshot = until_reachable(give_up, || async { Ok(change_feed.start().await?) }).await?;
+    let loaded = until_reachable(give_up, || async { Ok(change_feed.start().await?) }).await?;
     let heartbeat = components.heartbeat(config, state_dir);
     until_reachable(give_up, || async { Ok(heartbeat.start().await?) }).await?;
-    Ok(Prepared { refresher, trigger, change_feed, heartbeat, snapshot })
+    Ok(Prepared { refresher, trigger, change_feed, heartbeat, loaded })
 }
 
 async fn check_schema(components: &Components, config: &AppConfig) -> Result<(), StartError> {

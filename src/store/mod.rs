@@ -13,9 +13,12 @@ pub mod deployment;
 mod error;
 mod execution;
 pub mod instances;
+pub mod intake;
 pub mod leases;
+mod lenient;
 pub mod migrate;
 pub mod retention;
+mod session_limits;
 pub mod tokens;
 
 use std::time::Duration;
@@ -26,6 +29,7 @@ pub use self::{
     connection::{Database, Session},
     error::{DatabaseCause, StoreError},
     execution::within,
+    lenient::{Readable, UnusableRow},
 };
 
 /// Converts a duration to an `interval`, whose resolution is a microsecond.

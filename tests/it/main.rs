@@ -16,6 +16,7 @@ mod accounts;
 mod audit;
 mod database_errors;
 mod documents;
+mod duties;
 mod fuzzed;
 mod guarantees;
 mod identity;
@@ -49,6 +50,7 @@ mod skipped {
         postgres
         processes_canaries
         processes_crashes_paused_postgres
+        processes_database_crashes
         processes_dev
         processes_turns
     }
