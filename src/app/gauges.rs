@@ -15,7 +15,7 @@ use crate::telemetry::{self, JournalGauges};
 pub(super) fn export(components: &Components) {
     let (cache, journal) = (components.cache.clone(), components.journal.clone());
     let (skew, tls) = (components.upstream_skew_ms.clone(), components.tls.clone());
-    let clock = components.clock.clone();
+    let (clock, health) = (components.clock.clone(), components.feed_health.clone());
     components.metrics.on_scrape(move |gauges| {
         let now = clock.now();
         for entry in cache.all() {
@@ -29,6 +29,8 @@ pub(super) fn export(components: &Components) {
         gauges.upstream_clock_skew = skew.map(TimeDelta::milliseconds);
         gauges.tls_not_after = tls.as_ref().map(|tls| tls.not_after());
         gauges.log_lines_dropped = telemetry::dropped_log_lines();
+        gauges.failing_duties = health.failing().len().try_into().unwrap_or(u64::MAX);
+        gauges.unusable_rows = health.unusable().len().try_into().unwrap_or(u64::MAX);
         let stats = journal.stats();
         gauges.journal = JournalGauges {
             appended: stats.appended,

@@ -19,7 +19,7 @@ use crate::{
     domain::{account::AccountId, clock::Timestamp},
     files::state_dir::StateDir,
     services::{
-        change_feed::ChangeFeed,
+        change_feed::{ChangeFeed, LoadedDuties},
         heartbeat::{HeartbeatTask, Standing},
         refresher::{PendingTokens, RefreshTrigger, Refresher},
         trust_monitor::{IntakeKeyFault, check_published},
@@ -35,8 +35,8 @@ pub(super) struct Prepared {
     pub(super) refresher: Refresher,
     pub(super) trigger: RefreshTrigger,
     pub(super) change_feed: ChangeFeed,
-    /// The database snapshot whose changes are loaded. The change feed continues from there.
-    pub(super) snapshot: String,
+    /// The duties of the change feed that have loaded accounts and callers, and continue from there.
+    pub(super) loaded: LoadedDuties,
 }
 
 /// Prepares the database and the journal, in this order:
@@ -90,9 +90,9 @@ pub(super) async fn prepare(
     let issuer = components.token_issuer(config, state_dir, replica, Arc::new(pending));
     let (refresher, trigger) = Refresher::new(issuer);
     let change_feed = components.change_feed(config, state_dir, verified.identity, trigger.clone());
-    let snapshot = until_reachable(give_up, || async { Ok(change_feed.start().await?) }).await?;
+    let loaded = until_reachable(give_up, || async { Ok(change_feed.start().await?) }).await?;
     until_acknowledged(standing, give_up, &components.failed).await?;
-    Ok(Prepared { refresher, trigger, change_feed, snapshot })
+    Ok(Prepared { refresher, trigger, change_feed, loaded })
 }
 
 /// Announces this process, and repeats that while the database does not answer.

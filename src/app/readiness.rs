@@ -14,7 +14,10 @@
 //! - Room again: calls are answered and all checks pass again without a restart, and the journal gets a
 //!   record that says how many records are missing.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, atomic::Ordering},
+};
 
 use super::components::Components;
 use crate::{
@@ -24,21 +27,27 @@ use crate::{
     services::{
         account_cache::AccountCache,
         connectivity::{Connectivity, DatabaseConnectivity},
+        feed_health::FailingDuty,
     },
+    store::UnusableRow,
 };
+
+/// The most unusable rows that an answer names.
+const MAX_NAMED_ROWS: usize = 20;
 
 /// Returns a function that runs all checks. The function does not block.
 pub(super) fn checks(components: &Components) -> Arc<dyn Fn() -> Readiness + Send + Sync> {
     let (cache, journal) = (components.cache.clone(), components.journal.clone());
     let (connectivity, serving) = (components.connectivity.clone(), components.serving.clone());
     let (outage, clock) = (components.outage.clone(), components.clock.clone());
-    let trust = components.trust.clone();
+    let (trust, health) = (components.trust.clone(), components.feed_health.clone());
     Arc::new(move || Readiness {
         checks: vec![
             serving_check(serving.load(Ordering::Relaxed)),
             trust_check(trust.fault()),
             journal_check(&journal),
-            postgres_check(&connectivity),
+            postgres_check(&connectivity, &health.failing()),
+            rows_check(&health.unusable()),
             delivery_check(&connectivity, &journal),
             upstream_check(&cache, outage.is_on(), clock.now()),
         ],
@@ -66,25 +75,44 @@ fn journal_check(journal: &Journal) -> Check {
     Check { name: "journal", ok: has_room, required: true, detail: detail.into() }
 }
 
-fn postgres_check(connectivity: &DatabaseConnectivity) -> Check {
-    let problem = connectivity.problem();
-    let ok = answers(connectivity) && problem.is_none();
-    let detail = match (connectivity.current(), problem) {
-        (Connectivity::SoleReplica, _) => "does not answer; issuing goes on without it".into(),
-        (Connectivity::Partitioned, _) => "does not answer; serving what is known".into(),
-        (Connectivity::Unacknowledged, _) => {
+fn postgres_check(connectivity: &DatabaseConnectivity, failing: &[FailingDuty]) -> Check {
+    let ok = answers(connectivity) && failing.is_empty();
+    let detail = match connectivity.current() {
+        Connectivity::SoleReplica => "does not answer; issuing goes on without it".into(),
+        Connectivity::Partitioned => "does not answer; serving what is known".into(),
+        Connectivity::Unacknowledged => {
             "does not answer; nothing is served, since a replica may issue that does not know of this one"
                 .into()
         }
-        (Connectivity::Connected, _) if !connectivity.has_answered() => {
-            "has not answered yet".into()
+        Connectivity::Connected if !connectivity.has_answered() => "has not answered yet".into(),
+        Connectivity::Connected if failing.is_empty() => "answers".into(),
+        Connectivity::Connected => {
+            format!("answers, but its changes cannot be followed: {}", problems(failing))
         }
-        (Connectivity::Connected, Some(problem)) => {
-            format!("answers, but its changes cannot be followed: {problem}")
-        }
-        (Connectivity::Connected, None) => "answers".into(),
     };
     Check { name: "postgres", ok, required: false, detail }
+}
+
+/// Returns the problems, each once with the duties that have it.
+fn problems(failing: &[FailingDuty]) -> String {
+    let mut duties_of: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for FailingDuty { duty, problem } in failing {
+        duties_of.entry(problem).or_default().push(duty);
+    }
+    let texts =
+        duties_of.into_iter().map(|(problem, duties)| format!("{problem} ({})", duties.join(", ")));
+    texts.collect::<Vec<_>>().join("; ")
+}
+
+fn rows_check(unusable: &[UnusableRow]) -> Check {
+    let detail = if unusable.is_empty() {
+        "all can be used".into()
+    } else {
+        let named: Vec<_> = unusable.iter().take(MAX_NAMED_ROWS).map(ToString::to_string).collect();
+        let more = if unusable.len() > MAX_NAMED_ROWS { "; …" } else { "" };
+        format!("{} cannot be used: {}{more}", unusable.len(), named.join("; "))
+    };
+    Check { name: "rows", ok: unusable.is_empty(), required: false, detail }
 }
 
 fn delivery_check(connectivity: &DatabaseConnectivity, journal: &Journal) -> Check {
@@ -109,4 +137,28 @@ fn upstream_check(cache: &AccountCache, outage: bool, now: Timestamp) -> Check {
         "{probing}{unreachable} of {accounts} accounts cannot reach it; {live} have a live token"
     );
     Check { name: "upstream", ok: unreachable == 0 && !outage, required: false, detail }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_problem_is_named_once_with_the_duties_that_have_it() {
+        let duty = |duty, problem: &str| FailingDuty { duty, problem: problem.into() };
+        let failing = [duty("access", "b"), duty("accounts", "a"), duty("intake", "b")];
+        assert_eq!(problems(&failing), "a (accounts); b (access, intake)");
+    }
+
+    #[test]
+    fn unusable_rows_are_named_up_to_a_limit() {
+        let rows: Vec<_> = (1..=30).map(|id| UnusableRow::new("grants", id, "malformed")).collect();
+        let check = rows_check(&rows);
+        assert!(!check.ok && !check.required);
+        assert!(
+            check.detail.starts_with("30 cannot be used: grants row 1: malformed; grants row 2")
+        );
+        assert!(check.detail.ends_with("grants row 20: malformed; …"));
+        assert!(rows_check(&[]).ok);
+    }
 }

@@ -73,7 +73,7 @@ impl RunningServices {
         serving.start("grpc", failed, serve(listener, server, stop, config.settings.drain));
 
         let stop = background.stop_token();
-        let feed = prepared.change_feed.run(prepared.snapshot, stop.clone());
+        let feed = prepared.change_feed.run(prepared.loaded, stop.clone());
         background.start("change feed", failed, feed);
         background.start("upkeep", failed, components.account_upkeep().run(stop.clone()));
         background.start("retention", failed, components.retention(config).run(stop.clone()));

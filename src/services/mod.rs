@@ -12,6 +12,7 @@
 //! | [`refresher`] | issuing and storing tokens |
 //! | [`change_feed`] | following committed changes |
 //! | [`heartbeat`] | the identity of this replica; telling others that it is alive, and learning of them |
+//! | [`feed_health`] | what hinders the change feed: failing duties, unusable rows |
 //! | [`token_provider`] | answering calls: checking grants, reading the cache, waiting for a token |
 //! | [`trust_monitor`] | whether the published intake key and the schema can be trusted |
 //! | [`refusal_aggregator`] | one audit record for many equal refusals |
@@ -25,6 +26,7 @@ pub mod caller_rates;
 pub mod change_feed;
 pub mod client_network;
 pub mod connectivity;
+pub mod feed_health;
 pub mod gcra;
 pub mod heartbeat;
 pub mod journal_delivery;

@@ -15,12 +15,15 @@ mod distrust;
 mod error;
 mod execution;
 pub mod instances;
+pub mod intake;
 pub mod intake_keys;
 pub mod leases;
+mod lenient;
 pub mod migrate;
 mod pooler;
 pub mod retention;
 pub mod schema_trust;
+mod session_limits;
 mod session_settings;
 pub mod tokens;
 
@@ -32,6 +35,7 @@ pub use self::{
     connection::{Database, Session},
     error::{DatabaseCause, StoreError},
     execution::within,
+    lenient::{Readable, UnusableRow},
 };
 
 /// Begins a transaction that waits for each lock for half a second at most. Admins can hold locks for as long

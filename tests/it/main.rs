@@ -17,6 +17,7 @@ mod audit;
 mod client_certificates;
 mod database_errors;
 mod documents;
+mod duties;
 mod fuzzed;
 mod guarantees;
 mod identity;
@@ -54,6 +55,7 @@ mod skipped {
         postgres
         processes_canaries
         processes_crashes_paused_postgres
+        processes_database_crashes
         processes_dev
         processes_rotation
         processes_turns
