@@ -17,7 +17,8 @@ use crate::{
     files::state_dir::StateDir,
     services::{
         account_cache::AccountCache, account_loader::AccountLoader,
-        caller_directory::CallerDirectory, connectivity::DatabaseConnectivity, refresher::Outage,
+        caller_directory::CallerDirectory, connectivity::DatabaseConnectivity,
+        database_clock::DatabaseClock, refresher::Outage,
     },
     store::Database,
     telemetry::Metrics,
@@ -52,6 +53,8 @@ pub(super) struct Components {
     /// means that the database was replaced. The process ends then.
     pub(super) failed: CancellationToken,
     pub(super) clock: Clock,
+    /// The database's clock, compared with `clock`.
+    pub(super) database_clock: Arc<DatabaseClock>,
 }
 
 impl Components {
@@ -70,11 +73,13 @@ impl Components {
         let database = settings.database_url.database(APPLICATION_NAME)?;
         let pool = database.pool(config.pool_connections);
         let cache = Arc::new(AccountCache::default());
+        let database_clock = Arc::new(DatabaseClock::new(config.clock.clone()));
         let loader = AccountLoader::new(
             pool.clone(),
             config.keyring.clone(),
             cache.clone(),
-            config.clock.clone(),
+            database_clock.clone(),
+            config.time_limits(),
         );
         let tls = settings.tls.clone();
         Ok(Self {
@@ -93,6 +98,7 @@ impl Components {
             serving: Arc::new(AtomicBool::new(false)),
             failed: CancellationToken::new(),
             clock: config.clock.clone(),
+            database_clock,
         })
     }
 }

@@ -51,7 +51,7 @@ pub(super) async fn prepare(
     state_dir: &StateDir,
     give_up: &CancellationToken,
 ) -> Result<Prepared, StartError> {
-    let started_at = components.clock.now();
+    let started_at = components.clock.wall();
     until_reachable(give_up, || check_schema(components, config)).await?;
     components.connectivity.mark_connected();
     let verify =
@@ -74,6 +74,9 @@ pub(super) async fn prepare(
     let issuer = components.token_issuer(config, state_dir, Arc::new(pending));
     let (refresher, trigger) = Refresher::new(issuer);
     let change_feed = components.change_feed(config, state_dir, verified.identity, trigger.clone());
+    // Grants end by the database's clock, so it must be known before calls are served.
+    let watch = components.database_clock_watch();
+    until_reachable(give_up, || async { Ok(watch.look().await?) }).await?;
     let snapshot = until_reachable(give_up, || async { Ok(change_feed.start().await?) }).await?;
     Ok(Prepared { refresher, trigger, change_feed, snapshot })
 }

@@ -18,6 +18,7 @@ use crate::{
     services::{
         caller_rates::CallerRates,
         change_feed::{ChangeFeed, ReplicaIdentity},
+        database_clock::DatabaseClockWatch,
         journal_delivery::JournalDelivery,
         keyed_semaphore::KeyedSemaphore,
         refresher::{
@@ -31,8 +32,6 @@ use crate::{
     store::{deployment::DatabaseIdentity, leases::LeaseHolder},
 };
 
-/// How much longer a lease lasts than an attempt may take. In this time the token is stored.
-const LEASE_BEYOND_ATTEMPT: Duration = Duration::from_secs(20);
 /// The most refused calls that wait for their records to become durable at the same time.
 const MAX_REFUSED_CALLS: usize = 10_000;
 /// How much longer than the longest deadline of a call a connection may stay open after the server has
@@ -63,7 +62,7 @@ impl Components {
             holder: LeaseHolder {
                 instance: state_dir.instance().to_owned(),
                 replica: state_dir.replica(),
-                lease_duration: settings.upstream_timeout + LEASE_BEYOND_ATTEMPT,
+                lease_duration: config.time_limits().lease_duration,
                 policy: settings.refresh_policy(),
                 rate: settings.upstream_rate,
                 concurrency: settings.upstream_concurrency,
@@ -103,7 +102,7 @@ impl Components {
                 instance: state_dir.instance().to_owned(),
                 replica: state_dir.replica(),
                 key_ids: config.keyring.key_ids().iter().map(ToString::to_string).collect(),
-                started_at: self.clock.now(),
+                started_at: self.clock.wall(),
             },
             database: self.database.clone(),
             database_identity,
@@ -116,6 +115,16 @@ impl Components {
             refresh: trigger,
             journal: self.journal.clone(),
             clock: self.clock.clone(),
+            database_clock: self.database_clock.clone(),
+        }
+    }
+
+    /// Returns the task that looks at the database's clock.
+    pub(super) fn database_clock_watch(&self) -> DatabaseClockWatch {
+        DatabaseClockWatch {
+            clock: self.database_clock.clone(),
+            pool: self.pool.clone(),
+            cache: self.cache.clone(),
         }
     }
 
@@ -194,6 +203,7 @@ impl Components {
             cache: self.cache.clone(),
             callers: self.directory.clone(),
             clock: self.clock.clone(),
+            database_clock: self.database_clock.clone(),
             policy: config.settings.refresh_policy(),
             max_staleness: config.settings.max_authorization_staleness,
             connectivity: self.connectivity.clone(),
@@ -221,6 +231,7 @@ impl Components {
             default_deadline: settings.deadline_default,
             max_deadline: settings.deadline_max,
             clock: self.clock.clone(),
+            database_clock: self.database_clock.clone(),
             metrics: self.metrics.clone(),
             calls,
             refusal_waits: Arc::new(KeyedSemaphore::new(MAX_REFUSED_CALLS)),

@@ -29,7 +29,7 @@ use crate::{
     services::{
         account_cache::AccountCache, account_loader::AccountLoader,
         caller_directory::CallerDirectory, connectivity::DatabaseConnectivity,
-        refresher::RefreshTrigger,
+        database_clock::DatabaseClock, refresher::RefreshTrigger,
     },
     store::{
         Database, StoreError,
@@ -116,6 +116,8 @@ pub struct ChangeFeed {
     pub journal: Journal,
     /// The clock by which callers are confirmed and requests are selected.
     pub clock: Clock,
+    /// The clock by which requests are stored.
+    pub database_clock: Arc<DatabaseClock>,
 }
 
 impl ChangeFeed {
@@ -348,17 +350,18 @@ impl ChangeFeed {
         Ok(())
     }
 
-    /// Returns the ids of the accounts that were last requested at or after `since`, and these times in the
-    /// same order.
+    /// Returns the ids of the accounts that were last requested at or after `since`, and these times by the
+    /// database's clock, in the same order.
     fn requests_since(&self, since: Timestamp) -> (Vec<i64>, Vec<Timestamp>) {
         let since = since.timestamp_millis();
+        let ahead = self.clock.now() - self.database_clock.now();
         self.cache
             .all()
             .iter()
             .filter(|account| account.requested_ms() >= since)
             .filter_map(|account| {
                 let requested = Timestamp::from_timestamp_millis(account.requested_ms())?;
-                Some((account.id().0, requested))
+                Some((account.id().0, requested - ahead))
             })
             .unzip()
     }

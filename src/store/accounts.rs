@@ -28,8 +28,8 @@ pub struct LoadedAccount {
     pub refresh: RefreshState,
     /// Its token, live or ended.
     pub token: Option<SealedToken>,
-    /// The database's time when the account was read. The times in `account` and `refresh` are by this clock;
-    /// those of the token are by the clock of the replica that issued it.
+    /// The database's time when the account was read. All other times are by this clock, except
+    /// [`SealedToken::issuer_expires_at`].
     pub now: Timestamp,
 }
 
@@ -56,11 +56,13 @@ struct Row {
     next_attempt_at: Option<Timestamp>,
     interval_exceptions: Option<i32>,
     interval_exceptions_since: Option<Timestamp>,
+    answered_reissue: Option<Timestamp>,
     sealed_token: Option<Vec<u8>>,
     generation: Option<i64>,
     token_version: Option<i64>,
     issued_at: Option<Timestamp>,
     expires_at: Option<Timestamp>,
+    issuer_expires_at: Option<Timestamp>,
     allowed_ip: Option<String>,
     fingerprint: Option<String>,
     now: Timestamp,
@@ -108,9 +110,11 @@ pub async fn load<'e>(
             r.error_class as "error_class?", r.error_code as "error_code?",
             r.error_message as "error_message?", r.error_version as "error_version?",
             r.next_attempt_at as "next_attempt_at?", r.interval_exceptions as "interval_exceptions?",
-            r.interval_exceptions_since as "interval_exceptions_since?", t.sealed_token as "sealed_token?",
+            r.interval_exceptions_since as "interval_exceptions_since?",
+            r.answered_reissue as "answered_reissue?", t.sealed_token as "sealed_token?",
             t.generation as "generation?", t.credential_version as "token_version?",
             t.issued_at as "issued_at?", t.expires_at as "expires_at?",
+            t.issuer_expires_at as "issuer_expires_at?",
             t.allowed_ip as "allowed_ip?", t.fingerprint as "fingerprint?",
             clock_timestamp() as "now!"
         from accounts a
@@ -153,6 +157,7 @@ impl Row {
                     credential_version: CredentialVersion(version),
                     issued_at,
                     expires_at,
+                    issuer_expires_at: self.issuer_expires_at,
                     allowed_ip: self.allowed_ip,
                     fingerprint: self.fingerprint.unwrap_or_default(),
                 })
@@ -189,6 +194,7 @@ impl Row {
                     used: self.interval_exceptions.unwrap_or_default().unsigned_abs(),
                     since: self.interval_exceptions_since,
                 },
+                answered_reissue: self.answered_reissue,
             },
             token,
             now: self.now,
@@ -334,12 +340,14 @@ pub async fn note_requests(
     sqlx::query!(
         "-- store::accounts::note_requests
         with asked as (
-            select * from unnest($1::bigint[], $2::timestamptz[]) as asked (id, at)
+            select id, least(at, clock_timestamp()) as at
+            from unnest($1::bigint[], $2::timestamptz[]) as asked (id, at)
         ), free as (
             select r.account_id, asked.at
             from refreshes r join asked on asked.id = r.account_id
             where r.last_requested_at is null
                 or r.last_requested_at < asked.at - interval '1 minute'
+                or r.last_requested_at > clock_timestamp()
             for update of r skip locked
         )
         update refreshes r set last_requested_at = free.at

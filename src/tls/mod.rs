@@ -175,7 +175,7 @@ impl Tls {
     }
 
     fn warn_before_expiry(&self, not_after: Timestamp) {
-        if not_after - self.clock.now() < EXPIRY_WARNING {
+        if not_after - self.clock.wall() < EXPIRY_WARNING {
             warn!(cert = %self.files.cert.display(), ends = %not_after, "the certificate ends soon");
         }
     }

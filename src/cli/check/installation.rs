@@ -49,7 +49,7 @@ pub(super) fn tls(settings: &Settings) -> CheckResult {
         Ok(tls) => {
             let end = Timestamp::from_timestamp_secs(tls.not_after()).unwrap_or_default();
             let text = format!("TLS; the certificate ends at {}", LocalTime(end));
-            let ended = end <= Clock::System.now();
+            let ended = end <= Clock::System.wall();
             if ended {
                 CheckResult::failure("serving", text)
             } else {
