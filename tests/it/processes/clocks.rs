@@ -181,18 +181,18 @@ async fn check_leap_of_the_brokers_clock(ahead: i64, before_the_start: bool) {
     let Some(clock) = ShiftedClock::build() else { return };
     let database = TestDatabase::new().await;
     let mut deployment = Deployment::new(database.url()).await;
-    let account = deployment.add_account().await;
     deployment.shift(&clock);
+    // The first token is issued by a broker whose clock is right.
+    let mut serve = deployment.setup.serve().await;
+    let account = deployment.add_account().await;
+    deployment.checker().await.until_issued(&account, 0).await;
     if before_the_start {
-        // The first token is issued by a broker whose clock is right.
-        let serve = deployment.setup.serve().await;
-        deployment.checker().await.until_issued(&account, 0).await;
         serve.kill().await;
         clock.set_ahead(ahead);
+        serve = deployment.setup.serve().await;
+    } else {
+        clock.set_ahead(ahead);
     }
-    let serve = deployment.setup.serve().await;
-    deployment.checker().await.until_issued(&account, 0).await;
-    clock.set_ahead(ahead);
     deployment.check_service(&account).await;
     serve.kill().await;
 }
@@ -216,8 +216,8 @@ async fn check_leap_of_the_databases_clock(ahead: i64) {
     let Some(clock) = ShiftedClock::build() else { return };
     let postgres = ShiftedPostgres::start(&clock).await;
     let mut deployment = Deployment::new(postgres.url()).await;
-    let account = deployment.add_account().await;
     let serve = deployment.setup.serve().await;
+    let account = deployment.add_account().await;
     deployment.checker().await.until_issued(&account, 0).await;
     clock.set_ahead(ahead);
     deployment.check_service(&account).await;
