@@ -2,6 +2,9 @@
 --
 -- The view for admins: the state of each account, and a hint at what to do about it. `create or replace view`
 -- keeps the grants on it, but can only add columns at the end.
+--
+-- All times are by the database's clock. A token that was issued later than now tells that this clock was set
+-- back: nobody knows how far, so the token is not called fresh.
 
 -- Names are resolved in pg_catalog alone. Our own objects are named with their schema, for which `@schema@`
 -- stands. So nobody can put another object in the place of the one that is meant.
@@ -22,6 +25,7 @@ known as (
         case when t.issued_at between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'
             then t.issued_at end as issued_at,
         coalesce(t.expires_at > moment.at, false) as live,
+        coalesce(t.issued_at > moment.at + interval '5 seconds', false) as issued_in_future,
         coalesce(r.lease_until > moment.at, false) as leased,
         r.error_class is not null and r.error_version = a.credential_version as failing,
         -- What a broker cannot read, since it was written while the triggers were disabled; NULL if nothing.
@@ -60,13 +64,15 @@ select
         when failing and error_class = 'egress_rejected' then 'egress_rejected'
         when leased and live then 'refreshing'
         when failing then 'unreachable'
-        when live and (possibly_revoked or next_attempt_at <= at) then 'refreshing'
+        when live and (possibly_revoked or issued_in_future or next_attempt_at <= at) then 'refreshing'
         when live then 'fresh'
         when expires_at is not null then 'expired'
         else 'pending'
     end as state,
     expires_at,
-    case when live then date_trunc('second', expires_at - at) end as time_left,
+    case when live then
+        date_trunc('second', least(expires_at - at, expires_at - issued_at))
+    end as time_left,
     issued_at as last_issued_at,
     allowed_ip,
     generation,
@@ -104,6 +110,8 @@ select
             'client_secret was emptied before a broker sealed it, so nothing replaces the live token: set it again'
         when sealed_secret is null then
             'client_secret was emptied before a broker sealed it, so no token can be issued: set it again'
+        when live and issued_in_future then
+            'the database''s clock was set back since the token was issued; the token is being replaced'
         when expires_at is null then 'the first token is on its way'
         when not live then 'the last token ended; a new one is on its way: is a broker running?'
         else ''

@@ -8,7 +8,7 @@ use crate::{
     audit::journal::JournalSettings,
     config::{DatabaseUrl, Settings},
     crypto::Keyring,
-    domain::clock::Clock,
+    domain::{clock::Clock, plausible_time::AttemptTimeLimits},
     upstream::Target,
 };
 
@@ -22,6 +22,8 @@ const JOURNAL_SEGMENT_BYTES: u64 = 64 << 20;
 /// How long delivered segments of the journal are kept, so that operators can copy them.
 const JOURNAL_RETENTION: Duration = Duration::from_hours(7 * 24);
 
+/// How much longer a lease lasts than an attempt may take. In this time the token is stored.
+const LEASE_BEYOND_ATTEMPT: Duration = Duration::from_secs(20);
 /// The most connections of callers at once, if the process may have enough file descriptors.
 const MAX_CONNECTIONS: usize = 10_000;
 /// The most calls that wait for a token at once. Each takes about 20 KiB: 200 MiB in all.
@@ -106,6 +108,14 @@ impl AppConfig {
             pool_connections: LOCAL_POOL_CONNECTIONS,
             shutdown_notice: Duration::ZERO,
             ..Self::new(settings, keyring)
+        }
+    }
+
+    /// Returns the rules that bound the times of stored attempts.
+    pub(super) fn time_limits(&self) -> AttemptTimeLimits {
+        AttemptTimeLimits {
+            lease_duration: self.settings.upstream_timeout + LEASE_BEYOND_ATTEMPT,
+            policy: self.settings.refresh_policy(),
         }
     }
 

@@ -18,7 +18,8 @@ use crate::{
     services::{
         account_cache::AccountCache, account_loader::AccountLoader,
         caller_directory::CallerDirectory, connectivity::DatabaseConnectivity,
-        feed_health::FeedHealth, refresher::Outage, trust_monitor::Trust,
+        database_clock::DatabaseClock, feed_health::FeedHealth, refresher::Outage,
+        trust_monitor::Trust,
     },
     store::Database,
     telemetry::Metrics,
@@ -55,6 +56,8 @@ pub(super) struct Components {
     /// means that the database was replaced. The process ends then.
     pub(super) failed: CancellationToken,
     pub(super) clock: Clock,
+    /// The database's clock, compared with `clock`.
+    pub(super) database_clock: Arc<DatabaseClock>,
 }
 
 impl Components {
@@ -74,12 +77,14 @@ impl Components {
         let pool = database.pool(config.pool_connections);
         let cache = Arc::new(AccountCache::default());
         let feed_health = Arc::new(FeedHealth::default());
+        let database_clock = Arc::new(DatabaseClock::new(config.clock.clone()));
         let loader = AccountLoader::new(
             pool.clone(),
             config.keyring.clone(),
             cache.clone(),
             feed_health.clone(),
-            config.clock.clone(),
+            database_clock.clone(),
+            config.time_limits(),
         );
         let tls = settings.tls.clone();
         Ok(Self {
@@ -100,6 +105,7 @@ impl Components {
             serving: Arc::new(AtomicBool::new(false)),
             failed: CancellationToken::new(),
             clock: config.clock.clone(),
+            database_clock,
         })
     }
 }

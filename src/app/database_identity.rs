@@ -143,7 +143,7 @@ fn missing_records(delivered: &BTreeMap<String, i64>, found: &BTreeMap<String, C
 
 fn acceptance_record(config: &AppConfig, differences: &[Difference], lost: &LostRecords) -> Record {
     let mut record =
-        Record::new(config.clock.now(), Event::DatabaseAccepted).with("found", join(differences));
+        Record::new(config.clock.wall(), Event::DatabaseAccepted).with("found", join(differences));
     for (event, count) in &lost.counts {
         record = record.with(&format!("lost_{event}"), count.to_string());
     }

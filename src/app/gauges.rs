@@ -16,12 +16,13 @@ pub(super) fn export(components: &Components) {
     let (cache, journal) = (components.cache.clone(), components.journal.clone());
     let (skew, tls) = (components.upstream_skew_ms.clone(), components.tls.clone());
     let (clock, health) = (components.clock.clone(), components.feed_health.clone());
+    let database_clock = components.database_clock.clone();
     components.metrics.on_scrape(move |gauges| {
         let now = clock.now();
         for entry in cache.all() {
             let account = entry.snapshot();
             gauges.accounts.add(account.state(now));
-            let end = account.live_token(now).map(|token| token.expires_at);
+            let end = account.live_token(now).map(|token| database_clock.to_utc(token.expires_at));
             gauges.earliest_token_end =
                 [gauges.earliest_token_end, end].into_iter().flatten().min();
         }

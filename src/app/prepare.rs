@@ -63,7 +63,7 @@ pub(super) async fn prepare(
     give_up: &CancellationToken,
     background: &mut TaskGroup,
 ) -> Result<Prepared, StartError> {
-    let started_at = components.clock.now();
+    let started_at = components.clock.wall();
     until_reachable(give_up, || check_schema(components, config)).await?;
     components.connectivity.mark_connected();
     let mut heartbeat = components.heartbeat(config, state_dir);
@@ -90,6 +90,9 @@ pub(super) async fn prepare(
     let issuer = components.token_issuer(config, state_dir, replica, Arc::new(pending));
     let (refresher, trigger) = Refresher::new(issuer);
     let change_feed = components.change_feed(config, state_dir, verified.identity, trigger.clone());
+    // Grants end by the database's clock, so it must be known before calls are served.
+    let watch = components.database_clock_watch();
+    until_reachable(give_up, || async { Ok(watch.look().await?) }).await?;
     let loaded = until_reachable(give_up, || async { Ok(change_feed.start().await?) }).await?;
     until_acknowledged(standing, give_up, &components.failed).await?;
     Ok(Prepared { refresher, trigger, change_feed, loaded })

@@ -76,6 +76,11 @@ impl RunningServices {
         let feed = prepared.change_feed.run(prepared.loaded, stop.clone());
         background.start("change feed", failed, feed);
         background.start("upkeep", failed, components.account_upkeep().run(stop.clone()));
+        let watch = components.database_clock_watch();
+        let watch_stop = background.stop_token();
+        background.start("database clock", failed, async move {
+            let _ = watch_stop.run_until_cancelled(watch.run()).await;
+        });
         background.start("retention", failed, components.retention(config).run(stop.clone()));
         background.start("trust", failed, components.trust_monitor(config).run(stop.clone()));
         background.start("checkpoints", failed, signer.clone().run(stop.clone()));
@@ -121,7 +126,7 @@ impl RunningServices {
         self.workers.shut_down().await;
         // One of these tasks signs checkpoints, and writes to the disk, which may hang.
         self.background.stop_within(DISK_TIMEOUT).await;
-        let stopped = Record::new(clock.now(), Event::Stopped);
+        let stopped = Record::new(clock.wall(), Event::Stopped);
         if journal.append(stopped).durable(DELIVERY_TIMEOUT).await.is_err() {
             warn!("the stop could not be recorded");
         }

@@ -19,6 +19,7 @@ use crate::{
         account_upkeep::AccountUpkeep,
         caller_rates::CallerRates,
         change_feed::ChangeFeed,
+        database_clock::DatabaseClockWatch,
         heartbeat::{HeartbeatTask, ReplicaIdentity},
         journal_delivery::JournalDelivery,
         keyed_semaphore::KeyedSemaphore,
@@ -34,8 +35,6 @@ use crate::{
     store::{deployment::DatabaseIdentity, leases::LeaseHolder},
 };
 
-/// How much longer a lease lasts than an attempt may take. In this time the token is stored.
-const LEASE_BEYOND_ATTEMPT: Duration = Duration::from_secs(20);
 /// The most refused calls that wait for their records to become durable at the same time.
 const MAX_REFUSED_CALLS: usize = 10_000;
 /// How much longer than the longest deadline of a call a connection may stay open after the server has
@@ -69,7 +68,7 @@ impl Components {
                 instance: state_dir.instance().to_owned(),
                 start: state_dir.start().to_owned(),
                 replica,
-                lease_duration: settings.upstream_timeout + LEASE_BEYOND_ATTEMPT,
+                lease_duration: config.time_limits().lease_duration,
                 policy: settings.refresh_policy(),
                 rate: settings.upstream_rate,
                 concurrency: settings.upstream_concurrency,
@@ -122,6 +121,15 @@ impl Components {
         }
     }
 
+    /// Returns the task that looks at the database's clock.
+    pub(super) fn database_clock_watch(&self) -> DatabaseClockWatch {
+        DatabaseClockWatch {
+            clock: self.database_clock.clone(),
+            pool: self.pool.clone(),
+            cache: self.cache.clone(),
+        }
+    }
+
     /// Returns the task that tells the other replicas that this one is alive.
     pub(super) fn heartbeat(&self, config: &AppConfig, state_dir: &StateDir) -> HeartbeatTask {
         let replica = ReplicaIdentity {
@@ -129,7 +137,7 @@ impl Components {
             start: state_dir.start().to_owned(),
             replica: state_dir.replica(),
             key_ids: config.keyring.key_ids().iter().map(ToString::to_string).collect(),
-            started_at: self.clock.now(),
+            started_at: self.clock.wall(),
         };
         let (pool, connectivity) = (self.pool.clone(), self.connectivity.clone());
         let ended = state_dir.ended_starts().to_vec();
@@ -141,7 +149,7 @@ impl Components {
         AccountUpkeep {
             pool: self.pool.clone(),
             cache: self.cache.clone(),
-            clock: self.clock.clone(),
+            clock: self.database_clock.clone(),
         }
     }
 
@@ -229,6 +237,7 @@ impl Components {
             cache: self.cache.clone(),
             callers: self.directory.clone(),
             clock: self.clock.clone(),
+            database_clock: self.database_clock.clone(),
             policy: config.settings.refresh_policy(),
             max_staleness: config.settings.max_authorization_staleness,
             connectivity: self.connectivity.clone(),
@@ -256,6 +265,7 @@ impl Components {
             default_deadline: settings.deadline_default,
             max_deadline: settings.deadline_max,
             clock: self.clock.clone(),
+            database_clock: self.database_clock.clone(),
             metrics: self.metrics.clone(),
             calls,
             refusal_waits: Arc::new(KeyedSemaphore::new(MAX_REFUSED_CALLS)),

@@ -109,7 +109,7 @@ impl CheckpointSigner {
         if head.seq <= signed_seq {
             return;
         }
-        let checkpoint = SignedCheckpoint::new(&self.keyring, chain, head, self.clock.now());
+        let checkpoint = SignedCheckpoint::new(&self.keyring, chain, head, self.clock.wall());
         let Signature { key_id, signature } = &checkpoint.signature;
         // `docs/audit.md` documents this line, so that the log can serve as a copy of the checkpoints.
         info!(chain, seq = head.seq, hash = %head.hash, at = %checkpoint.at.format("%FT%T%.6fZ"),

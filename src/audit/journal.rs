@@ -143,7 +143,7 @@ impl Journal {
     ) -> Result<Self, JournalError> {
         let recovered = recover(&*storage, TornTailAction::SetAside)?;
         let chain = new_chain_name(recovered.start).map_err(JournalError::io("."))?;
-        let link = link_to(recovered.last.as_ref(), instance, chain, clock.now());
+        let link = link_to(recovered.last.as_ref(), instance, chain, clock.wall());
         let segments = SegmentStore::new(storage, recovered.catalog, state_dir.cloned());
         let shared = Arc::new(Shared::new(segments, settings, clock, link));
         let writer = Writer::start(Arc::clone(&shared)).map_err(JournalError::io("."))?;
@@ -273,7 +273,7 @@ impl Journal {
     /// delivered may be deleted.
     pub fn mark_delivered(&self, chain: &str, seq: i64) {
         let shared = &self.0.shared;
-        let now = shared.clock.now().timestamp_millis();
+        let now = shared.clock.wall().timestamp_millis();
         shared.counters.delivered_ms.store(now, Ordering::Relaxed);
         let segment_completed = shared.catalog().mark_delivered(chain, seq);
         shared.positions_unsaved.store(true, Ordering::Release);

@@ -240,7 +240,7 @@ pub(super) async fn run(global: &GlobalArgs, args: CallerArgs) -> anyhow::Result
 /// # Errors
 /// When that time is not in the future, which would be a mistake.
 fn future_time(flag: &str, end: Moment) -> anyhow::Result<Timestamp> {
-    let now = Clock::System.now();
+    let now = Clock::System.wall();
     let end = end.after(now);
     ensure!(end > now, "{flag}: {} is not in the future", LocalTime(end));
     Ok(end)

@@ -84,7 +84,7 @@ Examples:
 pub(super) async fn run(global: &GlobalArgs, args: KeysArgs) -> anyhow::Result<ExitCode> {
     match args.command {
         Command::Generate { out } => {
-            Keyring::create_file(&out, Clock::System.now())?;
+            Keyring::create_file(&out, Clock::System.wall())?;
             output::note(format_args!(
                 "wrote {}; keep a copy apart from the database's backups: without it no sealed \
                  secret opens",

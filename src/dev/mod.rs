@@ -153,7 +153,7 @@ async fn print_on_thread(
 fn load_or_create_keyring(directory: &Path) -> anyhow::Result<Keyring> {
     let path = directory.join("keyring");
     if !path.exists() {
-        Keyring::create_file(&path, Clock::System.now())?;
+        Keyring::create_file(&path, Clock::System.wall())?;
     }
     Ok(Keyring::load(&path)?)
 }

@@ -1,13 +1,29 @@
-//! The only source of wall time. A clock returns the present time and also sleeps, so that a test which
-//! moves the clock wakes the sleepers too.
+//! The only source of time that has a date. A clock returns the present time and also sleeps, so that a test
+//! which moves the clock wakes the sleepers too.
+//!
+//! There are two times, because a machine's wall clock can be set while the process runs:
+//!
+//! - [`Clock::now`] never leaps. Whatever ends after a duration is measured by it: tokens, pauses, leases, the
+//!   confirmation of grants.
+//! - [`Clock::wall`] is the machine's wall clock. It is written into records and shown to people, and it is one
+//!   of several witnesses where a time of another process is judged.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc, LazyLock,
+        atomic::{AtomicI64, Ordering},
+    },
+    time::Duration,
+};
 
 use chrono::{DateTime, TimeDelta, Utc};
 use tokio::sync::watch;
 
-/// A time in UTC. It is wall time, since it is compared with times that other processes stored.
+/// A time in UTC. Times of [`Clock::now`] can be compared only with others of the same process.
 pub type Timestamp = DateTime<Utc>;
+
+/// The wall clock's time and the monotonic clock's when this process first asked for the time.
+static ANCHOR: LazyLock<(Timestamp, Duration)> = LazyLock::new(|| (wall_clock(), monotonic()));
 
 /// A source of time.
 #[derive(Clone, Debug, Default)]
@@ -20,20 +36,34 @@ pub enum Clock {
 }
 
 impl Clock {
-    /// Returns the present time.
+    /// Returns the present time of this process: the wall clock's time when the process first asked for it,
+    /// moved on by the machine's monotonic clock. So it does not follow when the wall clock is set.
     #[must_use]
-    #[expect(clippy::disallowed_methods, reason = "the only place that reads the wall clock")]
     pub fn now(&self) -> Timestamp {
         match self {
-            Self::System => Utc::now(),
+            Self::System => {
+                let (wall, monotonic_then) = *ANCHOR;
+                wall + delta(monotonic().saturating_sub(monotonic_then))
+            }
             Self::Manual(clock) => *clock.now.borrow(),
         }
     }
 
+    /// Returns the wall clock's time, which may leap in both directions.
+    #[must_use]
+    pub fn wall(&self) -> Timestamp {
+        match self {
+            Self::System => wall_clock(),
+            Self::Manual(clock) => {
+                let ahead = clock.wall_ahead_ms.load(Ordering::Relaxed);
+                self.now() + TimeDelta::milliseconds(ahead)
+            }
+        }
+    }
+
     /// Waits until [`Clock::now`] has reached `until`; returns at once if it has. Cancel safe.
-    ///
-    /// If the system clock is set during the wait, this takes effect within a second.
     pub async fn sleep_until(&self, until: Timestamp) {
+        // tokio's timers stand still while the machine is suspended, and this clock does not.
         const LONGEST_SLEEP: Duration = Duration::from_secs(1);
         match self {
             Self::System => loop {
@@ -57,18 +87,45 @@ impl Clock {
     }
 }
 
+#[expect(clippy::disallowed_methods, reason = "the only place that reads the wall clock")]
+fn wall_clock() -> Timestamp {
+    Utc::now()
+}
+
+/// Returns the time since the machine's start, suspension included: a token's life goes on while the machine
+/// is suspended, and `std::time::Instant` does not.
+#[cfg(target_os = "linux")]
+fn monotonic() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or_default())
+}
+
+/// Returns the time since the first call.
+#[cfg(not(target_os = "linux"))]
+fn monotonic() -> Duration {
+    static FIRST: LazyLock<std::time::Instant> = LazyLock::new(std::time::Instant::now);
+    FIRST.elapsed()
+}
+
 /// A clock for tests, which moves only by [`ManualClock::advance`] and [`ManualClock::set`]. Clones share
 /// their time.
 #[derive(Clone, Debug)]
 pub struct ManualClock {
     now: Arc<watch::Sender<Timestamp>>,
+    /// How far [`Clock::wall`] is ahead of [`Clock::now`], in milliseconds.
+    wall_ahead_ms: Arc<AtomicI64>,
 }
 
 impl ManualClock {
     /// Returns a clock whose present time is `now`.
     #[must_use]
     pub fn new(now: Timestamp) -> Self {
-        Self { now: Arc::new(watch::Sender::new(now)) }
+        Self { now: Arc::new(watch::Sender::new(now)), wall_ahead_ms: Arc::default() }
+    }
+
+    /// Sets the wall clock to be `by` ahead of the time of the process, or behind if that is negative.
+    pub fn set_wall_ahead(&self, by: TimeDelta) {
+        self.wall_ahead_ms.store(by.num_milliseconds(), Ordering::Relaxed);
     }
 
     /// Moves the clock forward and wakes every sleeper whose time has come.
@@ -118,6 +175,26 @@ mod tests {
         assert!(!sleeper.is_finished());
         manual.advance(Duration::from_secs(1));
         assert_eq!(sleeper.await.unwrap().timestamp(), 60);
+    }
+
+    #[test]
+    fn a_leap_of_the_wall_clock_does_not_move_the_time_of_the_process() {
+        let manual = ManualClock::new(DateTime::UNIX_EPOCH);
+        let clock = Clock::Manual(manual.clone());
+        manual.set_wall_ahead(TimeDelta::hours(-2));
+        assert_eq!(clock.now(), DateTime::UNIX_EPOCH);
+        assert_eq!(clock.wall(), DateTime::UNIX_EPOCH - TimeDelta::hours(2));
+    }
+
+    #[test]
+    fn the_systems_time_begins_at_the_wall_clocks_and_never_goes_back() {
+        let mut before = Clock::System.now();
+        assert!((Clock::System.wall() - before).abs() < TimeDelta::minutes(5));
+        for _ in 0..1_000 {
+            let now = Clock::System.now();
+            assert!(now >= before);
+            before = now;
+        }
     }
 
     #[test]

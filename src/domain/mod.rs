@@ -5,6 +5,7 @@ pub mod account;
 pub mod caller;
 pub mod clock;
 mod named_enum;
+pub mod plausible_time;
 pub mod refresh_policy;
 pub mod refresh_state;
 pub mod secret;

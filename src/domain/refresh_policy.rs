@@ -32,6 +32,8 @@ const MANDATORY_AT_MOST: Duration = Duration::from_mins(1);
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 /// The upper bound of that pause.
 const LONGEST_RETRY: Duration = Duration::from_mins(5);
+/// The longest pause that the upstream can ask for with `Retry-After`.
+pub const LONGEST_RETRY_AFTER: Duration = Duration::from_hours(1);
 /// The mean pause while the upstream refuses the account or the address. It is long, since each attempt
 /// may count towards a lock of the account.
 const EGRESS_RETRY: Duration = Duration::from_mins(15);
@@ -237,6 +239,16 @@ impl RefreshPolicy {
                 Some(retry_after.map_or(backoff, |pause| pause.max(backoff)))
             }
         }
+    }
+
+    /// Returns the longest pause after a failure of `class`, whatever the upstream asks for.
+    #[must_use]
+    pub fn longest_pause(&self, class: Option<FailureClass>) -> Duration {
+        let longest = match class {
+            Some(FailureClass::EgressRejected) => EGRESS_RETRY.mul_f64(1.25),
+            _ => LONGEST_RETRY_AFTER,
+        };
+        longest.max(self.min_issue_interval)
     }
 
     /// Returns a pause that doubles with each failure from one second to five minutes. The account's

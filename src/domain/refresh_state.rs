@@ -132,11 +132,14 @@ pub struct Account {
 }
 
 impl Account {
-    /// Returns whether an admin requested a new token after the last attempt began.
+    /// Returns whether an admin requested a new token after the last attempt began, and no attempt has
+    /// answered the request. The second condition holds whatever the database's clock did in between.
     #[must_use]
     pub fn wants_reissue(&self, refresh: &RefreshState) -> bool {
-        self.reissue_requested_at
-            .is_some_and(|at| refresh.attempt_started_at.is_none_or(|started| started < at))
+        self.reissue_requested_at != refresh.answered_reissue
+            && self
+                .reissue_requested_at
+                .is_some_and(|at| refresh.attempt_started_at.is_none_or(|started| started < at))
     }
 
     /// Returns the version of the credential to issue with: the current one, or the previous one
@@ -261,6 +264,8 @@ pub struct RefreshState {
     pub next_attempt_at: Option<Timestamp>,
     /// The exceptions from the minimum issue interval in the current hour.
     pub interval_exceptions: IntervalExceptions,
+    /// The request for a new token ([`Account::reissue_requested_at`]) that the last attempt knew of.
+    pub answered_reissue: Option<Timestamp>,
 }
 
 impl RefreshState {

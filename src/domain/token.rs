@@ -2,11 +2,17 @@
 
 use std::{fmt, time::Duration};
 
+use chrono::TimeDelta;
+
 use crate::domain::{
     account::CredentialVersion,
     clock::{Timestamp, delta, until_from},
     secret::AccessToken,
 };
+
+/// The longest life of a token that is accepted. The upstream's tokens live an hour. A later end is taken
+/// for a misread number: such a token would be served long after its real end.
+pub const LONGEST_LIFE: TimeDelta = TimeDelta::hours(48);
 
 /// A number that grows with each new token of an account.
 ///
@@ -62,9 +68,9 @@ pub struct Token {
     pub generation: Generation,
     /// The version of the credential that it was issued with.
     pub credential_version: CredentialVersion,
-    /// When it was issued, by the clock of the replica that issued it.
+    /// When it was issued, by the time of this process.
     pub issued_at: Timestamp,
-    /// When it ends, by the same clock.
+    /// When it ends, by the time of this process.
     pub expires_at: Timestamp,
     /// The one address from which it may work, if its claims name one.
     pub allowed_ip: Option<String>,
@@ -81,10 +87,13 @@ pub struct SealedToken {
     pub generation: Generation,
     /// See [`Token::credential_version`].
     pub credential_version: CredentialVersion,
-    /// See [`Token::issued_at`].
+    /// When it was issued: by the database's clock if it was loaded, else by the time of this process.
     pub issued_at: Timestamp,
-    /// See [`Token::expires_at`].
+    /// When it ends, by the same clock.
     pub expires_at: Timestamp,
+    /// When it ends by the wall clock of the replica that issued it. Set if it was loaded, and a release that
+    /// knows of it has stored it.
+    pub issuer_expires_at: Option<Timestamp>,
     /// See [`Token::allowed_ip`].
     pub allowed_ip: Option<String>,
     /// See [`Token::fingerprint`].
@@ -101,12 +110,13 @@ impl SealedToken {
             credential_version: token.credential_version,
             issued_at: token.issued_at,
             expires_at: token.expires_at,
+            issuer_expires_at: None,
             allowed_ip: token.allowed_ip.clone(),
             fingerprint: token.fingerprint.clone(),
         }
     }
 
-    /// Returns the token with the JWT that the caller opened.
+    /// Returns the token with the JWT that the caller opened. Its times must be by the time of this process.
     #[must_use]
     pub fn opened(self, access_token: AccessToken) -> Token {
         Token {
@@ -156,7 +166,7 @@ impl Token {
             generation: Generation(generation),
             credential_version: CredentialVersion(1),
             issued_at: Timestamp::UNIX_EPOCH,
-            expires_at: Timestamp::UNIX_EPOCH + chrono::TimeDelta::seconds(life),
+            expires_at: Timestamp::UNIX_EPOCH + TimeDelta::seconds(life),
             allowed_ip: None,
             fingerprint: String::new(),
         }

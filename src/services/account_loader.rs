@@ -14,11 +14,13 @@ use crate::{
     crypto::Keyring,
     domain::{
         account::AccountId,
-        clock::Clock,
+        clock::Timestamp,
+        plausible_time::{AttemptTimeLimits, Moment, StoredLife, TOLERANCE},
         token::{SealedToken, Token},
     },
     services::{
         account_cache::{AccountCache, AccountSnapshot},
+        database_clock::DatabaseClock,
         feed_health::FeedHealth,
     },
     store::{
@@ -40,7 +42,8 @@ pub struct AccountLoader {
     keyring: Arc<Keyring>,
     cache: Arc<AccountCache>,
     health: Arc<FeedHealth>,
-    clock: Clock,
+    clock: Arc<DatabaseClock>,
+    time_limits: AttemptTimeLimits,
     /// Held while a page is read and put into the cache, so that an older read never overwrites a newer
     /// one. It is an async lock, since the read waits for the database.
     one_at_a_time: Mutex<()>,
@@ -53,13 +56,15 @@ pub struct AccountLoader {
 impl AccountLoader {
     /// Returns a loader that reads through `pool` and opens tokens with `keyring`. It reports the rows that
     /// cannot be used to `health`.
+    /// It converts times with `clock`, and those of attempts must keep `time_limits`.
     #[must_use]
     pub fn new(
         pool: PgPool,
         keyring: Arc<Keyring>,
         cache: Arc<AccountCache>,
         health: Arc<FeedHealth>,
-        clock: Clock,
+        clock: Arc<DatabaseClock>,
+        time_limits: AttemptTimeLimits,
     ) -> Self {
         Self {
             pool,
@@ -67,6 +72,7 @@ impl AccountLoader {
             cache,
             health,
             clock,
+            time_limits,
             one_at_a_time: Mutex::new(()),
             withdrawn: parking_lot::Mutex::default(),
             versions: parking_lot::Mutex::default(),
@@ -131,6 +137,7 @@ impl AccountLoader {
         ids: &[i64],
     ) -> Result<Vec<i64>, StoreError> {
         let _guard = self.one_at_a_time.lock().await;
+        let before = self.clock.local().now();
         let began = Instant::now();
         let loaded = within(accounts::load(connection, ids)).await?;
         let found: BTreeSet<_> = loaded.rows.iter().map(|loaded| loaded.account.id.0).collect();
@@ -157,16 +164,22 @@ impl AccountLoader {
             self.cache.remove(AccountId(*id));
         }
         for loaded in loaded.rows.into_iter().filter(|it| !again.contains(&it.account.id.0)) {
-            self.put(loaded);
+            self.put(loaded, before);
         }
         drop(withdrawn);
         Ok(again)
     }
 
-    fn put(&self, mut loaded: LoadedAccount) {
+    /// Puts an account into the cache, which was read after `before`.
+    fn put(&self, mut loaded: LoadedAccount, before: Timestamp) {
+        let moment = self.clock.observe(before, loaded.now);
         self.convert_to_local_time(&mut loaded);
-        let LoadedAccount { account, refresh, token, .. } = loaded;
-        let token = token.and_then(|token| self.open(account.id, token));
+        let LoadedAccount { account, mut refresh, token, .. } = loaded;
+        let token = token.and_then(|stored| {
+            let (stored, from_the_future) = self.believe(account.id, stored, &moment);
+            refresh.possibly_revoked |= from_the_future;
+            self.open(account.id, stored)
+        });
         self.cache.put(account, refresh, token);
     }
 
@@ -198,17 +211,50 @@ impl AccountLoader {
         outdated(&self.versions.lock(), after, page)
     }
 
-    /// Converts the times that the database stamped to the local clock, so that a difference between
-    /// the two clocks does not shift the next attempt.
+    /// Returns the token with its times by this process, and whether it should be replaced because it was
+    /// issued in the future.
+    ///
+    /// A cached token keeps the times that this process has measured, unless the database's clock has run
+    /// evenly since its issue and the database has an earlier end.
+    fn believe(
+        &self,
+        account: AccountId,
+        mut stored: SealedToken,
+        moment: &Moment,
+    ) -> (SealedToken, bool) {
+        let life = StoredLife {
+            issued_at: stored.issued_at,
+            expires_at: stored.expires_at,
+            issuer_expires_at: stored.issuer_expires_at,
+        };
+        let believed = life.believed(moment);
+        (stored.issued_at, stored.expires_at) = (believed.issued_at, believed.expires_at);
+        let cached = self.cache.by_id(account).and_then(|entry| entry.snapshot().token.clone());
+        let Some(cached) = cached.filter(|cached| cached.generation == stored.generation) else {
+            return (stored, believed.from_the_future);
+        };
+        let shortened = believed.expires_at < cached.expires_at - TOLERANCE;
+        if !(believed.certain && shortened) {
+            (stored.issued_at, stored.expires_at) = (cached.issued_at, cached.expires_at);
+        }
+        (stored, false)
+    }
+
+    /// Converts the times of attempts, which the database stamped, to the time of this process, so that a
+    /// difference between the two clocks does not shift the next attempt. Times that cannot be true are
+    /// corrected first.
     fn convert_to_local_time(&self, loaded: &mut LoadedAccount) {
-        let ahead = self.clock.now() - loaded.now;
+        let ahead = self.clock.local().now() - loaded.now;
         let LoadedAccount { account, refresh, .. } = loaded;
+        // The claim stores the end of a shortened lease; here the cache keeps it.
+        let _ = self.time_limits.correct(refresh, loaded.now);
         for time in [
             &mut account.reissue_requested_at,
             &mut refresh.attempt_started_at,
             &mut refresh.lease_until,
             &mut refresh.next_attempt_at,
             &mut refresh.interval_exceptions.since,
+            &mut refresh.answered_reissue,
         ] {
             *time = time.map(|time| time + ahead);
         }

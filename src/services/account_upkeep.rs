@@ -8,8 +8,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info};
 
 use crate::{
-    domain::clock::{Clock, Timestamp},
-    services::account_cache::AccountCache,
+    domain::clock::Timestamp,
+    services::{account_cache::AccountCache, database_clock::DatabaseClock},
     store::{StoreError, accounts, leases, within},
 };
 
@@ -27,8 +27,8 @@ pub struct AccountUpkeep {
     pub pool: PgPool,
     /// The accounts, with the times at which they were last requested.
     pub cache: Arc<AccountCache>,
-    /// The clock by which requests are selected.
-    pub clock: Clock,
+    /// The clock by which requests are stored.
+    pub clock: Arc<DatabaseClock>,
 }
 
 impl AccountUpkeep {
@@ -68,24 +68,25 @@ impl AccountUpkeep {
     }
 
     async fn note_requests(&self) -> Result<(), StoreError> {
-        let (ids, moments) = self.requests_since(self.clock.now() - 2 * REQUESTS_INTERVAL);
+        let (ids, moments) = self.requests_since(self.clock.local().now() - 2 * REQUESTS_INTERVAL);
         for (ids, moments) in ids.chunks(REQUESTS_BATCH).zip(moments.chunks(REQUESTS_BATCH)) {
             within(accounts::note_requests(&self.pool, ids, moments)).await?;
         }
         Ok(())
     }
 
-    /// Returns the ids of the accounts that were last requested at or after `since`, and these times in the
-    /// same order.
+    /// Returns the ids of the accounts that were last requested at or after `since`, and these times by the
+    /// database's clock, in the same order.
     fn requests_since(&self, since: Timestamp) -> (Vec<i64>, Vec<Timestamp>) {
         let since = since.timestamp_millis();
+        let ahead = self.clock.local().now() - self.clock.now();
         self.cache
             .all()
             .iter()
             .filter(|account| account.requested_ms() >= since)
             .filter_map(|account| {
                 let requested = Timestamp::from_timestamp_millis(account.requested_ms())?;
-                Some((account.id().0, requested))
+                Some((account.id().0, requested - ahead))
             })
             .unzip()
     }

@@ -8,6 +8,7 @@
 //! | [`caller_directory`] | the callers by their credentials |
 //! | [`caller_rates`], [`gcra`] | the rate limit of each caller, and its algorithm |
 //! | [`keyed_semaphore`], [`client_network`] | limits for each caller or client; which addresses count as one client |
+//! | [`database_clock`] | the database's clock beside the one of this process |
 //! | [`connectivity`] | whether the database answers, and what a replica may do while it does not |
 //! | [`refresher`] | issuing and storing tokens |
 //! | [`change_feed`] | following committed changes |
@@ -26,6 +27,7 @@ pub mod caller_rates;
 pub mod change_feed;
 pub mod client_network;
 pub mod connectivity;
+pub mod database_clock;
 pub mod feed_health;
 pub mod gcra;
 pub mod heartbeat;

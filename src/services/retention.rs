@@ -68,7 +68,8 @@ impl Retention {
     }
 
     async fn remove_days(&self, pool: &PgPool, calls: Duration) -> Result<(), StoreError> {
-        let now = self.clock.now();
+        // The wall clock may be ahead, or may have been at the start. What is deleted does not come back.
+        let now = self.clock.now().min(self.clock.wall());
         let minimum = minimum_retention(pool).await?;
         if !minimum.allows(self.calls, self.changes) {
             warn!(

@@ -39,6 +39,7 @@ use crate::{
         account_cache::{AccountCache, CachedAccount},
         caller_directory::CallerDirectory,
         connectivity::{Connectivity, DatabaseConnectivity},
+        database_clock::DatabaseClock,
         keyed_semaphore::{KeyedPermit, KeyedSemaphore},
         refresher::RefreshTrigger,
     },
@@ -60,8 +61,10 @@ pub struct TokenProvider {
     pub cache: Arc<AccountCache>,
     /// The callers with their credentials and grants.
     pub callers: Arc<CallerDirectory>,
-    /// The clock by which tokens and grants end.
+    /// The clock by which tokens end.
     pub clock: Clock,
+    /// The clock by which grants and bearers end.
+    pub database_clock: Arc<DatabaseClock>,
     /// Decides when tokens are replaced.
     pub policy: RefreshPolicy,
     /// How long grants are trusted without confirmation by the database.
@@ -223,7 +226,8 @@ impl TokenProvider {
     ) -> Result<(Vec<ListedAccount>, bool), CallRefusal> {
         self.check_grants_are_current()?;
         let now = self.clock.now();
-        let (found, more) = list::page(&self.cache, caller, after, limit, now);
+        let (found, more) =
+            list::page(&self.cache, caller, after, limit, self.database_clock.now());
         let listed = |snapshot: &Arc<_>| ListedAccount::new(snapshot, &self.policy, now);
         Ok((found.iter().map(listed).collect(), more))
     }
@@ -255,7 +259,7 @@ impl TokenProvider {
             }
         }
         if !wildcards.is_empty() {
-            let now = self.clock.now();
+            let now = self.database_clock.now();
             let accounts_before_yield = MATCHES_BEFORE_YIELD.div_ceil(wildcards.len());
             for (nth, cached) in self.cache.all().into_iter().enumerate() {
                 if nth % accounts_before_yield == accounts_before_yield - 1 {
@@ -279,7 +283,7 @@ impl TokenProvider {
     /// was revoked, or the caller was disabled.
     pub fn reauthenticate(&self, credential: &CredentialKey) -> Result<Arc<Caller>, CallRefusal> {
         self.check_grants_are_current()?;
-        let admitted = self.callers.authenticate(credential, self.clock.now());
+        let admitted = self.callers.authenticate(credential, self.database_clock.now());
         admitted.map_err(|_| CallRefusal::CredentialRefused)
     }
 
@@ -298,7 +302,7 @@ impl TokenProvider {
         account: &AccountName,
     ) -> Result<Arc<CachedAccount>, CallRefusal> {
         self.check_grants_are_current()?;
-        if !caller.permits(right, account, self.clock.now()) {
+        if !caller.permits(right, account, self.database_clock.now()) {
             return Err(CallRefusal::NotGranted);
         }
         self.cache.by_name(account).ok_or(CallRefusal::NoSuchAccount)

@@ -33,8 +33,8 @@ pub struct LoadedAccount {
     pub refresh: RefreshState,
     /// Its token, live or ended.
     pub token: Option<SealedToken>,
-    /// The database's time when the account was read. The times in `account` and `refresh` are by this clock;
-    /// those of the token are by the clock of the replica that issued it.
+    /// The database's time when the account was read. All other times are by this clock, except
+    /// [`SealedToken::issuer_expires_at`].
     pub now: Timestamp,
 }
 
@@ -72,11 +72,13 @@ struct Row {
     next_attempt_at: Option<LenientTime>,
     interval_exceptions: Option<i32>,
     interval_exceptions_since: Option<LenientTime>,
+    answered_reissue: Option<LenientTime>,
     sealed_token: Option<Vec<u8>>,
     generation: Option<i64>,
     token_version: Option<i64>,
     issued_at: Option<LenientTime>,
     expires_at: Option<LenientTime>,
+    issuer_expires_at: Option<LenientTime>,
     allowed_ip: Option<Lenient<String>>,
     fingerprint: Option<Lenient<String>>,
     now: Timestamp,
@@ -130,9 +132,10 @@ pub async fn load<'e>(
             r.next_attempt_at as "next_attempt_at?: LenientTime",
             r.interval_exceptions as "interval_exceptions?",
             r.interval_exceptions_since as "interval_exceptions_since?: LenientTime",
-            t.sealed_token as "sealed_token?",
+            r.answered_reissue as "answered_reissue?: LenientTime", t.sealed_token as "sealed_token?",
             t.generation as "generation?", t.credential_version as "token_version?",
             t.issued_at as "issued_at?: LenientTime", t.expires_at as "expires_at?: LenientTime",
+            t.issuer_expires_at as "issuer_expires_at?: LenientTime",
             t.allowed_ip as "allowed_ip?: Lenient<String>",
             t.fingerprint as "fingerprint?: Lenient<String>",
             clock_timestamp() as "now!",
@@ -200,6 +203,12 @@ impl Row {
                         .or(token("issued_at is not a time between 1970 and 9999"))?,
                     expires_at: expires_at
                         .or(token("expires_at is not a time between 1970 and 9999"))?,
+                    issuer_expires_at: self
+                        .issuer_expires_at
+                        .map(|it| {
+                            it.or(token("issuer_expires_at is not a time between 1970 and 9999"))
+                        })
+                        .transpose()?,
                     allowed_ip: self.allowed_ip.map(text).transpose()?,
                     fingerprint: self.fingerprint.map(text).transpose()?.unwrap_or_default(),
                 })
@@ -251,6 +260,10 @@ impl Row {
                         "interval_exceptions_since is not a time between 1970 and 9999",
                     )?,
                 },
+                answered_reissue: refresh_time(
+                    self.answered_reissue,
+                    "answered_reissue is not a time between 1970 and 9999",
+                )?,
             },
             token: stored_token,
             now: self.now,
@@ -415,12 +428,14 @@ pub async fn note_requests(
     sqlx::query!(
         "-- store::accounts::note_requests
         with asked as (
-            select * from unnest($1::bigint[], $2::timestamptz[]) as asked (id, at)
+            select id, least(at, clock_timestamp()) as at
+            from unnest($1::bigint[], $2::timestamptz[]) as asked (id, at)
         ), free as (
             select r.account_id, asked.at
             from refreshes r join asked on asked.id = r.account_id
             where r.last_requested_at is null
                 or r.last_requested_at < asked.at - interval '1 minute'
+                or r.last_requested_at > clock_timestamp()
             for update of r skip locked
         )
         update refreshes r set last_requested_at = free.at

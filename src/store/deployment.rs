@@ -8,7 +8,10 @@ use sqlx::{PgExecutor, PgPool, Postgres, Transaction};
 use tracing::instrument;
 
 use super::{StoreError, execution::repeat_on_conflict};
-use crate::audit::chain::{ChainHead, Digest};
+use crate::{
+    audit::chain::{ChainHead, Digest},
+    domain::clock::Timestamp,
+};
 
 /// The identity of a database. It changes when a restored database or a copy is accepted in its place.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -218,6 +221,20 @@ pub async fn delivered(
             Ok((row.chain, ChainHead { seq: row.delivered_seq, hash }))
         })
         .collect()
+}
+
+/// Returns the database's present time.
+///
+/// # Errors
+/// When the database cannot be reached or refuses the statement.
+pub async fn present_time(pool: &PgPool) -> Result<Timestamp, StoreError> {
+    let now = sqlx::query_scalar!(
+        r#"-- store::deployment::present_time
+        select clock_timestamp() as "now!""#
+    )
+    .fetch_one(pool)
+    .await?;
+    Ok(now)
 }
 
 /// Returns the upstream that the database belongs to; `None` before the first start of a broker, or if there

@@ -18,6 +18,7 @@ use super::{
 use crate::domain::{
     account::{AccountId, CredentialVersion},
     clock::{delta, until_from},
+    plausible_time::AttemptTimeLimits,
     refresh_policy::{IssueDecision, IssueView, RefreshPolicy},
     refresh_state::{IssueAttempt, IssueFailure},
     token::Generation,
@@ -54,6 +55,12 @@ impl LeaseHolder {
     #[must_use]
     pub fn pause_between_attempts(&self) -> Duration {
         Duration::from_secs_f64(1.0 / self.rate.max(0.001))
+    }
+
+    /// Returns the rules that bound the times of stored attempts.
+    #[must_use]
+    pub fn time_limits(&self) -> AttemptTimeLimits {
+        AttemptTimeLimits { lease_duration: self.lease_duration, policy: self.policy }
     }
 }
 
@@ -95,8 +102,8 @@ pub struct Lease {
 /// after a failure in that outage is skipped.
 ///
 /// If another transaction has locked the row, the claim does not wait for it; for other locks it waits half a
-/// second at most. If the future is dropped, the
-/// transaction is rolled back, unless it was already committing; the lease expires in that case.
+/// second at most. If the future is dropped, the transaction is rolled back, unless it was already committing;
+/// the lease expires in that case.
 ///
 /// # Errors
 /// When the database cannot be reached or refuses a statement.
@@ -127,16 +134,22 @@ pub async fn claim(
     }
     // This must be a second statement, after the lock, so that its snapshot includes what the previous
     // owner of the lock committed.
-    let Some(row) = accounts::load(&mut *transaction, &[account.0]).await?.rows.pop() else {
+    let Some(mut row) = accounts::load(&mut *transaction, &[account.0]).await?.rows.pop() else {
         return Ok(Claim::NotNeeded);
     };
+    let lease_shortened = holder.time_limits().correct(&mut row.refresh, row.now);
     let outage_ended_at = outage_ended.map(|ago| row.now - delta(ago));
     let view = IssueView::locked(&row.account, &row.refresh, replaces, outage_ended_at);
     let (version, uses_interval_exception) = match holder.policy.decide(&view, row.now) {
         IssueDecision::Issue { credential_version, uses_interval_exception } => {
             (credential_version, uses_interval_exception)
         }
-        IssueDecision::WaitUntil(at) => return Ok(Claim::Wait(until_from(row.now, at))),
+        IssueDecision::WaitUntil(at) => {
+            if lease_shortened {
+                store_shortened_lease(transaction, &row).await?;
+            }
+            return Ok(Claim::Wait(until_from(row.now, at)));
+        }
         IssueDecision::NotNeeded => return Ok(Claim::NotNeeded),
     };
     // Every claim locks the row of `upstream_pace`, so that leases are granted one after the other. It is
@@ -157,16 +170,34 @@ pub async fn claim(
     )
     .execute(&mut *transaction)
     .await?;
+    // A slot in the future was stored before the database's clock was set back.
     sqlx::query!(
         "-- store::leases::claim
-        update upstream_pace
-        set next_slot = greatest(next_slot + $1, clock_timestamp())",
+        update upstream_pace set next_slot =
+            greatest(least(next_slot, clock_timestamp()) + $1, clock_timestamp())",
         interval(holder.pause_between_attempts()),
     )
     .execute(&mut *transaction)
     .await?;
     transaction.commit().await?;
     Ok(Claim::Granted(Box::new(lease)))
+}
+
+/// Stores the end of a lease that [`AttemptTimeLimits::correct`] has shortened, so that it comes, and commits.
+async fn store_shortened_lease(
+    mut transaction: Transaction<'_, Postgres>,
+    row: &LoadedAccount,
+) -> Result<(), StoreError> {
+    sqlx::query!(
+        "-- store::leases::store_shortened_lease
+        update refreshes set lease_until = $2 where account_id = $1",
+        row.account.id.0,
+        row.refresh.lease_until,
+    )
+    .execute(&mut *transaction)
+    .await?;
+    transaction.commit().await?;
+    Ok(())
 }
 
 /// Returns how long the limits of the rate and of concurrent attempts delay the claim; `None` if they do not.
@@ -180,12 +211,17 @@ async fn upstream_pause(
     )
     .fetch_one(&mut **transaction)
     .await?;
-    if pace.next_slot > pace.now {
-        return Ok(Some(until_from(pace.now, pace.next_slot)));
+    // A claim sets the slot to one pause after its own time. Slots and leases that are further away were
+    // stored before the database's clock was set back, and would stop every account.
+    let pause = until_from(pace.now, pace.next_slot);
+    if !pause.is_zero() && pause <= holder.pause_between_attempts() {
+        return Ok(Some(pause));
     }
     let calls = sqlx::query_scalar!(
         r#"-- store::leases::upstream_pause
-        select count(*) as "calls!" from upstream_calls where until > clock_timestamp()"#
+        select count(*) as "calls!" from upstream_calls
+        where until > clock_timestamp() and until <= clock_timestamp() + $1"#,
+        interval(holder.lease_duration),
     )
     .fetch_one(&mut **transaction)
     .await?;
@@ -209,7 +245,8 @@ async fn stamp_attempt(
         update refreshes set lease_holder = $2, lease_id = lease_id + 1,
             lease_until = clock_timestamp() + $3, attempt_started_at = clock_timestamp(),
             attempt_ended_at = null, attempt_version = $4, possibly_revoked = possibly_revoked or $5,
-            interval_exceptions = $6, interval_exceptions_since = $7, changed = pg_current_xact_id()
+            interval_exceptions = $6, interval_exceptions_since = $7, answered_reissue = $8,
+            changed = pg_current_xact_id()
         where account_id = $1
         returning lease_id, attempt_started_at as "attempt_started_at!""#,
         account.id.0,
@@ -219,6 +256,7 @@ async fn stamp_attempt(
         previous_attempt_lost,
         i32::try_from(exceptions.used).unwrap_or(i32::MAX),
         exceptions.since,
+        account.reissue_requested_at,
     )
     .fetch_one(&mut **transaction)
     .await?;

@@ -9,6 +9,7 @@ use super::{StoreError, begin, interval};
 use crate::{
     domain::{
         account::AccountId,
+        clock::{Clock, delta, until_from},
         token::{Generation, SealedToken},
     },
     store::leases::Lease,
@@ -38,6 +39,8 @@ pub enum CommitOutcome {
 ///
 /// Takes no lock of `accounts`, so no statement of an admin on accounts delays it.
 ///
+/// `clock` tells the token's age and the rest of its life, from which its times by the database's clock follow.
+///
 /// Idempotent: committing the same token again has no further effect.
 ///
 /// # Errors
@@ -49,6 +52,7 @@ pub async fn commit(
     lease: &Lease,
     token: &SealedToken,
     new_token_ends_older: bool,
+    clock: &Clock,
 ) -> Result<CommitOutcome, StoreError> {
     let account = lease.attempt.account;
     let mut transaction = begin(pool).await?;
@@ -92,7 +96,7 @@ pub async fn commit(
     .execute(&mut *transaction)
     .await?;
     let replace_longer_lived = new_token_ends_older || held.possibly_revoked;
-    let stored = put(&mut transaction, account, token, replace_longer_lived).await?;
+    let stored = put(&mut transaction, account, token, replace_longer_lived, clock).await?;
     transaction.commit().await?;
     Ok(if stored { CommitOutcome::Stored } else { CommitOutcome::StoredLivesLonger })
 }
@@ -126,8 +130,10 @@ pub struct PendingToken {
 pub struct ReconcileContext<'a> {
     /// The instance that issued the token.
     pub instance: &'a str,
-    /// How long ago the token was issued.
-    pub age: Duration,
+    /// The clock by which the token was issued and ends.
+    pub clock: &'a Clock,
+    /// How long a lease lasts. A lease that ends later was claimed before the database's clock was set back.
+    pub lease_duration: Duration,
     /// Whether a later attempt may have issued another token.
     pub possibly_revoked: bool,
     /// Whether the upstream ends older tokens when it issues a new one.
@@ -154,10 +160,12 @@ pub async fn reconcile(
     let mut transaction = begin(pool).await?;
     let Some(found) = sqlx::query!(
         r#"-- store::tokens::reconcile
-        select coalesce(lease_until > clock_timestamp() and lease_holder <> $2, false) as "leased!"
+        select coalesce(lease_until > clock_timestamp() and lease_until <= clock_timestamp() + $3
+            and lease_holder <> $2, false) as "leased!"
         from refreshes where account_id = $1 for update nowait"#,
         account.0,
         context.instance,
+        interval(context.lease_duration),
     )
     .fetch_optional(&mut *transaction)
     .await?
@@ -196,7 +204,8 @@ pub async fn reconcile(
     sqlx::query!(
         "-- store::tokens::reconcile
         update refreshes set lease_holder = null, lease_until = null,
-            attempt_started_at = greatest(attempt_started_at, clock_timestamp() - $2::interval),
+            attempt_started_at = greatest(clock_timestamp() - $2::interval,
+                case when attempt_started_at <= clock_timestamp() then attempt_started_at end),
             attempt_ended_at = clock_timestamp(), attempt_version = $3, possibly_revoked = $4,
             consecutive_failures = 0,
             error_class = case when error_version > $3 then error_class end,
@@ -207,13 +216,13 @@ pub async fn reconcile(
             next_attempt_at = null, changed = pg_current_xact_id()
         where account_id = $1",
         account.0,
-        interval(context.age),
+        interval(until_from(token.issued_at, context.clock.now())),
         token.credential_version.0,
         context.possibly_revoked,
     )
     .execute(&mut *transaction)
     .await?;
-    put(&mut transaction, account, token, true).await?;
+    put(&mut transaction, account, token, true, context.clock).await?;
     transaction.commit().await?;
     Ok(ReconcileOutcome::Stored)
 }
@@ -252,37 +261,90 @@ async fn issuer(
 
 /// Stores `token` as the account's token and returns `true`, unless the stored token has a later generation,
 /// or ends later and `replace_longer_lived` is not set.
+///
+/// The token's times are stored by the database's clock, which all replicas share. Its end by this machine's
+/// wall clock is stored beside them: the database's clock may be set, and then it is the second witness.
 async fn put(
     transaction: &mut Transaction<'_, Postgres>,
     account: AccountId,
     token: &SealedToken,
     replace_longer_lived: bool,
+    clock: &Clock,
 ) -> Result<bool, StoreError> {
+    let now = clock.now();
+    let time_left = until_from(now, token.expires_at);
+    // A stored token that was issued in the future may have ended: the database's clock was set back.
     let stored = sqlx::query!(
         "-- store::tokens::put
         insert into tokens (account_id, credential_version, generation, sealed_token, issued_at,
-            expires_at, allowed_ip, fingerprint)
-        values ($1, $2, $3, $4, $5, $6, $7, $8)
+            expires_at, issuer_expires_at, allowed_ip, fingerprint)
+        values ($1, $2, $3, $4, clock_timestamp() - $5::interval, clock_timestamp() + $6::interval,
+            $10, $7, $8)
         on conflict (account_id) do update set
             credential_version = excluded.credential_version, generation = excluded.generation,
             sealed_token = excluded.sealed_token, issued_at = excluded.issued_at,
-            expires_at = excluded.expires_at, allowed_ip = excluded.allowed_ip,
+            expires_at = excluded.expires_at, issuer_expires_at = excluded.issuer_expires_at,
+            allowed_ip = excluded.allowed_ip,
             fingerprint = excluded.fingerprint, changed = pg_current_xact_id()
         where excluded.generation >= tokens.generation
-            and ($9 or excluded.expires_at >= tokens.expires_at - interval '5 seconds')",
+            and ($9 or excluded.expires_at >= tokens.expires_at - interval '5 seconds'
+                or tokens.issued_at > clock_timestamp() + interval '5 seconds')",
         account.0,
         token.credential_version.0,
         token.generation.0,
         token.sealed,
-        token.issued_at,
-        token.expires_at,
+        interval(until_from(token.issued_at, now)),
+        interval(time_left),
         token.allowed_ip,
         token.fingerprint,
         replace_longer_lived,
+        clock.wall() + delta(time_left),
     )
     .execute(&mut **transaction)
     .await?;
     Ok(stored.rows_affected() == 1)
+}
+
+/// A token with the rest of its life, as a replica knows it.
+#[derive(Clone, Copy, Debug)]
+pub struct TimeLeft {
+    /// The token's account.
+    pub account: AccountId,
+    /// The token's generation.
+    pub generation: Generation,
+    /// How long the token still lives.
+    pub time_left: Duration,
+}
+
+/// Moves the stored times of the given tokens back where the database's clock, which was set back, makes them
+/// live for more than 5 seconds longer than they do. Ends are never moved to a later time.
+///
+/// # Errors
+/// When the database cannot be reached or refuses the statement.
+#[instrument(level = "debug", skip_all, fields(tokens = known.len()))]
+pub async fn correct_ends(pool: &PgPool, known: &[TimeLeft]) -> Result<u64, StoreError> {
+    let accounts: Vec<_> = known.iter().map(|known| known.account.0).collect();
+    let generations: Vec<_> = known.iter().map(|known| known.generation.0).collect();
+    let left: Vec<_> = known.iter().map(|known| known.time_left.as_secs_f64()).collect();
+    let done = sqlx::query!(
+        "-- store::tokens::correct_ends
+        update tokens t set
+            issued_at = t.issued_at - (t.expires_at - clock_timestamp() - known.time_left),
+            expires_at = clock_timestamp() + known.time_left, changed = pg_current_xact_id()
+        from (
+            select account_id, generation, make_interval(secs => seconds) as time_left
+            from unnest($1::bigint[], $2::bigint[], $3::float8[])
+                as known (account_id, generation, seconds)
+        ) known
+        where t.account_id = known.account_id and t.generation = known.generation
+            and t.expires_at > clock_timestamp() + known.time_left + interval '5 seconds'",
+        &accounts,
+        &generations,
+        &left,
+    )
+    .execute(pool)
+    .await?;
+    Ok(done.rows_affected())
 }
 
 /// Notifies the other replicas of new tokens. This is not part of the transaction that stores a token,

@@ -216,7 +216,7 @@ impl Tls {
 
     /// Warns of a certificate that ends soon, and of revocation lists that are out of date or missing.
     fn warn_of_what_ends(&self) {
-        let (current, now) = (self.current.load(), self.clock.now());
+        let (current, now) = (self.current.load(), self.clock.wall());
         let ends = current.not_after;
         if ends - now < EXPIRY_WARNING {
             warn!(cert = %self.files.cert.display(), %ends, "the certificate ends soon");

@@ -13,6 +13,7 @@
 //! | [`http`] | HTTP requests to brokers and simulators |
 //! | [`raw_http2`] | an HTTP/2 client that can violate the protocol |
 //! | [`rng`] | random numbers that can be repeated |
+//! | [`shifted_clock`] | processes whose wall clock is wrong |
 //!
 //! The database server is the one that `DATABASE_URL` names, or else an embedded one, for which the feature
 //! `embedded-postgres` must be enabled.
@@ -26,6 +27,7 @@ pub(crate) mod pgbouncer;
 pub(crate) mod process;
 pub(crate) mod raw_http2;
 pub(crate) mod rng;
+pub(crate) mod shifted_clock;
 
 use std::time::{Duration, Instant};
 

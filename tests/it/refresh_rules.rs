@@ -15,6 +15,7 @@ use proptest::{
 use sqlx::{AssertSqlSafe, PgConnection, Row};
 use token_broker::{
     domain::{
+        account::AccountId,
         clock::{Timestamp, delta, until_from},
         refresh_policy::{IssueDecision, IssueView, RefreshPolicy},
         refresh_state::{AccountState, FailureClass},
@@ -234,7 +235,8 @@ async fn a_claim_and_the_schedule_decide_the_same_from_the_same_facts() {
     for n in 0..CLAIMS {
         let facts = strategy.new_tree(&mut runner).unwrap().current();
         let id = facts.insert(&database, n).await;
-        let cached = accounts::load(database.pool(), &[id]).await.unwrap().rows.pop().unwrap();
+        let mut cached = accounts::load(database.pool(), &[id]).await.unwrap().rows.pop().unwrap();
+        let _ = holder.time_limits().correct(&mut cached.refresh, cached.now);
         let outage_ended = facts.after_outage.then_some(OUTAGE_ENDED);
         let outage_ended_at = outage_ended.map(|ago| cached.now - delta(ago));
         let view = IssueView::cached(
@@ -279,6 +281,85 @@ async fn a_claim_and_the_schedule_decide_the_same_from_the_same_facts() {
         }
     }
     assert_eq!(decisions, BTreeSet::from(["exception", "issue", "not needed", "wait"]));
+}
+
+/// After the database's clock was set back by ten minutes, everything that it has stamped before lies in the future.
+#[tokio::test]
+async fn a_claim_believes_no_stored_time_that_cannot_be_true() {
+    let database = TestDatabase::new().await;
+    let holder = LeaseHolder {
+        instance: "ours".into(),
+        replica: 1,
+        lease_duration: Duration::from_secs(30),
+        policy: RefreshPolicy { refresh_at: 0.75, min_issue_interval: Duration::from_secs(30) },
+        rate: 20.0,
+        concurrency: 2,
+    };
+    let mut accounts = vec![];
+    for name in ["new", "tried", "failed", "leased", "leased-too", "exceptions"] {
+        let id: i64 = sqlx::query_scalar(
+            "insert into accounts (name, client_id, client_secret) values ($1, $1, 'SK.1') returning id",
+        )
+        .bind(name)
+        .fetch_one(database.pool())
+        .await
+        .unwrap();
+        accounts.push(id);
+    }
+    database
+        .sql(
+            "update accounts set client_secret = null, sealed_secret = 'x';
+             update accounts set reissue_requested_at = now() - interval '1 second' where name = 'tried';
+             update upstream_pace set next_slot = now() + interval '10 minutes';
+             update refreshes r set attempt_started_at = now() + interval '10 minutes',
+                 attempt_ended_at = now() + interval '10 minutes', attempt_version = 1
+             from accounts a where a.id = account_id and name <> 'new';
+             update refreshes r set next_attempt_at = now() + interval '12 minutes',
+                 error_class = 'unreachable', error_version = 1
+             from accounts a where a.id = account_id and name = 'failed';
+             update refreshes r set lease_holder = 'theirs', lease_until = now() + interval '10 minutes',
+                 attempt_ended_at = null
+             from accounts a where a.id = account_id and name like 'leased%';
+             update refreshes r set interval_exceptions = 3,
+                 interval_exceptions_since = now() + interval '10 minutes', attempt_version = 0
+             from accounts a where a.id = account_id and name = 'exceptions'",
+        )
+        .await;
+    let claim = async |id: i64| {
+        leases::claim(database.pool(), AccountId(id), None, None, &holder).await.unwrap()
+    };
+    let (leased, free): (Vec<_>, Vec<_>) =
+        accounts.iter().enumerate().partition(|(n, _)| [3, 4].contains(n));
+    for (n, id) in free {
+        let claimed = claim(*id).await;
+        // The rate's pause follows from the claim before.
+        let claimed = if let Claim::Paced(pause) = claimed {
+            assert!(pause <= Duration::from_millis(50), "{n}: {pause:?}");
+            tokio::time::sleep(pause).await;
+            claim(*id).await
+        } else {
+            claimed
+        };
+        let Claim::Granted(lease) = claimed else { panic!("{n}: {claimed:?}") };
+        leases::release(database.pool(), &lease).await.unwrap();
+        // What was requested before is answered once.
+        let again = claim(*id).await;
+        assert!(matches!(again, Claim::Wait(_)), "{n}: {again:?}");
+    }
+    for (_, id) in leased {
+        // The holder may be calling the upstream, so its lease lasts, but no longer than a new one.
+        let Claim::Wait(pause) = claim(*id).await else { panic!("a lease was ignored") };
+        assert!(pause <= holder.lease_duration, "{pause:?}");
+        let stored: bool = sqlx::query_scalar(
+            "select lease_until <= clock_timestamp() + interval '30 seconds' from refreshes
+             where account_id = $1",
+        )
+        .bind(id)
+        .fetch_one(database.pool())
+        .await
+        .unwrap();
+        assert!(stored, "the end of the lease is as far away at the next look");
+    }
 }
 
 #[test]

@@ -185,7 +185,7 @@ async fn an_expiry_may_be_a_json_number() {
 }
 
 #[tokio::test]
-async fn a_clock_skew_of_the_upstream_is_subtracted_from_the_expiry() {
+async fn a_clock_skew_of_the_upstream_does_not_change_the_life_that_its_answer_states() {
     let clock = ManualClock::new(DateTime::from_timestamp(1_717_135_001, 0).unwrap());
     let clock = Clock::Manual(clock);
     let simulator =
@@ -193,7 +193,7 @@ async fn a_clock_skew_of_the_upstream_is_subtracted_from_the_expiry() {
             .await
             .unwrap();
     let client = client_with(&simulator.base_url(), LONG_TIMEOUT, clock.clone());
-    for (skew, life) in [(600, 3_600), (-600, 3_000), (0, 3_600)] {
+    for (skew, life) in [(600, 3_600), (-600, 3_600), (0, 3_600)] {
         simulator.set_faults(Faults { clock_skew_seconds: skew, ..Faults::default() });
         let issued = issue(&client).await.unwrap();
         assert_eq!(issued.skew_ms, Some(skew * 1_000));

@@ -42,8 +42,8 @@ use crate::{
     domain::{caller::CallerKind, clock::Clock},
     services::{
         caller_directory::CallerDirectory, caller_rates::CallerRates, client_network::network_of,
-        keyed_semaphore::KeyedSemaphore, refusal_aggregator::RefusalAggregator,
-        token_provider::CallRefusal,
+        database_clock::DatabaseClock, keyed_semaphore::KeyedSemaphore,
+        refusal_aggregator::RefusalAggregator, token_provider::CallRefusal,
     },
     telemetry::Metrics,
 };
@@ -70,6 +70,8 @@ pub struct AuditLayer {
     pub max_deadline: Duration,
     /// The clock of records and tokens.
     pub clock: Clock,
+    /// The clock by which bearers end.
+    pub database_clock: Arc<DatabaseClock>,
     /// Counts calls by method and status.
     pub metrics: Arc<Metrics>,
     /// Tracks the calls in progress. The shutdown waits for them before it closes the journal, since each
@@ -150,7 +152,7 @@ impl AuditLayer {
     {
         let method = method_of(request.uri().path());
         let peer = request.extensions().get::<ConnectionPeer>();
-        let mut record = Record::new(self.clock.now(), event_of(method));
+        let mut record = Record::new(self.clock.wall(), event_of(method));
         record.peer = peer.map(|peer| peer.address.to_string());
         record.trace_id = trace_id_of(request.headers());
         let draft = DraftRecord::new(record);
@@ -189,7 +191,7 @@ impl AuditLayer {
         let authenticator = Authenticator {
             callers: &self.callers,
             trust_domain: self.trust_domain.as_deref(),
-            now: self.clock.now(),
+            now: self.database_clock.now(),
         };
         let peer = request.extensions().get::<ConnectionPeer>();
         let certificate = peer.and_then(|peer| peer.certificate.as_ref());

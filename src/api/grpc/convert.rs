@@ -98,11 +98,12 @@ pub(super) fn token_response(
     token: &Token,
 ) -> GetTokenResponse {
     let now = provider.clock.now();
+    let utc = |time| proto_timestamp(provider.database_clock.to_utc(time));
     GetTokenResponse {
         access_token: token.access_token.expose().to_owned(),
-        expires_at: Some(proto_timestamp(token.expires_at)),
+        expires_at: Some(utc(token.expires_at)),
         generation: token.generation.as_u64(),
-        issued_at: Some(proto_timestamp(token.issued_at)),
+        issued_at: Some(utc(token.issued_at)),
         reuse_for: Some(proto_duration(provider.reuse_for(account, token))),
         expires_in: Some(proto_duration(token.time_left(now))),
         allowed_ip: token.allowed_ip.clone().unwrap_or_default(),
@@ -110,7 +111,8 @@ pub(super) fn token_response(
     }
 }
 
-pub(super) fn proto_account(listed: &ListedAccount) -> proto::Account {
+pub(super) fn proto_account(provider: &TokenProvider, listed: &ListedAccount) -> proto::Account {
+    let utc = |time| proto_timestamp(provider.database_clock.to_utc(time));
     let state = match listed.state {
         AccountState::Pending => State::Pending,
         AccountState::Fresh => State::Fresh,
@@ -125,10 +127,10 @@ pub(super) fn proto_account(listed: &ListedAccount) -> proto::Account {
     proto::Account {
         name: listed.name.to_string(),
         state: state.into(),
-        issued_at: token.map(|token| proto_timestamp(token.issued_at)),
-        expires_at: token.map(|token| proto_timestamp(token.expires_at)),
+        issued_at: token.map(|token| utc(token.issued_at)),
+        expires_at: token.map(|token| utc(token.expires_at)),
         generation: token.map_or(0, |token| token.generation.as_u64()),
-        next_attempt_at: listed.next_attempt_at.map(proto_timestamp),
+        next_attempt_at: listed.next_attempt_at.map(utc),
     }
 }
 

@@ -123,7 +123,10 @@ impl TokenService for TokenServiceHandler {
         let last = accounts.last().filter(|_| more);
         Ok(Response::new(ListAccountsResponse {
             next_page_token: last.map(|last| convert::page_token(&last.name)).unwrap_or_default(),
-            accounts: accounts.iter().map(convert::proto_account).collect(),
+            accounts: accounts
+                .iter()
+                .map(|account| convert::proto_account(&self.provider, account))
+                .collect(),
         }))
     }
 }

@@ -178,7 +178,7 @@ impl WatchStream {
         if self.caller.grants.iter().all(|grant| grant.ends_at.is_none()) {
             return Ok(());
         }
-        let now = self.provider.clock.now();
+        let now = self.provider.database_clock.now();
         let expired: Vec<_> = self
             .watched
             .iter()
@@ -201,7 +201,7 @@ impl WatchStream {
             return self.end_account(account.id(), Reason::Removed).await;
         }
         let watched = self.patterns.iter().any(|pattern| pattern.matches(name.as_str()))
-            && self.caller.permits(Right::Get, name, now);
+            && self.caller.permits(Right::Get, name, self.provider.database_clock.now());
         if !watched {
             return self.end_account(account.id(), Reason::NotGranted).await;
         }
@@ -225,7 +225,7 @@ impl WatchStream {
         name: &AccountName,
         token: &Arc<Token>,
     ) -> Result<(), Ended> {
-        let record = Record { at: self.provider.clock.now(), ..self.record_template.clone() }
+        let record = Record { at: self.provider.clock.wall(), ..self.record_template.clone() }
             .account(name)
             .token(token.generation, &token.fingerprint);
         if self.journal.append(record).durable(RECORD_TIMEOUT).await.is_err() {

@@ -126,7 +126,7 @@ impl Writer {
             return self.refuse(batch, &commits);
         }
         let dropped = self.shared.dropped.snapshot();
-        if let Some(gap) = dropped.gap_record(self.shared.clock.now()) {
+        if let Some(gap) = dropped.gap_record(self.shared.clock.wall()) {
             batch.push(self.pending(gap));
         }
         if batch.is_empty() {

@@ -25,7 +25,7 @@ pub(super) struct ExportArgs {
 
 pub(super) async fn run(global: &GlobalArgs, args: ExportArgs) -> anyhow::Result<ExitCode> {
     let admin = global.admin(None).await?;
-    let now = Clock::System.now();
+    let now = Clock::System.wall();
     let filter = args.filter.into_filter(now);
     let mut snapshot = AuditSnapshot::open(admin.pool()).await?;
     let mut writer = LineWriter::new(io::stdout().lock());

@@ -65,7 +65,7 @@ struct Holder {
 pub(super) async fn run(global: &GlobalArgs, args: WhoArgs) -> anyhow::Result<ExitCode> {
     let keyring = Keyring::load(&config::keyring_file(&global.sources(args.settings.given)?)?)?;
     let token = read_token()?;
-    let now = Clock::System.now();
+    let now = Clock::System.wall();
     let (since, until) = match (&args.since, &args.until) {
         (None, None) => search_bounds(&token),
         (since, until) => (since.map(|it| it.before(now)), until.map(|it| it.before(now))),

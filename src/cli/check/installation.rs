@@ -54,7 +54,7 @@ pub(super) fn tls(settings: &Settings) -> CheckResult {
         Ok(tls) => tls,
         Err(error) => return CheckResult::failure(SUBJECT, error.to_string()),
     };
-    let now = Clock::System.now();
+    let now = Clock::System.wall();
     let end = Timestamp::from_timestamp_secs(tls.not_after()).unwrap_or_default();
     let mut text = format!("TLS; the certificate ends at {}", LocalTime(end));
     let lists = tls.revocation_lists();

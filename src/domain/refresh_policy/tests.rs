@@ -310,6 +310,7 @@ impl Facts {
             &mut refresh.lease_until,
             &mut refresh.next_attempt_at,
             &mut refresh.interval_exceptions.since,
+            &mut refresh.answered_reissue,
             outage_ended_at,
         ] {
             *time = time.map(|time| time + ahead);
@@ -347,7 +348,7 @@ prop_compose! {
         lease_until in option::of(moment()), next_attempt_at in option::of(moment()),
         generation in option::of(0_i64..3),
         failure in option::of((select(FailureClass::ALL.to_vec()), 0_i64..3)),
-        used in 0_u32..5, since in option::of(moment()),
+        used in 0_u32..5, since in option::of(moment()), answered_reissue in option::of(moment()),
     ) -> RefreshState {
         RefreshState {
             attempt_started_at,
@@ -365,6 +366,7 @@ prop_compose! {
             }),
             next_attempt_at,
             interval_exceptions: IntervalExceptions { used, since },
+            answered_reissue,
         }
     }
 }

@@ -54,6 +54,7 @@ impl AccountSnapshot {
         let mut snapshot = self.clone();
         let refresh = &mut snapshot.refresh;
         refresh.attempt_started_at = Some(now);
+        refresh.answered_reissue = self.account.reissue_requested_at;
         refresh.attempt_open = true;
         refresh.attempt_version = Some(attempt.credential.version);
         refresh.lease_until = Some(now + delta(lease));

@@ -113,6 +113,7 @@ impl TokenIssuer {
             pending: state.pending.clone(),
             instance: settings.holder.instance.clone(),
             new_token_ends_older: settings.new_token_ends_older,
+            lease_duration: settings.holder.lease_duration,
         };
         Self { settings, infrastructure, state, reconciler }
     }
@@ -361,7 +362,7 @@ impl TokenIssuer {
             access_token: issued.access_token,
         });
         let account = &entry.snapshot().account;
-        let mut record = records::issued(account, &token, issued.skew_ms, now);
+        let mut record = records::issued(account, &token, issued.skew_ms, self.clock());
         if let Permission::SoleReplica { .. } = permission {
             record = record.with("database", "away");
         }
@@ -440,7 +441,7 @@ impl TokenIssuer {
         let (pool, ends_older) = (&self.infrastructure.pool, self.settings.new_token_ends_older);
         let until = Instant::now() + STORE_TIMEOUT;
         loop {
-            match within(tokens::commit(pool, lease, token, ends_older)).await {
+            match within(tokens::commit(pool, lease, token, ends_older, self.clock())).await {
                 Ok(commit) => return Some(commit),
                 Err(error @ StoreError::Locked(_)) => {
                     warn!(%account, %error, "a token is served, and stored once the lock is released");
@@ -553,7 +554,7 @@ impl TokenIssuer {
         self.infrastructure.metrics.issue(error.class.into());
         warn!(account = %name, class = error.class.as_str(), code = error.code.as_deref(),
             message = %error.message, "no token was issued");
-        let record = records::failed(name, &error, self.clock().now());
+        let record = records::failed(name, &error, self.clock().wall());
         drop(self.infrastructure.journal.append(record));
 
         let retry_after = self.settings.holder.policy.pause_after_failure(

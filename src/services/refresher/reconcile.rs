@@ -11,10 +11,7 @@ use super::{
     pending::{PendingIssue, PendingTokens},
 };
 use crate::{
-    domain::{
-        account::AccountId,
-        clock::{Clock, until_from},
-    },
+    domain::{account::AccountId, clock::Clock},
     services::{
         account_loader::AccountLoader,
         connectivity::{Connectivity, DatabaseConnectivity},
@@ -39,6 +36,8 @@ pub(super) struct Reconciler {
     /// The id of this instance. Its own leases do not delay reconciliation.
     pub(super) instance: String,
     pub(super) new_token_ends_older: bool,
+    /// How long a lease lasts.
+    pub(super) lease_duration: Duration,
 }
 
 impl Reconciler {
@@ -108,7 +107,8 @@ impl Reconciler {
     ) -> Result<ReconcileOutcome, StoreError> {
         let context = ReconcileContext {
             instance: &self.instance,
-            age: until_from(orphan.token.issued_at, self.clock.now()),
+            clock: &self.clock,
+            lease_duration: self.lease_duration,
             possibly_revoked: issue.possibly_revoked,
             new_token_ends_older: self.new_token_ends_older,
         };

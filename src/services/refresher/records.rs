@@ -2,22 +2,30 @@
 
 use crate::{
     audit::record::{Event, Record},
-    domain::{account::AccountName, clock::Timestamp, refresh_state::Account, token::Token},
+    domain::{
+        account::AccountName,
+        clock::{Clock, Timestamp},
+        refresh_state::Account,
+        token::Token,
+    },
     upstream::IssueError,
 };
 
-/// Returns the record of an issue. `skew_ms` is how far the upstream's clock was ahead, in milliseconds.
+/// Returns the record of an issue at this moment of `clock`. Its times are by the wall clock. `skew_ms` is how
+/// far the upstream's clock was ahead, in milliseconds.
 pub(super) fn issued(
     account: &Account,
     token: &Token,
     skew_ms: Option<i64>,
-    now: Timestamp,
+    clock: &Clock,
 ) -> Record {
+    let now = clock.wall();
+    let expires_at = now + (token.expires_at - clock.now());
     let mut record = Record::new(now, Event::TokenIssued)
         .account(&account.name)
         .token(token.generation, &token.fingerprint)
         .with("client_id", account.client_id.as_str())
-        .with("expires_at", token.expires_at.to_rfc3339());
+        .with("expires_at", expires_at.to_rfc3339());
     if let Some(skew) = skew_ms {
         record = record.with("upstream_clock_ahead_ms", skew.to_string());
     }

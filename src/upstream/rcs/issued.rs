@@ -8,14 +8,14 @@ use serde::Deserialize;
 use serde_json::Value;
 use zeroize::Zeroizing;
 
+pub use crate::domain::token::LONGEST_LIFE;
 use crate::{
     domain::{clock::Timestamp, secret::AccessToken, token::IssuedToken},
     upstream::issue_error::IssueError,
 };
 
-/// The longest life of a token that is accepted. The upstream's tokens live an hour. A later end is taken
-/// for a misread number: such a token would be served long after its real end.
-pub const LONGEST_LIFE: TimeDelta = TimeDelta::hours(48);
+/// How far the times that one answer states may differ: `Date` and the claims count whole seconds.
+const CLAIMS_TOLERANCE: TimeDelta = TimeDelta::seconds(2);
 /// Korea time is nine hours ahead of UTC, without summer time.
 const KOREA: TimeDelta = TimeDelta::hours(9);
 
@@ -41,7 +41,7 @@ pub(super) fn read(
     })?;
 
     let claims = Claims::of(&access_token);
-    let lead = skew.unwrap_or_default().max(TimeDelta::zero());
+    let lead = believed_lead(skew, &claims, stated_end, now);
     if stated_end - now > LONGEST_LIFE + lead {
         return Err(IssueError::malformed("the upstream's token ends further ahead than 48 hours"));
     }
@@ -57,9 +57,30 @@ pub(super) fn read(
     })
 }
 
+/// Returns how far the upstream's clock is believed to be ahead of this machine's.
+///
+/// A lag is believed only if everything that the answer states agrees: `expiresIn` with the claims' end, and
+/// `Date` with the claims' life. Then it is this machine's clock that is ahead, and without the lag each new
+/// token would seem to have ended. Otherwise `Date` may be a proxy's, and an early end is safe.
+fn believed_lead(
+    skew: Option<TimeDelta>,
+    claims: &Claims,
+    stated_end: Timestamp,
+    now: Timestamp,
+) -> TimeDelta {
+    let Some(skew) = skew else { return TimeDelta::zero() };
+    let agree = claims.end.zip(claims.life).is_some_and(|(end, life)| {
+        let date = now + skew;
+        (end - stated_end).abs() <= CLAIMS_TOLERANCE
+            && date < end
+            && end - date <= life + CLAIMS_TOLERANCE
+    });
+    if agree { skew } else { skew.max(TimeDelta::zero()) }
+}
+
 /// Returns the earliest end that the answer allows, by this machine's clock: `expiresIn` and the claims'
 /// `expireDate`, each less the lead of the upstream's clock; and `now` plus the life that the claims state,
-/// which holds whatever the clocks say. If the upstream's clock lags, nothing is added: an early end is safe.
+/// which holds whatever the clocks say.
 fn end_by_our_clock(
     stated_end: Timestamp,
     claims: &Claims,
@@ -219,6 +240,36 @@ mod tests {
         assert_eq!(issued.expires_at, at(1_717_138_601_944));
         let unreadable = headers(&[(header::DATE, "yesterday")]);
         assert_eq!(ok(&unreadable, &body).unwrap().skew_ms, None);
+    }
+
+    #[test]
+    fn our_clock_may_be_hours_ahead_if_date_and_claims_agree_about_the_life() {
+        let body = answer("1717138601944", &jwt(SAMPLE));
+        for hours in [-30, -2, 2, 30] {
+            let now = at(ISSUED_MS) + TimeDelta::hours(hours);
+            let dated = headers(&[(header::DATE, "Fri, 31 May 2024 05:56:41 GMT")]);
+            let issued = read(StatusCode::OK, &dated, &body, now).unwrap();
+            assert!(issued.expires_at <= now + TimeDelta::hours(1), "{hours}");
+            assert!(issued.expires_at > now + TimeDelta::minutes(59), "{hours}");
+            // The token was issued before and is given out again, so it lives for less.
+            let later = headers(&[(header::DATE, "Fri, 31 May 2024 06:26:41 GMT")]);
+            let issued = read(StatusCode::OK, &later, &body, now).unwrap();
+            assert!(issued.expires_at <= now + TimeDelta::minutes(30), "{hours}");
+        }
+        let now = at(ISSUED_MS) + TimeDelta::hours(2);
+        for disagreeing in [
+            // `Date` is earlier than the token's creation.
+            "Fri, 31 May 2024 05:56:30 GMT",
+            // The token had ended already.
+            "Fri, 31 May 2024 06:56:42 GMT",
+        ] {
+            let dated = headers(&[(header::DATE, disagreeing)]);
+            assert!(read(StatusCode::OK, &dated, &body, now).is_err(), "{disagreeing}");
+        }
+        // `expiresIn` contradicts the claims.
+        let dated = headers(&[(header::DATE, "Fri, 31 May 2024 05:56:41 GMT")]);
+        let contradicting = answer("1717138611944", &jwt(SAMPLE));
+        assert!(read(StatusCode::OK, &dated, &contradicting, now).is_err());
     }
 
     #[test]

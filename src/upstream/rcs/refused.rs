@@ -7,13 +7,12 @@ use serde_json::Value;
 
 use super::http_date::http_date;
 use crate::{
-    domain::{clock::Timestamp, refresh_state::FailureClass},
+    domain::{clock::Timestamp, refresh_policy::LONGEST_RETRY_AFTER, refresh_state::FailureClass},
     upstream::issue_error::IssueError,
 };
 
-/// The limits to which a `Retry-After` is clamped.
+/// The shortest pause to which a `Retry-After` is clamped.
 const SHORTEST_RETRY: Duration = Duration::from_secs(1);
-const LONGEST_RETRY: Duration = Duration::from_hours(1);
 /// The longest error code that is kept, in characters. The upstream's codes have five.
 const LONGEST_CODE: usize = 16;
 
@@ -116,7 +115,7 @@ fn retry_after(headers: &HeaderMap, now: Timestamp) -> Option<Duration> {
         let upstream_now = http_date(headers, &header::DATE).unwrap_or(now);
         (then - upstream_now).to_std().unwrap_or_default()
     };
-    Some(asked.clamp(SHORTEST_RETRY, LONGEST_RETRY))
+    Some(asked.clamp(SHORTEST_RETRY, LONGEST_RETRY_AFTER))
 }
 
 #[cfg(test)]

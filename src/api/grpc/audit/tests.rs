@@ -55,6 +55,7 @@ impl Harness {
             rates: CallerRates::new(1_000),
             default_deadline: Duration::from_mins(1),
             max_deadline: Duration::from_mins(1),
+            database_clock: Arc::new(DatabaseClock::new(clock.clone())),
             clock,
             metrics: Arc::new(Metrics::new("test")),
             calls,

@@ -61,7 +61,7 @@ async fn record(
     reason: &str,
     fault: &str,
 ) {
-    let mut record = Record::new(clock.now(), Event::HandshakeRefused)
+    let mut record = Record::new(clock.wall(), Event::HandshakeRefused)
         .outcome("unauthenticated", reason)
         .with("fault", fault);
     record.peer = Some(address.to_string());
