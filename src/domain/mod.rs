@@ -2,6 +2,7 @@
 //! may be issued. Nothing here does I/O. The present time is an argument, or comes from [`clock`].
 
 pub mod account;
+pub mod attempt_priority;
 pub mod caller;
 pub mod clock;
 mod named_enum;

@@ -16,6 +16,7 @@ use super::{
 };
 use crate::domain::{
     account::{AccountId, CredentialVersion},
+    attempt_priority::{ConcurrencyLimits, PriorityClass, RunningAttempts},
     clock::{delta, until_from},
     refresh_policy::{IssueDecision, IssueView, RefreshPolicy},
     refresh_state::{IssueAttempt, IssueFailure},
@@ -62,8 +63,8 @@ pub enum Claim {
     Granted(Box<Lease>),
     /// No token may be issued for the account until this time has passed.
     Wait(Duration),
-    /// The replicas together have reached the limit of the rate or of concurrent attempts: no token may be
-    /// issued for any account until this time has passed.
+    /// The replicas together have reached the limit of the rate, or of concurrent attempts for accounts of
+    /// this priority: no token may be issued for such an account until this time has passed.
     Paced(Duration),
     /// The account is gone or disabled, has no usable credential, or its token has been replaced.
     NotNeeded,
@@ -131,11 +132,12 @@ pub async fn claim(
     };
     // Every claim locks the row of `upstream_pace`, so that leases are granted one after the other. It is
     // locked last, to be locked as briefly as possible.
-    if let Some(pause) = upstream_pause(&mut transaction, holder).await? {
+    let priority = view.priority_class();
+    if let Some(pause) = upstream_pause(&mut transaction, priority, holder).await? {
         return Ok(Claim::Paced(pause));
     }
-    let lease =
-        stamp_attempt(&mut transaction, row, version, uses_interval_exception, holder).await?;
+    let decision = (version, uses_interval_exception, priority);
+    let lease = stamp_attempt(&mut transaction, row, decision, holder).await?;
     sqlx::query!(
         "-- store::leases::claim
         update upstream_pace
@@ -151,6 +153,7 @@ pub async fn claim(
 /// Returns how long the limits of the rate and of concurrent attempts delay the claim; `None` if they do not.
 async fn upstream_pause(
     transaction: &mut Transaction<'_, Postgres>,
+    priority: PriorityClass,
     holder: &LeaseHolder,
 ) -> Result<Option<Duration>, StoreError> {
     let pace = sqlx::query!(
@@ -163,22 +166,29 @@ async fn upstream_pause(
         return Ok(Some(until_from(pace.now, pace.next_slot)));
     }
     let leases = sqlx::query_scalar!(
-        r#"-- store::leases::upstream_pause
-        select count(*) as "leases!"
-        from refreshes where lease_until > clock_timestamp()"#
+        "-- store::leases::upstream_pause
+        select attempt_priority from refreshes where lease_until > clock_timestamp()"
     )
-    .fetch_one(&mut **transaction)
+    .fetch_all(&mut **transaction)
     .await?;
-    let full = usize::try_from(leases).is_ok_and(|leases| leases >= holder.concurrency);
-    Ok(full.then_some(CONCURRENCY_PAUSE))
+    // An earlier release stored no class.
+    let class = |name: Option<String>| {
+        let mut classes = PriorityClass::ALL.into_iter();
+        classes
+            .find(|class| Some(class.as_str()) == name.as_deref())
+            .unwrap_or(PriorityClass::Proven)
+    };
+    let running = RunningAttempts::count(leases.into_iter().map(class));
+    let admitted = ConcurrencyLimits::new(holder.concurrency).admit(priority, running);
+    Ok((!admitted).then_some(CONCURRENCY_PAUSE))
 }
 
-/// Stores the lease of `holder` and the start of the attempt in the account's locked row.
+/// Stores the lease of `holder` and the start of the attempt in the account's locked row. The decision is
+/// the credential to use, whether that uses an exception from the minimum issue interval, and the priority.
 async fn stamp_attempt(
     transaction: &mut Transaction<'_, Postgres>,
     row: LoadedAccount,
-    version: CredentialVersion,
-    uses_interval_exception: bool,
+    (version, uses_interval_exception, priority): (CredentialVersion, bool, PriorityClass),
     holder: &LeaseHolder,
 ) -> Result<Lease, StoreError> {
     let LoadedAccount { account, refresh, now, .. } = row;
@@ -189,7 +199,8 @@ async fn stamp_attempt(
         update refreshes set lease_holder = $2, lease_id = lease_id + 1,
             lease_until = clock_timestamp() + $3, attempt_started_at = clock_timestamp(),
             attempt_ended_at = null, attempt_version = $4, possibly_revoked = possibly_revoked or $5,
-            interval_exceptions = $6, interval_exceptions_since = $7, changed = pg_current_xact_id()
+            interval_exceptions = $6, interval_exceptions_since = $7, attempt_priority = $8,
+            changed = pg_current_xact_id()
         where account_id = $1
         returning lease_id, attempt_started_at as "attempt_started_at!""#,
         account.id.0,
@@ -199,6 +210,7 @@ async fn stamp_attempt(
         previous_attempt_lost,
         i32::try_from(exceptions.used).unwrap_or(i32::MAX),
         exceptions.since,
+        priority.as_str(),
     )
     .fetch_one(&mut **transaction)
     .await?;
