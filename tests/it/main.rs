@@ -30,6 +30,7 @@ mod refresh_rules;
 mod restored;
 mod roles;
 mod serving;
+mod spreading;
 mod upstream;
 
 /// Names the tests that are not compiled without the feature `embedded-postgres`, so that
