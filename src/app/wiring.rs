@@ -37,6 +37,8 @@ use crate::{
 
 /// The most refused calls that wait for their records to become durable at the same time.
 const MAX_REFUSED_CALLS: usize = 10_000;
+/// The most names and patterns that all open streams together watch. Each takes up to 500 bytes: 100 MiB in all.
+const MAX_WATCHED_PATTERNS: usize = 200_000;
 /// How much longer than the longest deadline of a call a connection may stay open after the server has
 /// asked the client to close it.
 const CLOSE_BEYOND_DEADLINE: Duration = Duration::from_secs(30);
@@ -207,9 +209,10 @@ impl Components {
     ) -> Result<GrpcServer, StartError> {
         let calls = TaskTracker::new();
         let refusals = RefusalAggregator::new(self.journal.clone(), calls.clone());
-        let audit = self.audit_layer(config, calls.clone(), refusals.clone());
+        let rates = Arc::new(CallerRates::new(config.settings.caller_rate));
+        let audit = self.audit_layer(config, calls.clone(), refusals.clone(), rates.clone());
         let handler = TokenServiceHandler {
-            provider: self.token_provider(config, trigger),
+            provider: self.token_provider(config, trigger, rates),
             journal: self.journal.clone(),
             api_base_url: config.settings.upstream.base_url().into(),
         };
@@ -232,7 +235,12 @@ impl Components {
         Ok(GrpcServer { server, health, limiter, workers, calls })
     }
 
-    fn token_provider(&self, config: &AppConfig, trigger: RefreshTrigger) -> TokenProvider {
+    fn token_provider(
+        &self,
+        config: &AppConfig,
+        trigger: RefreshTrigger,
+        rates: Arc<CallerRates>,
+    ) -> TokenProvider {
         TokenProvider {
             cache: self.cache.clone(),
             callers: self.directory.clone(),
@@ -243,6 +251,8 @@ impl Components {
             connectivity: self.connectivity.clone(),
             wait_permits: Arc::new(KeyedSemaphore::new(config.max_waiting_calls)),
             stream_permits: Arc::new(KeyedSemaphore::new(config.max_streams)),
+            pattern_permits: Arc::new(KeyedSemaphore::new(MAX_WATCHED_PATTERNS)),
+            rates,
             refresh_trigger: trigger,
             pool: self.pool.clone(),
             runtime: Handle::current(),
@@ -254,6 +264,7 @@ impl Components {
         config: &AppConfig,
         calls: TaskTracker,
         refusals: RefusalAggregator,
+        rates: Arc<CallerRates>,
     ) -> AuditLayer {
         let settings = &config.settings;
         AuditLayer {
@@ -261,7 +272,7 @@ impl Components {
             refusals,
             callers: self.directory.clone(),
             trust_domain: settings.trust_domain.as_deref().map(Into::into),
-            rates: CallerRates::new(settings.caller_rate),
+            rates,
             default_deadline: settings.deadline_default,
             max_deadline: settings.deadline_max,
             clock: self.clock.clone(),

@@ -1,11 +1,13 @@
 //! Callers, and what their grants permit.
 
-use std::{fmt, str::FromStr, sync::Arc};
+use std::{str::FromStr, sync::Arc};
 
+pub use crate::domain::account_pattern::AccountPattern;
 use crate::domain::{
-    account::{AccountName, InvalidValue, MAX_NAME, is_name_character},
+    account::{AccountName, InvalidValue},
     clock::Timestamp,
     named_enum::named_enum,
+    pattern_set::PatternSet,
 };
 
 /// A caller's id in the database. It is never reused.
@@ -51,18 +53,20 @@ impl Caller {
             })
     }
 
-    /// Returns the first name, at or after `from` in the order of names, that a grant with `right` may
-    /// cover, so that a listing can skip the names before it. `None` if no such name is covered.
+    /// Returns the patterns of the grants that give `right` at `now`. A name is covered if the set matches it.
     #[must_use]
-    pub fn first_covered_from<'a>(
-        &'a self,
-        right: Right,
-        from: &'a str,
-        now: Timestamp,
-    ) -> Option<&'a str> {
-        let grants = self.grants.iter().filter(|_| self.enabled);
-        let grants = grants.filter(|it| it.rights.contains(right) && it.is_current(now));
-        grants.filter_map(|grant| grant.pattern.first_match_from(from)).min()
+    pub fn covered(&self, right: Right, now: Timestamp) -> PatternSet {
+        self.grants
+            .iter()
+            .filter(|grant| self.enabled && grant.rights.contains(right) && grant.is_current(now))
+            .map(|grant| &grant.pattern)
+            .collect()
+    }
+
+    /// Returns whether a grant ended after `since` and not after `now`.
+    #[must_use]
+    pub fn has_grant_ended(&self, since: Timestamp, now: Timestamp) -> bool {
+        self.grants.iter().any(|grant| grant.ends_at.is_some_and(|end| since < end && end <= now))
     }
 }
 
@@ -124,78 +128,10 @@ impl Grant {
     }
 }
 
-/// An account's name, or a pattern in which one `*` stands for any number of characters, also none. At
-/// most 63 characters.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub struct AccountPattern {
-    before: Box<str>,
-    /// The text after the `*`; `None` for a plain name.
-    after: Option<Box<str>>,
-}
-
-impl AccountPattern {
-    /// Returns whether the pattern matches `name`.
-    #[must_use]
-    pub fn matches(&self, name: &str) -> bool {
-        match &self.after {
-            None => *self.before == *name,
-            Some(after) => {
-                name.strip_prefix(&*self.before).is_some_and(|rest| rest.ends_with(&**after))
-            }
-        }
-    }
-
-    /// Returns the first text, at or after `from` in the order of names, that the pattern may match.
-    fn first_match_from<'a>(&'a self, from: &'a str) -> Option<&'a str> {
-        if from <= &*self.before {
-            return Some(&self.before);
-        }
-        (self.after.is_some() && from.starts_with(&*self.before)).then_some(from)
-    }
-
-    /// Returns the name, unless this is a pattern with a `*`.
-    #[must_use]
-    pub fn as_name(&self) -> Option<AccountName> {
-        if self.after.is_some() {
-            return None;
-        }
-        self.before.parse().ok()
-    }
-}
-
-impl FromStr for AccountPattern {
-    type Err = InvalidValue;
-
-    fn from_str(pattern: &str) -> Result<Self, InvalidValue> {
-        const RULE: &str = "an account name in which one * may stand for any characters";
-        let Some((before, after)) = pattern.split_once('*') else {
-            let name: AccountName = pattern.parse()?;
-            return Ok(Self { before: name.as_str().into(), after: None });
-        };
-        if pattern.len() > MAX_NAME {
-            return Err(InvalidValue::TooLong("account pattern", MAX_NAME));
-        }
-        let mut characters = before.chars().chain(after.chars());
-        if !characters.all(is_name_character) || before.starts_with(['.', '_', '-']) {
-            return Err(InvalidValue::Malformed("account pattern", RULE));
-        }
-        Ok(Self { before: before.into(), after: Some(after.into()) })
-    }
-}
-
-impl fmt::Display for AccountPattern {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.before)?;
-        self.after.as_ref().map_or(Ok(()), |after| write!(f, "*{after}"))
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use chrono::{DateTime, TimeDelta};
-    use proptest::prelude::*;
-
     use super::*;
+    use chrono::{DateTime, TimeDelta};
 
     fn caller(grants: Vec<Grant>) -> Caller {
         Caller { id: CallerId(1), name: "demo".into(), enabled: true, rate_limit: None, grants }
@@ -232,64 +168,22 @@ mod tests {
     }
 
     #[test]
-    fn a_star_matches_any_number_of_characters() {
-        for (pattern, name, expected) in [
-            ("acme", "acme", true),
-            ("acme", "acme-1", false),
-            ("acme-*", "acme-", true),
-            ("acme-*", "acme", false),
-            ("*", "anything", true),
-            ("*-prod", "acme-prod", true),
-            ("a*a", "a", false),
-            ("a*a", "aa", true),
-            ("acme-*-eu", "acme-1-eu", true),
-        ] {
-            let parsed: AccountPattern = pattern.parse().unwrap();
-            assert_eq!(parsed.matches(name), expected, "{pattern} on {name}");
-            assert_eq!(parsed.to_string(), pattern);
-        }
-    }
-
-    #[test]
-    fn names_that_no_grant_covers_are_skipped_in_the_order_of_names() {
+    fn a_right_covers_the_patterns_of_its_grants_until_they_end() {
         let now = DateTime::UNIX_EPOCH;
+        let end = now + TimeDelta::seconds(1);
         let caller = caller(vec![
             grant("d-*", &[Right::List], None),
-            grant("b", &[Right::List], None),
             grant("a", &[Right::Get], None),
-            grant("c", &[Right::List], Some(now)),
+            grant("c", &[Right::List], Some(end)),
         ]);
-        for (from, expected) in [
-            ("", Some("b")),
-            ("b", Some("b")),
-            ("b-1", Some("d-")),
-            ("d-7", Some("d-7")),
-            ("d.", None),
-        ] {
-            assert_eq!(caller.first_covered_from(Right::List, from, now), expected, "{from}");
+        let covered = caller.covered(Right::List, now);
+        let later = caller.covered(Right::List, end);
+        for (name, before, after) in
+            [("d-1", true, true), ("a", false, false), ("c", true, false), ("e", false, false)]
+        {
+            assert_eq!((covered.matches(name), later.matches(name)), (before, after), "{name}");
         }
-        assert_eq!(
-            Caller { enabled: false, ..caller }.first_covered_from(Right::List, "", now),
-            None
-        );
-    }
-
-    #[test]
-    fn malformed_patterns_are_refused() {
-        for pattern in ["", "a**", "*a*", "A*", "-*", "a b*", &format!("{}*", "a".repeat(63))] {
-            assert!(pattern.parse::<AccountPattern>().is_err(), "{pattern}");
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn a_name_matches_every_pattern_made_by_cutting_a_piece_out_of_it(
-            name in "[a-z0-9][a-z0-9._-]{0,40}", cut in 1_usize..40, kept in 0_usize..40,
-        ) {
-            let cut = cut.min(name.len());
-            let kept = kept.min(name.len() - cut);
-            let pattern = format!("{}*{}", &name[..cut], &name[name.len() - kept..]);
-            prop_assert!(pattern.parse::<AccountPattern>().unwrap().matches(&name));
-        }
+        assert!(caller.has_grant_ended(now, end) && !caller.has_grant_ended(end, end));
+        assert!(Caller { enabled: false, ..caller }.covered(Right::List, now).is_empty());
     }
 }

@@ -2,9 +2,12 @@
 //! may be issued. Nothing here does I/O. The present time is an argument, or comes from [`clock`].
 
 pub mod account;
+pub mod account_pattern;
+pub mod attempt_priority;
 pub mod caller;
 pub mod clock;
 mod named_enum;
+pub mod pattern_set;
 pub mod plausible_time;
 pub mod refresh_policy;
 pub mod refresh_state;

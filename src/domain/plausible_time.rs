@@ -51,8 +51,7 @@ impl AttemptTimeLimits {
             refresh.attempt_started_at = Some(LONG_AGO);
             refresh.next_attempt_at = refresh.next_attempt_at.map(|_| LONG_AGO);
         }
-        let class = refresh.failure.as_ref().map(|failure| failure.class);
-        let longest_pause = delta(self.policy.longest_pause(class));
+        let longest_pause = delta(self.policy.longest_pause());
         if refresh.next_attempt_at.is_some_and(|at| at > now + longest_pause) {
             refresh.next_attempt_at = Some(LONG_AGO);
         }

@@ -16,6 +16,7 @@ use chrono::DateTime;
 
 use crate::domain::{
     account::{AccountName, CredentialVersion},
+    attempt_priority::PriorityClass,
     clock::{Timestamp, delta},
     refresh_state::{Account, FailureClass, RefreshState},
     token::{Generation, Token},
@@ -34,9 +35,11 @@ const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LONGEST_RETRY: Duration = Duration::from_mins(5);
 /// The longest pause that the upstream can ask for with `Retry-After`.
 pub const LONGEST_RETRY_AFTER: Duration = Duration::from_hours(1);
-/// The mean pause while the upstream refuses the account or the address. It is long, since each attempt
-/// may count towards a lock of the account.
-const EGRESS_RETRY: Duration = Duration::from_mins(15);
+/// The pause after the first refusal of the account or the address; it doubles with each further one. It is
+/// longer than [`FIRST_RETRY`], since each attempt may count towards a lock of the account.
+const FIRST_EGRESS_RETRY: Duration = Duration::from_secs(30);
+/// The upper bound of that pause.
+const LONGEST_EGRESS_RETRY: Duration = Duration::from_mins(15);
 
 /// A time in the past, for "at once".
 const AT_ONCE: Timestamp = DateTime::UNIX_EPOCH;
@@ -91,11 +94,39 @@ impl<'a> IssueView<'a> {
         Self { account, refresh, scheduled_at: AT_ONCE, outage_ended_at, already_replaced }
     }
 
+    /// Returns the priority class of the account's next attempt. A failure in an outage that has ended says
+    /// nothing about the account, and does not count.
+    #[must_use]
+    pub fn priority_class(&self) -> PriorityClass {
+        let Self { account, refresh, .. } = self;
+        let untried =
+            account.usable_version(refresh).is_some_and(|version| self.is_untried(version));
+        let failing = refresh.consecutive_failures > 0
+            && !refresh
+                .failure
+                .as_ref()
+                .is_some_and(|failure| self.failed_in_ended_outage(failure.class));
+        if untried || account.wants_reissue(refresh) {
+            PriorityClass::Untried
+        } else if failing {
+            PriorityClass::Failing
+        } else if refresh.stored_generation.is_some() {
+            PriorityClass::Proven
+        } else {
+            PriorityClass::Untried
+        }
+    }
+
+    /// Returns whether `version` is the account's current credential and was not tried yet.
+    fn is_untried(&self, version: CredentialVersion) -> bool {
+        version == self.account.credential_version && self.refresh.attempt_version != Some(version)
+    }
+
     /// Returns whether a last failure of `class` belongs to an outage of the upstream that has ended
     /// since.
     fn failed_in_ended_outage(&self, class: FailureClass) -> bool {
         let started = self.refresh.attempt_started_at;
-        class.is_upstream_fault()
+        class.is_transient()
             && started.zip(self.outage_ended_at).is_some_and(|(started, ended)| started < ended)
     }
 }
@@ -158,8 +189,7 @@ impl RefreshPolicy {
         }
         let credential_version = account.usable_version(refresh)?;
         let reissue_requested = account.wants_reissue(refresh);
-        let untried = credential_version == account.credential_version
-            && refresh.attempt_version != Some(credential_version);
+        let untried = view.is_untried(credential_version);
         let due = if reissue_requested || untried || refresh.token_may_be_revoked() {
             AT_ONCE
         } else {
@@ -203,10 +233,16 @@ impl RefreshPolicy {
     /// or the token may have been revoked.
     #[must_use]
     pub fn mandatory_refresh_at(refresh: &RefreshState, token: Option<&Token>) -> Timestamp {
-        token.filter(|_| !refresh.token_may_be_revoked()).map_or(AT_ONCE, |token| {
-            let lead = token.life().mul_f64(MANDATORY_SHARE).min(MANDATORY_AT_MOST);
-            token.expires_at - delta(lead)
-        })
+        token
+            .filter(|_| !refresh.token_may_be_revoked())
+            .map_or(AT_ONCE, Self::mandatory_window_starts_at)
+    }
+
+    /// Returns the start of the last 10 % of the token's life, or of its last minute if that is later.
+    #[must_use]
+    pub fn mandatory_window_starts_at(token: &Token) -> Timestamp {
+        let lead = token.life().mul_f64(MANDATORY_SHARE).min(MANDATORY_AT_MOST);
+        token.expires_at - delta(lead)
     }
 
     /// Returns the upper bound of a caller's `min_ttl`: the part of its life that a token certainly has
@@ -220,7 +256,10 @@ impl RefreshPolicy {
     /// attempt may be made until the credential changes.
     ///
     /// `retry_after` is the pause that the upstream asked for, and `cap` an upper bound of the broker's
-    /// own pause.
+    /// own pause. `live_for` is how long the account's token is still live; `None` without a live token. No
+    /// pause outlasts a live token while an attempt could still replace it in time: it is then at most half
+    /// of the time that is left. So there are several attempts before the end, and few, since the time that
+    /// is left halves with each.
     #[must_use]
     pub fn pause_after_failure(
         &self,
@@ -229,41 +268,43 @@ impl RefreshPolicy {
         failures: u32,
         retry_after: Option<Duration>,
         cap: Option<Duration>,
+        live_for: Option<Duration>,
     ) -> Option<Duration> {
-        match class {
-            class if class.suspends() => None,
-            FailureClass::EgressRejected => Some(self.egress_retry_pause(account)),
-            _ => {
-                let backoff = self.backoff(account, failures);
-                let backoff = cap.map_or(backoff, |cap| backoff.min(cap));
-                Some(retry_after.map_or(backoff, |pause| pause.max(backoff)))
-            }
+        if class.suspends() {
+            return None;
         }
+        let backoff = backoff(account, class, failures);
+        let backoff = cap.map_or(backoff, |cap| backoff.min(cap)).max(self.min_issue_interval);
+        let pause = retry_after.map_or(backoff, |asked| asked.max(backoff));
+        let longest = live_for.and_then(|left| self.longest_pause_before_end(left));
+        Some(longest.map_or(pause, |longest| pause.min(longest)))
     }
 
-    /// Returns the longest pause after a failure of `class`, whatever the upstream asks for.
+    /// Returns the longest pause after a failure, whatever the upstream asks for.
     #[must_use]
-    pub fn longest_pause(&self, class: Option<FailureClass>) -> Duration {
-        let longest = match class {
-            Some(FailureClass::EgressRejected) => EGRESS_RETRY.mul_f64(1.25),
-            _ => LONGEST_RETRY_AFTER,
-        };
-        longest.max(self.min_issue_interval)
+    pub fn longest_pause(&self) -> Duration {
+        LONGEST_RETRY_AFTER.max(self.min_issue_interval)
     }
 
-    /// Returns a pause that doubles with each failure from one second to five minutes. The account's
-    /// name and the number of failures spread it over the upper half of that. It is never shorter than
-    /// the minimum issue interval.
-    fn backoff(&self, account: &AccountName, failures: u32) -> Duration {
-        let doubled =
-            FIRST_RETRY.saturating_mul(1 << failures.saturating_sub(1).min(16)).min(LONGEST_RETRY);
-        let jitter = spread(account, &failures.to_string());
-        doubled.mul_f64(0.5 + jitter / 2.0).max(self.min_issue_interval)
+    /// Returns the longest pause that leaves time for an attempt before a token ends, which lives for `left`
+    /// from now; `None` if no pause is short enough.
+    fn longest_pause_before_end(&self, left: Duration) -> Option<Duration> {
+        let shortest = self.min_issue_interval.max(FIRST_RETRY);
+        (left > shortest).then(|| (left / 2).max(shortest))
     }
+}
 
-    fn egress_retry_pause(&self, account: &AccountName) -> Duration {
-        EGRESS_RETRY.mul_f64(0.75 + spread(account, "probe") / 2.0).max(self.min_issue_interval)
-    }
+/// Returns a pause that doubles with each failure: from one second to five minutes, or from half a minute to
+/// a quarter of an hour while the upstream refuses the account or the address. The account's name and the
+/// number of failures spread it over the upper half of that.
+fn backoff(account: &AccountName, class: FailureClass, failures: u32) -> Duration {
+    let (first, longest) = match class {
+        FailureClass::EgressRejected => (FIRST_EGRESS_RETRY, LONGEST_EGRESS_RETRY),
+        _ => (FIRST_RETRY, LONGEST_RETRY),
+    };
+    let doubled = first.saturating_mul(1 << failures.saturating_sub(1).min(16)).min(longest);
+    let jitter = spread(account, &failures.to_string());
+    doubled.mul_f64(0.5 + jitter / 2.0)
 }
 
 /// Returns a number in 0..1 that depends on `account` and `purpose` alone.

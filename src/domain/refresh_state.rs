@@ -22,8 +22,8 @@ named_enum! {
         /// The stored secret does not open with the keyring. The account is suspended until its
         /// credential changes; the upstream is not called.
         Intake = "intake",
-        /// The upstream refuses the account or the address that it is called from. Retried about
-        /// every 15 minutes.
+        /// The upstream refuses the account or the address that it is called from. Retried after
+        /// pauses that grow to about 15 minutes.
         EgressRejected = "egress_rejected",
         /// The upstream asks for fewer calls, and may say for how long.
         RateLimited = "rate_limited",
@@ -52,11 +52,11 @@ impl FailureClass {
         matches!(self, Self::Rejected | Self::Intake)
     }
 
-    /// Returns whether the upstream itself is at fault. Other accounts then fail too, and the end of the
-    /// outage ends the pause.
+    /// Returns whether the cause may lie outside the account, so that it may be the same for several
+    /// accounts, and may pass without a change of the account.
     #[must_use]
-    pub fn is_upstream_fault(self) -> bool {
-        matches!(self, Self::Unreachable | Self::Malformed)
+    pub fn is_transient(self) -> bool {
+        !self.suspends()
     }
 }
 

@@ -3,11 +3,11 @@
 //!
 //! Looking up an account by its name or id takes no lock. Lists and loads take a common one.
 
+mod scan;
 mod snapshot;
 
 use std::{
     collections::BTreeMap,
-    ops::Bound,
     sync::{
         Arc,
         atomic::{AtomicI64, Ordering},
@@ -17,6 +17,7 @@ use std::{
 use arc_swap::ArcSwap;
 use papaya::HashMap;
 use parking_lot::{RwLock, RwLockWriteGuard};
+pub use scan::NameScan;
 pub use snapshot::AccountSnapshot;
 use tokio::sync::{broadcast, watch};
 
@@ -113,18 +114,6 @@ impl AccountCache {
     #[must_use]
     pub fn all(&self) -> Vec<Arc<CachedAccount>> {
         self.by_id.pin().values().cloned().collect()
-    }
-
-    /// Returns up to `limit` accounts from `from` on, in the order of their names.
-    #[must_use]
-    pub fn range_by_name(
-        &self,
-        from: Bound<&str>,
-        limit: usize,
-    ) -> Vec<(AccountName, Arc<CachedAccount>)> {
-        let ordered = self.ordered.read();
-        let range = ordered.range::<str, _>((from, Bound::Unbounded)).take(limit);
-        range.map(|(name, entry)| (name.clone(), entry.clone())).collect()
     }
 
     /// Returns the number of accounts.
@@ -268,8 +257,8 @@ mod tests {
         entry.snapshot().token.as_ref().map(|token| token.generation.0)
     }
 
-    fn names(cache: &AccountCache, from: Bound<&str>, limit: usize) -> Vec<String> {
-        cache.range_by_name(from, limit).iter().map(|(name, _)| name.to_string()).collect()
+    fn names(cache: &AccountCache) -> Vec<String> {
+        cache.ordered.read().keys().map(ToString::to_string).collect()
     }
 
     #[test]
@@ -302,7 +291,7 @@ mod tests {
         assert!(cache.by_name(&"acme".parse().unwrap()).is_none());
         assert!(cache.by_name(&"acme-eu".parse().unwrap()).is_some());
         assert_eq!(cache.len(), 1);
-        assert_eq!(names(&cache, Bound::Unbounded, 9), ["acme-eu"]);
+        assert_eq!(names(&cache), ["acme-eu"]);
     }
 
     #[test]
@@ -315,11 +304,8 @@ mod tests {
         // The new account called `c` is loaded before the old one is removed.
         cache.put(account(6, "c"), RefreshState::default(), None);
         cache.remove(AccountId(1));
-        assert_eq!(names(&cache, Bound::Unbounded, 9), ["0", "a", "a-1", "c"]);
-        assert_eq!(names(&cache, Bound::Included("a"), 2), ["a", "a-1"]);
-        assert_eq!(names(&cache, Bound::Excluded("a"), 9), ["a-1", "c"]);
-        assert_eq!(names(&cache, Bound::Excluded("c"), 9), [""; 0]);
-        assert_eq!(cache.range_by_name(Bound::Included("c"), 1)[0].1.id(), AccountId(6));
+        assert_eq!(names(&cache), ["0", "a", "a-1", "c"]);
+        assert_eq!(cache.ordered.read()["c"].id(), AccountId(6));
     }
 
     #[tokio::test]

@@ -47,8 +47,33 @@ impl Gcra {
     /// How long to wait until an event would be accepted, when the quota is used up. A refused event
     /// costs nothing.
     pub fn take(&self, quota: Quota, now: Duration) -> Result<(), Duration> {
+        self.take_within(quota.burst, quota, now)
+    }
+
+    /// Accepts one event of low priority at `now`, if it leaves half of the burst for others. So such events
+    /// use what others leave of the rate.
+    ///
+    /// # Errors
+    /// How long to wait until the event would be accepted. A refused event costs nothing.
+    pub fn take_low_priority(&self, quota: Quota, now: Duration) -> Result<(), Duration> {
+        self.take_within((quota.burst / 2).max(quota.interval), quota, now)
+    }
+
+    /// Counts `share` of the cost of an event at `now`, a fraction of numerator and denominator, whether the
+    /// quota allows it or not. Later events wait until this is paid for, at most for `longest`.
+    pub fn charge(&self, share: (u64, u64), quota: Quota, now: Duration, longest: Duration) {
         let now = nanoseconds(now);
-        let Quota { interval, burst } = quota;
+        let cost = quota.interval.saturating_mul(share.0) / share.1.max(1);
+        let latest = now.saturating_add(quota.burst).saturating_add(nanoseconds(longest));
+        let _ = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |paid_until| {
+            let next = paid_until.max(now).saturating_add(cost).min(latest);
+            (next > paid_until).then_some(next)
+        });
+    }
+
+    fn take_within(&self, burst: u64, quota: Quota, now: Duration) -> Result<(), Duration> {
+        let now = nanoseconds(now);
+        let interval = quota.interval;
         // No other memory depends on the order in which threads see this number.
         let taken = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |paid_until| {
             let next = paid_until.max(now) + interval;
@@ -101,6 +126,37 @@ mod tests {
         assert_eq!(wait, Duration::from_millis(100));
         let too_early = now + wait.saturating_sub(Duration::from_nanos(1));
         assert!(gcra.take(quota, too_early).is_err());
+        assert_eq!(gcra.take(quota, now + wait), Ok(()));
+    }
+
+    #[test]
+    fn events_of_low_priority_leave_half_of_the_burst_and_use_the_whole_rate() {
+        for rate in [1, 2, 5, 1_000] {
+            let (gcra, quota) = (Gcra::default(), Quota::per_second(rate));
+            let mut now = Duration::ZERO;
+            let mut accepted = 0_u32;
+            while now < Duration::from_secs(10) {
+                match gcra.take_low_priority(quota, now) {
+                    Ok(()) => accepted += 1,
+                    Err(wait) => now += wait,
+                }
+            }
+            assert!(accepted.abs_diff(10 * rate) <= rate.div_ceil(2), "{accepted} at {rate}/s");
+            if rate > 1 {
+                assert_eq!(gcra.take(quota, now), Ok(()), "others find a place at {rate}/s");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_charged_delays_later_events_up_to_a_limit() {
+        let (gcra, quota) = (Gcra::default(), Quota::per_second(10));
+        let (now, longest) = (Duration::from_secs(5), Duration::from_secs(10));
+        gcra.charge((30, 2), quota, now, longest);
+        assert_eq!(gcra.take(quota, now), Err(Duration::from_millis(600)));
+        gcra.charge((u64::MAX, 1), quota, now, longest);
+        let wait = gcra.take(quota, now).unwrap_err();
+        assert_eq!(wait, longest + Duration::from_millis(100));
         assert_eq!(gcra.take(quota, now + wait), Ok(()));
     }
 

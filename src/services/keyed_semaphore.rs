@@ -25,6 +25,7 @@ struct HeldPermits<K> {
 pub struct KeyedPermit<K: Eq + Hash> {
     semaphore: Arc<KeyedSemaphore<K>>,
     key: K,
+    count: usize,
 }
 
 impl<K: Copy + Eq + Hash> KeyedSemaphore<K> {
@@ -37,23 +38,30 @@ impl<K: Copy + Eq + Hash> KeyedSemaphore<K> {
     /// Takes a permit for `key`. Returns `None` if no permit is left, or `key` holds half of them already.
     #[must_use = "dropping the permit returns it at once"]
     pub fn try_acquire(self: &Arc<Self>, key: K) -> Option<KeyedPermit<K>> {
+        self.try_acquire_many(key, 1)
+    }
+
+    /// Takes `count` permits for `key` as one. Returns `None` if fewer are left, or `key` would hold more
+    /// than half of them.
+    #[must_use = "dropping the permit returns all of them at once"]
+    pub fn try_acquire_many(self: &Arc<Self>, key: K, count: usize) -> Option<KeyedPermit<K>> {
         let mut held = self.held.lock();
         let of_key = held.by_key.get(&key).copied().unwrap_or_default();
-        if held.total >= self.limit || of_key >= self.limit.div_ceil(2) {
+        if held.total + count > self.limit || of_key + count > self.limit.div_ceil(2) {
             return None;
         }
-        held.total += 1;
-        held.by_key.insert(key, of_key + 1);
-        Some(KeyedPermit { semaphore: Arc::clone(self), key })
+        held.total += count;
+        held.by_key.insert(key, of_key + count);
+        Some(KeyedPermit { semaphore: Arc::clone(self), key, count })
     }
 }
 
 impl<K: Eq + Hash> Drop for KeyedPermit<K> {
     fn drop(&mut self) {
         let mut held = self.semaphore.held.lock();
-        held.total -= 1;
+        held.total -= self.count;
         if let Some(of_key) = held.by_key.get_mut(&self.key) {
-            *of_key -= 1;
+            *of_key -= self.count;
             if *of_key == 0 {
                 held.by_key.remove(&self.key);
             }
@@ -76,6 +84,8 @@ mod tests {
         drop(second);
         drop(first);
         assert!(acquire('a').is_some());
+        assert!(semaphore.try_acquire_many('a', 4).is_none());
+        assert!(semaphore.try_acquire_many('a', 3).is_some());
         drop(third);
         assert_eq!(semaphore.held.lock().total, 0);
         assert!(semaphore.held.lock().by_key.is_empty());

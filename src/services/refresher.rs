@@ -18,7 +18,7 @@ pub use attempt::{AttemptOutcome, TokenIssuer};
 pub use dependencies::{IssueInfrastructure, IssueSettings, IssueState};
 pub use outage::Outage;
 pub use pending::PendingTokens;
-use queue::RefreshQueue;
+use queue::{RefreshQueue, Schedule, TokenTimes};
 use tokio::{
     sync::mpsc,
     task::{self, JoinError, JoinSet},
@@ -29,7 +29,9 @@ use tracing::{debug, error};
 use crate::{
     domain::{
         account::AccountId,
+        attempt_priority::ConcurrencyLimits,
         clock::{Timestamp, delta},
+        refresh_policy::RefreshPolicy,
     },
     services::account_cache::CachedAccount,
 };
@@ -86,9 +88,10 @@ impl Refresher {
     /// lease, since they may have called the upstream and their tokens must be stored. Dropping the future
     /// aborts them.
     pub async fn run(mut self, stop: CancellationToken) {
-        self.plan_all();
         let issuer = self.issuer.clone();
         let clock = issuer.clock();
+        issuer.resume_outage();
+        self.plan_all();
         let reconciling = issuer.reconciler().run();
         tokio::pin!(reconciling);
         let mut connectivity = issuer.state().connectivity.changes();
@@ -122,25 +125,27 @@ impl Refresher {
         }
     }
 
-    /// Returns when the next attempt may start; `None` while the limit of concurrent attempts is reached or
+    /// Returns when the next attempt may start; `None` while the limits of concurrent attempts are reached or
     /// no account is scheduled.
-    fn next_start(&self, now: Timestamp) -> Option<Timestamp> {
+    fn next_start(&mut self, now: Timestamp) -> Option<Timestamp> {
         let canary = self.issuer.state().outage.next_canary();
-        let concurrency =
-            if canary.is_some() { 1 } else { self.issuer.holder().concurrency.max(1) };
-        if self.attempts.len() >= concurrency {
-            return None;
-        }
-        let not_before = canary.map_or(self.paced_until, |canary| canary.max(self.paced_until));
-        self.queue.next_due(now).map(|due| due.max(not_before))
+        let start = self.queue.next_start(now, self.limits(), canary);
+        start.map(|at| at.max(self.paced_until))
+    }
+
+    fn limits(&self) -> ConcurrencyLimits {
+        ConcurrencyLimits::new(self.issuer.holder().concurrency)
     }
 
     fn start_attempt(&mut self) {
         let now = self.issuer.clock().now();
-        let Some(id) = self.queue.take(now) else { return };
-        let Some(entry) = self.issuer.state().cache.by_id(id) else { return };
+        let canary = self.issuer.state().outage.next_canary();
+        let Some(id) = self.queue.take(now, self.limits(), canary) else { return };
+        let Some(entry) = self.issuer.state().cache.by_id(id) else {
+            self.queue.attempt_ended(id);
+            return;
+        };
         self.paced_until = now + delta(self.issuer.holder().pause_between_attempts());
-        self.queue.attempt_started(id);
         let issuer = self.issuer.clone();
         let attempt = self.attempts.spawn(async move { issuer.attempt(&entry).await });
         self.accounts.insert(attempt.id(), id);
@@ -178,11 +183,15 @@ impl Refresher {
 
     fn plan(&mut self, entry: &CachedAccount, not_before: Option<Timestamp>) {
         let snapshot = entry.snapshot();
-        let due = self.issuer.next_attempt_at(&snapshot);
-        self.queue.plan(
-            entry.id(),
-            due.map(|due| not_before.map_or(due, |not_before| due.max(not_before))),
-            snapshot.token.as_ref().map(|token| token.expires_at),
-        );
+        let schedule = self.issuer.next_attempt_at(&snapshot).map(|due| Schedule {
+            due: not_before.map_or(due, |not_before| due.max(not_before)),
+            priority: self.issuer.view(&snapshot).priority_class(),
+            failures: snapshot.refresh.consecutive_failures,
+            token: snapshot.token.as_ref().map(|token| TokenTimes {
+                ends: token.expires_at,
+                mandatory_from: RefreshPolicy::mandatory_window_starts_at(token),
+            }),
+        });
+        self.queue.plan(entry.id(), schedule);
     }
 }

@@ -12,7 +12,7 @@ mod decide;
 mod list;
 mod refusal;
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use decide::{Decision, decide, decide_report};
 pub use decide::{ReportOutcome, TokenRequest};
@@ -38,6 +38,7 @@ use crate::{
     services::{
         account_cache::{AccountCache, CachedAccount},
         caller_directory::CallerDirectory,
+        caller_rates::CallerRates,
         connectivity::{Connectivity, DatabaseConnectivity},
         database_clock::DatabaseClock,
         keyed_semaphore::{KeyedPermit, KeyedSemaphore},
@@ -49,7 +50,7 @@ use crate::{
 /// Retry delay of a call that is shed: about as long as issuing a token takes, after which other calls no
 /// longer wait.
 const SHED_RETRY: Duration = Duration::from_secs(1);
-/// How many times a pattern is compared with a name before other tasks of the thread may run.
+/// How often a grant is compared with a name before other tasks of the thread may run.
 const MATCHES_BEFORE_YIELD: usize = 10_000;
 /// How long storing a report may take; also the retry delay when it failed.
 const STORE_REPORT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -75,6 +76,10 @@ pub struct TokenProvider {
     pub wait_permits: Arc<KeyedSemaphore<CallerId>>,
     /// Limits the `WatchTokens` streams that are open at the same time.
     pub stream_permits: Arc<KeyedSemaphore<CallerId>>,
+    /// Limits the names and patterns that all open streams together watch.
+    pub pattern_permits: Arc<KeyedSemaphore<CallerId>>,
+    /// The rate of each caller, which streams and lists use too.
+    pub rates: Arc<CallerRates>,
     /// Makes the refresher check an account at once.
     pub refresh_trigger: RefreshTrigger,
     /// The database, where reports are stored for all replicas.
@@ -143,12 +148,19 @@ impl TokenProvider {
         }
     }
 
-    /// Takes a permit for a `WatchTokens` stream of `caller`; the stream holds it as long as it is open.
+    /// Takes permits for a `WatchTokens` stream of `caller` with so many patterns; the stream holds them as
+    /// long as it is open.
     ///
     /// # Errors
     /// [`CallRefusal::Overloaded`] when all permits, or the caller's share of them, are taken.
-    pub fn acquire_stream(&self, caller: &Caller) -> Result<KeyedPermit<CallerId>, CallRefusal> {
-        acquire(&self.stream_permits, caller)
+    pub fn acquire_stream(
+        &self,
+        caller: &Caller,
+        patterns: usize,
+    ) -> Result<[KeyedPermit<CallerId>; 2], CallRefusal> {
+        let patterns = self.pattern_permits.try_acquire_many(caller.id, patterns);
+        let patterns = patterns.ok_or(CallRefusal::Overloaded { retry_after: SHED_RETRY })?;
+        Ok([acquire(&self.stream_permits, caller)?, patterns])
     }
 
     /// Handles a caller's report that the upstream refused the account's token of `generation` with the code
@@ -214,65 +226,61 @@ impl TokenProvider {
     }
 
     /// Returns up to `limit` accounts, sorted by name and after the name `after`, that `caller` may list,
-    /// and whether there are more.
+    /// and whether there are more. The accounts that are looked at count towards the caller's rate.
     ///
     /// # Errors
     /// [`CallRefusal::GrantsStale`].
-    pub fn list(
+    pub async fn list(
         &self,
         caller: &Caller,
         after: Option<&AccountName>,
         limit: usize,
     ) -> Result<(Vec<ListedAccount>, bool), CallRefusal> {
         self.check_grants_are_current()?;
+        let mut page = list::Page::new(caller, after, limit, self.database_clock.now());
+        let budget = self.rates.budget(caller);
+        let mut examined = 0;
+        while !page.is_complete() {
+            let permit = budget.scan_permit().await;
+            page.read_chunk(&self.cache);
+            // If the call is dropped, its work has been counted.
+            self.rates.charge(caller, page.examined() - examined, Instant::now());
+            examined = page.examined();
+            yield_now().await;
+            drop(permit);
+        }
+        let (found, more) = page.finish();
         let now = self.clock.now();
-        let (found, more) =
-            list::page(&self.cache, caller, after, limit, self.database_clock.now());
         let listed = |snapshot: &Arc<_>| ListedAccount::new(snapshot, &self.policy, now);
         Ok((found.iter().map(listed).collect(), more))
     }
 
-    /// Returns the accounts that `patterns` select for `caller` at this moment, each once. A pattern selects
-    /// among the accounts that the caller's grants cover; a plain name must be one of them.
+    /// Checks whether `caller` may watch `patterns`: a pattern selects among the accounts that the caller's
+    /// grants cover; a plain name must be one of them. The patterns count towards the caller's rate.
     ///
     /// # Errors
-    /// For a plain name without a grant or without an account, as in [`TokenProvider::get_token`], and while
-    /// no token may be served.
-    pub async fn watched_accounts(
+    /// [`CallRefusal::GrantsStale`], and while no token may be served. For a plain name without a grant or without an account, as in
+    /// [`TokenProvider::get_token`].
+    pub async fn authorize_watch(
         &self,
         caller: &Caller,
         patterns: &[AccountPattern],
-    ) -> Result<Vec<Arc<CachedAccount>>, CallRefusal> {
+    ) -> Result<(), CallRefusal> {
         self.check_grants_are_current()?;
         if self.connectivity.current() == Connectivity::Unacknowledged {
             return Err(CallRefusal::DatabaseUnavailable { retry_after: STORE_REPORT_TIMEOUT });
         }
-        let mut selected = BTreeMap::new();
-        let mut wildcards = Vec::new();
-        for pattern in patterns {
-            match pattern.as_name() {
-                Some(name) => {
-                    let cached = self.authorize(caller, Right::Get, &name)?;
-                    selected.insert(cached.id(), cached);
-                }
-                None => wildcards.push(pattern),
+        self.rates.charge(caller, patterns.len(), Instant::now());
+        let names_before_yield = MATCHES_BEFORE_YIELD / (caller.grants.len() + 1) + 1;
+        for (nth, pattern) in patterns.iter().enumerate() {
+            if nth % names_before_yield == names_before_yield - 1 {
+                yield_now().await;
+            }
+            if let Some(name) = pattern.as_name() {
+                self.authorize(caller, Right::Get, &name)?;
             }
         }
-        if !wildcards.is_empty() {
-            let now = self.database_clock.now();
-            let accounts_before_yield = MATCHES_BEFORE_YIELD.div_ceil(wildcards.len());
-            for (nth, cached) in self.cache.all().into_iter().enumerate() {
-                if nth % accounts_before_yield == accounts_before_yield - 1 {
-                    yield_now().await;
-                }
-                let name = &cached.snapshot().account.name;
-                let matches = wildcards.iter().any(|pattern| pattern.matches(name.as_str()));
-                if matches && caller.permits(Right::Get, name, now) {
-                    selected.insert(cached.id(), cached.clone());
-                }
-            }
-        }
-        Ok(selected.into_values().collect())
+        Ok(())
     }
 
     /// Returns the caller of an open stream as it is now, with its present grants, if the credential that

@@ -17,6 +17,7 @@ use super::{
 };
 use crate::domain::{
     account::{AccountId, CredentialVersion},
+    attempt_priority::{ConcurrencyLimits, PriorityClass, RunningAttempts},
     clock::{delta, until_from},
     plausible_time::AttemptTimeLimits,
     refresh_policy::{IssueDecision, IssueView, RefreshPolicy},
@@ -73,8 +74,8 @@ pub enum Claim {
     Granted(Box<Lease>),
     /// No token may be issued for the account until this time has passed.
     Wait(Duration),
-    /// The replicas together have reached the limit of the rate or of concurrent attempts: no token may be
-    /// issued for any account until this time has passed.
+    /// The replicas together have reached the limit of the rate, or of concurrent attempts for accounts of
+    /// this priority: no token may be issued for such an account until this time has passed.
     Paced(Duration),
     /// The account is gone, disabled or malformed, has no usable credential, or its token has been replaced.
     NotNeeded,
@@ -154,19 +155,22 @@ pub async fn claim(
     };
     // Every claim locks the row of `upstream_pace`, so that leases are granted one after the other. It is
     // locked last, to be locked as briefly as possible.
-    if let Some(pause) = upstream_pause(&mut transaction, holder).await? {
+    let priority = view.priority_class();
+    if let Some(pause) = upstream_pause(&mut transaction, priority, holder).await? {
         return Ok(Claim::Paced(pause));
     }
     let lease =
         stamp_attempt(&mut transaction, row, version, uses_interval_exception, holder).await?;
     sqlx::query!(
         "-- store::leases::claim
-        insert into upstream_calls (account_id, lease_id, until)
-        values ($1, $2, clock_timestamp() + $3)
-        on conflict (account_id) do update set lease_id = excluded.lease_id, until = excluded.until",
+        insert into upstream_calls (account_id, lease_id, until, priority)
+        values ($1, $2, clock_timestamp() + $3, $4)
+        on conflict (account_id) do update
+        set lease_id = excluded.lease_id, until = excluded.until, priority = excluded.priority",
         account.0,
         lease.id,
         interval(holder.lease_duration),
+        priority.as_str(),
     )
     .execute(&mut *transaction)
     .await?;
@@ -203,6 +207,7 @@ async fn store_shortened_lease(
 /// Returns how long the limits of the rate and of concurrent attempts delay the claim; `None` if they do not.
 async fn upstream_pause(
     transaction: &mut Transaction<'_, Postgres>,
+    priority: PriorityClass,
     holder: &LeaseHolder,
 ) -> Result<Option<Duration>, StoreError> {
     let pace = sqlx::query!(
@@ -218,15 +223,21 @@ async fn upstream_pause(
         return Ok(Some(pause));
     }
     let calls = sqlx::query_scalar!(
-        r#"-- store::leases::upstream_pause
-        select count(*) as "calls!" from upstream_calls
-        where until > clock_timestamp() and until <= clock_timestamp() + $1"#,
+        "-- store::leases::upstream_pause
+        select priority from upstream_calls
+        where until > clock_timestamp() and until <= clock_timestamp() + $1",
         interval(holder.lease_duration),
     )
-    .fetch_one(&mut **transaction)
+    .fetch_all(&mut **transaction)
     .await?;
-    let full = usize::try_from(calls).is_ok_and(|calls| calls >= holder.concurrency);
-    Ok(full.then_some(CONCURRENCY_PAUSE))
+    // A later release may have other classes.
+    let class = |name: String| {
+        let mut classes = PriorityClass::ALL.into_iter();
+        classes.find(|class| class.as_str() == name).unwrap_or(PriorityClass::Proven)
+    };
+    let running = RunningAttempts::count(calls.into_iter().map(class));
+    let admitted = ConcurrencyLimits::new(holder.concurrency).admit(priority, running);
+    Ok((!admitted).then_some(CONCURRENCY_PAUSE))
 }
 
 /// Stores the lease of `holder` and the start of the attempt in the account's locked row.

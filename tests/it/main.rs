@@ -36,6 +36,7 @@ mod rights;
 mod roles;
 mod serving;
 mod sessions;
+mod spreading;
 mod upstream;
 
 /// Names the tests that are not compiled without the feature `embedded-postgres`, so that

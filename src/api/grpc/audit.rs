@@ -62,7 +62,7 @@ pub struct AuditLayer {
     /// The trust domain whose SPIFFE IDs are accepted.
     pub trust_domain: Option<Arc<str>>,
     /// The rate limit of each caller.
-    pub rates: CallerRates,
+    pub rates: Arc<CallerRates>,
     /// The time limit of a call that sends no `grpc-timeout`, counted from its arrival. It is also the
     /// longest time that a stream may take to begin.
     pub default_deadline: Duration,

@@ -117,7 +117,7 @@ impl TokenService for TokenServiceHandler {
         let request = request.into_inner();
         let (accounts, more) = noting_refusal(&context, async {
             let PageRequest { after, size } = convert::page_request(&request)?;
-            self.provider.list(&context.caller, after.as_ref(), size)
+            self.provider.list(&context.caller, after.as_ref(), size).await
         })
         .await?;
         let last = accounts.last().filter(|_| more);

@@ -1,14 +1,19 @@
 //! The streams of `WatchTokens`: the current token of each watched account at once, then each new token and
 //! each end of an account.
+//!
+//! A stream costs what its caller may use. What its patterns and its caller's grants have in common is found by
+//! an index, each pushed token counts towards the caller's rate and is delayed until that permits it, and a
+//! stream without such accounts does not follow changes of accounts at all.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{collections::HashMap, future::pending, sync::Arc, time::Duration};
 
 use tokio::{
     sync::{
         broadcast::{self, error::RecvError},
-        mpsc, watch,
+        mpsc,
     },
     task::yield_now,
+    time::{Instant, sleep},
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -27,10 +32,13 @@ use crate::{
     domain::{
         account::{AccountId, AccountName},
         caller::{AccountPattern, Caller, Right},
+        clock::Timestamp,
+        pattern_set::PatternSet,
         token::{Generation, Token},
     },
     services::{
-        account_cache::CachedAccount,
+        account_cache::{CachedAccount, NameScan},
+        caller_rates::Budget,
         token_provider::{CallRefusal, TokenProvider},
     },
 };
@@ -46,13 +54,14 @@ const ACCOUNTS_BEFORE_YIELD: usize = 256;
 const RECORD_TIMEOUT: Duration = Duration::from_secs(5);
 
 type EventSender = mpsc::Sender<Result<WatchTokensResponse, Status>>;
+type AccountChanges = broadcast::Receiver<Arc<CachedAccount>>;
 
 /// Starts a stream for the caller of `context` and returns its receiving end. A task sends the events; it
 /// ends when the receiver is dropped, when the connection drains (the stream then ends without an error, and
 /// the client opens it again elsewhere), or with a refusal.
 ///
 /// # Errors
-/// When the caller has too many streams, or may not watch a plain name among `patterns`.
+/// When the caller has too many streams or patterns, or may not watch a plain name among `patterns`.
 pub(super) async fn start(
     provider: TokenProvider,
     journal: Journal,
@@ -60,33 +69,33 @@ pub(super) async fn start(
     context: &CallContext,
     patterns: Vec<AccountPattern>,
 ) -> Result<ReceiverStream<Result<WatchTokensResponse, Status>>, CallRefusal> {
-    let permit = provider.acquire_stream(&context.caller)?;
-    // Subscribe before the accounts are read, so that no change between the two is missed.
-    let account_changes = provider.cache.changes();
-    let caller_changes = provider.callers.changes();
-    let accounts = provider.watched_accounts(&context.caller, &patterns).await?;
+    let permits = provider.acquire_stream(&context.caller, patterns.len())?;
+    provider.authorize_watch(&context.caller, &patterns).await?;
     let mut record_template = context.draft.snapshot();
     record_template.event = Event::TokenPushed;
     let (events, receiver) = mpsc::channel(BUFFERED_EVENTS);
     let stream = WatchStream {
-        provider,
         journal,
         api_base_url,
+        budget: provider.rates.budget(&context.caller),
         caller: context.caller.clone(),
+        synced_caller: context.caller.clone(),
         context: context.clone(),
-        patterns,
+        patterns: Arc::new(patterns.iter().collect()),
         watched: HashMap::new(),
+        grants_checked_at: provider.database_clock.now(),
         record_template,
         events: events.clone(),
+        provider,
     };
     let draining = context.draining.clone();
     tokio::spawn(async move {
-        let _permit = permit;
+        let _permits = permits;
         tokio::select! {
             () = draining.cancelled() => {}
             () = events.closed() => {}
             // The stream has sent the client the status with which it ends, or the client is gone.
-            _ = stream.run(accounts, account_changes, caller_changes, &draining) => {}
+            _ = stream.run(&draining) => {}
         }
     });
     Ok(ReceiverStream::new(receiver))
@@ -98,11 +107,17 @@ struct WatchStream {
     api_base_url: Arc<str>,
     /// The caller with its grants, as they were last seen.
     caller: Arc<Caller>,
+    /// The caller with its grants at the last [`WatchStream::resync`].
+    synced_caller: Arc<Caller>,
     /// The call that opened the stream. When its credential ends, so does the stream.
     context: CallContext,
-    patterns: Vec<AccountPattern>,
+    patterns: Arc<PatternSet>,
+    /// What the caller has used of its rate.
+    budget: Arc<Budget>,
     /// The accounts on the stream, each with the generation of the token that was last sent.
     watched: HashMap<AccountId, (AccountName, Option<Generation>)>,
+    /// When it was last checked whether a grant has ended.
+    grants_checked_at: Timestamp,
     /// The audit record of a pushed token, without the account and the token.
     record_template: Record,
     events: EventSender,
@@ -112,30 +127,22 @@ struct WatchStream {
 struct Ended;
 
 impl WatchStream {
-    async fn run(
-        mut self,
-        accounts: Vec<Arc<CachedAccount>>,
-        mut account_changes: broadcast::Receiver<Arc<CachedAccount>>,
-        mut caller_changes: watch::Receiver<()>,
-        draining: &CancellationToken,
-    ) -> Result<(), Ended> {
-        for account in accounts {
-            self.visit(&account).await?;
-        }
+    async fn run(mut self, draining: &CancellationToken) -> Result<(), Ended> {
+        let mut caller_changes = self.provider.callers.changes();
         let mut expiry_check = tokio::time::interval(EXPIRY_CHECK_INTERVAL);
+        let mut account_changes = self.resync().await?;
         while !draining.is_cancelled() {
             tokio::select! {
-                change = account_changes.recv() => match change {
+                change = next_change(&mut account_changes) => match change {
                     Ok(account) => self.visit(&account).await?,
-                    Err(RecvError::Lagged(_)) => self.visit_all().await?,
+                    Err(RecvError::Lagged(_)) => account_changes = self.resync().await?,
                     Err(RecvError::Closed) => return Ok(()),
                 },
                 _ = caller_changes.changed() => {
-                    let before = self.caller.clone();
                     self.reauthenticate().await?;
                     // Nearly all changes concern other callers.
-                    if *before != *self.caller {
-                        self.visit_all().await?;
+                    if *self.synced_caller != *self.caller {
+                        account_changes = self.resync().await?;
                     }
                 }
                 _ = expiry_check.tick() => self.end_accounts_without_grant().await?,
@@ -159,26 +166,58 @@ impl WatchStream {
         }
     }
 
-    /// Visits every account in the cache.
-    async fn visit_all(&mut self) -> Result<(), Ended> {
-        for (nth, account) in self.provider.cache.all().into_iter().enumerate() {
+    /// Brings the stream up to date: visits the accounts that are on it, of which some may be gone, and then
+    /// all that its patterns and its caller's grants select. Returns a receiver of later changes; `None` if
+    /// the grants cover no account that a pattern may match, so that no change concerns the stream until
+    /// they change.
+    async fn resync(&mut self) -> Result<Option<AccountChanges>, Ended> {
+        self.reauthenticate().await?;
+        self.synced_caller = self.caller.clone();
+        // Subscribe before the accounts are read, so that no change between the two is missed.
+        let changes = self.provider.cache.changes();
+        let watched: Vec<_> = self.watched.keys().copied().collect();
+        for (nth, id) in watched.into_iter().enumerate() {
             if nth % ACCOUNTS_BEFORE_YIELD == ACCOUNTS_BEFORE_YIELD - 1 {
                 yield_now().await;
             }
-            self.visit(&account).await?;
+            match self.provider.cache.by_id(id) {
+                Some(account) => self.visit(&account).await?,
+                None => self.end_account(id, Reason::Removed).await?,
+            }
         }
-        self.end_accounts_without_grant().await
+        let granted = Arc::new(self.caller.covered(Right::Get, self.provider.clock.now()));
+        let may_select = self.patterns.may_intersect(&granted);
+        let mut scan = NameScan::new([self.patterns.clone(), granted], None);
+        while !scan.is_done() {
+            for (_, account) in self.scan_chunk(&mut scan).await {
+                self.visit(&account).await?;
+            }
+        }
+        Ok(may_select.then_some(changes))
+    }
+
+    /// Looks at the next accounts of the scan, which count towards the caller's rate. Other tasks of the
+    /// thread may run after it.
+    async fn scan_chunk(&self, scan: &mut NameScan) -> Vec<(AccountName, Arc<CachedAccount>)> {
+        let _permit = self.budget.scan_permit().await;
+        let before = scan.examined();
+        let found = scan.next_chunk(&self.provider.cache);
+        let rates = &self.provider.rates;
+        rates.charge(&self.caller, scan.examined() - before, Instant::now());
+        yield_now().await;
+        found
     }
 
     /// Removes from the stream the accounts that no grant covers any more.
     async fn end_accounts_without_grant(&mut self) -> Result<(), Ended> {
         self.reauthenticate().await?;
+        let now = self.provider.database_clock.now();
+        let since = std::mem::replace(&mut self.grants_checked_at, now);
         // A grant without an end date ends only by a change in the database, after which all accounts are
         // visited.
-        if self.caller.grants.iter().all(|grant| grant.ends_at.is_none()) {
+        if !self.caller.has_grant_ended(since, now) {
             return Ok(());
         }
-        let now = self.provider.database_clock.now();
         let expired: Vec<_> = self
             .watched
             .iter()
@@ -191,31 +230,62 @@ impl WatchStream {
         Ok(())
     }
 
-    /// Sends what is new about an account, if the stream watches it.
+    /// Sends what is new about an account, if the stream watches it. A token waits until the caller's rate
+    /// permits it.
     async fn visit(&mut self, account: &CachedAccount) -> Result<(), Ended> {
+        // Most changes concern accounts of other streams.
+        let matched = self.patterns.matches(account.snapshot().account.name.as_str());
+        if !matched && !self.watched.contains_key(&account.id()) {
+            return Ok(());
+        }
+        if self.update(account).await?.is_some() {
+            self.wait_for_rate().await?;
+            // The account, its token and its grant may have changed during the wait.
+            if let Some((name, token)) = self.update(account).await? {
+                self.push(account.id(), &name, &token).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts the account on the stream or takes it off. Returns its token, if it is to be sent.
+    async fn update(
+        &mut self,
+        account: &CachedAccount,
+    ) -> Result<Option<(AccountName, Arc<Token>)>, Ended> {
         self.reauthenticate().await?;
         let snapshot = account.snapshot();
         let name = &snapshot.account.name;
         let now = self.provider.clock.now();
-        if snapshot.removed {
-            return self.end_account(account.id(), Reason::Removed).await;
-        }
-        let watched = self.patterns.iter().any(|pattern| pattern.matches(name.as_str()))
-            && self.caller.permits(Right::Get, name, self.provider.database_clock.now());
-        if !watched {
-            return self.end_account(account.id(), Reason::NotGranted).await;
-        }
-        if !snapshot.account.enabled {
-            return self.end_account(account.id(), Reason::Disabled).await;
+        let reason = if snapshot.removed {
+            Some(Reason::Removed)
+        } else if !self.patterns.matches(name.as_str())
+            || !self.caller.permits(Right::Get, name, self.provider.database_clock.now())
+        {
+            Some(Reason::NotGranted)
+        } else if !snapshot.account.enabled {
+            Some(Reason::Disabled)
+        } else {
+            None
+        };
+        if let Some(reason) = reason {
+            self.end_account(account.id(), reason).await?;
+            return Ok(None);
         }
         let sent = self.watched.entry(account.id()).or_insert_with(|| (name.clone(), None)).1;
         account.note_request(now);
-        match snapshot.live_token(now) {
-            Some(token) if sent != Some(token.generation) => {
-                self.push(account.id(), name, token).await
-            }
-            _ => Ok(()),
+        let new = snapshot.live_token(now).filter(|token| sent != Some(token.generation));
+        Ok(new.map(|token| (name.clone(), token.clone())))
+    }
+
+    /// Waits until the caller's rate permits a pushed token. Ends the stream if its credential is no longer
+    /// accepted meanwhile.
+    async fn wait_for_rate(&mut self) -> Result<(), Ended> {
+        while let Err(wait) = self.provider.rates.take_push(&self.caller, Instant::now()) {
+            sleep(wait.min(EXPIRY_CHECK_INTERVAL)).await;
+            self.reauthenticate().await?;
         }
+        Ok(())
     }
 
     /// Records a token, waits until the record is durable, and then sends the token if it is still live.
@@ -254,5 +324,15 @@ impl WatchStream {
         // This fails only if the client is gone.
         let _ = self.events.send(Err(refusal.into())).await;
         Err(Ended)
+    }
+}
+
+/// Receives the next change; waits for ever without a receiver. Cancel safe.
+async fn next_change(
+    changes: &mut Option<AccountChanges>,
+) -> Result<Arc<CachedAccount>, RecvError> {
+    match changes {
+        Some(changes) => changes.recv().await,
+        None => pending().await,
     }
 }

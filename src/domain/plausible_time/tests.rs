@@ -60,8 +60,7 @@ proptest! {
         mut refresh in state(), requested in option::of(time()),
     ) {
         let account = Account { reissue_requested_at: requested, ..Account::example(1, "acme") };
-        let class = refresh.failure.as_ref().map(|failure| failure.class);
-        let longest = LIMITS.policy.longest_pause(class).max(LIMITS.lease_duration);
+        let longest = LIMITS.policy.longest_pause().max(LIMITS.lease_duration);
         let latest = at(0) + delta(longest) + TOLERANCE;
         let IssueDecision::WaitUntil(until) = claim(&account, &mut refresh, at(0)) else {
             return Ok(());

@@ -217,10 +217,54 @@ mod claiming {
             let view = IssueView::locked(&account, &refresh, Some(Generation(1)), ended);
             POLICY.decide(&view, at(1_000))
         };
-        let wait = IssueDecision::WaitUntil(at(1_060));
-        assert_eq!(after_outage(FailureClass::Unreachable, 901), issue(1, false));
-        assert_eq!(after_outage(FailureClass::Unreachable, 900), wait);
-        assert_eq!(after_outage(FailureClass::EgressRejected, 901), wait);
+        for class in FailureClass::ALL.into_iter().filter(|class| class.is_transient()) {
+            assert_eq!(after_outage(class, 901), issue(1, false), "{class}");
+            let wait = IssueDecision::WaitUntil(at(1_060));
+            assert_eq!(after_outage(class, 900), wait, "{class}");
+        }
+        assert_eq!(after_outage(FailureClass::Rejected, 901), IssueDecision::NotNeeded);
+    }
+}
+
+mod priority {
+    use super::*;
+
+    fn class(
+        account: &Account,
+        refresh: &RefreshState,
+        outage_ended: Option<i64>,
+    ) -> PriorityClass {
+        IssueView::cached(account, refresh, at(0), outage_ended.map(at)).priority_class()
+    }
+
+    fn failing() -> RefreshState {
+        RefreshState {
+            consecutive_failures: 1,
+            ..failed(FailureClass::Unreachable, 1, Some(at(30)))
+        }
+    }
+
+    #[test]
+    fn an_account_is_proven_after_a_success_and_failing_after_a_failure() {
+        assert_eq!(class(&account(), &tried(), None), PriorityClass::Proven);
+        assert_eq!(class(&account(), &failing(), None), PriorityClass::Failing);
+    }
+
+    #[test]
+    fn a_new_account_a_changed_credential_and_a_requested_token_count_as_untried() {
+        assert_eq!(class(&account(), &RefreshState::default(), None), PriorityClass::Untried);
+        let changed = Account { credential_version: CredentialVersion(2), ..account() };
+        assert_eq!(class(&changed, &failing(), None), PriorityClass::Untried);
+        let requested = Account { reissue_requested_at: Some(at(1)), ..account() };
+        assert_eq!(class(&requested, &failing(), None), PriorityClass::Untried);
+    }
+
+    #[test]
+    fn a_failure_in_an_outage_that_ended_does_not_count() {
+        assert_eq!(class(&account(), &failing(), Some(1)), PriorityClass::Proven);
+        assert_eq!(class(&account(), &failing(), Some(0)), PriorityClass::Failing);
+        let never_issued = RefreshState { stored_generation: None, ..failing() };
+        assert_eq!(class(&account(), &never_issued, Some(1)), PriorityClass::Untried);
     }
 }
 
@@ -259,7 +303,7 @@ fn pauses_after_failures_double_up_to_five_minutes_and_keep_the_minimum_interval
     let free = RefreshPolicy { min_issue_interval: Duration::ZERO, ..POLICY };
     let pause = |policy: RefreshPolicy, failures, retry_after, cap| {
         let class = FailureClass::Unreachable;
-        policy.pause_after_failure(&name, class, failures, retry_after, cap).unwrap()
+        policy.pause_after_failure(&name, class, failures, retry_after, cap, None).unwrap()
     };
     let seconds = Duration::from_secs;
     assert!(pause(free, 1, None, None) <= seconds(1));
@@ -271,13 +315,35 @@ fn pauses_after_failures_double_up_to_five_minutes_and_keep_the_minimum_interval
 }
 
 #[test]
-fn a_refused_credential_is_not_retried_and_a_refused_address_about_every_15_minutes() {
+fn a_refused_credential_is_not_retried_and_a_refused_address_after_pauses_up_to_15_minutes() {
     let name = "acme".parse().unwrap();
-    let pause = |class| POLICY.pause_after_failure(&name, class, 1, None, None);
-    assert_eq!(pause(FailureClass::Rejected), None);
-    assert_eq!(pause(FailureClass::Intake), None);
-    let egress = pause(FailureClass::EgressRejected).unwrap();
-    assert!((11..20).contains(&(egress.as_secs() / 60)), "{egress:?}");
+    let pause =
+        |class, failures| POLICY.pause_after_failure(&name, class, failures, None, None, None);
+    for failures in 1..9 {
+        assert_eq!(pause(FailureClass::Rejected, failures), None);
+        assert_eq!(pause(FailureClass::Intake, failures), None);
+    }
+    let pauses: Vec<_> = (1..9)
+        .map(|failures| pause(FailureClass::EgressRejected, failures).unwrap().as_secs())
+        .collect();
+    assert_eq!(pauses[0], 30, "the minimum interval");
+    for (earlier, later) in pauses.iter().zip(&pauses[2..6]) {
+        assert!(earlier <= later, "{pauses:?}");
+    }
+    assert!(pauses[6..].iter().all(|pause| (450..=900).contains(pause)), "{pauses:?}");
+}
+
+#[test]
+fn a_pause_leaves_time_for_an_attempt_before_a_live_token_ends() {
+    let name = "acme".parse().unwrap();
+    let seconds = Duration::from_secs;
+    let pause = |left| {
+        let (class, asked) = (FailureClass::RateLimited, Some(seconds(3_600)));
+        POLICY.pause_after_failure(&name, class, 1, asked, None, Some(seconds(left))).unwrap()
+    };
+    assert_eq!(pause(900), seconds(450), "half of the time that is left");
+    assert_eq!(pause(50), seconds(30), "but not less than the minimum interval");
+    assert_eq!(pause(30), seconds(3_600), "nothing can save the token");
 }
 
 /// Generated facts that a decision depends on.
@@ -381,8 +447,66 @@ prop_compose! {
     }
 }
 
+/// A failed attempt as [`attempts_until_success`] simulates it: the class, the pause that the upstream asks
+/// for, and the seconds until it fails.
+type SimulatedFailure = (FailureClass, Option<u64>, i64);
+
+/// Returns the starts of the attempts to replace `token`, up to the one that succeeds, since the upstream
+/// answers from second `healthy` on. Before, they fail as `failures` says, over and over again. `None` once
+/// the token has ended.
+fn attempts_until_success(
+    policy: RefreshPolicy,
+    token: &Token,
+    failures: &[SimulatedFailure],
+    healthy: i64,
+) -> Option<Vec<Timestamp>> {
+    let name = "acme".parse().unwrap();
+    let mut now = policy.advisory_refresh_at(&name, token);
+    let mut attempts = vec![];
+    for (class, asked, takes) in failures.iter().cycle() {
+        if now >= token.expires_at {
+            return None;
+        }
+        attempts.push(now);
+        if now >= at(healthy) {
+            break;
+        }
+        now += TimeDelta::seconds(*takes);
+        let count = u32::try_from(attempts.len()).unwrap();
+        let asked = asked.map(Duration::from_secs);
+        let live_for = token.is_live(now).then(|| token.time_left(now));
+        let pause = policy.pause_after_failure(&name, *class, count, asked, None, live_for);
+        now += delta(pause.unwrap());
+    }
+    Some(attempts)
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2_000))]
+
+    /// No pause outlasts a live token while an attempt could still save it, and a token does not cause many
+    /// attempts, since each may count towards a lock of the account.
+    #[test]
+    fn a_token_is_replaced_in_time_if_the_upstream_recovers_before_its_last_possible_attempt(
+        life in 20_i64..7_200, interval in 0_u64..60, healthy in 0_i64..100,
+        failures in proptest::collection::vec(
+            (
+                select(FailureClass::ALL.into_iter().filter(|it| it.is_transient()).collect::<Vec<_>>()),
+                option::of(1_u64..3_600),
+                0_i64..11,
+            ),
+            1..20,
+        ),
+    ) {
+        let policy = RefreshPolicy { min_issue_interval: Duration::from_secs(interval), ..POLICY };
+        let token = token(life);
+        // An attempt that began just before the upstream recovered fails up to 10 seconds later.
+        let last_possible = life - i64::try_from(interval.max(1)).unwrap() - 11;
+        let healthy = last_possible * healthy / 100;
+        let attempts = attempts_until_success(policy, &token, &failures, healthy);
+        let attempts = attempts.expect("the token ended first");
+        prop_assert!(attempts.len() <= 40, "{} attempts", attempts.len());
+    }
 
     #[test]
     fn a_replacement_is_due_during_the_life_and_before_it_is_mandatory(

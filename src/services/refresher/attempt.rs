@@ -30,6 +30,7 @@ use super::{
 };
 use crate::{
     domain::{
+        attempt_priority::PriorityClass,
         clock::{Clock, Timestamp, until_from},
         refresh_policy::{IssueDecision, IssueView, RefreshPolicy},
         refresh_state::{FailureClass, IssueAttempt, IssueFailure},
@@ -152,7 +153,18 @@ impl TokenIssuer {
         }
     }
 
-    fn view<'a>(&self, snapshot: &'a AccountSnapshot) -> IssueView<'a> {
+    /// Begins with the outage that an earlier process left, if most accounts fail at the start.
+    pub(super) fn resume_outage(&self) {
+        let (accounts, now) = (self.state.cache.all(), self.clock().now());
+        let failing: Vec<_> = accounts
+            .iter()
+            .filter_map(|entry| entry.snapshot().refresh.failure.as_ref().map(|it| it.class))
+            .filter(|class| class.is_transient())
+            .collect();
+        self.state.outage.resume(&failing, accounts.len(), now);
+    }
+
+    pub(super) fn view<'a>(&self, snapshot: &'a AccountSnapshot) -> IssueView<'a> {
         let AccountSnapshot { account, refresh, token, .. } = snapshot;
         let scheduled_at =
             self.settings.holder.policy.scheduled_at(&account.name, token.as_deref());
@@ -180,7 +192,8 @@ impl TokenIssuer {
             Ok(permission) => permission,
             Err(outcome) => return outcome,
         };
-        let issued = match self.call_upstream(permission.attempt()).await {
+        let priority = self.view(&snapshot).priority_class();
+        let issued = match self.call_upstream(permission.attempt(), priority).await {
             Ok(issued) => issued,
             Err(error) => return self.fail(entry, &permission, error).await,
         };
@@ -308,7 +321,12 @@ impl TokenIssuer {
     // 2. Call.
 
     /// Calls the upstream with the attempt's credential, and updates whether the upstream is in an outage.
-    async fn call_upstream(&self, attempt: &IssueAttempt) -> Result<IssuedToken, IssueError> {
+    /// `priority` is the account's class before the attempt.
+    async fn call_upstream(
+        &self,
+        attempt: &IssueAttempt,
+        priority: PriorityClass,
+    ) -> Result<IssuedToken, IssueError> {
         let credential = &attempt.credential;
         let opened = self.infrastructure.keyring.open_secret(
             attempt.account,
@@ -326,7 +344,8 @@ impl TokenIssuer {
             }),
         };
         let failure = issued.as_ref().err().map(|error| error.class);
-        match self.state.outage.attempt_ended(attempt.account, failure, self.clock().now()) {
+        let (outage, now) = (&self.state.outage, self.clock().now());
+        match outage.attempt_ended(attempt.account, priority, failure, now) {
             OutageChange::None => {}
             OutageChange::Began => {
                 warn!("an outage of the upstream began: it failed for several accounts in a row");
@@ -557,12 +576,15 @@ impl TokenIssuer {
         let record = records::failed(name, &error, self.clock().wall());
         drop(self.infrastructure.journal.append(record));
 
+        let now = self.clock().now();
+        let live_for = snapshot.live_token(now).map(|token| token.time_left(now));
         let retry_after = self.settings.holder.policy.pause_after_failure(
             name,
             error.class,
             snapshot.refresh.consecutive_failures + 1,
             error.retry_after,
             self.state.outage.pause_cap(),
+            live_for,
         );
         FailedAttempt {
             failure: IssueFailure {

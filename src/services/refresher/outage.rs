@@ -1,7 +1,9 @@
-//! Detects an outage of the upstream. If attempts for several accounts in a row fail because of the
-//! upstream, the upstream as a whole is assumed to be unavailable.
+//! Detects an outage of the upstream: several accounts in a row fail for a cause that may be the same for
+//! all of them, such as no answer, an answer that is not the upstream's own, or a refusal of the address.
 //!
-//! During an outage, only one account at a time is tried, as a canary. When the upstream answers again, all
+//! Only an account that did not fail before is evidence of an outage. Accounts that go on failing say
+//! nothing about others. For the same reason, an outage delays only accounts that failed: of them, one at a
+//! time is tried, as a canary. Others are tried when they are due. When the upstream answers again, all
 //! accounts that failed in the outage are due at once, whatever their own pauses are.
 
 use std::time::Duration;
@@ -10,6 +12,7 @@ use parking_lot::Mutex;
 
 use crate::domain::{
     account::AccountId,
+    attempt_priority::PriorityClass,
     clock::{Timestamp, delta},
     refresh_state::FailureClass,
 };
@@ -20,6 +23,9 @@ const THRESHOLD: usize = 3;
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// The longest pause between canaries, after which the end of an outage is noticed at the latest.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// The longest pause between canaries while the upstream refuses the accounts or the address, since each
+/// attempt may count towards a lock of the account.
+const LONGEST_REFUSAL_PAUSE: Duration = Duration::from_mins(5);
 
 /// Whether the upstream is in an outage, judged by the attempts of this replica.
 #[derive(Debug, Default)]
@@ -27,7 +33,7 @@ pub struct Outage(Mutex<State>);
 
 #[derive(Clone, Debug, Default)]
 struct State {
-    /// The accounts that failed since the upstream last answered, up to [`THRESHOLD`].
+    /// The accounts that failed for the first time since the upstream last answered, up to [`THRESHOLD`].
     failed: Vec<AccountId>,
     /// The next canary; `None` if there is no outage.
     canary: Option<Canary>,
@@ -41,6 +47,15 @@ struct Canary {
     not_before: Timestamp,
     /// The pause that follows if this canary fails.
     pause: Duration,
+    /// The longest pause, by the last failure.
+    longest_pause: Duration,
+}
+
+impl Canary {
+    /// Returns the first canary of an outage.
+    fn first(class: FailureClass, not_before: Timestamp) -> Self {
+        Self { not_before, pause: 2 * FIRST_PAUSE, longest_pause: longest_pause(class) }
+    }
 }
 
 /// How the end of an attempt changed the outage.
@@ -61,18 +76,29 @@ impl Outage {
     /// Returns the upper bound of the pause after a failure during an outage; `None` without an outage. It
     /// ensures that there is an account to try as the next canary.
     pub(super) fn pause_cap(&self) -> Option<Duration> {
-        self.is_on().then_some(LONGEST_PAUSE)
+        self.0.lock().canary.map(|canary| canary.longest_pause)
     }
 
-    /// Returns the time before which no account may be tried during an outage; `None` without an outage.
+    /// Returns the time before which no account that failed may be tried during an outage; `None` without an
+    /// outage.
     pub(super) fn next_canary(&self) -> Option<Timestamp> {
         self.0.lock().canary.map(|canary| canary.not_before)
     }
 
-    /// Records how an attempt for the account ended at `now`; `failure` is `None` after a success.
+    /// Begins with the outage that an earlier process left, if most accounts fail at the start. `failing` has
+    /// the class of each transient failure, and `accounts` is the number of all accounts.
+    pub(super) fn resume(&self, failing: &[FailureClass], accounts: usize, now: Timestamp) {
+        if failing.len() >= THRESHOLD && failing.len() * 2 > accounts {
+            self.0.lock().canary = failing.first().map(|class| Canary::first(*class, now));
+        }
+    }
+
+    /// Records how an attempt for the account ended at `now`. `priority` is the account's class before the
+    /// attempt, and `failure` is `None` after a success.
     pub(super) fn attempt_ended(
         &self,
         account: AccountId,
+        priority: PriorityClass,
         failure: Option<FailureClass>,
         now: Timestamp,
     ) -> OutageChange {
@@ -80,7 +106,7 @@ impl Outage {
         match failure {
             // The upstream was not called.
             Some(FailureClass::Intake) => OutageChange::None,
-            Some(class) if class.is_upstream_fault() => state.failed(account, now),
+            Some(class) if class.is_transient() => state.failed(account, priority, class, now),
             _ => state.answered(now),
         }
     }
@@ -92,10 +118,20 @@ impl Outage {
 }
 
 impl State {
-    fn failed(&mut self, account: AccountId, now: Timestamp) -> OutageChange {
-        if let Some(canary) = &mut self.canary {
+    fn failed(
+        &mut self,
+        account: AccountId,
+        priority: PriorityClass,
+        class: FailureClass,
+        now: Timestamp,
+    ) -> OutageChange {
+        let failed_before = priority == PriorityClass::Failing;
+        if let Some(canary) = self.canary.as_mut().filter(|_| failed_before) {
             canary.not_before = now + delta(canary.pause);
-            canary.pause = (canary.pause * 2).min(LONGEST_PAUSE);
+            canary.longest_pause = longest_pause(class);
+            canary.pause = (canary.pause * 2).min(canary.longest_pause);
+        }
+        if self.canary.is_some() || failed_before {
             return OutageChange::None;
         }
         if !self.failed.contains(&account) {
@@ -104,7 +140,7 @@ impl State {
         if self.failed.len() < THRESHOLD {
             return OutageChange::None;
         }
-        self.canary = Some(Canary { not_before: now + delta(FIRST_PAUSE), pause: 2 * FIRST_PAUSE });
+        self.canary = Some(Canary::first(class, now + delta(FIRST_PAUSE)));
         OutageChange::Began
     }
 
@@ -118,9 +154,17 @@ impl State {
     }
 }
 
+fn longest_pause(class: FailureClass) -> Duration {
+    match class {
+        FailureClass::EgressRejected => LONGEST_REFUSAL_PAUSE,
+        _ => LONGEST_PAUSE,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use chrono::{DateTime, TimeDelta};
+    use proptest::{prelude::*, sample::select};
 
     use super::*;
 
@@ -130,77 +174,110 @@ mod tests {
         DateTime::UNIX_EPOCH + TimeDelta::seconds(second)
     }
 
+    fn transient() -> Vec<FailureClass> {
+        FailureClass::ALL.into_iter().filter(|class| class.is_transient()).collect()
+    }
+
+    impl Outage {
+        fn ended(
+            &self,
+            account: i64,
+            priority: PriorityClass,
+            failure: Option<FailureClass>,
+            second: i64,
+        ) -> OutageChange {
+            self.attempt_ended(AccountId(account), priority, failure, at(second))
+        }
+    }
+
     /// Returns an outage that began at second 0, when the third account failed.
-    fn outage() -> Outage {
+    fn outage(class: FailureClass) -> Outage {
         let outage = Outage::default();
-        for account in 1..=2 {
-            assert_eq!(
-                outage.attempt_ended(AccountId(account), UNREACHABLE, at(0)),
-                OutageChange::None
-            );
+        for (account, priority) in [(1, PriorityClass::Proven), (2, PriorityClass::Untried)] {
+            assert_eq!(outage.ended(account, priority, Some(class), 0), OutageChange::None);
         }
         assert!(!outage.is_on());
-        assert_eq!(outage.attempt_ended(AccountId(3), UNREACHABLE, at(0)), OutageChange::Began);
+        let third = outage.ended(3, PriorityClass::Proven, Some(class), 0);
+        assert_eq!(third, OutageChange::Began);
         outage
     }
 
     #[test]
-    fn three_failing_accounts_in_a_row_make_an_outage_and_one_does_not() {
-        assert!(outage().is_on());
-        let one = Outage::default();
-        for second in 0..10 {
-            assert_eq!(
-                one.attempt_ended(AccountId(1), UNREACHABLE, at(second)),
-                OutageChange::None
-            );
+    fn three_accounts_in_a_row_that_fail_for_the_first_time_make_an_outage_whatever_the_failure() {
+        for class in transient() {
+            assert!(outage(class).is_on(), "{class}");
         }
-        assert_eq!(one.attempt_ended(AccountId(2), UNREACHABLE, at(11)), OutageChange::None);
-        assert_eq!(one.attempt_ended(AccountId(4), None, at(12)), OutageChange::None);
-        assert_eq!(one.attempt_ended(AccountId(3), UNREACHABLE, at(13)), OutageChange::None);
+        let one = Outage::default();
+        for (account, failure) in [(1, UNREACHABLE), (1, UNREACHABLE), (2, UNREACHABLE), (4, None)]
+        {
+            let change = one.ended(account, PriorityClass::Proven, failure, 0);
+            assert_eq!(change, OutageChange::None);
+        }
+        assert_eq!(one.ended(3, PriorityClass::Proven, UNREACHABLE, 1), OutageChange::None);
         assert!(!one.is_on());
     }
 
     #[test]
-    fn canaries_are_tried_after_pauses_that_double_up_to_half_a_minute() {
-        let outage = outage();
-        let mut pauses = Vec::new();
-        let mut now = at(0);
-        for account in 0..7 {
-            let next = outage.next_canary().unwrap();
-            pauses.push((next - now).num_seconds());
-            now = next;
-            outage.attempt_ended(AccountId(account), Some(FailureClass::Malformed), now);
+    fn canaries_are_tried_after_pauses_that_double_up_to_half_a_minute_or_five_after_refusals() {
+        for (class, expected) in [
+            (FailureClass::Malformed, [1, 2, 4, 8, 16, 30, 30, 30, 30, 30]),
+            (FailureClass::EgressRejected, [1, 2, 4, 8, 16, 32, 64, 128, 256, 300]),
+        ] {
+            let outage = outage(class);
+            let mut pauses = Vec::new();
+            let mut now = at(0);
+            for account in 0..10 {
+                let next = outage.next_canary().unwrap();
+                pauses.push((next - now).num_seconds());
+                now = next;
+                let id = AccountId(account);
+                outage.attempt_ended(id, PriorityClass::Failing, Some(class), now);
+            }
+            assert_eq!(pauses, expected);
         }
-        assert_eq!(pauses, [1, 2, 4, 8, 16, 30, 30]);
     }
 
     #[test]
-    fn any_answer_of_the_upstream_ends_an_outage_even_a_refusal() {
-        for answer in [
-            None,
-            Some(FailureClass::Rejected),
-            Some(FailureClass::EgressRejected),
-            Some(FailureClass::RateLimited),
-        ] {
-            let outage = outage();
-            assert_eq!(
-                outage.attempt_ended(AccountId(1), Some(FailureClass::Intake), at(1)),
-                OutageChange::None
-            );
-            assert_eq!(outage.attempt_ended(AccountId(1), answer, at(2)), OutageChange::Ended);
+    fn an_outage_ends_with_a_token_or_a_judgement_of_a_credential() {
+        for answer in [None, Some(FailureClass::Rejected)] {
+            let outage = outage(FailureClass::Unreachable);
+            let failing = PriorityClass::Failing;
+            let intake = outage.ended(1, failing, Some(FailureClass::Intake), 1);
+            assert_eq!(intake, OutageChange::None);
+            assert_eq!(outage.ended(1, failing, answer, 2), OutageChange::Ended);
             assert!(!outage.is_on());
             assert_eq!(outage.next_canary(), None);
-            assert_eq!(outage.attempt_ended(AccountId(1), UNREACHABLE, at(3)), OutageChange::None);
+            assert_eq!(outage.ended_at(), Some(at(2)));
+            assert_eq!(outage.ended(1, failing, UNREACHABLE, 3), OutageChange::None);
+            assert_eq!(outage.ended(1, failing, None, 20), OutageChange::None);
+            assert_eq!(outage.ended_at(), Some(at(2)));
         }
     }
 
     #[test]
-    fn the_end_of_an_outage_is_remembered() {
-        let outage = outage();
-        assert_eq!(outage.ended_at(), None);
-        outage.attempt_ended(AccountId(1), None, at(10));
-        assert_eq!(outage.ended_at(), Some(at(10)));
-        outage.attempt_ended(AccountId(2), None, at(20));
-        assert_eq!(outage.ended_at(), Some(at(10)));
+    fn a_start_continues_an_outage_if_most_accounts_fail() {
+        for (failing, accounts, expected) in
+            [(2, 2, false), (3, 5, true), (3, 6, false), (0, 0, false)]
+        {
+            let outage = Outage::default();
+            outage.resume(&vec![FailureClass::Unreachable; failing], accounts, at(9));
+            assert_eq!(outage.is_on(), expected, "{failing} of {accounts}");
+            assert_eq!(outage.next_canary(), expected.then_some(at(9)));
+        }
+    }
+
+    proptest! {
+        /// However many accounts go on failing, in whatever way and order, they never make an outage.
+        #[test]
+        fn accounts_that_failed_before_never_make_an_outage(
+            attempts in proptest::collection::vec((0_i64..100, select(transient())), 0..300),
+        ) {
+            let outage = Outage::default();
+            for (account, class) in attempts {
+                let change = outage.ended(account, PriorityClass::Failing, Some(class), account);
+                prop_assert_eq!(change, OutageChange::None);
+                prop_assert!(!outage.is_on());
+            }
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! Pages of the accounts that a caller may list, sorted by name.
 
-use std::{ops::Bound, sync::Arc};
+use std::sync::Arc;
 
 use crate::{
     domain::{
@@ -11,11 +11,8 @@ use crate::{
         refresh_state::AccountState,
         token::Generation,
     },
-    services::account_cache::{AccountCache, AccountSnapshot},
+    services::account_cache::{AccountCache, AccountSnapshot, NameScan},
 };
-
-/// How many accounts are read from the cache under one lock, during which loads wait.
-const BATCH: usize = 64;
 
 /// An account as `ListAccounts` shows it.
 #[derive(Clone, Debug)]
@@ -65,49 +62,53 @@ impl ListedAccount {
     }
 }
 
-/// Returns up to `limit` accounts after the name `after` that `caller` may list, sorted by name, and
-/// whether there are more.
-///
-/// Names that no grant can cover are skipped by searching for the next name that one can, so the cost
-/// depends on the length of the page and not on the number of accounts. The exception is a pattern whose
-/// fixed end decides, such as `*-prod`: every account is then examined.
-pub(super) fn page(
-    cache: &AccountCache,
-    caller: &Caller,
-    after: Option<&AccountName>,
+/// A page of the accounts that a caller may list, sorted by name.
+pub(super) struct Page {
+    scan: NameScan,
     limit: usize,
-    now: Timestamp,
-) -> (Vec<Arc<AccountSnapshot>>, bool) {
-    let mut found = Vec::new();
-    // The last name that was examined.
-    let mut last = after.cloned();
-    'batches: loop {
-        let done = last.as_ref().map_or("", AccountName::as_str);
-        let Some(next) = caller.first_covered_from(Right::List, done, now) else { break };
-        let from = if next == done { Bound::Excluded(done) } else { Bound::Included(next) };
-        let batch = cache.range_by_name(from, BATCH);
-        if batch.is_empty() {
-            break;
-        }
-        for (name, cached) in batch {
+    found: Vec<Arc<AccountSnapshot>>,
+}
+
+impl Page {
+    /// Returns an empty page of up to `limit` accounts after the name `after`.
+    pub(super) fn new(
+        caller: &Caller,
+        after: Option<&AccountName>,
+        limit: usize,
+        now: Timestamp,
+    ) -> Self {
+        let covered = Arc::new(caller.covered(Right::List, now));
+        let scan = NameScan::new([covered.clone(), covered], after.cloned());
+        Self { scan, limit, found: vec![] }
+    }
+
+    /// Returns whether the page has all of its accounts.
+    pub(super) fn is_complete(&self) -> bool {
+        self.scan.is_done() || self.found.len() > self.limit
+    }
+
+    /// Returns how many accounts were looked at.
+    pub(super) fn examined(&self) -> usize {
+        self.scan.examined()
+    }
+
+    /// Looks at some further accounts.
+    pub(super) fn read_chunk(&mut self, cache: &AccountCache) {
+        for (name, cached) in self.scan.next_chunk(cache) {
             let snapshot = cached.snapshot();
-            let permitted = caller.permits(Right::List, &name, now);
             // An account that is being renamed at this moment is listed under its new name only.
-            if permitted && snapshot.account.name == name {
-                if found.len() == limit {
-                    return (found, true);
-                }
-                found.push(snapshot);
-            }
-            let next_name_may_be_covered =
-                caller.first_covered_from(Right::List, name.as_str(), now) == Some(name.as_str());
-            last = Some(name);
-            if !next_name_may_be_covered {
-                continue 'batches;
+            if snapshot.account.name == name {
+                self.found.push(snapshot);
             }
         }
     }
-    (found, false)
+
+    /// Returns the accounts of the page, and whether there are more.
+    pub(super) fn finish(mut self) -> (Vec<Arc<AccountSnapshot>>, bool) {
+        let more = self.found.len() > self.limit;
+        self.found.truncate(self.limit);
+        (self.found, more)
+    }
 }
 
 #[cfg(test)]
@@ -189,7 +190,11 @@ mod tests {
             let now = DateTime::UNIX_EPOCH + TimeDelta::seconds(1);
             let mut after: Option<AccountName> = after.map(|name| name.parse().unwrap());
             loop {
-                let (found, more) = page(&cache, &caller, after.as_ref(), limit, now);
+                let mut page = Page::new(&caller, after.as_ref(), limit, now);
+                while !page.is_complete() {
+                    page.read_chunk(&cache);
+                }
+                let (found, more) = page.finish();
                 let found: Vec<_> = found.iter().map(|snapshot| snapshot.account.name.clone()).collect();
                 let expected = scan(&cache, &caller, after.as_ref(), limit, now);
                 prop_assert_eq!((found.clone(), more), expected);

@@ -52,7 +52,7 @@ impl Harness {
             journal,
             callers: Arc::new(callers),
             trust_domain: None,
-            rates: CallerRates::new(1_000),
+            rates: CallerRates::new(1_000).into(),
             default_deadline: Duration::from_mins(1),
             max_deadline: Duration::from_mins(1),
             database_clock: Arc::new(DatabaseClock::new(clock.clone())),
