@@ -315,6 +315,26 @@ async fn lines_of_an_export_that_are_no_lines_are_reported_with_their_numbers() 
     assert!(finding["says"].as_str().unwrap().contains("line 2: 104857601 bytes"), "{finding}");
 }
 
+/// Files that are no segments, and segments without their header, are reported; the others are read.
+#[tokio::test]
+async fn segments_of_a_journal_that_cannot_be_read_are_reported_and_the_others_are_verified() {
+    let log = Log::new().await;
+    let journal = log.setup.directory.path().join("state/journal");
+    let regular: Vec<_> = fs::read_dir(&journal).unwrap().map(|it| it.unwrap().path()).collect();
+    let segment = regular.iter().find(|it| it.extension().is_some_and(|it| it == "jsonl")).unwrap();
+    // A name that sorts before the regular segment, in the same form.
+    let first =
+        segment.file_name().unwrap().to_str().unwrap().replacen("c00000001", "c00000000", 1);
+    assert!(first.starts_with("c00000000-"), "{first}");
+    for content in [&b"\xff\xfe\n"[..], b"", b"{}\n", &[b'x'; 100_000]] {
+        fs::write(journal.join(&first), content).unwrap();
+        let state = log.setup.directory.path().join("state");
+        let report = log.verify(&["--journal", state.to_str().unwrap()]).await;
+        let says = report["findings"][0]["says"].as_str().unwrap().to_owned();
+        assert!(says.contains(&first), "{report:#}");
+    }
+}
+
 /// The row of a chain that is to be delivered is altered: that chain is reported, the others are delivered.
 #[tokio::test]
 async fn a_chain_whose_row_is_malformed_does_not_keep_others_from_being_delivered() {
