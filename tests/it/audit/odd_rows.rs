@@ -10,7 +10,7 @@ use tokio::{io::AsyncWriteExt, process::Command};
 
 use crate::harness::{
     broker::{Fixture, TestClient},
-    eventually,
+    eventually, note_skipped,
     process::{BrokerSetup, CommandOutput, run},
     rng::TestRng,
 };
@@ -294,7 +294,7 @@ async fn lines_of_an_export_that_are_no_lines_are_reported_with_their_numbers() 
             let text = String::from_utf8(output.stdout).unwrap();
             assert_eq!(text.matches("cannot be read").count(), odd.len() - 1, "{text}");
         }
-        Err(error) => eprintln!("skipped: python3: {error}"),
+        Err(error) => note_skipped(&format!("python3: {error}")),
     }
 
     // A line that is longer than memory should hold.
