@@ -180,7 +180,7 @@ async fn generated_rows_stop_no_reader_of_the_log() {
     let log = Log::new().await;
     let rng = RefCell::new(TestRng::for_test("generated_rows_stop_no_reader"));
     let below = |bound: usize| usize::try_from(rng.borrow_mut().below(bound as u64)).unwrap();
-    let mut inserts = "select audit_ensure_partition('2026-01-01');".to_owned();
+    let mut inserts = vec!["select audit_ensure_partition('2026-01-01');".to_owned()];
     let mut odd = 0;
     for nth in 0..ROWS {
         let pick = |options: &[&str]| options[below(options.len())].to_owned();
@@ -193,7 +193,7 @@ async fn generated_rows_stop_no_reader_of_the_log() {
         let detail = if nth % 3 == 0 { READABLE_DETAILS[below(3)] } else { below(DETAILS.len()) };
         let hash = if nth % 3 == 1 { below(HASHES.len()) } else { 0 };
         odd += usize::from(hash != 0 || !READABLE_DETAILS.contains(&detail));
-        inserts += &format!(
+        inserts.push(format!(
             "insert into audit_events
                  (instance, chain, seq, at, event, outcome, count, detail, prev_hash, hash, caller, peer,
                   reason, generation, latency_us)
@@ -201,10 +201,10 @@ async fn generated_rows_stop_no_reader_of_the_log() {
                  {}, {}, {}, {}, sha256('x'), {}, {}, {}, {}, {}, {});",
             pick(TEXTS), pick(TEXTS), number(), pick(TEXTS), pick(TEXTS), number(), DETAILS[detail],
             HASHES[hash], pick(TEXTS), pick(TEXTS), pick(TEXTS), number(), number(),
-        );
+        ));
     }
     for number in NUMBERS.iter().filter(|number| **number != i64::MIN) {
-        inserts += &format!(
+        inserts.push(format!(
             "insert into audit_heads (chain, seq, hash, at, key_id, signature)
                  values ('odd-head', {number}, sha256('x'), now(), 'k', '\\x00');
              insert into audit_pruning_receipts
@@ -213,9 +213,9 @@ async fn generated_rows_stop_no_reader_of_the_log() {
              insert into audit_chains
                  (chain, instance, started_at, linked_chain, linked_hash, delivered_seq, delivered_hash)
                  values ('odd-chain' || {number}, 'i', now(), 'odd-chain' || {number}, sha256('x'), {number}, sha256('x'));"
-        );
+        ));
     }
-    as_runtime(log.pool(), &inserts).await;
+    as_runtime(log.pool(), &inserts.concat()).await;
 
     log.verify(&[]).await;
     log.who().await;
