@@ -312,7 +312,7 @@ mod tests {
         for n in 0..100 {
             writer.line(format!("{n}\n").as_bytes());
         }
-        let expected: String = (0..100).map(|n| format!("{n}\n")).collect();
+        let expected: String = (0..100).map(|n: u8| n.to_string() + "\n").collect();
         assert_eq!(rest(&writer, results, &written), expected);
         assert_eq!(writer.dropped(), 0);
     }

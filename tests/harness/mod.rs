@@ -50,3 +50,9 @@ pub(crate) async fn eventually<T>(what: &str, mut probe: impl AsyncFnMut() -> Op
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
+
+/// Says that a part of a test is skipped, and why.
+#[expect(clippy::print_stderr, reason = "what is not tested must be seen")]
+pub(crate) fn note_skipped(why: &str) {
+    eprintln!("skipped: {why}");
+}

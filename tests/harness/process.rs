@@ -25,7 +25,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::{TEST_TIMEOUT, eventually, http::try_http};
+use super::{TEST_TIMEOUT, eventually, http::try_http, note_skipped};
 
 /// The URL of a database that does not exist.
 pub(crate) const NO_DATABASE: &str = "postgresql://127.0.0.1:9/nobody?sslmode=disable";
@@ -200,7 +200,7 @@ impl BrokerProcess {
     /// only root can count them; for other users this returns 0.
     pub(crate) fn open_descriptors(&self) -> usize {
         let Ok(descriptors) = fs::read_dir(format!("/proc/{}/fd", self.pid)) else {
-            eprintln!("skipped: only root can count the file descriptors of the program");
+            note_skipped("only root can count the file descriptors of the program");
             return 0;
         };
         descriptors.count()

@@ -260,6 +260,25 @@ async fn certificates_are_replaced_under_load_without_a_failed_call() {
     broker.stop().await;
 }
 
+/// The CAs that clients trust, and the certificate that they present.
+type Present = Mutex<([Arc<TestCa>; 2], PemIdentity)>;
+
+/// Connects with what is present. Returns the connection and the client's certificate.
+async fn connect_as_present(port: u16, present: &Present) -> (Channel, String) {
+    loop {
+        let (trusted, own) = present.lock().clone();
+        let both = [&*trusted[0], &*trusted[1]];
+        match connect_tls_trusting(port, &both, Some(&own)).await {
+            Ok(connected) => return (connected, own.cert),
+            // The CAs were replaced between the reading of `present` and the handshake.
+            Err(error) => {
+                let now = &present.lock().0;
+                assert!(!Arc::ptr_eq(&now[1], &trusted[1]), "{error:?}");
+            }
+        }
+    }
+}
+
 /// Certificates, grants and bearers are rotated the recommended way: the new one is accepted before the old
 /// one ends. A client that takes its new certificate before the old one's CA is removed loses no call, neither
 /// on a lasting connection nor on new ones.
@@ -297,21 +316,8 @@ async fn certificates_grants_and_bearers_are_rotated_under_load_and_no_call_is_l
             while !stop.is_cancelled() {
                 let is_replaced = present.lock().1.cert != certificate;
                 if reconnects || is_replaced {
-                    channel = Some(loop {
-                        let (trusted, own) = present.lock().clone();
-                        let both = [&*trusted[0], &*trusted[1]];
-                        match connect_tls_trusting(port, &both, Some(&own)).await {
-                            Ok(connected) => {
-                                certificate = own.cert;
-                                break connected;
-                            }
-                            // The CAs were replaced between the reading of `present` and the handshake.
-                            Err(error) => {
-                                let now = &present.lock().0;
-                                assert!(!Arc::ptr_eq(&now[1], &trusted[1]), "{error:?}");
-                            }
-                        }
-                    });
+                    let connected = connect_as_present(port, &present).await;
+                    (channel, certificate) = (Some(connected.0), connected.1);
                 }
                 get(channel.clone().unwrap(), None).await.expect("a call");
                 used.lock().clone_from(&certificate);

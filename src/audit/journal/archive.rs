@@ -20,6 +20,7 @@ use crate::{
 pub struct Archive {
     segments: Arc<SegmentStore>,
     torn: Option<TornTail>,
+    damaged: Vec<JournalError>,
 }
 
 impl Archive {
@@ -28,8 +29,8 @@ impl Archive {
     /// I/O.
     ///
     /// # Errors
-    /// [`JournalError::Damaged`] when a durable record is not what was written;
-    /// [`JournalError::Io`] when a file cannot be read.
+    /// [`JournalError::Io`] when the directory cannot be read. Segments whose headers cannot be read are left
+    /// out, see [`Archive::damaged`]; other damage is an error of its reader.
     pub fn open(path: &Path, state_dir: Option<StateDir>) -> Result<Self, JournalError> {
         Self::open_on(Arc::new(Directory::existing(&StateDir::journal_below(path))), state_dir)
     }
@@ -40,13 +41,20 @@ impl Archive {
     ) -> Result<Self, JournalError> {
         let recovered = recover(&*storage, TornTailAction::Leave)?;
         let segments = SegmentStore::new(storage, recovered.catalog, state_dir);
-        Ok(Self { segments, torn: recovered.torn })
+        Ok(Self { segments, torn: recovered.torn, damaged: recovered.damaged })
     }
 
     /// Returns the chains that have segments here, in the order of starts.
     #[must_use]
     pub fn chains(&self) -> Vec<LocalChain> {
         self.segments.catalog().chains()
+    }
+
+    /// Returns the faults of the segments that are left out because their headers cannot be read. Their
+    /// records appear as missing.
+    #[must_use]
+    pub fn damaged(&self) -> &[JournalError] {
+        &self.damaged
     }
 
     /// Returns the torn tail of the last segment, if there is one.

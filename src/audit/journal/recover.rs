@@ -26,6 +26,9 @@ pub(super) const POSITIONS_FILE: &str = "delivered.json";
 /// Longest header line, in bytes.
 const MAX_HEADER_BYTES: usize = 4_096;
 
+/// The end of a damaged segment: no record has this number, so that its reader comes to the damage.
+const UNKNOWN_END: ChainHead = ChainHead { seq: i64::MAX - 1, hash: Digest::ZERO };
+
 /// The state from which a start continues.
 pub(super) struct Recovered {
     pub(super) catalog: Catalog,
@@ -35,6 +38,8 @@ pub(super) struct Recovered {
     pub(super) last: Option<(Arc<ChainLink>, ChainHead)>,
     /// The torn tail, if [`TornTailAction::Leave`] left it in its segment.
     pub(super) torn: Option<TornTail>,
+    /// The segments that are left out because their headers cannot be read, with [`TornTailAction::Leave`].
+    pub(super) damaged: Vec<JournalError>,
 }
 
 /// The end of a journal's last segment, if it does not follow the records before it.
@@ -58,8 +63,27 @@ pub struct TornTail {
 pub(super) enum TornTailAction {
     /// Move it to a `.torn` file and truncate the segment.
     SetAside,
-    /// Leave it where it is and ignore it.
+    /// Leave it where it is and ignore it. The journal is only read, and what can be read is wanted: segments
+    /// without a header are left out, and damaged ones are kept up to the damage.
     Leave,
+}
+
+impl TornTailAction {
+    /// Returns the error of a segment, or adds it to `damaged` if such a segment is left out.
+    fn leave_out<T>(
+        self,
+        read: Result<T, JournalError>,
+        damaged: &mut Vec<JournalError>,
+    ) -> Result<Option<T>, JournalError> {
+        match (read, self) {
+            (Ok(read), _) => Ok(Some(read)),
+            (Err(error), Self::SetAside) => Err(error),
+            (Err(error), Self::Leave) => {
+                damaged.push(error);
+                Ok(None)
+            }
+        }
+    }
 }
 
 /// Reads the journal in `storage` up to a torn tail. Blocks on I/O.
@@ -70,18 +94,25 @@ pub(super) fn recover(
     let files = sorted_segments(storage)?;
     let number = |file: &FileInfo| start_number(parse_name(&file.name)?.0);
     let start = files.iter().filter_map(number).max().map_or(1, |last| last.saturating_add(1));
-    let headers = read_headers(storage, files, action)?;
+    let mut damaged = Vec::new();
+    let headers = read_headers(storage, files, action, &mut damaged)?;
     let mut links = LinkInterner::default();
     let mut segments = Vec::with_capacity(headers.len());
     let (mut last, mut torn) = (None, None);
     for (index, (header, file)) in headers.iter().enumerate() {
         let link = links.of(header);
-        let (head, len) = match headers.get(index + 1) {
+        let end = match headers.get(index + 1) {
             Some((next, _)) => match end_by_successor(header, next) {
-                Some(head) => (head, file.len),
-                None => check_records(storage, header, file, None, &mut torn)?,
+                Some(head) => Ok((head, file.len)),
+                None => check_records(storage, header, file, None, &mut torn),
             },
-            None => check_records(storage, header, file, Some(action), &mut torn)?,
+            None => check_records(storage, header, file, Some(action), &mut torn),
+        };
+        let (head, len) = match (end, action) {
+            (Ok(end), _) => end,
+            (Err(error), TornTailAction::SetAside) => return Err(error),
+            // The reader gets as far as the damage, and reports it.
+            (Err(_), TornTailAction::Leave) => (UNKNOWN_END, file.len),
         };
         segments.push(Segment {
             name: file.name.clone(),
@@ -94,7 +125,7 @@ pub(super) fn recover(
         last = Some((link, head));
     }
     let catalog = Catalog::new(segments, read_delivered(storage));
-    Ok(Recovered { catalog, start, last, torn })
+    Ok(Recovered { catalog, start, last, torn, damaged })
 }
 
 /// Shares one [`ChainLink`] among all segments of a chain.
@@ -126,15 +157,21 @@ fn read_headers(
     storage: &dyn JournalStorage,
     files: Vec<FileInfo>,
     action: TornTailAction,
+    damaged: &mut Vec<JournalError>,
 ) -> Result<Vec<(Header, FileInfo)>, JournalError> {
     let mut headers = Vec::with_capacity(files.len());
     let last = files.len().saturating_sub(1);
     for (index, file) in files.into_iter().enumerate() {
-        match read_header(storage, &file.name)? {
-            Ok(header) => headers.push((header, file)),
-            Err(why) if index == last => discard_headerless(storage, &file, &why, action)?,
-            Err(why) => return Err(JournalError::damaged(&file.name, 1, why)),
-        }
+        let header = match read_header(storage, &file.name) {
+            Ok(Ok(header)) => Ok(Some(header)),
+            Ok(Err(why)) if index == last => {
+                discard_headerless(storage, &file, &why, action).map(|()| None)
+            }
+            Ok(Err(why)) => Err(JournalError::damaged(&file.name, 1, why)),
+            Err(error) => Err(error),
+        };
+        let header = action.leave_out(header, damaged)?.flatten();
+        headers.extend(header.map(|header| (header, file)));
     }
     Ok(headers)
 }

@@ -8,7 +8,7 @@ use clap::Args;
 use tokio::task;
 
 use crate::{
-    audit::journal::{Archive, TornTail},
+    audit::journal::{Archive, TornTail, with_causes},
     cli::{
         global::{APPLICATION_NAME, GlobalArgs},
         output::{self, Table},
@@ -57,6 +57,10 @@ pub(super) async fn ship(global: &GlobalArgs, args: ShipArgs) -> anyhow::Result<
         table.row([chain.chain.clone(), from.to_string(), to.to_string()]);
     }
     table.print("the journal is empty")?;
+    for fault in archive.damaged() {
+        complete = false;
+        output::note(format_args!("{}: it was not delivered", with_causes(fault)));
+    }
     output::note(format_args!("{delivered} records were delivered"));
     if let Some(torn) = archive.torn().filter(|torn| torn.records > 0) {
         let TornTail { file, line, records, .. } = torn;

@@ -247,6 +247,12 @@ impl Evidence {
     ) -> anyhow::Result<VerificationReport> {
         let mut verifier = self.verifier(Extent::Retained);
         let archive = Archive::open(directory, None)?;
+        for fault in archive.damaged() {
+            match on_damage {
+                OnDamage::Stop => bail!("{}", with_causes(fault)),
+                OnDamage::Report => verifier.add_unreadable_line(with_causes(fault)),
+            }
+        }
         // A tail without a complete record is ignored: a running broker may be writing it.
         if let Some(torn) = archive.torn().filter(|torn| torn.records > 0) {
             let TornTail { chain, last_seq, file, line, records } = torn;

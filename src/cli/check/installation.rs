@@ -58,13 +58,13 @@ pub(super) fn tls(settings: &Settings) -> CheckResult {
     let end = Timestamp::from_timestamp_secs(tls.not_after()).unwrap_or_default();
     let mut text = format!("TLS; the certificate ends at {}", LocalTime(end));
     let lists = tls.revocation_lists();
-    for list in &lists {
-        text += &revocation_list_text(list, now);
-    }
+    text.extend(lists.iter().map(|list| revocation_list_text(list, now)));
     let without_list = tls.cas_without_revocation_list();
-    for ca in &without_list {
-        text += &format!("; no certificate of {ca} can be revoked: there is no list of it");
-    }
+    text.extend(
+        without_list
+            .iter()
+            .map(|ca| format!("; no certificate of {ca} can be revoked: there is no list of it")),
+    );
     if end <= now {
         CheckResult::failure(SUBJECT, text)
     } else if !without_list.is_empty() || lists.iter().any(|list| list.is_out_of_date(now)) {

@@ -10,7 +10,7 @@ use tokio::{io::AsyncWriteExt, process::Command};
 
 use crate::harness::{
     broker::{Fixture, TestClient},
-    eventually,
+    eventually, note_skipped,
     process::{BrokerSetup, CommandOutput, run},
     rng::TestRng,
 };
@@ -180,7 +180,7 @@ async fn generated_rows_stop_no_reader_of_the_log() {
     let log = Log::new().await;
     let rng = RefCell::new(TestRng::for_test("generated_rows_stop_no_reader"));
     let below = |bound: usize| usize::try_from(rng.borrow_mut().below(bound as u64)).unwrap();
-    let mut inserts = "select audit_ensure_partition('2026-01-01');".to_owned();
+    let mut inserts = vec!["select audit_ensure_partition('2026-01-01');".to_owned()];
     let mut odd = 0;
     for nth in 0..ROWS {
         let pick = |options: &[&str]| options[below(options.len())].to_owned();
@@ -193,7 +193,7 @@ async fn generated_rows_stop_no_reader_of_the_log() {
         let detail = if nth % 3 == 0 { READABLE_DETAILS[below(3)] } else { below(DETAILS.len()) };
         let hash = if nth % 3 == 1 { below(HASHES.len()) } else { 0 };
         odd += usize::from(hash != 0 || !READABLE_DETAILS.contains(&detail));
-        inserts += &format!(
+        inserts.push(format!(
             "insert into audit_events
                  (instance, chain, seq, at, event, outcome, count, detail, prev_hash, hash, caller, peer,
                   reason, generation, latency_us)
@@ -201,10 +201,10 @@ async fn generated_rows_stop_no_reader_of_the_log() {
                  {}, {}, {}, {}, sha256('x'), {}, {}, {}, {}, {}, {});",
             pick(TEXTS), pick(TEXTS), number(), pick(TEXTS), pick(TEXTS), number(), DETAILS[detail],
             HASHES[hash], pick(TEXTS), pick(TEXTS), pick(TEXTS), number(), number(),
-        );
+        ));
     }
     for number in NUMBERS.iter().filter(|number| **number != i64::MIN) {
-        inserts += &format!(
+        inserts.push(format!(
             "insert into audit_heads (chain, seq, hash, at, key_id, signature)
                  values ('odd-head', {number}, sha256('x'), now(), 'k', '\\x00');
              insert into audit_pruning_receipts
@@ -213,9 +213,9 @@ async fn generated_rows_stop_no_reader_of_the_log() {
              insert into audit_chains
                  (chain, instance, started_at, linked_chain, linked_hash, delivered_seq, delivered_hash)
                  values ('odd-chain' || {number}, 'i', now(), 'odd-chain' || {number}, sha256('x'), {number}, sha256('x'));"
-        );
+        ));
     }
-    as_runtime(log.pool(), &inserts).await;
+    as_runtime(log.pool(), &inserts.concat()).await;
 
     log.verify(&[]).await;
     log.who().await;
@@ -294,7 +294,7 @@ async fn lines_of_an_export_that_are_no_lines_are_reported_with_their_numbers() 
             let text = String::from_utf8(output.stdout).unwrap();
             assert_eq!(text.matches("cannot be read").count(), odd.len() - 1, "{text}");
         }
-        Err(error) => eprintln!("skipped: python3: {error}"),
+        Err(error) => note_skipped(&format!("python3: {error}")),
     }
 
     // A line that is longer than memory should hold.
@@ -313,6 +313,26 @@ async fn lines_of_an_export_that_are_no_lines_are_reported_with_their_numbers() 
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     let [finding] = report["findings"].as_array().unwrap().as_slice() else { panic!("{report:#}") };
     assert!(finding["says"].as_str().unwrap().contains("line 2: 104857601 bytes"), "{finding}");
+}
+
+/// Files that are no segments, and segments without their header, are reported; the others are read.
+#[tokio::test]
+async fn segments_of_a_journal_that_cannot_be_read_are_reported_and_the_others_are_verified() {
+    let log = Log::new().await;
+    let journal = log.setup.directory.path().join("state/journal");
+    let regular: Vec<_> = fs::read_dir(&journal).unwrap().map(|it| it.unwrap().path()).collect();
+    let segment = regular.iter().find(|it| it.extension().is_some_and(|it| it == "jsonl")).unwrap();
+    // A name that sorts before the regular segment, in the same form.
+    let first =
+        segment.file_name().unwrap().to_str().unwrap().replacen("c00000001", "c00000000", 1);
+    assert!(first.starts_with("c00000000-"), "{first}");
+    for content in [&b"\xff\xfe\n"[..], b"", b"{}\n", &[b'x'; 100_000]] {
+        fs::write(journal.join(&first), content).unwrap();
+        let state = log.setup.directory.path().join("state");
+        let report = log.verify(&["--journal", state.to_str().unwrap()]).await;
+        let says = report["findings"][0]["says"].as_str().unwrap().to_owned();
+        assert!(says.contains(&first), "{report:#}");
+    }
 }
 
 /// The row of a chain that is to be delivered is altered: that chain is reported, the others are delivered.

@@ -1,19 +1,23 @@
 //! The command `dev`: the lines that it prints work, and it leaves nothing behind.
 
-use std::{fs, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{fs, net::SocketAddr, path::PathBuf, process::Stdio, time::Duration};
 
-use nix::sys::signal::Signal;
+use nix::{
+    sys::signal::{Signal, killpg},
+    unistd::Pid,
+};
 use serde_json::Value;
 use tempfile::TempDir;
-use tokio::time::sleep;
+use tokio::{process::Command, time::sleep};
 use tokio_stream::once;
 use tonic::transport::Endpoint;
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
+use super::unread_log::full_pipe;
 use crate::harness::{
-    eventually,
+    TEST_TIMEOUT, eventually,
     http::http,
     process::{BrokerProcess, processes_using, program, sh, shared_directory},
 };
@@ -36,13 +40,18 @@ impl Sandbox {
 
     /// Starts `dev` and returns at once.
     fn start(&self, arguments: &[&str]) -> BrokerProcess {
+        BrokerProcess::start(self.command(arguments))
+    }
+
+    /// Returns the command that starts `dev`.
+    fn command(&self, arguments: &[&str]) -> Command {
         let mut command = program(&["dev"]);
         command
             .args(arguments)
             .env("TMPDIR", self.directory("temporary"))
             .env("XDG_STATE_HOME", self.directory("state"))
             .current_dir(self.directory("working"));
-        BrokerProcess::start(command)
+        command
     }
 
     /// Starts `dev` and waits until it has printed its welcome text.
@@ -285,4 +294,25 @@ async fn dev_with_a_state_directory_continues_where_it_stopped() {
     let dev = sandbox.dev(&arguments).await;
     assert_eq!(generations(&dev).await, before);
     dev.ctrl_c().await;
+}
+
+#[tokio::test]
+async fn ctrl_c_ends_dev_although_nobody_reads_what_it_prints() {
+    let sandbox = Sandbox::new();
+    let ((_out, stdout), (_err, stderr)) = (full_pipe(), full_pipe());
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let mut command = sandbox.command(&["--listen", &free.to_string()]);
+    command.stdin(Stdio::null()).stdout(stdout).stderr(stderr).process_group(0).kill_on_drop(true);
+    let mut dev = command.spawn().unwrap();
+    drop(command);
+    let channel = Endpoint::from_shared(format!("http://{free}")).unwrap().connect_lazy();
+    eventually("dev", async || {
+        let answer = HealthClient::new(channel.clone()).check(HealthCheckRequest::default()).await;
+        (answer.ok()?.get_ref().status() == ServingStatus::Serving).then_some(())
+    })
+    .await;
+    killpg(Pid::from_raw(dev.id().unwrap().try_into().unwrap()), Signal::SIGINT).unwrap();
+    let status = tokio::time::timeout(TEST_TIMEOUT, dev.wait()).await.expect("it ends").unwrap();
+    assert_eq!(status.code(), Some(0));
+    eventually("nothing to be left", async || sandbox.contents().is_empty().then_some(())).await;
 }

@@ -8,9 +8,12 @@ use std::{
 
 use crate::harness::{
     broker::Fixture,
-    eventually,
+    eventually, note_skipped,
     process::{BrokerSetup, program, sh},
 };
+
+/// A user without rights.
+const NOBODY: u32 = 65_534;
 
 async fn setup() -> (Fixture, BrokerSetup) {
     let fixture = Fixture::new().await;
@@ -84,10 +87,9 @@ async fn a_secret_that_is_redirected_to_a_file_which_others_may_read_causes_a_wa
 #[tokio::test]
 async fn the_program_leaves_no_core_file_and_other_processes_cannot_read_its_memory() {
     if !fs::exists("/proc/self/limits").unwrap() {
-        eprintln!("skipped: this system has no /proc");
+        note_skipped("this system has no /proc");
         return;
     }
-    const NOBODY: u32 = 65_534;
     let is_root = sh("id -u").await.ok() == "0";
     let mut command = program(&["simulate", "--listen", "127.0.0.1:0"]);
     if is_root {
@@ -97,7 +99,7 @@ async fn the_program_leaves_no_core_file_and_other_processes_cannot_read_its_mem
     let child = match spawned {
         Ok(child) => child,
         Err(error) => {
-            eprintln!("skipped: the program cannot be run by another user: {error}");
+            note_skipped(&format!("the program cannot be run by another user: {error}"));
             return;
         }
     };

@@ -22,8 +22,8 @@ use crate::harness::{
 /// How many bytes a pipe holds, unless it was set otherwise.
 const PIPE_BYTES: usize = 64 << 10;
 
-/// Returns a pipe that is full and not read, for the standard error of a process.
-fn full_pipe() -> (PipeReader, io::PipeWriter) {
+/// Returns a pipe that is full and not read, for the output of a process.
+pub(super) fn full_pipe() -> (PipeReader, io::PipeWriter) {
     let (reader, writer) = io::pipe().unwrap();
     let mut filler = writer.try_clone().unwrap();
     // If the pipe holds less, this thread waits for the reader like everybody else.

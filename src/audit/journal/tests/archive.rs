@@ -6,13 +6,13 @@ fn names(disk: &FaultyStorage) -> Vec<(String, String)> {
     disk.texts("")
 }
 
-fn read_archive(disk: &FaultyStorage) -> Result<Vec<StoredEvent>, JournalError> {
-    let archive = Archive::open_on(Arc::new(disk.clone()), None)?;
+fn read_archive(disk: &FaultyStorage) -> Result<Vec<StoredEvent>, ReadError> {
+    let archive = Archive::open_on(Arc::new(disk.clone()), None).unwrap();
     let mut events = Vec::new();
     for chain in archive.chains() {
         let mut reader = archive.reader(Arc::clone(&chain.link), chain.before);
         loop {
-            let more = reader.read().unwrap();
+            let more = reader.read()?;
             if more.is_empty() {
                 break;
             }
@@ -65,7 +65,15 @@ async fn an_archive_skips_a_segment_without_a_header_and_reports_damage() {
     let edited = text.replace("acme-1", "acme-X").into_bytes();
     damaged.state().files.get_mut(&name).unwrap().bytes = edited;
     let damage = read_archive(&damaged).unwrap_err();
-    assert!(matches!(damage, JournalError::Damaged { line: 3, .. }), "{damage}");
+    assert!(matches!(damage, ReadError::Damaged { line: 3, .. }), "{damage}");
+
+    // A segment whose header is damaged is left out, and the others are read.
+    let left_out = disk.after_power_loss(0);
+    let earlier = name.replacen("c00000001-", "c00000000-", 1);
+    left_out.state().files.entry(earlier.clone()).or_default().bytes = b"no header\n".into();
+    assert_eq!(read_archive(&left_out).unwrap().len(), 3);
+    let archive = Archive::open_on(Arc::new(left_out.clone()), None).unwrap();
+    assert!(archive.damaged()[0].to_string().contains(&earlier));
 }
 
 #[tokio::test]
