@@ -4,7 +4,7 @@
 //! A replica that loses the database may issue without it only if no other replica can issue or serve. So each
 //! one announces itself before it serves, and waits until every replica that is alive knows of it. A replica
 //! knows of all others that serve, since it stores whom it knows in its next heartbeat: the acknowledgement is
-//! visible only after the knowledge. `ARCHITECTURE.md` has the whole protocol, and [`standing`] the rules.
+//! visible only after the knowledge. `ARCHITECTURE.md` has the whole protocol.
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 

@@ -314,6 +314,13 @@ mod tests {
     }
 
     #[test]
+    fn nothing_is_served_that_a_replica_may_have_ended_which_does_not_know_of_this_one() {
+        let unacknowledged =
+            |second| decided_with(Connectivity::Unacknowledged, &snapshot(), any_token(), second);
+        assert_eq!((unacknowledged(100), unacknowledged(1_000)), ("database", "database"));
+    }
+
+    #[test]
     fn a_call_waits_for_a_min_ttl_up_to_what_a_refresh_can_give() {
         let hour = TokenRequest { min_ttl: Duration::from_hours(1), ..any_token() };
         assert_eq!(decided(&snapshot(), hour, 100), "serve");
@@ -363,6 +370,7 @@ mod tests {
             failed in proptest::option::of(0_usize..6), next in 0_i64..4_000,
             connectivity in proptest::sample::select(vec![
                 Connectivity::Connected, Connectivity::SoleReplica, Connectivity::Partitioned,
+                Connectivity::Unacknowledged,
             ]),
         ) {
             let snapshot = failed.map_or_else(snapshot, |class| {
@@ -375,6 +383,7 @@ mod tests {
             if let Decision::Serve(token) = decide(&snapshot, &request, &POLICY, connectivity, at(second)) {
                 prop_assert!(token.expires_at > at(second));
                 prop_assert!(token.generation > request.newer_than);
+                prop_assert_ne!(connectivity, Connectivity::Unacknowledged);
             }
         }
 
