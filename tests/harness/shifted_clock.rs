@@ -25,6 +25,7 @@ pub(crate) struct ShiftedClock {
 
 impl ShiftedClock {
     /// Builds the library; returns `None`, and says so, if there is no C compiler.
+    #[expect(clippy::print_stderr, reason = "a test that is skipped must say so")]
     pub(crate) fn build() -> Option<Self> {
         // Postgres runs as another user, who must be able to read the library.
         let directory = shared_directory();

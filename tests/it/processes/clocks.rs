@@ -6,13 +6,15 @@
 
 use std::{
     collections::BTreeMap,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
+use chrono::DateTime;
 use token_broker::{
     api::proto::GetTokenResponse,
     crypto::bearer::Bearer,
     dev::simulator::{Answer, Faults, Simulator, SimulatorOptions},
+    domain::clock::Timestamp,
 };
 use tonic::Status;
 
@@ -36,14 +38,10 @@ fn faults() -> Faults {
     Faults { token_life: LIFE, new_token_ends_older: false, ..Faults::default() }
 }
 
-fn since_1970(at: prost_types::Timestamp) -> Duration {
-    Duration::new(at.seconds.try_into().unwrap(), at.nanos.try_into().unwrap())
-}
-
 /// What a caller was told about the end of a token.
 struct Told {
     ends: Instant,
-    ends_at: SystemTime,
+    ends_at: Timestamp,
     ended: bool,
 }
 
@@ -66,8 +64,9 @@ impl Checker<'_> {
         let reuse: Duration = answer.reuse_for.unwrap().try_into().unwrap();
         assert!(left <= LIFE, "it lives {left:?}");
         assert!(!reuse.is_zero() && reuse <= left, "{reuse:?} of {left:?}");
-        let (ends, stated) = (Instant::now() + left, since_1970(answer.expires_at.unwrap()));
-        let ends_at = SystemTime::UNIX_EPOCH + stated;
+        let (ends, stated) = (Instant::now() + left, answer.expires_at.unwrap());
+        let ends_at =
+            DateTime::from_timestamp(stated.seconds, stated.nanos.unsigned_abs()).unwrap();
         let told = self.tokens.entry(answer.access_token.clone());
         let told = told.or_insert(Told { ends, ends_at, ended: false });
         assert!(!told.ended, "a token was served after its end");
@@ -81,7 +80,7 @@ impl Checker<'_> {
             if !told.ended && !self.upstream.is_live(token) {
                 told.ended = true;
                 assert!(told.ends <= Instant::now() + INEXACT, "expires_in was too long");
-                assert!(told.ends_at <= SystemTime::now() + INEXACT, "expires_at was too late");
+                assert!(told.ends_at <= self.upstream.now() + INEXACT, "expires_at was too late");
             }
         }
     }
