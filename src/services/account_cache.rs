@@ -3,7 +3,7 @@
 //!
 //! Looking up an account by its name or id takes no lock. Lists and loads take a common one.
 
-mod scan;
+pub mod scan;
 mod snapshot;
 
 use std::{
@@ -17,7 +17,6 @@ use std::{
 use arc_swap::ArcSwap;
 use papaya::HashMap;
 use parking_lot::{RwLock, RwLockWriteGuard};
-pub use scan::NameScan;
 pub use snapshot::AccountSnapshot;
 use tokio::sync::{broadcast, watch};
 

@@ -37,7 +37,7 @@ use crate::{
         token::{Generation, Token},
     },
     services::{
-        account_cache::{CachedAccount, NameScan},
+        account_cache::{CachedAccount, scan::NameScan},
         caller_rates::Budget,
         token_provider::{CallRefusal, TokenProvider},
     },

@@ -11,7 +11,7 @@ use crate::{
         refresh_state::AccountState,
         token::Generation,
     },
-    services::account_cache::{AccountCache, AccountSnapshot, NameScan},
+    services::account_cache::{AccountCache, AccountSnapshot, scan::NameScan},
 };
 
 /// An account as `ListAccounts` shows it.
