@@ -4,7 +4,7 @@ use sqlx::{PgExecutor, PgPool};
 use tracing::instrument;
 
 use super::{
-    StoreError,
+    StoreError, begin,
     lenient::{Lenient, LenientTime, Readable, UnusableRow},
 };
 use crate::domain::{
@@ -73,6 +73,7 @@ struct Row {
     interval_exceptions: Option<i32>,
     interval_exceptions_since: Option<LenientTime>,
     answered_reissue: Option<LenientTime>,
+    refused_version: Option<i64>,
     sealed_token: Option<Vec<u8>>,
     generation: Option<i64>,
     token_version: Option<i64>,
@@ -132,7 +133,8 @@ pub async fn load<'e>(
             r.next_attempt_at as "next_attempt_at?: LenientTime",
             r.interval_exceptions as "interval_exceptions?",
             r.interval_exceptions_since as "interval_exceptions_since?: LenientTime",
-            r.answered_reissue as "answered_reissue?: LenientTime", t.sealed_token as "sealed_token?",
+            r.answered_reissue as "answered_reissue?: LenientTime",
+            r.refused_version as "refused_version?", t.sealed_token as "sealed_token?",
             t.generation as "generation?", t.credential_version as "token_version?",
             t.issued_at as "issued_at?: LenientTime", t.expires_at as "expires_at?: LenientTime",
             t.issuer_expires_at as "issuer_expires_at?: LenientTime",

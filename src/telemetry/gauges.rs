@@ -98,6 +98,7 @@ impl Collector for Sources {
     fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
         let gauges = self.read();
         encode_tokens(&mut encoder, &gauges)?;
+        encode_change_feed(&mut encoder, &gauges)?;
         encode_journal(&mut encoder, gauges.journal)?;
         let help = "Lines of the log that were dropped";
         counter(&mut encoder, "log_lines_dropped", help, gauges.log_lines_dropped)

@@ -228,7 +228,6 @@ async fn a_numbered_migration_that_fails_rolls_back_the_earlier_ones() {
 #[tokio::test]
 async fn an_older_release_runs_on_a_newer_schema_and_leaves_it_as_it_is() {
     let database = TestDatabase::new().await;
-    let older = version_of(&database, "account status").await;
     Release::current()
         .with_every_repeatable_changed()
         .with_numbered(1000, "create table added ()")

@@ -289,6 +289,7 @@ async fn a_claim_believes_no_stored_time_that_cannot_be_true() {
     let database = TestDatabase::new().await;
     let holder = LeaseHolder {
         instance: "ours".into(),
+        start: "1".into(),
         replica: 1,
         lease_duration: Duration::from_secs(30),
         policy: RefreshPolicy { refresh_at: 0.75, min_issue_interval: Duration::from_secs(30) },
