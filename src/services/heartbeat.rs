@@ -222,14 +222,13 @@ impl HeartbeatTask {
                     self.announced = Instant::now();
                     return Ok(());
                 }
-                Takeover::Now => {}
                 Takeover::Refused => return Err(IdentityError::InUse(instance)),
                 Takeover::Watch if first.is_none() => info!(
                     instance,
                     "the last process with this identity did not report its end: waiting up to 30 s to see \
                      whether it is alive"
                 ),
-                Takeover::Watch => {}
+                Takeover::Now | Takeover::Watch => {}
             }
             // A row that changed under `try_announce` belongs to another process that has just started.
             first = first.or(now);
