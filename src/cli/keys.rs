@@ -12,11 +12,12 @@ use super::{
     time::LocalTime,
 };
 use crate::{
-    config::{self, Flags, IntakeKeyFlag, KeyringFlag, MigrateFlag},
+    config::{self, Flags, IntakeKeyFlag, KeyringFlag, MigrateFlag, Sources},
     crypto::{KeyKind, Keyring, VerifyingKeys},
     domain::clock::Clock,
     services::trust_monitor::check_published,
     store::{
+        Database,
         admin::{Admin, InstanceSummary},
         intake_keys::{self, PublishedKey},
     },
@@ -140,6 +141,25 @@ async fn publish(
         output::note(format_args!("published the intake key {key}"));
     } else {
         output::note(format_args!("the intake key {key} is published already"));
+    }
+    Ok(())
+}
+
+/// Publishes the intake key of the keyring, for `migrate`: if the settings name a keyring, and no key is published.
+pub(super) async fn publish_first(sources: &Sources, database: &Database) -> anyhow::Result<()> {
+    let Some(file) = config::known_keyring_file(sources)? else { return Ok(()) };
+    let admin = Admin::connect(database, global::attribution(None)).await?;
+    if !intake_keys::published(admin.pool()).await?.is_empty() {
+        return Ok(());
+    }
+    match Keyring::load(&file) {
+        Ok(keyring) => {
+            let key = keyring.intake_public();
+            admin.publish_intake_key(&key).await?;
+            output::note(format_args!("published the intake key {key}"));
+        }
+        // The owner of the tables need not be able to read the keyring.
+        Err(error) => output::note(format_args!("warning: no intake key was published: {error}")),
     }
     Ok(())
 }

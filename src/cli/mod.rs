@@ -60,7 +60,7 @@ pub struct Cli {
 enum Command {
     Dev(dev::DevArgs),
     Serve(serve::ServeArgs),
-    /// Applies the migrations that the database lacks
+    /// Applies the migrations that the database lacks; publishes the keyring's intake key if there is none
     Migrate(Flags<MigrateFlag>),
     Account(account::AccountArgs),
     Caller(caller::CallerArgs),
@@ -154,8 +154,10 @@ async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
 
 async fn migrate(global: &GlobalArgs, flags: Flags<MigrateFlag>) -> anyhow::Result<ExitCode> {
     let sources = global.sources(flags.given)?;
-    config::migrate_database_url(&sources)?.database(APPLICATION_NAME)?.migrate().await?;
+    let database = config::migrate_database_url(&sources)?.database(APPLICATION_NAME)?;
+    database.migrate().await?;
     output::note("the schema is up to date");
+    keys::publish_first(&sources, &database).await?;
     Ok(ExitCode::SUCCESS)
 }
 

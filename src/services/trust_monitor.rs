@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 use sqlx::PgPool;
 use thiserror::Error;
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
+use tracing::{error, info};
 
 use crate::{
     crypto::Keyring,
@@ -94,11 +94,10 @@ impl Trust {
         if *last == fault {
             return;
         }
-        match &fault {
-            Some(fault) => {
-                error!(%fault, "the database cannot be trusted; this broker is not ready")
-            }
-            None => info!("the database can be trusted again"),
+        if let Some(fault) = &fault {
+            error!(%fault, "the database cannot be trusted; this broker is not ready");
+        } else {
+            info!("the database can be trusted again");
         }
         *last = fault;
     }
@@ -121,8 +120,8 @@ impl TrustMonitor {
         loop {
             match within(self.check()).await {
                 Ok(fault) => self.trust.set(fault),
-                Err(error) if error.may_be_outage() => {}
-                Err(error) => warn!(%error, "the published intake key cannot be checked"),
+                Err(error) if error.may_be_outage() || error.is_retryable() => {}
+                Err(error) => self.trust.set(Some(format!("it cannot be checked: {error}"))),
             }
             tokio::select! {
                 () = stop.cancelled() => return,
@@ -167,11 +166,11 @@ mod tests {
         let (our, their) = (published(&ours, true), published(&theirs, true));
         let id = |key: &PublishedKey| key.key_id.clone();
         let check = |keys: &[PublishedKey]| check_published(&ours, keys);
-        assert_eq!(check(&[our.clone()]), Ok(()));
+        assert_eq!(check(std::slice::from_ref(&our)), Ok(()));
         assert_eq!(check(&[]), Err(IntakeKeyFault::NonePublished));
         assert_eq!(check(&[published(&ours, false)]), Err(IntakeKeyFault::NonePublished));
         let foreign = Err(IntakeKeyFault::NotInKeyring(id(&their)));
-        assert_eq!(check(&[their.clone()]), foreign);
+        assert_eq!(check(std::slice::from_ref(&their)), foreign);
         assert_eq!(check(&[our.clone(), their.clone()]), foreign);
         assert_eq!(check(&[our.clone(), published(&theirs, false)]), foreign);
         for bytes in [their.public_key, vec![], our.public_key[..31].to_vec()] {

@@ -63,12 +63,11 @@ pub struct UnrecordedChange {
 impl fmt::Display for UnrecordedChange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { table, row, subject, recorded, found } = self;
-        let or_none = |state: &Option<String>| state.as_deref().unwrap_or("no row").to_owned();
         write!(
             f,
             "{table} row {row} ({subject}) was changed without a record: recorded is {}, found is {}",
-            or_none(recorded),
-            or_none(found),
+            recorded.as_deref().unwrap_or("no row"),
+            found.as_deref().unwrap_or("no row"),
         )
     }
 }

@@ -62,6 +62,9 @@ async fn a_broker_is_set_up_used_and_stopped_only_by_environment_files_and_comma
     for _ in 0..2 {
         setup.run(&["migrate"]).await.ok();
     }
+    // The settings name a keyring, so its intake key was published.
+    let again = setup.run(&["keys", "publish"]).await;
+    assert!(again.stderr.contains("is published already"), "{again:?}");
     let mut serve = setup.serve().await;
     assert!(setup.run(&["health"]).await.ok().contains("serving"));
 
