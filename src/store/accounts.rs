@@ -157,119 +157,134 @@ pub async fn load<'e>(
 }
 
 impl Row {
-    fn read(self) -> Result<LoadedAccount, UnusableRow> {
-        let id = self.id;
-        let account = |problem| UnusableRow::new("accounts", id, problem);
-        let refresh = |problem| UnusableRow::new("refreshes", id, problem);
-        let token = |problem| UnusableRow::new("tokens", id, problem);
-        let refresh_time = |time: Option<LenientTime>, problem| {
-            time.map(|time| time.or(refresh(problem))).transpose()
-        };
-        let refresh_text = |text: Option<Lenient<String>>| {
-            text.map(|text| text.or(refresh("malformed error"))).transpose()
-        };
+    fn read(mut self) -> Result<LoadedAccount, UnusableRow> {
+        let refresh = self.read_refresh()?;
+        let token = self.read_token()?;
+        let now = self.now;
+        Ok(LoadedAccount { account: self.read_account()?, refresh, token, now })
+    }
 
-        let malformed_name = || account("malformed name");
-        let name = self.name.or(malformed_name())?.parse().map_err(|_| malformed_name())?;
-        let malformed_login = || account("malformed client_id");
-        let client_id =
-            self.client_id.or(malformed_login())?.parse().map_err(|_| malformed_login())?;
-        let reissue_requested_at = self.reissue_requested_at.map(|time| {
-            time.or(account("reissue_requested_at is not a time between 1970 and 9999"))
-        });
-        let (code, message) = (refresh_text(self.error_code)?, refresh_text(self.error_message)?);
-        let failure = match (refresh_text(self.error_class)?, self.error_version) {
-            (Some(class), Some(version)) => Some(IssueFailure {
-                // A newer release may know more classes. A failure of such a class is retried.
-                class: class.parse().unwrap_or(FailureClass::Unreachable),
-                code,
-                message: message.unwrap_or_default(),
-                version: CredentialVersion(version),
-            }),
-            _ => None,
-        };
-        let stored_token = match (
-            self.sealed_token,
-            self.generation,
-            self.token_version,
-            self.issued_at,
-            self.expires_at,
-        ) {
-            (Some(sealed), Some(generation), Some(version), Some(issued_at), Some(expires_at)) => {
-                let text = |text: Lenient<String>| text.or(token("malformed text"));
-                Some(SealedToken {
-                    sealed,
-                    generation: Generation(generation),
-                    credential_version: CredentialVersion(version),
-                    issued_at: issued_at
-                        .or(token("issued_at is not a time between 1970 and 9999"))?,
-                    expires_at: expires_at
-                        .or(token("expires_at is not a time between 1970 and 9999"))?,
-                    issuer_expires_at: self
-                        .issuer_expires_at
-                        .map(|it| {
-                            it.or(token("issuer_expires_at is not a time between 1970 and 9999"))
-                        })
-                        .transpose()?,
-                    allowed_ip: self.allowed_ip.map(text).transpose()?,
-                    fingerprint: self.fingerprint.map(text).transpose()?.unwrap_or_default(),
-                })
-            }
-            _ => None,
-        };
-        Ok(LoadedAccount {
-            account: Account {
-                id: AccountId(id),
-                name,
-                client_id,
-                enabled: self.enabled,
-                credential_version: CredentialVersion(self.credential_version),
-                secret: self.sealed_secret.map(SealedSecret::from),
-                // One that the upstream refused is about to be dropped.
-                previous: self
-                    .previous_version
-                    .filter(|version| self.refused_version != Some(*version))
-                    .zip(self.previous_secret)
-                    .map(|(version, secret)| AccountCredential {
-                        version: CredentialVersion(version),
-                        secret: secret.into(),
-                    }),
-                reissue_requested_at: reissue_requested_at.transpose()?,
-            },
-            refresh: RefreshState {
-                attempt_started_at: refresh_time(
-                    self.attempt_started_at,
-                    "attempt_started_at is not a time between 1970 and 9999",
-                )?,
-                attempt_version: self.attempt_version.map(CredentialVersion),
-                attempt_open: self.attempt_open.unwrap_or_default(),
-                lease_until: refresh_time(
-                    self.lease_until,
-                    "lease_until is not a time between 1970 and 9999",
-                )?,
-                possibly_revoked: self.possibly_revoked.unwrap_or_default(),
-                stored_generation: self.generation.map(Generation),
-                consecutive_failures: self.consecutive_failures.unwrap_or_default().unsigned_abs(),
-                failure,
-                next_attempt_at: refresh_time(
-                    self.next_attempt_at,
-                    "next_attempt_at is not a time between 1970 and 9999",
-                )?,
-                interval_exceptions: IntervalExceptions {
-                    used: self.interval_exceptions.unwrap_or_default().unsigned_abs(),
-                    since: refresh_time(
-                        self.interval_exceptions_since,
-                        "interval_exceptions_since is not a time between 1970 and 9999",
-                    )?,
-                },
-                answered_reissue: refresh_time(
-                    self.answered_reissue,
-                    "answered_reissue is not a time between 1970 and 9999",
-                )?,
-            },
-            token: stored_token,
-            now: self.now,
+    fn read_account(self) -> Result<Account, UnusableRow> {
+        let unusable = |problem| UnusableRow::new("accounts", self.id, problem);
+        let malformed_name = || unusable("malformed name");
+        let malformed_login = || unusable("malformed client_id");
+        let not_a_time = unusable("reissue_requested_at is not a time between 1970 and 9999");
+        Ok(Account {
+            id: AccountId(self.id),
+            name: self.name.or(malformed_name())?.parse().map_err(|_| malformed_name())?,
+            client_id: self
+                .client_id
+                .or(malformed_login())?
+                .parse()
+                .map_err(|_| malformed_login())?,
+            enabled: self.enabled,
+            credential_version: CredentialVersion(self.credential_version),
+            secret: self.sealed_secret.map(SealedSecret::from),
+            // One that the upstream refused is about to be dropped.
+            previous: self
+                .previous_version
+                .filter(|version| self.refused_version != Some(*version))
+                .zip(self.previous_secret)
+                .map(|(version, secret)| AccountCredential {
+                    version: CredentialVersion(version),
+                    secret: secret.into(),
+                }),
+            reissue_requested_at: self
+                .reissue_requested_at
+                .map(|time| time.or(not_a_time))
+                .transpose()?,
         })
+    }
+
+    fn read_refresh(&mut self) -> Result<RefreshState, UnusableRow> {
+        let id = self.id;
+        let unusable = |problem| UnusableRow::new("refreshes", id, problem);
+        let time = |time: &mut Option<LenientTime>, problem| {
+            time.take().map(|time| time.or(unusable(problem))).transpose()
+        };
+        Ok(RefreshState {
+            attempt_started_at: time(
+                &mut self.attempt_started_at,
+                "attempt_started_at is not a time between 1970 and 9999",
+            )?,
+            attempt_version: self.attempt_version.map(CredentialVersion),
+            attempt_open: self.attempt_open.unwrap_or_default(),
+            lease_until: time(
+                &mut self.lease_until,
+                "lease_until is not a time between 1970 and 9999",
+            )?,
+            possibly_revoked: self.possibly_revoked.unwrap_or_default(),
+            stored_generation: self.generation.map(Generation),
+            consecutive_failures: self.consecutive_failures.unwrap_or_default().unsigned_abs(),
+            next_attempt_at: time(
+                &mut self.next_attempt_at,
+                "next_attempt_at is not a time between 1970 and 9999",
+            )?,
+            interval_exceptions: IntervalExceptions {
+                used: self.interval_exceptions.unwrap_or_default().unsigned_abs(),
+                since: time(
+                    &mut self.interval_exceptions_since,
+                    "interval_exceptions_since is not a time between 1970 and 9999",
+                )?,
+            },
+            answered_reissue: time(
+                &mut self.answered_reissue,
+                "answered_reissue is not a time between 1970 and 9999",
+            )?,
+            failure: self.read_failure()?,
+        })
+    }
+
+    fn read_failure(&mut self) -> Result<Option<IssueFailure>, UnusableRow> {
+        let id = self.id;
+        let text = |text: &mut Option<Lenient<String>>| {
+            let malformed = UnusableRow::new("refreshes", id, "malformed error");
+            text.take().map(|text| text.or(malformed)).transpose()
+        };
+        let (code, message) = (text(&mut self.error_code)?, text(&mut self.error_message)?);
+        let (Some(class), Some(version)) = (text(&mut self.error_class)?, self.error_version)
+        else {
+            return Ok(None);
+        };
+        Ok(Some(IssueFailure {
+            // A newer release may know more classes. A failure of such a class is retried.
+            class: class.parse().unwrap_or(FailureClass::Unreachable),
+            code,
+            message: message.unwrap_or_default(),
+            version: CredentialVersion(version),
+        }))
+    }
+
+    fn read_token(&mut self) -> Result<Option<SealedToken>, UnusableRow> {
+        let id = self.id;
+        let unusable = |problem| UnusableRow::new("tokens", id, problem);
+        let (Some(sealed), Some(generation), Some(version)) =
+            (self.sealed_token.take(), self.generation, self.token_version)
+        else {
+            return Ok(None);
+        };
+        let (Some(issued_at), Some(expires_at)) = (self.issued_at.take(), self.expires_at.take())
+        else {
+            return Ok(None);
+        };
+        let text = |text: &mut Option<Lenient<String>>| {
+            text.take().map(|text| text.or(unusable("malformed text"))).transpose()
+        };
+        let issuer_expires_at = self
+            .issuer_expires_at
+            .take()
+            .map(|time| time.or(unusable("issuer_expires_at is not a time between 1970 and 9999")));
+        Ok(Some(SealedToken {
+            sealed,
+            generation: Generation(generation),
+            credential_version: CredentialVersion(version),
+            issued_at: issued_at.or(unusable("issued_at is not a time between 1970 and 9999"))?,
+            expires_at: expires_at
+                .or(unusable("expires_at is not a time between 1970 and 9999"))?,
+            issuer_expires_at: issuer_expires_at.transpose()?,
+            allowed_ip: text(&mut self.allowed_ip)?,
+            fingerprint: text(&mut self.fingerprint)?.unwrap_or_default(),
+        }))
     }
 }
 

@@ -258,7 +258,8 @@ impl Database {
     async fn connect(&self) -> Result<PgConnection, StoreError> {
         self.reload().await;
         let options = self.shared.login.lock().options.clone();
-        options.connect().await.map_err(StoreError::of_login)
+        // Boxed, since the future is large and part of many others.
+        Box::pin(options.connect()).await.map_err(StoreError::of_login)
     }
 
     /// Starts the task that reloads the URL for the pools, if it does not run. It ends when no clone of this

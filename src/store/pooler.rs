@@ -1,6 +1,6 @@
 //! Recognition of a connection pooler that does not keep sessions.
 //!
-//! PgBouncer's pool modes `transaction` and `statement` give each transaction or statement any of the
+//! `PgBouncer`'s pool modes `transaction` and `statement` give each transaction or statement any of the
 //! server's sessions. Then settings, prepared statements, locks of sessions and notifications are lost or
 //! belong to somebody else.
 
@@ -69,7 +69,7 @@ mod tests {
     fn seen(pick: impl Fn(usize) -> i32) -> bool {
         let (mut one, mut other) = (HashSet::new(), HashSet::new());
         for n in 0..2 * REPETITIONS * REPETITIONS {
-            let processes = if n / REPETITIONS % 2 == 0 { &mut one } else { &mut other };
+            let processes = if (n / REPETITIONS).is_multiple_of(2) { &mut one } else { &mut other };
             processes.insert(pick(n));
         }
         are_of_sessions(&one, &other)
@@ -77,7 +77,7 @@ mod tests {
 
     #[test]
     fn sessions_are_recognized_by_one_process_each() {
-        assert!(seen(|n| if n / REPETITIONS % 2 == 0 { 7 } else { 9 }));
+        assert!(seen(|n| if (n / REPETITIONS).is_multiple_of(2) { 7 } else { 9 }));
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! Reads certificates: the identity that a client certificate names, and the end of a certificate.
 
-use rustls::pki_types::CertificateDer;
+use std::time::Duration;
+
+use rustls::pki_types::{CertificateDer, UnixTime};
 use x509_parser::{certificate::X509Certificate, extensions::GeneralName, prelude::FromDer};
 
 use crate::domain::clock::Timestamp;
@@ -84,6 +86,12 @@ fn spiffe(uri: &str) -> PeerIdentity {
 pub(super) fn not_after(certificate: &CertificateDer<'_>) -> Option<Timestamp> {
     let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
     Timestamp::from_timestamp_secs(parsed.validity().not_after.timestamp())
+}
+
+/// Returns `now` in the form that rustls takes. Times before 1970 become 1970.
+pub(super) fn unix_time(now: Timestamp) -> UnixTime {
+    let seconds = u64::try_from(now.timestamp()).unwrap_or_default();
+    UnixTime::since_unix_epoch(Duration::from_secs(seconds))
 }
 
 #[cfg(test)]

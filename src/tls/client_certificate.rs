@@ -4,15 +4,12 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use chrono::TimeDelta;
 use parking_lot::Mutex;
-use rustls::{
-    CertificateError, Error,
-    pki_types::{CertificateDer, UnixTime},
-};
+use rustls::{CertificateError, Error, pki_types::CertificateDer};
 use tokio::time::sleep;
 
 use super::{
     Tls,
-    certificate::{self, PeerIdentity},
+    certificate::{self, PeerIdentity, unix_time},
 };
 use crate::domain::clock::Timestamp;
 
@@ -109,12 +106,6 @@ impl fmt::Debug for ClientCertificate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("ClientCertificate").field(&self.identity).finish()
     }
-}
-
-/// Returns `now` in the form that rustls takes. Times before 1970 become 1970.
-pub(super) fn unix_time(now: Timestamp) -> UnixTime {
-    let seconds = u64::try_from(now.timestamp()).unwrap_or_default();
-    UnixTime::since_unix_epoch(Duration::from_secs(seconds))
 }
 
 /// Returns the cause of a refusal for the audit log.

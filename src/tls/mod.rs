@@ -3,10 +3,11 @@
 
 mod certificate;
 mod client_certificate;
+mod error;
 mod revocation;
 
 use std::{
-    fs, io,
+    fs,
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -20,21 +21,19 @@ use aws_lc_rs::digest::{Context, SHA256};
 use rustls::{
     RootCertStore, ServerConfig,
     crypto::aws_lc_rs::default_provider,
-    pki_types::{
-        CertificateDer, PrivateKeyDer, UnixTime,
-        pem::{self, PemObject},
-    },
+    pki_types::{CertificateDer, PrivateKeyDer, UnixTime, pem::PemObject},
     server::{NoServerSessionStorage, WebPkiClientVerifier, danger::ClientCertVerifier},
     time_provider::TimeProvider,
 };
-use thiserror::Error;
 use tokio::task;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 use zeroize::Zeroizing;
 
+use self::error::{malformed, pem_fault};
 pub use self::{
-    certificate::PeerIdentity, client_certificate::ClientCertificate, revocation::RevocationList,
+    certificate::PeerIdentity, client_certificate::ClientCertificate, error::TlsError,
+    revocation::RevocationList,
 };
 use crate::domain::clock::{Clock, Timestamp};
 
@@ -54,38 +53,6 @@ pub struct TlsFiles {
     pub client_ca: Option<PathBuf>,
     /// Lists of revoked certificates, each signed by the CA that issued the certificates.
     pub client_crl: Option<PathBuf>,
-}
-
-/// Why the TLS files cannot be used. No message quotes a file, which may hold a key.
-#[derive(Debug, Error)]
-pub enum TlsError {
-    /// A file cannot be read.
-    #[error("{file}: {error}")]
-    Io {
-        /// The file's path.
-        file: PathBuf,
-        /// The cause.
-        #[source]
-        error: io::Error,
-    },
-    /// A file does not hold what it should.
-    #[error("{file}: {why}")]
-    Malformed {
-        /// The file's path.
-        file: PathBuf,
-        /// The fault.
-        why: String,
-    },
-    /// Certificate and key are each valid but do not belong together, or the TLS library refuses them.
-    #[error("{cert} and {key} cannot be used: {why}")]
-    Refused {
-        /// The certificate's file.
-        cert: PathBuf,
-        /// The key's file.
-        key: PathBuf,
-        /// The library's reason.
-        why: String,
-    },
 }
 
 /// The TLS configuration in use, and the files that it came from.
@@ -126,7 +93,7 @@ struct HandshakeTime(Clock);
 
 impl TimeProvider for HandshakeTime {
     fn current_time(&self) -> Option<UnixTime> {
-        Some(client_certificate::unix_time(self.0.now()))
+        Some(certificate::unix_time(self.0.now()))
     }
 }
 
@@ -350,20 +317,6 @@ fn certificates(file: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>,
         Ok(_) => Err(malformed(file, "it holds no certificate in PEM")),
         Err(error) => Err(malformed(file, &format!("it is not PEM: {}", pem_fault(&error)))),
     }
-}
-
-/// Describes why a file is not PEM. The error's own text may quote a line of the file.
-fn pem_fault(error: &pem::Error) -> &'static str {
-    match error {
-        pem::Error::MissingSectionEnd { .. } => "a section has no end",
-        pem::Error::IllegalSectionStart { .. } => "a section begins with a malformed line",
-        pem::Error::Base64Decode(_) => "a section is not base64",
-        _ => "it cannot be read",
-    }
-}
-
-fn malformed(file: &Path, why: &str) -> TlsError {
-    TlsError::Malformed { file: file.to_owned(), why: why.to_owned() }
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use x509_parser::{
     certificate::X509Certificate, prelude::FromDer, revocation_list::CertificateRevocationList,
 };
 
-use super::{TlsError, malformed, pem_fault};
+use super::error::{TlsError, malformed, pem_fault};
 use crate::domain::clock::Timestamp;
 
 /// A list of the certificates that a CA has revoked.

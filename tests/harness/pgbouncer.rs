@@ -32,7 +32,7 @@ impl PgBouncer {
     /// so if the program is not installed.
     pub(crate) async fn start(url: &str, settings: &str) -> Option<Self> {
         let Some(program) = installed() else {
-            eprintln!("SKIPPED: PgBouncer is not installed");
+            super::note_skipped("PgBouncer is not installed");
             return None;
         };
         let directory = shared_directory();

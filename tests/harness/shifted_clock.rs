@@ -25,7 +25,6 @@ pub(crate) struct ShiftedClock {
 
 impl ShiftedClock {
     /// Builds the library; returns `None`, and says so, if there is no C compiler.
-    #[expect(clippy::print_stderr, reason = "a test that is skipped must say so")]
     pub(crate) fn build() -> Option<Self> {
         // Postgres runs as another user, who must be able to read the library.
         let directory = shared_directory();
@@ -38,7 +37,9 @@ impl ShiftedClock {
         match built {
             Ok(built) => assert!(built.status.success(), "{built:?}"),
             Err(error) => {
-                eprintln!("SKIPPED: no clock can be shifted without a C compiler: cc: {error}");
+                super::note_skipped(&format!(
+                    "no clock can be shifted without a C compiler: cc: {error}"
+                ));
                 return None;
             }
         }

@@ -156,9 +156,9 @@ impl RefreshQueue {
         self.update_lanes(now);
         let chosen = self.choose(now, limits, canary)?;
         for lane in Lane::ALL {
-            let passed = lane != chosen && self.can_serve(lane, limits, canary, now);
+            let skipped = lane != chosen && self.can_serve(lane, limits, canary, now);
             let passes = &mut self.passes[lane as usize];
-            *passes = if passed { *passes + 1 } else { 0 };
+            *passes = if skipped { *passes + 1 } else { 0 };
         }
         let (_, id) = *self.lanes[chosen as usize].first()?;
         self.remove(id);

@@ -305,7 +305,7 @@ async fn lines_of_an_export_that_are_no_lines_are_reported_with_their_numbers() 
     let (head, rest) = export.split_once('\n').unwrap();
     stdin.write_all(format!("{head}\n").as_bytes()).await.unwrap();
     for _ in 0..100 {
-        stdin.write_all(&[b'x'; 1 << 20]).await.unwrap();
+        stdin.write_all(&vec![b'x'; 1 << 20]).await.unwrap();
     }
     stdin.write_all(format!("\n{rest}\n").as_bytes()).await.unwrap();
     drop(stdin);
@@ -326,7 +326,7 @@ async fn segments_of_a_journal_that_cannot_be_read_are_reported_and_the_others_a
     let first =
         segment.file_name().unwrap().to_str().unwrap().replacen("c00000001", "c00000000", 1);
     assert!(first.starts_with("c00000000-"), "{first}");
-    for content in [&b"\xff\xfe\n"[..], b"", b"{}\n", &[b'x'; 100_000]] {
+    for content in [&b"\xff\xfe\n"[..], b"", b"{}\n", &vec![b'x'; 100_000]] {
         fs::write(journal.join(&first), content).unwrap();
         let state = log.setup.directory.path().join("state");
         let report = log.verify(&["--journal", state.to_str().unwrap()]).await;

@@ -1,0 +1,56 @@
+//! Errors of the TLS files.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
+
+use rustls::pki_types::pem;
+use thiserror::Error;
+
+/// Why the TLS files cannot be used. No message quotes a file, which may hold a key.
+#[derive(Debug, Error)]
+pub enum TlsError {
+    /// A file cannot be read.
+    #[error("{file}: {error}")]
+    Io {
+        /// The file's path.
+        file: PathBuf,
+        /// The cause.
+        #[source]
+        error: io::Error,
+    },
+    /// A file does not hold what it should.
+    #[error("{file}: {why}")]
+    Malformed {
+        /// The file's path.
+        file: PathBuf,
+        /// The fault.
+        why: String,
+    },
+    /// Certificate and key are each valid but do not belong together, or the TLS library refuses them.
+    #[error("{cert} and {key} cannot be used: {why}")]
+    Refused {
+        /// The certificate's file.
+        cert: PathBuf,
+        /// The key's file.
+        key: PathBuf,
+        /// The library's reason.
+        why: String,
+    },
+}
+
+/// Describes why a file is not PEM. The error's own text may quote a line of the file.
+pub(super) fn pem_fault(error: &pem::Error) -> &'static str {
+    match error {
+        pem::Error::MissingSectionEnd { .. } => "a section has no end",
+        pem::Error::IllegalSectionStart { .. } => "a section begins with a malformed line",
+        pem::Error::Base64Decode(_) => "a section is not base64",
+        _ => "it cannot be read",
+    }
+}
+
+/// Returns the error that `file` does not hold what it should. `why` must not quote it.
+pub(super) fn malformed(file: &Path, why: &str) -> TlsError {
+    TlsError::Malformed { file: file.to_owned(), why: why.to_owned() }
+}
