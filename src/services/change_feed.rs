@@ -52,20 +52,8 @@ use crate::{
     },
 };
 
-/// The pause between two polls; a notification ends it early. An admin's statement must take effect within
-/// a second even if its notification is lost.
-const POLL_INTERVAL: Duration = Duration::from_millis(500);
 /// The pause before a lost listening connection is opened again.
 const RECONNECT_PAUSE: Duration = Duration::from_secs(1);
-/// The shortest and the longest pause between two reads of everything, see [`reload_pause`].
-const RELOAD_PAUSES: (Duration, Duration) = (Duration::from_secs(5), Duration::from_mins(1));
-
-/// Returns the pause before everything is read again, though no change was announced: a hundred times as
-/// long as the last read `took`, so that it costs about a hundredth of the time.
-fn reload_pause(took: Duration) -> Duration {
-    took.saturating_mul(100).clamp(RELOAD_PAUSES.0, RELOAD_PAUSES.1)
-}
-
 /// The task that follows the database, with its dependencies.
 pub struct ChangeFeed {
     /// The id of this instance, which claims changes for its journal.
@@ -98,9 +86,11 @@ pub struct ChangeFeed {
     pub clock: Clock,
 }
 
-/// The duties that load what calls are answered from. They have loaded everything once.
+/// The duties that the start has performed once: those that load what calls are answered from, and the one
+/// that seals the secrets without which no token can be issued.
 pub struct LoadedDuties {
     access: RepeatedDuty<AccessFollower>,
+    intake: RepeatedDuty<IntakeSealer>,
     accounts: RepeatedDuty<AccountFollower>,
 }
 
@@ -115,10 +105,17 @@ impl ChangeFeed {
         let mut access = self.duty(self.access_follower());
         access.perform().await?;
         self.release_leases().await?;
+        let mut intake = self.duty(self.intake_sealer());
+        // A secret that cannot be sealed yet does not hold up the start.
+        if let Err(error) = intake.perform().await
+            && error.may_be_outage()
+        {
+            return Err(error);
+        }
         let mut accounts = self.duty(self.account_follower());
         accounts.perform().await?;
         info!(accounts = self.cache.len(), "accounts and callers are loaded");
-        Ok(LoadedDuties { access, accounts })
+        Ok(LoadedDuties { access, intake, accounts })
     }
 
     /// Releases the leases of earlier processes of this instance. Only one process at a time can lock the
@@ -138,10 +135,10 @@ impl ChangeFeed {
     pub async fn run(self, loaded: LoadedDuties, stop: CancellationToken) {
         let (notified, never) = (watch::Sender::new(()), watch::Sender::new(()));
         let mut duties = JoinSet::new();
-        let LoadedDuties { access, accounts } = loaded;
+        let LoadedDuties { access, intake, accounts } = loaded;
         duties.spawn(access.run(notified.subscribe()));
         duties.spawn(accounts.run(notified.subscribe()));
-        duties.spawn(self.duty(self.intake_sealer()).run(notified.subscribe()));
+        duties.spawn(intake.run(notified.subscribe()));
         duties.spawn(self.duty(self.change_recorder()).run(notified.subscribe()));
         // These two find what is not announced.
         duties.spawn(self.duty(self.comparison()).run(never.subscribe()));

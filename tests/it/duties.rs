@@ -235,9 +235,9 @@ async fn a_malformed_account_is_not_served_and_affects_no_other_account() {
     client.get("account-3").await.unwrap_err();
     fixture.add_account("newer", "id-3", "SK.3").await;
     until_served("a new account after the restart", &client, "newer").await;
-    let repair = format!("update accounts set name = 'account-0' where id = {}", ids[0]);
+    let repair = format!("update accounts set reissue_requested_at = null where id = {}", ids[4]);
     fixture.database.sql(&repair).await;
-    until_served("a repaired account", &client, "account-0").await;
+    until_served("a repaired account", &client, "account-4").await;
     broker.stop().await;
 }
 

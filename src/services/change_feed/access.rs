@@ -11,11 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{
-    POLL_INTERVAL,
-    duty::{Duty, keep_first},
-    reload_pause,
-};
+use super::duty::{Duty, POLL_INTERVAL, keep_first, reload_pause};
 use crate::{
     domain::{caller::Caller, clock::Clock},
     services::{
@@ -92,7 +88,8 @@ impl Duty for AccessFollower {
     const LOCK_TIMEOUT: Duration = Duration::from_millis(200);
 
     async fn perform(&mut self, session: &mut Session) -> Result<(), StoreError> {
-        let mut outcome = self.find_changes(session).await;
+        let mut outcome = Ok(());
+        keep_first(&mut outcome, self.find_changes(session).await)?;
         let began = Instant::now();
         if self.state.next_reload.is_none_or(|at| at <= began) {
             self.state.outdated.extend(Table::ALL);

@@ -2,10 +2,7 @@
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
-use super::{
-    POLL_INTERVAL,
-    duty::{Duty, keep_first},
-};
+use super::duty::{Duty, POLL_INTERVAL, keep_first};
 use crate::{
     domain::account::AccountId,
     services::{

@@ -9,7 +9,7 @@ use std::{
 
 use tracing::{debug, warn};
 
-use super::{duty::Duty, reload_pause};
+use super::duty::{Duty, reload_pause};
 use crate::{
     domain::account::AccountId,
     services::{account_loader::AccountLoader, refresher::RefreshTrigger},

@@ -15,10 +15,21 @@ use crate::{
     },
 };
 
+/// The pause between two polls; a notification ends it early. An admin's statement must take effect within
+/// a second even if its notification is lost.
+pub(super) const POLL_INTERVAL: Duration = Duration::from_millis(500);
+/// The shortest and the longest pause between two reads of everything, see [`reload_pause`].
+const RELOAD_PAUSES: (Duration, Duration) = (Duration::from_secs(5), Duration::from_mins(1));
 /// How long a statement may take in all before the server cancels it. The client gives up a little later.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(8);
 /// The pause before a duty whose session is lost opens another one.
 const RECONNECT_PAUSE: Duration = Duration::from_secs(1);
+
+/// Returns the pause before everything is read again, though no change was announced: a hundred times as
+/// long as the last read `took`, so that it costs about a hundredth of the time.
+pub(super) fn reload_pause(took: Duration) -> Duration {
+    took.saturating_mul(100).clamp(RELOAD_PAUSES.0, RELOAD_PAUSES.1)
+}
 
 /// A step that is repeated for as long as the broker runs.
 pub(super) trait Duty: Send {
@@ -161,4 +172,30 @@ pub(super) fn keep_first(
         _ => {}
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reading_everything_costs_a_hundredth_of_the_time_within_limits() {
+        assert_eq!(reload_pause(Duration::ZERO), Duration::from_secs(5));
+        assert_eq!(reload_pause(Duration::from_millis(200)), Duration::from_secs(20));
+        assert_eq!(reload_pause(Duration::from_secs(9)), Duration::from_mins(1));
+        assert_eq!(reload_pause(Duration::MAX), Duration::from_mins(1));
+    }
+
+    #[test]
+    fn the_first_error_is_kept_and_a_lost_session_ends_the_steps() {
+        let refused = |name: &str| StoreError::NotFound(name.into());
+        let mut outcome = Ok(());
+        keep_first(&mut outcome, Ok(())).unwrap();
+        assert!(outcome.is_ok());
+        keep_first(&mut outcome, Err(refused("first"))).unwrap();
+        keep_first(&mut outcome, Err(refused("second"))).unwrap();
+        let late = StoreError::TimedOut { reason: "test" };
+        assert!(keep_first(&mut outcome, Err(late)).is_err());
+        assert_eq!(outcome.unwrap_err().to_string(), "first");
+    }
 }

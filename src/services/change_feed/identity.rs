@@ -4,10 +4,7 @@ use std::time::Duration;
 
 use tracing::warn;
 
-use super::{
-    POLL_INTERVAL,
-    duty::{Duty, REPLACED},
-};
+use super::duty::{Duty, POLL_INTERVAL, REPLACED};
 use crate::store::{
     Session, StoreError,
     deployment::{self, DatabaseIdentity, IdentityCheck},

@@ -8,7 +8,7 @@ use std::{
 
 use tracing::{debug, info};
 
-use super::{POLL_INTERVAL, duty::Duty};
+use super::duty::{Duty, POLL_INTERVAL};
 use crate::{
     crypto::{Keyring, SEALED_PREFIX},
     domain::secret::ClientSecret,

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{POLL_INTERVAL, duty::Duty};
+use super::duty::{Duty, POLL_INTERVAL};
 use crate::{
     audit::{
         journal::Journal,
