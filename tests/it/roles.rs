@@ -378,6 +378,15 @@ async fn until_refused(client: &TestClient, expected: &str) {
     .await;
 }
 
+/// Waits until the statement `count` returns 0.
+async fn until_none(database: &TestDatabase, count: &'static str) {
+    eventually(count, async || {
+        let left: i64 = sqlx::query_scalar(count).fetch_one(database.pool()).await.unwrap();
+        (left == 0).then_some(())
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn the_broker_and_its_admins_need_no_more_than_their_roles() {
     let fixture = Fixture::new().await;
@@ -441,27 +450,12 @@ async fn the_broker_and_its_admins_need_no_more_than_their_roles() {
     assert_eq!(client.get("acme").await.unwrap().generation, third.generation);
     assert_eq!(fixture.upstream.requests(), requests, "the token survived the restart");
     // The broker drops the previous secret soon after the new one has issued a token.
-    eventually("the end of the previous secret", async || {
-        let kept: i64 =
-            sqlx::query_scalar("select count(*) from accounts where previous_secret is not null")
-                .fetch_one(database.pool())
-                .await
-                .unwrap();
-        (kept == 0).then_some(())
-    })
-    .await;
+    until_none(database, "select count(*) from accounts where previous_secret is not null").await;
     sql_as(database, ACCOUNTS, "delete from accounts").await;
     until_refused(&client, "NotFound NO_SUCH_ACCOUNT").await;
     sql_as(database, ACCESS, "delete from grants").await;
     until_refused(&client, "PermissionDenied NOT_GRANTED").await;
-    eventually("all changes to be recorded", async || {
-        let left: i64 = sqlx::query_scalar("select count(*) from changes where audited_at is null")
-            .fetch_one(database.pool())
-            .await
-            .unwrap();
-        (left == 0).then_some(())
-    })
-    .await;
+    until_none(database, "select count(*) from changes where audited_at is null").await;
     broker.stop().await;
 
     let grouped: Vec<String> = sqlx::query_scalar(

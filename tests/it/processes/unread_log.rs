@@ -27,7 +27,7 @@ pub(super) fn full_pipe() -> (PipeReader, io::PipeWriter) {
     let (reader, writer) = io::pipe().unwrap();
     let mut filler = writer.try_clone().unwrap();
     // If the pipe holds less, this thread waits for the reader like everybody else.
-    thread::spawn(move || filler.write_all(&[b'\n'; PIPE_BYTES]));
+    thread::spawn(move || filler.write_all(&vec![b'\n'; PIPE_BYTES]));
     (reader, writer)
 }
 
