@@ -158,7 +158,7 @@ fn log_panic(panic: &PanicHookInfo<'_>) {
 
 /// Returns the log line that stands for `lines` dropped ones. It does not depend on `RUST_LOG`.
 fn dropped_report(lines: u64) -> String {
-    report_line(lines, Clock::System.now(), FORMAT.get().copied().unwrap_or(LogFormat::Pretty))
+    report_line(lines, Clock::System.wall(), FORMAT.get().copied().unwrap_or(LogFormat::Pretty))
 }
 
 fn report_line(lines: u64, now: Timestamp, format: LogFormat) -> String {

@@ -185,7 +185,7 @@ impl WatchStream {
                 None => self.end_account(id, Reason::Removed).await?,
             }
         }
-        let granted = Arc::new(self.caller.covered(Right::Get, self.provider.clock.now()));
+        let granted = Arc::new(self.caller.covered(Right::Get, self.provider.database_clock.now()));
         let may_select = self.patterns.may_intersect(&granted);
         let mut scan = NameScan::new([self.patterns.clone(), granted], None);
         while !scan.is_done() {
