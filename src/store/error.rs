@@ -19,10 +19,10 @@ const INSUFFICIENT_PRIVILEGE: &str = "42501";
 const CHECK_VIOLATION: &str = "23514";
 /// The `SQLSTATE` of a login that exceeds the server's `max_connections`.
 const TOO_MANY_CONNECTIONS: &str = "53300";
-/// The `SQLSTATE` with which PgBouncer refuses logins, for whatever reason, up to version 1.22 at least. It
+/// The `SQLSTATE` with which `PgBouncer` refuses logins, for whatever reason, up to version 1.22 at least. It
 /// has the same one when it does not reach the server.
 const POOLER_ERROR: &str = "08P01";
-/// Parts of the messages with which PgBouncer refuses a login, or repeats that the server refused its own. Its
+/// Parts of the messages with which `PgBouncer` refuses a login, or repeats that the server refused its own. Its
 /// own messages are never translated.
 const REFUSED_BY_POOLER: &[&str] = &[
     "unsupported startup parameter",

@@ -1,6 +1,6 @@
 //! Recognition of a connection pooler that does not keep sessions.
 //!
-//! PgBouncer's pool modes `transaction` and `statement` give each transaction or statement any of the
+//! `PgBouncer`'s pool modes `transaction` and `statement` give each transaction or statement any of the
 //! server's sessions. Then settings, prepared statements, locks of sessions and notifications are lost or
 //! belong to somebody else.
 

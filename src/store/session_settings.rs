@@ -2,7 +2,7 @@
 //!
 //! Admins can give a server, a database or a login other defaults (`alter role … set …`), under which
 //! statements would behave differently than they were written for. So each new session sets what the
-//! statements rely on, and reads it back. It does so by statements: PgBouncer refuses or drops settings that
+//! statements rely on, and reads it back. It does so by statements: `PgBouncer` refuses or drops settings that
 //! are sent as startup parameters.
 
 use sqlx::{AssertSqlSafe, PgConnection};
