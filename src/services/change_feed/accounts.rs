@@ -68,7 +68,9 @@ impl Duty for AccountFollower {
         let touched: Vec<_> = touched.into_iter().collect();
         for batch in touched.chunks(BATCH) {
             self.loader.load_over(session.connection()?, batch).await?;
-            batch.iter().for_each(|id| self.refresh.wake(AccountId(*id)));
+            for id in batch {
+                self.refresh.wake(AccountId(*id));
+            }
         }
         // Only now: if a load fails, the next call finds the same accounts.
         self.followed = Some(followed);
@@ -88,7 +90,9 @@ impl AccountFollower {
     async fn load_all(&self, session: &mut Session) -> Result<Followed, StoreError> {
         let snapshot = within(changes::snapshot(session.connection()?)).await?;
         self.loader.load_all(session.connection()?).await?;
-        self.cache.all().iter().for_each(|account| self.refresh.wake(account.id()));
+        for account in self.cache.all() {
+            self.refresh.wake(account.id());
+        }
         Ok(Followed { announced: snapshot.clone(), tokens: snapshot.clone(), refreshes: snapshot })
     }
 }

@@ -57,7 +57,9 @@ impl Comparison {
             if !outdated.is_empty() {
                 debug!(accounts = outdated.len(), "accounts differ from what was loaded");
                 self.loader.load_over(session.connection()?, &outdated).await?;
-                outdated.iter().for_each(|id| self.refresh.wake(AccountId(*id)));
+                for id in &outdated {
+                    self.refresh.wake(AccountId(*id));
+                }
             }
             let Some(last) = page.last() else { return Ok(()) };
             after = last.id;
@@ -78,7 +80,9 @@ impl Comparison {
             within(accounts::insert_missing_refreshes(session.connection()?, &lacking)).await?;
         warn!(accounts = inserted, "accounts without a row in `refreshes` were given one");
         self.loader.load_over(session.connection()?, &lacking).await?;
-        lacking.iter().for_each(|id| self.refresh.wake(AccountId(*id)));
+        for id in &lacking {
+            self.refresh.wake(AccountId(*id));
+        }
         Ok(())
     }
 }

@@ -88,13 +88,12 @@ impl<D: Duty> RepeatedDuty<D> {
         loop {
             let result = self.perform().await;
             let pause = match &result {
-                Ok(()) => self.duty.pause(),
                 Err(error @ StoreError::Replaced(_)) => {
                     error!(%error, "the broker stops, since its cached accounts and tokens may be outdated");
                     return;
                 }
                 Err(_) if self.session.is_none() => self.duty.pause().max(RECONNECT_PAUSE),
-                Err(_) => self.duty.pause(),
+                Ok(()) | Err(_) => self.duty.pause(),
             };
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
