@@ -4,10 +4,11 @@ use std::io;
 
 use thiserror::Error;
 
-use super::{database_mismatch::DatabaseMismatch, keyring_check::WrongKeyring};
+use super::keyring_check::WrongKeyring;
 use crate::{
     audit::journal::{AuditUnavailable, JournalError},
     files::state_dir::StateDirError,
+    services::history::{DatabaseMismatch, HistoryError},
     store::StoreError,
     tls::TlsError,
     upstream::UpstreamSetupError,
@@ -47,6 +48,9 @@ pub enum StartError {
     /// The database is not the one that this replica used last, or is in an older state.
     #[error(transparent)]
     DatabaseMismatch(#[from] DatabaseMismatch),
+    /// The database was replaced during the start.
+    #[error("the database was replaced during the start: the log says how")]
+    DatabaseReplaced,
     /// The file that says which database this replica used last cannot be read or written.
     #[error("the file database in the state directory cannot be used")]
     DatabaseFile(#[source] io::Error),
@@ -65,4 +69,15 @@ pub enum StartError {
     /// The caller of `App::start` gave up before the start had finished.
     #[error("stopped before the start had finished")]
     Stopped,
+}
+
+impl From<HistoryError> for StartError {
+    fn from(error: HistoryError) -> Self {
+        match error {
+            HistoryError::Store(error) => Self::Store(error),
+            HistoryError::Mismatch(mismatch) => Self::DatabaseMismatch(mismatch),
+            HistoryError::File(error) => Self::DatabaseFile(error),
+            HistoryError::AcceptedElsewhere => Self::DatabaseReplaced,
+        }
+    }
 }

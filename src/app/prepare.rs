@@ -5,8 +5,8 @@ use std::{sync::Arc, time::Duration};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    app_config::AppConfig, components::Components, database_identity, error::StartError,
-    keyring_check::check_keyring, supervise::until_reachable,
+    app_config::AppConfig, components::Components, error::StartError, keyring_check::check_keyring,
+    running::TaskGroup, supervise::until_reachable,
 };
 use crate::{
     audit::record::{Event, Record},
@@ -33,7 +33,8 @@ pub(super) struct Prepared {
 
 /// Prepares the database and the journal, in this order:
 /// 1. applies migrations if `--migrate` was given, and checks the schema;
-/// 2. checks that the database is the one that this replica used last, and not in an older state;
+/// 2. verifies that the database is the one that this replica used last, and not in an older state, and
+///    watches it from then on, by a task in `history`;
 /// 3. checks that the keyring is the one that sealed the stored secrets, and publishes the public keys
 ///    that admins seal new secrets to;
 /// 4. records the start in the audit journal, and the acceptance of a restored database if there was one;
@@ -49,14 +50,16 @@ pub(super) async fn prepare(
     components: &Components,
     config: &AppConfig,
     state_dir: &StateDir,
+    history: &mut TaskGroup,
     give_up: &CancellationToken,
 ) -> Result<Prepared, StartError> {
     let started_at = components.clock.now();
     until_reachable(give_up, || check_schema(components, config)).await?;
     components.connectivity.mark_connected();
-    let verify =
-        || database_identity::verify(&components.pool, config, state_dir, &components.journal);
-    let verified = until_reachable(give_up, verify).await?;
+    let guard = components.history_guard(config, state_dir);
+    let verified = until_reachable(give_up, || async { Ok(guard.start().await?) }).await?;
+    let watch = guard.run(verified.session, history.stop_token());
+    history.start("history", &components.failed, watch);
     until_reachable(give_up, || use_keyring(components, config)).await?;
 
     record(components, start_record(config, started_at)).await?;
@@ -80,9 +83,13 @@ pub(super) async fn prepare(
 
 async fn check_schema(components: &Components, config: &AppConfig) -> Result<(), StartError> {
     if config.migrate {
-        components.database.migrate().await?;
+        components.unverified_database.migrate().await?;
     }
-    Ok(components.database.check_schema().await?)
+    let checked = components.unverified_database.check_schema().await;
+    if let Err(error) = &checked {
+        components.gate.close_after(error);
+    }
+    Ok(checked?)
 }
 
 async fn use_keyring(components: &Components, config: &AppConfig) -> Result<(), StartError> {

@@ -31,11 +31,12 @@ pub(super) fn checks(components: &Components) -> Arc<dyn Fn() -> Readiness + Sen
     let (cache, journal) = (components.cache.clone(), components.journal.clone());
     let (connectivity, serving) = (components.connectivity.clone(), components.serving.clone());
     let (outage, clock) = (components.outage.clone(), components.clock.clone());
+    let gate = components.gate.clone();
     Arc::new(move || Readiness {
         checks: vec![
             serving_check(serving.load(Ordering::Relaxed)),
             journal_check(&journal),
-            postgres_check(&connectivity),
+            postgres_check(&connectivity, gate.problem().as_deref()),
             delivery_check(&connectivity, &journal),
             upstream_check(&cache, outage.is_on(), clock.now()),
         ],
@@ -57,12 +58,18 @@ fn journal_check(journal: &Journal) -> Check {
     Check { name: "journal", ok: has_room, required: true, detail: detail.into() }
 }
 
-fn postgres_check(connectivity: &DatabaseConnectivity) -> Check {
+/// `unverified` says why the database must not be used, if so.
+fn postgres_check(connectivity: &DatabaseConnectivity, unverified: Option<&str>) -> Check {
     let problem = connectivity.problem();
-    let ok = answers(connectivity) && problem.is_none();
+    let ok = answers(connectivity) && problem.is_none() && unverified.is_none();
+    let state = match unverified {
+        Some(reason) => format!("is not used: {reason}"),
+        None => "does not answer".into(),
+    };
     let detail = match (connectivity.current(), problem) {
-        (Connectivity::SoleReplica, _) => "does not answer; issuing goes on without it".into(),
-        (Connectivity::Partitioned, _) => "does not answer; serving what is known".into(),
+        (Connectivity::SoleReplica, _) => format!("{state}; issuing goes on without it"),
+        (Connectivity::Partitioned, _) => format!("{state}; serving what is known"),
+        (Connectivity::Connected, _) if unverified.is_some() => state,
         (Connectivity::Connected, _) if !connectivity.has_answered() => {
             "has not answered yet".into()
         }

@@ -30,7 +30,7 @@ const CALLS_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a step of the stop may take that writes to the state directory's disk.
 const DISK_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The tasks of a running broker, in three groups that are stopped one after another.
+/// The tasks of a running broker, in four groups that are stopped one after another.
 pub(super) struct RunningServices {
     health: GrpcHealth,
     limiter: Arc<ConnectionLimiter>,
@@ -48,6 +48,8 @@ pub(super) struct RunningServices {
     background: TaskGroup,
     /// The third group: the delivery of the journal, which is stopped after the journal is closed.
     delivery: TaskGroup,
+    /// The fourth group: the history guard, without which the delivery could open no connection.
+    history: TaskGroup,
 }
 
 /// Tasks that are stopped together, by one token.
@@ -69,7 +71,7 @@ impl TaskGroup {
     }
 
     /// Starts a task. If it ends before the group is stopped, which is a bug, `failed` is cancelled.
-    fn start(
+    pub(super) fn start(
         &mut self,
         name: &'static str,
         failed: &CancellationToken,
@@ -97,7 +99,7 @@ impl TaskGroup {
 
 impl RunningServices {
     /// Starts all tasks, and returns once calls are served. Adds tasks to `background`, which has those that
-    /// were started earlier.
+    /// were started earlier, as `history` has.
     pub(super) async fn start(
         components: &Components,
         config: &AppConfig,
@@ -106,6 +108,7 @@ impl RunningServices {
         grpc: GrpcServer,
         listener: TcpListener,
         mut background: TaskGroup,
+        history: TaskGroup,
     ) -> Self {
         let GrpcServer { server, health, limiter, workers, calls } = grpc;
         let signer = components.checkpoint_signer(config, state_dir);
@@ -143,6 +146,7 @@ impl RunningServices {
             serving,
             background,
             delivery,
+            history,
         }
     }
 
@@ -174,6 +178,7 @@ impl RunningServices {
             warn!("the last checkpoint of the audit log was not written in time");
         }
         self.delivery.stop().await;
+        self.history.stop_within(DISK_TIMEOUT).await;
         let _ = tokio::task::spawn_blocking(move || journal.save_positions()).await;
         info!("stopped");
     }

@@ -8,6 +8,7 @@
 //! | [`caller_rates`], [`gcra`] | the rate limit of each caller, and its algorithm |
 //! | [`keyed_semaphore`], [`client_network`] | limits for each caller or client; which addresses count as one client |
 //! | [`connectivity`] | whether the database answers, and what a replica may do while it does not |
+//! | [`history`] | checking that the database is the one that this replica knows, in no older state |
 //! | [`refresher`] | issuing and storing tokens |
 //! | [`change_feed`] | following committed changes |
 //! | [`token_provider`] | answering calls: checking grants, reading the cache, waiting for a token |
@@ -22,6 +23,7 @@ pub mod change_feed;
 pub mod client_network;
 pub mod connectivity;
 pub mod gcra;
+pub mod history;
 pub mod journal_delivery;
 pub mod keyed_semaphore;
 pub mod refresher;

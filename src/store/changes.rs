@@ -200,7 +200,11 @@ pub async fn claim(
 /// A session that listens for the notifications of changes and of new tokens. A notification has no
 /// content: it means that the next poll will find changes. If one is lost, they are found by the next
 /// regular poll.
-pub struct ChangeListener(PgListener);
+pub struct ChangeListener {
+    listener: PgListener,
+    /// The database, whose guard remembers changes as soon as they are announced.
+    database: Database,
+}
 
 impl ChangeListener {
     /// Opens a connection of its own and starts to listen.
@@ -212,7 +216,7 @@ impl ChangeListener {
         let pool = database.pool(1);
         let mut listener = PgListener::connect_with(&pool).await?;
         listener.listen_all([CHANNEL, tokens::CHANNEL]).await?;
-        Ok(Self(listener))
+        Ok(Self { listener, database: database.clone() })
     }
 
     /// Waits until a poll may find changes: for a notification, or until the connection is lost. The next
@@ -222,7 +226,8 @@ impl ChangeListener {
     /// Returns the database's error if the connection cannot be opened again. Create a new listener then,
     /// after a pause.
     pub async fn wait(&mut self) -> Result<(), StoreError> {
-        self.0.try_recv().await?;
+        self.listener.try_recv().await?;
+        self.database.note_change();
         Ok(())
     }
 }

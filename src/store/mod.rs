@@ -12,11 +12,13 @@ mod connection;
 pub mod deployment;
 mod error;
 mod execution;
+pub mod history;
 pub mod instances;
 pub mod leases;
 pub mod migrate;
 pub mod retention;
 pub mod tokens;
+mod trust;
 
 use std::time::Duration;
 
@@ -26,6 +28,7 @@ pub use self::{
     connection::{Database, Session},
     error::{DatabaseCause, StoreError},
     execution::within,
+    trust::{TrustGate, TrustLock},
 };
 
 /// Converts a duration to an `interval`, whose resolution is a microsecond.

@@ -10,6 +10,7 @@
 //! | [`database_proxy`] | a proxy before the database, to interrupt connections |
 //! | [`certificates`] | a certificate authority, and connections with TLS |
 //! | [`http`] | HTTP requests to brokers and simulators |
+//! | [`own_server`] | a database server for one test alone, which crashes, has standbys, and fails over |
 //! | [`raw_http2`] | an HTTP/2 client that can violate the protocol |
 //! | [`rng`] | random numbers that can be repeated |
 //!
@@ -21,6 +22,8 @@ pub(crate) mod certificates;
 pub(crate) mod database;
 pub(crate) mod database_proxy;
 pub(crate) mod http;
+#[cfg(feature = "embedded-postgres")]
+pub(crate) mod own_server;
 pub(crate) mod process;
 pub(crate) mod raw_http2;
 pub(crate) mod rng;

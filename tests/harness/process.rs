@@ -153,7 +153,9 @@ impl BrokerProcess {
         .await
     }
 
-    fn assert_running(&mut self) {
+    /// # Panics
+    /// When the process has ended.
+    pub(crate) fn assert_running(&mut self) {
         let ended = self.child.try_wait().unwrap();
         assert!(ended.is_none(), "{ended:?}: {}{}", self.stdout(), self.stderr());
     }

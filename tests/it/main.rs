@@ -50,6 +50,7 @@ mod skipped {
         processes_canaries
         processes_crashes_paused_postgres
         processes_dev
+        processes_failovers
         processes_turns
     }
 }

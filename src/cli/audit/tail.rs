@@ -37,7 +37,7 @@ pub(super) struct TailArgs {
 }
 
 pub(super) async fn run(global: &GlobalArgs, args: TailArgs) -> anyhow::Result<()> {
-    let admin = global.admin(None).await?;
+    let admin = global.auditor().await?;
     let now = Clock::System.now();
     let filter = args.filter.into_filter(now);
     let last = latest_events(admin.pool(), &filter, args.n).await?;

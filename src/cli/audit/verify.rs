@@ -99,7 +99,7 @@ pub(super) async fn run(global: &GlobalArgs, args: VerifyArgs) -> anyhow::Result
         (None, Some(file)) => {
             task::spawn_blocking(move || evidence.verify_export(&file, args.whole)).await??
         }
-        (None, None) => evidence.verify_database(global.admin(None).await?.pool()).await?,
+        (None, None) => evidence.verify_database(global.auditor().await?.pool()).await?,
     };
     if args.json {
         output::json(&in_json(&report))?;
