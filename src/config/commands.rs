@@ -68,11 +68,14 @@ pub fn migrate_database_url(sources: &Sources) -> Result<DatabaseUrl, InvalidSet
         reader
             .optional(&MIGRATE_DATABASE_URL, DatabaseUrl::new)
             .unwrap_or_else(|| required_database(reader))
+            .reread_from(reader.sources(), &[&MIGRATE_DATABASE_URL, &DATABASE_URL])
     })
 }
 
-fn required_database(reader: &mut Reader<'_>) -> DatabaseUrl {
-    reader.required(&DATABASE_URL, DatabaseUrl::new)
+/// Reads the database's URL, which is read again when the file that has it changes.
+pub(super) fn required_database(reader: &mut Reader<'_>) -> DatabaseUrl {
+    let url = reader.required(&DATABASE_URL, DatabaseUrl::new);
+    url.reread_from(reader.sources(), &[&DATABASE_URL])
 }
 
 /// Reads the public key that secrets are sealed to. When this returns `None`, the command takes the key

@@ -37,6 +37,11 @@ impl<'a> Reader<'a> {
         Self { sources, faults: Vec::new(), faulty: BTreeSet::new() }
     }
 
+    /// Returns the sources of the values.
+    pub(super) fn sources(&self) -> &'a Sources {
+        self.sources
+    }
+
     /// Returns the value, if one is given.
     pub(super) fn optional<T>(
         &mut self,

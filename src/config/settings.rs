@@ -9,12 +9,13 @@ use std::{
 use ipnet::IpNet;
 
 use super::{
+    commands::required_database,
     parse,
     reader::{Reader, read},
     sources::{InvalidSettings, Sources},
     table::{
-        AUDIT_RETENTION, AUDIT_SYNC, CALLER_RATE, CHANGE_RETENTION, DATABASE_URL, DEADLINE_DEFAULT,
-        DEADLINE_MAX, DRAIN, EXPECTED_EGRESS, JOURNAL_MAX_BYTES, KEYRING_FILE, LISTEN, LOG_FORMAT,
+        AUDIT_RETENTION, AUDIT_SYNC, CALLER_RATE, CHANGE_RETENTION, DEADLINE_DEFAULT, DEADLINE_MAX,
+        DRAIN, EXPECTED_EGRESS, JOURNAL_MAX_BYTES, KEYRING_FILE, LISTEN, LOG_FORMAT,
         MAX_AUTHORIZATION_STALENESS, MIN_ISSUE_INTERVAL, NEW_TOKEN_ENDS_OLDER, OPS_LISTEN,
         PLAINTEXT, PROXY_PROTOCOL_FROM, REFRESH_AT, STATE_DIR, TLS_CERT, TLS_CLIENT_CA, TLS_KEY,
         TRUST_DOMAIN, UPSTREAM, UPSTREAM_BIND_ADDRESS, UPSTREAM_CONCURRENCY, UPSTREAM_PROXY,
@@ -125,7 +126,7 @@ impl Settings {
     fn read(reader: &mut Reader<'_>) -> Self {
         use parse::{address, boolean, bytes, duration, number, path, rate};
         Self {
-            database_url: reader.required(&DATABASE_URL, DatabaseUrl::new),
+            database_url: required_database(reader),
             listen: reader.or_default(&LISTEN, address),
             ops_listen: reader.or_default(&OPS_LISTEN, address),
             state_dir: reader.or_default(&STATE_DIR, path),

@@ -127,6 +127,36 @@ impl Sources {
         Ok(None)
     }
 
+    /// Returns the values of `settings` alone, for [`Self::find_again`].
+    pub(super) fn only(&self, settings: &[&Setting]) -> Self {
+        let mut only = Self { file: self.file.clone(), read_file: self.read_file, ..Self::empty() };
+        for key in settings.iter().flat_map(|it| [it.key.to_owned(), it.file_key()]) {
+            only.flags.extend(self.flags.get_key_value(&key).map(|(k, v)| (k.clone(), v.clone())));
+        }
+        for name in settings.iter().flat_map(|it| [it.env(), it.file_env()]) {
+            only.env.extend(self.env.get_key_value(&name).map(|(k, v)| (k.clone(), v.clone())));
+        }
+        only
+    }
+
+    /// Returns the value of the first of `settings` that has one, as [`Self::find`] does, but reads all files
+    /// again. Blocks.
+    pub(super) fn find_again(&self, settings: &[&Setting]) -> Result<Option<GivenValue>, String> {
+        for setting in settings {
+            let without_file = Self { file: None, ..self.clone() };
+            if let Some(given) = without_file.find(setting)? {
+                return Ok(Some(given));
+            }
+            let Some((path, _)) = &self.file else { continue };
+            let table = read_table(path).map_err(|invalid| invalid.to_string())?;
+            let with_file = Self { file: Some((path.clone(), table)), ..without_file };
+            if let Some(given) = with_file.find(setting)? {
+                return Ok(Some(given));
+            }
+        }
+        Ok(None)
+    }
+
     /// Reads the file that `path` names. Returns its content, without one newline at the end, under the name
     /// of `path`.
     fn read(&self, path: GivenValue) -> Result<GivenValue, String> {

@@ -193,12 +193,15 @@ impl ChangeFeed {
     /// The database counts as lost only if the server does not answer at all, since a replica may then issue
     /// without leases. A refused statement, for example because of a missing privilege, proves that the
     /// server answers. A lost session or a statement that took too long proves nothing, so the server is
-    /// probed.
+    /// probed. The probe tells why no connection can be opened, for example because of the password.
     async fn report_failure(&self, error: &StoreError) {
-        if error.may_be_outage() && self.database.probe().await.is_err() {
-            self.connectivity.mark_lost(&error.to_string());
-        } else {
-            self.connectivity.mark_failing(&error.to_string());
+        if !error.may_be_outage() {
+            return self.connectivity.mark_failing(&error.to_string());
+        }
+        match self.database.probe().await {
+            Ok(()) => self.connectivity.mark_failing(&error.to_string()),
+            Err(why) if why.may_be_outage() => self.connectivity.mark_lost(&why.to_string()),
+            Err(why) => self.connectivity.mark_failing(&why.to_string()),
         }
     }
 

@@ -1,7 +1,7 @@
 //! The changes that were committed since a snapshot, the changes to record in the audit log, and the
 //! notifications that announce both.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, io};
 
 use sqlx::{PgPool, postgres::PgListener};
 
@@ -213,21 +213,25 @@ impl ChangeListener {
     /// Returns the database's error.
     #[instrument(level = "debug", skip_all)]
     pub async fn connect(database: &Database) -> Result<Self, StoreError> {
-        let pool = database.pool(1);
+        let pool = database.pool_of_present_url().await;
         let mut listener = PgListener::connect_with(&pool).await?;
+        // A new listener takes the URL that is valid then.
+        listener.eager_reconnect(false);
         listener.listen_all([CHANNEL, tokens::CHANNEL]).await?;
         Ok(Self { listener, database: database.clone() })
     }
 
-    /// Waits until a poll may find changes: for a notification, or until the connection is lost. The next
-    /// call opens a lost connection again. Cancel safe.
+    /// Waits for a notification. Cancel safe.
     ///
     /// # Errors
-    /// Returns the database's error if the connection cannot be opened again. Create a new listener then,
-    /// after a pause.
+    /// When the connection is lost. Create a new listener then, after a pause.
     pub async fn wait(&mut self) -> Result<(), StoreError> {
-        self.listener.try_recv().await?;
-        self.database.note_change();
-        Ok(())
+        match self.listener.try_recv().await? {
+            Some(_) => {
+                self.database.note_change();
+                Ok(())
+            }
+            None => Err(sqlx::Error::Io(io::ErrorKind::UnexpectedEof.into()).into()),
+        }
     }
 }

@@ -1,36 +1,63 @@
 //! How connections to the database are opened, and what is checked of one before it is used.
 
-use std::{io, str::FromStr, time::Duration};
+use std::{
+    fmt,
+    future::Future,
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
+use parking_lot::Mutex;
+use secrecy::{ExposeSecret, SecretString};
 use sqlx::{
     ConnectOptions, Connection, PgConnection, PgPool,
-    postgres::{PgConnectOptions, PgPoolOptions, PgSslMode},
+    postgres::{PgConnectOptions, PgPoolOptions},
 };
-use tokio::time::{Instant, timeout};
+use tokio::{
+    task,
+    time::{Instant, timeout},
+};
+use tracing::{info, warn};
 
 use super::{
     StoreError,
+    connect_options::{PasswordFiles, connect_options, known_part},
+    distrust, pooler, session_settings,
     trust::{Trust, TrustGate},
 };
 
-/// How long a statement may take before the server cancels it, so that a statement that waits for a lock
-/// does not occupy its connection for ever.
-const STATEMENT_TIMEOUT: &str = "30s";
-
 /// How long the ping of a connection may take when it is returned to the pool.
 const PING_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a pool waits for a free or a new connection.
-const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long opening a connection may take, and how long a pool waits for a free or a new one.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long [`Database::probe`] waits for the server.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
+/// After this time a connection is replaced when it is free, so that a changed address or login takes effect.
+const MAX_LIFETIME: Duration = Duration::from_mins(5);
+/// The pause between two readings of the URL and the password files, for the pools.
+const RELOAD_INTERVAL: Duration = Duration::from_secs(1);
+/// How long a new connection waits for the file of the URL. If that takes longer, the last URL is used.
+const RELOAD_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The options for connections to the database. Creating a value opens no connection.
+/// A function that returns the present URL, or a text for admins that says why it cannot be determined and
+/// does not quote it. May block.
+type UrlSource = Box<dyn Fn() -> Result<SecretString, String> + Send + Sync>;
+
+/// The access to the database. Creating a value opens no connection; clones share their state.
+///
+/// The URL is read again from its source at each new connection, and once a second for the pools. So a
+/// password can be rotated while the broker runs. While the source cannot be read, the last URL stays in
+/// use.
 ///
 /// A connection that leads to a standby, or to a server whose transactions are read-only, is refused as
 /// [`StoreError::Unverified`].
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Database {
-    options: PgConnectOptions,
+    shared: Arc<Shared>,
     /// Lets connections pass only to the verified database; `None` for commands, which rely on nothing that
     /// they read earlier.
     gate: Option<TrustGate>,
@@ -38,46 +65,95 @@ pub struct Database {
     only_reads: bool,
 }
 
+struct Shared {
+    application_name: String,
+    source: Option<UrlSource>,
+    login: Mutex<Login>,
+    /// Taken while the source is read, so that not more than one thread is blocked by a file system that
+    /// hangs.
+    reloading: Mutex<()>,
+    /// The pools that get new options when the URL changes.
+    pools: Mutex<Vec<PgPool>>,
+    /// Whether the task runs that reloads the URL for the pools.
+    watched: AtomicBool,
+}
+
+/// The URL in use, and what follows from it.
+struct Login {
+    url: SecretString,
+    password_files: PasswordFiles,
+    options: PgConnectOptions,
+    /// Why the URL could not be read again, if it could not.
+    problem: Option<String>,
+}
+
+impl fmt::Debug for Database {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The options contain the password.
+        f.debug_struct("Database")
+            .field("application_name", &self.shared.application_name)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Database {
     /// Reads a `postgresql://` URL. A server that is not on loopback must have a certificate that is
     /// valid for its name, unless the URL sets another `sslmode`. `application_name` identifies the
-    /// sessions in the server's logs and views.
+    /// sessions in the server's logs and views. If the URL has no password, blocks to read libpq's password
+    /// file.
     ///
     /// # Errors
     /// Returns [`StoreError::InvalidUrl`], which never quotes the URL: it may hold a password.
     pub fn new(url: &str, application_name: &str) -> Result<Self, StoreError> {
-        let malformed = || StoreError::InvalidUrl;
-        let parsed = url::Url::parse(url).map_err(|_| malformed())?;
-        if !matches!(parsed.scheme(), "postgres" | "postgresql") {
-            return Err(malformed());
-        }
-        let mut options = PgConnectOptions::from_str(url).map_err(|_| malformed())?;
-        let local = options.get_socket().is_some()
-            || matches!(options.get_host(), "localhost" | "127.0.0.1" | "::1" | "[::1]")
-            || options.get_host().starts_with('/');
-        let has_mode = parsed.query_pairs().any(|(key, _)| key == "sslmode" || key == "ssl-mode");
-        if !has_mode {
-            options =
-                options.ssl_mode(if local { PgSslMode::Prefer } else { PgSslMode::VerifyFull });
-        }
-        // With `synchronous_commit` off, a crash of the server could forget audit records that were
-        // reported as stored, and tokens that were already served.
-        options = options.application_name(application_name).options([
-            ("statement_timeout", STATEMENT_TIMEOUT),
-            ("synchronous_commit", "on"),
-            ("timezone", "UTC"),
-        ]);
-        Ok(Self { options, gate: None, only_reads: false })
+        Self::from_source(url, application_name, None)
     }
 
-    /// Returns the same options for connections that `gate` must admit. Those that it admitted before are not
+    /// Like [`Self::new`], with a function that returns the present URL whenever it is called. It may block.
+    /// Its error is a text for admins, which must not quote the URL.
+    ///
+    /// # Errors
+    /// Like [`Self::new`].
+    pub fn with_source(
+        url: &str,
+        application_name: &str,
+        source: impl Fn() -> Result<SecretString, String> + Send + Sync + 'static,
+    ) -> Result<Self, StoreError> {
+        Self::from_source(url, application_name, Some(Box::new(source)))
+    }
+
+    fn from_source(
+        url: &str,
+        application_name: &str,
+        source: Option<UrlSource>,
+    ) -> Result<Self, StoreError> {
+        let login = Login {
+            password_files: PasswordFiles::now(),
+            options: connect_options(url, application_name)?,
+            url: url.into(),
+            problem: None,
+        };
+        Ok(Self {
+            shared: Arc::new(Shared {
+                application_name: application_name.to_owned(),
+                source,
+                login: Mutex::new(login),
+                reloading: Mutex::new(()),
+                pools: Mutex::default(),
+                watched: AtomicBool::new(false),
+            }),
+            gate: None,
+            only_reads: false,
+        })
+    }
+
+    /// Returns the same access for connections that `gate` must admit. Those that it admitted before are not
     /// used any more once it is closed.
     #[must_use]
     pub fn gated(&self, gate: TrustGate) -> Self {
         Self { gate: Some(gate), ..self.clone() }
     }
 
-    /// Returns the same options for connections that only read. They may lead to a standby.
+    /// Returns the same access for connections that only read. They may lead to a standby.
     #[must_use]
     pub fn only_reads(&self) -> Self {
         Self { only_reads: true, ..self.clone() }
@@ -90,7 +166,15 @@ impl Database {
         }
     }
 
-    /// Opens a connection outside of any pool, ready to be used.
+    /// Checks that `url` can be used.
+    ///
+    /// # Errors
+    /// Returns [`StoreError::InvalidUrl`], which never quotes the URL.
+    pub fn check_url(url: &str) -> Result<(), StoreError> {
+        known_part(url).map(drop)
+    }
+
+    /// Opens a connection outside of any pool, ready to be used. Fails after five seconds.
     ///
     /// # Errors
     /// Returns why the server cannot be reached, refuses the login, or cannot be used.
@@ -106,10 +190,13 @@ impl Database {
         if let Some(gate) = &self.gate {
             gate.trust()?;
         }
-        let mut connection = self.options.connect().await?;
-        prepare(&mut connection).await?;
-        let trust = self.admit(&mut connection).await?;
-        Ok(Session { connection, trust })
+        in_time(async {
+            let mut connection = self.connect().await?;
+            prepare(&mut connection).await?;
+            let trust = self.admit(&mut connection).await?;
+            Ok(Session { connection, trust })
+        })
+        .await
     }
 
     /// Checks where a connection leads that was just opened.
@@ -127,36 +214,41 @@ impl Database {
         Ok(Some((gate.clone(), gate.admit(connection).await?)))
     }
 
-    /// Makes a new connection of a pool ready to be used. If the gate is closed, it waits until the gate opens:
-    /// the pool's own limit ends the wait.
-    async fn prepare_pooled(&self, connection: &mut PgConnection) -> Result<(), sqlx::Error> {
-        prepare(connection).await?;
-        if let Some(gate) = &self.gate {
-            gate.opened().await;
-        }
-        match self.admit(connection).await {
-            Ok(_) => Ok(()),
-            // The pool logs the error, closes the connection and opens another one.
-            Err(error) => Err(sqlx::Error::Io(io::Error::other(error.to_string()))),
-        }
-    }
-
     /// Returns a pool of at most `connections` connections, which it opens when they are needed. Acquiring
-    /// one fails after five seconds.
+    /// one fails after five seconds. As long as this value or a clone of it exists, the pool keeps up with
+    /// the URL, and is not closed unless that is asked for.
     #[must_use]
     pub fn pool(&self, connections: u32) -> PgPool {
-        let (database, gate) = (self.clone(), self.gate.clone());
+        let pool = self.fixed_pool(connections);
+        let mut pools = self.shared.pools.lock();
+        pools.retain(|pool| !pool.is_closed());
+        pools.push(pool.clone());
+        drop(pools);
+        self.watch();
+        pool
+    }
+
+    /// Returns a pool of one connection that uses the present URL as long as it exists.
+    pub(super) async fn pool_of_present_url(&self) -> PgPool {
+        self.reload().await;
+        self.fixed_pool(1)
+    }
+
+    fn fixed_pool(&self, connections: u32) -> PgPool {
+        let (gate, opened_by, only_reads) = (self.gate.clone(), self.gate.clone(), self.only_reads);
         PgPoolOptions::new()
             .max_connections(connections)
-            .acquire_timeout(ACQUIRE_TIMEOUT)
+            .acquire_timeout(CONNECT_TIMEOUT)
+            .max_lifetime(MAX_LIFETIME)
+            .idle_timeout(MAX_LIFETIME)
             .after_connect(move |connection, _| {
-                let database = database.clone();
-                Box::pin(async move { database.prepare_pooled(connection).await })
+                let (gate, only_reads) = (opened_by.clone(), only_reads);
+                Box::pin(async move { prepare_pooled(connection, gate, only_reads).await })
             })
-            .before_acquire(move |_, metadata| {
+            .before_acquire(move |_, meta| {
                 let covered =
-                    gate.as_ref().is_none_or(|gate| gate.covers(metadata.age, Instant::now()));
-                Box::pin(async move { Ok(covered) })
+                    gate.as_ref().is_none_or(|gate| gate.covers(meta.age, Instant::now()));
+                Box::pin(async move { Ok(covered && !distrust::applies_to_age(meta.age)) })
             })
             // sqlx pings a connection that is returned, without a timeout. If its peer does not answer any
             // more, the connection would occupy a slot of the pool until TCP gives up.
@@ -166,44 +258,163 @@ impl Database {
                     answers.unwrap_or(Err(sqlx::Error::PoolTimedOut)).map(|()| true)
                 })
             })
-            .connect_lazy_with(self.options.clone())
+            .connect_lazy_with(self.shared.login.lock().options.clone())
     }
 
-    /// Opens a connection and closes it again, to check the options. Unlike a pool, it does not retry, and
-    /// it returns the reason of a failure.
+    /// Checks that the server takes the login, and that a connection pooler in between, if there is one,
+    /// keeps sessions. Unlike a pool, it does not retry, and it returns the reason of a failure.
     ///
     /// # Errors
-    /// Returns why the server cannot be reached or refuses the login.
+    /// Returns why the server cannot be reached, refuses the login, or cannot be used.
     pub async fn check_connection(&self) -> Result<(), StoreError> {
+        in_time(self.check_pooler()).await?;
         Ok(self.open().await?.close().await?)
     }
 
-    /// Checks on a new connection, within three seconds, whether the server answers at all and may be used. A
-    /// lost session or a slow statement on another connection does not show that. A server that refuses the
-    /// login does answer.
+    /// Checks on new connections that statements of a connection reach the same session of the server.
+    async fn check_pooler(&self) -> Result<(), StoreError> {
+        let mut one = self.connect().await?;
+        let mut other = match self.connect().await {
+            Ok(other) => other,
+            Err(error) => {
+                warn!(%error, "a second connection cannot be opened, so it is not checked whether a \
+                    connection pooler keeps sessions");
+                return Ok(one.close().await?);
+            }
+        };
+        let kept = pooler::keeps_sessions(&mut one, &mut other).await?;
+        pooler::close([one, other]).await;
+        if kept {
+            Ok(())
+        } else {
+            Err(StoreError::UnusableSession(pooler::KEEPS_NO_SESSIONS.into()))
+        }
+    }
+
+    /// Checks within three seconds whether a new connection can be opened and used. A lost session or a slow
+    /// statement on another connection does not show that, and a pool does not tell why it has no
+    /// connection.
     ///
     /// # Errors
-    /// Returns [`StoreError::ConnectionLost`] or [`StoreError::TimedOut`] if the server does not answer, and
-    /// [`StoreError::Unverified`] if it must not be used.
+    /// Returns why not. Use [`StoreError::may_be_outage`] to tell whether the server answers at all.
     pub async fn probe(&self) -> Result<(), StoreError> {
-        let answer = async {
-            let mut connection = self.options.connect().await?;
-            // A connection pooler in between may accept connections although its server does not answer.
-            connection.ping().await?;
-            self.admit(&mut connection).await?;
-            Ok(connection.close().await?)
-        };
         let late = StoreError::TimedOut { reason: "no answer within 3 s" };
-        match timeout(PROBE_TIMEOUT, answer).await.unwrap_or(Err(late)) {
-            Err(error) if error.may_be_outage() => Err(error),
-            _ => Ok(()),
+        let opened = timeout(PROBE_TIMEOUT, self.open()).await.unwrap_or(Err(late));
+        Ok(opened?.close().await?)
+    }
+
+    /// Opens a connection that is not prepared.
+    async fn connect(&self) -> Result<PgConnection, StoreError> {
+        self.reload().await;
+        let options = self.shared.login.lock().options.clone();
+        options.connect().await.map_err(StoreError::of_login)
+    }
+
+    /// Starts the task that reloads the URL for the pools, if it does not run. It ends when no clone of this
+    /// value exists any more.
+    fn watch(&self) {
+        if self.shared.watched.swap(true, Ordering::Relaxed) {
+            return;
         }
+        let shared = Arc::downgrade(&self.shared);
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(RELOAD_INTERVAL).await;
+                let Some(shared) = shared.upgrade() else { return };
+                reload(&shared).await;
+            }
+        });
+    }
+
+    /// Reads the URL and the password files again, and gives new options to the pools if something has
+    /// changed. Waits no longer than a second. Cancel safe.
+    async fn reload(&self) {
+        reload(&self.shared).await;
     }
 }
 
+/// See [`Database::reload`].
+async fn reload(shared: &Arc<Shared>) {
+    let shared = shared.clone();
+    let reloading = task::spawn_blocking(move || shared.reload());
+    let _ = timeout(RELOAD_TIMEOUT, reloading).await;
+}
+
+impl Shared {
+    /// Like [`Database::reload`]. Blocks. Does nothing if another thread is doing the same.
+    fn reload(&self) {
+        let Some(_only_one) = self.reloading.try_lock() else { return };
+        let read = match &self.source {
+            Some(source) => source(),
+            None => Ok(self.login.lock().url.clone()),
+        };
+        let changed = read.and_then(|url| self.changed_login(url));
+        let mut login = self.login.lock();
+        match changed {
+            Ok(None) => login.problem = None,
+            Ok(Some(new)) => {
+                info!("the database's URL or password was read again and has changed");
+                *login = new;
+                for pool in &*self.pools.lock() {
+                    pool.set_connect_options(login.options.clone());
+                }
+            }
+            Err(problem) if login.problem.as_ref() != Some(&problem) => {
+                warn!(
+                    problem,
+                    "the database's URL cannot be read again; the last one stays in use"
+                );
+                login.problem = Some(problem);
+            }
+            Err(_) => {}
+        }
+    }
+
+    /// Returns the login by `url`, or `None` if it is the one in use.
+    fn changed_login(&self, url: SecretString) -> Result<Option<Login>, String> {
+        let password_files = PasswordFiles::now();
+        let login = self.login.lock();
+        if login.url.expose_secret() == url.expose_secret()
+            && login.password_files == password_files
+        {
+            return Ok(None);
+        }
+        drop(login);
+        let options = connect_options(url.expose_secret(), &self.application_name)
+            .map_err(|error| error.to_string())?;
+        Ok(Some(Login { url, password_files, options, problem: None }))
+    }
+}
+
+/// Runs `opening`, for at most five seconds.
+async fn in_time<T>(opening: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
+    let late = StoreError::TimedOut { reason: "no connection could be opened within 5 s" };
+    timeout(CONNECT_TIMEOUT, opening).await.unwrap_or(Err(late))
+}
+
 /// Makes a new connection ready to be used. Every connection passes through here, those of pools too.
-async fn prepare(_connection: &mut PgConnection) -> Result<(), sqlx::Error> {
-    Ok(())
+async fn prepare(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+    session_settings::establish(connection).await
+}
+
+/// Makes a new connection of a pool ready to be used. While the gate is closed, it waits until the gate opens:
+/// the pool's own limit ends the wait.
+async fn prepare_pooled(
+    connection: &mut PgConnection,
+    gate: Option<TrustGate>,
+    only_reads: bool,
+) -> Result<(), sqlx::Error> {
+    prepare(connection).await?;
+    let admitted = async {
+        if !only_reads {
+            refuse_standby(connection).await?;
+        }
+        let Some(gate) = gate else { return Ok(()) };
+        gate.opened().await;
+        gate.admit(connection).await.map(drop)
+    };
+    // The pool logs the error, closes the connection and opens another one.
+    admitted.await.map_err(|error: StoreError| sqlx::Error::Io(io::Error::other(error.to_string())))
 }
 
 /// Refuses a connection that leads to a standby, or whose transactions are read-only.

@@ -9,6 +9,8 @@ use std::fmt::{self, Display, Formatter};
 use sqlx::postgres::PgDatabaseError;
 use thiserror::Error;
 
+use super::distrust;
+
 /// The `SQLSTATE` of a relation that does not exist: the schema is missing or too old.
 pub(super) const UNDEFINED_TABLE: &str = "42P01";
 /// The `SQLSTATE` of a statement for which the login's role lacks a privilege.
@@ -17,6 +19,21 @@ const INSUFFICIENT_PRIVILEGE: &str = "42501";
 const CHECK_VIOLATION: &str = "23514";
 /// The `SQLSTATE` of a login that exceeds the server's `max_connections`.
 const TOO_MANY_CONNECTIONS: &str = "53300";
+/// The `SQLSTATE` with which PgBouncer refuses logins, for whatever reason, up to version 1.22 at least. It
+/// has the same one when it does not reach the server.
+const POOLER_ERROR: &str = "08P01";
+/// Parts of the messages with which PgBouncer refuses a login, or repeats that the server refused its own. Its
+/// own messages are never translated.
+const REFUSED_BY_POOLER: &[&str] = &[
+    "unsupported startup parameter",
+    "authentication failed",
+    "no such database",
+    "no such user",
+    "config error",
+    "does not exist",
+    "not permitted to log in",
+    "no pg_hba.conf entry",
+];
 
 /// An error of the database or of the driver that talks to it.
 ///
@@ -73,7 +90,14 @@ pub enum StoreError {
         #[source]
         cause: Option<DatabaseCause>,
     },
-    /// The server refused a statement or a login for any other reason.
+    /// The server does not let this login in: its password, role or database is refused, for example.
+    #[error("the database refuses the login ({}): {}", .0, .0.message())]
+    LoginRefused(#[source] DatabaseCause),
+    /// The session cannot be used as it must be, because of a connection pooler or of the login's settings.
+    /// The text says what has to be changed.
+    #[error("the database's sessions cannot be used: {0}")]
+    UnusableSession(String),
+    /// The server refused a statement for any other reason.
     #[error("the database refused a statement ({}): {}", .0, .0.message())]
     Refused(#[source] DatabaseCause),
     /// The requested row does not exist. The text says which one.
@@ -149,6 +173,22 @@ impl StoreError {
         Self::Conflict { message, cause: Some(DatabaseCause(error)) }
     }
 
+    /// Returns the error that a connection could not be opened.
+    #[must_use]
+    pub(super) fn of_login(error: sqlx::Error) -> Self {
+        match Self::from(error) {
+            Self::Refused(cause) | Self::MissingPrivilege(cause)
+                if cause.sqlstate() != Some(TOO_MANY_CONNECTIONS) =>
+            {
+                Self::LoginRefused(cause)
+            }
+            Self::ConnectionLost { cause, .. } if cause.is_pooler_refusal() => {
+                Self::LoginRefused(cause)
+            }
+            error => error,
+        }
+    }
+
     /// Returns the `SQLSTATE` with which the server answered, if it did.
     #[must_use]
     pub fn sqlstate(&self) -> Option<&str> {
@@ -159,6 +199,7 @@ impl StoreError {
             | Self::TransactionConflict(cause)
             | Self::MissingPrivilege(cause)
             | Self::InvalidValue(cause)
+            | Self::LoginRefused(cause)
             | Self::Refused(cause)
             | Self::UndefinedTable(cause)
             | Self::MigrationFailed { cause, .. }
@@ -168,6 +209,7 @@ impl StoreError {
             | Self::Conflict { cause: None, .. }
             | Self::NotFound(_)
             | Self::Schema(_)
+            | Self::UnusableSession(_)
             | Self::Replaced(_)
             | Self::UnreadableRow { .. }
             | Self::InvalidUrl => None,
@@ -204,7 +246,17 @@ impl StoreError {
 
 impl From<sqlx::Error> for StoreError {
     fn from(error: sqlx::Error) -> Self {
+        let error = match error {
+            sqlx::Error::Configuration(error) => match error.downcast::<Unusable>() {
+                Ok(unusable) => return Self::UnusableSession(unusable.0),
+                Err(error) => sqlx::Error::Configuration(error),
+            },
+            error => error,
+        };
         let cause = DatabaseCause(error);
+        if let Some(error) = cause.server() {
+            distrust::consider(error);
+        }
         if let Some(sqlstate) = cause.sqlstate() {
             return match Kind::of(sqlstate) {
                 Kind::ConnectionLost => {
@@ -217,12 +269,17 @@ impl From<sqlx::Error> for StoreError {
                     Self::Conflict { message: cause.message().to_owned(), cause: Some(cause) }
                 }
                 Kind::UndefinedTable => Self::UndefinedTable(cause),
+                Kind::LoginRefused => Self::LoginRefused(cause),
+                Kind::StatementLost => Self::UnusableSession(format!(
+                    "a prepared statement was lost ({cause}): a connection pooler must keep sessions, \
+                     as PgBouncer does with pool_mode = session"
+                )),
                 Kind::Refused => Self::Refused(cause),
             };
         }
         match &cause.0 {
             sqlx::Error::PoolTimedOut => {
-                Self::TimedOut { reason: "no connection became free in time" }
+                Self::TimedOut { reason: "no connection became free or could be opened in time" }
             }
             sqlx::Error::RowNotFound => Self::NotFound("no such row".into()),
             sqlx::Error::ColumnDecode { index, .. } => {
@@ -237,6 +294,16 @@ impl From<sqlx::Error> for StoreError {
     }
 }
 
+/// The reason why a session cannot be used, on its way through the driver, which takes no other errors.
+#[derive(Debug, Error)]
+#[error("{0}")]
+struct Unusable(String);
+
+/// Returns the error that becomes [`StoreError::UnusableSession`] with `reason`, which must not quote data.
+pub(super) fn unusable(reason: String) -> sqlx::Error {
+    sqlx::Error::Configuration(Box::new(Unusable(reason)))
+}
+
 /// The kind of error that a `SQLSTATE` stands for.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Kind {
@@ -246,6 +313,8 @@ enum Kind {
     InvalidValue,
     Conflict,
     UndefinedTable,
+    LoginRefused,
+    StatementLost,
     Refused,
 }
 
@@ -268,6 +337,9 @@ impl Kind {
             // Unique and exclusion constraints.
             "23505" | "23P01" => Self::Conflict,
             UNDEFINED_TABLE => Self::UndefinedTable,
+            // Invalid authorization; a database that does not exist.
+            "28000" | "28P01" | "3D000" => Self::LoginRefused,
+            "26000" | "42P05" => Self::StatementLost,
             _ => Self::Refused,
         }
     }
@@ -288,6 +360,13 @@ impl DatabaseCause {
     #[must_use]
     pub fn sqlstate(&self) -> Option<&str> {
         self.server().map(PgDatabaseError::code)
+    }
+
+    /// Returns whether a connection pooler refused the login, or says that the server did.
+    fn is_pooler_refusal(&self) -> bool {
+        let message = self.message();
+        self.sqlstate() == Some(POOLER_ERROR)
+            && REFUSED_BY_POOLER.iter().any(|part| message.contains(part))
     }
 
     /// Returns the server's primary message, without its detail.
@@ -362,9 +441,11 @@ mod tests {
             ("23503", Kind::Refused),
             ("25006", Kind::Refused),
             ("25P03", Kind::Refused),
-            ("28000", Kind::Refused),
-            ("28P01", Kind::Refused),
-            ("3D000", Kind::Refused),
+            ("26000", Kind::StatementLost),
+            ("28000", Kind::LoginRefused),
+            ("28P01", Kind::LoginRefused),
+            ("3D000", Kind::LoginRefused),
+            ("42P05", Kind::StatementLost),
             ("53100", Kind::Refused),
             ("53300", Kind::Refused),
             ("55P03", Kind::Refused),

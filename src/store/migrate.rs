@@ -47,14 +47,17 @@ impl Database {
     /// # Errors
     /// When the server cannot be reached or a migration fails.
     pub async fn migrate(&self) -> Result<(), StoreError> {
+        self.check_connection().await?;
         Schema::of_this_release()?.apply(self).await
     }
 
-    /// Checks that the schema has every migration of this release.
+    /// Checks that the database can be used (see [`Self::check_connection`]), and that the schema has every
+    /// migration of this release.
     ///
     /// # Errors
     /// [`StoreError::Schema`] names what is missing and the command that applies it.
     pub async fn check_schema(&self) -> Result<(), StoreError> {
+        self.check_connection().await?;
         Schema::of_this_release()?.check(self).await
     }
 }
@@ -90,6 +93,9 @@ impl Schema {
     /// When the server cannot be reached or a migration fails. The database then is as it was before.
     pub async fn apply(&self, database: &Database) -> Result<(), StoreError> {
         let mut connection = database.open().await?;
+        let no_limit =
+            "/* store::migrate::apply */ set statement_timeout = 0; set lock_timeout = '30s'";
+        sqlx::raw_sql(no_limit).execute(&mut connection).await?;
         // This is sqlx's own lock, so other programs that migrate with sqlx wait for it too. It belongs to
         // the session, and ends with the connection.
         connection.lock().await.map_err(migrate_error)?;

@@ -8,6 +8,7 @@
 //! | [`process`] | the program as a process: its settings, signals, output |
 //! | [`database`] | a database for each test, and the server on which the databases are |
 //! | [`database_proxy`] | a proxy before the database, to interrupt connections |
+//! | [`pgbouncer`] | a connection pooler before the database |
 //! | [`certificates`] | a certificate authority, and connections with TLS |
 //! | [`http`] | HTTP requests to brokers and simulators |
 //! | [`own_server`] | a database server for one test alone, which crashes, has standbys, and fails over |
@@ -24,6 +25,7 @@ pub(crate) mod database_proxy;
 pub(crate) mod http;
 #[cfg(feature = "embedded-postgres")]
 pub(crate) mod own_server;
+pub(crate) mod pgbouncer;
 pub(crate) mod process;
 pub(crate) mod raw_http2;
 pub(crate) mod rng;

@@ -334,6 +334,10 @@ impl BrokerSetup {
         self.settings.insert(name.to_owned(), value.to_owned());
     }
 
+    pub(crate) fn unset(&mut self, name: &str) {
+        self.settings.remove(name);
+    }
+
     /// Sets the files with which the broker serves TLS.
     pub(crate) fn set_tls(&mut self, files: &TlsFiles) {
         let settings = [
@@ -392,7 +396,7 @@ impl BrokerSetup {
 
 /// Returns an address with a free port that is below the range from which the system assigns ports. So no
 /// other process is given the port before the broker listens on it, or while the broker restarts.
-fn free_address() -> SocketAddr {
+pub(crate) fn free_address() -> SocketAddr {
     static ATTEMPTS: AtomicU16 = AtomicU16::new(0);
     let start = u16::try_from(process::id() % 100).unwrap() * 200;
     loop {

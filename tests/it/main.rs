@@ -30,6 +30,7 @@ mod refresh_rules;
 mod restored;
 mod roles;
 mod serving;
+mod sessions;
 mod upstream;
 
 /// Names the tests that are not compiled without the feature `embedded-postgres`, so that
@@ -51,6 +52,7 @@ mod skipped {
         processes_crashes_paused_postgres
         processes_dev
         processes_failovers
+        processes_rotation
         processes_turns
     }
 }

@@ -16,5 +16,7 @@ mod drain;
 mod failovers;
 mod floods;
 mod live_token;
+#[cfg(feature = "embedded-postgres")]
+mod rotation;
 mod shell;
 mod tls_recipe;

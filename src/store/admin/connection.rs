@@ -21,6 +21,8 @@ pub struct Attribution {
 #[derive(Clone, Debug)]
 pub struct Admin {
     pub(super) pool: PgPool,
+    /// Keeps the pool up with a URL that is read from a file.
+    _database: Database,
     attribution: Attribution,
 }
 
@@ -35,7 +37,7 @@ impl Admin {
         attribution: Attribution,
     ) -> Result<Self, StoreError> {
         database.check_connection().await?;
-        Ok(Self { pool: database.pool(1), attribution })
+        Ok(Self { pool: database.pool(1), _database: database.clone(), attribution })
     }
 
     /// Returns the session's pool of one connection, for reads outside of this module, such as those of the

@@ -24,7 +24,8 @@ use crate::{
 pub struct AuditSnapshot(Transaction<'static, Postgres>);
 
 impl AuditSnapshot {
-    /// Begins a transaction with repeatable-read isolation and without a statement timeout.
+    /// Begins a transaction with repeatable-read isolation and without a time limit for statements or
+    /// for pauses between them.
     ///
     /// # Errors
     /// When a statement fails.
@@ -41,7 +42,8 @@ impl AuditSnapshot {
         .await?;
         sqlx::query!(
             "/* store::audit::snapshot::open */
-            select set_config('statement_timeout', '0', true)"
+            select set_config('statement_timeout', '0', true) as statement,
+                set_config('idle_in_transaction_session_timeout', '0', true) as idle"
         )
         .fetch_one(&mut *transaction)
         .await?;
