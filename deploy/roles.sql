@@ -43,7 +43,7 @@ grant
 grant select on callers, caller_credentials, grants to token_broker_runtime;
 grant select, insert, update on refreshes to token_broker_runtime;
 grant select, insert, update, delete on tokens to token_broker_runtime;
-grant select, update on upstream_pace to token_broker_runtime;
+grant select, insert, update on upstream_pace to token_broker_runtime;
 grant select, insert, update on deployment to token_broker_runtime;
 grant select, insert, update, delete on intake_keys, instances to token_broker_runtime;
 grant select, update (recorder, audited_at) on changes to token_broker_runtime;

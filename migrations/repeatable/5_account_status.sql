@@ -1,4 +1,4 @@
--- version: 1 (raise it with each change of this file)
+-- version: 2 (raise it with each change of this file)
 --
 -- The view for admins: the state of each account, and a hint at what to do about it. `create or replace view`
 -- keeps the grants on it, but can only add columns at the end.
@@ -7,11 +7,41 @@ create or replace view account_status as
 with moment as (select now() as at),
 known as (
     select a.*, r.lease_until, r.attempt_started_at, r.consecutive_failures, r.error_class,
-        r.error_code, r.error_message, r.next_attempt_at, r.last_requested_at, r.possibly_revoked,
-        t.expires_at, t.issued_at, t.allowed_ip, t.generation, moment.at,
+        r.error_code, r.error_message, r.possibly_revoked, t.allowed_ip, t.generation, moment.at,
+        -- Clients cannot represent every time that Postgres can, such as `infinity`.
+        case when r.next_attempt_at between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'
+            then r.next_attempt_at end as next_attempt_at,
+        case when r.last_requested_at between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'
+            then r.last_requested_at end as last_requested_at,
+        case when t.expires_at between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'
+            then t.expires_at end as expires_at,
+        case when t.issued_at between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'
+            then t.issued_at end as issued_at,
         coalesce(t.expires_at > moment.at, false) as live,
         coalesce(r.lease_until > moment.at, false) as leased,
-        r.error_class is not null and r.error_version = a.credential_version as failing
+        r.error_class is not null and r.error_version = a.credential_version as failing,
+        -- What a broker cannot read, since it was written while the triggers were disabled; NULL if nothing.
+        case
+            when a.name !~ '^[a-z0-9][a-z0-9._-]{0,62}$' then 'accounts.name'
+            when char_length(a.client_id) not between 1 and 20
+                or a.client_id ~ '[\u0001-\u0020\u007f-\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]'
+                then 'accounts.client_id'
+            when a.reissue_requested_at not between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'
+                then 'accounts.reissue_requested_at'
+            when r.attempt_started_at not between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'
+                then 'refreshes.attempt_started_at'
+            when r.lease_until not between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'
+                then 'refreshes.lease_until'
+            when r.next_attempt_at not between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'
+                then 'refreshes.next_attempt_at'
+            when r.interval_exceptions_since
+                not between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'
+                then 'refreshes.interval_exceptions_since'
+            when t.issued_at not between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'
+                then 'tokens.issued_at'
+            when t.expires_at not between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'
+                then 'tokens.expires_at'
+        end as unusable
     from moment, accounts a
     left join refreshes r on r.account_id = a.id
     left join tokens t on t.account_id = a.id
@@ -21,6 +51,7 @@ select
     client_id,
     case
         when not enabled then 'disabled'
+        when unusable is not null then 'unusable'
         when failing and error_class in ('rejected', 'intake') then 'rejected'
         when failing and error_class = 'egress_rejected' then 'egress_rejected'
         when leased and live then 'refreshing'
@@ -44,6 +75,8 @@ select
     case
         when not enabled then
             'enable it with: update accounts set enabled = true where name = ' || quote_literal(name)
+        when unusable is not null then
+            'no broker can use this row, which was written while the triggers were disabled: correct ' || unusable
         when failing and error_class = 'intake' then
             'the sealed secret does not open with the broker''s keyring: seal it again for the current intake key'
         when failing and error_class = 'rejected' and previous_secret is not null then

@@ -17,7 +17,8 @@ use crate::{
     files::state_dir::StateDir,
     services::{
         account_cache::AccountCache, account_loader::AccountLoader,
-        caller_directory::CallerDirectory, connectivity::DatabaseConnectivity, refresher::Outage,
+        caller_directory::CallerDirectory, connectivity::DatabaseConnectivity,
+        feed_health::FeedHealth, refresher::Outage,
     },
     store::{Database, TrustGate},
     telemetry::Metrics,
@@ -43,6 +44,7 @@ pub(super) struct Components {
     pub(super) cache: Arc<AccountCache>,
     pub(super) directory: Arc<CallerDirectory>,
     pub(super) connectivity: Arc<DatabaseConnectivity>,
+    pub(super) feed_health: Arc<FeedHealth>,
     pub(super) outage: Arc<Outage>,
     pub(super) loader: Arc<AccountLoader>,
     pub(super) journal: Journal,
@@ -77,10 +79,12 @@ impl Components {
         let database = unverified_database.gated(gate.clone());
         let pool = database.pool(config.pool_connections);
         let cache = Arc::new(AccountCache::default());
+        let feed_health = Arc::new(FeedHealth::default());
         let loader = AccountLoader::new(
             pool.clone(),
             config.keyring.clone(),
             cache.clone(),
+            feed_health.clone(),
             config.clock.clone(),
         );
         let tls = settings.tls.clone();
@@ -92,6 +96,7 @@ impl Components {
             cache,
             directory: Arc::new(CallerDirectory::default()),
             connectivity: Arc::new(DatabaseConnectivity::new(settings.new_token_ends_older)),
+            feed_health,
             outage: Arc::default(),
             loader: Arc::new(loader),
             journal,

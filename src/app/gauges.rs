@@ -15,7 +15,7 @@ use crate::telemetry::JournalGauges;
 pub(super) fn export(components: &Components) {
     let (cache, journal) = (components.cache.clone(), components.journal.clone());
     let (skew, tls) = (components.upstream_skew_ms.clone(), components.tls.clone());
-    let clock = components.clock.clone();
+    let (clock, health) = (components.clock.clone(), components.feed_health.clone());
     components.metrics.on_scrape(move |gauges| {
         let now = clock.now();
         for entry in cache.all() {
@@ -28,6 +28,8 @@ pub(super) fn export(components: &Components) {
         let skew = Some(skew.load(Ordering::Relaxed)).filter(|skew| *skew != UNKNOWN_SKEW);
         gauges.upstream_clock_skew = skew.map(TimeDelta::milliseconds);
         gauges.tls_not_after = tls.as_ref().map(|tls| tls.not_after());
+        gauges.failing_duties = health.failing().len().try_into().unwrap_or(u64::MAX);
+        gauges.unusable_rows = health.unusable().len().try_into().unwrap_or(u64::MAX);
         let stats = journal.stats();
         gauges.journal = JournalGauges {
             appended: stats.appended,

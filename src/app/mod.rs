@@ -30,6 +30,7 @@ mod prepare;
 mod readiness;
 mod running;
 mod supervise;
+mod task_group;
 mod wiring;
 
 use std::net::SocketAddr;
@@ -44,9 +45,7 @@ pub use self::{
     keyring_check::{WrongKeyring, check_keyring},
 };
 use self::{
-    components::Components,
-    prepare::prepare,
-    running::{RunningServices, TaskGroup},
+    components::Components, prepare::prepare, running::RunningServices, task_group::StartedTasks,
 };
 pub use crate::services::history::{DatabaseMismatch, Difference, LostRecords};
 use crate::{
@@ -94,14 +93,15 @@ impl App {
             }
         };
         gauges::export(&components);
-        let mut background = TaskGroup::default();
+        let mut tasks = StartedTasks::default();
         let endpoints =
             Ops { readiness: readiness::checks(&components), metrics: components.metrics.clone() };
-        background.add(tokio::spawn(ops::serve(ops, endpoints, background.stop_token())));
+        let stop = tasks.background.stop_token();
+        tasks.background.add(tokio::spawn(ops::serve(ops, endpoints, stop)));
 
-        let mut history = TaskGroup::default();
         let prepared = Box::pin(async {
-            let prepared = prepare(&components, &config, &state_dir, &mut history, give_up).await?;
+            let prepared =
+                prepare(&components, &config, &state_dir, &mut tasks.history, give_up).await?;
             let server = components.grpc(&config, prepared.trigger.clone())?;
             Ok((prepared, server))
         });
@@ -112,23 +112,14 @@ impl App {
         let (prepared, server) = match prepared {
             Ok(prepared) => prepared,
             Err(error) => {
-                history.stop().await;
-                background.stop().await;
+                tasks.stop().await;
                 journal.close().await;
                 return Err(error);
             }
         };
-        let services = RunningServices::start(
-            &components,
-            &config,
-            &state_dir,
-            prepared,
-            server,
-            grpc,
-            background,
-            history,
-        )
-        .await;
+        let services =
+            RunningServices::start(&components, &config, &state_dir, prepared, server, grpc, tasks)
+                .await;
         info!(grpc = %grpc_address, ops = %ops_address, "ready");
         Ok(Self { grpc_address, ops_address, components, services })
     }

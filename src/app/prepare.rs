@@ -6,14 +6,15 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     app_config::AppConfig, components::Components, error::StartError, keyring_check::check_keyring,
-    running::TaskGroup, supervise::until_reachable,
+    supervise::until_reachable, task_group::TaskGroup,
 };
 use crate::{
     audit::record::{Event, Record},
     domain::{account::AccountId, clock::Timestamp},
     files::state_dir::StateDir,
     services::{
-        change_feed::ChangeFeed,
+        change_feed::{ChangeFeed, LoadedDuties},
+        heartbeat::HeartbeatTask,
         refresher::{PendingTokens, RefreshTrigger, Refresher},
     },
     store::{accounts, instances, leases, within},
@@ -27,8 +28,9 @@ pub(super) struct Prepared {
     pub(super) refresher: Refresher,
     pub(super) trigger: RefreshTrigger,
     pub(super) change_feed: ChangeFeed,
-    /// The database snapshot whose changes are loaded. The change feed continues from there.
-    pub(super) snapshot: String,
+    pub(super) heartbeat: HeartbeatTask,
+    /// The duties of the change feed that have loaded accounts and callers, and continue from there.
+    pub(super) loaded: LoadedDuties,
 }
 
 /// Prepares the database and the journal, in this order:
@@ -40,7 +42,8 @@ pub(super) struct Prepared {
 /// 4. records the start in the audit journal, and the acceptance of a restored database if there was one;
 /// 5. marks stored tokens as possibly revoked where an earlier process issued newer ones that it could
 ///    not store;
-/// 6. loads accounts and callers.
+/// 6. loads accounts and callers;
+/// 7. stores the first heartbeat.
 ///
 /// While the database does not answer, a step that needs it is repeated.
 ///
@@ -77,8 +80,10 @@ pub(super) async fn prepare(
     let issuer = components.token_issuer(config, state_dir, Arc::new(pending));
     let (refresher, trigger) = Refresher::new(issuer);
     let change_feed = components.change_feed(config, state_dir, verified.identity, trigger.clone());
-    let snapshot = until_reachable(give_up, || async { Ok(change_feed.start().await?) }).await?;
-    Ok(Prepared { refresher, trigger, change_feed, snapshot })
+    let loaded = until_reachable(give_up, || async { Ok(change_feed.start().await?) }).await?;
+    let heartbeat = components.heartbeat(config, state_dir);
+    until_reachable(give_up, || async { Ok(heartbeat.start().await?) }).await?;
+    Ok(Prepared { refresher, trigger, change_feed, heartbeat, loaded })
 }
 
 async fn check_schema(components: &Components, config: &AppConfig) -> Result<(), StartError> {

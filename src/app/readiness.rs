@@ -13,7 +13,10 @@
 //! - Room again: calls are answered and all checks pass again without a restart, and the journal gets a
 //!   record that says how many records are missing.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, atomic::Ordering},
+};
 
 use super::components::Components;
 use crate::{
@@ -23,8 +26,13 @@ use crate::{
     services::{
         account_cache::AccountCache,
         connectivity::{Connectivity, DatabaseConnectivity},
+        feed_health::FailingDuty,
     },
+    store::UnusableRow,
 };
+
+/// The most unusable rows that an answer names.
+const MAX_NAMED_ROWS: usize = 20;
 
 /// Returns a function that runs all checks. The function does not block.
 pub(super) fn checks(components: &Components) -> Arc<dyn Fn() -> Readiness + Send + Sync> {
@@ -32,11 +40,13 @@ pub(super) fn checks(components: &Components) -> Arc<dyn Fn() -> Readiness + Sen
     let (connectivity, serving) = (components.connectivity.clone(), components.serving.clone());
     let (outage, clock) = (components.outage.clone(), components.clock.clone());
     let gate = components.gate.clone();
+    let health = components.feed_health.clone();
     Arc::new(move || Readiness {
         checks: vec![
             serving_check(serving.load(Ordering::Relaxed)),
             journal_check(&journal),
-            postgres_check(&connectivity, gate.problem().as_deref()),
+            postgres_check(&connectivity, &health.failing(), gate.problem().as_deref()),
+            rows_check(&health.unusable()),
             delivery_check(&connectivity, &journal),
             upstream_check(&cache, outage.is_on(), clock.now()),
         ],
@@ -59,26 +69,49 @@ fn journal_check(journal: &Journal) -> Check {
 }
 
 /// `unverified` says why the database must not be used, if so.
-fn postgres_check(connectivity: &DatabaseConnectivity, unverified: Option<&str>) -> Check {
-    let problem = connectivity.problem();
-    let ok = answers(connectivity) && problem.is_none() && unverified.is_none();
+fn postgres_check(
+    connectivity: &DatabaseConnectivity,
+    failing: &[FailingDuty],
+    unverified: Option<&str>,
+) -> Check {
+    let ok = answers(connectivity) && failing.is_empty() && unverified.is_none();
     let state = match unverified {
         Some(reason) => format!("is not used: {reason}"),
         None => "does not answer".into(),
     };
-    let detail = match (connectivity.current(), problem) {
-        (Connectivity::SoleReplica, _) => format!("{state}; issuing goes on without it"),
-        (Connectivity::Partitioned, _) => format!("{state}; serving what is known"),
-        (Connectivity::Connected, _) if unverified.is_some() => state,
-        (Connectivity::Connected, _) if !connectivity.has_answered() => {
-            "has not answered yet".into()
+    let detail = match connectivity.current() {
+        Connectivity::SoleReplica => format!("{state}; issuing goes on without it"),
+        Connectivity::Partitioned => format!("{state}; serving what is known"),
+        Connectivity::Connected if unverified.is_some() => state,
+        Connectivity::Connected if !connectivity.has_answered() => "has not answered yet".into(),
+        Connectivity::Connected if failing.is_empty() => "answers".into(),
+        Connectivity::Connected => {
+            format!("answers, but its changes cannot be followed: {}", problems(failing))
         }
-        (Connectivity::Connected, Some(problem)) => {
-            format!("answers, but its changes cannot be followed: {problem}")
-        }
-        (Connectivity::Connected, None) => "answers".into(),
     };
     Check { name: "postgres", ok, required: false, detail }
+}
+
+/// Returns the problems, each once with the duties that have it.
+fn problems(failing: &[FailingDuty]) -> String {
+    let mut duties_of: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for FailingDuty { duty, problem } in failing {
+        duties_of.entry(problem).or_default().push(duty);
+    }
+    let texts =
+        duties_of.into_iter().map(|(problem, duties)| format!("{problem} ({})", duties.join(", ")));
+    texts.collect::<Vec<_>>().join("; ")
+}
+
+fn rows_check(unusable: &[UnusableRow]) -> Check {
+    let detail = if unusable.is_empty() {
+        "all can be used".into()
+    } else {
+        let named: Vec<_> = unusable.iter().take(MAX_NAMED_ROWS).map(ToString::to_string).collect();
+        let more = if unusable.len() > MAX_NAMED_ROWS { "; …" } else { "" };
+        format!("{} cannot be used: {}{more}", unusable.len(), named.join("; "))
+    };
+    Check { name: "rows", ok: unusable.is_empty(), required: false, detail }
 }
 
 fn delivery_check(connectivity: &DatabaseConnectivity, journal: &Journal) -> Check {
@@ -103,4 +136,28 @@ fn upstream_check(cache: &AccountCache, outage: bool, now: Timestamp) -> Check {
         "{probing}{unreachable} of {accounts} accounts cannot reach it; {live} have a live token"
     );
     Check { name: "upstream", ok: unreachable == 0 && !outage, required: false, detail }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_problem_is_named_once_with_the_duties_that_have_it() {
+        let duty = |duty, problem: &str| FailingDuty { duty, problem: problem.into() };
+        let failing = [duty("access", "b"), duty("accounts", "a"), duty("intake", "b")];
+        assert_eq!(problems(&failing), "a (accounts); b (access, intake)");
+    }
+
+    #[test]
+    fn unusable_rows_are_named_up_to_a_limit() {
+        let rows: Vec<_> = (1..=30).map(|id| UnusableRow::new("grants", id, "malformed")).collect();
+        let check = rows_check(&rows);
+        assert!(!check.ok && !check.required);
+        assert!(
+            check.detail.starts_with("30 cannot be used: grants row 1: malformed; grants row 2")
+        );
+        assert!(check.detail.ends_with("grants row 20: malformed; …"));
+        assert!(rows_check(&[]).ok);
+    }
 }

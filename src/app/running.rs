@@ -5,13 +5,17 @@ use std::{
     time::Duration,
 };
 
-use tokio::{net::TcpListener, task::JoinHandle, time::timeout};
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio::{net::TcpListener, time::timeout};
+use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
 use super::{
-    app_config::AppConfig, components::Components, grpc_health::GrpcHealth, prepare::Prepared,
-    supervise::supervise, wiring::GrpcServer,
+    app_config::AppConfig,
+    components::Components,
+    grpc_health::GrpcHealth,
+    prepare::Prepared,
+    task_group::{StartedTasks, TaskGroup},
+    wiring::GrpcServer,
 };
 use crate::{
     api::grpc::server::{ConnectionLimiter, WorkerThreads, serve},
@@ -43,7 +47,7 @@ pub(super) struct RunningServices {
     shutdown_notice: Duration,
     /// The first group: gRPC with its streams, and the refresher.
     serving: TaskGroup,
-    /// The second group: the change feed, retention, checkpoints, the reload of TLS files, and the HTTP
+    /// The second group: the change feed, the heartbeat, retention, checkpoints, the reload of TLS files, and the HTTP
     /// endpoints for operators.
     background: TaskGroup,
     /// The third group: the delivery of the journal, which is stopped after the journal is closed.
@@ -52,54 +56,8 @@ pub(super) struct RunningServices {
     history: TaskGroup,
 }
 
-/// Tasks that are stopped together, by one token.
-#[derive(Default)]
-pub(super) struct TaskGroup {
-    stop: CancellationToken,
-    tasks: Vec<JoinHandle<()>>,
-}
-
-impl TaskGroup {
-    /// Returns the token that stops the tasks.
-    pub(super) fn stop_token(&self) -> CancellationToken {
-        self.stop.clone()
-    }
-
-    /// Adds a task that runs already. If it ends early, nothing happens.
-    pub(super) fn add(&mut self, task: JoinHandle<()>) {
-        self.tasks.push(task);
-    }
-
-    /// Starts a task. If it ends before the group is stopped, which is a bug, `failed` is cancelled.
-    pub(super) fn start(
-        &mut self,
-        name: &'static str,
-        failed: &CancellationToken,
-        task: impl Future<Output = ()> + Send + 'static,
-    ) {
-        self.tasks.push(supervise(name, Box::pin(task), self.stop_token(), failed.clone()));
-    }
-
-    /// Stops the tasks and waits until they have ended.
-    pub(super) async fn stop(self) {
-        self.stop.cancel();
-        for task in self.tasks {
-            let _ = task.await;
-        }
-    }
-
-    /// Stops the tasks, and waits up to `limit` for each of them.
-    async fn stop_within(self, limit: Duration) {
-        self.stop.cancel();
-        for task in self.tasks {
-            let _ = timeout(limit, task).await;
-        }
-    }
-}
-
 impl RunningServices {
-    /// Starts all tasks, and returns once calls are served. Adds tasks to `background`, which has those that
-    /// were started earlier, as `history` has.
+    /// Starts all tasks but those of `started`, and returns once calls are served.
     pub(super) async fn start(
         components: &Components,
         config: &AppConfig,
@@ -107,9 +65,9 @@ impl RunningServices {
         prepared: Prepared,
         grpc: GrpcServer,
         listener: TcpListener,
-        mut background: TaskGroup,
-        history: TaskGroup,
+        started: StartedTasks,
     ) -> Self {
+        let StartedTasks { mut background, history } = started;
         let GrpcServer { server, health, limiter, workers, calls } = grpc;
         let signer = components.checkpoint_signer(config, state_dir);
 
@@ -121,8 +79,9 @@ impl RunningServices {
         serving.start("grpc", failed, serve(listener, server, stop, config.settings.drain));
 
         let stop = background.stop_token();
-        let feed = prepared.change_feed.run(prepared.snapshot, stop.clone());
+        let feed = prepared.change_feed.run(prepared.loaded, stop.clone());
         background.start("change feed", failed, feed);
+        background.start("heartbeat", failed, prepared.heartbeat.run(stop.clone()));
         background.start("retention", failed, components.retention(config).run(stop.clone()));
         background.start("checkpoints", failed, signer.clone().run(stop.clone()));
         if let Some(tls) = components.tls.clone() {

@@ -11,7 +11,8 @@ use super::error::StartError;
 /// The pause between two attempts to reach the database at the start.
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
 
-/// Runs `step`, and repeats it as long as it fails because the database cannot be reached. When
+/// Runs `step`, and repeats it as long as it fails because the database cannot be reached or another
+/// transaction has locked what is needed. When
 /// `give_up` is cancelled, a step in progress is dropped, so it must be cancel safe.
 ///
 /// # Errors
@@ -29,7 +30,11 @@ pub(super) async fn until_reachable<T, F: Future<Output = Result<T, StartError>>
         match result {
             Err(StartError::Store(why)) if why.is_unavailable() => {
                 if !std::mem::replace(&mut warned, true) {
-                    warn!(%why, "the database cannot be reached yet; waiting for it");
+                    if why.is_delayed() {
+                        warn!(%why, "another transaction holds up the start; waiting for it");
+                    } else {
+                        warn!(%why, "the database cannot be reached yet; waiting for it");
+                    }
                 }
                 tokio::time::sleep(RETRY_PAUSE).await;
             }

@@ -17,7 +17,8 @@ use crate::{
     files::state_dir::StateDir,
     services::{
         caller_rates::CallerRates,
-        change_feed::{ChangeFeed, ReplicaIdentity},
+        change_feed::ChangeFeed,
+        heartbeat::{HeartbeatTask, ReplicaIdentity},
         history::{HistoryGuard, HistorySettings, Witnesses},
         journal_delivery::JournalDelivery,
         keyed_semaphore::KeyedSemaphore,
@@ -118,23 +119,41 @@ impl Components {
         trigger: RefreshTrigger,
     ) -> ChangeFeed {
         ChangeFeed {
-            replica: ReplicaIdentity {
-                instance: state_dir.instance().to_owned(),
-                replica: state_dir.replica(),
-                key_ids: config.keyring.key_ids().iter().map(ToString::to_string).collect(),
-                started_at: self.clock.now(),
-            },
+            replica: self.replica_identity(config, state_dir),
             database: self.database.clone(),
             database_identity,
+            upstream: config.settings.upstream.to_string(),
             pool: self.pool.clone(),
             keyring: config.keyring.clone(),
             loader: self.loader.clone(),
             cache: self.cache.clone(),
             directory: self.directory.clone(),
+            health: self.feed_health.clone(),
             connectivity: self.connectivity.clone(),
             refresh: trigger,
             journal: self.journal.clone(),
             clock: self.clock.clone(),
+        }
+    }
+
+    /// Returns the task that tells the other replicas that this one is alive.
+    pub(super) fn heartbeat(&self, config: &AppConfig, state_dir: &StateDir) -> HeartbeatTask {
+        HeartbeatTask {
+            replica: self.replica_identity(config, state_dir),
+            pool: self.pool.clone(),
+            cache: self.cache.clone(),
+            connectivity: self.connectivity.clone(),
+            journal: self.journal.clone(),
+            clock: self.clock.clone(),
+        }
+    }
+
+    fn replica_identity(&self, config: &AppConfig, state_dir: &StateDir) -> ReplicaIdentity {
+        ReplicaIdentity {
+            instance: state_dir.instance().to_owned(),
+            replica: state_dir.replica(),
+            key_ids: config.keyring.key_ids().iter().map(ToString::to_string).collect(),
+            started_at: self.clock.now(),
         }
     }
 

@@ -1,8 +1,12 @@
 //! Loads accounts from the database into the cache, and opens their sealed tokens.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{
+    collections::{BTreeSet, HashMap, HashSet},
+    sync::Arc,
+    time::Instant,
+};
 
-use sqlx::PgPool;
+use sqlx::{PgConnection, PgPool};
 use tokio::sync::Mutex;
 use tracing::error;
 
@@ -13,16 +17,21 @@ use crate::{
         clock::Clock,
         token::{SealedToken, Token},
     },
-    services::account_cache::AccountCache,
+    services::{
+        account_cache::{AccountCache, AccountSnapshot},
+        feed_health::FeedHealth,
+    },
     store::{
         StoreError,
-        accounts::{self, LoadedAccount},
+        accounts::{self, AccountVersion, LoadedAccount, WithdrawnAccount},
         within,
     },
 };
 
 /// The most accounts that one statement loads.
-const PAGE: usize = 1_000;
+const PAGE: usize = 500;
+/// The tables whose rows make up an account.
+const TABLES: [&str; 3] = ["accounts", "refreshes", "tokens"];
 
 /// Loads accounts from the database into the cache.
 #[derive(Debug)]
@@ -30,73 +39,163 @@ pub struct AccountLoader {
     pool: PgPool,
     keyring: Arc<Keyring>,
     cache: Arc<AccountCache>,
+    health: Arc<FeedHealth>,
     clock: Clock,
     /// Held while a page is read and put into the cache, so that an older read never overwrites a newer
     /// one. It is an async lock, since the read waits for the database.
     one_at_a_time: Mutex<()>,
+    /// When accounts were withdrawn from the cache. A read that began earlier does not put them back.
+    withdrawn: parking_lot::Mutex<HashMap<i64, Instant>>,
+    /// The version of each account that was read, whether it could be used or not.
+    versions: parking_lot::Mutex<HashMap<i64, i64>>,
 }
 
 impl AccountLoader {
-    /// Returns a loader that reads through `pool` and opens tokens with `keyring`.
+    /// Returns a loader that reads through `pool` and opens tokens with `keyring`. It reports the rows that
+    /// cannot be used to `health`.
     #[must_use]
     pub fn new(
         pool: PgPool,
         keyring: Arc<Keyring>,
         cache: Arc<AccountCache>,
+        health: Arc<FeedHealth>,
         clock: Clock,
     ) -> Self {
-        Self { pool, keyring, cache, clock, one_at_a_time: Mutex::new(()) }
+        Self {
+            pool,
+            keyring,
+            cache,
+            health,
+            clock,
+            one_at_a_time: Mutex::new(()),
+            withdrawn: parking_lot::Mutex::default(),
+            versions: parking_lot::Mutex::default(),
+        }
     }
 
-    /// Loads every account, and removes accounts from the cache that no longer exist. Returns the number
-    /// of accounts.
+    /// Loads every account over `connection`, and removes accounts from the cache that no longer exist.
+    /// Returns the number of accounts.
     ///
     /// # Errors
     /// When the database cannot be read; the pages that were loaded before stay in the cache.
-    pub async fn load_all(&self) -> Result<usize, StoreError> {
-        let mut gone: BTreeSet<_> = self.cache.all().iter().map(|account| account.id()).collect();
+    pub async fn load_all(&self, connection: &mut PgConnection) -> Result<usize, StoreError> {
+        let mut gone: BTreeSet<_> = self.versions.lock().keys().copied().collect();
+        gone.extend(self.cache.all().iter().map(|account| account.id().0));
         let mut last = i64::MIN;
         loop {
-            let ids = accounts::ids_after(&self.pool, last).await?;
+            let ids = within(accounts::ids_after(&mut *connection, last)).await?;
             let Some(end) = ids.last() else { break };
             last = *end;
-            self.load(&ids).await?;
+            self.load_over(connection, &ids).await?;
             for id in ids {
-                gone.remove(&AccountId(id));
+                gone.remove(&id);
             }
         }
-        for id in gone {
-            self.cache.remove(id);
-        }
+        let gone: Vec<_> = gone.into_iter().collect();
+        self.load_over(connection, &gone).await?;
         Ok(self.cache.len())
     }
 
-    /// Loads the accounts `ids`, and removes those from the cache that no longer exist.
+    /// Loads the accounts `ids` over the pool, and removes those from the cache that no longer exist.
     ///
     /// # Errors
     /// When the database cannot be read; the pages that were loaded before stay in the cache.
     pub async fn load(&self, ids: &[i64]) -> Result<(), StoreError> {
+        let mut connection = self.pool.acquire().await?;
+        self.load_over(&mut connection, ids).await
+    }
+
+    /// Like [`Self::load`], over `connection`.
+    ///
+    /// # Errors
+    /// When the database cannot be read; the pages that were loaded before stay in the cache.
+    pub async fn load_over(
+        &self,
+        connection: &mut PgConnection,
+        ids: &[i64],
+    ) -> Result<(), StoreError> {
         for page in ids.chunks(PAGE) {
-            self.load_page(page).await?;
+            let mut again = self.load_page(connection, page).await?;
+            while !again.is_empty() {
+                again = self.load_page(connection, &again).await?;
+            }
         }
         Ok(())
     }
 
-    async fn load_page(&self, ids: &[i64]) -> Result<(), StoreError> {
+    /// Loads the accounts `ids`. Returns those that were withdrawn during the read, so that it may be older
+    /// than the withdrawal: they must be read again.
+    async fn load_page(
+        &self,
+        connection: &mut PgConnection,
+        ids: &[i64],
+    ) -> Result<Vec<i64>, StoreError> {
         let _guard = self.one_at_a_time.lock().await;
-        let loaded = within(accounts::load(&self.pool, ids)).await?;
-        let found: BTreeSet<_> = loaded.iter().map(|loaded| loaded.account.id).collect();
-        // Deleted accounts are removed first, since another account may have the same name by now.
-        for id in ids.iter().map(|id| AccountId(*id)).filter(|id| !found.contains(id)) {
-            self.cache.remove(id);
+        let began = Instant::now();
+        let loaded = within(accounts::load(connection, ids)).await?;
+        let found: BTreeSet<_> = loaded.rows.iter().map(|loaded| loaded.account.id.0).collect();
+        let mut withdrawn = self.withdrawn.lock();
+        let is_older = |id: &i64| withdrawn.get(id).is_some_and(|at| *at >= began);
+        let (again, current): (Vec<i64>, Vec<i64>) =
+            ids.iter().copied().partition(|id| found.contains(id) && is_older(id));
+        {
+            let mut versions = self.versions.lock();
+            for id in &current {
+                withdrawn.remove(id);
+                versions.remove(id);
+            }
+            versions.extend(loaded.versions.iter().copied());
+            // Forgetting their versions makes the comparison read them again, too.
+            for id in &again {
+                versions.remove(id);
+            }
         }
-        for mut loaded in loaded {
-            self.convert_to_local_time(&mut loaded);
-            let LoadedAccount { account, refresh, token, .. } = loaded;
-            let token = token.and_then(|token| self.open(account.id, token));
-            self.cache.put(account, refresh, token);
+        self.health.update_unusable(&TABLES, &current, &loaded.unusable);
+        // Accounts that do not exist or cannot be used are removed first, since another account may have the
+        // same name by now.
+        for id in current.iter().filter(|id| !found.contains(id)) {
+            self.cache.remove(AccountId(*id));
         }
-        Ok(())
+        for loaded in loaded.rows.into_iter().filter(|it| !again.contains(&it.account.id.0)) {
+            self.put(loaded);
+        }
+        drop(withdrawn);
+        Ok(again)
+    }
+
+    fn put(&self, mut loaded: LoadedAccount) {
+        self.convert_to_local_time(&mut loaded);
+        let LoadedAccount { account, refresh, token, .. } = loaded;
+        let token = token.and_then(|token| self.open(account.id, token));
+        self.cache.put(account, refresh, token);
+    }
+
+    /// Takes accounts away from their callers at once: they were disabled or deleted. They are loaded later,
+    /// with everything else that has changed.
+    pub fn withdraw(&self, accounts: &[WithdrawnAccount]) {
+        if accounts.is_empty() {
+            return;
+        }
+        let mut withdrawn = self.withdrawn.lock();
+        let now = Instant::now();
+        for account in accounts {
+            let id = AccountId(account.id);
+            if account.deleted {
+                self.cache.remove(id);
+            } else if let Some(entry) = self.cache.by_id(id)
+                && entry.snapshot().account.enabled
+            {
+                self.cache.update(&entry, disabled);
+            }
+            withdrawn.insert(account.id, now);
+        }
+    }
+
+    /// Returns the ids of the accounts that must be loaded to be as in `page`: the versions of all accounts
+    /// after the id `after`, up to the last one in the page. An empty page means that there are no more.
+    #[must_use]
+    pub fn outdated(&self, after: i64, page: &[AccountVersion]) -> Vec<i64> {
+        outdated(&self.versions.lock(), after, page)
     }
 
     /// Converts the times that the database stamped to the local clock, so that a difference between
@@ -122,5 +221,45 @@ impl AccountLoader {
             .inspect_err(|error| error!(%account, %error, "a stored token does not open"))
             .ok()?;
         Some(stored.opened(access_token))
+    }
+}
+
+fn disabled(snapshot: &AccountSnapshot) -> AccountSnapshot {
+    let mut disabled = snapshot.clone();
+    disabled.account.enabled = false;
+    disabled
+}
+
+/// See [`AccountLoader::outdated`]; `known` has the versions that were loaded.
+fn outdated(known: &HashMap<i64, i64>, after: i64, page: &[AccountVersion]) -> Vec<i64> {
+    let end = page.last().map_or(i64::MAX, |account| account.id);
+    let present: HashSet<_> = page.iter().map(|account| account.id).collect();
+    let changed = page.iter().filter(|account| known.get(&account.id) != Some(&account.version));
+    let gone = known.keys().filter(|id| after < **id && **id <= end && !present.contains(*id));
+    changed.map(|account| account.id).chain(gone.copied()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn page(versions: &[(i64, i64)]) -> Vec<AccountVersion> {
+        let version = |&(id, version)| AccountVersion { id, version, lacks_refresh_state: false };
+        versions.iter().map(version).collect()
+    }
+
+    #[test]
+    fn accounts_that_are_new_changed_or_gone_are_outdated_each_in_the_page_that_covers_its_id() {
+        let known = HashMap::from([(1, 10), (2, 20), (3, 30), (5, 50), (9, 90)]);
+        let sorted = |after, versions: &[(i64, i64)]| {
+            let mut ids = outdated(&known, after, &page(versions));
+            ids.sort_unstable();
+            ids
+        };
+        assert_eq!(sorted(i64::MIN, &[(1, 10), (2, 20), (3, 30)]), [0; 0]);
+        assert_eq!(sorted(i64::MIN, &[(1, 10), (3, 31), (4, 40)]), [2, 3, 4]);
+        assert_eq!(sorted(4, &[(5, 50), (7, 70)]), [7]);
+        assert_eq!(sorted(7, &[]), [9], "the empty page at the end covers all ids after the last");
+        assert_eq!(sorted(9, &[]), [0; 0]);
     }
 }

@@ -11,6 +11,8 @@
 //! | [`history`] | checking that the database is the one that this replica knows, in no older state |
 //! | [`refresher`] | issuing and storing tokens |
 //! | [`change_feed`] | following committed changes |
+//! | [`heartbeat`] | telling other replicas that this one is alive, and learning of them |
+//! | [`feed_health`] | what hinders the change feed: failing duties, unusable rows |
 //! | [`token_provider`] | answering calls: checking grants, reading the cache, waiting for a token |
 //! | [`refusal_aggregator`] | one audit record for many equal refusals |
 //! | [`journal_delivery`], [`retention`] | delivering the audit journal to Postgres; removing old audit records |
@@ -22,7 +24,9 @@ pub mod caller_rates;
 pub mod change_feed;
 pub mod client_network;
 pub mod connectivity;
+pub mod feed_health;
 pub mod gcra;
+pub mod heartbeat;
 pub mod history;
 pub mod journal_delivery;
 pub mod keyed_semaphore;

@@ -1,11 +1,14 @@
-//! Accounts: loading them, and sealing what admins write into the intake column.
+//! Accounts: loading them, and finding those that changed.
 
 use sqlx::{PgExecutor, PgPool};
-use tracing::{error, instrument};
+use tracing::instrument;
 
-use super::StoreError;
+use super::{
+    StoreError,
+    lenient::{Lenient, LenientTime, Readable, UnusableRow},
+};
 use crate::domain::{
-    account::{AccountId, ClientId, CredentialVersion},
+    account::{AccountId, CredentialVersion},
     clock::Timestamp,
     refresh_state::{
         Account, AccountCredential, FailureClass, IntervalExceptions, IssueFailure, RefreshState,
@@ -16,6 +19,8 @@ use crate::domain::{
 
 /// The most accounts that [`ids_after`] returns.
 const PAGE: i64 = 1_000;
+/// The most accounts that [`versions_after`] returns.
+const VERSIONS_PAGE: i64 = 10_000;
 /// How many secrets are read for each sealing key, to check that the keyring opens them.
 const SAMPLES_PER_KEY: i64 = 3;
 
@@ -33,37 +38,49 @@ pub struct LoadedAccount {
     pub now: Timestamp,
 }
 
+/// What was read of some accounts.
+#[derive(Clone, Debug)]
+pub struct LoadedAccounts {
+    /// The accounts that can be used.
+    pub rows: Vec<LoadedAccount>,
+    /// The rows because of which the other accounts cannot be used.
+    pub unusable: Vec<UnusableRow>,
+    /// The id and the [version](AccountVersion::version) of every account that exists.
+    pub versions: Vec<(i64, i64)>,
+}
+
 struct Row {
     id: i64,
-    name: String,
-    client_id: String,
+    name: Lenient<String>,
+    client_id: Lenient<String>,
     enabled: bool,
     credential_version: i64,
     sealed_secret: Option<Vec<u8>>,
     previous_secret: Option<Vec<u8>>,
     previous_version: Option<i64>,
-    reissue_requested_at: Option<Timestamp>,
-    attempt_started_at: Option<Timestamp>,
+    reissue_requested_at: Option<LenientTime>,
+    attempt_started_at: Option<LenientTime>,
     attempt_version: Option<i64>,
     attempt_open: Option<bool>,
-    lease_until: Option<Timestamp>,
+    lease_until: Option<LenientTime>,
     possibly_revoked: Option<bool>,
     consecutive_failures: Option<i32>,
-    error_class: Option<String>,
-    error_code: Option<String>,
-    error_message: Option<String>,
+    error_class: Option<Lenient<String>>,
+    error_code: Option<Lenient<String>>,
+    error_message: Option<Lenient<String>>,
     error_version: Option<i64>,
-    next_attempt_at: Option<Timestamp>,
+    next_attempt_at: Option<LenientTime>,
     interval_exceptions: Option<i32>,
-    interval_exceptions_since: Option<Timestamp>,
+    interval_exceptions_since: Option<LenientTime>,
     sealed_token: Option<Vec<u8>>,
     generation: Option<i64>,
     token_version: Option<i64>,
-    issued_at: Option<Timestamp>,
-    expires_at: Option<Timestamp>,
-    allowed_ip: Option<String>,
-    fingerprint: Option<String>,
+    issued_at: Option<LenientTime>,
+    expires_at: Option<LenientTime>,
+    allowed_ip: Option<Lenient<String>>,
+    fingerprint: Option<Lenient<String>>,
     now: Timestamp,
+    version: i64,
 }
 
 /// Returns the ids of up to a thousand accounts after the id `after`, in ascending order.
@@ -71,20 +88,20 @@ struct Row {
 /// # Errors
 /// When the database cannot be read.
 #[instrument(level = "debug", skip_all)]
-pub async fn ids_after(pool: &PgPool, after: i64) -> Result<Vec<i64>, StoreError> {
+pub async fn ids_after(executor: impl PgExecutor<'_>, after: i64) -> Result<Vec<i64>, StoreError> {
     let ids = sqlx::query_scalar!(
         "-- store::accounts::ids_after
         select id from accounts where id > $1 order by id limit $2",
         after,
         PAGE,
     )
-    .fetch_all(pool)
+    .fetch_all(executor)
     .await?;
     Ok(ids)
 }
 
-/// Loads those of the accounts `ids` that exist, in no particular order. An account whose row is unreadable
-/// is logged and left out, so that the others can be used.
+/// Loads those of the accounts `ids` that exist, in no particular order. An account cannot be used if its row
+/// is malformed, or its row in `refreshes` or `tokens`.
 ///
 /// # Errors
 /// When the database cannot be read.
@@ -92,27 +109,35 @@ pub async fn ids_after(pool: &PgPool, after: i64) -> Result<Vec<i64>, StoreError
 pub async fn load<'e>(
     executor: impl PgExecutor<'e>,
     ids: &[i64],
-) -> Result<Vec<LoadedAccount>, StoreError> {
+) -> Result<LoadedAccounts, StoreError> {
     let rows = sqlx::query_as!(
         Row,
         r#"-- store::accounts::load
-        select a.id as "id!", a.name as "name!", a.client_id as "client_id!",
+        select a.id as "id!", a.name as "name!: Lenient<String>",
+            a.client_id as "client_id!: Lenient<String>",
             a.enabled as "enabled!", a.credential_version as "credential_version!",
             a.sealed_secret as "sealed_secret?", a.previous_secret as "previous_secret?",
             a.previous_version as "previous_version?",
-            a.reissue_requested_at as "reissue_requested_at?", r.attempt_started_at as "attempt_started_at?",
+            a.reissue_requested_at as "reissue_requested_at?: LenientTime",
+            r.attempt_started_at as "attempt_started_at?: LenientTime",
             r.attempt_version as "attempt_version?",
             r.attempt_started_at is not null and r.attempt_ended_at is null as "attempt_open?",
-            r.lease_until as "lease_until?",
+            r.lease_until as "lease_until?: LenientTime",
             r.possibly_revoked as "possibly_revoked?", r.consecutive_failures as "consecutive_failures?",
-            r.error_class as "error_class?", r.error_code as "error_code?",
-            r.error_message as "error_message?", r.error_version as "error_version?",
-            r.next_attempt_at as "next_attempt_at?", r.interval_exceptions as "interval_exceptions?",
-            r.interval_exceptions_since as "interval_exceptions_since?", t.sealed_token as "sealed_token?",
+            r.error_class as "error_class?: Lenient<String>",
+            r.error_code as "error_code?: Lenient<String>",
+            r.error_message as "error_message?: Lenient<String>", r.error_version as "error_version?",
+            r.next_attempt_at as "next_attempt_at?: LenientTime",
+            r.interval_exceptions as "interval_exceptions?",
+            r.interval_exceptions_since as "interval_exceptions_since?: LenientTime",
+            t.sealed_token as "sealed_token?",
             t.generation as "generation?", t.credential_version as "token_version?",
-            t.issued_at as "issued_at?", t.expires_at as "expires_at?",
-            t.allowed_ip as "allowed_ip?", t.fingerprint as "fingerprint?",
-            clock_timestamp() as "now!"
+            t.issued_at as "issued_at?: LenientTime", t.expires_at as "expires_at?: LenientTime",
+            t.allowed_ip as "allowed_ip?: Lenient<String>",
+            t.fingerprint as "fingerprint?: Lenient<String>",
+            clock_timestamp() as "now!",
+            hashtextextended(concat(a.xmin, a.ctid, '/', r.account_id, r.changed, '/', t.xmin, t.ctid), 0)
+                as "version!"
         from accounts a
         left join refreshes r on r.account_id = a.id
         left join tokens t on t.account_id = a.id
@@ -121,25 +146,44 @@ pub async fn load<'e>(
     )
     .fetch_all(executor)
     .await?;
-    let read = |row: Row| row.read().inspect_err(|error| error!(%error, "an account is left out"));
-    Ok(rows.into_iter().filter_map(|row| read(row).ok()).collect())
+    let versions = rows.iter().map(|row| (row.id, row.version)).collect();
+    let Readable { rows, unusable } = rows.into_iter().map(Row::read).collect();
+    Ok(LoadedAccounts { rows, unusable, versions })
 }
 
 impl Row {
-    fn read(self) -> Result<LoadedAccount, StoreError> {
+    fn read(self) -> Result<LoadedAccount, UnusableRow> {
         let id = self.id;
-        let corrupt = |problem| StoreError::unreadable_row("accounts", id, problem);
-        let failure = match (&self.error_class, self.error_version) {
+        let account = |problem| UnusableRow::new("accounts", id, problem);
+        let refresh = |problem| UnusableRow::new("refreshes", id, problem);
+        let token = |problem| UnusableRow::new("tokens", id, problem);
+        let refresh_time = |time: Option<LenientTime>, problem| {
+            time.map(|time| time.or(refresh(problem))).transpose()
+        };
+        let refresh_text = |text: Option<Lenient<String>>| {
+            text.map(|text| text.or(refresh("malformed error"))).transpose()
+        };
+
+        let malformed_name = || account("malformed name");
+        let name = self.name.or(malformed_name())?.parse().map_err(|_| malformed_name())?;
+        let malformed_login = || account("malformed client_id");
+        let client_id =
+            self.client_id.or(malformed_login())?.parse().map_err(|_| malformed_login())?;
+        let reissue_requested_at = self.reissue_requested_at.map(|time| {
+            time.or(account("reissue_requested_at is not a time between 1970 and 9999"))
+        });
+        let (code, message) = (refresh_text(self.error_code)?, refresh_text(self.error_message)?);
+        let failure = match (refresh_text(self.error_class)?, self.error_version) {
             (Some(class), Some(version)) => Some(IssueFailure {
                 // A newer release may know more classes. A failure of such a class is retried.
                 class: class.parse().unwrap_or(FailureClass::Unreachable),
-                code: self.error_code,
-                message: self.error_message.unwrap_or_default(),
+                code,
+                message: message.unwrap_or_default(),
                 version: CredentialVersion(version),
             }),
             _ => None,
         };
-        let token = match (
+        let stored_token = match (
             self.sealed_token,
             self.generation,
             self.token_version,
@@ -147,14 +191,17 @@ impl Row {
             self.expires_at,
         ) {
             (Some(sealed), Some(generation), Some(version), Some(issued_at), Some(expires_at)) => {
+                let text = |text: Lenient<String>| text.or(token("malformed text"));
                 Some(SealedToken {
                     sealed,
                     generation: Generation(generation),
                     credential_version: CredentialVersion(version),
-                    issued_at,
-                    expires_at,
-                    allowed_ip: self.allowed_ip,
-                    fingerprint: self.fingerprint.unwrap_or_default(),
+                    issued_at: issued_at
+                        .or(token("issued_at is not a time between 1970 and 9999"))?,
+                    expires_at: expires_at
+                        .or(token("expires_at is not a time between 1970 and 9999"))?,
+                    allowed_ip: self.allowed_ip.map(text).transpose()?,
+                    fingerprint: self.fingerprint.map(text).transpose()?.unwrap_or_default(),
                 })
             }
             _ => None,
@@ -162,8 +209,8 @@ impl Row {
         Ok(LoadedAccount {
             account: Account {
                 id: AccountId(id),
-                name: self.name.parse().map_err(|_| corrupt("malformed name"))?,
-                client_id: self.client_id.parse().map_err(|_| corrupt("malformed client_id"))?,
+                name,
+                client_id,
                 enabled: self.enabled,
                 credential_version: CredentialVersion(self.credential_version),
                 secret: self.sealed_secret.map(SealedSecret::from),
@@ -173,102 +220,132 @@ impl Row {
                         secret: secret.into(),
                     },
                 ),
-                reissue_requested_at: self.reissue_requested_at,
+                reissue_requested_at: reissue_requested_at.transpose()?,
             },
             refresh: RefreshState {
-                attempt_started_at: self.attempt_started_at,
+                attempt_started_at: refresh_time(
+                    self.attempt_started_at,
+                    "attempt_started_at is not a time between 1970 and 9999",
+                )?,
                 attempt_version: self.attempt_version.map(CredentialVersion),
                 attempt_open: self.attempt_open.unwrap_or_default(),
-                lease_until: self.lease_until,
+                lease_until: refresh_time(
+                    self.lease_until,
+                    "lease_until is not a time between 1970 and 9999",
+                )?,
                 possibly_revoked: self.possibly_revoked.unwrap_or_default(),
                 stored_generation: self.generation.map(Generation),
                 consecutive_failures: self.consecutive_failures.unwrap_or_default().unsigned_abs(),
                 failure,
-                next_attempt_at: self.next_attempt_at,
+                next_attempt_at: refresh_time(
+                    self.next_attempt_at,
+                    "next_attempt_at is not a time between 1970 and 9999",
+                )?,
                 interval_exceptions: IntervalExceptions {
                     used: self.interval_exceptions.unwrap_or_default().unsigned_abs(),
-                    since: self.interval_exceptions_since,
+                    since: refresh_time(
+                        self.interval_exceptions_since,
+                        "interval_exceptions_since is not a time between 1970 and 9999",
+                    )?,
                 },
             },
-            token,
+            token: stored_token,
             now: self.now,
         })
     }
 }
 
-/// A secret that an admin wrote into the intake column of one account.
-pub struct Intake {
-    /// The account's id, to which the sealed secret is bound.
-    pub id: AccountId,
-    /// The account's login, to which a value of `account seal` is bound.
-    pub client_id: ClientId,
-    /// The credential version, to which the sealed secret is bound.
-    pub version: CredentialVersion,
-    /// The column's text: a plain secret, or `sealed:…` as `account seal` prints it.
-    pub value: zeroize::Zeroizing<String>,
+/// What is needed to find out whether an account must be loaded again.
+#[derive(Clone, Copy, Debug)]
+pub struct AccountVersion {
+    /// The account's id.
+    pub id: i64,
+    /// Changes with each write to the account's row or its token, also one that fires no trigger, and with
+    /// each announced write to its refresh state.
+    pub version: i64,
+    /// Whether the account has no row in `refreshes`.
+    pub lacks_refresh_state: bool,
 }
 
-/// Seals up to a hundred intake values with `seal` and empties their intake columns, in one
-/// transaction. Rows that another transaction has locked are skipped. Returns how many values were
-/// processed: 0 when none is left.
-///
-/// If `seal` refuses a value, the column is emptied too, and the returned reason is stored as the account's
-/// failure until an admin writes another secret.
+/// Returns the versions of up to ten thousand accounts after the id `after`, in ascending order.
 ///
 /// # Errors
-/// When the database cannot be reached or refuses a statement; then no value was sealed.
+/// When the database cannot be read.
 #[instrument(level = "debug", skip_all)]
-pub async fn seal_intake(
-    pool: &PgPool,
-    mut seal: impl FnMut(&Intake) -> Result<Vec<u8>, String>,
-) -> Result<usize, StoreError> {
-    let mut transaction = pool.begin().await?;
-    let rows = sqlx::query!(
-        r#"-- store::accounts::seal_intake
-        select id, client_id, credential_version, client_secret as "client_secret!"
-        from accounts where client_secret is not null
-        order by id limit 100 for update skip locked"#
+pub async fn versions_after(
+    executor: impl PgExecutor<'_>,
+    after: i64,
+) -> Result<Vec<AccountVersion>, StoreError> {
+    let versions = sqlx::query_as!(
+        AccountVersion,
+        r#"-- store::accounts::versions_after
+        select a.id as "id!", r.account_id is null as "lacks_refresh_state!",
+            hashtextextended(concat(a.xmin, a.ctid, '/', r.account_id, r.changed, '/', t.xmin, t.ctid), 0)
+                as "version!"
+        from (select xmin, ctid, id from accounts where id > $1 order by id limit $2) a
+        left join refreshes r on r.account_id = a.id
+        left join tokens t on t.account_id = a.id
+        order by a.id"#,
+        after,
+        VERSIONS_PAGE,
     )
-    .fetch_all(&mut *transaction)
+    .fetch_all(executor)
     .await?;
-    let sealed = rows.len();
-    for row in rows {
-        let value = row.client_secret.into();
-        let version = CredentialVersion(row.credential_version);
-        let sealed_value = match row.client_id.parse() {
-            Ok(client_id) => seal(&Intake { id: AccountId(row.id), client_id, version, value }),
-            Err(invalid) => Err(invalid.to_string()),
-        };
-        let (secret, refusal) = match sealed_value {
-            Ok(secret) => (Some(secret), None),
-            Err(reason) => (None, Some(reason)),
-        };
-        sqlx::query!(
-            "-- store::accounts::seal_intake
-            update accounts set sealed_secret = $2, client_secret = null where id = $1",
-            row.id,
-            secret,
-        )
-        .execute(&mut *transaction)
-        .await?;
-        if let Some(reason) = refusal {
-            sqlx::query!(
-                "-- store::accounts::seal_intake
-                update refreshes set error_class = $2, error_code = null, error_message = $3,
-                    error_version = $4, consecutive_failures = consecutive_failures + 1,
-                    next_attempt_at = null, changed = pg_current_xact_id()
-                where account_id = $1",
-                row.id,
-                FailureClass::Intake.as_str(),
-                reason,
-                row.credential_version,
-            )
-            .execute(&mut *transaction)
-            .await?;
-        }
-    }
-    transaction.commit().await?;
-    Ok(sealed)
+    Ok(versions)
+}
+
+/// Inserts the missing rows of the accounts `ids` into `refreshes`. Without its row, no token can be issued
+/// for an account. Returns how many were inserted.
+///
+/// # Errors
+/// When the database cannot be reached or refuses the statement.
+#[instrument(level = "debug", skip_all, fields(accounts = ids.len()))]
+pub async fn insert_missing_refreshes(
+    executor: impl PgExecutor<'_>,
+    ids: &[i64],
+) -> Result<u64, StoreError> {
+    let inserted = sqlx::query!(
+        "-- store::accounts::insert_missing_refreshes
+        insert into refreshes (account_id)
+        select id from accounts where id = any($1)
+        on conflict (account_id) do nothing",
+        ids,
+    )
+    .execute(executor)
+    .await?;
+    Ok(inserted.rows_affected())
+}
+
+/// An account that was taken away from its callers.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct WithdrawnAccount {
+    /// The account's id.
+    pub id: i64,
+    /// Whether the account was deleted, and not only disabled.
+    pub deleted: bool,
+}
+
+/// Returns those of the accounts `ids` that are disabled or do not exist.
+///
+/// # Errors
+/// When the database cannot be read.
+#[instrument(level = "debug", skip_all, fields(accounts = ids.len()))]
+pub async fn withdrawn(
+    executor: impl PgExecutor<'_>,
+    ids: &[i64],
+) -> Result<Vec<WithdrawnAccount>, StoreError> {
+    let withdrawn = sqlx::query_as!(
+        WithdrawnAccount,
+        r#"-- store::accounts::withdrawn
+        select given.id as "id!", a.id is null as "deleted!"
+        from unnest($1::bigint[]) given (id)
+        left join accounts a on a.id = given.id
+        where a.id is null or not a.enabled"#,
+        ids,
+    )
+    .fetch_all(executor)
+    .await?;
+    Ok(withdrawn)
 }
 
 /// A sealed secret with the values that it is bound to. At the start, samples are opened to check the

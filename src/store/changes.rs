@@ -3,120 +3,160 @@
 
 use std::{collections::BTreeMap, io};
 
-use sqlx::{PgPool, postgres::PgListener};
-
+use sqlx::{PgExecutor, postgres::PgListener, types::Json};
 use tracing::instrument;
 
-use super::{Database, StoreError, deployment::DatabaseIdentity, tokens};
+use super::{
+    Database, StoreError,
+    lenient::{Lenient, LenientTime},
+    tokens,
+};
 use crate::domain::clock::Timestamp;
 
 /// The channel on which the triggers announce changes.
 const CHANNEL: &str = "token_broker_changes";
 
-/// The changes that were committed between two snapshots.
-#[derive(Debug)]
-pub struct CommittedChanges {
-    /// The later snapshot, as `pg_snapshot` text, from which the next call continues.
+/// What was announced in the table `changes` since a snapshot.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Announced {
+    /// The present snapshot, as `pg_snapshot` text, from which the next call continues.
     pub snapshot: String,
-    /// The ids of accounts that were inserted, changed or deleted, or whose token or refresh state
-    /// changed; sorted, each once.
+    /// The ids of the accounts that were inserted, changed or deleted; sorted, each once.
     pub accounts: Vec<i64>,
     /// Whether callers, credentials or grants changed.
     pub access: bool,
-    /// Whether there are changes that no instance has claimed for the audit log yet.
-    pub unrecorded: bool,
 }
 
-/// Returns the present snapshot, from which [`since`] can continue. Take it before loading accounts, so that
-/// [`since`] returns what is committed during the load.
+/// The accounts of whose rows in a table the broker has written one since a snapshot.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Touched {
+    /// The present snapshot, as `pg_snapshot` text, from which the next call continues.
+    pub snapshot: String,
+    /// The ids of the accounts, sorted, each once.
+    pub accounts: Vec<i64>,
+}
+
+/// Returns the present snapshot, from which the functions below can continue. Take it before loading what
+/// they follow, so that they return what is committed during the load. It says nothing about another
+/// session: see [`Session`](super::Session).
 ///
 /// # Errors
 /// Returns the database's error.
 #[instrument(level = "debug", skip_all)]
-pub async fn snapshot(pool: &PgPool) -> Result<String, StoreError> {
+pub async fn snapshot(executor: impl PgExecutor<'_>) -> Result<String, StoreError> {
     let snapshot = sqlx::query_scalar!(
         r#"-- store::changes::snapshot
         select pg_current_snapshot()::text as "snapshot!""#
     )
-    .fetch_one(pool)
+    .fetch_one(executor)
     .await?;
     Ok(snapshot)
 }
 
-/// Returns the changes that were committed after `snapshot` was taken.
+/// Returns the changes that admins committed after `snapshot` was taken, as the triggers announced them.
 ///
 /// A row is new if its transaction is not visible in the snapshot. Its time or id would not be enough: with
 /// them, a transaction that commits late could be missed. Rows that were restored from another server's dump
-/// may have transaction ids from the future of this server. They were loaded at the start, and are ignored
-/// here.
+/// may have transaction ids from the future of this server. They were loaded when the session was opened,
+/// and are ignored here.
 ///
 /// # Errors
-/// Returns [`StoreError::Replaced`] if the database's identity is not `expected`, or the database is in a
-/// state from before `snapshot`; otherwise the database's error.
+/// Returns the database's error.
 #[instrument(level = "debug", skip_all)]
-pub async fn since(
-    pool: &PgPool,
+pub async fn announced(
+    executor: impl PgExecutor<'_>,
     snapshot: &str,
-    expected: &DatabaseIdentity,
-) -> Result<CommittedChanges, StoreError> {
-    let rows = sqlx::query!(
-        r#"-- store::changes::since
+) -> Result<Announced, StoreError> {
+    let row = sqlx::query!(
+        r#"-- store::changes::announced
         with latest as (select pg_current_snapshot() as now, $1::text::pg_snapshot as before),
         touched as (
-            select changed, table_name as source, row_id from changes
-            union all select changed, 'accounts', account_id from tokens
-            union all select changed, 'accounts', account_id from refreshes
+            select table_name, row_id from changes, latest
+            where changed >= pg_snapshot_xmin((select before from latest))
+                and changed < pg_snapshot_xmax((select now from latest))
+                and not pg_visible_in_snapshot(changed, before)
         )
-        select distinct source, row_id, null::text as snapshot, null::boolean as unrecorded,
-            null::boolean as elsewhere, null::boolean as earlier
-        from touched, latest
-        where changed >= pg_snapshot_xmin((select before from latest))
-            and changed < pg_snapshot_xmax((select now from latest))
-            and not pg_visible_in_snapshot(changed, before)
-        union all
-        select null, null, now::text,
-            exists (select from changes where audited_at is null and recorder is null),
-            not exists (select from deployment p, pg_control_system() c, pg_database d
-                where p.id = $2 and p.epoch = $3 and p.system_identifier = c.system_identifier
-                    and d.datname = current_database() and p.database_oid = d.oid::bigint),
-            pg_snapshot_xmax(now) < pg_snapshot_xmax(before)
+        select now::text as "snapshot!",
+            array(select distinct row_id from touched where table_name = 'accounts' order by row_id)
+                as "accounts!",
+            exists (select from touched where table_name in ('callers', 'caller_credentials', 'grants'))
+                as "access!"
         from latest"#,
         snapshot,
-        expected.id,
-        expected.epoch,
     )
-    .fetch_all(pool)
+    .fetch_one(executor)
     .await?;
-    let mut committed = CommittedChanges {
-        snapshot: snapshot.to_owned(),
-        accounts: Vec::new(),
-        access: false,
-        unrecorded: false,
-    };
-    for row in rows {
-        match (row.source.as_deref(), row.row_id) {
-            (Some("accounts"), Some(id)) => committed.accounts.push(id),
-            // These tables are not cached. Their changes are only recorded in the audit log.
-            (Some("audit_events" | "audit_chains" | "audit_retention"), _) => {}
-            (Some(_), _) => committed.access = true,
-            (None, _) if row.elsewhere.unwrap_or_default() => {
-                return Err(StoreError::Replaced(
-                    "another one is in its place, or it was accepted as \
-                    restored by another replica",
-                ));
-            }
-            (None, _) if row.earlier.unwrap_or_default() => {
-                return Err(StoreError::Replaced("it went back in time"));
-            }
-            (None, _) => {
-                committed.snapshot = row.snapshot.unwrap_or(committed.snapshot);
-                committed.unrecorded = row.unrecorded.unwrap_or_default();
-            }
-        }
-    }
-    committed.accounts.sort_unstable();
-    committed.accounts.dedup();
-    Ok(committed)
+    Ok(Announced { snapshot: row.snapshot, accounts: row.accounts, access: row.access })
+}
+
+/// Returns the accounts whose token was stored after `snapshot` was taken, by the rule of [`announced`].
+///
+/// # Errors
+/// Returns the database's error.
+#[instrument(level = "debug", skip_all)]
+pub async fn new_tokens(
+    executor: impl PgExecutor<'_>,
+    snapshot: &str,
+) -> Result<Touched, StoreError> {
+    let touched = sqlx::query_as!(
+        Touched,
+        r#"-- store::changes::new_tokens
+        with latest as (select pg_current_snapshot() as now, $1::text::pg_snapshot as before)
+        select now::text as "snapshot!",
+            array(select account_id from tokens
+                where changed >= pg_snapshot_xmin((select before from latest))
+                    and changed < pg_snapshot_xmax((select now from latest))
+                    and not pg_visible_in_snapshot(changed, before)
+                order by account_id) as "accounts!"
+        from latest"#,
+        snapshot,
+    )
+    .fetch_one(executor)
+    .await?;
+    Ok(touched)
+}
+
+/// Returns the accounts whose refresh state changed after `snapshot` was taken, by the rule of
+/// [`announced`].
+///
+/// # Errors
+/// Returns the database's error.
+#[instrument(level = "debug", skip_all)]
+pub async fn new_refresh_states(
+    executor: impl PgExecutor<'_>,
+    snapshot: &str,
+) -> Result<Touched, StoreError> {
+    let touched = sqlx::query_as!(
+        Touched,
+        r#"-- store::changes::new_refresh_states
+        with latest as (select pg_current_snapshot() as now, $1::text::pg_snapshot as before)
+        select now::text as "snapshot!",
+            array(select account_id from refreshes
+                where changed >= pg_snapshot_xmin((select before from latest))
+                    and changed < pg_snapshot_xmax((select now from latest))
+                    and not pg_visible_in_snapshot(changed, before)
+                order by account_id) as "accounts!"
+        from latest"#,
+        snapshot,
+    )
+    .fetch_one(executor)
+    .await?;
+    Ok(touched)
+}
+
+/// Returns whether there are changes that no instance has claimed for the audit log yet.
+///
+/// # Errors
+/// Returns the database's error.
+#[instrument(level = "debug", skip_all)]
+pub async fn any_unclaimed(executor: impl PgExecutor<'_>) -> Result<bool, StoreError> {
+    let any = sqlx::query_scalar!(
+        r#"-- store::changes::any_unclaimed
+        select exists (select from changes where audited_at is null and recorder is null) as "any!""#
+    )
+    .fetch_one(executor)
+    .await?;
+    Ok(any)
 }
 
 /// A change to accounts, access or the audit log's retention, as its trigger recorded it.
@@ -124,8 +164,8 @@ pub async fn since(
 pub struct Change {
     /// The number of the row in `changes`.
     pub id: i64,
-    /// When the trigger recorded the change.
-    pub at: Timestamp,
+    /// When the trigger recorded the change; `None` if the row has no valid time.
+    pub at: Option<Timestamp>,
     /// The table: `accounts`, `callers`, `caller_credentials`, `grants`, `audit_events`, `audit_chains`
     /// or `audit_retention`.
     pub table: String,
@@ -148,7 +188,7 @@ pub struct Change {
 /// Returns the database's error. If the connection was lost, the claim may have been committed.
 #[instrument(level = "debug", skip_all, fields(reclaim))]
 pub async fn claim(
-    pool: &PgPool,
+    executor: impl PgExecutor<'_>,
     instance: &str,
     reclaim: bool,
     limit: i64,
@@ -161,19 +201,21 @@ pub async fn claim(
             order by id limit $3 for update skip locked
         )
         update changes c set recorder = $1 from mine where c.id = mine.id
-        returning c.id, c.at, c.table_name, c.operation, c.subject, c.session_user_name,
-            c.client_address, c.application_name, c.actor, c.reason,
-            c.what as "what: sqlx::types::Json<BTreeMap<String, String>>""#,
+        returning c.id, c.at as "at: LenientTime", c.table_name, c.operation, c.subject,
+            c.session_user_name, c.client_address, c.application_name, c.actor, c.reason,
+            c.what as "what: Lenient<Json<BTreeMap<String, String>>>""#,
         instance,
         reclaim,
         limit,
     )
-    .fetch_all(pool)
+    .fetch_all(executor)
     .await?;
     let mut changes: Vec<_> = rows
         .into_iter()
         .map(|row| {
-            let mut detail = row.what.0;
+            // A row that somebody inserted by hand must not prevent the others from being recorded.
+            let unreadable = || Json(BTreeMap::from([("what".into(), "unreadable".into())]));
+            let mut detail = row.what.or(()).unwrap_or_else(|()| unreadable()).0;
             let who = [
                 ("session_user", Some(row.session_user_name)),
                 ("client_address", row.client_address),
@@ -185,7 +227,7 @@ pub async fn claim(
                 .extend(who.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))));
             Change {
                 id: row.id,
-                at: row.at,
+                at: row.at.or(()).ok(),
                 table: row.table_name,
                 operation: row.operation,
                 subject: row.subject,

@@ -159,8 +159,8 @@ impl Database {
         Self { only_reads: true, ..self.clone() }
     }
 
-    /// Notes that the database announced a change.
-    pub(super) fn note_change(&self) {
+    /// Notes that a change was committed, so that the history guard remembers it at once.
+    pub fn note_change(&self) {
         if let Some(gate) = &self.gate {
             gate.note_change();
         }

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use sqlx::{Connection, PgConnection, PgPool, Postgres, Transaction};
+use sqlx::{Connection, PgConnection, PgExecutor, PgPool, Postgres, Transaction};
 
 use tracing::instrument;
 
@@ -77,6 +77,71 @@ pub async fn read(connection: &mut PgConnection) -> Result<Deployment, StoreErro
     let row = row.ok_or_else(never)?;
     let identity = DatabaseIdentity { id: row.id, epoch: row.epoch };
     Ok(Deployment { identity, upstream: row.upstream, moved: row.moved })
+}
+
+/// Whether the database that a session is connected to still has the expected identity.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum IdentityCheck {
+    /// It has.
+    Same,
+    /// It has no identity: its row was deleted.
+    Missing,
+    /// It has another identity, or is elsewhere than where it was used last.
+    Different,
+}
+
+/// Compares the identity of the database with `expected`.
+///
+/// # Errors
+/// Returns the database's error.
+#[instrument(level = "debug", skip_all)]
+pub async fn check(
+    executor: impl PgExecutor<'_>,
+    expected: &DatabaseIdentity,
+) -> Result<IdentityCheck, StoreError> {
+    let same = sqlx::query_scalar!(
+        r#"-- store::deployment::check
+        select (p.id, p.epoch, p.system_identifier, p.database_oid)
+            is not distinct from ($1::text, $2::bigint, c.system_identifier, d.oid::bigint) as "same!"
+        from deployment p, pg_control_system() c, pg_database d
+        where d.datname = current_database()"#,
+        expected.id,
+        expected.epoch,
+    )
+    .fetch_optional(executor)
+    .await?;
+    Ok(match same {
+        Some(true) => IdentityCheck::Same,
+        Some(false) => IdentityCheck::Different,
+        None => IdentityCheck::Missing,
+    })
+}
+
+/// Writes the identity and the upstream again, after their row was deleted. Call it only on a session on
+/// which [`check`] has found the identity before: it cannot have changed to another database since.
+///
+/// # Errors
+/// Returns the database's error.
+#[instrument(level = "debug", skip_all)]
+pub async fn restore_identity(
+    executor: impl PgExecutor<'_>,
+    identity: &DatabaseIdentity,
+    upstream: &str,
+) -> Result<(), StoreError> {
+    sqlx::query!(
+        "-- store::deployment::restore_identity
+        insert into deployment (upstream, id, epoch, system_identifier, database_oid)
+        select $3, $1, $2, c.system_identifier, d.oid::bigint
+        from pg_control_system() c, pg_database d
+        where d.datname = current_database()
+        on conflict (single) do nothing",
+        identity.id,
+        identity.epoch,
+        upstream,
+    )
+    .execute(executor)
+    .await?;
+    Ok(())
 }
 
 /// Accepts this database as the deployment's own, whatever its server and state, and returns its new

@@ -17,6 +17,10 @@ pub(super) const UNDEFINED_TABLE: &str = "42P01";
 const INSUFFICIENT_PRIVILEGE: &str = "42501";
 /// The `SQLSTATE` of a value that a check constraint or a trigger refused.
 const CHECK_VIOLATION: &str = "23514";
+/// The `SQLSTATE` of a statement that waited too long for a lock.
+const LOCK_NOT_AVAILABLE: &str = "55P03";
+/// The `SQLSTATE` of a statement that was cancelled, in general by `statement_timeout`.
+const QUERY_CANCELED: &str = "57014";
 /// The `SQLSTATE` of a login that exceeds the server's `max_connections`.
 const TOO_MANY_CONNECTIONS: &str = "53300";
 /// The `SQLSTATE` with which PgBouncer refuses logins, for whatever reason, up to version 1.22 at least. It
@@ -230,11 +234,18 @@ impl StoreError {
         self.is_connection_lost() || matches!(self, Self::TimedOut { .. })
     }
 
-    /// Returns whether a starting broker should wait and try again, since the server cannot be reached yet
-    /// or has no free connection.
+    /// Returns whether the statement waited for another transaction's lock for too long, or was cancelled
+    /// because it took too long. It says nothing about a row or a privilege.
+    #[must_use]
+    pub fn is_delayed(&self) -> bool {
+        matches!(self.sqlstate(), Some(LOCK_NOT_AVAILABLE | QUERY_CANCELED))
+    }
+
+    /// Returns whether a starting broker should wait and try again, since the server cannot be reached yet,
+    /// has no free connection, or another transaction has locked what is needed.
     #[must_use]
     pub fn is_unavailable(&self) -> bool {
-        self.may_be_outage() || self.sqlstate() == Some(TOO_MANY_CONNECTIONS)
+        self.may_be_outage() || self.is_delayed() || self.sqlstate() == Some(TOO_MANY_CONNECTIONS)
     }
 
     /// Returns whether the same transaction may succeed when it is repeated at once.

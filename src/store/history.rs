@@ -105,21 +105,6 @@ pub async fn read(
     })
 }
 
-/// Sets that statements of this session end after five seconds, so that a lock that somebody holds on a table
-/// does not look like a server that does not answer.
-///
-/// # Errors
-/// Returns the database's error.
-pub async fn limit_statements(connection: &mut PgConnection) -> Result<(), StoreError> {
-    sqlx::query!(
-        "-- store::history::limit_statements
-        set statement_timeout = '5s'",
-    )
-    .execute(connection)
-    .await?;
-    Ok(())
-}
-
 /// Returns where the database is. Some managed services do not tell the position of the write-ahead log.
 async fn server_position(connection: &mut PgConnection) -> Result<ServerPosition, StoreError> {
     let row = sqlx::query!(

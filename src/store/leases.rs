@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use sqlx::{PgPool, Postgres, Transaction};
+use sqlx::{PgConnection, PgPool, Postgres, Transaction};
 use tracing::instrument;
 
 use super::{
@@ -65,7 +65,7 @@ pub enum Claim {
     /// The replicas together have reached the limit of the rate or of concurrent attempts: no token may be
     /// issued for any account until this time has passed.
     Paced(Duration),
-    /// The account is gone or disabled, has no usable credential, or its token has been replaced.
+    /// The account is gone, disabled or malformed, has no usable credential, or its token has been replaced.
     NotNeeded,
 }
 
@@ -117,7 +117,7 @@ pub async fn claim(
     }
     // This must be a second statement, after the lock, so that its snapshot includes what the previous
     // owner of the lock committed.
-    let Some(row) = accounts::load(&mut *transaction, &[account.0]).await?.pop() else {
+    let Some(row) = accounts::load(&mut *transaction, &[account.0]).await?.rows.pop() else {
         return Ok(Claim::NotNeeded);
     };
     let outage_ended_at = outage_ended.map(|ago| row.now - delta(ago));
@@ -347,4 +347,29 @@ pub async fn mark_possibly_revoked(
     .execute(pool)
     .await?;
     Ok(())
+}
+
+/// Inserts the row of `upstream_pace` if somebody deleted it: without it, no lease can be claimed. Returns
+/// whether it was missing.
+///
+/// # Errors
+/// When the database cannot be reached or refuses the statement.
+#[instrument(level = "debug", skip_all)]
+pub async fn insert_missing_pace(connection: &mut PgConnection) -> Result<bool, StoreError> {
+    let missing = sqlx::query_scalar!(
+        r#"-- store::leases::insert_missing_pace
+        select not exists (select from upstream_pace) as "missing!""#
+    )
+    .fetch_one(&mut *connection)
+    .await?;
+    // A login whose role is older than this statement may still read the row, but not insert one.
+    if missing {
+        sqlx::query!(
+            "-- store::leases::insert_missing_pace
+            insert into upstream_pace default values on conflict (single) do nothing"
+        )
+        .execute(connection)
+        .await?;
+    }
+    Ok(missing)
 }

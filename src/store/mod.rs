@@ -16,10 +16,13 @@ mod error;
 mod execution;
 pub mod history;
 pub mod instances;
+pub mod intake;
 pub mod leases;
+mod lenient;
 pub mod migrate;
 mod pooler;
 pub mod retention;
+mod session_limits;
 mod session_settings;
 pub mod tokens;
 mod trust;
@@ -32,6 +35,7 @@ pub use self::{
     connection::{Database, Session},
     error::{DatabaseCause, StoreError},
     execution::within,
+    lenient::{Readable, UnusableRow},
     trust::{TrustGate, TrustLock},
 };
 

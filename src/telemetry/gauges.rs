@@ -26,6 +26,10 @@ pub struct Gauges {
     pub tls_not_after: Option<i64>,
     /// The audit journal and its delivery to Postgres.
     pub journal: JournalGauges,
+    /// The number of duties of the change feed that fail.
+    pub failing_duties: u64,
+    /// The number of rows that cannot be used.
+    pub unusable_rows: u64,
 }
 
 /// The number of accounts in each state. Each account is in exactly one.
@@ -92,6 +96,7 @@ impl Collector for Sources {
     fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
         let gauges = self.read();
         encode_tokens(&mut encoder, &gauges)?;
+        encode_change_feed(&mut encoder, &gauges)?;
         encode_journal(&mut encoder, gauges.journal)
     }
 }
@@ -118,6 +123,13 @@ fn encode_tokens(encoder: &mut DescriptorEncoder, gauges: &Gauges) -> fmt::Resul
         gauge(encoder, "tls_certificate_end_timestamp_seconds", help, end)?;
     }
     Ok(())
+}
+
+fn encode_change_feed(encoder: &mut DescriptorEncoder, gauges: &Gauges) -> fmt::Result {
+    let help = "Duties of the change feed whose last attempt failed";
+    gauge(encoder, "failing_duties", help, gauges.failing_duties)?;
+    let help = "Rows in the database that are malformed and treated as if they did not exist";
+    gauge(encoder, "unusable_rows", help, gauges.unusable_rows)
 }
 
 fn encode_journal(encoder: &mut DescriptorEncoder, journal: JournalGauges) -> fmt::Result {

@@ -67,9 +67,14 @@ impl OwnServer {
 
     /// Runs statements in the broker's database.
     pub(crate) async fn sql(&self, statements: &str) {
-        let mut connection = self.connect(DATABASE).await;
-        sqlx::raw_sql(AssertSqlSafe(statements.to_owned())).execute(&mut connection).await.unwrap();
-        connection.close().await.unwrap();
+        self.try_sql(statements).await.unwrap();
+    }
+
+    /// Like [`sql`](Self::sql), but returns the error when that fails.
+    pub(crate) async fn try_sql(&self, statements: &str) -> sqlx::Result<()> {
+        let mut connection = PgConnection::connect(&self.running().url(DATABASE)).await?;
+        sqlx::raw_sql(AssertSqlSafe(statements.to_owned())).execute(&mut connection).await?;
+        connection.close().await
     }
 
     /// Returns the text that a query in the broker's database returns.

@@ -80,11 +80,7 @@ async fn a_lock_that_blocks_the_change_feed_does_not_count_as_an_outage() {
         .execute(&mut *locking)
         .await
         .unwrap();
-    until_readiness_says(
-        &broker,
-        "answers, but its changes cannot be followed: the database refused a statement (SQLSTATE 55P03)",
-    )
-    .await;
+    until_readiness_says(&broker, "answers, but its changes cannot be followed: ").await;
     manual.advance(Duration::from_secs(59 * 60 + 30));
     eventually("a token that was issued under a lease", async || {
         let next = client.get("acme").await.ok()?;

@@ -16,6 +16,7 @@ mod accounts;
 mod audit;
 mod database_errors;
 mod documents;
+mod duties;
 mod fuzzed;
 mod guarantees;
 mod identity;
@@ -50,6 +51,7 @@ mod skipped {
         postgres
         processes_canaries
         processes_crashes_paused_postgres
+        processes_database_crashes
         processes_dev
         processes_failovers
         processes_rotation

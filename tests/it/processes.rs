@@ -6,6 +6,8 @@ mod audit_commands;
 mod canaries;
 mod check;
 mod crashes;
+#[cfg(feature = "embedded-postgres")]
+mod database_crashes;
 mod deadlines;
 #[cfg(feature = "embedded-postgres")]
 mod dev;

@@ -80,7 +80,7 @@ async fn rust_and_the_view_account_status_derive_the_same_state_from_all_facts()
         status.iter().map(|row| (row.get("id"), row.get("state"))).collect();
     let now: Timestamp = status[0].get("now");
     let ids: Vec<_> = by_view.keys().copied().collect();
-    let loaded = accounts::load(&mut *transaction, &ids).await.unwrap();
+    let loaded = accounts::load(&mut *transaction, &ids).await.unwrap().rows;
     assert_eq!(loaded.len(), 2 * 2 * (FailureClass::ALL.len() + 2) * 3 * 4 * 4 * 4);
 
     let mut seen = BTreeSet::new();
@@ -233,7 +233,7 @@ async fn a_claim_and_the_schedule_decide_the_same_from_the_same_facts() {
     for n in 0..CLAIMS {
         let facts = strategy.new_tree(&mut runner).unwrap().current();
         let id = facts.insert(&database, n).await;
-        let cached = accounts::load(database.pool(), &[id]).await.unwrap().pop().unwrap();
+        let cached = accounts::load(database.pool(), &[id]).await.unwrap().rows.pop().unwrap();
         let outage_ended = facts.after_outage.then_some(OUTAGE_ENDED);
         let outage_ended_at = outage_ended.map(|ago| cached.now - delta(ago));
         let view = IssueView::cached(
@@ -256,7 +256,7 @@ async fn a_claim_and_the_schedule_decide_the_same_from_the_same_facts() {
             ) => {
                 assert_eq!(lease.attempt.credential.version, credential_version, "{facts:?}");
                 assert_eq!(lease.previous_attempt_lost, cached.refresh.attempt_open);
-                let now = accounts::load(database.pool(), &[id]).await.unwrap().pop().unwrap();
+                let now = accounts::load(database.pool(), &[id]).await.unwrap().rows.pop().unwrap();
                 let used = cached.refresh.interval_exceptions;
                 let used = used.after_issue(cached.now, uses_interval_exception).used;
                 assert_eq!(now.refresh.interval_exceptions.used, used, "{facts:?}");

@@ -1,10 +1,7 @@
 //! A database that is a copy, an older state or another deployment's is detected. It is used only after an
 //! admin has accepted it.
 
-use token_broker::{
-    app::AppConfig,
-    store::{StoreError, changes, deployment::DatabaseIdentity},
-};
+use token_broker::app::AppConfig;
 
 use crate::harness::{
     TEST_TIMEOUT,
@@ -142,15 +139,24 @@ async fn a_broker_stops_when_its_database_is_replaced() {
     fixture.database.sql("update deployment set epoch = epoch + 1").await;
     tokio::time::timeout(TEST_TIMEOUT, broker.app.failed()).await.unwrap();
     broker.stop().await;
+}
 
-    let (id, epoch): (String, i64) = sqlx::query_as("select id, epoch from deployment")
-        .fetch_one(fixture.database.pool())
-        .await
-        .unwrap();
-    let identity = DatabaseIdentity { id, epoch };
-    let now = changes::snapshot(fixture.database.pool()).await.unwrap();
-    changes::since(fixture.database.pool(), &now, &identity).await.unwrap();
-    let later = "99999999999:99999999999:";
-    let error = changes::since(fixture.database.pool(), later, &identity).await.unwrap_err();
-    assert!(matches!(error, StoreError::Replaced(why) if why.contains("back in time")), "{error}");
+/// What was seen in the database must be there for ever, also while the sessions live on, as when a dump is
+/// restored into the same database.
+#[tokio::test]
+async fn a_broker_stops_when_a_change_that_it_has_seen_is_gone() {
+    let fixture = Fixture::new().await;
+    let broker = fixture.start().await;
+    fixture.add_caller("demo", &["*"]).await;
+    eventually("the change is remembered", async || {
+        let remembered = std::fs::read_to_string(fixture.state.path().join("database")).ok()?;
+        remembered.contains("grants insert demo").then_some(())
+    })
+    .await;
+    fixture.database.sql("delete from changes where table_name = 'grants'").await;
+    tokio::time::timeout(TEST_TIMEOUT, broker.app.failed()).await.unwrap();
+    broker.stop().await;
+    let error = start_error(fixture.config()).await;
+    assert!(error.contains("lacks changes that were seen in it: "), "{error}");
+    assert!(error.contains(" grants insert demo"), "{error}");
 }

@@ -79,7 +79,7 @@ fn is_issued(outcome: &Outcome) -> Option<bool> {
     if outcome.issued {
         return Some(true);
     }
-    (outcome.failed || outcome.status.state == "disabled").then_some(false)
+    (outcome.failed || matches!(&*outcome.status.state, "disabled" | "unusable")).then_some(false)
 }
 
 /// Describes the outcome in one line, followed by a line with a hint if something must be done.

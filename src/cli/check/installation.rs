@@ -11,8 +11,9 @@ use crate::{
     crypto::Keyring,
     domain::clock::{Clock, Timestamp},
     store::{
-        StoreError, accounts,
+        StoreError, UnusableRow, accounts,
         admin::{Admin, Attribution, LastIssue, Load},
+        callers,
         retention::{self, MinimumRetention},
     },
     tls::Tls,
@@ -98,6 +99,7 @@ async fn add_database_checks(
         let samples = accounts::sealed_samples(admin.pool()).await?;
         results.push(secrets_check(check_keyring(keyring, &samples), samples.len()));
     }
+    results.push(rows_check(&unusable_rows(&admin).await?));
     let live = admin.instances().await?.into_iter().filter(|it| it.live).count();
     results.push(match live {
         0 => CheckResult::warning("brokers", "none has sent a heartbeat in the last minute"),
@@ -114,6 +116,31 @@ async fn add_database_checks(
     results.push(rate_check(admin.load().await?, settings.upstream_rate, settings.refresh_at));
     results.push(egress_check(admin.last_issue().await?, &settings.expected_egress));
     Ok(())
+}
+
+/// Returns the rows that brokers cannot use, since somebody wrote them past the triggers.
+async fn unusable_rows(admin: &Admin) -> Result<Vec<UnusableRow>, StoreError> {
+    let mut connection = admin.pool().acquire().await?;
+    let access = callers::load(&mut connection).await?;
+    let mut unusable = access.callers.unusable;
+    unusable.extend(access.credentials.unusable);
+    unusable.extend(access.grants.unusable);
+    let mut last = i64::MIN;
+    loop {
+        let ids = accounts::ids_after(&mut *connection, last).await?;
+        let Some(end) = ids.last() else { return Ok(unusable) };
+        last = *end;
+        unusable.extend(accounts::load(&mut *connection, &ids).await?.unusable);
+    }
+}
+
+fn rows_check(unusable: &[UnusableRow]) -> CheckResult {
+    const SUBJECT: &str = "rows";
+    if unusable.is_empty() {
+        return CheckResult::ok(SUBJECT, "brokers can use all of them");
+    }
+    let named: Vec<_> = unusable.iter().map(ToString::to_string).collect();
+    CheckResult::failure(SUBJECT, format!("brokers cannot use: {}", named.join("; ")))
 }
 
 fn roles_check(missing: &[String], superuser: bool) -> CheckResult {

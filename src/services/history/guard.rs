@@ -11,8 +11,8 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use super::{Difference, HistoryError, HistoryGuard};
-use crate::store::{Database, Session, StoreError};
+use super::verification::{HistoryError, HistoryGuard, VerifiedSession, is_old_primary};
+use crate::store::{Database, StoreError};
 
 /// The pause between two readings. The notification of a change ends it early, so that a change that became
 /// effective here is remembered at once.
@@ -35,14 +35,6 @@ const UNPROVEN_LIMIT: Duration = Duration::from_secs(30);
 const RETRY_PAUSE: Duration = Duration::from_millis(500);
 /// The pause between two reports of a database that cannot be used.
 const REPORT_INTERVAL: Duration = Duration::from_mins(1);
-
-/// The session over which the database was verified. The trust ends with it.
-#[derive(Debug)]
-pub struct VerifiedSession {
-    pub(super) session: Session,
-    /// The snapshot of the last reading.
-    pub(super) snapshot: String,
-}
 
 /// Why a verified session is not enough any more.
 #[derive(Debug)]
@@ -156,7 +148,9 @@ impl HistoryGuard {
         let found = match self.read(&mut session.session, snapshot).await {
             Ok(found) => found,
             Err(error) if is_refused(&error) => {
-                warn!(%error, "the database refuses to tell its history; its session goes on");
+                if !std::mem::replace(&mut session.refuses, true) {
+                    warn!(%error, "the database refuses to tell its history; its session goes on");
+                }
                 return Ok(());
             }
             Err(error) => return Err(Ended::Untrusted(error)),
@@ -164,6 +158,7 @@ impl HistoryGuard {
         self.check(&found).await.map_err(Ended::Fatal)?;
         self.remember(&found);
         session.snapshot = found.snapshot;
+        session.refuses = false;
         if let Err(error) = self.save().await {
             warn!(%error, "what was seen of the database cannot be saved for the next start");
         }
@@ -201,16 +196,15 @@ impl HistoryGuard {
 }
 
 /// Whether a failed reading leaves the session as it is: the server answers, and has the tables, but refuses
-/// the statement, for example because somebody locked a table.
+/// the statement, for example because somebody locked a table, or lacks the row of the identity, which is
+/// restored over another session.
 fn is_refused(error: &StoreError) -> bool {
-    !error.may_be_outage()
-        && !matches!(error, StoreError::UndefinedTable(_) | StoreError::NotFound(_))
+    !error.may_be_outage() && !matches!(error, StoreError::UndefinedTable(_))
 }
 
 /// Whether the broker must stop because of a failed verification. An old primary is waited for to go away: an
 /// address may lead to it for a moment after a failover, and it says itself that it is not the present one.
 fn must_stop(error: &HistoryError) -> bool {
-    let is_old_primary = |it: &Difference| matches!(it, Difference::OlderTimeline { .. });
     match error {
         HistoryError::Store(_) | HistoryError::File(_) => false,
         HistoryError::AcceptedElsewhere => true,
@@ -221,7 +215,7 @@ fn must_stop(error: &HistoryError) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::services::history::{DatabaseMismatch, LostRecords};
+    use crate::services::history::{DatabaseMismatch, Difference, LostRecords};
 
     fn elsewhere() -> Result<(), StoreError> {
         Err(StoreError::Unverified { reason: "it leads to a standby".into() })

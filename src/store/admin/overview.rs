@@ -88,7 +88,8 @@ impl Admin {
             Load,
             r#"/* store::admin::load */
              select count(*) as "accounts!",
-                 avg(extract(epoch from t.expires_at - t.issued_at))::double precision
+                 avg(extract(epoch from t.expires_at - t.issued_at))
+                     filter (where isfinite(t.expires_at) and isfinite(t.issued_at))::double precision
                      as mean_life_seconds
              from accounts a left join tokens t on t.account_id = a.id
              where a.enabled"#,

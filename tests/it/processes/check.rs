@@ -163,3 +163,30 @@ async fn check_with_issue_makes_a_running_broker_issue_one_token() {
     let result = result_of(&without_broker, "issue");
     assert!(result.contains("no broker issued within 1s: is one running?"), "{result}");
 }
+
+/// A row that was written past the triggers is named by `check`, and prevents no restart.
+#[tokio::test]
+async fn check_and_a_restart_name_a_malformed_row() {
+    let database = TestDatabase::new().await;
+    let upstream = Simulator::start_on_loopback(SimulatorOptions::default()).await.unwrap();
+    let setup = BrokerSetup::new(database.url(), &upstream.base_url()).await;
+    database
+        .sql(
+            "begin; set local session_replication_role = replica;
+             insert into accounts (id, name, client_id, sealed_secret)
+                overriding system value values (77, 'Acme', 'acmeId', '\\x00');
+             insert into callers (id, name) overriding system value values (78, '');
+             commit",
+        )
+        .await;
+    let mut serve = setup.serve().await;
+
+    let output = setup.run(&["check"]).await.failed();
+    let rows = result_of(&output, "rows");
+    assert!(rows.starts_with("FAIL") && rows.contains("accounts row 77: malformed name"), "{rows}");
+    assert!(rows.contains("callers row 78: malformed name"), "{rows}");
+    serve.signal(nix::sys::signal::Signal::SIGTERM);
+    assert_eq!(serve.wait().await.code(), Some(0));
+    let log = serve.stderr();
+    assert!(log.contains("a row cannot be used") && log.contains("77"), "{log}");
+}

@@ -3,15 +3,21 @@
 //! A crash and a failover without loss cost a reload. What was lost is refused, while the broker runs and after
 //! a restart. In every case a revocation is followed within seconds of contact with the primary.
 
-use std::{process::Command, time::Duration};
+use std::{fs, path::Path, process::Command};
 
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use sqlx::Connection;
 use tempfile::TempDir;
 use token_broker::{
     crypto::bearer::Bearer,
-    dev::simulator::{Simulator, SimulatorOptions},
+    dev::{
+        postgres::DATABASE,
+        simulator::{Simulator, SimulatorOptions},
+    },
 };
-use tokio::task::JoinSet;
 
 use crate::harness::{
     broker::{TestClient, code_and_reason},
@@ -80,6 +86,16 @@ impl Scene {
         .await;
     }
 
+    /// Waits until the state directory remembers the last change of the caller.
+    async fn until_remembered(&self) {
+        let file = self.setup.directory.path().join("state/database");
+        eventually("the change is remembered", async || {
+            let remembered = fs::read_to_string(&file).ok()?;
+            remembered.contains("callers update demo").then_some(())
+        })
+        .await;
+    }
+
     /// Waits until everything that the broker recorded is in the database.
     async fn until_delivered(&self, server: &OwnServer) {
         self.until_readiness_says("\"0 audit records wait for delivery\"").await;
@@ -97,34 +113,26 @@ impl Scene {
     }
 }
 
-/// Begins transactions and rolls them back, as other applications do, until the server is gone.
-async fn waste_transactions(server: &OwnServer) -> JoinSet<()> {
-    let mut tasks = JoinSet::new();
-    for _ in 0..2 {
-        let mut connection = server.connect("postgres").await;
-        tasks.spawn(async move {
-            while sqlx::raw_sql("begin; select pg_current_xact_id(); rollback")
-                .execute(&mut connection)
-                .await
-                .is_ok()
-            {}
-        });
-    }
-    tasks
-}
-
-/// A crash without loss of committed data costs a reload, never an exit, and hides no revocation, although
-/// the server uses transaction numbers again that were rolled back before the crash.
+/// A crash without loss of committed data costs a reload, never an exit: neither that of the server, nor that of
+/// one of its processes, which ends all sessions while the server goes on.
 #[tokio::test]
-async fn a_crash_that_reuses_transaction_numbers_hides_no_revocation() {
+async fn a_crash_without_loss_costs_a_reload_and_no_exit() {
     let (mut scene, mut server) = Scene::start().await;
-    for _ in 0..4 {
-        let mut wasted = waste_transactions(&server).await;
-        tokio::time::sleep(Duration::from_millis(700)).await;
-        server.crash().await;
-        while wasted.join_next().await.is_some() {}
-        server.start_again().await;
-        server.sql(DISABLE).await;
+    let crash_of_a_session = async |server: &OwnServer| {
+        let mut session = server.connect(DATABASE).await;
+        let pid: i32 =
+            sqlx::query_scalar("select pg_backend_pid()").fetch_one(&mut session).await.unwrap();
+        kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+        eventually("the end of all sessions", async || session.ping().await.err()).await;
+    };
+    for whole_server in [false, true, true] {
+        if whole_server {
+            server.crash().await;
+            server.start_again().await;
+        } else {
+            crash_of_a_session(&server).await;
+        }
+        eventually("the server again", async || server.try_sql(DISABLE).await.ok()).await;
         scene.until_refused().await;
         server.sql(ENABLE).await;
         scene.until_served().await;
@@ -188,6 +196,7 @@ async fn a_failover_that_lost_a_revocation_is_refused_until_it_is_accepted() {
     standby.stop().await;
     primary.sql(DISABLE).await;
     scene.until_refused().await;
+    scene.until_remembered().await;
     primary.crash().await;
 
     // The standby, which stopped following before, takes over, and other applications use it.
@@ -234,7 +243,7 @@ async fn a_server_whose_disk_was_set_back_is_refused() {
     scene.until_delivered(&server).await;
     server.stop().await;
     let (data, snapshot) = (server.data(), scene.directory.path().join("snapshot"));
-    let copy = |from: &std::path::Path, to: &std::path::Path| {
+    let copy = |from: &Path, to: &Path| {
         let copied = Command::new("cp").arg("-a").args([from, to]).status().unwrap();
         assert!(copied.success());
     };
@@ -242,9 +251,10 @@ async fn a_server_whose_disk_was_set_back_is_refused() {
     server.start_again().await;
     server.sql(DISABLE).await;
     scene.until_refused().await;
+    scene.until_remembered().await;
 
     server.crash().await;
-    std::fs::remove_dir_all(&data).unwrap();
+    fs::remove_dir_all(&data).unwrap();
     copy(&snapshot, &data);
     server.start_again().await;
     let log = scene.until_it_refuses().await;

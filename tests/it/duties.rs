@@ -1,0 +1,454 @@
+//! The duties of the change feed are independent: one malformed row, one lock or one flood of changes affects
+//! only itself, and changes of access are followed whatever else fails.
+
+use std::time::Duration;
+
+use sqlx::AssertSqlSafe;
+use token_broker::crypto::bearer::Bearer;
+use tonic::Code;
+
+use crate::{
+    harness::{
+        broker::{Fixture, TestBroker, TestClient},
+        database::TestDatabase,
+        eventually,
+        http::http,
+    },
+    outages::until_readiness_says,
+};
+
+/// Runs statements while the triggers are disabled, as a restore or a superuser might.
+async fn past_the_triggers(database: &TestDatabase, statements: &str) {
+    let statements =
+        format!("begin; set local session_replication_role = replica; {statements}; commit");
+    database.sql(&statements).await;
+}
+
+async fn readiness(broker: &TestBroker) -> String {
+    http(broker.app.ops_address, "GET", "/readyz", "").await.1
+}
+
+/// Waits until a call for `account` is refused with one of `codes`.
+async fn until_refused(what: &str, client: &TestClient, account: &str, codes: &[Code]) {
+    eventually(&format!("a refusal: {what}"), async || {
+        let refused = client.get(account).await.err()?;
+        codes.contains(&refused.code()).then_some(())
+    })
+    .await;
+}
+
+async fn until_served(what: &str, client: &TestClient, account: &str) {
+    eventually(&format!("a token: {what}"), async || client.get(account).await.ok()).await;
+}
+
+/// What the triggers would refuse, and one caller to whom it happens. `$caller` stands for its id.
+const MALFORMED_ACCESS: &[(&str, &str)] = &[
+    ("callers", "update callers set name = 'Shop 1' where id = $caller"),
+    ("callers", "update callers set name = '' where id = $caller"),
+    ("callers", "update callers set rate_limit = -5 where id = $caller"),
+    ("callers", "update callers set rate_limit = 0 where id = $caller"),
+    (
+        "caller_credentials",
+        "update caller_credentials set ends_at = 'infinity' where caller_id = $caller",
+    ),
+    (
+        "caller_credentials",
+        "update caller_credentials set ends_at = '294276-01-01Z' where caller_id = $caller",
+    ),
+    (
+        "caller_credentials",
+        "update caller_credentials set kind = 'password' where caller_id = $caller",
+    ),
+    (
+        "caller_credentials",
+        "update caller_credentials set identity = 'x' where caller_id = $caller",
+    ),
+    (
+        "caller_credentials",
+        "update caller_credentials set bearer_sha256 = substr(bearer_sha256, 2)
+        where caller_id = $caller",
+    ),
+    (
+        "caller_credentials",
+        "update caller_credentials set bearer_sha256 = null where caller_id = $caller",
+    ),
+    ("grants", "update grants set pattern = 'ac*m*' where caller_id = $caller"),
+    ("grants", "update grants set pattern = 'Acme' where caller_id = $caller"),
+    ("grants", "update grants set pattern = '' where caller_id = $caller"),
+    ("grants", "update grants set rights = '{get,admin}' where caller_id = $caller"),
+    ("grants", "update grants set rights = array['get', null] where caller_id = $caller"),
+    ("grants", "update grants set rights = '{{get},{list}}' where caller_id = $caller"),
+    ("grants", "update grants set ends_at = 'infinity' where caller_id = $caller"),
+    ("grants", "update grants set ends_at = '-infinity' where caller_id = $caller"),
+];
+
+/// A caller, credential or grant that the triggers would refuse gives no access, is named in `/readyz`, and
+/// affects no other one: they are served and revoked as ever, also after a restart.
+#[tokio::test]
+async fn a_malformed_row_of_access_gives_none_and_affects_no_other_caller() {
+    let fixture = Fixture::new().await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let good = fixture.add_caller("good", &["acme"]).await;
+    let later = fixture.add_caller("later", &["acme"]).await;
+    let mut bearers: Vec<Bearer> = vec![];
+    for number in 0..MALFORMED_ACCESS.len() {
+        bearers.push(fixture.add_caller(&format!("caller-{number}"), &["acme"]).await);
+    }
+    let broker = fixture.start().await;
+    let (good_client, later_client) = (broker.client(&good).await, broker.client(&later).await);
+    until_served("before", &later_client, "acme").await;
+    let mut clients = vec![];
+    for bearer in &bearers {
+        let client = broker.client(bearer).await;
+        client.get("acme").await.unwrap();
+        clients.push(client);
+    }
+
+    let mut ids: Vec<i64> = vec![];
+    for (number, (_, statement)) in MALFORMED_ACCESS.iter().enumerate() {
+        let query = format!("select id from callers where name = 'caller-{number}'");
+        let id = sqlx::query_scalar(AssertSqlSafe(query)).fetch_one(fixture.database.pool());
+        ids.push(id.await.unwrap());
+        let statement = statement.replace("$caller", &ids[number].to_string());
+        past_the_triggers(&fixture.database, &statement).await;
+    }
+    let refused = [Code::Unauthenticated, Code::PermissionDenied];
+    for ((_, statement), client) in MALFORMED_ACCESS.iter().zip(&clients) {
+        until_refused(statement, client, "acme", &refused).await;
+        good_client.get("acme").await.unwrap();
+    }
+    let body = readiness(&broker).await;
+    for text in ["18 cannot be used", "callers row ", "caller_credentials row ", "grants row "] {
+        assert!(body.contains(text), "{text}: {body}");
+    }
+    fixture.database.sql("update callers set enabled = false where name = 'later'").await;
+    until_refused("disabled", &later_client, "acme", &[Code::Unauthenticated]).await;
+    broker.stop().await;
+
+    let broker = fixture.start().await;
+    broker.client(&good).await.get("acme").await.unwrap();
+    for bearer in bearers.iter().chain([&later]) {
+        let status = broker.client(bearer).await.get("acme").await.unwrap_err();
+        assert!(refused.contains(&status.code()), "{status}");
+    }
+    // Once it is correct, the row counts again.
+    let repair = format!("update callers set rate_limit = null where id = {}", ids[2]);
+    fixture.database.sql(&repair).await;
+    until_served("after the repair", &broker.client(&bearers[2]).await, "acme").await;
+    until_readiness_says(&broker, "17 cannot be used").await;
+    broker.stop().await;
+}
+
+/// What the triggers would refuse, and the column that `account_status` names. `$account` stands for an id.
+const MALFORMED_ACCOUNTS: &[(&str, &str)] = &[
+    ("accounts.name", "update accounts set name = 'Acme' where id = $account"),
+    ("accounts.name", "update accounts set name = repeat('x', 64) where id = $account"),
+    ("accounts.client_id", "update accounts set client_id = 'id 1' where id = $account"),
+    ("accounts.client_id", "update accounts set client_id = repeat('y', 21) where id = $account"),
+    (
+        "accounts.reissue_requested_at",
+        "update accounts set reissue_requested_at = 'infinity' where id = $account",
+    ),
+    (
+        "refreshes.attempt_started_at",
+        "update refreshes set attempt_started_at = '-infinity',
+        changed = pg_current_xact_id() where account_id = $account",
+    ),
+    (
+        "refreshes.lease_until",
+        "update refreshes set lease_until = '294276-01-01Z',
+        changed = pg_current_xact_id() where account_id = $account",
+    ),
+    (
+        "refreshes.next_attempt_at",
+        "update refreshes set next_attempt_at = 'infinity',
+        changed = pg_current_xact_id() where account_id = $account",
+    ),
+    (
+        "refreshes.interval_exceptions_since",
+        "update refreshes set interval_exceptions_since = 'infinity',
+        changed = pg_current_xact_id() where account_id = $account",
+    ),
+    ("tokens.issued_at", "update tokens set issued_at = '-infinity' where account_id = $account"),
+    ("tokens.expires_at", "update tokens set expires_at = 'infinity' where account_id = $account"),
+];
+
+/// An account that the triggers would refuse is not served, is named in `/readyz` and `account_status`, and
+/// affects no other one: they are issued for and served as ever, also after a restart.
+#[tokio::test]
+async fn a_malformed_account_is_not_served_and_affects_no_other_account() {
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    for number in 0..MALFORMED_ACCOUNTS.len() {
+        let client_id = format!("m-{number}");
+        fixture.upstream.add_account(&client_id, "SK.m");
+        fixture.add_account(&format!("account-{number}"), &client_id, "SK.m").await;
+    }
+    let broker = fixture.start().await;
+    let client = broker.client(&bearer).await;
+    let mut ids: Vec<i64> = vec![];
+    for number in 0..MALFORMED_ACCOUNTS.len() {
+        let name = format!("account-{number}");
+        until_served("before", &client, &name).await;
+        fixture.wait_for_state(&name, "fresh").await;
+        let query = format!("select id from accounts where name = '{name}'");
+        let id = sqlx::query_scalar(AssertSqlSafe(query)).fetch_one(fixture.database.pool());
+        ids.push(id.await.unwrap());
+    }
+
+    for ((_, statement), id) in MALFORMED_ACCOUNTS.iter().zip(&ids) {
+        let statement = statement.replace("$account", &id.to_string());
+        past_the_triggers(&fixture.database, &statement).await;
+    }
+    // A row that has never been good, and one whose secret cannot be sealed.
+    past_the_triggers(
+        &fixture.database,
+        "insert into accounts (name, client_id, client_secret) values ('Bad', 'bad', 'SK.bad')",
+    )
+    .await;
+    for (number, (_, statement)) in MALFORMED_ACCOUNTS.iter().enumerate() {
+        let name = format!("account-{number}");
+        until_refused(statement, &client, &name, &[Code::NotFound]).await;
+        client.get("acme").await.unwrap();
+    }
+    until_readiness_says(&broker, "accounts.client_secret row ").await;
+    let body = readiness(&broker).await;
+    for text in ["accounts row ", "refreshes row ", "tokens row ", "\"answers\""] {
+        assert!(body.contains(text), "{text}: {body}");
+    }
+    for ((column, _), id) in MALFORMED_ACCOUNTS.iter().zip(&ids) {
+        let query = "select s.state, s.hint from account_status s join accounts a using (name)
+            where a.id = $1";
+        let (state, hint): (String, String) =
+            sqlx::query_as(query).bind(id).fetch_one(fixture.database.pool()).await.unwrap();
+        assert_eq!(state, "unusable", "{column}");
+        assert!(hint.ends_with(&format!("correct {column}")), "{hint}");
+    }
+    fixture.add_account("new", "id-2", "SK.2").await;
+    until_served("a new account", &client, "new").await;
+    broker.stop().await;
+
+    let broker = fixture.start().await;
+    let client = broker.client(&bearer).await;
+    client.get("acme").await.unwrap();
+    client.get("account-3").await.unwrap_err();
+    fixture.add_account("newer", "id-3", "SK.3").await;
+    until_served("a new account after the restart", &client, "newer").await;
+    let repair = format!("update accounts set name = 'account-0' where id = {}", ids[0]);
+    fixture.database.sql(&repair).await;
+    until_served("a repaired account", &client, "account-0").await;
+    broker.stop().await;
+}
+
+/// Locks that admins and migrations take. The rest of the broker may wait for them, but not a revocation.
+const LOCKS: &[(&str, &str)] = &[
+    ("accounts", "exclusive"),
+    ("accounts", "access exclusive"),
+    ("refreshes", "exclusive"),
+    ("refreshes", "access exclusive"),
+    ("tokens", "access exclusive"),
+    ("changes", "exclusive"),
+    ("changes", "access exclusive"),
+    ("grants", "access exclusive"),
+    ("caller_credentials", "access exclusive"),
+    ("deployment", "access exclusive"),
+    ("upstream_pace", "access exclusive"),
+    ("instances", "access exclusive"),
+    ("audit_chains", "access exclusive"),
+];
+
+/// While any other table is locked, a caller that is disabled is refused, an account that is disabled is
+/// not served, and other callers are served.
+#[tokio::test]
+async fn a_locked_table_does_not_delay_a_revocation() {
+    let fixture = Fixture::new().await;
+    let good = fixture.add_caller("good", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    fixture.add_account("bank", "id-2", "SK.2").await;
+    let broker = fixture.start().await;
+    let good = broker.client(&good).await;
+    until_served("before", &good, "acme").await;
+    until_served("before", &good, "bank").await;
+
+    for (number, (table, mode)) in LOCKS.iter().enumerate() {
+        let what = format!("{table} in {mode} mode");
+        let name = format!("caller-{number}");
+        let client = broker.client(&fixture.add_caller(&name, &["*"]).await).await;
+        until_served(&what, &client, "acme").await;
+        until_served(&what, &good, "bank").await;
+
+        let mut locking = fixture.database.pool().begin().await.unwrap();
+        let lock = format!("lock table {table} in {mode} mode");
+        sqlx::raw_sql(AssertSqlSafe(lock)).execute(&mut *locking).await.unwrap();
+        let disable = format!("update callers set enabled = false where name = '{name}'");
+        if *table == "changes" {
+            // The trigger would wait for the lock.
+            past_the_triggers(&fixture.database, &disable).await;
+        } else {
+            fixture.database.sql(&disable).await;
+        }
+        until_refused(&what, &client, "acme", &[Code::Unauthenticated]).await;
+        if !["changes", "accounts"].contains(table) {
+            let disable = "update accounts set enabled = false where name = 'bank'";
+            fixture.database.sql(disable).await;
+            until_refused(&what, &good, "bank", &[Code::FailedPrecondition]).await;
+        }
+        good.get("acme").await.unwrap();
+        let body = readiness(&broker).await;
+        assert!(!body.contains("does not answer"), "{what}: {body}");
+        locking.rollback().await.unwrap();
+        fixture.database.sql("update accounts set enabled = true where name = 'bank'").await;
+    }
+    until_readiness_says(&broker, "\"answers\"").await;
+    broker.stop().await;
+}
+
+/// A broker starts, and says what it waits for, while a table is locked.
+#[tokio::test]
+async fn a_lock_delays_a_start_and_does_not_fail_it() {
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let broker = fixture.start().await;
+    until_served("before", &broker.client(&bearer).await, "acme").await;
+    broker.stop().await;
+
+    let mut locking = fixture.database.pool().begin().await.unwrap();
+    let lock = "lock table accounts in exclusive mode";
+    sqlx::raw_sql(lock).execute(&mut *locking).await.unwrap();
+    let broker = fixture.start().await;
+    broker.client(&bearer).await.get("acme").await.unwrap();
+    until_readiness_says(&broker, "(intake)").await;
+    broker.stop().await;
+
+    let lock = "lock table grants in access exclusive mode";
+    sqlx::raw_sql(lock).execute(&mut *locking).await.unwrap();
+    let start = fixture.start();
+    tokio::pin!(start);
+    // The start tries again until the lock is released.
+    assert!(tokio::time::timeout(Duration::from_secs(2), &mut start).await.is_err());
+    locking.rollback().await.unwrap();
+    let broker = start.await;
+    broker.client(&bearer).await.get("acme").await.unwrap();
+    broker.stop().await;
+}
+
+/// Many new accounts do not delay a revocation behind them.
+#[tokio::test]
+async fn a_revocation_behind_ten_thousand_new_accounts_is_followed() {
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    let good = fixture.add_caller("good", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    fixture.add_account("bank", "id-2", "SK.2").await;
+    let broker = fixture.start().await;
+    let (client, good) = (broker.client(&bearer).await, broker.client(&good).await);
+    until_served("before", &client, "acme").await;
+    until_served("before", &good, "bank").await;
+
+    let insert = "insert into accounts (name, client_id, client_secret, enabled)
+        select 'new-' || n, 'n' || n, 'SK.' || n, false from generate_series(1, 10000) n";
+    fixture.database.sql(insert).await;
+    fixture
+        .database
+        .sql(
+            "update callers set enabled = false where name = 'demo';
+             update accounts set enabled = false where name = 'bank'",
+        )
+        .await;
+    until_refused("the caller", &client, "acme", &[Code::Unauthenticated]).await;
+    until_refused("the account", &good, "bank", &[Code::FailedPrecondition]).await;
+    good.get("acme").await.unwrap();
+    broker.stop().await;
+}
+
+/// The broker inserts the rows that it needs, if they are missing.
+#[tokio::test]
+async fn missing_rows_that_the_broker_needs_are_inserted() {
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let broker = fixture.start().await;
+    let client = broker.client(&bearer).await;
+    until_served("before", &client, "acme").await;
+
+    // Without triggers, nothing announces the account, and it has no row in `refreshes`.
+    past_the_triggers(
+        &fixture.database,
+        "insert into accounts (name, client_id, client_secret) values ('bank', 'id-2', 'SK.2')",
+    )
+    .await;
+    until_served("an account that was not announced", &client, "bank").await;
+    fixture.database.sql("delete from upstream_pace").await;
+    fixture.add_account("shop", "id-3", "SK.3").await;
+    until_served("without a pace", &client, "shop").await;
+    fixture.database.sql("delete from deployment").await;
+    eventually("the deployment", async || {
+        let rows: i64 = sqlx::query_scalar("select count(*) from deployment")
+            .fetch_one(fixture.database.pool())
+            .await
+            .unwrap();
+        (rows == 1).then_some(())
+    })
+    .await;
+    client.get("acme").await.unwrap();
+    broker.stop().await;
+    fixture.start().await.stop().await;
+}
+
+/// What is written past the triggers is not announced, and is followed all the same.
+#[tokio::test]
+async fn changes_that_are_not_announced_are_found() {
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    let good = fixture.add_caller("good", &["*"]).await;
+    for (name, number) in [("acme", 1), ("bank", 2), ("gone", 3)] {
+        fixture.add_account(name, &format!("id-{number}"), &format!("SK.{number}")).await;
+    }
+    let broker = fixture.start().await;
+    let (client, good) = (broker.client(&bearer).await, broker.client(&good).await);
+    for name in ["acme", "bank", "gone"] {
+        until_served("before", &client, name).await;
+    }
+    past_the_triggers(
+        &fixture.database,
+        "update callers set enabled = false where name = 'demo';
+         update accounts set enabled = false where name = 'bank';
+         delete from tokens where account_id = (select id from accounts where name = 'gone');
+         delete from accounts where name = 'gone'",
+    )
+    .await;
+    until_refused("the caller", &client, "acme", &[Code::Unauthenticated]).await;
+    until_refused("the disabled account", &good, "bank", &[Code::FailedPrecondition]).await;
+    until_refused("the deleted account", &good, "gone", &[Code::NotFound]).await;
+    good.get("acme").await.unwrap();
+    broker.stop().await;
+}
+
+/// Changes that cannot be recorded as they are do not hinder the others.
+#[tokio::test]
+async fn a_malformed_change_is_recorded_and_hinders_no_other() {
+    let fixture = Fixture::new().await;
+    let broker = fixture.start().await;
+    fixture
+        .database
+        .sql(
+            "insert into changes (table_name, operation, row_id, subject, what)
+                values ('callers', 'update', 1, 'nested', '{\"a\": {\"b\": 1}}');
+             insert into changes (table_name, operation, row_id, subject, what, at)
+                values ('callers', 'update', 1, 'timeless', '{}', 'infinity')",
+        )
+        .await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    eventually("the records", async || {
+        let recorded = fixture
+            .audit_events(
+                "detail->>'caller' in ('nested', 'timeless') or event = 'account_registered'",
+            )
+            .await;
+        (recorded.len() == 3).then_some(())
+    })
+    .await;
+    broker.stop().await;
+}
