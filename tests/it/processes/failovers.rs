@@ -86,6 +86,11 @@ impl Scene {
         .await;
     }
 
+    /// Returns how often the broker has verified a database since its start.
+    fn verifications(&self) -> usize {
+        self.serve.stderr().matches("the database was verified").count()
+    }
+
     /// Waits until the state directory remembers the last change of the caller.
     async fn until_remembered(&self) {
         let file = self.setup.directory.path().join("state/database");
@@ -167,7 +172,13 @@ async fn a_failover_without_loss_is_followed_and_neither_a_standby_nor_an_old_pr
     scene.until_delivered(&primary).await;
     primary.until_followed_by(&standby).await;
     standby.promote().await;
+    // No call is made until the broker has left the old primary: its record would be lost there.
+    let verified = scene.verifications();
     scene.proxy.lead_to(&standby.url());
+    eventually("the new primary is verified", async || {
+        (scene.verifications() > verified).then_some(())
+    })
+    .await;
     standby.sql(DISABLE).await;
     scene.until_refused().await;
     scene.until_readiness_says("\"answers\"").await;
