@@ -80,7 +80,8 @@ pub(super) async fn prepare(
     let issuer = components.token_issuer(config, state_dir, Arc::new(pending));
     let (refresher, trigger) = Refresher::new(issuer);
     let change_feed = components.change_feed(config, state_dir, verified.identity, trigger.clone());
-    let loaded = until_reachable(give_up, || async { Ok(change_feed.start().await?) }).await?;
+    let load = || async { Ok(Box::pin(change_feed.start()).await?) };
+    let loaded = until_reachable(give_up, load).await?;
     let heartbeat = components.heartbeat(config, state_dir);
     until_reachable(give_up, || async { Ok(heartbeat.start().await?) }).await?;
     Ok(Prepared { refresher, trigger, change_feed, heartbeat, loaded })

@@ -190,12 +190,13 @@ impl Database {
         if let Some(gate) = &self.gate {
             gate.trust()?;
         }
-        in_time(async {
+        // The future is large, and is a part of many others.
+        in_time(Box::pin(async {
             let mut connection = self.connect().await?;
             prepare(&mut connection).await?;
             let trust = self.admit(&mut connection).await?;
             Ok(Session { connection, trust })
-        })
+        }))
         .await
     }
 
