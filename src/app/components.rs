@@ -21,7 +21,7 @@ use crate::{
         database_clock::DatabaseClock, feed_health::FeedHealth, refresher::Outage,
         trust_monitor::Trust,
     },
-    store::Database,
+    store::{Database, TrustGate},
     telemetry::Metrics,
     tls::Tls,
     upstream::UpstreamClient,
@@ -34,7 +34,12 @@ pub(super) const UNKNOWN_SKEW: i64 = i64::MIN;
 
 /// The components of one broker. Most of them are handles, whose clones share their state.
 pub(super) struct Components {
+    /// The options for connections to the verified database.
     pub(super) database: Database,
+    /// The options for connections that were not verified: for the schema, and for the history guard.
+    pub(super) unverified_database: Database,
+    /// Lets connections of `database` and `pool` pass while the history guard trusts the database.
+    pub(super) gate: TrustGate,
     /// The pool that the refresher, the change feed and the token provider share.
     pub(super) pool: PgPool,
     pub(super) cache: Arc<AccountCache>,
@@ -52,8 +57,8 @@ pub(super) struct Components {
     pub(super) upstream_skew_ms: Arc<AtomicI64>,
     /// Whether calls are served. It is true from the end of the start until the stop begins.
     pub(super) serving: Arc<AtomicBool>,
-    /// Cancelled when a task or a thread has ended by itself, which is a bug or, for the change feed,
-    /// means that the database was replaced. The process ends then.
+    /// Cancelled when a task or a thread has ended by itself, which is a bug or, for the history guard
+    /// and the change feed, means that the database was replaced. The process ends then.
     pub(super) failed: CancellationToken,
     pub(super) clock: Clock,
     /// The database's clock, compared with `clock`.
@@ -73,7 +78,9 @@ impl Components {
         let settings = &config.settings;
         info!(instance = state_dir.instance(), upstream = %settings.upstream,
             version = env!("CARGO_PKG_VERSION"), "starting");
-        let database = settings.database_url.database(APPLICATION_NAME)?;
+        let unverified_database = settings.database_url.database(APPLICATION_NAME)?;
+        let gate = TrustGate::default();
+        let database = unverified_database.gated(gate.clone());
         let pool = database.pool(config.pool_connections);
         let cache = Arc::new(AccountCache::default());
         let feed_health = Arc::new(FeedHealth::default());
@@ -89,6 +96,8 @@ impl Components {
         let tls = settings.tls.clone();
         Ok(Self {
             database,
+            unverified_database,
+            gate,
             pool,
             cache,
             directory: Arc::new(CallerDirectory::default()),

@@ -4,12 +4,15 @@ use std::io;
 
 use thiserror::Error;
 
-use super::{database_mismatch::DatabaseMismatch, keyring_check::WrongKeyring};
+use super::keyring_check::WrongKeyring;
 use crate::{
     audit::journal::{AuditUnavailable, JournalError},
     files::state_dir::StateDirError,
-    services::heartbeat::IdentityError,
-    services::trust_monitor::IntakeKeyFault,
+    services::{
+        heartbeat::IdentityError,
+        history::{DatabaseMismatch, HistoryError},
+        trust_monitor::IntakeKeyFault,
+    },
     store::StoreError,
     tls::TlsError,
     upstream::UpstreamSetupError,
@@ -55,6 +58,12 @@ pub enum StartError {
     /// The database is not the one that this replica used last, or is in an older state.
     #[error(transparent)]
     DatabaseMismatch(#[from] DatabaseMismatch),
+    /// The database was replaced during the start.
+    #[error("the database was replaced during the start: the log says how")]
+    DatabaseReplaced,
+    /// A task that runs since the start, such as the heartbeat, has ended.
+    #[error("a task of the broker has ended during the start: the log says why")]
+    TaskEnded,
     /// The file that says which database this replica used last cannot be read or written.
     #[error("the file database in the state directory cannot be used")]
     DatabaseFile(#[source] io::Error),
@@ -80,6 +89,17 @@ impl From<IdentityError> for StartError {
         match error {
             IdentityError::Store(error) => Self::Store(error),
             in_use @ IdentityError::InUse(_) => Self::Identity(in_use),
+        }
+    }
+}
+
+impl From<HistoryError> for StartError {
+    fn from(error: HistoryError) -> Self {
+        match error {
+            HistoryError::Store(error) => Self::Store(error),
+            HistoryError::Mismatch(mismatch) => Self::DatabaseMismatch(mismatch),
+            HistoryError::File(error) => Self::DatabaseFile(error),
+            HistoryError::AcceptedElsewhere => Self::DatabaseReplaced,
         }
     }
 }

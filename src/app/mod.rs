@@ -5,8 +5,9 @@
 //! 1. lock the state directory and open the audit journal;
 //! 2. create the [components], which need no database, and serve `/livez`, `/readyz` and
 //!    `/metrics`, so that operators can see that a broker waits for its database;
-//! 3. [prepare](mod@prepare): migrate or check the schema, announce this process to the other replicas, check
-//!    that the database and the keyring belong together, record the start, and load accounts and callers;
+//! 3. [prepare](mod@prepare): migrate or check the schema, verify the database and watch it from then on, announce
+//!    this process to the other replicas, check that the keyring belongs to the database, record the start, and
+//!    load accounts and callers;
 //! 4. [build](wiring) the gRPC server, start all [tasks](running), and report `SERVING`.
 //!
 //! The stop, in order ([`App::stop`]):
@@ -14,15 +15,14 @@
 //! 2. stop gRPC, which drains the connections, and the refresher;
 //! 3. wait until the remaining calls have appended their records;
 //! 4. stop the change feed, retention, checkpoints and HTTP;
-//! 5. record the stop, close the journal, and deliver what it has while the database answers.
+//! 5. record the stop, close the journal, and deliver what it has while the database answers;
+//! 6. stop watching the database.
 //!
 //! See [readiness] for what an operator sees when the journal's disk is full, [`config`](crate::config) for
 //! how to add a setting, and [gauges] for how to add a metric.
 
 mod app_config;
 mod components;
-mod database_identity;
-mod database_mismatch;
 mod error;
 mod gauges;
 mod grpc_health;
@@ -31,6 +31,7 @@ mod prepare;
 mod readiness;
 mod running;
 mod supervise;
+mod task_group;
 mod wiring;
 
 use std::net::SocketAddr;
@@ -41,13 +42,13 @@ use tracing::info;
 
 pub use self::{
     app_config::AppConfig,
-    database_mismatch::{DatabaseMismatch, Difference, LostRecords},
     error::StartError,
     keyring_check::{WrongKeyring, check_keyring},
 };
 use self::{
-    components::Components, prepare::prepare, running::RunningServices, supervise::TaskGroup,
+    components::Components, prepare::prepare, running::RunningServices, task_group::StartedTasks,
 };
+pub use crate::services::history::{DatabaseMismatch, Difference, LostRecords};
 use crate::{
     api::ops::{self, Ops},
     audit::journal::Journal,
@@ -93,42 +94,38 @@ impl App {
             }
         };
         gauges::export(&components);
-        let mut background = TaskGroup::default();
+        let mut tasks = StartedTasks::default();
         let endpoints =
             Ops { readiness: readiness::checks(&components), metrics: components.metrics.clone() };
-        background.add(tokio::spawn(ops::serve(ops, endpoints, background.stop_token())));
+        let stop = tasks.background.stop_token();
+        tasks.background.add(tokio::spawn(ops::serve(ops, endpoints, stop)));
 
         let prepared = Box::pin(async {
-            let prepared =
-                prepare(&components, &config, &state_dir, give_up, &mut background).await?;
+            let prepared = prepare(&components, &config, &state_dir, &mut tasks, give_up).await?;
             let server = components.grpc(&config, prepared.trigger.clone())?;
             Ok((prepared, server))
-        })
-        .await;
+        });
+        let prepared = tokio::select! {
+            prepared = prepared => prepared,
+            () = components.failed.cancelled() => Err(StartError::TaskEnded),
+        };
         let (prepared, server) = match prepared {
             Ok(prepared) => prepared,
             Err(error) => {
-                background.stop().await;
+                tasks.stop().await;
                 journal.close().await;
                 return Err(error);
             }
         };
-        let services = RunningServices::start(
-            &components,
-            &config,
-            &state_dir,
-            prepared,
-            server,
-            grpc,
-            background,
-        )
-        .await;
+        let services =
+            RunningServices::start(&components, &config, &state_dir, prepared, server, grpc, tasks)
+                .await;
         info!(grpc = %grpc_address, ops = %ops_address, "ready");
         Ok(Self { grpc_address, ops_address, components, services })
     }
 
-    /// Returns once a task of the broker has ended by itself, which is a bug or, for the change feed,
-    /// means that the database was replaced. Stop the broker then. Cancel safe.
+    /// Returns once a task of the broker has ended by itself, which is a bug or, for the history guard and the
+    /// change feed, means that the database was replaced. Stop the broker then. Cancel safe.
     pub async fn failed(&self) {
         self.components.failed.cancelled().await;
     }

@@ -7,12 +7,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::{
-    app_config::AppConfig,
-    components::Components,
-    database_identity,
-    error::StartError,
-    keyring_check::check_keyring,
-    supervise::{TaskGroup, until_reachable},
+    app_config::AppConfig, components::Components, error::StartError, keyring_check::check_keyring,
+    supervise::until_reachable, task_group::StartedTasks,
 };
 use crate::{
     audit::record::{Event, Record},
@@ -41,9 +37,9 @@ pub(super) struct Prepared {
 
 /// Prepares the database and the journal, in this order:
 /// 1. applies migrations if `--migrate` was given, and checks the schema and who may create objects in it;
-/// 2. announces this process, unless another one acts under its identity, and starts the heartbeat in
-///    `background`;
-/// 3. checks that the database is the one that this replica used last, and not in an older state;
+/// 2. verifies that the database is the one that this replica used last, and not in an older state, and
+///    watches it from then on, by a task in `tasks`;
+/// 3. announces this process, unless another one acts under its identity, and starts the heartbeat in `tasks`;
 /// 4. checks that the keyring is the one that sealed the stored secrets, and that admins seal new ones to its
 ///    intake key, which it publishes if `--migrate` was given;
 /// 5. records the start in the audit journal, and the acceptance of a restored database if there was one;
@@ -60,19 +56,21 @@ pub(super) async fn prepare(
     components: &Components,
     config: &AppConfig,
     state_dir: &StateDir,
+    tasks: &mut StartedTasks,
     give_up: &CancellationToken,
-    background: &mut TaskGroup,
 ) -> Result<Prepared, StartError> {
     let started_at = components.clock.wall();
     until_reachable(give_up, || check_schema(components, config)).await?;
     components.connectivity.mark_connected();
+    let guard = components.history_guard(config, state_dir);
+    let verified = until_reachable(give_up, || async { Ok(guard.start().await?) }).await?;
+    let watch = guard.run(verified.session, tasks.history.stop_token());
+    tasks.history.start("history", &components.failed, watch);
     let mut heartbeat = components.heartbeat(config, state_dir);
     announce(&mut heartbeat, give_up).await?;
     let (replica, standing) = (heartbeat.replica_number(), heartbeat.standing());
-    background.start("heartbeat", &components.failed, heartbeat.run(background.stop_token()));
-    let verify =
-        || database_identity::verify(&components.pool, config, state_dir, &components.journal);
-    let verified = until_reachable(give_up, verify).await?;
+    let beat = heartbeat.run(tasks.background.stop_token());
+    tasks.background.start("heartbeat", &components.failed, beat);
     until_reachable(give_up, || check_keys(components, config)).await?;
 
     record(components, start_record(config, started_at)).await?;
@@ -93,7 +91,8 @@ pub(super) async fn prepare(
     // Grants end by the database's clock, so it must be known before calls are served.
     let watch = components.database_clock_watch();
     until_reachable(give_up, || async { Ok(watch.look().await?) }).await?;
-    let loaded = until_reachable(give_up, || async { Ok(change_feed.start().await?) }).await?;
+    let load = || async { Ok(Box::pin(change_feed.start()).await?) };
+    let loaded = until_reachable(give_up, load).await?;
     until_acknowledged(standing, give_up, &components.failed).await?;
     Ok(Prepared { refresher, trigger, change_feed, loaded })
 }
@@ -119,7 +118,7 @@ async fn until_acknowledged(
     tokio::select! {
         () = give_up.cancelled() => Err(StartError::Stopped),
         // The heartbeat has ended, and logged why.
-        () = failed.cancelled() => Err(StartError::Stopped),
+        () = failed.cancelled() => Err(StartError::TaskEnded),
         known = standing.wait_for(acknowledged) => match known.as_deref() {
             Ok(Some(Standing { unaware, .. })) if *unaware > 0 => {
                 warn!(replicas = unaware, "other replicas do not answer: until they count as stopped, \
@@ -127,17 +126,21 @@ async fn until_acknowledged(
                 Ok(())
             }
             Ok(_) => Ok(()),
-            Err(_) => Err(StartError::Stopped),
+            Err(_) => Err(StartError::TaskEnded),
         },
     }
 }
 
 async fn check_schema(components: &Components, config: &AppConfig) -> Result<(), StartError> {
     if config.migrate {
-        components.database.migrate().await?;
+        components.unverified_database.migrate().await?;
     }
-    components.database.check_schema().await?;
-    Ok(components.database.check_schema_trust().await?)
+    let checked = components.unverified_database.check_schema().await;
+    if let Err(error) = &checked {
+        components.gate.close_after(error);
+    }
+    checked?;
+    Ok(components.unverified_database.check_schema_trust().await?)
 }
 
 /// Checks the keyring against the stored secrets and the published intake key. With `--migrate`, publishes the

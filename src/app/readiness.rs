@@ -41,12 +41,13 @@ pub(super) fn checks(components: &Components) -> Arc<dyn Fn() -> Readiness + Sen
     let (connectivity, serving) = (components.connectivity.clone(), components.serving.clone());
     let (outage, clock) = (components.outage.clone(), components.clock.clone());
     let (trust, health) = (components.trust.clone(), components.feed_health.clone());
+    let gate = components.gate.clone();
     Arc::new(move || Readiness {
         checks: vec![
             serving_check(serving.load(Ordering::Relaxed)),
             trust_check(trust.fault()),
             journal_check(&journal),
-            postgres_check(&connectivity, &health.failing()),
+            postgres_check(&connectivity, &health.failing(), gate.problem().as_deref()),
             rows_check(&health.unusable()),
             delivery_check(&connectivity, &journal),
             upstream_check(&cache, outage.is_on(), clock.now()),
@@ -75,15 +76,24 @@ fn journal_check(journal: &Journal) -> Check {
     Check { name: "journal", ok: has_room, required: true, detail: detail.into() }
 }
 
-fn postgres_check(connectivity: &DatabaseConnectivity, failing: &[FailingDuty]) -> Check {
-    let ok = answers(connectivity) && failing.is_empty();
+/// `unverified` says why the database must not be used, if so.
+fn postgres_check(
+    connectivity: &DatabaseConnectivity,
+    failing: &[FailingDuty],
+    unverified: Option<&str>,
+) -> Check {
+    let ok = answers(connectivity) && failing.is_empty() && unverified.is_none();
+    let state = match unverified {
+        Some(reason) => format!("is not used: {reason}"),
+        None => "does not answer".into(),
+    };
     let detail = match connectivity.current() {
-        Connectivity::SoleReplica => "does not answer; issuing goes on without it".into(),
-        Connectivity::Partitioned => "does not answer; serving what is known".into(),
-        Connectivity::Unacknowledged => {
-            "does not answer; nothing is served, since a replica may issue that does not know of this one"
-                .into()
-        }
+        Connectivity::SoleReplica => format!("{state}; issuing goes on without it"),
+        Connectivity::Partitioned => format!("{state}; serving what is known"),
+        Connectivity::Unacknowledged => format!(
+            "{state}; nothing is served, since a replica may issue that does not know of this one"
+        ),
+        Connectivity::Connected if unverified.is_some() => state,
         Connectivity::Connected if !connectivity.has_answered() => "has not answered yet".into(),
         Connectivity::Connected if failing.is_empty() => "answers".into(),
         Connectivity::Connected => {

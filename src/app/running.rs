@@ -10,8 +10,12 @@ use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
 use super::{
-    app_config::AppConfig, components::Components, grpc_health::GrpcHealth, prepare::Prepared,
-    supervise::TaskGroup, wiring::GrpcServer,
+    app_config::AppConfig,
+    components::Components,
+    grpc_health::GrpcHealth,
+    prepare::Prepared,
+    task_group::{StartedTasks, TaskGroup},
+    wiring::GrpcServer,
 };
 use crate::{
     api::grpc::server::{ConnectionLimiter, WorkerThreads, serve},
@@ -30,7 +34,7 @@ const CALLS_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a step of the stop may take that writes to the state directory's disk.
 const DISK_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The tasks of a running broker, in three groups that are stopped one after another.
+/// The tasks of a running broker, in four groups that are stopped one after another.
 pub(super) struct RunningServices {
     health: GrpcHealth,
     limiter: Arc<ConnectionLimiter>,
@@ -48,11 +52,12 @@ pub(super) struct RunningServices {
     background: TaskGroup,
     /// The third group: the delivery of the journal, which is stopped after the journal is closed.
     delivery: TaskGroup,
+    /// The fourth group: the history guard, without which the delivery could open no connection.
+    history: TaskGroup,
 }
 
 impl RunningServices {
-    /// Starts all tasks, and returns once calls are served. Adds tasks to `background`, which has those that
-    /// were started earlier.
+    /// Starts all tasks but those of `started`, and returns once calls are served.
     pub(super) async fn start(
         components: &Components,
         config: &AppConfig,
@@ -60,8 +65,9 @@ impl RunningServices {
         prepared: Prepared,
         grpc: GrpcServer,
         listener: TcpListener,
-        mut background: TaskGroup,
+        started: StartedTasks,
     ) -> Self {
+        let StartedTasks { mut background, history } = started;
         let GrpcServer { server, health, limiter, workers, calls } = grpc;
         let signer = components.checkpoint_signer(config, state_dir);
 
@@ -106,6 +112,7 @@ impl RunningServices {
             serving,
             background,
             delivery,
+            history,
         }
     }
 
@@ -137,6 +144,7 @@ impl RunningServices {
             warn!("the last checkpoint of the audit log was not written in time");
         }
         self.delivery.stop().await;
+        self.history.stop_within(DISK_TIMEOUT).await;
         let _ = tokio::task::spawn_blocking(move || journal.save_positions()).await;
         info!("stopped");
     }

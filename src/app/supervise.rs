@@ -1,8 +1,8 @@
-//! Waiting for the database at the start, and starting, watching and stopping the tasks of a broker.
+//! Waiting for the database at the start, and watching the tasks of a broker.
 
 use std::{future::Future, pin::Pin, time::Duration};
 
-use tokio::{task::JoinHandle, time::timeout};
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, warn};
 
@@ -43,54 +43,9 @@ pub(super) async fn until_reachable<T, F: Future<Output = Result<T, StartError>>
     }
 }
 
-/// Tasks that are stopped together, by one token.
-#[derive(Default)]
-pub(super) struct TaskGroup {
-    stop: CancellationToken,
-    tasks: Vec<JoinHandle<()>>,
-}
-
-impl TaskGroup {
-    /// Returns the token that stops the tasks.
-    pub(super) fn stop_token(&self) -> CancellationToken {
-        self.stop.clone()
-    }
-
-    /// Adds a task that runs already. If it ends early, nothing happens.
-    pub(super) fn add(&mut self, task: JoinHandle<()>) {
-        self.tasks.push(task);
-    }
-
-    /// Starts a task. If it ends before the group is stopped, which is a bug, `failed` is cancelled.
-    pub(super) fn start(
-        &mut self,
-        name: &'static str,
-        failed: &CancellationToken,
-        task: impl Future<Output = ()> + Send + 'static,
-    ) {
-        self.tasks.push(supervise(name, Box::pin(task), self.stop_token(), failed.clone()));
-    }
-
-    /// Stops the tasks and waits until they have ended.
-    pub(super) async fn stop(self) {
-        self.stop.cancel();
-        for task in self.tasks {
-            let _ = task.await;
-        }
-    }
-
-    /// Stops the tasks, and waits up to `limit` for each of them.
-    pub(super) async fn stop_within(self, limit: Duration) {
-        self.stop.cancel();
-        for task in self.tasks {
-            let _ = timeout(limit, task).await;
-        }
-    }
-}
-
 /// Starts `task`. If it ends or panics before `stop` is cancelled, logs that and cancels `failed`, so that
 /// the process ends. `name` is the name of the task in the log.
-fn supervise(
+pub(super) fn supervise(
     name: &'static str,
     task: Pin<Box<dyn Future<Output = ()> + Send>>,
     stop: CancellationToken,

@@ -21,6 +21,7 @@ use crate::{
         change_feed::ChangeFeed,
         database_clock::DatabaseClockWatch,
         heartbeat::{HeartbeatTask, ReplicaIdentity},
+        history::{HistoryGuard, HistorySettings, Witnesses},
         journal_delivery::JournalDelivery,
         keyed_semaphore::KeyedSemaphore,
         refresher::{
@@ -95,6 +96,24 @@ impl Components {
             outage: self.outage.clone(),
         };
         TokenIssuer::new(issue_settings, infrastructure, state)
+    }
+
+    /// Returns the guard that verifies the database and watches it.
+    pub(super) fn history_guard(&self, config: &AppConfig, state_dir: &StateDir) -> HistoryGuard {
+        let settings = HistorySettings {
+            upstream: config.settings.upstream.to_string(),
+            accept_restored: config.accept_restored,
+            new_token_ends_older: config.settings.new_token_ends_older,
+        };
+        let witnesses = Witnesses { journal: self.journal.clone(), cache: self.cache.clone() };
+        HistoryGuard::new(
+            self.unverified_database.clone(),
+            self.gate.clone(),
+            settings,
+            witnesses,
+            state_dir.database_file(),
+            self.clock.clone(),
+        )
     }
 
     /// Returns the feed that follows the changes in the database, which must have this identity.

@@ -7,7 +7,10 @@ use clap::Args;
 
 use crate::{
     config::{self, InvalidSettings, Sources},
-    store::admin::{Admin, Attribution},
+    store::{
+        Database,
+        admin::{Admin, Attribution},
+    },
 };
 
 /// The name of the admin commands' connections in `pg_stat_activity`.
@@ -48,8 +51,17 @@ impl GlobalArgs {
     /// Connects to the database as an admin. Changes are recorded in the audit log with `reason` and the
     /// name of the user who runs the command.
     pub(super) async fn admin(&self, reason: Option<&str>) -> anyhow::Result<Admin> {
+        Ok(Admin::connect(&self.database()?, attribution(reason)).await?)
+    }
+
+    /// Connects to the database in order to read the audit log, for which a standby is enough.
+    pub(super) async fn auditor(&self) -> anyhow::Result<Admin> {
+        Ok(Admin::connect(&self.database()?.only_reads(), Attribution::default()).await?)
+    }
+
+    fn database(&self) -> anyhow::Result<Database> {
         let url = config::database_url(&self.sources(BTreeMap::new())?)?;
-        Ok(Admin::connect(&url.database(APPLICATION_NAME)?, attribution(reason)).await?)
+        Ok(url.database(APPLICATION_NAME)?)
     }
 }
 

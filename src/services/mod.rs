@@ -10,6 +10,7 @@
 //! | [`keyed_semaphore`], [`client_network`] | limits for each caller or client; which addresses count as one client |
 //! | [`database_clock`] | the database's clock beside the one of this process |
 //! | [`connectivity`] | whether the database answers, and what a replica may do while it does not |
+//! | [`history`] | checking that the database is the one that this replica knows, in no older state |
 //! | [`refresher`] | issuing and storing tokens |
 //! | [`change_feed`] | following committed changes |
 //! | [`heartbeat`] | the identity of this replica; telling others that it is alive, and learning of them |
@@ -31,6 +32,7 @@ pub mod database_clock;
 pub mod feed_health;
 pub mod gcra;
 pub mod heartbeat;
+pub mod history;
 pub mod journal_delivery;
 pub mod keyed_semaphore;
 pub mod refresher;

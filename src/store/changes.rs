@@ -243,7 +243,11 @@ pub async fn claim(
 /// A session that listens for the notifications of changes and of new tokens. A notification has no
 /// content: it means that the next poll will find changes. If one is lost, they are found by the next
 /// regular poll.
-pub struct ChangeListener(PgListener);
+pub struct ChangeListener {
+    listener: PgListener,
+    /// The database, whose guard remembers changes as soon as they are announced.
+    database: Database,
+}
 
 impl ChangeListener {
     /// Opens a connection of its own and starts to listen.
@@ -257,7 +261,7 @@ impl ChangeListener {
         // A new listener takes the URL that is valid then.
         listener.eager_reconnect(false);
         listener.listen_all([CHANNEL, tokens::CHANNEL]).await?;
-        Ok(Self(listener))
+        Ok(Self { listener, database: database.clone() })
     }
 
     /// Waits for a notification. Cancel safe.
@@ -265,8 +269,11 @@ impl ChangeListener {
     /// # Errors
     /// When the connection is lost. Create a new listener then, after a pause.
     pub async fn wait(&mut self) -> Result<(), StoreError> {
-        match self.0.try_recv().await? {
-            Some(_) => Ok(()),
+        match self.listener.try_recv().await? {
+            Some(_) => {
+                self.database.note_change();
+                Ok(())
+            }
             None => Err(sqlx::Error::Io(io::ErrorKind::UnexpectedEof.into()).into()),
         }
     }

@@ -3,6 +3,7 @@
 use std::{
     fmt,
     future::Future,
+    io,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -16,13 +17,17 @@ use sqlx::{
     ConnectOptions, Connection, PgConnection, PgPool,
     postgres::{PgConnectOptions, PgPoolOptions},
 };
-use tokio::{task, time::timeout};
+use tokio::{
+    task,
+    time::{Instant, timeout},
+};
 use tracing::{info, warn};
 
 use super::{
     StoreError,
     connect_options::{PasswordFiles, connect_options, known_part},
     distrust, pooler, session_settings,
+    trust::{Trust, TrustGate},
 };
 
 /// How long the ping of a connection may take when it is returned to the pool.
@@ -47,9 +52,17 @@ type UrlSource = Box<dyn Fn() -> Result<SecretString, String> + Send + Sync>;
 /// The URL is read again from its source at each new connection, and once a second for the pools. So a
 /// password can be rotated while the broker runs. While the source cannot be read, the last URL stays in
 /// use.
+///
+/// A connection that leads to a standby, or to a server whose transactions are read-only, is refused as
+/// [`StoreError::Unverified`].
 #[derive(Clone)]
 pub struct Database {
     shared: Arc<Shared>,
+    /// Lets connections pass only to the verified database; `None` for commands, which rely on nothing that
+    /// they read earlier.
+    gate: Option<TrustGate>,
+    /// Whether a standby may be used, which is enough to read.
+    only_reads: bool,
 }
 
 struct Shared {
@@ -139,7 +152,29 @@ impl Database {
                 pools: Mutex::default(),
                 watched: AtomicBool::new(false),
             }),
+            gate: None,
+            only_reads: false,
         })
+    }
+
+    /// Returns the same access for connections that `gate` must admit. Those that it admitted before are not
+    /// used any more once it is closed.
+    #[must_use]
+    pub fn gated(&self, gate: TrustGate) -> Self {
+        Self { gate: Some(gate), ..self.clone() }
+    }
+
+    /// Returns the same access for connections that only read. They may lead to a standby.
+    #[must_use]
+    pub fn only_reads(&self) -> Self {
+        Self { only_reads: true, ..self.clone() }
+    }
+
+    /// Notes that a change was committed, so that the history guard remembers it at once.
+    pub fn note_change(&self) {
+        if let Some(gate) = &self.gate {
+            gate.note_change();
+        }
     }
 
     /// Checks that `url` can be used.
@@ -155,12 +190,7 @@ impl Database {
     /// # Errors
     /// Returns why the server cannot be reached, refuses the login, or cannot be used.
     pub async fn open(&self) -> Result<PgConnection, StoreError> {
-        in_time(async {
-            let mut connection = self.connect().await?;
-            prepare(&mut connection).await?;
-            Ok(connection)
-        })
-        .await
+        Ok(self.session().await?.connection)
     }
 
     /// Opens a connection for a task that relies on what it has read before: see [`Session`].
@@ -168,7 +198,32 @@ impl Database {
     /// # Errors
     /// Like [`Self::open`].
     pub async fn session(&self) -> Result<Session, StoreError> {
-        Ok(Session { connection: self.open().await? })
+        if let Some(gate) = &self.gate {
+            gate.trust()?;
+        }
+        // The future is large, and is a part of many others.
+        in_time(Box::pin(async {
+            let mut connection = self.connect().await?;
+            prepare(&mut connection).await?;
+            let trust = self.admit(&mut connection).await?;
+            Ok(Session { connection, trust })
+        }))
+        .await
+    }
+
+    /// Checks where a connection leads that was just opened.
+    ///
+    /// # Errors
+    /// Returns [`StoreError::Unverified`] if it must not be used, and the database's error.
+    async fn admit(
+        &self,
+        connection: &mut PgConnection,
+    ) -> Result<Option<(TrustGate, Trust)>, StoreError> {
+        if !self.only_reads {
+            refuse_standby(connection).await?;
+        }
+        let Some(gate) = &self.gate else { return Ok(None) };
+        Ok(Some((gate.clone(), gate.admit(connection).await?)))
     }
 
     /// Returns a pool of at most `connections` connections, which it opens when they are needed. Acquiring
@@ -192,14 +247,20 @@ impl Database {
     }
 
     fn fixed_pool(&self, connections: u32) -> PgPool {
+        let (gate, opened_by, only_reads) = (self.gate.clone(), self.gate.clone(), self.only_reads);
         PgPoolOptions::new()
             .max_connections(connections)
             .acquire_timeout(CONNECT_TIMEOUT)
             .max_lifetime(MAX_LIFETIME)
             .idle_timeout(MAX_LIFETIME)
-            .after_connect(|connection, _| Box::pin(prepare(connection)))
-            .before_acquire(|_, meta| {
-                Box::pin(async move { Ok(!distrust::applies_to_age(meta.age)) })
+            .after_connect(move |connection, _| {
+                let (gate, only_reads) = (opened_by.clone(), only_reads);
+                Box::pin(async move { prepare_pooled(connection, gate, only_reads).await })
+            })
+            .before_acquire(move |_, meta| {
+                let covered =
+                    gate.as_ref().is_none_or(|gate| gate.covers(meta.age, Instant::now()));
+                Box::pin(async move { Ok(covered && !distrust::applies_to_age(meta.age)) })
             })
             // sqlx pings a connection that is returned, without a timeout. If its peer does not answer any
             // more, the connection would occupy a slot of the pool until TCP gives up.
@@ -273,7 +334,7 @@ impl Database {
             loop {
                 tokio::time::sleep(RELOAD_INTERVAL).await;
                 let Some(shared) = shared.upgrade() else { return };
-                Self { shared }.reload().await;
+                reload(&shared).await;
             }
         });
     }
@@ -281,10 +342,15 @@ impl Database {
     /// Reads the URL and the password files again, and gives new options to the pools if something has
     /// changed. Waits no longer than a second. Cancel safe.
     async fn reload(&self) {
-        let shared = self.shared.clone();
-        let reloading = task::spawn_blocking(move || shared.reload());
-        let _ = timeout(RELOAD_TIMEOUT, reloading).await;
+        reload(&self.shared).await;
     }
+}
+
+/// See [`Database::reload`].
+async fn reload(shared: &Arc<Shared>) {
+    let shared = shared.clone();
+    let reloading = task::spawn_blocking(move || shared.reload());
+    let _ = timeout(RELOAD_TIMEOUT, reloading).await;
 }
 
 impl Shared {
@@ -344,6 +410,43 @@ async fn prepare(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
     session_settings::establish(connection).await
 }
 
+/// Makes a new connection of a pool ready to be used. While the gate is closed, it waits until the gate opens:
+/// the pool's own limit ends the wait.
+async fn prepare_pooled(
+    connection: &mut PgConnection,
+    gate: Option<TrustGate>,
+    only_reads: bool,
+) -> Result<(), sqlx::Error> {
+    prepare(connection).await?;
+    let admitted = async {
+        if !only_reads {
+            refuse_standby(connection).await?;
+        }
+        let Some(gate) = gate else { return Ok(()) };
+        gate.opened().await;
+        gate.admit(connection).await.map(drop)
+    };
+    // The pool logs the error, closes the connection and opens another one.
+    admitted.await.map_err(|error: StoreError| sqlx::Error::Io(io::Error::other(error.to_string())))
+}
+
+/// Refuses a connection that leads to a standby, or whose transactions are read-only.
+async fn refuse_standby(connection: &mut PgConnection) -> Result<(), StoreError> {
+    let row = sqlx::query!(
+        r#"-- store::connection::refuse_standby
+        select pg_is_in_recovery() as "standby!",
+            current_setting('transaction_read_only')::boolean as "read_only!""#,
+    )
+    .fetch_one(connection)
+    .await?;
+    let reason = match (row.standby, row.read_only) {
+        (true, _) => "its address leads to a standby, not to the primary",
+        (false, true) => "its transactions are read-only",
+        (false, false) => return Ok(()),
+    };
+    Err(StoreError::Unverified { reason: reason.into() })
+}
+
 /// A connection whose owner relies on what it has read before, for example on a snapshot of which it asks
 /// for what was committed since.
 ///
@@ -353,14 +456,28 @@ async fn prepare(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
 #[derive(Debug)]
 pub struct Session {
     connection: PgConnection,
+    /// The gate that admitted the connection, and the trust under which it did.
+    trust: Option<(TrustGate, Trust)>,
 }
 
 impl Session {
     /// Returns the connection for the next statement.
     ///
     /// # Errors
-    /// Returns [`StoreError::ConnectionLost`] if the session must not be used any more.
+    /// Returns [`StoreError::Unverified`], which counts as a lost connection, if the session must not be used
+    /// any more.
     pub fn connection(&mut self) -> Result<&mut PgConnection, StoreError> {
+        if let Some((gate, trust)) = &self.trust {
+            gate.holds(*trust)?;
+        }
         Ok(&mut self.connection)
+    }
+
+    /// Closes the session. An error is of no consequence: the server notices that the connection is gone.
+    ///
+    /// # Errors
+    /// Returns the driver's error.
+    pub async fn close(self) -> Result<(), StoreError> {
+        Ok(self.connection.close().await?)
     }
 }

@@ -3,15 +3,18 @@
 
 use std::collections::BTreeMap;
 
-use sqlx::{PgExecutor, PgPool, Postgres, Transaction};
+use sqlx::{Connection, PgConnection, PgExecutor, PgPool, Postgres, Transaction};
 
 use tracing::instrument;
 
-use super::{StoreError, execution::repeat_on_conflict};
+use super::StoreError;
 use crate::{
     audit::chain::{ChainHead, Digest},
     domain::clock::Timestamp,
 };
+
+/// How often the acceptance of a database is tried if the server aborts it because of other transactions.
+const ACCEPT_ATTEMPTS: usize = 3;
 
 /// The identity of a database. It changes when a restored database or a copy is accepted in its place.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -33,38 +36,48 @@ pub struct Deployment {
     pub moved: bool,
 }
 
-/// Returns the identity that is stored in the database. At the first start, assigns the database to
-/// `upstream`.
+/// Assigns a database that was never used to `upstream`. Changes nothing in any other database.
 ///
 /// # Errors
 /// Returns the database's error.
 #[instrument(level = "debug", skip_all)]
-pub async fn open(pool: &PgPool, upstream: &str) -> Result<Deployment, StoreError> {
+pub async fn assign(connection: &mut PgConnection, upstream: &str) -> Result<(), StoreError> {
     sqlx::query!(
-        "-- store::deployment::open
+        "-- store::deployment::assign
         insert into deployment (upstream) values ($1) on conflict (single) do nothing",
         upstream,
     )
-    .execute(pool)
+    .execute(&mut *connection)
     .await?;
     // A row that was just inserted does not contain the server and the database yet.
     sqlx::query!(
-        "-- store::deployment::open
+        "-- store::deployment::assign
         update deployment set system_identifier = c.system_identifier, database_oid = d.oid::bigint
         from pg_control_system() c, pg_database d
         where d.datname = current_database() and deployment.system_identifier is null",
     )
-    .execute(pool)
+    .execute(connection)
     .await?;
+    Ok(())
+}
+
+/// Returns the identity that is stored in the database.
+///
+/// # Errors
+/// Returns [`StoreError::NotFound`] if the database was never assigned, and the database's error.
+#[instrument(level = "debug", skip_all)]
+pub async fn read(connection: &mut PgConnection) -> Result<Deployment, StoreError> {
     let row = sqlx::query!(
-        r#"-- store::deployment::open
+        r#"-- store::deployment::read
         select p.id, p.epoch, p.upstream, (p.system_identifier, p.database_oid)
             is distinct from (c.system_identifier, d.oid::bigint) as "moved!"
         from deployment p, pg_control_system() c, pg_database d
         where d.datname = current_database()"#,
     )
-    .fetch_one(pool)
+    .fetch_optional(connection)
     .await?;
+    let never = || StoreError::NotFound("the database does not belong to a deployment".into());
+    let row = row.ok_or_else(never)?;
     let identity = DatabaseIdentity { id: row.id, epoch: row.epoch };
     Ok(Deployment { identity, upstream: row.upstream, moved: row.moved })
 }
@@ -146,19 +159,26 @@ pub async fn restore_identity(
 /// commit.
 #[instrument(level = "debug", skip_all)]
 pub async fn accept(
-    pool: &PgPool,
+    connection: &mut PgConnection,
     upstream: &str,
     ends_older: bool,
 ) -> Result<DatabaseIdentity, StoreError> {
-    repeat_on_conflict(|| try_accept(pool, upstream, ends_older)).await
+    let mut accepted = try_accept(connection, upstream, ends_older).await;
+    for _ in 1..ACCEPT_ATTEMPTS {
+        if !accepted.as_ref().is_err_and(StoreError::is_retryable) {
+            break;
+        }
+        accepted = try_accept(connection, upstream, ends_older).await;
+    }
+    accepted
 }
 
 async fn try_accept(
-    pool: &PgPool,
+    connection: &mut PgConnection,
     upstream: &str,
     ends_older: bool,
 ) -> Result<DatabaseIdentity, StoreError> {
-    let mut transaction = pool.begin().await?;
+    let mut transaction = connection.begin().await?;
     sqlx::query!(
         "-- store::deployment::try_accept
         delete from tokens where exists (select from deployment where upstream <> $1)",
@@ -203,7 +223,7 @@ async fn mark_all_possibly_revoked(
 /// Returns [`StoreError::UnreadableRow`] when a hash is malformed, and the database's error.
 #[instrument(level = "debug", skip_all)]
 pub async fn delivered(
-    pool: &PgPool,
+    connection: &mut PgConnection,
     chains: &[String],
 ) -> Result<BTreeMap<String, ChainHead>, StoreError> {
     let rows = sqlx::query!(
@@ -211,7 +231,7 @@ pub async fn delivered(
         select chain, delivered_seq, delivered_hash from audit_chains where chain = any($1)",
         chains,
     )
-    .fetch_all(pool)
+    .fetch_all(connection)
     .await?;
     rows.into_iter()
         .map(|row| {

@@ -44,6 +44,7 @@ const REFUSED_BY_POOLER: &[&str] = &[
 /// | kind | does the server answer? | what to do |
 /// |---|---|---|
 /// | [`ConnectionLost`](Self::ConnectionLost) | this session is lost; a new one may work | try again later |
+/// | [`Unverified`](Self::Unverified) | a server does, but perhaps not the primary | try again later |
 /// | [`TimedOut`](Self::TimedOut) | unknown | try again later; [`Database::probe`](super::Database::probe) finds out whether it answers |
 /// | [`TransactionConflict`](Self::TransactionConflict) | yes | repeat the transaction |
 /// | all others | yes | retrying does not help: an admin has to change something |
@@ -57,6 +58,13 @@ pub enum StoreError {
         /// The underlying error; its text is part of `reason`.
         #[source]
         cause: DatabaseCause,
+    },
+    /// The server answers, but must not be used for now: it is a standby, or it was not verified to be the one
+    /// that this broker knows. To a caller that is as if the primary did not answer.
+    #[error("the database cannot be used for now: {reason}")]
+    Unverified {
+        /// Why it must not be used.
+        reason: String,
     },
     /// The server did not answer in time. It may hang, or it may answer other statements, for example while
     /// this one waits for a lock.
@@ -213,6 +221,7 @@ impl StoreError {
             | Self::MigrationFailed { cause, .. }
             | Self::Driver(cause) => cause.sqlstate(),
             Self::TimedOut { .. }
+            | Self::Unverified { .. }
             | Self::Conflict { cause: None, .. }
             | Self::NotFound(_)
             | Self::Schema(_)
@@ -224,17 +233,18 @@ impl StoreError {
         }
     }
 
-    /// Returns whether the session with the server is lost. The server may still answer on a new session.
+    /// Returns whether the session with the server is lost, or must not be used any more. The server may still
+    /// answer on a new session.
     #[must_use]
     pub fn is_connection_lost(&self) -> bool {
-        matches!(self, Self::ConnectionLost { .. })
+        matches!(self, Self::ConnectionLost { .. } | Self::Unverified { .. })
     }
 
-    /// Returns whether the server possibly does not answer at all. All other errors prove that it answers,
+    /// Returns whether the primary possibly does not answer at all. All other errors prove that it answers,
     /// so they must not count as an outage.
     #[must_use]
     pub fn may_be_outage(&self) -> bool {
-        matches!(self, Self::ConnectionLost { .. } | Self::TimedOut { .. })
+        self.is_connection_lost() || matches!(self, Self::TimedOut { .. })
     }
 
     /// Returns whether the statement waited for another transaction's lock for too long, or was cancelled

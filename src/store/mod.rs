@@ -14,6 +14,7 @@ pub mod deployment;
 mod distrust;
 mod error;
 mod execution;
+pub mod history;
 pub mod instances;
 pub mod intake;
 pub mod intake_keys;
@@ -26,6 +27,7 @@ pub mod schema_trust;
 mod session_limits;
 mod session_settings;
 pub mod tokens;
+mod trust;
 
 use std::time::Duration;
 
@@ -36,6 +38,7 @@ pub use self::{
     error::{DatabaseCause, StoreError},
     execution::within,
     lenient::{Readable, UnusableRow},
+    trust::{TrustGate, TrustLock},
 };
 
 /// Begins a transaction that waits for each lock for half a second at most. Admins can hold locks for as long

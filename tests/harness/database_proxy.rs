@@ -1,7 +1,8 @@
 //! A TCP proxy before the database, with which a test interrupts the connections.
 
-use std::{io, path::PathBuf};
+use std::{io, path::PathBuf, sync::Arc};
 
+use parking_lot::Mutex;
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt, copy_bidirectional},
     net::{TcpListener, TcpStream, UnixStream},
@@ -24,6 +25,7 @@ enum ProxyMode {
 /// A proxy on a TCP port of 127.0.0.1. Dropping it stops the acceptance of connections.
 pub(crate) struct DatabaseProxy {
     mode: watch::Sender<ProxyMode>,
+    target: Arc<Mutex<DatabaseAddress>>,
     url: String,
     accepting: JoinHandle<()>,
 }
@@ -33,22 +35,35 @@ impl DatabaseProxy {
     pub(crate) async fn start(url: &str) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
-        let (target, url) =
-            (DatabaseAddress::parse(&Url::parse(url).unwrap()), replace_address(url, port));
+        let (target, url) = (DatabaseAddress::of(url), replace_address(url, port));
+        let target = Arc::new(Mutex::new(target));
+        let targets = target.clone();
         let (mode, modes) = watch::channel(ProxyMode::Forward);
         let accepting = tokio::spawn(async move {
             loop {
                 let Ok((client, _)) = listener.accept().await else { return };
-                let (target, modes) = (target.clone(), modes.clone());
+                let (target, modes) = (targets.lock().clone(), modes.clone());
                 tokio::spawn(async move { target.serve(client, modes).await });
             }
         });
-        Self { mode, url, accepting }
+        Self { mode, target, url, accepting }
     }
 
     /// Returns the URL of the database with the address of the proxy.
     pub(crate) fn url(&self) -> &str {
         &self.url
+    }
+
+    /// Forwards new connections to the server of another URL, as an address does after a failover. Open
+    /// connections stay where they are.
+    pub(crate) fn lead_to(&self, url: &str) {
+        *self.target.lock() = DatabaseAddress::of(url);
+    }
+
+    /// Closes all connections, and goes on forwarding new ones.
+    pub(crate) fn cut(&self) {
+        self.disconnect();
+        self.forward();
     }
 
     /// Closes all connections, and new ones as soon as they are accepted.
@@ -82,6 +97,10 @@ enum DatabaseAddress {
 }
 
 impl DatabaseAddress {
+    fn of(url: &str) -> Self {
+        Self::parse(&Url::parse(url).unwrap())
+    }
+
     fn parse(url: &Url) -> Self {
         let parameter = |name| {
             url.query_pairs().find(|(key, _)| key == name).map(|(_, value)| value.into_owned())

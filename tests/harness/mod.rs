@@ -11,6 +11,7 @@
 //! | [`pgbouncer`] | a connection pooler before the database |
 //! | [`certificates`] | a certificate authority, and connections with TLS |
 //! | [`http`] | HTTP requests to brokers and simulators |
+//! | [`own_server`] | a database server for one test alone, which crashes, has standbys, and fails over |
 //! | [`raw_http2`] | an HTTP/2 client that can violate the protocol |
 //! | [`rng`] | random numbers that can be repeated |
 //! | [`shifted_clock`] | processes whose wall clock is wrong |
@@ -23,6 +24,8 @@ pub(crate) mod certificates;
 pub(crate) mod database;
 pub(crate) mod database_proxy;
 pub(crate) mod http;
+#[cfg(feature = "embedded-postgres")]
+pub(crate) mod own_server;
 pub(crate) mod pgbouncer;
 pub(crate) mod process;
 pub(crate) mod raw_http2;

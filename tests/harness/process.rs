@@ -169,6 +169,8 @@ impl BrokerProcess {
         .await
     }
 
+    /// # Panics
+    /// When the process has ended.
     pub(crate) fn assert_running(&mut self) {
         let ended = self.child.try_wait().unwrap();
         assert!(ended.is_none(), "{ended:?}: {}{}", self.stdout(), self.stderr());

@@ -58,6 +58,7 @@ mod skipped {
         processes_crashes_paused_postgres
         processes_database_crashes
         processes_dev
+        processes_failovers
         processes_rotation
         processes_turns
     }

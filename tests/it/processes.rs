@@ -15,6 +15,8 @@ mod dev;
 #[cfg(feature = "embedded-postgres")]
 mod disruptions;
 mod drain;
+#[cfg(feature = "embedded-postgres")]
+mod failovers;
 mod floods;
 mod live_token;
 #[cfg(feature = "embedded-postgres")]

@@ -140,3 +140,23 @@ async fn a_broker_stops_when_its_database_is_replaced() {
     tokio::time::timeout(TEST_TIMEOUT, broker.app.failed()).await.unwrap();
     broker.stop().await;
 }
+
+/// What was seen in the database must be there for ever, also while the sessions live on, as when a dump is
+/// restored into the same database.
+#[tokio::test]
+async fn a_broker_stops_when_a_change_that_it_has_seen_is_gone() {
+    let fixture = Fixture::new().await;
+    let broker = fixture.start().await;
+    fixture.add_caller("demo", &["*"]).await;
+    eventually("the change is remembered", async || {
+        let remembered = std::fs::read_to_string(fixture.state.path().join("database")).ok()?;
+        remembered.contains("grants insert demo").then_some(())
+    })
+    .await;
+    fixture.database.sql("delete from changes where table_name = 'grants'").await;
+    tokio::time::timeout(TEST_TIMEOUT, broker.app.failed()).await.unwrap();
+    broker.stop().await;
+    let error = start_error(fixture.config()).await;
+    assert!(error.contains("lacks changes that were seen in it: "), "{error}");
+    assert!(error.contains(" grants insert demo"), "{error}");
+}

@@ -24,7 +24,7 @@ pub(super) struct ExportArgs {
 }
 
 pub(super) async fn run(global: &GlobalArgs, args: ExportArgs) -> anyhow::Result<ExitCode> {
-    let admin = global.admin(None).await?;
+    let admin = global.auditor().await?;
     let now = Clock::System.wall();
     let filter = args.filter.into_filter(now);
     let mut snapshot = AuditSnapshot::open(admin.pool()).await?;

@@ -38,7 +38,7 @@ pub(super) struct TailArgs {
 }
 
 pub(super) async fn run(global: &GlobalArgs, args: TailArgs) -> anyhow::Result<ExitCode> {
-    let admin = global.admin(None).await?;
+    let admin = global.auditor().await?;
     let now = Clock::System.wall();
     let filter = args.filter.into_filter(now);
     let last = latest_events(admin.pool(), &filter, args.n).await?;

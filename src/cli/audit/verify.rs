@@ -106,7 +106,7 @@ pub(super) async fn run(global: &GlobalArgs, args: VerifyArgs) -> anyhow::Result
             task::spawn_blocking(move || evidence.verify_export(&file, args.whole)).await??
         }
         (None, None) => {
-            let admin = global.admin(None).await?;
+            let admin = global.auditor().await?;
             differences = unrecorded(&admin).await?;
             evidence.verify_database(admin.pool()).await?
         }

@@ -71,7 +71,7 @@ pub(super) async fn run(global: &GlobalArgs, args: WhoArgs) -> anyhow::Result<Ex
         (since, until) => (since.map(|it| it.before(now)), until.map(|it| it.before(now))),
     };
     let fingerprints = keyring.fingerprints(&token);
-    let admin = global.admin(None).await?;
+    let admin = global.auditor().await?;
     let mut snapshot = AuditSnapshot::open(admin.pool()).await?;
     let filter =
         EventFilter { since, until, fingerprints: Some(fingerprints), ..EventFilter::default() };

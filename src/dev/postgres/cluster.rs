@@ -132,14 +132,15 @@ impl Cluster {
         Ok(command)
     }
 
-    /// Whether the server with this process id accepts connections, according to its pid file.
+    /// Whether the server with this process id accepts connections, according to its pid file; a standby accepts
+    /// those that only read.
     pub(super) fn is_ready(&self, pid: u32) -> bool {
         let Ok(file) = fs::read_to_string(self.data().join("postmaster.pid")) else {
             return false;
         };
         let mut lines = file.lines().map(str::trim);
         lines.next().and_then(|line| line.parse().ok()) == Some(pid)
-            && lines.any(|line| line == "ready")
+            && lines.any(|line| line == "ready" || line == "standby")
     }
 
     /// Returns the last [`LOG_TAIL`] bytes of the log, or a text that says why it cannot be read.

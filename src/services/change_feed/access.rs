@@ -149,6 +149,9 @@ impl AccessFollower {
         match within(changes::announced(session.connection()?, announced)).await {
             Ok(since) => {
                 *announced = since.snapshot;
+                if since.access || !since.accounts.is_empty() {
+                    self.database.note_change();
+                }
                 state.changed_accounts.extend(since.accounts);
                 if since.access {
                     state.outdated.extend(Table::ALL);

@@ -3,7 +3,6 @@
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use chrono::{Datelike, NaiveDate};
-use sqlx::{Connection, PgConnection};
 use tracing::instrument;
 
 use super::{error::DeliveryError, source::JournalSource};
@@ -13,7 +12,7 @@ use crate::{
         checkpoint_signer::CheckpointSigner,
         journal::{ChainReader, LocalChain, ReadError, with_causes},
     },
-    store::{Database, StoreError, audit},
+    store::{Database, Session, StoreError, audit},
 };
 
 /// The detail of an event that names the row of `changes` that it records.
@@ -45,7 +44,7 @@ impl ChainDelivery {
 /// A connection to Postgres, and what was learned over it.
 pub(super) struct DeliverySession<'a> {
     source: &'a dyn JournalSource,
-    connection: PgConnection,
+    session: Session,
     /// Days whose partitions exist. A new connection starts without them, since the failure of the last one
     /// may mean that somebody dropped a partition.
     partitions: BTreeSet<NaiveDate>,
@@ -56,8 +55,8 @@ impl<'a> DeliverySession<'a> {
         source: &'a dyn JournalSource,
         database: &Database,
     ) -> Result<Self, DeliveryError> {
-        let connection = within_timeout(database.open()).await?;
-        Ok(Self { source, connection, partitions: BTreeSet::new() })
+        let session = within_timeout(database.session()).await?;
+        Ok(Self { source, session, partitions: BTreeSet::new() })
     }
 
     /// Registers all chains of the source, and reads their positions.
@@ -73,7 +72,7 @@ impl<'a> DeliverySession<'a> {
     /// Registers a chain, and reads its position. A row that is not the one of this chain, or cannot be
     /// read, blocks the chain alone.
     async fn register_chain(&mut self, chain: LocalChain) -> Result<ChainDelivery, DeliveryError> {
-        let registered = audit::register_chain(&mut self.connection, &chain.link);
+        let registered = audit::register_chain(self.session.connection()?, &chain.link);
         let position = match within_timeout(registered).await {
             Ok(position) => position,
             Err(DeliveryError::Store(
@@ -180,13 +179,13 @@ impl<'a> DeliverySession<'a> {
         let Some(last) = events.last() else { return Ok(()) };
         for day in partition_days(events) {
             if !self.partitions.contains(&day) {
-                within_timeout(audit::ensure_partition(&mut self.connection, day)).await?;
+                within_timeout(audit::ensure_partition(self.session.connection()?, day)).await?;
                 self.partitions.insert(day);
             }
         }
         let (link, changes) = (&delivery.chain.link, change_ids(events));
-        let delivered =
-            audit::deliver(&mut self.connection, link, delivery.position, events, &changes);
+        let connection = self.session.connection()?;
+        let delivered = audit::deliver(connection, link, delivery.position, events, &changes);
         if !within_timeout(delivered).await? {
             return Err(DeliveryError::PositionConflict(link.chain.clone()));
         }
@@ -202,14 +201,15 @@ impl<'a> DeliverySession<'a> {
         delivery: &ChainDelivery,
     ) -> Result<(), DeliveryError> {
         if let Some(checkpoint) = signer.due(&delivery.chain.link.chain, delivery.position.seq) {
-            within_timeout(audit::store_checkpoint(&mut self.connection, &checkpoint)).await?;
+            within_timeout(audit::store_checkpoint(self.session.connection()?, &checkpoint))
+                .await?;
             signer.mark_stored(&checkpoint);
         }
         Ok(())
     }
 
     pub(super) async fn close(self) -> Result<(), DeliveryError> {
-        within_timeout(async { Ok(self.connection.close().await?) }).await
+        within_timeout(self.session.close()).await
     }
 }
 

@@ -31,6 +31,51 @@ pub enum Difference {
         /// How many records it lacks; at least 1.
         records: i64,
     },
+    /// The database has other records in audit chains of this replica than this replica delivered.
+    OtherRecords {
+        /// The names of the chains.
+        chains: Vec<String>,
+    },
+    /// The database lacks changes that this replica has seen in it, or has others under their numbers.
+    LostChanges {
+        /// The numbers of the changes with what they were, the latest first.
+        changes: Vec<String>,
+    },
+    /// The database has older tokens than this replica has seen in it.
+    OlderTokens {
+        /// How many accounts this concerns.
+        accounts: i64,
+    },
+    /// The server's write-ahead log is shorter than this replica has seen it on the same timeline.
+    ShorterLog {
+        /// By how many bytes.
+        bytes: i64,
+    },
+    /// The server is on an older timeline: it was the primary before the last promotion, or is a copy of that.
+    OlderTimeline {
+        /// Its timeline.
+        found: i64,
+        /// The timeline on which this replica has used the database.
+        known: i64,
+    },
+}
+
+/// The most changes that a message names.
+const MAX_NAMED: usize = 10;
+
+impl Difference {
+    /// Whether the difference means that the database is in an older state, and nothing else.
+    pub(super) fn is_older_state(&self) -> bool {
+        matches!(
+            self,
+            Self::Older { .. }
+                | Self::OtherRecords { .. }
+                | Self::LostChanges { .. }
+                | Self::OlderTokens { .. }
+                | Self::ShorterLog { .. }
+                | Self::OlderTimeline { .. }
+        )
+    }
 }
 
 impl fmt::Display for Difference {
@@ -51,6 +96,31 @@ impl fmt::Display for Difference {
             Self::Older { records } => {
                 write!(f, "it went back in time, by {records} audit records of this replica's")
             }
+            Self::OtherRecords { chains } => write!(
+                f,
+                "it has other audit records than this replica delivered, in {}",
+                chains.join(", ")
+            ),
+            Self::LostChanges { changes } => {
+                let named: Vec<_> = changes.iter().take(MAX_NAMED).map(String::as_str).collect();
+                let more = changes.len() - named.len();
+                write!(f, "it went back in time, and lacks changes that were seen in it: ")?;
+                f.write_str(&named.join(", "))?;
+                if more > 0 { write!(f, " and {more} more") } else { Ok(()) }
+            }
+            Self::OlderTokens { accounts } => {
+                write!(f, "it went back in time, to older tokens of {accounts} accounts")
+            }
+            Self::ShorterLog { bytes } => write!(
+                f,
+                "its server went back in time, as by a snapshot of a disk: its write-ahead log is {bytes} \
+                 bytes shorter than it was"
+            ),
+            Self::OlderTimeline { found, known } => write!(
+                f,
+                "its server is not the primary that took over: it is on timeline {found}, and the database \
+                 was used on timeline {known}"
+            ),
         }
     }
 }

@@ -1,0 +1,422 @@
+//! What a replica has seen of its database, and what follows if the database says otherwise.
+//!
+//! Rows are the evidence, not numbers of transactions: after a crash or a promotion Postgres uses such numbers
+//! again. Rows that were seen in a verified database are there for ever, unless it went back.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+    path::Path,
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::mismatch::Difference;
+use crate::{
+    audit::chain::{ChainHead, Digest},
+    files::atomic,
+    store::history::{DatabaseHistory, SeenChange, ServerPosition},
+};
+
+/// The most changes that are remembered: those that were committed last.
+const MAX_CHANGES: usize = 256;
+/// By how many bytes the write-ahead log may be shorter after a crash: a record that was not complete is
+/// overwritten.
+const INCOMPLETE_RECORD: i64 = 1 << 20;
+
+/// What a replica has seen of its database. The state directory keeps it for the next start.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub(super) struct Evidence {
+    pub(super) deployment: String,
+    pub(super) epoch: i64,
+    /// Where the database was, and how far the server's log got.
+    #[serde(default)]
+    pub(super) server: Option<ServerPosition>,
+    /// The last record of each of this replica's audit chains that the database had.
+    #[serde(default)]
+    pub(super) delivered: BTreeMap<String, Delivered>,
+    /// Changes in the order in which they were seen.
+    #[serde(default)]
+    pub(super) changes: Vec<SeenChange>,
+}
+
+/// The last delivered record of a chain.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
+pub(super) struct Delivered {
+    pub(super) seq: i64,
+    pub(super) hash: Digest,
+}
+
+impl From<ChainHead> for Delivered {
+    fn from(ChainHead { seq, hash }: ChainHead) -> Self {
+        Self { seq, hash }
+    }
+}
+
+/// What follows from a comparison of the database with the evidence.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(super) enum Verdict {
+    /// The database continues the history that this replica knows.
+    Continues,
+    /// Another replica accepted a restored database since. It differs in these points, perhaps in none.
+    AcceptedElsewhere(Vec<Difference>),
+    /// The database differs in these points, at least one.
+    Differs(Vec<Difference>),
+}
+
+/// Compares a database with what was seen of it before. `delivered` has the last sequence number that the
+/// journal delivered of each chain, and `upstream` is the one of the settings.
+pub(super) fn judge(
+    remembered: Option<&Evidence>,
+    delivered: &BTreeMap<String, i64>,
+    found: &DatabaseHistory,
+    upstream: &str,
+) -> Verdict {
+    let mut differences = Vec::new();
+    let identity = &found.deployment.identity;
+    let foreign = remembered.is_some_and(|it| it.deployment != identity.id);
+    if foreign {
+        differences.push(Difference::OtherDeployment);
+    }
+    if !foreign && remembered.is_some_and(|it| it.epoch > identity.epoch) {
+        differences.push(Difference::Superseded);
+    }
+    if found.deployment.moved {
+        differences.push(Difference::Moved);
+    }
+    if found.deployment.upstream != upstream {
+        let (theirs, ours) = (found.deployment.upstream.clone(), upstream.to_owned());
+        differences.push(Difference::OtherUpstream { theirs, ours });
+    }
+    if !foreign {
+        let missing = missing_records(delivered, &found.delivered);
+        if missing > 0 {
+            differences.push(Difference::Older { records: missing });
+        }
+        if let Some(remembered) = remembered {
+            add_lost(remembered, found, &mut differences);
+        }
+    }
+    let accepted_elsewhere = !foreign && remembered.is_some_and(|it| it.epoch < identity.epoch);
+    if accepted_elsewhere && differences.iter().all(Difference::is_older_state) {
+        Verdict::AcceptedElsewhere(differences)
+    } else if differences.is_empty() {
+        Verdict::Continues
+    } else {
+        Verdict::Differs(differences)
+    }
+}
+
+/// Adds what `found` lacks of the evidence.
+fn add_lost(remembered: &Evidence, found: &DatabaseHistory, differences: &mut Vec<Difference>) {
+    let differs = |(chain, seen): &(&String, &Delivered)| {
+        found.delivered.get(*chain).is_some_and(|it| it.seq == seen.seq && it.hash != seen.hash)
+    };
+    let chains: Vec<_> =
+        remembered.delivered.iter().filter(differs).map(|(chain, _)| chain.clone()).collect();
+    if !chains.is_empty() {
+        differences.push(Difference::OtherRecords { chains });
+    }
+    let is_there = |seen: &&SeenChange| found.known_changes.get(&seen.id) == Some(&seen.digest);
+    let changes: Vec<_> = remembered
+        .changes
+        .iter()
+        .rev()
+        .filter(|seen| !is_there(seen))
+        .map(|seen| format!("{} {}", seen.id, seen.what))
+        .collect();
+    if !changes.is_empty() {
+        differences.push(Difference::LostChanges { changes });
+    }
+    if found.older_tokens > 0 {
+        differences.push(Difference::OlderTokens { accounts: found.older_tokens });
+    }
+    let Some(seen) = remembered.server.as_ref().filter(|seen| seen.is_same_place(&found.server))
+    else {
+        return;
+    };
+    let shorter = seen.wal.zip(found.server.wal).map_or(0, |(seen, found)| seen - found);
+    match seen.timeline.zip(found.server.timeline) {
+        Some((known, found)) if found < known => {
+            differences.push(Difference::OlderTimeline { found, known });
+        }
+        // Another timeline may have begun before the end of the one that was seen, if only records of no
+        // consequence came after. What matters of them is proven by rows.
+        Some((known, found)) if found > known => {}
+        _ if shorter > INCOMPLETE_RECORD => {
+            differences.push(Difference::ShorterLog { bytes: shorter });
+        }
+        _ => {}
+    }
+}
+
+impl ServerPosition {
+    /// Whether both are of the same database, in the same server or in one that was copied from it.
+    fn is_same_place(&self, other: &Self) -> bool {
+        self.system_identifier == other.system_identifier && self.database_oid == other.database_oid
+    }
+}
+
+/// Returns how many delivered records the database lacks. `delivered` has the last sequence number that
+/// the journal delivered of each chain, and `found` the last record of each chain in the database.
+fn missing_records(delivered: &BTreeMap<String, i64>, found: &BTreeMap<String, ChainHead>) -> i64 {
+    let missing =
+        |(chain, seq): (&String, &i64)| (seq - found.get(chain).map_or(0, |head| head.seq)).max(0);
+    delivered.iter().map(missing).sum()
+}
+
+impl Evidence {
+    /// Returns the evidence after a database was found to continue `before`, or was accepted, which is `None`
+    /// then.
+    pub(super) fn after(before: Option<Self>, found: &DatabaseHistory) -> Self {
+        let mut changes = before.map(|before| before.changes).unwrap_or_default();
+        let known: BTreeSet<_> = changes.iter().map(|seen| seen.id).collect();
+        changes.extend(found.new_changes.iter().filter(|new| !known.contains(&new.id)).cloned());
+        changes.drain(..changes.len().saturating_sub(MAX_CHANGES));
+        let delivered =
+            found.delivered.iter().map(|(chain, head)| (chain.clone(), (*head).into())).collect();
+        Self {
+            deployment: found.deployment.identity.id.clone(),
+            epoch: found.deployment.identity.epoch,
+            server: Some(found.server.clone()),
+            delivered,
+            changes,
+        }
+    }
+
+    /// Whether the next start would judge differently if it had `other` instead of this. The position of the
+    /// log, which moves all the time, does not count alone.
+    pub(super) fn differs_from(&self, other: &Self) -> bool {
+        let timeline = |it: &Self| it.server.as_ref().map(|server| server.timeline);
+        timeline(self) != timeline(other)
+            || self.epoch != other.epoch
+            || self.deployment != other.deployment
+            || self.delivered != other.delivered
+            || self.changes != other.changes
+    }
+
+    /// Reads the file at `path`; returns `None` if there is none. Blocks on disk.
+    pub(super) fn read(path: &Path) -> io::Result<Option<Self>> {
+        match fs::read(path) {
+            Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|error| {
+                // The message of `error` may quote the file.
+                let position = format!("line {}, column {}", error.line(), error.column());
+                io::Error::new(io::ErrorKind::InvalidData, format!("malformed at {position}"))
+            }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Replaces the file at `path` as a whole, so that a crash leaves the old or the new content. Blocks on
+    /// disk.
+    pub(super) fn write(&self, path: &Path) -> io::Result<()> {
+        atomic::replace(path, &serde_json::to_vec(self)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::store::deployment::{DatabaseIdentity, Deployment};
+
+    const STAGING: &str = "staging";
+
+    fn change(id: i64) -> SeenChange {
+        SeenChange { id, digest: format!("digest {id}"), what: "grants delete demo".into() }
+    }
+
+    fn head(seq: i64) -> ChainHead {
+        ChainHead { seq, hash: Digest([u8::try_from(seq % 251).unwrap(); 32]) }
+    }
+
+    fn server(timeline: i64, wal: i64) -> ServerPosition {
+        ServerPosition {
+            system_identifier: 7,
+            database_oid: 5,
+            started_at: 0,
+            timeline: Some(timeline),
+            wal: Some(wal),
+        }
+    }
+
+    /// A database at some time of its life: the changes 1 to `changes`, and `records` of chain `c`.
+    fn database(timeline: i64, wal: i64, records: i64, changes: i64) -> DatabaseHistory {
+        DatabaseHistory {
+            deployment: Deployment {
+                identity: DatabaseIdentity { id: "ours".into(), epoch: 1 },
+                upstream: STAGING.into(),
+                moved: false,
+            },
+            server: server(timeline, wal),
+            delivered: [("c".to_owned(), head(records))].into(),
+            known_changes: (1..=changes).map(|id| (id, change(id).digest)).collect(),
+            new_changes: (1..=changes).map(change).collect(),
+            older_tokens: 0,
+            snapshot: String::new(),
+        }
+    }
+
+    fn with_epoch(epoch: i64, mut database: DatabaseHistory) -> DatabaseHistory {
+        database.deployment.identity.epoch = epoch;
+        database
+    }
+
+    /// Judges `found` by a replica that has seen `seen`.
+    fn verdict(seen: &DatabaseHistory, found: &DatabaseHistory) -> Verdict {
+        let delivered = [("c".to_owned(), seen.delivered["c"].seq)].into();
+        judge(Some(&Evidence::after(None, seen)), &delivered, found, STAGING)
+    }
+
+    fn differences(seen: &DatabaseHistory, found: &DatabaseHistory) -> Vec<Difference> {
+        match verdict(seen, found) {
+            Verdict::Differs(differences) => differences,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    const MIB: i64 = 1 << 20;
+
+    #[test]
+    fn a_crash_a_restart_and_a_promotion_without_loss_continue_the_history() {
+        let seen = database(1, 100 * MIB, 10, 3);
+        for found in [
+            seen.clone(),
+            database(1, 101 * MIB, 12, 4),
+            // A record that was not complete at the crash is gone.
+            database(1, 100 * MIB - 8_000, 10, 3),
+            database(2, 100 * MIB, 10, 3),
+            // The standby lacked only records of no consequence.
+            database(2, 90 * MIB, 10, 3),
+            database(5, 300 * MIB, 20, 9),
+        ] {
+            assert_eq!(verdict(&seen, &found), Verdict::Continues, "{:?}", found.server);
+        }
+        assert_eq!(judge(None, &BTreeMap::new(), &seen, STAGING), Verdict::Continues);
+    }
+
+    #[test]
+    fn whatever_was_lost_is_named() {
+        let seen = database(1, 100 * MIB, 10, 3);
+        let lost = |changes: &[i64]| Difference::LostChanges {
+            changes: changes.iter().map(|id| format!("{id} grants delete demo")).collect(),
+        };
+        let older = |records| Difference::Older { records };
+        assert_eq!(differences(&seen, &database(2, 200 * MIB, 10, 2)), [lost(&[3])]);
+        assert_eq!(differences(&seen, &database(2, 200 * MIB, 9, 3)), [older(1)]);
+        assert_eq!(differences(&seen, &database(2, 1, 0, 0)), [older(10), lost(&[3, 2, 1])]);
+        // A disk was set back to an earlier snapshot.
+        let shorter = Difference::ShorterLog { bytes: 90 * MIB };
+        assert_eq!(differences(&seen, &database(1, 10 * MIB, 10, 3)), [shorter]);
+        // Other rows took the numbers of those that were lost.
+        let mut other = database(2, 200 * MIB, 10, 3);
+        other.known_changes.insert(3, "another".into());
+        other.delivered.insert("c".into(), ChainHead { seq: 10, hash: Digest::ZERO });
+        other.older_tokens = 2;
+        let chains = vec!["c".to_owned()];
+        let expected = [
+            Difference::OtherRecords { chains },
+            lost(&[3]),
+            Difference::OlderTokens { accounts: 2 },
+        ];
+        assert_eq!(differences(&seen, &other), expected);
+    }
+
+    #[test]
+    fn an_old_primary_is_recognised_by_its_timeline() {
+        let seen = database(3, 100 * MIB, 10, 3);
+        let expected = Difference::OlderTimeline { found: 2, known: 3 };
+        assert_eq!(differences(&seen, &database(2, 500 * MIB, 10, 3)), [expected]);
+    }
+
+    #[test]
+    fn a_database_is_recognised_by_its_id_its_epoch_its_location_and_its_upstream() {
+        let seen = with_epoch(2, database(1, 100 * MIB, 10, 3));
+        let superseded = differences(&seen, &with_epoch(1, database(1, 100 * MIB, 10, 3)));
+        assert_eq!(superseded, [Difference::Superseded]);
+        let mut foreign = database(1, 1, 0, 0);
+        foreign.deployment.identity.id = "theirs".into();
+        foreign.deployment.moved = true;
+        foreign.deployment.upstream = "production".into();
+        let upstream =
+            Difference::OtherUpstream { theirs: "production".into(), ours: STAGING.into() };
+        let expected = [Difference::OtherDeployment, Difference::Moved, upstream];
+        assert_eq!(differences(&seen, &foreign), expected);
+    }
+
+    #[test]
+    fn a_database_that_another_replica_accepted_since_is_accepted() {
+        let seen = database(1, 100 * MIB, 10, 3);
+        let restored = with_epoch(2, database(1, 1, 7, 3));
+        let older =
+            vec![Difference::Older { records: 3 }, Difference::ShorterLog { bytes: 100 * MIB - 1 }];
+        assert_eq!(verdict(&seen, &restored), Verdict::AcceptedElsewhere(older));
+        let mut copy = restored;
+        copy.deployment.moved = true;
+        assert!(matches!(verdict(&seen, &copy), Verdict::Differs(_)));
+    }
+
+    #[test]
+    fn servers_that_do_not_tell_their_position_are_judged_by_rows() {
+        let silent = |mut database: DatabaseHistory| {
+            (database.server.timeline, database.server.wal) = (None, None);
+            database
+        };
+        let seen = silent(database(1, 1, 10, 3));
+        assert_eq!(verdict(&seen, &silent(database(1, 1, 10, 3))), Verdict::Continues);
+        assert_eq!(differences(&seen, &silent(database(1, 1, 10, 2))).len(), 1);
+    }
+
+    #[test]
+    fn missing_records_are_summed_over_all_chains() {
+        let delivered =
+            [("a", 10), ("b", 20), ("c", 5)].map(|(chain, seq)| (chain.to_owned(), seq));
+        let found = [("a", head(7)), ("b", head(25))].map(|(chain, it)| (chain.to_owned(), it));
+        assert_eq!(missing_records(&delivered.into(), &found.into()), 3 + 5);
+    }
+
+    #[test]
+    fn the_changes_that_were_seen_last_are_remembered_whatever_their_numbers() {
+        let mut found = database(1, 1, 1, 0);
+        found.new_changes = (1_000..2_000).map(change).collect();
+        let seen = Evidence::after(None, &found);
+        assert_eq!(seen.changes.len(), MAX_CHANGES);
+        // A transaction that began early may commit late.
+        found.new_changes = vec![change(5), change(1_999)];
+        let seen = Evidence::after(Some(seen), &found);
+        assert_eq!(seen.changes.last(), Some(&change(5)));
+        assert_eq!(seen.changes.len(), MAX_CHANGES);
+    }
+
+    #[test]
+    fn evidence_is_read_back_also_that_of_an_earlier_release_and_none_without_a_file() {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("database");
+        assert_eq!(Evidence::read(&path).unwrap(), None);
+        let evidence = Evidence::after(None, &database(1, 100, 10, 3));
+        evidence.write(&path).unwrap();
+        assert_eq!(Evidence::read(&path).unwrap(), Some(evidence));
+        fs::write(&path, r#"{"deployment":"ours","epoch":3}"#).unwrap();
+        assert_eq!(Evidence::read(&path).unwrap().unwrap().epoch, 3);
+        fs::write(&path, "{").unwrap();
+        assert!(Evidence::read(&path).is_err());
+    }
+
+    proptest! {
+        /// Time goes on in one database; a later state continues an earlier one, and an earlier state does not
+        /// continue a later one, unless nothing was added between them.
+        #[test]
+        fn only_later_states_continue_a_history(
+            records in 1_i64..200, changes in 1_i64..200, more in 0_i64..3, new in 0_i64..3, promoted in any::<bool>(),
+        ) {
+            let earlier = database(1, 100 * MIB, records, changes);
+            let timeline = if promoted { 2 } else { 1 };
+            let later = database(timeline, 100 * MIB, records + more, changes + new);
+            prop_assert_eq!(verdict(&earlier, &later), Verdict::Continues);
+            let back = verdict(&later, &database(timeline, 100 * MIB, records, changes));
+            prop_assert_eq!(back == Verdict::Continues, more == 0 && new == 0);
+        }
+    }
+}

@@ -1,0 +1,264 @@
+//! The task that watches the database while the broker runs.
+//!
+//! It holds one session, over which it asks again and again what the database holds. Every few seconds it opens
+//! another connection, to see where the database's address leads by now: a session to an old primary lives on
+//! after another server has taken over. When the session ends or connections lead elsewhere, the gate is closed
+//! until the database was verified anew; meanwhile it counts as not reachable.
+
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+use super::verification::{HistoryError, HistoryGuard, VerifiedSession, is_old_primary};
+use crate::store::{Database, StoreError};
+
+/// The pause between two readings. The notification of a change ends it early, so that a change that became
+/// effective here is remembered at once.
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
+/// The shortest pause between two readings.
+const MIN_POLL_INTERVAL: Duration = Duration::from_millis(100);
+/// The pause between two probes of where new connections lead.
+const PROBE_INTERVAL: Duration = Duration::from_secs(2);
+/// How long one probe may take.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How many probes in a row must lead elsewhere. Where a name leads to several servers by turns, one does not
+/// prove that the session's server was replaced.
+const PROBES_ELSEWHERE: u32 = 3;
+/// The pause between these probes.
+const PROBE_PAUSE: Duration = Duration::from_millis(200);
+/// How long the session is believed although no new connection can be opened, so that nobody knows where the
+/// address leads.
+const UNPROVEN_LIMIT: Duration = Duration::from_secs(30);
+/// The pause between two attempts to verify the database again.
+const RETRY_PAUSE: Duration = Duration::from_millis(500);
+/// The pause between two reports of a database that cannot be used.
+const REPORT_INTERVAL: Duration = Duration::from_mins(1);
+
+/// Why a verified session is not enough any more.
+#[derive(Debug)]
+enum Ended {
+    /// The database has to be verified again, for this reason.
+    Untrusted(StoreError),
+    /// The broker has to stop.
+    Fatal(HistoryError),
+}
+
+/// What is known about where new connections lead.
+#[derive(Debug)]
+struct Probes {
+    /// When a connection last led to the verified server.
+    proven: Instant,
+    /// How many connections in a row led elsewhere since.
+    elsewhere: u32,
+    next: Instant,
+}
+
+impl Probes {
+    fn new(now: Instant) -> Self {
+        Self { proven: now, elsewhere: 0, next: now + PROBE_INTERVAL }
+    }
+
+    /// Takes the result of a probe at `now`. Returns why the session's server is not believed any more, if so.
+    ///
+    /// A server that answers and refuses the login proves nothing: it has too many connections, for example.
+    fn note(&mut self, result: Result<(), StoreError>, now: Instant) -> Option<StoreError> {
+        self.next = now + PROBE_INTERVAL;
+        match result {
+            Ok(()) => *self = Self::new(now),
+            Err(error @ StoreError::Unverified { .. }) => {
+                self.elsewhere += 1;
+                self.next = now + PROBE_PAUSE;
+                return (self.elsewhere >= PROBES_ELSEWHERE).then_some(error);
+            }
+            Err(error) if error.may_be_outage() && now >= self.proven + UNPROVEN_LIMIT => {
+                return Some(error);
+            }
+            Err(_) => {}
+        }
+        None
+    }
+}
+
+impl HistoryGuard {
+    /// Watches the database until `stop` is cancelled. Returns earlier only if the broker must stop, since the
+    /// database was replaced by another one or by an older state of itself; the log says how it differs.
+    pub async fn run(self, session: VerifiedSession, stop: CancellationToken) {
+        tokio::select! {
+            () = stop.cancelled() => {}
+            why = self.watch(session) => {
+                error!("{why}");
+            }
+        }
+    }
+
+    /// Watches the database. Returns why the broker must stop.
+    async fn watch(&self, mut session: VerifiedSession) -> HistoryError {
+        let gated = self.database.gated(self.gate.clone());
+        loop {
+            match self.follow(&mut session, &gated).await {
+                Ended::Untrusted(error) => {
+                    self.gate.close_after(&error);
+                    warn!(%error, "the database is not used until it has been verified again");
+                }
+                Ended::Fatal(error) => return self.close_for_good(error),
+            }
+            drop(session);
+            session = match self.until_verified().await {
+                Ok(session) => session,
+                Err(error) => return self.close_for_good(error),
+            };
+            info!("the database was verified: it continues the history that is known");
+        }
+    }
+
+    fn close_for_good(&self, error: HistoryError) -> HistoryError {
+        self.gate.close(error.to_string(), true);
+        error
+    }
+
+    /// Reads over the session and probes its address until either shows that the session is not enough.
+    async fn follow(&self, session: &mut VerifiedSession, gated: &Database) -> Ended {
+        let mut probes = Probes::new(Instant::now());
+        loop {
+            if let Err(ended) = self.poll(session).await {
+                return ended;
+            }
+            let polled = Instant::now();
+            if polled >= probes.next {
+                let probe = async { gated.open().await.map(drop) };
+                let late = StoreError::TimedOut { reason: "no new connection within 5 s" };
+                let result = timeout(PROBE_TIMEOUT, probe).await.unwrap_or(Err(late));
+                if let Some(error) = probes.note(result, Instant::now()) {
+                    return Ended::Untrusted(error);
+                }
+            }
+            tokio::select! {
+                () = sleep_until(probes.next.min(polled + POLL_INTERVAL)) => {}
+                () = self.gate.doubted() => probes.next = Instant::now(),
+                () = self.gate.changed() => sleep_until(polled + MIN_POLL_INTERVAL).await,
+            }
+        }
+    }
+
+    /// Reads once over the session, checks what is found, and remembers it.
+    async fn poll(&self, session: &mut VerifiedSession) -> Result<(), Ended> {
+        let snapshot = Some(session.snapshot.clone());
+        let found = match self.read(&mut session.session, snapshot).await {
+            Ok(found) => found,
+            Err(error) if is_refused(&error) => {
+                if !std::mem::replace(&mut session.refuses, true) {
+                    warn!(%error, "the database refuses to tell its history; its session goes on");
+                }
+                return Ok(());
+            }
+            Err(error) => return Err(Ended::Untrusted(error)),
+        };
+        self.check(&found).await.map_err(Ended::Fatal)?;
+        self.remember(&found);
+        session.snapshot = found.snapshot;
+        session.refuses = false;
+        if let Err(error) = self.save().await {
+            warn!(%error, "what was seen of the database cannot be saved for the next start");
+        }
+        Ok(())
+    }
+
+    /// Verifies the database on new connections until that succeeds. Returns an error if the broker must stop.
+    async fn until_verified(&self) -> Result<VerifiedSession, HistoryError> {
+        let mut reported: Option<(String, Instant)> = None;
+        loop {
+            let error = match self.verify_again().await {
+                Ok(session) => return Ok(session),
+                Err(error) if must_stop(&error) => return Err(error),
+                Err(error) => {
+                    match &error {
+                        HistoryError::Store(error) => self.gate.close_after(error),
+                        error => self.gate.close(error.to_string(), true),
+                    }
+                    error.to_string()
+                }
+            };
+            let now = Instant::now();
+            let is_known =
+                |(text, at): &(String, Instant)| *text == error && now < *at + REPORT_INTERVAL;
+            if !reported.as_ref().is_some_and(is_known) {
+                error!(
+                    error,
+                    "the database cannot be used yet; what is cached is served meanwhile"
+                );
+                reported = Some((error, now));
+            }
+            sleep(RETRY_PAUSE).await;
+        }
+    }
+}
+
+/// Whether a failed reading leaves the session as it is: the server answers, and has the tables, but refuses
+/// the statement, for example because somebody locked a table, or lacks the row of the identity, which is
+/// restored over another session.
+fn is_refused(error: &StoreError) -> bool {
+    !error.may_be_outage() && !matches!(error, StoreError::UndefinedTable(_))
+}
+
+/// Whether the broker must stop because of a failed verification. An old primary is waited for to go away: an
+/// address may lead to it for a moment after a failover, and it says itself that it is not the present one.
+fn must_stop(error: &HistoryError) -> bool {
+    match error {
+        HistoryError::Store(_) | HistoryError::File(_) => false,
+        HistoryError::AcceptedElsewhere => true,
+        HistoryError::Mismatch(mismatch) => !mismatch.differences.iter().any(is_old_primary),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::services::history::{DatabaseMismatch, Difference, LostRecords};
+
+    fn elsewhere() -> Result<(), StoreError> {
+        Err(StoreError::Unverified { reason: "it leads to a standby".into() })
+    }
+
+    fn silent() -> Result<(), StoreError> {
+        Err(StoreError::TimedOut { reason: "test" })
+    }
+
+    #[test]
+    fn a_session_is_not_believed_after_three_connections_in_a_row_led_elsewhere() {
+        let now = Instant::now();
+        let mut probes = Probes::new(now);
+        assert!(probes.note(elsewhere(), now).is_none());
+        assert!(probes.note(elsewhere(), now).is_none());
+        assert!(probes.note(Ok(()), now).is_none());
+        assert!(probes.note(elsewhere(), now).is_none());
+        assert!(probes.note(elsewhere(), now).is_none());
+        assert!(probes.note(elsewhere(), now).is_some());
+    }
+
+    #[test]
+    fn a_session_is_believed_for_half_a_minute_while_no_connection_can_be_opened() {
+        let now = Instant::now();
+        let mut probes = Probes::new(now);
+        assert!(probes.note(silent(), now + UNPROVEN_LIMIT / 2).is_none());
+        assert!(probes.note(silent(), now + UNPROVEN_LIMIT).is_some());
+        // A server that refuses the login answers.
+        let mut probes = Probes::new(now);
+        let refused = Err(StoreError::Schema("refused".into()));
+        assert!(probes.note(refused, now + 10 * UNPROVEN_LIMIT).is_none());
+    }
+
+    #[test]
+    fn an_old_primary_is_waited_out_and_every_other_mismatch_stops_the_broker() {
+        let mismatch = |differences| {
+            HistoryError::Mismatch(DatabaseMismatch { differences, lost: LostRecords::default() })
+        };
+        let old_primary = Difference::OlderTimeline { found: 1, known: 2 };
+        let older = Difference::Older { records: 1 };
+        assert!(!must_stop(&mismatch(vec![older.clone(), old_primary])));
+        assert!(must_stop(&mismatch(vec![older])));
+        assert!(must_stop(&HistoryError::AcceptedElsewhere));
+        assert!(!must_stop(&StoreError::TimedOut { reason: "test" }.into()));
+    }
+}

@@ -1,0 +1,316 @@
+//! The comparison of the database with what is known of it: when the broker starts, and again on each new
+//! session.
+
+use std::{collections::BTreeMap, io, path::PathBuf, sync::Arc, time::Duration};
+
+use parking_lot::Mutex;
+use thiserror::Error;
+use tracing::{info, warn};
+
+use super::{
+    evidence::{Evidence, Verdict, judge},
+    lost::lost_records,
+    mismatch::{DatabaseMismatch, Difference, LostRecords, join},
+};
+use crate::{
+    audit::{
+        journal::Journal,
+        record::{Event, Record},
+    },
+    domain::clock::Clock,
+    services::account_cache::AccountCache,
+    store::{
+        Database, Session, StoreError, TrustGate, TrustLock,
+        deployment::{self, DatabaseIdentity},
+        history::{self, DatabaseHistory, Expected},
+        within,
+    },
+};
+
+/// How long a statement of the guard waits for a lock that another transaction holds.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long a statement of the guard may take before the server cancels it, so that a table that somebody locked
+/// does not look like a server that does not answer.
+const STATEMENT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Why the database is not used.
+#[derive(Debug, Error)]
+pub enum HistoryError {
+    /// The database does not answer, or refused a statement.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The database differs from the one that this replica knows.
+    #[error(transparent)]
+    Mismatch(#[from] DatabaseMismatch),
+    /// Another replica accepted a restored database while this one ran.
+    #[error("another replica accepted a restored database; the next start of this one does so too")]
+    AcceptedElsewhere,
+    /// The file in the state directory that remembers the database cannot be read or written.
+    #[error("the file database in the state directory cannot be used")]
+    File(#[from] io::Error),
+}
+
+/// The settings by which a database is judged.
+#[derive(Clone, Debug)]
+pub struct HistorySettings {
+    /// The upstream to which the database must belong.
+    pub upstream: String,
+    /// Whether a database that differs is accepted at the start, under a new epoch.
+    pub accept_restored: bool,
+    /// Whether the upstream ends older tokens when it issues a new one.
+    pub new_token_ends_older: bool,
+}
+
+/// The parts of the broker that know what the database held.
+#[derive(Debug)]
+pub struct Witnesses {
+    /// The audit journal, which knows what was delivered.
+    pub journal: Journal,
+    /// The accounts, with the generations of their stored tokens.
+    pub cache: Arc<AccountCache>,
+}
+
+/// Verifies the database, and lets connections pass to it only while it is verified.
+#[derive(Debug)]
+pub struct HistoryGuard {
+    /// The options for connections that nothing has verified.
+    pub(super) database: Database,
+    pub(super) gate: TrustGate,
+    settings: HistorySettings,
+    witnesses: Witnesses,
+    /// The file in the state directory that keeps the evidence.
+    file: PathBuf,
+    clock: Clock,
+    /// What was seen of the database in this process.
+    evidence: Mutex<Option<Evidence>>,
+    /// What `file` holds.
+    saved: Mutex<Option<Evidence>>,
+}
+
+/// The session over which the database was verified. The trust ends with it.
+#[derive(Debug)]
+pub struct VerifiedSession {
+    pub(super) session: Session,
+    /// The snapshot of the last reading.
+    pub(super) snapshot: String,
+    /// Whether the server refused the last reading.
+    pub(super) refuses: bool,
+}
+
+/// A database that passed the check at the start.
+#[derive(Debug)]
+pub struct VerifiedDatabase {
+    /// The session to which the trust is bound. Pass it to [`HistoryGuard::run`].
+    pub session: VerifiedSession,
+    /// The database's identity.
+    pub identity: DatabaseIdentity,
+    /// The audit record to write, if the database differs and the difference was accepted.
+    pub acceptance: Option<Record>,
+}
+
+impl HistoryGuard {
+    /// Returns a guard that opens and closes `gate`. `database` has the options for connections without the
+    /// gate, and `file` is the state directory's file for the evidence.
+    #[must_use]
+    pub fn new(
+        database: Database,
+        gate: TrustGate,
+        settings: HistorySettings,
+        witnesses: Witnesses,
+        file: PathBuf,
+        clock: Clock,
+    ) -> Self {
+        let (evidence, saved) = (Mutex::default(), Mutex::default());
+        Self { database, gate, settings, witnesses, file, clock, evidence, saved }
+    }
+
+    /// Verifies the database at the start of the broker, and opens the gate. If the settings say so, a database
+    /// that differs is accepted: it becomes the database of the deployment, under a new epoch. A database in an
+    /// older state is accepted too if another replica has accepted it since this one last started.
+    ///
+    /// Cancel safe: a later call continues.
+    ///
+    /// # Errors
+    /// [`HistoryError::Mismatch`] when the database differs and is not accepted. Also errors of the database and
+    /// of the state directory.
+    pub async fn start(&self) -> Result<VerifiedDatabase, HistoryError> {
+        let remembered = Evidence::read(&self.file)?;
+        self.saved.lock().clone_from(&remembered);
+        self.evidence.lock().clone_from(&remembered);
+        let mut session = self.database.session().await?;
+        let connection = session.connection()?;
+        within(deployment::assign(connection, &self.settings.upstream)).await?;
+        let lock = TrustLock::take(connection).await?;
+        let mut found = self.read(&mut session, None).await?;
+        let mut acceptance = None;
+        match self.judge(&found) {
+            Verdict::Continues => {}
+            Verdict::AcceptedElsewhere(differences) if differences.is_empty() => {}
+            Verdict::AcceptedElsewhere(differences) => {
+                acceptance = Some(self.accept(&found, &differences).await);
+            }
+            Verdict::Differs(differences) if self.settings.accept_restored => {
+                let HistorySettings { upstream, new_token_ends_older, .. } = &self.settings;
+                let accepted =
+                    deployment::accept(session.connection()?, upstream, *new_token_ends_older);
+                found.deployment.identity = accepted.await?;
+                acceptance = Some(self.accept(&found, &differences).await);
+            }
+            Verdict::Differs(differences) => return Err(self.mismatch(differences, &found).await),
+        }
+        let identity = found.deployment.identity.clone();
+        if acceptance.is_some() {
+            *self.evidence.lock() = None;
+        }
+        self.remember(&found);
+        if remembered.is_none_or(|it| it.deployment != identity.id || it.epoch != identity.epoch) {
+            let DatabaseIdentity { id, epoch } = &identity;
+            info!(deployment = id, epoch, "the state directory belongs to this database");
+        }
+        self.save().await?;
+        within(session.limit(LOCK_TIMEOUT, STATEMENT_TIMEOUT)).await?;
+        self.gate.open(&lock);
+        let session = VerifiedSession { session, snapshot: found.snapshot, refuses: false };
+        Ok(VerifiedDatabase { session, identity, acceptance })
+    }
+
+    /// Verifies the database again, on a new session, and opens the gate. Cancel safe.
+    pub(super) async fn verify_again(&self) -> Result<VerifiedSession, HistoryError> {
+        let mut session = within(self.database.session()).await?;
+        within(session.limit(LOCK_TIMEOUT, STATEMENT_TIMEOUT)).await?;
+        let lock = within(TrustLock::take(session.connection()?)).await?;
+        let found = self.read(&mut session, None).await?;
+        self.check(&found).await?;
+        self.remember(&found);
+        self.save().await?;
+        self.gate.open(&lock);
+        Ok(VerifiedSession { session, snapshot: found.snapshot, refuses: false })
+    }
+
+    /// Reads what the database says of its history. Without `snapshot`, the accounts' tokens are compared too,
+    /// since the session is a new one.
+    pub(super) async fn read(
+        &self,
+        session: &mut Session,
+        snapshot: Option<String>,
+    ) -> Result<DatabaseHistory, StoreError> {
+        let tokens = match &snapshot {
+            Some(_) => Vec::new(),
+            None => self.stored_tokens(),
+        };
+        let chains = self.delivered().into_keys();
+        let journaled = self.witnesses.journal.chains().into_iter().map(|it| it.link.chain.clone());
+        let expected = Expected {
+            chains: chains.chain(journaled).collect(),
+            changes: self
+                .evidence
+                .lock()
+                .iter()
+                .flat_map(|it| it.changes.iter().map(|seen| seen.id))
+                .collect(),
+            tokens,
+            snapshot,
+        };
+        within(history::read(session.connection()?, &expected)).await
+    }
+
+    /// Returns the accounts in the cache, with the generations of their stored tokens.
+    fn stored_tokens(&self) -> Vec<(i64, i64)> {
+        let accounts = self.witnesses.cache.all();
+        let stored = accounts.iter().filter_map(|account| {
+            Some((account.id().0, account.snapshot().refresh.stored_generation?.0))
+        });
+        stored.collect()
+    }
+
+    /// Returns up to which record each chain was delivered, by the journal and by what was seen in the
+    /// database.
+    fn delivered(&self) -> BTreeMap<String, i64> {
+        let mut delivered = self.witnesses.journal.delivered_positions();
+        for (chain, seen) in self.evidence.lock().iter().flat_map(|it| &it.delivered) {
+            let seq = delivered.entry(chain.clone()).or_default();
+            *seq = seen.seq.max(*seq);
+        }
+        delivered
+    }
+
+    fn judge(&self, found: &DatabaseHistory) -> Verdict {
+        let delivered = self.delivered();
+        judge(self.evidence.lock().as_ref(), &delivered, found, &self.settings.upstream)
+    }
+
+    /// Checks, while the broker runs, that the database continues its history.
+    pub(super) async fn check(&self, found: &DatabaseHistory) -> Result<(), HistoryError> {
+        match self.judge(found) {
+            Verdict::Continues => Ok(()),
+            Verdict::AcceptedElsewhere(_) => Err(HistoryError::AcceptedElsewhere),
+            // This is checked again and again until it goes away. What it lacks is not lost.
+            Verdict::Differs(differences) if differences.iter().any(is_old_primary) => {
+                Err(DatabaseMismatch { differences, lost: LostRecords::default() }.into())
+            }
+            Verdict::Differs(differences) => Err(self.mismatch(differences, found).await),
+        }
+    }
+
+    async fn mismatch(
+        &self,
+        differences: Vec<Difference>,
+        found: &DatabaseHistory,
+    ) -> HistoryError {
+        let lost = self.lost(found).await;
+        DatabaseMismatch { differences, lost }.into()
+    }
+
+    async fn lost(&self, found: &DatabaseHistory) -> LostRecords {
+        let journal = self.witnesses.journal.clone();
+        lost_records(journal, self.delivered(), found.delivered.clone()).await
+    }
+
+    /// Takes over a database that differs, and returns the audit record about it.
+    async fn accept(&self, found: &DatabaseHistory, differences: &[Difference]) -> Record {
+        let lost = self.lost(found).await;
+        warn!(
+            differences = join(differences),
+            "the database is not as it was left; that was accepted{lost}"
+        );
+        // The positions up to which the journal was delivered are those of the former database. From here on,
+        // this database's apply, so that records that it lacks are delivered again.
+        let journal = &self.witnesses.journal;
+        for chain in journal.chains() {
+            let name = &chain.link.chain;
+            journal.mark_delivered(name, found.delivered.get(name).map_or(0, |head| head.seq));
+        }
+        let now = self.clock.now();
+        let mut record = Record::new(now, Event::DatabaseAccepted).with("found", join(differences));
+        for (event, count) in &lost.counts {
+            record = record.with(&format!("lost_{event}"), count.to_string());
+        }
+        record
+    }
+
+    /// Adds what was found in a verified database to the evidence.
+    pub(super) fn remember(&self, found: &DatabaseHistory) {
+        let mut evidence = self.evidence.lock();
+        *evidence = Some(Evidence::after(evidence.take(), found));
+    }
+
+    /// Writes the evidence into its file, if the next start would judge differently without that.
+    pub(super) async fn save(&self) -> io::Result<()> {
+        let Some(evidence) = self.evidence.lock().clone() else { return Ok(()) };
+        if self.saved.lock().as_ref().is_some_and(|saved| !saved.differs_from(&evidence)) {
+            return Ok(());
+        }
+        let (file, written) = (self.file.clone(), evidence.clone());
+        match tokio::task::spawn_blocking(move || written.write(&file)).await {
+            Ok(written) => written?,
+            Err(bug) => std::panic::resume_unwind(bug.into_panic()),
+        }
+        *self.saved.lock() = Some(evidence);
+        Ok(())
+    }
+}
+
+/// Whether a difference says that the server was the primary before another one took over.
+pub(super) fn is_old_primary(difference: &Difference) -> bool {
+    matches!(difference, Difference::OlderTimeline { .. })
+}

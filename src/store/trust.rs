@@ -1,0 +1,243 @@
+//! Whether the server behind the database's address may be believed.
+//!
+//! A running broker relies on the history of its database: what was committed stays committed. An address can
+//! lead to another server tomorrow: a standby, an old primary, a restored backup. So one task of the broker,
+//! the history guard, holds a session, compares what the database holds with what this replica has seen of
+//! it, and opens the [`TrustGate`] only if nothing is missing. It closes the gate as soon as its session ends,
+//! or new connections lead elsewhere.
+//!
+//! The guard's session holds an advisory lock whose key is drawn at random each time. A connection proves with
+//! it, when it is opened, that it reached the same database in the same uninterrupted run of the same server:
+//! nowhere else is this key locked, and the lock ends with the guard's session. Addresses, names and start
+//! times would prove less: they can be equal after a crash.
+
+use std::{sync::Arc, time::Duration};
+
+use aws_lc_rs::rand;
+use sqlx::PgConnection;
+use tokio::{
+    sync::{Notify, watch},
+    time::Instant,
+};
+
+use super::StoreError;
+
+/// Why the gate is closed before the guard has verified anything.
+const NOT_VERIFIED_YET: &str = "it has not been verified yet";
+
+/// One verification of the database: it holds as long as the guard's session.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) struct Trust {
+    /// The key of the advisory lock that the guard's session holds.
+    key: i64,
+    /// When the gate was opened. Connections that were opened before are not covered.
+    since: Instant,
+}
+
+#[derive(Clone, Debug)]
+enum State {
+    /// Nothing has been verified yet.
+    New,
+    Open(Trust),
+    /// The database must not be used, for this reason, although it answers; or it does not.
+    Closed {
+        reason: String,
+        answers: bool,
+    },
+}
+
+#[derive(Debug)]
+struct Shared {
+    state: watch::Sender<State>,
+    /// Notified when a connection led elsewhere.
+    doubted: Notify,
+    /// Notified when the database announced a change.
+    changed: Notify,
+}
+
+/// Lets connections pass to the database that the history guard has verified, and to no other. Cheap to clone;
+/// clones share their state.
+#[derive(Clone, Debug)]
+pub struct TrustGate(Arc<Shared>);
+
+impl Default for TrustGate {
+    /// Returns a closed gate.
+    fn default() -> Self {
+        Self(Arc::new(Shared {
+            state: watch::Sender::new(State::New),
+            doubted: Notify::new(),
+            changed: Notify::new(),
+        }))
+    }
+}
+
+impl TrustGate {
+    /// Opens the gate for connections on whose server `lock` is held.
+    pub fn open(&self, lock: &TrustLock) {
+        let trust = Trust { key: lock.0, since: Instant::now() };
+        self.0.state.send_replace(State::Open(trust));
+    }
+
+    /// Closes the gate: connections that passed before are not used any more. `reason` says why, for operators,
+    /// and `answers` whether a server answers all the same.
+    pub fn close(&self, reason: String, answers: bool) {
+        self.0.state.send_replace(State::Closed { reason, answers });
+    }
+
+    /// Closes the gate because of `error`.
+    pub fn close_after(&self, error: &StoreError) {
+        match error {
+            StoreError::Unverified { reason } => self.close(reason.clone(), true),
+            error => self.close(error.to_string(), !error.may_be_outage()),
+        }
+    }
+
+    /// Returns why the database must not be used although it answers, if so.
+    #[must_use]
+    pub fn problem(&self) -> Option<String> {
+        match &*self.0.state.borrow() {
+            State::Closed { reason, answers: true } => Some(reason.clone()),
+            _ => None,
+        }
+    }
+
+    /// Waits until a connection led to another server than the verified one. Cancel safe; supports one waiter.
+    pub async fn doubted(&self) {
+        self.0.doubted.notified().await;
+    }
+
+    /// Waits until the database announced a change. Cancel safe; supports one waiter.
+    pub async fn changed(&self) {
+        self.0.changed.notified().await;
+    }
+
+    /// Wakes [`Self::changed`].
+    pub(super) fn note_change(&self) {
+        self.0.changed.notify_one();
+    }
+
+    /// Returns the present trust.
+    ///
+    /// # Errors
+    /// Returns [`StoreError::Unverified`] while the gate is closed.
+    pub(super) fn trust(&self) -> Result<Trust, StoreError> {
+        let reason = match &*self.0.state.borrow() {
+            State::Open(trust) => return Ok(*trust),
+            State::New => NOT_VERIFIED_YET.to_owned(),
+            State::Closed { reason, .. } => reason.clone(),
+        };
+        Err(StoreError::Unverified { reason })
+    }
+
+    /// Waits until the gate is open. Cancel safe.
+    pub(super) async fn opened(&self) {
+        let mut states = self.0.state.subscribe();
+        // The sender lives in `self`, so the wait cannot fail.
+        let _ = states.wait_for(|state| matches!(state, State::Open(_))).await;
+    }
+
+    /// Whether a connection that has this age at `now` was opened under the present trust.
+    pub(super) fn covers(&self, age: Duration, now: Instant) -> bool {
+        self.trust().is_ok_and(|trust| trust.since + age <= now)
+    }
+
+    /// Checks that a connection that was just opened leads to the verified database, and returns the trust under
+    /// which that holds.
+    ///
+    /// # Errors
+    /// Returns [`StoreError::Unverified`] if the gate is closed or the connection leads elsewhere, and the
+    /// database's error.
+    pub(super) async fn admit(&self, connection: &mut PgConnection) -> Result<Trust, StoreError> {
+        let trust = self.trust()?;
+        // The shared lock conflicts with the guard's exclusive one, and not with those of other connections
+        // that are being opened. It ends with the statement.
+        let unlocked = sqlx::query_scalar!(
+            r#"-- store::trust::admit
+            select pg_try_advisory_xact_lock_shared($1) as "unlocked!""#,
+            trust.key,
+        )
+        .fetch_one(connection)
+        .await?;
+        if unlocked {
+            self.0.doubted.notify_one();
+            return Err(StoreError::Unverified {
+                reason: "its address leads to another server than the one that was verified".into(),
+            });
+        }
+        // The guard may have closed and opened the gate meanwhile.
+        self.holds(trust)?;
+        Ok(trust)
+    }
+
+    /// Checks that `trust` is still the present one.
+    ///
+    /// # Errors
+    /// Returns [`StoreError::Unverified`] if it is not.
+    pub(super) fn holds(&self, trust: Trust) -> Result<(), StoreError> {
+        if self.trust()? == trust {
+            return Ok(());
+        }
+        Err(StoreError::Unverified { reason: "it was verified anew meanwhile".into() })
+    }
+}
+
+/// The advisory lock of the guard's session.
+#[derive(Debug)]
+pub struct TrustLock(i64);
+
+impl TrustLock {
+    /// Takes a lock with a random key. It is held until the session of `connection` ends.
+    ///
+    /// # Errors
+    /// Returns the database's error.
+    pub async fn take(connection: &mut PgConnection) -> Result<Self, StoreError> {
+        let mut random = [0; 8];
+        rand::fill(&mut random).map_err(|_| StoreError::Unverified {
+            reason: "the system has no random numbers".into(),
+        })?;
+        let key = i64::from_le_bytes(random);
+        sqlx::query!(
+            "-- store::trust::take
+            select pg_advisory_lock($1)",
+            key,
+        )
+        .execute(connection)
+        .await?;
+        Ok(Self(key))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_connection_is_covered_only_by_the_trust_under_which_it_was_opened() {
+        let second = Duration::from_secs(1);
+        let gate = TrustGate::default();
+        assert!(gate.trust().is_err() && !gate.covers(Duration::ZERO, Instant::now()));
+        gate.open(&TrustLock(1));
+        let first = gate.trust().unwrap();
+        let later = first.since + 10 * second;
+        assert!(gate.covers(9 * second, later) && !gate.covers(11 * second, later));
+        gate.close("it leads to a standby".into(), true);
+        assert_eq!(gate.problem().as_deref(), Some("it leads to a standby"));
+        assert!(!gate.covers(Duration::ZERO, later) && gate.holds(first).is_err());
+        gate.open(&TrustLock(2));
+        assert!(gate.problem().is_none() && gate.holds(first).is_err());
+        let second_trust = gate.trust().unwrap();
+        assert!(!gate.covers(2 * second, second_trust.since + second));
+    }
+
+    #[tokio::test]
+    async fn the_gates_opening_wakes_those_that_wait() {
+        let gate = TrustGate::default();
+        let waiting = tokio::spawn({
+            let gate = gate.clone();
+            async move { gate.opened().await }
+        });
+        tokio::task::yield_now().await;
+        gate.open(&TrustLock(1));
+        waiting.await.unwrap();
+    }
+}
