@@ -103,7 +103,7 @@ async fn an_admins_open_transaction_neither_delays_tokens_nor_lets_a_dead_one_be
     for statement in [
         format!("update accounts set description = 'changed' where {first_half}"),
         format!("update accounts set client_secret = 'SK.other' where {first_half}"),
-        format!("update accounts set name = name || '-new' where {first_half}"),
+        format!("update accounts set enabled = false where {first_half}"),
         format!("delete from accounts where {first_half}"),
         format!("select from accounts where {first_half} for update"),
         "lock table accounts in share row exclusive mode".into(),

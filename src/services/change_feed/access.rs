@@ -115,14 +115,19 @@ impl Duty for AccessFollower {
     /// The database counts as lost only if the server does not answer at all, since a replica may then issue
     /// without leases. A refused statement, for example because of a missing privilege or a lock, proves that
     /// the server answers. A lost session or a statement that took too long proves nothing, so the server is
-    /// probed.
+    /// probed. The probe tells why no connection can be opened, for example because of the password.
     async fn ended(&mut self, result: &Result<(), StoreError>) {
-        match result {
-            Ok(()) => self.connectivity.mark_connected(),
-            Err(error) if error.may_be_outage() && self.database.probe().await.is_err() => {
-                self.connectivity.mark_lost(&error.to_string());
+        let error = match result {
+            Ok(()) => return self.connectivity.mark_connected(),
+            Err(error) if !error.may_be_outage() => {
+                return self.connectivity.mark_failing(&error.to_string());
             }
-            Err(error) => self.connectivity.mark_failing(&error.to_string()),
+            Err(error) => error,
+        };
+        match self.database.probe().await {
+            Ok(()) => self.connectivity.mark_failing(&error.to_string()),
+            Err(why) if why.may_be_outage() => self.connectivity.mark_lost(&why.to_string()),
+            Err(why) => self.connectivity.mark_failing(&why.to_string()),
         }
     }
 

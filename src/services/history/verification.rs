@@ -280,7 +280,7 @@ impl HistoryGuard {
             let name = &chain.link.chain;
             journal.mark_delivered(name, found.delivered.get(name).map_or(0, |head| head.seq));
         }
-        let now = self.clock.now();
+        let now = self.clock.wall();
         let mut record = Record::new(now, Event::DatabaseAccepted).with("found", join(differences));
         for (event, count) in &lost.counts {
             record = record.with(&format!("lost_{event}"), count.to_string());

@@ -73,6 +73,7 @@ async fn chatty_setup() -> (Fixture, BrokerSetup, token_broker::crypto::bearer::
 async fn a_log_that_nobody_reads_stops_nothing_and_tells_later_how_much_is_missing() {
     let (fixture, setup, bearer) = chatty_setup().await;
     let (reader, writer) = full_pipe();
+    setup.publish_key().await;
     let serve = BrokerProcess::start_with_stderr(setup.command(&["serve"]), writer);
     let mut serve = setup.until_ready(serve).await;
     let client = TestClient::connect(&setup.endpoint(), &bearer).await;
@@ -115,6 +116,7 @@ async fn a_log_that_nobody_reads_stops_nothing_and_tells_later_how_much_is_missi
 async fn a_broker_whose_log_is_never_read_stops_in_time() {
     let (_fixture, setup, bearer) = chatty_setup().await;
     let (_reader, writer) = full_pipe();
+    setup.publish_key().await;
     let serve = BrokerProcess::start_with_stderr(setup.command(&["serve"]), writer);
     let mut serve = setup.until_ready(serve).await;
     let client = TestClient::connect(&setup.endpoint(), &bearer).await;
@@ -137,6 +139,7 @@ async fn a_log_that_cannot_be_written_stops_nothing_and_is_counted() {
     let closed = || File::from(std::os::fd::OwnedFd::from(io::pipe().unwrap().1));
     for stderr in [full_disk(), closed()] {
         let (_fixture, setup, bearer) = chatty_setup().await;
+        setup.publish_key().await;
         let serve = BrokerProcess::start_with_stderr(setup.command(&["serve"]), stderr);
         let mut serve = setup.until_ready(serve).await;
         let client = TestClient::connect(&setup.endpoint(), &bearer).await;
