@@ -114,14 +114,20 @@ pub struct TrustMonitor {
 }
 
 impl TrustMonitor {
-    /// Checks every two seconds until `stop` is cancelled. While the database does not answer, the last
-    /// result stands.
+    /// Checks every two seconds until `stop` is cancelled. While the database does not answer, refuses the
+    /// login, or another transaction has locked a table, the last result stands: nobody has changed what is
+    /// published then, as far as is known. If only the checks are refused, somebody may hide a change.
     pub async fn run(self, stop: CancellationToken) {
         loop {
             match within(self.check()).await {
                 Ok(fault) => self.trust.set(fault),
-                Err(error) if error.may_be_outage() || error.is_retryable() => {}
-                Err(error) => self.trust.set(Some(format!("it cannot be checked: {error}"))),
+                Err(
+                    error @ (StoreError::MissingPrivilege(_)
+                    | StoreError::UndefinedTable(_)
+                    | StoreError::UnreadableRow { .. }
+                    | StoreError::UnreadableColumn { .. }),
+                ) => self.trust.set(Some(format!("it cannot be checked: {error}"))),
+                Err(_) => {}
             }
             tokio::select! {
                 () = stop.cancelled() => return,

@@ -145,8 +145,8 @@ impl HistoryGuard {
     /// Reads once over the session, checks what is found, and remembers it.
     async fn poll(&self, session: &mut VerifiedSession) -> Result<(), Ended> {
         let snapshot = Some(session.snapshot.clone());
-        let found = match self.read(&mut session.session, snapshot).await {
-            Ok(found) => found,
+        let reading = match self.read(&mut session.session, snapshot).await {
+            Ok(reading) => reading,
             Err(error) if is_refused(&error) => {
                 if !std::mem::replace(&mut session.refuses, true) {
                     warn!(%error, "the database refuses to tell its history; its session goes on");
@@ -155,7 +155,8 @@ impl HistoryGuard {
             }
             Err(error) => return Err(Ended::Untrusted(error)),
         };
-        self.check(&found).await.map_err(Ended::Fatal)?;
+        self.check(&reading).await.map_err(Ended::Fatal)?;
+        let found = reading.found;
         self.remember(&found);
         session.snapshot = found.snapshot;
         session.refuses = false;

@@ -108,6 +108,15 @@ pub struct VerifiedDatabase {
     pub acceptance: Option<Record>,
 }
 
+/// What was read of the database, and what it must have.
+#[derive(Debug)]
+pub(super) struct Reading {
+    pub(super) found: DatabaseHistory,
+    /// Up to which record each chain had been delivered before the database was read. The delivery goes on
+    /// meanwhile, so the database may have more, but not less.
+    delivered: BTreeMap<String, i64>,
+}
+
 impl HistoryGuard {
     /// Returns a guard that opens and closes `gate`. `database` has the options for connections without the
     /// gate, and `file` is the state directory's file for the evidence.
@@ -141,23 +150,26 @@ impl HistoryGuard {
         let connection = session.connection()?;
         within(deployment::assign(connection, &self.settings.upstream)).await?;
         let lock = TrustLock::take(connection).await?;
-        let mut found = self.read(&mut session, None).await?;
+        let mut reading = self.read(&mut session, None).await?;
         let mut acceptance = None;
-        match self.judge(&found) {
+        match self.judge(&reading) {
             Verdict::Continues => {}
             Verdict::AcceptedElsewhere(differences) if differences.is_empty() => {}
             Verdict::AcceptedElsewhere(differences) => {
-                acceptance = Some(self.accept(&found, &differences).await);
+                acceptance = Some(self.accept(&reading, &differences).await);
             }
             Verdict::Differs(differences) if self.settings.accept_restored => {
                 let HistorySettings { upstream, new_token_ends_older, .. } = &self.settings;
                 let accepted =
                     deployment::accept(session.connection()?, upstream, *new_token_ends_older);
-                found.deployment.identity = accepted.await?;
-                acceptance = Some(self.accept(&found, &differences).await);
+                reading.found.deployment.identity = accepted.await?;
+                acceptance = Some(self.accept(&reading, &differences).await);
             }
-            Verdict::Differs(differences) => return Err(self.mismatch(differences, &found).await),
+            Verdict::Differs(differences) => {
+                return Err(self.mismatch(differences, &reading).await);
+            }
         }
+        let found = reading.found;
         let identity = found.deployment.identity.clone();
         if acceptance.is_some() {
             *self.evidence.lock() = None;
@@ -179,8 +191,9 @@ impl HistoryGuard {
         let mut session = within(self.database.session()).await?;
         within(session.limit(LOCK_TIMEOUT, STATEMENT_TIMEOUT)).await?;
         let lock = within(TrustLock::take(session.connection()?)).await?;
-        let found = self.read(&mut session, None).await?;
-        self.check(&found).await?;
+        let reading = self.read(&mut session, None).await?;
+        self.check(&reading).await?;
+        let found = reading.found;
         self.remember(&found);
         self.save().await?;
         self.gate.open(&lock);
@@ -193,12 +206,13 @@ impl HistoryGuard {
         &self,
         session: &mut Session,
         snapshot: Option<String>,
-    ) -> Result<DatabaseHistory, StoreError> {
+    ) -> Result<Reading, StoreError> {
+        let delivered = self.delivered();
         let tokens = match &snapshot {
             Some(_) => Vec::new(),
             None => self.stored_tokens(),
         };
-        let chains = self.delivered().into_keys();
+        let chains = delivered.keys().cloned();
         let journaled = self.witnesses.journal.chains().into_iter().map(|it| it.link.chain.clone());
         let expected = Expected {
             chains: chains.chain(journaled).collect(),
@@ -211,7 +225,8 @@ impl HistoryGuard {
             tokens,
             snapshot,
         };
-        within(history::read(session.connection()?, &expected)).await
+        let found = within(history::read(session.connection()?, &expected)).await?;
+        Ok(Reading { found, delivered })
     }
 
     /// Returns the accounts in the cache, with the generations of their stored tokens.
@@ -234,41 +249,36 @@ impl HistoryGuard {
         delivered
     }
 
-    fn judge(&self, found: &DatabaseHistory) -> Verdict {
-        let delivered = self.delivered();
-        judge(self.evidence.lock().as_ref(), &delivered, found, &self.settings.upstream)
+    fn judge(&self, Reading { found, delivered }: &Reading) -> Verdict {
+        judge(self.evidence.lock().as_ref(), delivered, found, &self.settings.upstream)
     }
 
     /// Checks, while the broker runs, that the database continues its history.
-    pub(super) async fn check(&self, found: &DatabaseHistory) -> Result<(), HistoryError> {
-        match self.judge(found) {
+    pub(super) async fn check(&self, reading: &Reading) -> Result<(), HistoryError> {
+        match self.judge(reading) {
             Verdict::Continues => Ok(()),
             Verdict::AcceptedElsewhere(_) => Err(HistoryError::AcceptedElsewhere),
             // This is checked again and again until it goes away. What it lacks is not lost.
             Verdict::Differs(differences) if differences.iter().any(is_old_primary) => {
                 Err(DatabaseMismatch { differences, lost: LostRecords::default() }.into())
             }
-            Verdict::Differs(differences) => Err(self.mismatch(differences, found).await),
+            Verdict::Differs(differences) => Err(self.mismatch(differences, reading).await),
         }
     }
 
-    async fn mismatch(
-        &self,
-        differences: Vec<Difference>,
-        found: &DatabaseHistory,
-    ) -> HistoryError {
-        let lost = self.lost(found).await;
+    async fn mismatch(&self, differences: Vec<Difference>, reading: &Reading) -> HistoryError {
+        let lost = self.lost(reading).await;
         DatabaseMismatch { differences, lost }.into()
     }
 
-    async fn lost(&self, found: &DatabaseHistory) -> LostRecords {
+    async fn lost(&self, Reading { found, delivered }: &Reading) -> LostRecords {
         let journal = self.witnesses.journal.clone();
-        lost_records(journal, self.delivered(), found.delivered.clone()).await
+        lost_records(journal, delivered.clone(), found.delivered.clone()).await
     }
 
     /// Takes over a database that differs, and returns the audit record about it.
-    async fn accept(&self, found: &DatabaseHistory, differences: &[Difference]) -> Record {
-        let lost = self.lost(found).await;
+    async fn accept(&self, reading: &Reading, differences: &[Difference]) -> Record {
+        let lost = self.lost(reading).await;
         warn!(
             differences = join(differences),
             "the database is not as it was left; that was accepted{lost}"
@@ -278,7 +288,8 @@ impl HistoryGuard {
         let journal = &self.witnesses.journal;
         for chain in journal.chains() {
             let name = &chain.link.chain;
-            journal.mark_delivered(name, found.delivered.get(name).map_or(0, |head| head.seq));
+            journal
+                .mark_delivered(name, reading.found.delivered.get(name).map_or(0, |head| head.seq));
         }
         let now = self.clock.wall();
         let mut record = Record::new(now, Event::DatabaseAccepted).with("found", join(differences));
