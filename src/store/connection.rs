@@ -144,11 +144,12 @@ impl Database {
     /// # Errors
     /// Returns why the server cannot be reached, refuses the login, or cannot be used.
     pub async fn open(&self) -> Result<PgConnection, StoreError> {
-        in_time(async {
+        // Boxed, since callers would hold a future of several kilobytes otherwise.
+        in_time(Box::pin(async {
             let mut connection = self.connect().await?;
             prepare(&mut connection).await?;
             Ok(connection)
-        })
+        }))
         .await
     }
 
@@ -207,7 +208,7 @@ impl Database {
     /// # Errors
     /// Returns why the server cannot be reached, refuses the login, or cannot be used.
     pub async fn check_connection(&self) -> Result<(), StoreError> {
-        in_time(self.check_pooler()).await?;
+        in_time(Box::pin(self.check_pooler())).await?;
         Ok(self.open().await?.close().await?)
     }
 
