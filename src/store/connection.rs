@@ -279,7 +279,7 @@ impl Database {
     /// # Errors
     /// Returns why the server cannot be reached, refuses the login, or cannot be used.
     pub async fn check_connection(&self) -> Result<(), StoreError> {
-        in_time(self.check_pooler()).await?;
+        in_time(Box::pin(self.check_pooler())).await?;
         Ok(self.open().await?.close().await?)
     }
 

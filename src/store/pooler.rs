@@ -65,11 +65,16 @@ pub(super) async fn close(connections: [PgConnection; 2]) {
 mod tests {
     use super::*;
 
-    /// Returns what two connections see of a pooler that picks process `pick(n, last)` for statement `n`.
+    /// Returns whether statement `n` is one of the first connection's.
+    fn is_of_one(n: usize) -> bool {
+        (n / REPETITIONS).is_multiple_of(2)
+    }
+
+    /// Returns whether a pooler that picks process `pick(n)` for statement `n` is taken for sessions.
     fn seen(pick: impl Fn(usize) -> i32) -> bool {
         let (mut one, mut other) = (HashSet::new(), HashSet::new());
         for n in 0..2 * REPETITIONS * REPETITIONS {
-            let processes = if (n / REPETITIONS).is_multiple_of(2) { &mut one } else { &mut other };
+            let processes = if is_of_one(n) { &mut one } else { &mut other };
             processes.insert(pick(n));
         }
         are_of_sessions(&one, &other)
@@ -77,7 +82,7 @@ mod tests {
 
     #[test]
     fn sessions_are_recognized_by_one_process_each() {
-        assert!(seen(|n| if (n / REPETITIONS).is_multiple_of(2) { 7 } else { 9 }));
+        assert!(seen(|n| if is_of_one(n) { 7 } else { 9 }));
     }
 
     #[test]

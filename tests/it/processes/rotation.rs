@@ -20,15 +20,15 @@ use crate::harness::{
     process::{BrokerProcess, BrokerSetup},
 };
 
-/// Where the broker has its password from.
+/// The file from which the broker has its password.
 #[derive(Clone, Copy, Debug)]
 enum PasswordSource {
     /// `DATABASE_URL_FILE`.
-    Url,
+    DatabaseUrl,
     /// `database_url` in the file of `TOKEN_BROKER_CONFIG`.
     Settings,
     /// `PGPASSFILE`, with a URL without a password.
-    Libpq,
+    Pgpass,
 }
 
 /// The server, a broker, and the file with its password.
@@ -54,9 +54,9 @@ impl Rotation {
         // `set_password` encodes all special characters but this one.
         url.set_password(Some(&password.replace('%', "%25"))).unwrap();
         let content = match self.source {
-            PasswordSource::Url => format!("{url}\n"),
+            PasswordSource::DatabaseUrl => format!("{url}\n"),
             PasswordSource::Settings => format!("database_url = \"{url}\"\n"),
-            PasswordSource::Libpq => {
+            PasswordSource::Pgpass => {
                 let escaped = password.replace('\\', "\\\\").replace(':', "\\:");
                 format!("*:*:*:rotating:{escaped}\n")
             }
@@ -196,12 +196,12 @@ async fn assert_rotates(source: PasswordSource) {
     let mut setup = BrokerSetup::new(url.as_str(), &upstream.base_url()).await;
     let file = setup.directory.path().join("password");
     let name = match source {
-        PasswordSource::Url => "DATABASE_URL_FILE",
+        PasswordSource::DatabaseUrl => "DATABASE_URL_FILE",
         PasswordSource::Settings => "TOKEN_BROKER_CONFIG",
-        PasswordSource::Libpq => "PGPASSFILE",
+        PasswordSource::Pgpass => "PGPASSFILE",
     };
     setup.set(name, file.to_str().unwrap());
-    if !matches!(source, PasswordSource::Libpq) {
+    if !matches!(source, PasswordSource::Pgpass) {
         setup.unset("DATABASE_URL");
     }
     let passwords = vec!["first-word".into()];
@@ -212,7 +212,7 @@ async fn assert_rotates(source: PasswordSource) {
     let serve = rotation.setup.serve().await;
     rotation.assert_recovers().await;
     rotate(&mut rotation).await;
-    if matches!(source, PasswordSource::Url) {
+    if matches!(source, PasswordSource::DatabaseUrl) {
         lose_the_file(&mut rotation).await;
         let log = serve.stderr();
         assert!(log.contains("DATABASE_URL_FILE (environment): cannot read the file"), "{log}");
@@ -228,7 +228,7 @@ async fn assert_rotates(source: PasswordSource) {
 /// whatever order the password and the file change, and a refused login is called that.
 #[tokio::test]
 async fn a_rotated_password_is_taken_from_the_file_of_the_url_and_a_refused_login_is_named() {
-    assert_rotates(PasswordSource::Url).await;
+    assert_rotates(PasswordSource::DatabaseUrl).await;
 }
 
 #[tokio::test]
@@ -238,5 +238,5 @@ async fn a_rotated_password_is_taken_from_the_settings_file() {
 
 #[tokio::test]
 async fn a_rotated_password_is_taken_from_the_password_file() {
-    assert_rotates(PasswordSource::Libpq).await;
+    assert_rotates(PasswordSource::Pgpass).await;
 }
