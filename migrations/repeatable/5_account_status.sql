@@ -45,6 +45,11 @@ known as (
             when r.interval_exceptions_since
                 not between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'
                 then 'refreshes.interval_exceptions_since'
+            when r.answered_reissue not between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'
+                then 'refreshes.answered_reissue'
+            when t.issuer_expires_at
+                not between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'
+                then 'tokens.issuer_expires_at'
             when t.issued_at not between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'
                 then 'tokens.issued_at'
             when t.expires_at not between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'

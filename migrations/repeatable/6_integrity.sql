@@ -105,7 +105,8 @@ begin
         if not exists (select from @schema@.tokens
                 where account_id = old.id and credential_version = old.credential_version)
            and not exists (select from @schema@.refreshes
-                where account_id = old.id and attempt_version = old.previous_version) then
+                where account_id = old.id
+                    and old.previous_version in (attempt_version, refused_version)) then
             raise exception using errcode = 'insufficient_privilege',
                 message = 'accounts.previous_secret is kept until the secret after it has issued a token';
         end if;

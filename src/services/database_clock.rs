@@ -131,7 +131,15 @@ impl DatabaseClockWatch {
         let database = within(deployment::present_time(&self.pool)).await?;
         self.clock.observe(before, database);
         let leap = self.clock.take_leap();
-        if leap.is_zero() { Ok(()) } else { self.leaped(leap).await }
+        if leap.is_zero() {
+            return Ok(());
+        }
+        let corrected = self.leaped(leap).await;
+        if corrected.is_err() {
+            // The next look tries it again.
+            *self.clock.leaped.lock() += leap;
+        }
+        corrected
     }
 
     /// Looks once a second. Never returns. Cancel safe.

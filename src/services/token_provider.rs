@@ -295,6 +295,20 @@ impl TokenProvider {
         admitted.map_err(|_| CallRefusal::CredentialRefused)
     }
 
+    /// Checks after a wait that the credential is still valid, and that its caller may still get tokens of
+    /// `account`.
+    ///
+    /// # Errors
+    /// The refusal that the caller is to read.
+    pub fn authorize_again(
+        &self,
+        credential: &CredentialKey,
+        account: &AccountName,
+    ) -> Result<(), CallRefusal> {
+        let caller = self.reauthenticate(credential)?;
+        self.authorize(&caller, Right::Get, account).map(drop)
+    }
+
     /// Returns how long a caller may reuse `token` before it asks again.
     #[must_use]
     pub fn reuse_for(&self, account: &AccountName, token: &Token) -> Duration {

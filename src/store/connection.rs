@@ -444,7 +444,7 @@ async fn refuse_standby(connection: &mut PgConnection) -> Result<(), StoreError>
         (false, true) => "its transactions are read-only",
         (false, false) => return Ok(()),
     };
-    Err(StoreError::Unverified { reason: reason.into() })
+    Err(StoreError::Unverified { reason: reason.into(), primary_answers: false })
 }
 
 /// A connection whose owner relies on what it has read before, for example on a snapshot of which it asks

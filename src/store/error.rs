@@ -65,6 +65,8 @@ pub enum StoreError {
     Unverified {
         /// Why it must not be used.
         reason: String,
+        /// Whether the primary itself answers, and only refuses something.
+        primary_answers: bool,
     },
     /// The server did not answer in time. It may hang, or it may answer other statements, for example while
     /// this one waits for a lock.
@@ -240,8 +242,24 @@ impl StoreError {
         matches!(self, Self::ConnectionLost { .. } | Self::Unverified { .. })
     }
 
-    /// Returns whether the primary possibly does not answer at all. All other errors prove that it answers,
-    /// so they must not count as an outage.
+    /// Returns whether it is known that the primary answers. A replica may then not issue without a lease.
+    #[must_use]
+    pub fn primary_answers(&self) -> bool {
+        match self {
+            Self::Unverified { primary_answers, .. } => *primary_answers,
+            error => !error.may_be_outage(),
+        }
+    }
+
+    /// Returns whether the session may fail again and again, though a new one would not: its prepared statements
+    /// are lost or no longer fit their tables, its transaction has failed, or its server is read-only.
+    #[must_use]
+    pub fn spoils_session(&self) -> bool {
+        matches!(self.sqlstate(), Some("0A000" | "25006" | "25P02" | "26000" | "42P05"))
+    }
+
+    /// Returns whether the session must be given up, since the primary possibly does not answer at all. See
+    /// [`Self::primary_answers`] for what that means for issuing.
     #[must_use]
     pub fn may_be_outage(&self) -> bool {
         self.is_connection_lost() || matches!(self, Self::TimedOut { .. })

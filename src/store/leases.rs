@@ -212,7 +212,9 @@ async fn upstream_pause(
 ) -> Result<Option<Duration>, StoreError> {
     let pace = sqlx::query!(
         r#"-- store::leases::upstream_pause
-        select next_slot, clock_timestamp() as "now!" from upstream_pace for update"#
+        select case when isfinite(next_slot) then next_slot else clock_timestamp() end as "next_slot!",
+            clock_timestamp() as "now!"
+        from upstream_pace for update"#
     )
     .fetch_one(&mut **transaction)
     .await?;
@@ -335,12 +337,9 @@ pub async fn record_failure(
     )
     .execute(&mut *transaction)
     .await?;
-    if done.rows_affected() == 0 {
-        return Ok(false);
-    }
     delete_call(&mut transaction, lease).await?;
     transaction.commit().await?;
-    Ok(true)
+    Ok(done.rows_affected() == 1)
 }
 
 /// Releases a lease and stores the end of its attempt, without a result. The start of the attempt is kept,
@@ -413,7 +412,7 @@ pub async fn delete_expired_calls(pool: &PgPool) -> Result<(), StoreError> {
     Ok(transaction.commit().await?)
 }
 
-/// Releases the leases of earlier processes of `instance`, all of which must have ended. Their attempts keep
+/// Releases the leases and the places of the calls of earlier processes of `instance`, all of which must have ended. Their attempts keep
 /// no recorded end, since they may have issued tokens. A row that another transaction has locked is skipped;
 /// its lease expires by itself.
 ///
@@ -426,6 +425,10 @@ pub async fn release_all(pool: &PgPool, instance: &str) -> Result<(), StoreError
         "-- store::leases::release_all
         with free as (
             select account_id from refreshes where lease_holder = $1 for update skip locked
+        ), ended as (
+            delete from upstream_calls c using refreshes r, free
+            where r.account_id = free.account_id
+                and c.account_id = r.account_id and c.lease_id = r.lease_id
         )
         update refreshes set lease_holder = null, lease_until = null,
             changed = pg_current_xact_id()

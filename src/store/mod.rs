@@ -38,7 +38,7 @@ pub use self::{
     error::{DatabaseCause, StoreError},
     execution::within,
     lenient::{Readable, UnusableRow},
-    trust::{TrustGate, TrustLock},
+    trust::{Answer, TrustGate, TrustLock},
 };
 
 /// Begins a transaction that waits for each lock for half a second at most. Admins can hold locks for as long

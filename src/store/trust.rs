@@ -39,11 +39,23 @@ enum State {
     /// Nothing has been verified yet.
     New,
     Open(Trust),
-    /// The database must not be used, for this reason, although it answers; or it does not.
+    /// The database must not be used, for this reason.
     Closed {
         reason: String,
-        answers: bool,
+        answer: Answer,
     },
+}
+
+/// Who answers at the database's address while the gate is closed.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Answer {
+    /// Nobody.
+    None,
+    /// A server that is not the primary that this broker knows.
+    Elsewhere,
+    /// The database's server, which refuses something, such as the login or a statement. So the database is not
+    /// lost, and a replica must not issue without it.
+    Refused,
 }
 
 #[derive(Debug)]
@@ -79,16 +91,19 @@ impl TrustGate {
     }
 
     /// Closes the gate: connections that passed before are not used any more. `reason` says why, for operators,
-    /// and `answers` whether a server answers all the same.
-    pub fn close(&self, reason: String, answers: bool) {
-        self.0.state.send_replace(State::Closed { reason, answers });
+    /// and `answer` who answers all the same.
+    pub fn close(&self, reason: String, answer: Answer) {
+        self.0.state.send_replace(State::Closed { reason, answer });
     }
 
     /// Closes the gate because of `error`.
     pub fn close_after(&self, error: &StoreError) {
         match error {
-            StoreError::Unverified { reason } => self.close(reason.clone(), true),
-            error => self.close(error.to_string(), !error.may_be_outage()),
+            StoreError::Unverified { reason, primary_answers: false } => {
+                self.close(reason.clone(), Answer::Elsewhere);
+            }
+            error if error.primary_answers() => self.close(error.to_string(), Answer::Refused),
+            error => self.close(error.to_string(), Answer::None),
         }
     }
 
@@ -96,7 +111,9 @@ impl TrustGate {
     #[must_use]
     pub fn problem(&self) -> Option<String> {
         match &*self.0.state.borrow() {
-            State::Closed { reason, answers: true } => Some(reason.clone()),
+            State::Closed { reason, answer: Answer::Elsewhere | Answer::Refused } => {
+                Some(reason.clone())
+            }
             _ => None,
         }
     }
@@ -121,12 +138,12 @@ impl TrustGate {
     /// # Errors
     /// Returns [`StoreError::Unverified`] while the gate is closed.
     pub(super) fn trust(&self) -> Result<Trust, StoreError> {
-        let reason = match &*self.0.state.borrow() {
+        let (reason, primary_answers) = match &*self.0.state.borrow() {
             State::Open(trust) => return Ok(*trust),
-            State::New => NOT_VERIFIED_YET.to_owned(),
-            State::Closed { reason, .. } => reason.clone(),
+            State::New => (NOT_VERIFIED_YET.to_owned(), false),
+            State::Closed { reason, answer } => (reason.clone(), *answer == Answer::Refused),
         };
-        Err(StoreError::Unverified { reason })
+        Err(StoreError::Unverified { reason, primary_answers })
     }
 
     /// Waits until the gate is open. Cancel safe.
@@ -162,6 +179,7 @@ impl TrustGate {
             self.0.doubted.notify_one();
             return Err(StoreError::Unverified {
                 reason: "its address leads to another server than the one that was verified".into(),
+                primary_answers: false,
             });
         }
         // The guard may have closed and opened the gate meanwhile.
@@ -177,7 +195,8 @@ impl TrustGate {
         if self.trust()? == trust {
             return Ok(());
         }
-        Err(StoreError::Unverified { reason: "it was verified anew meanwhile".into() })
+        let reason = "it was verified anew meanwhile".into();
+        Err(StoreError::Unverified { reason, primary_answers: true })
     }
 }
 
@@ -194,6 +213,7 @@ impl TrustLock {
         let mut random = [0; 8];
         rand::fill(&mut random).map_err(|_| StoreError::Unverified {
             reason: "the system has no random numbers".into(),
+            primary_answers: true,
         })?;
         let key = i64::from_le_bytes(random);
         sqlx::query!(
@@ -220,7 +240,7 @@ mod tests {
         let first = gate.trust().unwrap();
         let later = first.since + 10 * second;
         assert!(gate.covers(9 * second, later) && !gate.covers(11 * second, later));
-        gate.close("it leads to a standby".into(), true);
+        gate.close("it leads to a standby".into(), Answer::Elsewhere);
         assert_eq!(gate.problem().as_deref(), Some("it leads to a standby"));
         assert!(!gate.covers(Duration::ZERO, later) && gate.holds(first).is_err());
         gate.open(&TrustLock(2));

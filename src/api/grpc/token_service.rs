@@ -50,9 +50,9 @@ impl TokenService for TokenServiceHandler {
             };
             let CallContext { caller, deadline, .. } = &context;
             let token = self.provider.get_token(caller, &account, wanted, *deadline).await?;
-            // The call may have waited for the token, and the credential may have ended meanwhile.
+            // The call may have waited for the token, and credential or grant may have ended meanwhile.
             context.check_certificate()?;
-            self.provider.reauthenticate(&context.credential)?;
+            self.provider.authorize_again(&context.credential, &account)?;
             Ok((account, token))
         })
         .await?;

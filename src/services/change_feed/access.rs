@@ -73,6 +73,8 @@ pub(super) struct AccessFollower {
 #[derive(Default)]
 pub(super) struct AccessState {
     tables: AccessTables,
+    /// Whether `tables` differ from what callers are admitted by.
+    changed: bool,
     /// The snapshot up to which the announced changes were read; `None` at the start of a session.
     announced: Option<String>,
     /// The tables to read, because something in them changed or they could not be read.
@@ -119,15 +121,15 @@ impl Duty for AccessFollower {
     async fn ended(&mut self, result: &Result<(), StoreError>) {
         let error = match result {
             Ok(()) => return self.connectivity.mark_connected(),
-            Err(error) if !error.may_be_outage() => {
+            Err(error) if error.primary_answers() => {
                 return self.connectivity.mark_failing(&error.to_string());
             }
             Err(error) => error,
         };
         match self.database.probe().await {
             Ok(()) => self.connectivity.mark_failing(&error.to_string()),
-            Err(why) if why.may_be_outage() => self.connectivity.mark_lost(&why.to_string()),
-            Err(why) => self.connectivity.mark_failing(&why.to_string()),
+            Err(why) if why.primary_answers() => self.connectivity.mark_failing(&why.to_string()),
+            Err(why) => self.connectivity.mark_lost(&why.to_string()),
         }
     }
 
@@ -180,18 +182,27 @@ impl AccessFollower {
         if self.state.outdated.is_empty() {
             return Ok(());
         }
+        let read = self.read_each_outdated_table(session).await;
+        // Also after an error: the next session compares with what was read, and would find no difference.
+        if std::mem::take(&mut self.state.changed) {
+            let AccessTables { callers, credentials, grants } = &self.state.tables;
+            self.directory.replace(callers::assemble(callers, credentials, grants));
+        }
+        read
+    }
+
+    async fn read_each_outdated_table(&mut self, session: &mut Session) -> Result<(), StoreError> {
         let mut outcome = Ok(());
-        let mut changed = false;
         if self.state.outdated.len() == Table::ALL.len() {
             match within(callers::load(session.connection()?)).await {
                 Ok(access) => {
                     self.report(Table::Callers, &access.callers.unusable);
                     self.report(Table::Credentials, &access.credentials.unusable);
                     self.report(Table::Grants, &access.grants.unusable);
-                    let tables = &mut self.state.tables;
-                    changed |= replace(&mut tables.callers, access.callers.rows);
-                    changed |= replace(&mut tables.credentials, access.credentials.rows);
-                    changed |= replace(&mut tables.grants, access.grants.rows);
+                    let AccessState { tables, changed, .. } = &mut self.state;
+                    *changed |= replace(&mut tables.callers, access.callers.rows);
+                    *changed |= replace(&mut tables.credentials, access.credentials.rows);
+                    *changed |= replace(&mut tables.grants, access.grants.rows);
                     self.state.outdated.clear();
                 }
                 Err(error) => keep_first(&mut outcome, Err(error))?,
@@ -200,15 +211,11 @@ impl AccessFollower {
         for table in self.state.outdated.clone() {
             match self.read_table(session, table).await {
                 Ok(differs) => {
-                    changed |= differs;
+                    self.state.changed |= differs;
                     self.state.outdated.remove(&table);
                 }
                 Err(error) => keep_first(&mut outcome, Err(error))?,
             }
-        }
-        if changed {
-            let AccessTables { callers, credentials, grants } = &self.state.tables;
-            self.directory.replace(callers::assemble(callers, credentials, grants));
         }
         outcome
     }

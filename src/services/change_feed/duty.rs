@@ -113,7 +113,7 @@ impl<D: Duty> RepeatedDuty<D> {
             Ok(()) => self.context.health.succeeded(D::NAME),
             Err(error) => {
                 // After a timeout the session may still be busy with the statement.
-                if error.may_be_outage() {
+                if error.may_be_outage() || error.spoils_session() {
                     self.session = None;
                     self.duty.forget();
                 }
@@ -143,7 +143,11 @@ impl DutyContext {
         session.limit(lock_timeout, STATEMENT_TIMEOUT).await?;
         match deployment::check(session.connection()?, &self.identity).await {
             Ok(IdentityCheck::Same) => {}
-            Ok(IdentityCheck::Different | IdentityCheck::Missing) => return Err(REPLACED),
+            Ok(IdentityCheck::Different) => return Err(REPLACED),
+            // The duty `identity` restores it.
+            Ok(IdentityCheck::Missing) => {
+                return Err(StoreError::NotFound("the row of deployment does not exist".into()));
+            }
             Err(error) if error.may_be_outage() => return Err(error),
             // The table may be locked. The duty `identity` reports that, and tries it again.
             Err(error) => debug!(%error, "the database's identity cannot be checked yet"),

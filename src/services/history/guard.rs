@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use super::verification::{HistoryError, HistoryGuard, VerifiedSession, is_old_primary};
-use crate::store::{Database, StoreError};
+use crate::store::{Answer, Database, StoreError};
 
 /// The pause between two readings. The notification of a change ends it early, so that a change that became
 /// effective here is remembered at once.
@@ -114,7 +114,7 @@ impl HistoryGuard {
     }
 
     fn close_for_good(&self, error: HistoryError) -> HistoryError {
-        self.gate.close(error.to_string(), true);
+        self.gate.close(error.to_string(), Answer::Refused);
         error
     }
 
@@ -136,7 +136,7 @@ impl HistoryGuard {
             }
             tokio::select! {
                 () = sleep_until(probes.next.min(polled + POLL_INTERVAL)) => {}
-                () = self.gate.doubted() => probes.next = Instant::now(),
+                () = self.gate.doubted() => probes.next = probes.next.min(polled + PROBE_PAUSE),
                 () = self.gate.changed() => sleep_until(polled + MIN_POLL_INTERVAL).await,
             }
         }
@@ -176,7 +176,10 @@ impl HistoryGuard {
                 Err(error) => {
                     match &error {
                         HistoryError::Store(error) => self.gate.close_after(error),
-                        error => self.gate.close(error.to_string(), true),
+                        HistoryError::File(_) => {
+                            self.gate.close(error.to_string(), Answer::Refused);
+                        }
+                        error => self.gate.close(error.to_string(), Answer::Elsewhere),
                     }
                     error.to_string()
                 }
@@ -219,7 +222,8 @@ mod tests {
     use crate::services::history::{DatabaseMismatch, Difference, LostRecords};
 
     fn elsewhere() -> Result<(), StoreError> {
-        Err(StoreError::Unverified { reason: "it leads to a standby".into() })
+        let reason = "it leads to a standby".into();
+        Err(StoreError::Unverified { reason, primary_answers: false })
     }
 
     fn silent() -> Result<(), StoreError> {

@@ -195,7 +195,9 @@ impl HistoryGuard {
         self.check(&reading).await?;
         let found = reading.found;
         self.remember(&found);
-        self.save().await?;
+        if let Err(error) = self.save().await {
+            warn!(%error, "what was seen of the database cannot be saved for the next start");
+        }
         self.gate.open(&lock);
         Ok(VerifiedSession { session, snapshot: found.snapshot, refuses: false })
     }

@@ -54,6 +54,9 @@ use crate::{
 const UNAVAILABLE_PAUSE: Duration = Duration::from_secs(1);
 /// How long the record of an issue may take to become durable. After that, the token is dropped.
 const RECORD_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long after the start of a claim the upstream is called at the latest. With the time that storing a
+/// token takes, it is less than the time that a lease lasts beyond a call.
+const LATEST_CALL: Duration = Duration::from_secs(8);
 /// How long storing a token is retried. It is less than the time that a lease lasts beyond a call.
 const STORE_TIMEOUT: Duration = Duration::from_secs(10);
 /// The pause between two tries to store a token.
@@ -188,10 +191,16 @@ impl TokenIssuer {
         if self.next_attempt_at(&snapshot).is_none_or(|at| at > self.clock().now()) {
             return AttemptOutcome::Done;
         }
+        let began = self.clock().now();
         let permission = match self.claim(entry, &snapshot).await {
             Ok(permission) => permission,
             Err(outcome) => return outcome,
         };
+        if let Permission::Lease(lease) = &permission
+            && until_from(began, self.clock().now()) > LATEST_CALL
+        {
+            return self.give_up(entry, lease).await;
+        }
         let priority = self.view(&snapshot).priority_class();
         let issued = match self.call_upstream(permission.attempt(), priority).await {
             Ok(issued) => issued,
@@ -200,8 +209,11 @@ impl TokenIssuer {
         let Some(token) = self.record(entry, &permission, issued).await else {
             // Under a lease, the attempt has no recorded end, which means that a token may have been
             // issued. Without a lease, it must be marked here.
-            if let Permission::SoleReplica { .. } = permission {
-                self.state.pending.mark_possibly_revoked(entry.id());
+            match &permission {
+                Permission::Lease(lease) => self.end_call(lease).await,
+                Permission::SoleReplica { .. } => {
+                    self.state.pending.mark_possibly_revoked(entry.id());
+                }
             }
             return AttemptOutcome::RetryAfter(UNAVAILABLE_PAUSE);
         };
@@ -492,6 +504,17 @@ impl TokenIssuer {
             debug!(account = %lease.attempt.account, %error,
                 "an ended call counts until its lease expires");
         }
+    }
+
+    /// Gives back a lease without a call: the process was paused since the claim, and the lease might end
+    /// before the call does. Then another replica could issue at the same time.
+    async fn give_up(&self, entry: &CachedAccount, lease: &Lease) -> AttemptOutcome {
+        let account = &entry.snapshot().account.name;
+        warn!(%account, "this process was paused after a claim, so the upstream is not called");
+        if let Err(error) = within(leases::release(&self.infrastructure.pool, lease)).await {
+            debug!(%account, %error, "a lease that is not used ends by itself");
+        }
+        self.reload(entry).await
     }
 
     /// Drops a token that came after its lease was superseded, and releases the lease. If the upstream ends
