@@ -59,12 +59,9 @@ const ODD_SETTINGS: &[(&str, &str)] = &[
     ("check_function_bodies", "off"),
     ("quote_all_identifiers", "on"),
     ("plan_cache_mode", "force_generic_plan"),
-    ("jit", "on"),
     ("xmloption", "document"),
     ("client_min_messages", "debug5"),
     ("work_mem", "64"),
-    ("enable_seqscan", "off"),
-    ("enable_indexscan", "off"),
 ];
 
 /// Gives the database a default for a setting, which new sessions take.
