@@ -22,18 +22,19 @@ use crate::{
     outages::until_readiness_says,
 };
 
-/// Settings that an admin may give a database, and that would change what statements do.
+/// Settings that an admin may give a database, and that would change what statements do. If all are given, the
+/// last value of each counts.
 const ODD_SETTINGS: &[(&str, &str)] = &[
-    ("default_transaction_isolation", "serializable"),
     ("default_transaction_isolation", "repeatable read"),
+    ("default_transaction_isolation", "serializable"),
     ("default_transaction_read_only", "on"),
     ("default_transaction_deferrable", "on"),
     ("synchronous_commit", "off"),
     ("synchronous_commit", "local"),
-    ("statement_timeout", "20"),
     ("statement_timeout", "0"),
-    ("lock_timeout", "1"),
+    ("statement_timeout", "20"),
     ("lock_timeout", "0"),
+    ("lock_timeout", "1"),
     ("idle_in_transaction_session_timeout", "1"),
     ("idle_session_timeout", "2000"),
     ("exit_on_error", "on"),
@@ -58,12 +59,9 @@ const ODD_SETTINGS: &[(&str, &str)] = &[
     ("check_function_bodies", "off"),
     ("quote_all_identifiers", "on"),
     ("plan_cache_mode", "force_generic_plan"),
-    ("jit", "on"),
     ("xmloption", "document"),
     ("client_min_messages", "debug5"),
     ("work_mem", "64"),
-    ("enable_seqscan", "off"),
-    ("enable_indexscan", "off"),
 ];
 
 /// Gives the database a default for a setting, which new sessions take.
