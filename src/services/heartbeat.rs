@@ -6,7 +6,12 @@
 //! knows of all others that serve, since it stores whom it knows in its next heartbeat: the acknowledgement is
 //! visible only after the knowledge. `ARCHITECTURE.md` has the whole protocol.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    mem,
+    sync::Arc,
+    time::Duration,
+};
 
 use sqlx::PgPool;
 use thiserror::Error;
@@ -36,6 +41,11 @@ const ABSENT_AFTER: Duration = Duration::from_secs(30);
 /// [`ABSENT_AFTER`]: a replica that was paused does not count as the only one any more when others count it as
 /// stopped. It is longer than the change feed needs to notice that the database hangs, 13 seconds.
 const ALONE_FOR: Duration = Duration::from_secs(25);
+/// After a longer gap between two of its own heartbeats, a replica does not trust that the old heartbeats of others
+/// mean that they have stopped: the database may have been away for all. It is so much shorter than
+/// [`ABSENT_AFTER`] that a replica which stores its heartbeats late, or returns late after an outage, still counts
+/// as alive.
+const LONGEST_GAP: Duration = Duration::from_secs(15);
 /// A start does not wait for the acknowledgement of a replica that has stored no heartbeat for this long, while
 /// the database answered, since it was probably killed.
 const PROMPT: Duration = Duration::from_secs(5);
@@ -103,6 +113,65 @@ fn standing(others: &[OtherReplica], observed: Duration) -> Standing {
     }
 }
 
+/// For how long this process has seen the last heartbeat of each other replica unchanged.
+///
+/// If the database's clock was set back, a heartbeat is in the future, and does not grow old. But a replica that is
+/// alive replaces it within moments.
+#[derive(Debug, Default)]
+struct Observed(BTreeMap<String, (Timestamp, Instant)>);
+
+impl Observed {
+    /// Records what was read at `now`, and raises each replica's silence to the time for which its heartbeat has
+    /// not changed.
+    fn update(&mut self, others: &mut [OtherReplica], now: Instant) {
+        let before = mem::take(&mut self.0);
+        for other in others {
+            let since = match before.get(&other.instance) {
+                Some((heartbeat_at, since)) if *heartbeat_at == other.heartbeat_at => *since,
+                _ => now,
+            };
+            other.silent_for = other.silent_for.max(now.duration_since(since));
+            self.0.insert(other.instance.clone(), (other.heartbeat_at, since));
+        }
+    }
+}
+
+/// The heartbeats that this process has stored without a gap. After an outage of the database, the heartbeats of all
+/// replicas are old, so the first one to return would take itself for the only one.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+struct Run {
+    /// When it began: with the announcement, or with the first heartbeat after a gap.
+    since: Instant,
+    /// When its last heartbeat began.
+    last: Instant,
+    /// Whether it began with the announcement of this process.
+    from_start: bool,
+}
+
+impl Run {
+    /// Returns the run that begins with the announcement of this process.
+    fn from_start(announced: Instant) -> Self {
+        Self { since: announced, last: announced, from_start: true }
+    }
+
+    /// Returns the run that begins after a gap.
+    fn after_gap(now: Instant) -> Self {
+        Self { since: now, last: now, from_start: false }
+    }
+
+    /// Returns whether a heartbeat, after which the others were read at `now`, continues the run.
+    fn lasts(&self, now: Instant) -> bool {
+        now.duration_since(self.last) <= LONGEST_GAP
+    }
+
+    /// Returns whether `standing`, read at `now`, proves that there is no other replica. In the first run it must
+    /// suffice what a start waits for, so that a replica that is really alone counts as such at once.
+    fn proves_alone(&self, standing: Standing, now: Instant) -> bool {
+        let looked_long = now.duration_since(self.since) >= ABSENT_AFTER;
+        standing.others == 0 && (looked_long || self.from_start && standing.awaited == 0)
+    }
+}
+
 /// Whether this process may take over the row of its instance.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Takeover {
@@ -123,16 +192,24 @@ fn takeover(
     observed: Duration,
     ended: &[String],
 ) -> Takeover {
+    // A heartbeat in the future, since the database's clock was set back, does not grow old.
+    let silent_for = now.silent_for.max(observed);
     let has_ended = now.start.as_ref().is_some_and(|start| ended.contains(start));
     if now.stopped || has_ended {
         Takeover::Now
     } else if now.start != first.start || now.heartbeat_at != first.heartbeat_at {
         Takeover::Refused
-    } else if now.silent_for >= ABSENT_AFTER && observed >= PROMPT {
+    } else if silent_for >= ABSENT_AFTER && observed >= PROMPT {
         Takeover::Now
     } else {
         Takeover::Watch
     }
+}
+
+/// Returns whether a process whose announcement was lost may store it again: the row is missing, or belongs to one of
+/// the starts `ours`.
+fn may_be_restored(found: Option<&EarlierProcess>, ours: &[String]) -> bool {
+    found.is_none_or(|row| row.start.as_ref().is_some_and(|start| ours.contains(start)))
 }
 
 /// Returns `own`, or the next number that is not `taken`.
@@ -156,6 +233,10 @@ pub struct HeartbeatTask {
     seen: Vec<String>,
     /// When this process announced itself.
     announced: Instant,
+    /// The heartbeats that this process has stored without a gap.
+    run: Run,
+    /// What was read of the others in that run.
+    observed: Observed,
     standing: watch::Sender<Option<Standing>>,
 }
 
@@ -173,6 +254,7 @@ impl HeartbeatTask {
         let standing = watch::Sender::new(None);
         // An announcement whose answer was lost is repeated.
         ended.push(replica.start.clone());
+        let now = Instant::now();
         Self {
             replica,
             pool,
@@ -180,7 +262,9 @@ impl HeartbeatTask {
             journal,
             ended,
             seen: Vec::new(),
-            announced: Instant::now(),
+            announced: now,
+            run: Run::from_start(now),
+            observed: Observed::default(),
             standing,
         }
     }
@@ -207,10 +291,13 @@ impl HeartbeatTask {
     /// [`IdentityError::InUse`] if another process acts under the identity; else the database's error.
     pub async fn announce(&mut self) -> Result<(), IdentityError> {
         let instance = self.replica.instance.clone();
-        let (mut first, began) = (None, Instant::now());
+        let (mut first, mut began) = (None, Instant::now());
         self.choose_number().await?;
         loop {
             let now = within(instances::earlier_process(&self.pool, &instance)).await?;
+            if first.is_none() {
+                began = Instant::now();
+            }
             let may = match (&first, &now) {
                 (_, None) => Takeover::Now,
                 (first, Some(now)) => {
@@ -220,6 +307,7 @@ impl HeartbeatTask {
             match may {
                 Takeover::Now if self.try_announce(now.as_ref()).await? => {
                     self.announced = Instant::now();
+                    self.run = Run::from_start(self.announced);
                     return Ok(());
                 }
                 Takeover::Refused => return Err(IdentityError::InUse(instance)),
@@ -319,9 +407,15 @@ impl HeartbeatTask {
             return self.restore_row().await;
         }
         let ReplicaIdentity { instance, start, .. } = &self.replica;
-        let others = within(instances::others(&self.pool, instance, start, CONSIDERED)).await?;
+        let mut others = within(instances::others(&self.pool, instance, start, CONSIDERED)).await?;
+        let now = Instant::now();
+        if !self.run.lasts(now) {
+            self.begin_run(now);
+        }
+        self.run.last = began;
+        self.observed.update(&mut others, now);
         let standing = standing(&others, self.announced.elapsed());
-        let alone_until = (standing.others == 0).then_some(began + ALONE_FOR);
+        let alone_until = self.run.proves_alone(standing, now).then_some(began + ALONE_FOR);
         self.connectivity.heartbeat_stored(alone_until, standing.unaware > 0);
         let seen: Vec<_> = others.into_iter().filter_map(|other| other.start).collect();
         let unacknowledged = seen.iter().any(|start| !self.seen.contains(start));
@@ -330,17 +424,36 @@ impl HeartbeatTask {
         Ok(if unacknowledged { Duration::ZERO } else { HEARTBEAT_INTERVAL })
     }
 
+    /// Begins another run of heartbeats. What was read of the others before the gap says nothing about them.
+    fn begin_run(&mut self, now: Instant) {
+        self.run = Run::after_gap(now);
+        self.observed = Observed::default();
+    }
+
     /// Announces this process again if the database lost its announcement: an admin deleted the row, or an older
     /// state was restored, which the change feed examines.
     async fn restore_row(&mut self) -> Result<Duration, IdentityError> {
-        let instance = self.replica.instance.clone();
-        let found = within(instances::earlier_process(&self.pool, &instance)).await?;
-        let start = found.as_ref().and_then(|found| found.start.as_ref());
-        let is_ours = found.is_none() || start.is_some_and(|start| self.ended.contains(start));
-        if is_ours && self.try_announce(found.as_ref()).await? {
+        // The rows of the others may be lost, or old, too.
+        self.begin_run(Instant::now());
+        let found = self.read_own_row().await?;
+        if self.try_announce(found.as_ref()).await? {
             return Ok(Duration::ZERO);
         }
-        Err(IdentityError::InUse(instance))
+        // The row has changed since it was read. That may be an earlier announcement of this process, whose answer
+        // was lost; then the next heartbeat finds it.
+        self.read_own_row().await?;
+        Ok(HEARTBEAT_INTERVAL)
+    }
+
+    /// Returns the row of this instance, if there is one. Fails if it belongs to another process.
+    async fn read_own_row(&self) -> Result<Option<EarlierProcess>, IdentityError> {
+        let instance = &self.replica.instance;
+        let found = within(instances::earlier_process(&self.pool, instance)).await?;
+        if may_be_restored(found.as_ref(), &self.ended) {
+            Ok(found)
+        } else {
+            Err(IdentityError::InUse(instance.clone()))
+        }
     }
 }
 
@@ -355,6 +468,7 @@ mod tests {
             instance: "i-other".into(),
             start: start.map(Into::into),
             replica: 1,
+            heartbeat_at: DateTime::UNIX_EPOCH,
             silent_for: Duration::from_secs(silent_for),
             knows_us,
         }
@@ -406,6 +520,63 @@ mod tests {
         assert_eq!(judge(&first, &earlier("third", 100, 0, false)), Takeover::Refused);
         let mine = earlier("mine", 100, 0, false);
         assert_eq!(judge(&mine, &mine), Takeover::Now, "a restart is not delayed");
+        let observed = ABSENT_AFTER.saturating_sub(Duration::from_millis(1));
+        assert_eq!(after(observed, &first, &first), Takeover::Watch, "it is in the future");
+        assert_eq!(after(ABSENT_AFTER, &first, &first), Takeover::Now, "it stays in the future");
+    }
+
+    #[test]
+    fn a_heartbeat_in_the_future_counts_only_until_it_was_seen_unchanged_for_long() {
+        let began = Instant::now();
+        let mut observed = Observed::default();
+        let mut after = |seconds, heartbeat| {
+            let mut others = [other(Some("a"), 0, false)];
+            others[0].heartbeat_at = DateTime::UNIX_EPOCH + TimeDelta::seconds(heartbeat);
+            observed.update(&mut others, began + Duration::from_secs(seconds));
+            let Standing { others, unaware, awaited } = standing(&others, PROMPT);
+            (others, unaware, awaited)
+        };
+        assert_eq!(after(0, 100), (1, 1, 1));
+        assert_eq!(after(4, 100), (1, 1, 1));
+        assert_eq!(after(6, 100), (1, 1, 0), "a start does not wait for it");
+        assert_eq!(after(7, 101), (1, 1, 1), "it is alive");
+        assert_eq!(after(36, 101), (1, 1, 0));
+        assert_eq!(after(37, 101), (0, 0, 0), "it counts as stopped");
+        assert_eq!(after(38, 50), (1, 1, 1), "its next heartbeat is not in the future");
+    }
+
+    #[test]
+    fn a_replica_is_not_alone_just_because_an_outage_made_all_heartbeats_old() {
+        let began = Instant::now();
+        let at = |seconds| began + Duration::from_secs(seconds);
+        let (nobody, old) = (standing(&[], PROMPT), [other(Some("a"), 40, false)]);
+        let first = Run::from_start(began);
+        assert!(first.proves_alone(nobody, at(0)), "a start that is really alone");
+        assert!(
+            !first.proves_alone(standing(&old, Duration::ZERO), at(0)),
+            "it may be about to return"
+        );
+        assert!(first.proves_alone(standing(&old, PROMPT), at(5)));
+        assert!(!first.proves_alone(standing(&[other(Some("a"), 29, true)], PROMPT), at(60)));
+
+        assert!(first.lasts(at(15)), "as after a short outage");
+        assert!(!first.lasts(at(16)));
+        let after_outage = Run::after_gap(at(40));
+        assert!(!after_outage.proves_alone(nobody, at(40)));
+        assert!(!after_outage.proves_alone(standing(&old, PROMPT), at(69)));
+        assert!(after_outage.proves_alone(nobody, at(70)));
+        assert!(HEARTBEAT_INTERVAL < LONGEST_GAP && LONGEST_GAP * 2 <= ABSENT_AFTER);
+    }
+
+    #[test]
+    fn a_lost_announcement_is_repeated_only_over_a_row_of_this_process_or_of_one_that_has_ended() {
+        let ours = ["ended".to_owned(), "own".to_owned()];
+        let may = |found: &EarlierProcess| may_be_restored(Some(found), &ours);
+        assert!(may_be_restored(None, &ours), "an admin deleted it");
+        assert!(may(&earlier("own", 100, 0, false)), "an answer was lost");
+        assert!(may(&earlier("ended", 100, 0, false)), "an older state was restored");
+        assert!(!may(&earlier("twin", 100, 0, false)));
+        assert!(!may(&EarlierProcess { start: None, ..earlier("own", 100, 0, true) }));
     }
 
     #[test]

@@ -147,7 +147,9 @@ pub struct OtherReplica {
     pub start: Option<String>,
     /// Its replica number.
     pub replica: i32,
-    /// How long ago its last heartbeat was stored.
+    /// Its last heartbeat.
+    pub heartbeat_at: Timestamp,
+    /// How long ago the last heartbeat was stored, by the database's clock; zero if that was set back.
     pub silent_for: Duration,
     /// Whether it knew of this process before it stored that heartbeat.
     pub knows_us: bool,
@@ -190,6 +192,7 @@ pub async fn others(
             instance: row.id,
             start: row.start_nonce,
             replica: row.replica,
+            heartbeat_at: row.heartbeat_at,
             silent_for: until_from(row.heartbeat_at, row.now),
             knows_us: row.knows_us,
         })
