@@ -8,8 +8,8 @@ use rustls::{CertificateError, Error, pki_types::CertificateDer};
 use tokio::time::sleep;
 
 use super::{
-    Tls,
     certificate::{self, PeerIdentity, unix_time},
+    reloaded::Tls,
 };
 use crate::domain::clock::Timestamp;
 

@@ -30,6 +30,7 @@ pub(crate) mod pgbouncer;
 pub(crate) mod process;
 pub(crate) mod raw_http2;
 pub(crate) mod rng;
+#[cfg(feature = "embedded-postgres")]
 pub(crate) mod shifted_clock;
 
 use std::time::{Duration, Instant};

@@ -70,7 +70,6 @@ pub(crate) struct ShiftedPostgres {
 
 impl ShiftedPostgres {
     /// Starts a server with the programs and the user of the embedded one, which creates its data.
-    #[cfg(feature = "embedded-postgres")]
     pub(crate) async fn start(clock: &ShiftedClock) -> Self {
         use token_broker::dev::postgres::{DATABASE, DataLocation, EmbeddedPostgres};
 

@@ -55,6 +55,7 @@ mod skipped {
         inputs_server_log
         postgres
         processes_canaries
+        processes_clocks
         processes_crashes_paused_postgres
         processes_database_crashes
         processes_dev

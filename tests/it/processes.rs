@@ -5,6 +5,7 @@ mod audit_commands;
 #[cfg(feature = "embedded-postgres")]
 mod canaries;
 mod check;
+#[cfg(feature = "embedded-postgres")]
 mod clocks;
 mod crashes;
 #[cfg(feature = "embedded-postgres")]

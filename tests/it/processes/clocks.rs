@@ -208,7 +208,6 @@ async fn a_clock_that_is_wrong_at_the_brokers_start_neither_prolongs_a_token_nor
     futures_util::future::join_all(leaps).await;
 }
 
-#[cfg(feature = "embedded-postgres")]
 async fn check_leap_of_the_databases_clock(ahead: i64) {
     use crate::harness::shifted_clock::ShiftedPostgres;
 
@@ -238,14 +237,12 @@ async fn check_leap_of_the_databases_clock(ahead: i64) {
     serve.kill().await;
 }
 
-#[cfg(feature = "embedded-postgres")]
 #[tokio::test]
 async fn after_the_databases_clock_was_set_back_tokens_are_issued_and_none_is_served_after_its_end()
 {
     check_leap_of_the_databases_clock(-600).await;
 }
 
-#[cfg(feature = "embedded-postgres")]
 #[tokio::test]
 async fn after_the_databases_clock_was_set_ahead_tokens_are_issued_and_none_is_served_after_its_end()
  {
