@@ -85,6 +85,7 @@ impl Components {
             upstream: self.upstream.clone(),
             journal: self.journal.clone(),
             clock: self.clock.clone(),
+            database_clock: self.database_clock.clone(),
             metrics: self.metrics.clone(),
             upstream_skew_ms: self.upstream_skew_ms.clone(),
         };

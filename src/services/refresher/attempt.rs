@@ -307,7 +307,10 @@ impl TokenIssuer {
             return Err(AttemptOutcome::Done);
         };
         let latest = token.as_ref().map(|token| token.generation).max(refresh.stored_generation);
-        let generation = Generation::next(now, self.holder().replica, latest);
+        // Generations under leases are by the database's clock. One by another clock that is ahead could outrank
+        // all that follow.
+        let database_now = self.infrastructure.database_clock.now();
+        let generation = Generation::next(database_now, self.holder().replica, latest);
         let attempt = account.attempt(credential_version, generation);
         let attempt = Box::new(attempt.ok_or(AttemptOutcome::Done)?);
         if let Err(error) = self.state.pending.begin(account.id).await {

@@ -12,7 +12,7 @@ use crate::{
     domain::clock::Clock,
     services::{
         account_cache::AccountCache, account_loader::AccountLoader,
-        connectivity::DatabaseConnectivity,
+        connectivity::DatabaseConnectivity, database_clock::DatabaseClock,
     },
     store::leases::LeaseHolder,
     telemetry::Metrics,
@@ -42,6 +42,8 @@ pub struct IssueInfrastructure {
     pub journal: Journal,
     /// The local clock.
     pub clock: Clock,
+    /// The database's clock, by which generations are numbered.
+    pub database_clock: Arc<DatabaseClock>,
     /// Counts issues by their result.
     pub metrics: Arc<Metrics>,
     /// How far the upstream's clock was ahead of the local one at the last issue, in milliseconds. The
