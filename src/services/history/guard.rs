@@ -99,7 +99,12 @@ impl HistoryGuard {
         loop {
             match self.follow(&mut session, &gated).await {
                 Ended::Untrusted(error) => {
-                    self.gate.close_after(&error);
+                    match &error {
+                        StoreError::Unverified { .. } => self.gate.close_after(&error),
+                        // A lost session does not show whether the server answers. The verification, which
+                        // follows at once, does.
+                        _ => self.gate.close(error.to_string(), Answer::Refused),
+                    }
                     warn!(%error, "the database is not used until it has been verified again");
                 }
                 Ended::Fatal(error) => return self.close_for_good(error),
