@@ -21,7 +21,10 @@ use crate::{
         clock::{Clock, Timestamp},
     },
     files::secret_file::SecretFile,
-    store::admin::{Admin, NewBearer, NewCaller, NewGrant},
+    store::{
+        StoreError,
+        admin::{Admin, NewBearer, NewCaller, NewGrant},
+    },
 };
 
 /// Registers callers and grants them accounts
@@ -190,7 +193,12 @@ pub(super) async fn run(global: &GlobalArgs, args: CallerArgs) -> anyhow::Result
                 bearer_sha256: bearer.as_ref().map(|new| new.bearer.sha256()),
                 identities: &identities,
             };
-            admin.add_caller(&caller).await?;
+            if let Err(error) = admin.add_caller(&caller).await {
+                return Err(match bearer {
+                    Some(bearer) => bearer.not_registered(error),
+                    None => error.into(),
+                });
+            }
             note(format_args!("caller {name} is registered; it has no grants yet"));
             if let Some(bearer) = bearer {
                 bearer.hand_over()?;
@@ -253,7 +261,10 @@ async fn bearer(admin: &Admin, command: BearerCommand) -> anyhow::Result<()> {
             let secret = NewSecret::create(out)?;
             let new =
                 NewBearer { sha256: secret.bearer.sha256(), ends_at, description: &description };
-            let id = admin.add_bearer(&name, new).await?;
+            let id = match admin.add_bearer(&name, new).await {
+                Ok(id) => id,
+                Err(error) => return Err(secret.not_registered(error)),
+            };
             note(format_args!("caller {name} has a new bearer, number {id}"));
             secret.hand_over()
         }
@@ -272,7 +283,7 @@ async fn bearer(admin: &Admin, command: BearerCommand) -> anyhow::Result<()> {
 }
 
 /// A bearer that is about to be registered, and the file that it was written to, if any. The file is removed
-/// if this is dropped, because the database has refused the bearer.
+/// if this is dropped, because nothing was registered.
 struct NewSecret {
     bearer: Bearer,
     file: Option<(PathBuf, SecretFile)>,
@@ -293,6 +304,23 @@ impl NewSecret {
         Ok(Self { bearer, file })
     }
 
+    /// Returns the error to show after the registration has failed with `error`. Unless it is certain that nothing
+    /// was registered, the file stays: it may hold a bearer that is valid.
+    fn not_registered(self, error: StoreError) -> anyhow::Error {
+        let uncertain = is_outcome_uncertain(&error);
+        let error = anyhow::Error::from(error);
+        match self.file {
+            Some((path, file)) if uncertain => {
+                file.keep();
+                error.context(format!(
+                    "the bearer may be registered; it stays in {}. See `caller bearer list`",
+                    path.display()
+                ))
+            }
+            _ => error,
+        }
+    }
+
     /// Leaves the bearer to the user after its registration: in its file, or else printed. It cannot be
     /// printed again, because only its hash is stored.
     fn hand_over(self) -> anyhow::Result<()> {
@@ -306,6 +334,39 @@ impl NewSecret {
     }
 }
 
+/// Returns whether a transaction that failed with `error` may have been committed: the server has neither refused
+/// it nor lacked what it needs, so the answer to the commit may have been lost.
+fn is_outcome_uncertain(error: &StoreError) -> bool {
+    match error {
+        StoreError::NotFound(_)
+        | StoreError::Conflict { .. }
+        | StoreError::InvalidUrl
+        | StoreError::Schema(_)
+        | StoreError::UnsafeSchema(_)
+        | StoreError::UnusableSession(_) => false,
+        // A server or pooler that shuts down reports that too, with an SQLSTATE.
+        error => error.may_be_outage() || error.sqlstate().is_none(),
+    }
+}
+
 fn joined(patterns: &[AccountPattern]) -> String {
     patterns.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_file_of_a_bearer_stays_only_if_the_bearer_may_be_registered() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("bearer");
+        let secret = NewSecret::create(Some(path.clone())).unwrap();
+        drop(secret.not_registered(StoreError::NotFound("caller shop does not exist".into())));
+        assert!(!path.exists());
+        let secret = NewSecret::create(Some(path.clone())).unwrap();
+        let error = secret.not_registered(StoreError::TimedOut { reason: "the commit" });
+        assert!(path.exists());
+        assert!(error.to_string().contains(&path.display().to_string()), "{error}");
+    }
 }

@@ -46,7 +46,7 @@ impl SecretFile {
 impl Drop for SecretFile {
     fn drop(&mut self) {
         if !self.kept {
-            // If it stays behind, it holds a secret that opens nothing.
+            // Nobody has registered the secret. So if the file stays behind, it opens nothing.
             let _ = fs::remove_file(&self.path);
         }
     }

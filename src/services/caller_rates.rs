@@ -36,11 +36,12 @@ pub struct CallerRates {
 pub struct Budget {
     used: Gcra,
     scans: Semaphore,
+    pushes: Semaphore,
 }
 
 impl Default for Budget {
     fn default() -> Self {
-        Self { used: Gcra::default(), scans: Semaphore::new(SCANS) }
+        Self { used: Gcra::default(), scans: Semaphore::new(SCANS), pushes: Semaphore::new(1) }
     }
 }
 
@@ -50,6 +51,14 @@ impl Budget {
     pub async fn scan_permit(&self) -> Option<SemaphorePermit<'_>> {
         // This fails only for a closed semaphore, and this one is never closed.
         self.scans.acquire().await.ok()
+    }
+
+    /// Waits for the caller's turn to push a token. Of all streams of the caller, only the one that has the turn
+    /// waits for the rate; otherwise all would wake whenever it permits one token. Streams get the turn in the
+    /// order in which they asked for it. Cancel safe, but loses the place in that order.
+    pub async fn push_turn(&self) -> Option<SemaphorePermit<'_>> {
+        // This fails only for a closed semaphore, and this one is never closed.
+        self.pushes.acquire().await.ok()
     }
 }
 
@@ -102,6 +111,8 @@ impl CallerRates {
 
 #[cfg(test)]
 mod tests {
+    use futures_util::FutureExt;
+
     use super::*;
 
     fn caller(id: i64, rate_limit: Option<u32>) -> Caller {
@@ -140,6 +151,21 @@ mod tests {
         assert_eq!((0..100).filter(|_| rates.take(&caller, later).is_ok()).count(), 5);
         rates.charge(&caller, 99, later + Duration::from_secs(1));
         assert_eq!(rates.take_push(&caller, later + Duration::from_secs(1)), Ok(()));
+    }
+
+    #[tokio::test]
+    async fn streams_of_a_caller_get_the_turn_to_push_in_the_order_in_which_they_asked() {
+        let budget = Budget::default();
+        let held = budget.push_turn().await;
+        let (mut second, mut third) = (Box::pin(budget.push_turn()), Box::pin(budget.push_turn()));
+        assert!(second.as_mut().now_or_never().is_none());
+        assert!(third.as_mut().now_or_never().is_none());
+        drop(held);
+        assert!(third.as_mut().now_or_never().is_none());
+        let held = second.as_mut().now_or_never().unwrap();
+        assert!(third.as_mut().now_or_never().is_none());
+        drop(held);
+        assert!(third.as_mut().now_or_never().is_some());
     }
 
     #[test]

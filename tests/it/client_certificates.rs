@@ -223,6 +223,13 @@ async fn a_certificate_that_is_revoked_ends_its_connections_and_gets_no_new_one(
     lasting.get().await.unwrap();
     assert!(broker.serves(&good).await);
 
+    // A list that is appended replaces the one before it.
+    let appended =
+        [&[1][..], &[1, 2]].map(|serials| broker.callers_ca.revocation_list(serials, 4000));
+    write_revocation_lists(broker.directory(), &appended);
+    tokio::time::sleep(std::time::Duration::from_millis(1500)).await;
+    assert!(!broker.serves(&revoked_later).await && broker.serves(&good).await);
+
     // A file that cannot be used revokes nothing, and takes nothing back.
     for unusable in ["", "nonsense", "-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n"] {
         write_revocation_lists(broker.directory(), &[unusable.to_owned()]);

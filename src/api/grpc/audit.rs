@@ -4,6 +4,7 @@
 mod context;
 mod deadline;
 mod draft_record;
+mod token_access;
 
 use std::{
     convert::Infallible,
@@ -20,6 +21,7 @@ pub use context::CallContext;
 use context::trace_id_of;
 use deadline::{Deadline, timeout_of};
 pub use draft_record::DraftRecord;
+use draft_record::TokenInResponse;
 use futures_util::FutureExt;
 use http::{Request, Response};
 use tokio::time::Instant;
@@ -225,7 +227,7 @@ impl AuditLayer {
     }
 
     /// Writes the record of a call that reached its RPC. Returns the response to send: the RPC's own only
-    /// when the record is durable, and, if it holds a token, while the token is live.
+    /// when the record is durable, and, if it holds a token, while the token is live and the caller may have it.
     async fn record(
         &self,
         response: Response<Body>,
@@ -234,7 +236,7 @@ impl AuditLayer {
         draft: &DraftRecord,
     ) -> Response<Body> {
         let code = code_of(&response);
-        let (record, token_expires_at) = draft.finish(outcome_of(code), arrived.elapsed());
+        let (record, token) = draft.finish(outcome_of(code), arrived.elapsed());
         let timeout = deadline.time_for_record(RECORD_TIMEOUT);
         let recorded = if code == Code::Ok {
             self.journal.append(record).durable(timeout).await
@@ -247,12 +249,20 @@ impl AuditLayer {
                 Status::from(CallRefusal::DeadlineExceeded).into_http()
             }
             Err(_) => Status::from(CallRefusal::AuditUnavailable).into_http(),
-            // The token may have expired during the wait for the record.
-            Ok(()) if token_expires_at.is_some_and(|at| at <= self.clock.now()) => {
-                Status::from(CallRefusal::TokenEnded).into_http()
-            }
-            Ok(()) => response,
+            Ok(()) => match token.map_or(Ok(()), |token| self.check_again(&token)) {
+                Ok(()) => response,
+                Err(refusal) => Status::from(refusal).into_http(),
+            },
         }
+    }
+
+    /// Checks that a token may still be sent. It, the credential or the grant may have ended during the wait for
+    /// the record, which says that the call was answered.
+    fn check_again(&self, token: &TokenInResponse) -> Result<(), CallRefusal> {
+        if token.expires_at <= self.clock.now() {
+            return Err(CallRefusal::TokenEnded);
+        }
+        token.access.check(&self.callers, self.database_clock.now())
     }
 
     /// Records a call that did not reach its RPC. Returns the response to send.

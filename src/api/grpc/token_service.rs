@@ -56,9 +56,9 @@ impl TokenService for TokenServiceHandler {
             Ok((account, token))
         })
         .await?;
-        context.draft.set_token(&token);
         let provider = &self.provider;
         let response = convert::token_response(provider, &self.api_base_url, &account, &token);
+        context.set_token(account, &token);
         Ok(Response::new(response))
     }
 

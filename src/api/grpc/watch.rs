@@ -5,7 +5,7 @@
 //! an index, each pushed token counts towards the caller's rate and is delayed until that permits it, and a
 //! stream without such accounts does not follow changes of accounts at all.
 
-use std::{collections::HashMap, future::pending, sync::Arc, time::Duration};
+use std::{collections::HashMap, future::pending, pin::pin, sync::Arc, time::Duration};
 
 use tokio::{
     sync::{
@@ -13,7 +13,7 @@ use tokio::{
         mpsc,
     },
     task::yield_now,
-    time::{Instant, sleep},
+    time::{Instant, sleep, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -44,9 +44,10 @@ use crate::{
 };
 
 /// How many events are buffered for a slow client. Once the buffer is full, the stream waits for the client.
-const BUFFERED_EVENTS: usize = 16;
-/// How often the stream checks whether its credential or a grant has ended. Changes of them in the database
-/// cause events, but the passing of an end date does not.
+/// A buffered event is not checked again before it is sent, so there is only one.
+const BUFFERED_EVENTS: usize = 1;
+/// How often the stream checks whether its credential or a grant has ended, also while it waits. Changes of them
+/// in the database cause events, but the passing of an end date does not.
 const EXPIRY_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// How many accounts are visited before other tasks of the thread may run.
 const ACCOUNTS_BEFORE_YIELD: usize = 256;
@@ -54,6 +55,7 @@ const ACCOUNTS_BEFORE_YIELD: usize = 256;
 const RECORD_TIMEOUT: Duration = Duration::from_secs(5);
 
 type EventSender = mpsc::Sender<Result<WatchTokensResponse, Status>>;
+type EventSlot = mpsc::OwnedPermit<Result<WatchTokensResponse, Status>>;
 type AccountChanges = broadcast::Receiver<Arc<CachedAccount>>;
 
 /// Starts a stream for the caller of `context` and returns its receiving end. A task sends the events; it
@@ -151,18 +153,20 @@ impl WatchStream {
         Ok(())
     }
 
+    /// Returns the caller as it is now, if its credential is still accepted.
+    fn current_caller(&self) -> Result<Arc<Caller>, CallRefusal> {
+        self.context.check_certificate()?;
+        self.provider.reauthenticate(&self.context.credential)
+    }
+
     /// Updates the caller and its grants. Ends the stream if its credential is no longer accepted.
     async fn reauthenticate(&mut self) -> Result<(), Ended> {
-        let caller = self
-            .context
-            .check_certificate()
-            .and_then(|()| self.provider.reauthenticate(&self.context.credential));
-        match caller {
+        match self.current_caller() {
             Ok(caller) => {
                 self.caller = caller;
                 Ok(())
             }
-            Err(refusal) => self.end_with(refusal).await,
+            Err(refusal) => Err(self.end_with(refusal).await),
         }
     }
 
@@ -242,7 +246,7 @@ impl WatchStream {
             self.wait_for_rate().await?;
             // The account, its token and its grant may have changed during the wait.
             if let Some((name, token)) = self.update(account).await? {
-                self.push(account.id(), &name, &token).await?;
+                self.push(account, &name, &token).await?;
             }
         }
         Ok(())
@@ -254,10 +258,24 @@ impl WatchStream {
         account: &CachedAccount,
     ) -> Result<Option<(AccountName, Arc<Token>)>, Ended> {
         self.reauthenticate().await?;
+        if let Some(reason) = self.end_reason(account) {
+            self.end_account(account.id(), reason).await?;
+            return Ok(None);
+        }
         let snapshot = account.snapshot();
         let name = &snapshot.account.name;
         let now = self.provider.clock.now();
-        let reason = if snapshot.removed {
+        let sent = self.watched.entry(account.id()).or_insert_with(|| (name.clone(), None)).1;
+        account.note_request(now);
+        let new = snapshot.live_token(now).filter(|token| sent != Some(token.generation));
+        Ok(new.map(|token| (name.clone(), token.clone())))
+    }
+
+    /// Returns why the account must not be on the stream; `None` if it may.
+    fn end_reason(&self, account: &CachedAccount) -> Option<Reason> {
+        let snapshot = account.snapshot();
+        let name = &snapshot.account.name;
+        if snapshot.removed {
             Some(Reason::Removed)
         } else if !self.patterns.matches(name.as_str())
             || !self.caller.permits(Right::Get, name, self.provider.database_clock.now())
@@ -267,20 +285,21 @@ impl WatchStream {
             Some(Reason::Disabled)
         } else {
             None
-        };
-        if let Some(reason) = reason {
-            self.end_account(account.id(), reason).await?;
-            return Ok(None);
         }
-        let sent = self.watched.entry(account.id()).or_insert_with(|| (name.clone(), None)).1;
-        account.note_request(now);
-        let new = snapshot.live_token(now).filter(|token| sent != Some(token.generation));
-        Ok(new.map(|token| (name.clone(), token.clone())))
     }
 
-    /// Waits until the caller's rate permits a pushed token. Ends the stream if its credential is no longer
-    /// accepted meanwhile.
+    /// Waits until the caller's rate permits a pushed token, and until the caller's other streams have had their
+    /// turn. Ends the stream if its credential is no longer accepted meanwhile.
     async fn wait_for_rate(&mut self) -> Result<(), Ended> {
+        let budget = Arc::clone(&self.budget);
+        // A new future would queue at the end again.
+        let mut turn = pin!(budget.push_turn());
+        let _turn = loop {
+            match timeout(EXPIRY_CHECK_INTERVAL, &mut turn).await {
+                Ok(turn) => break turn,
+                Err(_) => self.reauthenticate().await?,
+            }
+        };
         while let Err(wait) = self.provider.rates.take_push(&self.caller, Instant::now()) {
             sleep(wait.min(EXPIRY_CHECK_INTERVAL)).await;
             self.reauthenticate().await?;
@@ -288,10 +307,11 @@ impl WatchStream {
         Ok(())
     }
 
-    /// Records a token, waits until the record is durable, and then sends the token if it is still live.
+    /// Records a token, waits until the record is durable and the client has taken the previous event, and then
+    /// sends the token if it is still live and the caller may still have it.
     async fn push(
         &mut self,
-        id: AccountId,
+        account: &CachedAccount,
         name: &AccountName,
         token: &Arc<Token>,
     ) -> Result<(), Ended> {
@@ -299,32 +319,67 @@ impl WatchStream {
             .account(name)
             .token(token.generation, &token.fingerprint);
         if self.journal.append(record).durable(RECORD_TIMEOUT).await.is_err() {
-            return self.end_with(CallRefusal::AuditUnavailable).await;
+            return Err(self.end_with(CallRefusal::AuditUnavailable).await);
         }
-        self.watched.insert(id, (name.clone(), Some(token.generation)));
-        if !token.is_live(self.provider.clock.now()) {
-            return Ok(());
+        self.watched.insert(account.id(), (name.clone(), Some(token.generation)));
+        let slot = self.slot().await?;
+        if let Some(reason) = self.end_reason(account) {
+            // The end of the account takes the slot.
+            drop(slot);
+            return self.end_account(account.id(), reason).await;
         }
-        let response = token_response(&self.provider, &self.api_base_url, name, token);
-        self.send(name, ProtoEvent::Token(response)).await
+        if token.is_live(self.provider.clock.now()) {
+            let response = token_response(&self.provider, &self.api_base_url, name, token);
+            slot.send(Ok(watch_response(name, ProtoEvent::Token(response))));
+        }
+        Ok(())
     }
 
     /// Removes an account from the stream and sends the client the reason, if it was on the stream.
     async fn end_account(&mut self, id: AccountId, reason: Reason) -> Result<(), Ended> {
         let Some((name, _)) = self.watched.remove(&id) else { return Ok(()) };
-        self.send(&name, ProtoEvent::Ended(AccountEnded { reason: reason.into() })).await
+        let slot = self.slot().await?;
+        let ended = AccountEnded { reason: reason.into() };
+        slot.send(Ok(watch_response(&name, ProtoEvent::Ended(ended))));
+        Ok(())
     }
 
-    async fn send(&self, name: &AccountName, event: ProtoEvent) -> Result<(), Ended> {
-        let response = WatchTokensResponse { account: name.to_string(), event: Some(event) };
-        self.events.send(Ok(response)).await.map_err(|_| Ended)
+    /// Waits until the client has taken the previous event. Returns the place for the next one. Ends the stream
+    /// if its credential is no longer accepted, however long the client reads nothing.
+    async fn slot(&mut self) -> Result<EventSlot, Ended> {
+        loop {
+            let reserved =
+                timeout(EXPIRY_CHECK_INTERVAL, self.events.clone().reserve_owned()).await;
+            let slot = match reserved {
+                Ok(Ok(slot)) => Some(slot),
+                Ok(Err(_)) => return Err(Ended),
+                Err(_) => None,
+            };
+            match self.current_caller() {
+                Ok(caller) => self.caller = caller,
+                Err(refusal) => {
+                    // The refusal takes the slot.
+                    drop(slot);
+                    return Err(self.end_with(refusal).await);
+                }
+            }
+            if let Some(slot) = slot {
+                return Ok(slot);
+            }
+        }
     }
 
-    async fn end_with(&self, refusal: CallRefusal) -> Result<(), Ended> {
-        // This fails only if the client is gone.
-        let _ = self.events.send(Err(refusal.into())).await;
-        Err(Ended)
+    /// Sends the status with which the stream ends. A client that takes no event within a second does not get
+    /// it: its stream just ends.
+    async fn end_with(&self, refusal: CallRefusal) -> Ended {
+        // This also fails if the client is gone.
+        let _ = timeout(EXPIRY_CHECK_INTERVAL, self.events.send(Err(refusal.into()))).await;
+        Ended
     }
+}
+
+fn watch_response(name: &AccountName, event: ProtoEvent) -> WatchTokensResponse {
+    WatchTokensResponse { account: name.to_string(), event: Some(event) }
 }
 
 /// Receives the next change; waits for ever without a receiver. Cancel safe.

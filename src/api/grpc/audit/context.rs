@@ -6,9 +6,14 @@ use http::HeaderMap;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::draft_record::DraftRecord;
+use super::{
+    draft_record::DraftRecord,
+    token_access::{TokenAccess, check_certificate},
+};
 use crate::{
-    domain::caller::Caller, services::token_provider::CallRefusal, store::callers::CredentialKey,
+    domain::{account::AccountName, caller::Caller, token::Token},
+    services::token_provider::CallRefusal,
+    store::callers::CredentialKey,
     tls::ClientCertificate,
 };
 
@@ -36,10 +41,14 @@ impl CallContext {
     /// # Errors
     /// [`CallRefusal::CredentialRefused`] if it has ended or was revoked meanwhile.
     pub fn check_certificate(&self) -> Result<(), CallRefusal> {
-        match self.certificate.as_ref().and_then(|certificate| certificate.refusal()) {
-            Some(_) => Err(CallRefusal::CredentialRefused),
-            None => Ok(()),
-        }
+        check_certificate(self.certificate.as_deref())
+    }
+
+    /// Notes that the response holds `token` of `account`, in the call's record too. The audit layer does not
+    /// send the response if the token, the credential or the grant ends while the record is written.
+    pub fn set_token(self, account: AccountName, token: &Token) {
+        let Self { credential, certificate, draft, .. } = self;
+        draft.set_token(token, TokenAccess { credential, certificate, account });
     }
 }
 

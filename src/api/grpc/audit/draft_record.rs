@@ -5,6 +5,7 @@ use std::{mem, sync::Arc, time::Duration};
 use parking_lot::Mutex;
 use tonic::Status;
 
+use super::token_access::TokenAccess;
 use crate::{
     api::grpc::authentication::{AuthenticatedCaller, AuthenticationFailure},
     audit::record::Record,
@@ -18,13 +19,19 @@ pub struct DraftRecord(Arc<Mutex<Draft>>);
 
 struct Draft {
     record: Record,
-    /// When the token in the response expires, if there is one.
-    token_expires_at: Option<Timestamp>,
+    /// The token in the response, if there is one.
+    token: Option<TokenInResponse>,
+}
+
+/// What is checked again once the record is durable, before a response with a token is sent.
+pub(super) struct TokenInResponse {
+    pub(super) expires_at: Timestamp,
+    pub(super) access: TokenAccess,
 }
 
 impl DraftRecord {
     pub(super) fn new(record: Record) -> Self {
-        Self(Arc::new(Mutex::new(Draft { record, token_expires_at: None })))
+        Self(Arc::new(Mutex::new(Draft { record, token: None })))
     }
 
     fn update(&self, update: impl FnOnce(&mut Draft)) {
@@ -74,13 +81,13 @@ impl DraftRecord {
         self.map_record(|record| record.with(key, value));
     }
 
-    /// Sets the generation and the fingerprint of the token in the response. Its expiry is kept too: the
-    /// audit layer does not send a token that expired while the record was written.
-    pub fn set_token(&self, token: &Token) {
+    /// Sets the generation and the fingerprint of the token in the response. Its expiry and `access` are kept
+    /// too, for the audit layer to check them once the record is written.
+    pub(super) fn set_token(&self, token: &Token, access: TokenAccess) {
         self.update(|draft| {
             draft.record.generation = Some(token.generation.0);
             draft.record.token_fingerprint = Some(token.fingerprint.clone());
-            draft.token_expires_at = Some(token.expires_at);
+            draft.token = Some(TokenInResponse { expires_at: token.expires_at, access });
         });
     }
 
@@ -89,7 +96,7 @@ impl DraftRecord {
     pub fn refuse(&self, refusal: CallRefusal) -> Status {
         self.update(|draft| {
             draft.record.reason = refusal.reason().map(|reason| reason.name().to_owned());
-            draft.token_expires_at = None;
+            draft.token = None;
         });
         if let CallRefusal::Invalid { field, .. } = &refusal {
             self.add_detail("field", field);
@@ -102,18 +109,18 @@ impl DraftRecord {
         self.0.lock().record.clone()
     }
 
-    /// Completes and returns the record, with the expiry of the token in the response, if there is one. Later
-    /// changes to the draft are lost.
+    /// Completes and returns the record, with the token in the response, if there is one. Later changes to the
+    /// draft are lost.
     pub(super) fn finish(
         &self,
         outcome: &'static str,
         latency: Duration,
-    ) -> (Record, Option<Timestamp>) {
+    ) -> (Record, Option<TokenInResponse>) {
         let mut draft = self.0.lock();
         let mut record = draft.take_record();
         record.outcome = outcome;
         record.latency_us = i64::try_from(latency.as_micros()).ok();
-        (record, draft.token_expires_at)
+        (record, draft.token.take())
     }
 }
 

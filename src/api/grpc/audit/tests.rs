@@ -8,7 +8,8 @@ use crate::{
     audit::journal::JournalSettings,
     crypto::bearer::Bearer,
     domain::{
-        caller::{Caller, CallerId},
+        account::AccountName,
+        caller::{Caller, CallerId, Grant, Right},
         clock::ManualClock,
         token::Token,
     },
@@ -40,7 +41,11 @@ impl Harness {
                 name: "demo".into(),
                 enabled: true,
                 rate_limit: None,
-                grants: vec![],
+                grants: vec![Grant {
+                    pattern: "acme".parse().unwrap(),
+                    rights: [Right::Get].into_iter().collect(),
+                    ends_at: None,
+                }],
             }),
             key: CredentialKey::BearerSha256(bearer.sha256()),
             ends_at: None,
@@ -115,6 +120,10 @@ impl Harness {
     }
 }
 
+fn account() -> AccountName {
+    "acme".parse().unwrap()
+}
+
 #[tokio::test]
 async fn a_token_that_expires_while_its_record_is_written_is_not_sent() {
     let harness = Harness::new();
@@ -123,7 +132,7 @@ async fn a_token_that_expires_while_its_record_is_written_is_not_sent() {
     let manual = harness.clock.clone();
     let (code, journal) = harness
         .call(move |context| {
-            context.draft.set_token(&token);
+            context.set_token(account(), &token);
             // The token expires between the RPC's answer and the commit of the record.
             manual.advance(Duration::from_secs(1));
             async {}
@@ -134,13 +143,41 @@ async fn a_token_that_expires_while_its_record_is_written_is_not_sent() {
 }
 
 #[tokio::test]
+async fn a_token_whose_caller_loses_its_credential_or_grant_while_its_record_is_written_is_not_sent()
+ {
+    for (keeps_credential, expected) in
+        [(false, Code::Unauthenticated), (true, Code::PermissionDenied)]
+    {
+        let harness = Harness::new();
+        let mut token = Token::example(7, 1);
+        token.expires_at = harness.layer.clock.now() + chrono::TimeDelta::seconds(1);
+        let callers = harness.layer.callers.clone();
+        let key = CredentialKey::BearerSha256(harness.bearer.sha256());
+        let (code, journal) = harness
+            .call(move |context| {
+                let caller = Caller { grants: vec![], ..(*context.caller).clone() };
+                context.set_token(account(), &token);
+                // The change arrives between the RPC's answer and the commit of the record.
+                let caller = Arc::new(caller);
+                let (key, ends_at) = (key.clone(), None);
+                let credential = CallerCredential { caller, key, ends_at, revoked: false };
+                callers.replace(if keeps_credential { vec![credential] } else { vec![] });
+                async {}
+            })
+            .await;
+        assert_eq!(code, expected);
+        assert!(journal.contains("\"generation\":\"7\""), "{journal}");
+    }
+}
+
+#[tokio::test]
 async fn a_live_token_is_sent_once_its_record_is_durable() {
     let harness = Harness::new();
     let mut token = Token::example(7, 1);
     token.expires_at = harness.layer.clock.now() + chrono::TimeDelta::seconds(1);
     let (code, journal) = harness
         .call(move |context| {
-            context.draft.set_token(&token);
+            context.set_token(account(), &token);
             async {}
         })
         .await;
