@@ -6,7 +6,8 @@
 FILE is the output of `audit export` or `audit tail --json`, or a segment of a journal. --keys takes the output of
 `keys public --signing`, and --heads takes signed checkpoints. audit-format.md describes all of these.
 
-Prints each chain with its last number and hash, then each fault. Exits with 1 if there is a fault.
+Prints each chain with its last number and hash, then each fault, then how many checkpoints were compared with the
+record that they name. Exits with 1 if there is a fault, or if what was given holds no key or no checkpoint.
 """
 import argparse, bisect, datetime, hashlib, json, re, subprocess, sys, tempfile
 
@@ -47,7 +48,8 @@ arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argpars
 arguments.add_argument("--keys"); arguments.add_argument("--heads"); arguments.add_argument("files", nargs="+")
 given = arguments.parse_args()
 keys = dict(re.findall(r"# (\w+)\n(-----BEGIN[^#]*)", open(given.keys).read())) if given.keys else {}
-chains, cuts, heads, records, faults, ends, whole = {}, {}, [], {}, [], {}, False
+if given.keys and not keys: sys.exit("there is no key in %s: nothing was verified" % given.keys)
+chains, cuts, heads, records, faults, ends, whole, compared = {}, {}, [], {}, [], {}, False, 0
 
 def read(it):
     """Takes in one line. Raises an error of CANNOT_READ if it is not what it should be."""
@@ -84,12 +86,22 @@ def read(it):
 
 CANNOT_READ = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
 for file in given.files + ([given.heads] if given.heads else []):
+    before, number, export, count, end = len(heads), 0, False, 0, None
     with open(file, "rb") as lines:
         for number, line in enumerate(iter(lambda: lines.readline(64 << 20), b""), 1):
-            try: read(json.loads(line))
+            end = None
+            try:
+                it = json.loads(line)
+                read(it)
+                export, count, end = export or number == 1 and "audit_export" in it, count + ("event" in it), it.get("end")
             except CANNOT_READ as error:
                 # Checkpoints may be among other lines of a log.
                 if file != given.heads: faults.append(("", number, "of %s cannot be read: %s" % (file, type(error).__name__)))
+    # The last line of an export says how many records it has.
+    said = end.get("records") if isinstance(end, dict) else None
+    if export and said is None: faults.append(("", number, "of %s is its last one, and not `end`: the file is incomplete" % file))
+    elif export and said != count: faults.append(("", number, "of %s says that it has %s records, and it has %d" % (file, said, count)))
+    if file == given.heads and len(heads) == before: sys.exit("there is no checkpoint in %s: nothing was verified" % file)
 # Follow each chain from its first record to its last. A pruning receipt counts as one step.
 for chain in sorted({*records, *cuts, *chains, *(h["chain"] for h in heads)}):
     here, gone, claim = records.get(chain, {}), cuts.get(chain, {}), chains.get(chain, {})
@@ -112,6 +124,7 @@ for chain in sorted({*records, *cuts, *chains, *(h["chain"] for h in heads)}):
         known[seq] = head
     if whole and claim and (seq, head) != (claim["last_seq"], claim["last_hash"]): faults.append((chain, seq, "is not the last record of the chain"))
     for h in (h for h in heads if h["chain"] == chain):
+        compared += known.get(h["seq"]) is not None
         if not genuine(keys, b"head", ("chain", "seq", "hash", "at"), h): faults.append((chain, h["seq"], "has a checkpoint with a wrong signature"))
         if h["seq"] > seq: faults.append((chain, seq + 1, "is missing: a checkpoint of record %d was signed" % h["seq"]))
         elif (known.get(h["seq"]) or h["hash"]) != h["hash"]: faults.append((chain, h["seq"], "differs from the record whose checkpoint was signed"))
@@ -123,5 +136,6 @@ for chain, claim in chains.items() if whole else ():
 for chain, seq, why in sorted(faults):
     text = "chain %s: record %d %s" % (chain, seq, why) if chain else "line %d %s" % (seq, why)
     print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
+print("%d of %d checkpoints were compared with their records" % (compared, len(heads)))
 if not keys: print("signatures were not checked: use --keys", file=sys.stderr)
 sys.exit(1 if faults else 0)

@@ -1,4 +1,7 @@
 //! The replicas that use the database.
+//!
+//! No trigger checks these rows, and the role of the broker may write any time into them, also one that cannot be
+//! decoded, such as `infinity`. A replica with such a heartbeat counts as silent.
 
 use std::time::Duration;
 
@@ -36,7 +39,7 @@ pub struct Heartbeat<'a> {
 pub struct EarlierProcess {
     /// The random number of its start; `None` if its release has none.
     pub start: Option<String>,
-    /// Its last heartbeat.
+    /// Its last heartbeat; the beginning of 1970 if the row holds a time that cannot be read.
     pub heartbeat_at: Timestamp,
     /// How long ago the last heartbeat was stored, by the database's clock; zero if that was set back.
     pub silent_for: Duration,
@@ -55,8 +58,10 @@ pub async fn earlier_process(
 ) -> Result<Option<EarlierProcess>, StoreError> {
     let row = sqlx::query!(
         r#"-- store::instances::earlier_process
-        select start_nonce, heartbeat_at, stopped_at is not null as "stopped!",
-            clock_timestamp() as "now!"
+        select start_nonce,
+            case when heartbeat_at between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'
+                then heartbeat_at else 'epoch' end as "heartbeat_at!",
+            stopped_at is not null as "stopped!", clock_timestamp() as "now!"
         from instances where id = $1"#,
         instance,
     )
@@ -92,7 +97,11 @@ pub async fn announce(
             heartbeat_at = excluded.heartbeat_at, announced_at = excluded.announced_at,
             stopped_at = null, journal_chain = excluded.journal_chain,
             journal_seq = excluded.journal_seq, seen = excluded.seen
-        where instances.start_nonce is not distinct from $10 and instances.heartbeat_at = $11",
+        where instances.start_nonce is not distinct from $10
+            -- As it was read by `earlier_process`.
+            and case when instances.heartbeat_at
+                    between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'
+                then instances.heartbeat_at else 'epoch' end = $11",
         heartbeat.instance,
         heartbeat.start,
         i32::from(heartbeat.replica),
@@ -156,7 +165,7 @@ pub struct OtherReplica {
 }
 
 /// Returns the replicas other than `instance` that stored a heartbeat within the last `period` and have not
-/// stopped. `start` is the start of the process that asks.
+/// stopped. `start` is the start of the process that asks. A heartbeat whose time cannot be read is none.
 ///
 /// A release without announcements counts the replicas right after each heartbeat. So it knows of this process
 /// once it has stored one after this process's announcement.
@@ -176,9 +185,10 @@ pub async fn others(
         select id, start_nonce, replica, heartbeat_at, clock_timestamp() as "now!",
             case when start_nonce is null then heartbeat_at > coalesce(
                 (select announced_at from instances where id = $1 and start_nonce = $2), 'infinity')
-            else $2 = any (seen) end as "knows_us!"
+            else coalesce($2 = any (seen), false) end as "knows_us!"
         from instances
-        where id <> $1 and stopped_at is null and heartbeat_at > clock_timestamp() - $3::interval"#,
+        where id <> $1 and stopped_at is null and heartbeat_at > clock_timestamp() - $3::interval
+            and heartbeat_at between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'"#,
         instance,
         start,
         interval(period),

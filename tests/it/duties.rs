@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use sqlx::AssertSqlSafe;
 use token_broker::crypto::bearer::Bearer;
 use tonic::Code;
@@ -13,6 +14,7 @@ use crate::{
         database::TestDatabase,
         eventually,
         http::http,
+        process::BrokerSetup,
     },
     outages::until_readiness_says,
 };
@@ -451,4 +453,79 @@ async fn a_malformed_change_is_recorded_and_hinders_no_other() {
     })
     .await;
     broker.stop().await;
+}
+
+/// Commands show a time that cannot be read as unknown, or name its row; the other rows are shown.
+#[tokio::test]
+async fn commands_survive_times_that_cannot_be_read() {
+    let fixture = Fixture::new().await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    fixture.add_caller("demo", &["acme"]).await;
+    fixture.add_caller("good", &["acme"]).await;
+    let setup = BrokerSetup::new(fixture.database.url(), &fixture.upstream.base_url()).await;
+    let mut serve = setup.serve().await;
+    fixture.wait_for_state("acme", "fresh").await;
+    serve.signal(Signal::SIGTERM);
+    assert_eq!(serve.wait().await.code(), Some(0), "{}", serve.stderr());
+
+    for time in ["'infinity'", "'-infinity'", "'294276-01-01Z'"] {
+        let statements = format!(
+            "update accounts set reissue_requested_at = {time};
+             update refreshes set attempt_started_at = {time}, next_attempt_at = {time},
+                 last_requested_at = {time}, changed = pg_current_xact_id();
+             update tokens set issued_at = {time}, expires_at = {time};
+             insert into changes (table_name, operation, row_id, subject, what, at)
+                 values ('callers', 'update', 1, 'timeless', '{{}}', {time});
+             update instances set heartbeat_at = {time}, stopped_at = null, key_ids = '{{NULL}}'"
+        );
+        past_the_triggers(&fixture.database, &statements).await;
+        let checked = setup.run(&["check"]).await;
+        assert_eq!(checked.code, Some(1), "{checked:?}");
+        for arguments in [&["account", "list"][..], &["account", "show", "acme"]] {
+            for json in [None, Some("--json")] {
+                let arguments: Vec<_> = arguments.iter().copied().chain(json).collect();
+                let output = setup.run(&arguments).await.ok();
+                assert!(output.contains("unusable"), "{output}");
+            }
+        }
+        for arguments in [&["caller", "list"][..], &["caller", "show", "demo"]] {
+            assert!(setup.run(arguments).await.ok().contains("demo"));
+        }
+        let instance: String = sqlx::query_scalar("select id from instances")
+            .fetch_one(fixture.database.pool())
+            .await
+            .unwrap();
+        let retired = setup.run(&["audit", "retire", &instance]).await;
+        assert!(matches!(retired.code, Some(0 | 1)), "{retired:?}");
+        assert!(!retired.stderr.contains("panicked"), "{retired:?}");
+
+        let of_demo = "where caller_id = (select id from callers where name = 'demo')";
+        for (table, column, condition) in [
+            ("grants", "created_at", of_demo),
+            ("grants", "ends_at", of_demo),
+            ("caller_credentials", "created_at", of_demo),
+            ("caller_credentials", "ends_at", of_demo),
+            ("caller_credentials", "revoked_at", of_demo),
+            ("callers", "created_at", "where name = 'demo'"),
+            ("accounts", "created_at", ""),
+            ("accounts", "updated_at", ""),
+        ] {
+            let update = |value: &str| format!("update {table} set {column} = {value} {condition}");
+            past_the_triggers(&fixture.database, &update(time)).await;
+            let show = if table == "accounts" {
+                ["account", "show", "acme"]
+            } else {
+                ["caller", "show", "demo"]
+            };
+            let output = setup.run(&show).await.failed();
+            let named = output.contains(&format!("{table} row "))
+                && output.contains(&format!("malformed {column}"));
+            assert!(named, "{output}");
+            setup.run(&["caller", "show", "good"]).await.ok();
+            setup.run(&["account", "list"]).await.ok();
+            let optional = ["ends_at", "revoked_at"].contains(&column);
+            let good = if optional { "null" } else { "now()" };
+            past_the_triggers(&fixture.database, &update(good)).await;
+        }
+    }
 }

@@ -153,6 +153,63 @@ async fn a_replica_that_was_killed_delays_no_start_but_nothing_is_served_without
     broker.stop().await;
 }
 
+/// The login of the broker may write any time into `instances`.
+#[tokio::test]
+async fn a_row_with_a_time_that_cannot_be_read_stops_no_replica_and_no_start() {
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let insert = async |id: &str, heartbeat_at: &str| {
+        let statement = format!(
+            "insert into instances (id, start_nonce, replica, version, key_ids, started_at, heartbeat_at,
+                 announced_at, seen)
+             values ('{id}', '{id}', 1, '0', '{{NULL}}', {heartbeat_at}, {heartbeat_at}, {heartbeat_at},
+                 '{{NULL}}')"
+        );
+        fixture.database.sql(&statement).await;
+    };
+    for (id, heartbeat_at) in [
+        ("i-later", "'infinity'"),
+        ("i-last", "'294276-01-01Z'"),
+        ("i-first", "'-infinity'"),
+        ("i-gone", "now() - interval '10 minutes'"),
+    ] {
+        insert(id, heartbeat_at).await;
+    }
+    let broker = fixture.start().await;
+    broker.client(&bearer).await.get("acme").await.unwrap();
+
+    insert("i-while-it-runs", "'infinity'").await;
+    let inserted: String =
+        sqlx::query_scalar("select now()::text").fetch_one(fixture.database.pool()).await.unwrap();
+    eventually("later heartbeats", async || {
+        let later: bool = sqlx::query_scalar(
+            "select coalesce(max(heartbeat_at) > $1::timestamptz + interval '3 seconds', false) from instances
+             where id not in ('i-later', 'i-last', 'i-while-it-runs')",
+        )
+        .bind(&inserted)
+        .fetch_one(fixture.database.pool())
+        .await
+        .unwrap();
+        later.then_some(())
+    })
+    .await;
+    broker.client(&bearer).await.get("acme").await.unwrap();
+    broker.stop().await;
+
+    // The row of this instance, of a process that ended and of an unknown one.
+    for start in ["start_nonce", "'unknown'"] {
+        let statement = format!(
+            "update instances set heartbeat_at = 'infinity', stopped_at = null, start_nonce = {start}
+             where id not in ('i-later', 'i-last', 'i-first', 'i-gone', 'i-while-it-runs')"
+        );
+        fixture.database.sql(&statement).await;
+        let broker = fixture.start().await;
+        broker.client(&bearer).await.get("acme").await.unwrap();
+        broker.stop().await;
+    }
+}
+
 #[tokio::test]
 async fn replicas_with_the_same_number_issue_under_different_ones() {
     let fixture = Fixture::new().await;

@@ -8,15 +8,15 @@ use sqlx::PgPool;
 
 use super::{event_text::describe, filter_args::FilterArgs};
 use crate::{
-    cli::{global::GlobalArgs, output},
+    cli::{global::GlobalArgs, output, time::LocalTime},
     domain::clock::{Clock, Timestamp, delta},
     store::audit::{Decoded, EventFilter, StoredEvent, events_after, latest_events},
 };
 
 /// How often later events are queried.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
-/// How far back each query goes. Events are missed only if their replica could not reach Postgres for
-/// longer.
+/// How far back each query goes from the newest event, or from now if that one's time lies in the future. Events
+/// are missed only if their replica could not reach Postgres for longer, or if its clock is behind by more.
 const OVERLAP: Duration = Duration::from_mins(2);
 /// Most events per query.
 const PAGE_SIZE: i64 = 1_000;
@@ -49,24 +49,39 @@ pub(super) async fn run(global: &GlobalArgs, args: TailArgs) -> anyhow::Result<E
         print(event, args.json)?;
     }
     if args.follow {
-        follow(admin.pool(), &filter, Printed::new(&last, now), args.json).await?;
+        follow(admin.pool(), &filter, &last, args.json).await?;
     }
     Ok(ExitCode::from(u8::from(last.iter().any(Result::is_err))))
 }
 
+/// Prints the events after `last`, which are printed already.
 async fn follow(
     pool: &PgPool,
     filter: &EventFilter,
-    mut printed: Printed,
+    last: &[Decoded<StoredEvent>],
     json: bool,
 ) -> anyhow::Result<()> {
+    let now = Clock::System.wall();
+    let mut printed = Printed::new(last, now);
+    let mut warned = false;
+    let mut warn_once = |event: &Decoded<StoredEvent>, now| {
+        if !warned && let Some(warning) = future_warning(event, now) {
+            output::note(warning);
+            warned = true;
+        }
+    };
+    for event in last {
+        warn_once(event, now);
+    }
     loop {
         Clock::System.sleep(POLL_INTERVAL).await;
+        let now = Clock::System.wall();
         let mut after = printed.query_from();
         loop {
             let page = events_after(pool, filter, Some(after.clone()), PAGE_SIZE).await?;
             for event in &page {
-                if printed.is_new(event) {
+                if printed.is_new(event, now) {
+                    warn_once(event, now);
                     print(event, json)?;
                 }
             }
@@ -80,11 +95,24 @@ async fn follow(
     }
 }
 
+/// Returns a warning if the event's time lies further in the future than queries go back. Clocks that differ by less
+/// are usual.
+fn future_warning(event: &Decoded<StoredEvent>, now: Timestamp) -> Option<String> {
+    let event = event.as_ref().ok().filter(|event| event.at > now + delta(OVERLAP))?;
+    let (at, chain, seq) = (LocalTime(event.at), &event.chain, event.seq);
+    Some(format!(
+        "warning: a record lies in the future: {at}, chain {chain:?}, record {seq}. Either its replica's clock is \
+         ahead, or the clock of this host is behind. Later ones are not reported"
+    ))
+}
+
 /// The events that were printed, as far back as queries go.
 struct Printed {
-    /// Time of the last event that was printed before following. No earlier event is printed after it.
+    /// Time of the last event that was printed before following and is not in the future. No earlier event is
+    /// printed after it.
     started_at: Timestamp,
-    /// Time of the newest event that was printed.
+    /// Time of the newest event that was printed, at most the present time: an event from the future must not hide
+    /// those that come after it.
     newest: Timestamp,
     positions: HashSet<(Timestamp, String, i64)>,
     /// Chain and number of the rows that cannot be read and were reported.
@@ -94,7 +122,8 @@ struct Printed {
 impl Printed {
     fn new(events: &[Decoded<StoredEvent>], now: Timestamp) -> Self {
         let readable = || events.iter().filter_map(|event| event.as_ref().ok());
-        let started_at = readable().next_back().map_or(now, |event| event.at);
+        let past = |event: &&StoredEvent| event.at <= now;
+        let started_at = readable().rev().find(past).map_or(now, |event| event.at);
         let positions = readable().map(position).collect();
         let unreadable = events.iter().filter_map(|event| event.as_ref().err());
         let unreadable = unreadable.map(|row| (row.chain.clone(), row.seq)).collect();
@@ -108,10 +137,11 @@ impl Printed {
         (from, String::new(), 0)
     }
 
-    fn is_new(&mut self, event: &Decoded<StoredEvent>) -> bool {
+    /// Returns whether `event`, read at `now`, was not printed yet, and counts it as printed.
+    fn is_new(&mut self, event: &Decoded<StoredEvent>, now: Timestamp) -> bool {
         match event {
             Ok(event) => {
-                self.newest = self.newest.max(event.at);
+                self.newest = self.newest.max(event.at.min(now));
                 self.positions.insert(position(event))
             }
             Err(row) => self.unreadable.insert((row.chain.clone(), row.seq)),
@@ -139,16 +169,42 @@ mod tests {
     use super::{super::event_text::tests::event, *};
     use crate::audit::unreadable::Unreadable;
 
+    fn at(seconds: i64) -> Timestamp {
+        DateTime::from_timestamp_secs(seconds).unwrap()
+    }
+
     #[test]
     fn late_events_are_printed_and_each_event_once() {
-        let mut printed = Printed::new(&[Ok(event(10, 1))], DateTime::UNIX_EPOCH);
-        assert!(!printed.is_new(&Ok(event(10, 1))));
-        assert!(printed.is_new(&Ok(event(200, 3))));
+        let now = at(1_000);
+        let mut printed = Printed::new(&[Ok(event(10, 1))], now);
+        assert!(!printed.is_new(&Ok(event(10, 1)), now));
+        assert!(printed.is_new(&Ok(event(200, 3)), now));
         let (from, ..) = printed.query_from();
-        assert_eq!(from.timestamp(), 80);
-        assert!(printed.is_new(&Ok(event(90, 2))));
-        assert!(!printed.is_new(&Ok(event(200, 3))));
+        assert_eq!(from, at(80));
+        assert!(printed.is_new(&Ok(event(90, 2)), now));
+        assert!(!printed.is_new(&Ok(event(200, 3)), now));
         let unreadable = Err(Unreadable::row("audit_events", "c1", 7, "detail is null"));
-        assert!(printed.is_new(&unreadable) && !printed.is_new(&unreadable));
+        assert!(printed.is_new(&unreadable, now) && !printed.is_new(&unreadable, now));
+    }
+
+    #[test]
+    fn an_event_from_the_future_is_printed_once_and_hides_no_other() {
+        let now = at(1_000);
+        let far = 250_000_000_000;
+        let mut printed = Printed::new(&[Ok(event(900, 1)), Ok(event(far, 2))], now);
+        assert_eq!(printed.query_from().0, at(900));
+        assert!(printed.is_new(&Ok(event(far, 3)), now));
+        assert_eq!(printed.query_from().0, at(900));
+        assert!(printed.is_new(&Ok(event(1_000, 4)), now));
+        for seq in [2, 3] {
+            assert!(!printed.is_new(&Ok(event(far, seq)), at(5_000)), "{seq}");
+        }
+        assert_eq!(printed.query_from().0, at(4_880));
+        assert!(!printed.is_new(&Ok(event(far, 3)), at(5_000)));
+
+        assert_eq!(Printed::new(&[Ok(event(far, 1))], now).query_from().0, now);
+        let warning = future_warning(&Ok(event(far, 2)), now).unwrap();
+        assert!(warning.contains("chain \"c1\", record 2"), "{warning}");
+        assert_eq!(future_warning(&Ok(event(1_100, 2)), now), None);
     }
 }

@@ -29,13 +29,14 @@ use crate::{
     upstream::rcs::stated_life,
 };
 
-/// How far outside of a token's lifetime its records are searched, since clocks differ and calls may wait.
+/// How far outside of a token's lifetime its records are searched first, since clocks differ and calls may wait. The
+/// time of a record is that of its replica's clock, which may be wrong by more.
 const SEARCH_MARGIN: TimeDelta = TimeDelta::minutes(15);
 
 #[derive(Args, Debug)]
 pub(super) struct WhoArgs {
     /// Only events from this time on: an RFC 3339 time, or a duration before now, such as 24h; default: the
-    /// token's lifetime
+    /// token's lifetime, and the whole log if nobody was given the token then
     #[arg(long, value_name = "T")]
     since: Option<Moment>,
     /// Only events before this time
@@ -62,6 +63,14 @@ struct Holder {
     last: LocalTime,
 }
 
+impl Holder {
+    /// Returns whether the records say that the caller was given the token. Others say that it was issued, or that a
+    /// caller reported it.
+    fn is_delivery(&self) -> bool {
+        matches!(&*self.event, "get_token" | "token_pushed")
+    }
+}
+
 pub(super) async fn run(global: &GlobalArgs, args: WhoArgs) -> anyhow::Result<ExitCode> {
     let keyring = Keyring::load(&config::keyring_file(&global.sources(args.settings.given)?)?)?;
     let token = read_token()?;
@@ -75,8 +84,29 @@ pub(super) async fn run(global: &GlobalArgs, args: WhoArgs) -> anyhow::Result<Ex
     let mut snapshot = AuditSnapshot::open(admin.pool()).await?;
     let filter =
         EventFilter { since, until, fingerprints: Some(fingerprints), ..EventFilter::default() };
+    let mut holders = search(&mut snapshot, &filter).await?;
+    let chosen = args.since.is_some() || args.until.is_some();
+    if let (false, Some(since), Some(until)) = (chosen, since, until)
+        && !holders.iter().any(Holder::is_delivery)
+    {
+        output::note(format_args!(
+            "nobody was given the token from {} to {}, its lifetime: the whole log is searched, since the clock of a \
+             broker may have been wrong",
+            LocalTime(since),
+            LocalTime(until),
+        ));
+        holders =
+            search(&mut snapshot, &EventFilter { since: None, until: None, ..filter }).await?;
+    }
+    let found = !holders.is_empty();
+    print(&holders, args.json)?;
+    Ok(ExitCode::from(u8::from(!found)))
+}
+
+/// Returns what the log says of the tokens that `filter` selects, in the order of the first records.
+async fn search(snapshot: &mut AuditSnapshot, filter: &EventFilter) -> anyhow::Result<Vec<Holder>> {
     let mut holders = BTreeMap::new();
-    let mut events = snapshot.events(&filter);
+    let mut events = snapshot.events(filter);
     while let Some(event) = events.try_next().await? {
         match event {
             Ok(event) => add(&mut holders, event),
@@ -85,9 +115,7 @@ pub(super) async fn run(global: &GlobalArgs, args: WhoArgs) -> anyhow::Result<Ex
     }
     let mut holders: Vec<_> = holders.into_values().collect();
     holders.sort_by_key(|holder: &Holder| holder.first.0);
-    let found = !holders.is_empty();
-    print(&holders, args.json)?;
-    Ok(ExitCode::from(u8::from(!found)))
+    Ok(holders)
 }
 
 fn read_token() -> anyhow::Result<AccessToken> {

@@ -9,7 +9,7 @@ use crate::{
         caller::AccountPattern,
         clock::Timestamp,
     },
-    store::{StoreError, execution::repeat_on_conflict},
+    store::{StoreError, execution::repeat_on_conflict, lenient::LenientTime},
 };
 
 /// The values of an account that is to be registered.
@@ -81,7 +81,8 @@ pub struct AccountDetails {
     pub credential_version: i64,
     /// Whether the secret from before the last rotation is still kept.
     pub keeps_previous_secret: bool,
-    /// When an admin last requested a new token.
+    /// When an admin last requested a new token. Also `None` if the row holds a time that cannot be read; then
+    /// the hint of `status` names it.
     pub reissue_requested_at: Option<Timestamp>,
     /// When the account was registered.
     pub created_at: Timestamp,
@@ -235,29 +236,32 @@ impl Admin {
     /// Returns the details of one account.
     ///
     /// # Errors
-    /// Returns [`StoreError::NotFound`] when there is no such account.
+    /// Returns [`StoreError::NotFound`] when there is no such account, and [`StoreError::UnreadableRow`] when its
+    /// row holds a time that cannot be read.
     #[instrument(level = "debug", skip_all, fields(account = %name))]
     pub async fn account(&self, name: &AccountName) -> Result<AccountDetails, StoreError> {
         let status = self.account_status(name).await?;
         let row = sqlx::query!(
             r#"/* store::admin::account */
-             select description, credential_version,
-                 previous_version is not null as "keeps_previous_secret!", reissue_requested_at,
-                 created_at, updated_at
+             select id, description, credential_version,
+                 previous_version is not null as "keeps_previous_secret!",
+                 reissue_requested_at as "reissue_requested_at: LenientTime",
+                 created_at as "created_at: LenientTime", updated_at as "updated_at: LenientTime"
              from accounts where name = $1"#,
             name.as_str(),
         )
         .fetch_optional(&self.pool)
         .await?
         .ok_or_else(|| not_found(name))?;
+        let unreadable = |problem| StoreError::unreadable_row("accounts", row.id, problem);
         Ok(AccountDetails {
             status,
             description: row.description,
             credential_version: row.credential_version,
             keeps_previous_secret: row.keeps_previous_secret,
-            reissue_requested_at: row.reissue_requested_at,
-            created_at: row.created_at,
-            updated_at: row.updated_at,
+            reissue_requested_at: row.reissue_requested_at.and_then(|at| at.or(()).ok()),
+            created_at: row.created_at.or(unreadable("malformed created_at"))?,
+            updated_at: row.updated_at.or(unreadable("malformed updated_at"))?,
         })
     }
 

@@ -10,7 +10,7 @@ use crate::{
         caller::{AccountPattern, CallerKind, Right},
         clock::Timestamp,
     },
-    store::StoreError,
+    store::{StoreError, lenient::LenientTime},
 };
 
 /// The values of a caller that is to be registered. Names of callers follow the same rule as names of
@@ -113,6 +113,44 @@ pub struct BearerSummary {
     pub credential: CredentialDetails,
 }
 
+/// A row of `caller_credentials`, whose times may be malformed.
+struct CredentialRow {
+    id: i64,
+    kind: String,
+    identity: Option<String>,
+    description: String,
+    created_at: LenientTime,
+    ends_at: Option<LenientTime>,
+    revoked_at: Option<LenientTime>,
+    in_force: bool,
+}
+
+impl CredentialRow {
+    fn decode(self) -> Result<CredentialDetails, StoreError> {
+        let time = |at, problem| known("caller_credentials", self.id, at, problem);
+        Ok(CredentialDetails {
+            id: self.id,
+            kind: self.kind,
+            identity: self.identity,
+            description: self.description,
+            created_at: time(self.created_at, "malformed created_at")?,
+            ends_at: self.ends_at.map(|at| time(at, "malformed ends_at")).transpose()?,
+            revoked_at: self.revoked_at.map(|at| time(at, "malformed revoked_at")).transpose()?,
+            in_force: self.in_force,
+        })
+    }
+}
+
+/// Returns the time `at`, or the error that the row `id` of `table` has `problem` if it is malformed.
+fn known(
+    table: &'static str,
+    id: i64,
+    at: LenientTime,
+    problem: &'static str,
+) -> Result<Timestamp, StoreError> {
+    at.or(()).map_err(|()| StoreError::unreadable_row(table, id, problem))
+}
+
 impl Admin {
     /// Registers a caller with its first credentials.
     ///
@@ -147,39 +185,61 @@ impl Admin {
     }
 
     /// Returns all callers, ordered by name.
+    ///
+    /// # Errors
+    /// Returns [`StoreError::UnreadableRow`] when a row holds a time that cannot be read.
     #[instrument(level = "debug", skip_all)]
     pub async fn callers(&self) -> Result<Vec<CallerSummary>, StoreError> {
-        Ok(sqlx::query_as!(
-            CallerSummary,
-            r#"/* store::admin::callers */
-             select name, enabled, rate_limit, description, created_at,
+        self.summaries(None).await
+    }
+
+    /// Returns the caller `name`, if there is one, or all callers, ordered by name.
+    async fn summaries(
+        &self,
+        name: Option<&AccountName>,
+    ) -> Result<Vec<CallerSummary>, StoreError> {
+        let rows = sqlx::query!(
+            r#"/* store::admin::summaries */
+             select id, name, enabled, rate_limit, description,
+                 created_at as "created_at: LenientTime",
                  (select count(*) from caller_credentials where caller_id = callers.id
                      and revoked_at is null and (ends_at is null or ends_at > now()))
                      as "credentials!",
                  (select count(*) from grants where caller_id = callers.id
                      and (ends_at is null or ends_at > now())) as "grants!"
-             from callers order by name"#,
+             from callers where $1::text is null or name = $1 order by name"#,
+            name.map(AccountName::as_str),
         )
         .fetch_all(&self.pool)
-        .await?)
+        .await?;
+        let decoded = rows.into_iter().map(|row| -> Result<_, StoreError> {
+            Ok(CallerSummary {
+                name: row.name,
+                enabled: row.enabled,
+                rate_limit: row.rate_limit,
+                description: row.description,
+                created_at: known("callers", row.id, row.created_at, "malformed created_at")?,
+                credentials: row.credentials,
+                grants: row.grants,
+            })
+        });
+        decoded.collect()
     }
 
     /// Returns the details of one caller.
     ///
     /// # Errors
-    /// Returns [`StoreError::NotFound`] when there is no such caller.
+    /// Returns [`StoreError::NotFound`] when there is no such caller, and [`StoreError::UnreadableRow`] when a row
+    /// of it holds a time that cannot be read.
     #[instrument(level = "debug", skip_all, fields(caller = %name))]
     pub async fn caller(&self, name: &AccountName) -> Result<CallerDetails, StoreError> {
-        let summary = self
-            .callers()
-            .await?
-            .into_iter()
-            .find(|caller| caller.name == name.as_str())
-            .ok_or_else(|| not_found(name))?;
+        let summary = self.summaries(Some(name)).await?.pop().ok_or_else(|| not_found(name))?;
         let credentials = sqlx::query_as!(
-            CredentialDetails,
+            CredentialRow,
             r#"/* store::admin::caller */
-             select c.id, c.kind, c.identity, c.description, c.created_at, c.ends_at, c.revoked_at,
+             select c.id, c.kind, c.identity, c.description,
+                 c.created_at as "created_at: LenientTime", c.ends_at as "ends_at: LenientTime",
+                 c.revoked_at as "revoked_at: LenientTime",
                  c.revoked_at is null and (c.ends_at is null or c.ends_at > now()) as "in_force!"
              from caller_credentials c join callers on callers.id = c.caller_id
              where callers.name = $1 order by c.id"#,
@@ -187,10 +247,12 @@ impl Admin {
         )
         .fetch_all(&self.pool)
         .await?;
-        let grants = sqlx::query_as!(
-            GrantDetails,
+        let credentials = credentials.into_iter().map(CredentialRow::decode);
+        let credentials = credentials.collect::<Result<Vec<_>, StoreError>>()?;
+        let grants = sqlx::query!(
             r#"/* store::admin::caller */
-             select g.pattern, g.rights, g.ends_at, g.created_at,
+             select g.id, g.pattern, g.rights, g.ends_at as "ends_at: LenientTime",
+                 g.created_at as "created_at: LenientTime",
                  (g.ends_at is null or g.ends_at > now()) as "in_force!"
              from grants g join callers on callers.id = g.caller_id
              where callers.name = $1 order by g.pattern"#,
@@ -198,6 +260,17 @@ impl Admin {
         )
         .fetch_all(&self.pool)
         .await?;
+        let grants = grants.into_iter().map(|row| -> Result<GrantDetails, StoreError> {
+            let time = |at, problem| known("grants", row.id, at, problem);
+            Ok(GrantDetails {
+                pattern: row.pattern,
+                rights: row.rights,
+                ends_at: row.ends_at.map(|at| time(at, "malformed ends_at")).transpose()?,
+                created_at: time(row.created_at, "malformed created_at")?,
+                in_force: row.in_force,
+            })
+        });
+        let grants = grants.collect::<Result<Vec<_>, StoreError>>()?;
         Ok(CallerDetails { summary, credentials, grants })
     }
 
@@ -329,6 +402,9 @@ impl Admin {
     }
 
     /// Returns the bearers of the caller `name`, or of all callers, ordered by caller and id.
+    ///
+    /// # Errors
+    /// Returns [`StoreError::UnreadableRow`] when a row holds a time that cannot be read.
     #[instrument(level = "debug", skip_all)]
     pub async fn bearers(
         &self,
@@ -336,8 +412,9 @@ impl Admin {
     ) -> Result<Vec<BearerSummary>, StoreError> {
         let rows = sqlx::query!(
             r#"/* store::admin::bearers */
-             select callers.name as caller, c.id, c.kind, c.identity, c.description, c.created_at,
-                 c.ends_at, c.revoked_at,
+             select callers.name as caller, c.id, c.kind, c.identity, c.description,
+                 c.created_at as "created_at: LenientTime", c.ends_at as "ends_at: LenientTime",
+                 c.revoked_at as "revoked_at: LenientTime",
                  c.revoked_at is null and (c.ends_at is null or c.ends_at > now()) as "in_force!"
              from caller_credentials c join callers on callers.id = c.caller_id
              where c.kind = 'bearer' and ($1::text is null or callers.name = $1)
@@ -346,22 +423,20 @@ impl Admin {
         )
         .fetch_all(&self.pool)
         .await?;
-        Ok(rows
-            .into_iter()
-            .map(|row| BearerSummary {
-                caller: row.caller,
-                credential: CredentialDetails {
-                    id: row.id,
-                    kind: row.kind,
-                    identity: row.identity,
-                    description: row.description,
-                    created_at: row.created_at,
-                    ends_at: row.ends_at,
-                    revoked_at: row.revoked_at,
-                    in_force: row.in_force,
-                },
-            })
-            .collect())
+        let decoded = rows.into_iter().map(|row| -> Result<_, StoreError> {
+            let credential = CredentialRow {
+                id: row.id,
+                kind: row.kind,
+                identity: row.identity,
+                description: row.description,
+                created_at: row.created_at,
+                ends_at: row.ends_at,
+                revoked_at: row.revoked_at,
+                in_force: row.in_force,
+            };
+            Ok(BearerSummary { caller: row.caller, credential: credential.decode()? })
+        });
+        decoded.collect()
     }
 
     /// Revokes a bearer, and returns the name of its caller.

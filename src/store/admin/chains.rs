@@ -17,7 +17,7 @@ pub struct OpenChain {
     /// `seq` of the last record that the instance reported in its heartbeat; `None` if it reported
     /// no record of this chain.
     pub reported_seq: Option<i64>,
-    /// Time of the instance's last heartbeat.
+    /// Time of the instance's last heartbeat; absent if that is not a time between the years 1970 and 9999.
     pub heartbeat_at: Option<Timestamp>,
     /// Whether the instance runs: it sent a heartbeat within the last minute and has not stopped.
     pub live: bool,
@@ -44,10 +44,12 @@ impl Admin {
                     and c.started_at < '10000-01-01 00:00:00+00' then c.started_at end as started_at,
                 c.retired,
                 case when i.journal_chain = c.chain then i.journal_seq end as reported_seq,
-                case when isfinite(i.heartbeat_at) then i.heartbeat_at end as "heartbeat_at?",
+                case when i.heartbeat_at between timestamptz '1970-01-01 00:00Z'
+                    and timestamptz '9999-12-31 00:00Z' then i.heartbeat_at end as "heartbeat_at?",
                 coalesce(i.stopped_at is not null, false) as "stopped!",
                 coalesce(i.stopped_at is null
-                    and i.heartbeat_at > clock_timestamp() - interval '1 minute', false) as "live!"
+                    and i.heartbeat_at > clock_timestamp() - interval '1 minute'
+                    and i.heartbeat_at <= timestamptz '9999-12-31 00:00Z', false) as "live!"
             from audit_chains c
             left join instances i on i.id = c.instance
             where c.instance = $1 and not exists (

@@ -77,8 +77,8 @@ impl fmt::Display for UnrecordedChange {
 pub struct UnauditedChange {
     /// The number of the row in `changes`.
     pub id: i64,
-    /// When it was made.
-    pub at: Timestamp,
+    /// When it was made; `None` if that is not a time between 1970 and 9999.
+    pub at: Option<Timestamp>,
     /// The table that was changed.
     pub table: String,
     /// What was done.
@@ -92,7 +92,12 @@ pub struct UnauditedChange {
 impl fmt::Display for UnauditedChange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { id, at, table, operation, subject, problem } = self;
-        write!(f, "change {id} ({operation} on {table}, {subject}, at {at}) {problem}")
+        write!(f, "change {id} ({operation} on {table}, {subject}, at ")?;
+        match at {
+            Some(at) => write!(f, "{at}")?,
+            None => f.write_str("an unknown time")?,
+        }
+        write!(f, ") {problem}")
     }
 }
 
@@ -147,7 +152,8 @@ impl Admin {
         .await?)
     }
 
-    /// Returns the last issue whose token is stored; `None` if there is none.
+    /// Returns the last issue whose token is stored; `None` if there is none. A token whose time of issue cannot be
+    /// read is passed over: its account is named as unusable.
     #[instrument(level = "debug", skip_all)]
     pub async fn last_issue(&self) -> Result<Option<LastIssue>, StoreError> {
         Ok(sqlx::query_as!(
@@ -155,6 +161,7 @@ impl Admin {
             "/* store::admin::last_issue */
              select a.name as account, t.issued_at, t.allowed_ip
              from tokens t join accounts a on a.id = t.account_id
+             where t.issued_at between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'
              order by t.issued_at desc limit 1",
         )
         .fetch_optional(&self.pool)
@@ -167,8 +174,9 @@ impl Admin {
         Ok(sqlx::query_as!(
             InstanceSummary,
             r#"/* store::admin::instances */
-             select id, version, key_ids,
-                 heartbeat_at > now() - interval '1 minute' as "live!"
+             select id, version, array(select key from unnest(key_ids) key where key is not null) as "key_ids!",
+                 heartbeat_at > now() - interval '1 minute'
+                     and heartbeat_at <= timestamptz '9999-12-31 00:00Z' as "live!"
              from instances where stopped_at is null order by id"#,
         )
         .fetch_all(&self.pool)
@@ -211,7 +219,10 @@ impl Admin {
         Ok(sqlx::query_as!(
             UnauditedChange,
             r#"/* store::admin::unaudited_changes */
-             select id as "id!", at as "at!", table_name as "table!", operation as "operation!",
+             select id as "id!",
+                 case when at between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'
+                     then at end as at,
+                 table_name as "table!", operation as "operation!",
                  subject as "subject!", problem as "problem!"
              from unaudited_changes order by id limit $1"#,
             limit,

@@ -145,6 +145,18 @@ async fn a_log_verifies_in_the_database_in_the_journal_and_in_an_export_by_two_v
             let line = format!("{} {seq} {}", chain.as_str().unwrap(), hash.as_str().unwrap());
             assert!(output.contains(&line), "{output}");
         }
+        let compared = output.lines().last().unwrap();
+        let (count, of) = compared.split_once(" of ").unwrap();
+        assert!(count != "0" && of.starts_with(&format!("{count} checkpoints")), "{compared}");
+    }
+    // Without a key or a checkpoint in what was given, nothing would be verified with it.
+    for (option, given, message) in
+        [("--keys", &heads, "there is no key in"), ("--heads", &keys, "there is no checkpoint in")]
+    {
+        if let Some(ran) = python(&[option, given, &export]).await {
+            let output = ran.failed();
+            assert!(output.contains(message), "{output}");
+        }
     }
 }
 
@@ -269,10 +281,24 @@ async fn a_changed_or_truncated_export_or_journal_is_refused() {
     let cut = stopped.file("cut.jsonl", &lines[..lines.len() - 1].join("\n"));
     let output = stopped.verify(&["--export", &cut]).await.failed();
     assert!(output.contains("its last line is missing"), "{output}");
+    if let Some(ran) = python(&[&cut]).await {
+        let output = ran.failed();
+        assert!(output.contains("the file is incomplete"), "{output}");
+    }
     let shorter = [&lines[..lines.len() - 2], &lines[lines.len() - 1..]].concat().join("\n");
     let shorter = stopped.file("shorter.jsonl", &shorter);
     let output = stopped.verify(&["--export", &shorter]).await.failed();
     assert!(output.contains("it ends after"), "{output}");
+    // A partial export in which nothing else shows that a record is gone.
+    let partial = export.replacen("\"whole\":true", "\"whole\":false", 1);
+    let lines_of_part: Vec<_> = partial.lines().collect();
+    let end = lines_of_part.len() - 1;
+    let shorter_part = [&lines_of_part[..end - 1], &lines_of_part[end..]].concat().join("\n");
+    let shorter_part = stopped.file("shorter-part.jsonl", &shorter_part);
+    if let Some(ran) = python(&[&shorter_part]).await {
+        let output = ran.failed();
+        assert!(output.contains("records, and it has"), "{output}");
+    }
     let no_export = stopped.file("none.jsonl", "a line of something else\n");
     let output = stopped.verify(&["--export", &no_export]).await.failed();
     assert!(output.contains("none.jsonl, line 1: neither a record nor"), "{output}");
@@ -382,6 +408,30 @@ async fn audit_who_lists_the_callers_that_were_given_a_token() {
     assert!(unknown.stderr.contains("nobody was given it"), "{unknown:?}");
     let nothing = who("\n", &[]).await;
     assert!(nothing.failed().contains("standard input holds no token"));
+}
+
+#[tokio::test]
+async fn audit_who_finds_a_token_whose_records_have_the_time_of_a_wrong_clock() {
+    let mut stopped = StoppedBroker::new().await;
+    stopped.fixture.database.pool().close().await;
+    let _copy = stopped
+        .tampered(
+            "select audit_ensure_partition((now() at time zone 'UTC')::date - days)
+                 from generate_series(3, 4) days;
+             update audit_events set at = at - interval '3 days'",
+        )
+        .await;
+    let command = stopped.setup.command(&["audit", "who"]);
+    let ran = crate::harness::process::run(command, &stopped.token).await;
+    assert!(ran.stderr.contains("the whole log is searched"), "{ran:?}");
+    let table = ran.ok();
+    assert!(table.lines().any(|row| row.contains("get_token") && row.contains("demo")), "{table}");
+
+    // Bounds that were given are not exceeded.
+    let command = stopped.setup.command(&["audit", "who", "--since", "1h"]);
+    let ran = crate::harness::process::run(command, &stopped.token).await;
+    assert_eq!(ran.code, Some(1), "{ran:?}");
+    assert!(!ran.stderr.contains("the whole log is searched"), "{ran:?}");
 }
 
 #[tokio::test]
