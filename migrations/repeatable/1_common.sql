@@ -1,4 +1,4 @@
--- version: 2 (raise it with each change of this file)
+-- version: 3 (raise it with each change of this file)
 --
 -- Functions that the triggers of several tables call.
 
@@ -42,15 +42,23 @@ set search_path = pg_catalog, pg_temp as $$
         else '{}'::jsonb end
 $$;
 
--- Records a change and wakes the brokers. Only trigger functions that run with the rights of the tables'
--- owner call it: other roles may not insert into `changes`.
+-- Records a change and wakes the brokers. Only functions that run with the rights of the tables' owner call it:
+-- other roles may not insert into `changes`. Values are cut after 1000 characters, since brokers load them: an
+-- admin's session can set an actor and a reason of any length. The state is not cut, because it is compared with
+-- the row; the limits of the columns bound it.
 create or replace function @schema@.token_broker_change(
     table_name text, operation text, row_id bigint, subject text, what jsonb
 ) returns void
 language sql
 set search_path = pg_catalog, pg_temp as $$
-    insert into @schema@.changes (table_name, operation, row_id, subject, what)
-    values (table_name, lower(operation), row_id, subject, what);
+    insert into @schema@.changes (table_name, operation, row_id, subject, application_name, actor, reason, what)
+    values (table_name, lower(operation), row_id, left(subject, 1000),
+        left(current_setting('application_name', true), 1000),
+        left(nullif(current_setting('token_broker.actor', true), ''), 1000),
+        left(nullif(current_setting('token_broker.reason', true), ''), 1000),
+        (select coalesce(jsonb_object_agg(each.key,
+            case when each.key = 'state' then each.value else left(each.value, 1000) end), '{}')
+            from jsonb_each_text(what) each));
     select pg_notify('token_broker_changes', '');
 $$;
 

@@ -1,4 +1,4 @@
--- version: 2 (raise it with each change of this file)
+-- version: 3 (raise it with each change of this file)
 --
 -- What happens when a row of `accounts` is written: its values are checked, a new secret begins a new
 -- credential version, and the change is recorded.
@@ -144,7 +144,15 @@ declare
     what jsonb := '{}';
 begin
     if tg_op = 'INSERT' then
-        insert into @schema@.refreshes (account_id) values (new.id);
+        -- There was no account with this number, so what the tables already have of it is what somebody with the
+        -- broker's login made up. Rows of `tokens` follow those of `refreshes`. It is a loop because another
+        -- session may commit such a row after the delete.
+        loop
+            delete from @schema@.upstream_calls where account_id = new.id;
+            delete from @schema@.refreshes where account_id = new.id;
+            insert into @schema@.refreshes (account_id) values (new.id) on conflict do nothing;
+            exit when found;
+        end loop;
         what := jsonb_build_object('client_id', new.client_id, 'enabled', new.enabled::text,
             'state', @schema@.accounts_state(new));
         perform @schema@.token_broker_change('accounts', tg_op, new.id, new.name, what);

@@ -1,4 +1,4 @@
--- version: 2 (raise it with each change of this file)
+-- version: 3 (raise it with each change of this file)
 --
 -- What happens when a row of `callers`, `caller_credentials` or `grants` is written: its values are checked and
 -- the change is recorded.
@@ -7,6 +7,8 @@
 -- their schema, for which `@schema@` stands. So nobody can put another object in the place of the one that is
 -- meant, even if others may create objects in that schema.
 set local search_path = pg_catalog, pg_temp;
+
+-- Lengths are limited where a value is written, and not where an older row keeps it: such a row can be revoked.
 
 create or replace function @schema@.callers_validate() returns trigger
 language plpgsql
@@ -22,6 +24,11 @@ begin
         perform @schema@.token_broker_refuse('callers.rate_limit must be 1 to 1000000', 'rate_limit');
     end if;
     new.description := coalesce(new.description, '');
+    if char_length(new.description) > 1000
+       and (tg_op = 'INSERT' or new.description is distinct from old.description) then
+        perform @schema@.token_broker_refuse(
+            'callers.description must have at most 1000 characters', 'description');
+    end if;
     if @schema@.token_broker_is_time(new.created_at) is not true then
         perform @schema@.token_broker_refuse(
             'callers.created_at must be a time between 1970 and 9999', 'created_at');
@@ -85,6 +92,16 @@ language plpgsql
 set search_path = pg_catalog, pg_temp as $$
 begin
     new.description := coalesce(new.description, '');
+    if char_length(new.description) > 1000
+       and (tg_op = 'INSERT' or new.description is distinct from old.description) then
+        perform @schema@.token_broker_refuse(
+            'caller_credentials.description must have at most 1000 characters', 'description');
+    end if;
+    if char_length(new.identity) > 2048
+       and (tg_op = 'INSERT' or new.identity is distinct from old.identity) then
+        perform @schema@.token_broker_refuse(
+            'caller_credentials.identity must have at most 2048 characters', 'identity');
+    end if;
     if new.caller_id is null then
         perform @schema@.token_broker_refuse('caller_credentials.caller_id is required', 'caller_id');
     end if;
@@ -217,6 +234,11 @@ begin
        or not new.rights <@ array['get', 'report', 'list'] then
         perform @schema@.token_broker_refuse(
             'grants.rights must be some of get, report, list', 'rights');
+    end if;
+    if (tg_op = 'INSERT' or new.rights is distinct from old.rights) and (cardinality(new.rights) > 3
+       or cardinality(new.rights) > (select count(distinct r.r) from unnest(new.rights) r)) then
+        perform @schema@.token_broker_refuse(
+            'grants.rights must be some of get, report, list, each once', 'rights');
     end if;
     if not @schema@.token_broker_is_time(new.ends_at) then
         perform @schema@.token_broker_refuse(

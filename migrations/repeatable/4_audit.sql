@@ -1,4 +1,4 @@
--- version: 2 (raise it with each change of this file)
+-- version: 3 (raise it with each change of this file)
 --
 -- The functions of the audit log: its tables are append-only, it has a partition for each UTC day, and only
 -- `audit_prune` removes records.
@@ -65,6 +65,34 @@ begin
 end
 $$;
 
+-- Refuses a relation that has the name of a partition and is none, or is not of the owner of the audit log. Somebody
+-- may have created it while others could create objects in the schema: a view, or a table with a policy, has code
+-- run with the rights of whoever uses it, and the functions below run with those of the owner. Does nothing if
+-- there is no relation of that name.
+create or replace function @schema@.audit_check_partition(partition text) returns void
+language plpgsql stable
+set search_path = pg_catalog, pg_temp as $$
+declare
+    it record;
+begin
+    select c.oid::regclass as name, pg_get_userbyid(c.relowner) as owner,
+            c.relkind = 'r' and c.relowner = log.relowner and exists (
+                select from pg_inherits where inhrelid = c.oid and inhparent = log.oid) as ours
+        into it
+        from pg_class c, pg_class log
+        where c.relname = partition and c.relnamespace = log.relnamespace
+            and log.oid = '@schema@.audit_events'::regclass;
+    if not it.ours then
+        raise exception using errcode = 'wrong_object_type',
+            message = format('relation %s of role %I has the name of a partition of audit_events, and is none of '
+                'its owner: drop it', it.name, it.owner),
+            hint = 'If you know that it has audit records, attach it again or correct its owner instead.';
+    end if;
+end
+$$;
+
+revoke execute on function @schema@.audit_check_partition(text) from public;
+
 -- Attaches a filled or empty table as the partition of `day`.
 create or replace function @schema@.audit_attach(day date, partition text) returns void
 language plpgsql
@@ -80,19 +108,24 @@ $$;
 
 revoke execute on function @schema@.audit_attach(date, text) from public;
 
--- Creates the partition of the UTC day `day` unless it exists. Several replicas may call it at once. The table
--- is created first and attached then, which blocks no session that reads or writes other days.
+-- Creates the partition of the UTC day `day` unless it exists. Several replicas may call it at once: they wait for
+-- each other by the row of `audit_retention`, which no other login can lock. The table is created first and attached
+-- then, which blocks no session that reads or writes other days.
 create or replace function @schema@.audit_ensure_partition(day date) returns void
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp as $$
 declare
     partition text := @schema@.audit_partition(day);
 begin
+    perform @schema@.audit_check_partition(partition);
     if to_regclass('@schema@.' || partition) is not null then
         return;
     end if;
-    perform pg_advisory_xact_lock(hashtext('token_broker.audit_ensure_partition'));
-    if to_regclass('@schema@.' || partition) is not null then
+    perform from @schema@.audit_retention for update;
+    perform @schema@.audit_check_partition(partition);
+    -- Not by to_regclass, which remembers in this transaction that the table did not exist.
+    if exists (select from pg_class
+            where relname = partition and relnamespace = '@schema@'::regnamespace) then
         return;
     end if;
     execute format('create table @schema@.%I (like @schema@.audit_events including all)', partition);
@@ -107,8 +140,11 @@ revoke execute on function @schema@.audit_ensure_partition(date) from public;
 create or replace function @schema@.audit_lock_day(day date) returns void
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp as $$
+declare
+    partition text := @schema@.audit_partition(day);
 begin
-    execute format('lock table @schema@.%I in share row exclusive mode', @schema@.audit_partition(day));
+    perform @schema@.audit_check_partition(partition);
+    execute format('lock table @schema@.%I in share row exclusive mode', partition);
 end
 $$;
 
@@ -134,6 +170,7 @@ begin
             message = format('audit records of %s are not old enough to be removed', of_day),
             hint = 'The table audit_retention says for how long records are kept at least.';
     end if;
+    perform @schema@.audit_check_partition(partition);
     execute format('select coalesce(sum(gone.n), 0), count(*) filter (where gone.n <> coalesce(cut.n, 0))
         from (select chain, count(*) as n from @schema@.%I where $1 or event <> all (@schema@.audit_change_events())
             group by chain) gone
@@ -147,6 +184,8 @@ begin
     if changes_too then
         execute format('drop table @schema@.%I', partition);
     elsif removed > 0 then
+        -- No table of ours has this name when a transaction begins, so this refuses any relation.
+        perform @schema@.audit_check_partition(partition || '_kept');
         execute format('create table @schema@.%I (like @schema@.audit_events including all)', partition || '_kept');
         execute format('insert into @schema@.%I select * from @schema@.%I where event = any (@schema@.audit_change_events())',
             partition || '_kept', partition);

@@ -1,4 +1,4 @@
--- version: 1 (raise it with each change of this file)
+-- version: 2 (raise it with each change of this file)
 --
 -- What protects the rows themselves: which intake key is published, what the broker's own login may not do, and
 -- whether rows are still as their last recorded change left them.
@@ -143,22 +143,38 @@ $$;
 create or replace trigger changes_guard before update on @schema@.changes
     for each row execute function @schema@.changes_guard();
 
--- The broker's login accepts a restored database by raising the epoch. It cannot make the database pass for
--- another one.
+-- The broker's login accepts a restored database by raising the epoch by one, so that the epoch never ends, and
+-- says with it where the database is now and which upstream it belongs to. A new row is filled in after it was
+-- inserted. So this login cannot make the database pass for another one unnoticed.
 create or replace function @schema@.deployment_guard() returns trigger
 language plpgsql
 set search_path = pg_catalog, pg_temp as $$
 begin
-    if not @schema@.token_broker_is_owner(tg_relid)
-       and (new.id <> old.id or new.created_at <> old.created_at or new.epoch < old.epoch) then
+    if @schema@.token_broker_is_owner(tg_relid) then
+        return new;
+    end if;
+    if tg_op = 'INSERT' then
+        if new.epoch not between 1 and 1000000000000 then
+            raise exception using errcode = 'insufficient_privilege',
+                message = 'deployment.epoch must be 1 to 1000000000000';
+        end if;
+        return new;
+    end if;
+    if new.id <> old.id or new.created_at <> old.created_at or new.epoch not in (old.epoch, old.epoch + 1) then
         raise exception using errcode = 'insufficient_privilege',
-            message = 'deployment.id and created_at cannot be changed, nor epoch decreased';
+            message = 'deployment.id and created_at cannot be changed, and epoch only be raised by one';
+    end if;
+    if new.epoch = old.epoch and (new.upstream <> old.upstream
+       or old.system_identifier is not null and new.system_identifier is distinct from old.system_identifier
+       or old.database_oid is not null and new.database_oid is distinct from old.database_oid) then
+        raise exception using errcode = 'insufficient_privilege',
+            message = 'deployment.upstream, system_identifier and database_oid only change when epoch is raised';
     end if;
     return new;
 end
 $$;
 
-create or replace trigger deployment_guard before update on @schema@.deployment
+create or replace trigger deployment_guard before insert or update on @schema@.deployment
     for each row execute function @schema@.deployment_guard();
 
 -- The rows that are not as their last recorded change left them. Triggers record each change, so such a row was

@@ -114,10 +114,9 @@ impl Schema {
     async fn apply_locked(&self, connection: &mut PgConnection) -> Result<(), StoreError> {
         let mut transaction = connection.begin().await?;
         schema_trust::close_schema(&mut transaction).await?;
-        let faults = schema_trust::faults(&mut transaction).await?;
-        if !faults.is_empty() {
-            return Err(StoreError::UnsafeSchema(faults));
-        }
+        // Before anything is applied: sqlx writes to a table that somebody may have made before us.
+        refuse_unsafe_schema(&mut transaction).await?;
+        become_owner(&mut transaction).await?;
         self.numbered.run(&mut *transaction).await.map_err(migrate_error)?;
         let applied = applied(&mut transaction).await?;
         let schema = SessionSchema::of(&mut transaction).await?;
@@ -142,6 +141,8 @@ impl Schema {
             .execute(&mut *transaction)
             .await?;
         }
+        // Until the commit, others can create objects if they could before.
+        refuse_unsafe_schema(&mut transaction).await?;
         transaction.commit().await?;
         Ok(())
     }
@@ -277,6 +278,29 @@ impl Repeatable {
         }
         Ok(applied.version < self.version)
     }
+}
+
+/// Makes the owner of the tables the role of the transaction, if there are tables. A superuser or a member of
+/// that role may migrate too, and what he created as himself, the owner's functions could not use.
+async fn become_owner(connection: &mut PgConnection) -> Result<(), StoreError> {
+    let owner = sqlx::query_scalar!(
+        r#"-- store::migrate::become_owner
+        select quote_ident(pg_get_userbyid(relowner)) as "owner!" from pg_class
+        where relnamespace = current_schema()::regnamespace and relname = 'accounts'
+            and pg_get_userbyid(relowner) <> current_user"#,
+    )
+    .fetch_optional(&mut *connection)
+    .await?;
+    if let Some(owner) = owner {
+        let set = format!("/* store::migrate::become_owner */ set local role {owner}");
+        sqlx::raw_sql(AssertSqlSafe(set)).execute(connection).await?;
+    }
+    Ok(())
+}
+
+async fn refuse_unsafe_schema(connection: &mut PgConnection) -> Result<(), StoreError> {
+    let faults = schema_trust::faults_before_migration(connection).await?;
+    if faults.is_empty() { Ok(()) } else { Err(StoreError::UnsafeSchema(faults)) }
 }
 
 fn stated_version(sql: &str) -> Option<i32> {

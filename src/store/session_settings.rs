@@ -121,13 +121,17 @@ async fn set_search_path(connection: &mut PgConnection, path: &str) -> Result<()
 }
 
 /// Returns the quoted name of the schema that has the broker's tables, or in which `migrate` creates them:
-/// of the schemas of `search_path`, the first that has them, or else the first. If none of `search_path`
+/// of the schemas of `search_path`, the one that has them, or else the first. If none of `search_path`
 /// exists, the only one that has them, or else `public`.
+///
+/// # Errors
+/// When several schemas of `search_path` have such tables: whoever may create schemas can create one with the name
+/// of a login, which the default `search_path` names first.
 async fn schema_in_use(
     connection: &mut PgConnection,
     search_path: &[String],
 ) -> Result<String, sqlx::Error> {
-    sqlx::query_scalar!(
+    let found = sqlx::query!(
         r#"-- store::session_settings::schema_in_use
         with named as (
             select name, place from unnest($1::text[]) with ordinality as listed (name, place)
@@ -135,16 +139,28 @@ async fn schema_in_use(
         ), having_tables as (
             select n.nspname::text as name from pg_class c join pg_namespace n on n.oid = c.relnamespace
             where c.relname = 'repeatable_migrations' and c.relkind in ('r', 'p')
+        ), candidates as (
+            select name, place from named join having_tables using (name)
         )
         select quote_ident(coalesce(
-            (select name from named join having_tables using (name) order by place limit 1),
+            (select min(name) from candidates),
             (select name from named order by place limit 1),
             (select min(name) from having_tables having count(*) = 1),
-            'public')) as "schema!""#,
+            'public')) as "schema!",
+            (select count(*) from candidates) as "candidates!",
+            (select string_agg(name, ', ' order by place) from candidates) as names"#,
         search_path,
     )
     .fetch_one(connection)
-    .await
+    .await?;
+    if found.candidates > 1 {
+        return Err(unusable(format!(
+            "several schemas of its search_path have the broker's tables ({}): find out who created them, and \
+             set search_path to one of them for the login or in the URL",
+            found.names.unwrap_or_default()
+        )));
+    }
+    Ok(found.schema)
 }
 
 /// Sets those of `settings` that the server has.

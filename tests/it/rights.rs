@@ -556,3 +556,263 @@ async fn rows_from_before_the_comparison_are_recorded_by_the_migration() {
     url.database("test").unwrap().migrate().await.unwrap();
     assert_eq!(texts(&database, "select table_name from unrecorded_changes").await, ["grants"]);
 }
+
+/// What somebody created under the name of a partition, while others could create objects, is never used by the
+/// functions that run as the owner.
+#[tokio::test]
+async fn a_relation_of_others_with_the_name_of_a_partition_is_refused() {
+    let database = database_with_roles().await;
+    database
+        .sql(
+            "grant create on schema public to token_broker_access; set role token_broker_access;
+             create table audit_events_20260102 (at timestamptz, event text, chain text);
+             create view audit_events_20260103 as select * from generate_series(1, 2);
+             create table audit_events_20260101_kept ();
+             reset role; revoke create on schema public from token_broker_access",
+        )
+        .await;
+    for (relation, statement) in [
+        ("audit_events_20260102", "select audit_ensure_partition('2026-01-02')"),
+        ("audit_events_20260102", "select audit_lock_day('2026-01-02')"),
+        ("audit_events_20260102", "select audit_prune('2026-01-02', true)"),
+        ("audit_events_20260103", "select audit_ensure_partition('2026-01-03')"),
+        ("audit_events_20260103", "select audit_prune('2026-01-03', false)"),
+        (
+            "audit_events_20260101_kept",
+            "insert into audit_pruning_receipts
+                 (chain, first_seq, prev_hash, last_seq, hash, at, key_id, signature)
+                 values ('c', 1, '', 1, '', now(), 'h', '');
+             select audit_prune('2026-01-01', false)",
+        ),
+    ] {
+        let error = attempt(&database, RUNTIME, statement).await.expect_err(statement);
+        let message = error.as_database_error().unwrap().message().to_owned();
+        assert!(message.contains(&format!("public.{relation} of role")), "{statement}: {message}");
+        assert!(message.ends_with("drop it"), "{statement}: {message}");
+    }
+    // Other logins cannot hold up that a partition is made.
+    attempt(&database, RUNTIME, "select from audit_retention for update").await.unwrap_err();
+    attempt(&database, RUNTIME, "select audit_ensure_partition('2026-01-04')").await.unwrap();
+}
+
+/// The first migration uses no table that somebody made before it, and runs nothing of theirs.
+#[tokio::test]
+async fn the_first_migration_refuses_relations_of_others_with_names_that_the_broker_uses() {
+    let database = database_with_roles().await;
+    let names = texts(
+        &database,
+        "select relname::text from pg_class where relnamespace = 'public'::regnamespace
+            and relkind in ('r', 'p', 'v') and not relispartition order by relname",
+    )
+    .await;
+    assert!(names.len() > 20, "{names:?}");
+    let theirs = "
+        drop schema public cascade; create schema public;
+        create schema if not exists elsewhere;
+        grant usage, create on schema public, elsewhere to token_broker_access;
+        set role token_broker_access;
+        create or replace function elsewhere.trap() returns trigger language plpgsql as
+            $$ begin raise exception 'it ran'; end $$;
+        create table _sqlx_migrations (version bigint primary key, description text not null,
+            installed_on timestamptz not null default now(), success boolean not null,
+            checksum bytea not null, execution_time bigint not null);
+        create trigger trap before insert on _sqlx_migrations
+            for each row execute function elsewhere.trap();
+        create sequence numbers; create view seen as select 1 as it;
+        reset role; revoke create on schema public from token_broker_access";
+    database.sql(theirs).await;
+    let store = Database::new(database.url(), "test").unwrap();
+    let refusal = async || store.migrate().await.unwrap_err().to_string();
+    let error = refusal().await;
+    assert!(
+        error.contains("table public._sqlx_migrations, which belongs to role token_broker_access"),
+        "{error}"
+    );
+    database.sql("drop table _sqlx_migrations").await;
+    for name in names.iter().filter(|name| *name != "accounts") {
+        let plant = format!(
+            "create view {name} as select 1 as it; alter view {name} owner to token_broker_access"
+        );
+        database.sql(&plant).await;
+        let error = refusal().await;
+        assert!(
+            error.contains(&format!("view public.{name}, which belongs to role")),
+            "{name}: {error}"
+        );
+        database.sql(&format!("drop view {name}")).await;
+    }
+    // A table of theirs that has the name of ours does not make them the owner of our tables.
+    database
+        .sql("create table accounts (); alter table accounts owner to token_broker_access")
+        .await;
+    let error = refusal().await;
+    assert!(error.contains("`grant create on schema public to token_broker_access`"), "{error}");
+    database.sql("drop table accounts").await;
+
+    // What has other names stays.
+    store.migrate().await.unwrap();
+    store.check_schema_trust().await.unwrap();
+}
+
+/// Whoever migrates, what is created belongs to the owner of the tables, whose functions use it.
+#[tokio::test]
+async fn a_superuser_may_migrate_the_tables_of_another_role() {
+    let database = database_with_roles().await;
+    database
+        .sql(
+            "grant create, usage on schema public to token_broker_auditor;
+             do $$ declare it record; begin
+                 for it in select oid::regclass as name, relkind from pg_class
+                         where relnamespace = 'public'::regnamespace and relkind in ('r', 'p', 'v') loop
+                     execute format('alter %s %s owner to token_broker_auditor',
+                         case it.relkind when 'v' then 'view' else 'table' end, it.name);
+                 end loop;
+                 for it in select oid::regprocedure as name from pg_proc
+                         where pronamespace = 'public'::regnamespace loop
+                     execute format('alter function %s owner to token_broker_auditor', it.name);
+                 end loop;
+             end $$;
+             drop function audit_check_partition(text);
+             delete from repeatable_migrations",
+        )
+        .await;
+    let store = Database::new(database.url(), "test").unwrap();
+    store.migrate().await.unwrap();
+    store.check_schema_trust().await.unwrap();
+    let others = "select format('%s of %s', oid::regprocedure, proowner::regrole) from pg_proc
+        where pronamespace = 'public'::regnamespace and proowner <> 'token_broker_auditor'::regrole
+        union all select format('%s of %s', oid::regclass, relowner::regrole) from pg_class
+        where relnamespace = 'public'::regnamespace and relowner <> 'token_broker_auditor'::regrole";
+    assert_eq!(texts(&database, others).await, [""; 0]);
+    attempt(&database, RUNTIME, "select audit_ensure_partition('2026-01-04')").await.unwrap();
+}
+
+/// Objects of others that no statement of ours means are their own business. So are those of the schema's owner, who
+/// could replace ours anyway.
+#[tokio::test]
+async fn unrelated_relations_and_the_schemas_owner_are_accepted() {
+    let database = database_with_roles().await;
+    database
+        .sql(
+            "create table unrelated (); alter table unrelated owner to token_broker_access;
+             create sequence numbers; alter sequence numbers owner to token_broker_access;
+             alter schema public owner to token_broker_auditor;
+             create function public.lower(varchar) returns text language sql as 'select $1';
+             alter function public.lower(varchar) owner to token_broker_auditor",
+        )
+        .await;
+    let store = Database::new(database.url(), "test").unwrap();
+    store.check_schema_trust().await.unwrap();
+    store.migrate().await.unwrap();
+    database.sql("alter function public.lower(varchar) owner to token_broker_access").await;
+    let error = store.check_schema_trust().await.unwrap_err().to_string();
+    assert!(error.contains("function public.lower(character varying) belongs to role"), "{error}");
+}
+
+/// Whoever may create schemas can create one with the name of a login, which the default search path names first. Its
+/// tables are not taken for the broker's.
+#[tokio::test]
+async fn a_schema_with_the_name_of_a_login_does_not_take_the_place_of_the_brokers() {
+    let database = database_with_roles().await;
+    database
+        .sql(
+            "do $$ begin
+                 execute format('create schema %I authorization token_broker_access', current_user);
+                 execute format('create table %I.repeatable_migrations (name text)', current_user);
+             end $$",
+        )
+        .await;
+    let store = Database::new(database.url(), "test").unwrap();
+    for error in [
+        store.check_connection().await.unwrap_err(),
+        store.check_schema_trust().await.unwrap_err(),
+        store.migrate().await.unwrap_err(),
+    ] {
+        assert!(error.to_string().contains("several schemas of its search_path"), "{error}");
+    }
+    let mut named = url::Url::parse(database.url()).unwrap();
+    named.query_pairs_mut().append_pair("options", "-c search_path=public");
+    let store = Database::new(named.as_str(), "test").unwrap();
+    store.check_schema_trust().await.unwrap();
+}
+
+/// No value that an admin writes is so large that it holds up the brokers that load it.
+#[tokio::test]
+async fn values_of_admins_are_limited() {
+    let database = database_with_roles().await;
+    let credential = |columns: &str, values: &str| {
+        format!(
+            "insert into caller_credentials (caller_id, kind, {columns})
+             select id, 'spiffe', {values} from callers"
+        )
+    };
+    let right = |rights: &str| format!("update grants set rights = '{rights}'");
+    for (statement, allowed) in [
+        ("update callers set description = repeat('x', 1000)".to_owned(), true),
+        ("update callers set description = repeat('x', 1001)".to_owned(), false),
+        (credential("identity, description", "'spiffe://a/b', repeat('x', 1000)"), true),
+        (credential("identity, description", "'spiffe://a/b', repeat('x', 1001)"), false),
+        (credential("identity", "rpad('spiffe://a/', 2048, 'x')"), true),
+        (credential("identity", "rpad('spiffe://a/', 2049, 'x')"), false),
+        (right("{get,report,list}"), true),
+        (right("{get,get}"), false),
+        (right("{get,report,list,get}"), false),
+    ] {
+        let done = attempt(&database, ACCESS, &statement).await;
+        assert_eq!(done.is_ok(), allowed, "{statement}: {done:?}");
+    }
+    database
+        .sql(
+            "begin; set local token_broker.actor = 'a'; set local token_broker.reason = 'r';
+             select set_config('token_broker.actor', repeat('a', 5000), true),
+                 set_config('token_broker.reason', repeat('r', 5000), true);
+             update accounts set description = repeat('d', 1000); commit",
+        )
+        .await;
+    let longest =
+        "select greatest(length(actor), length(reason), length(what ->> 'description'))::text
+        from changes order by id desc limit 1";
+    assert_eq!(texts(&database, longest).await, ["1000"]);
+    assert_eq!(texts(&database, "select subject from unrecorded_changes").await, [""; 0]);
+}
+
+/// The broker's login can neither prevent that an account is registered, nor that a database is accepted.
+#[tokio::test]
+async fn the_runtime_role_blocks_neither_new_accounts_nor_acceptance() {
+    let database = database_with_roles().await;
+    sql_as(
+        &database,
+        RUNTIME,
+        "insert into refreshes (account_id, possibly_revoked, consecutive_failures)
+             select n, true, 9 from generate_series(2, 9) n;
+         insert into upstream_calls (account_id, lease_id, until, priority)
+             values (2, 1, 'infinity', 'x')",
+    )
+    .await;
+    sql_as(
+        &database,
+        ACCOUNTS,
+        "insert into accounts (name, client_id, client_secret) values ('new', 'new-id', 'x')",
+    )
+    .await;
+    let fresh =
+        "select concat_ws(' ', a.name, r.possibly_revoked, r.consecutive_failures, c.lease_id)
+        from accounts a join refreshes r on r.account_id = a.id
+        left join upstream_calls c using (account_id) where a.name = 'new'";
+    assert_eq!(texts(&database, fresh).await, ["new f 0"]);
+
+    for statement in [
+        "update deployment set epoch = epoch + 2",
+        "update deployment set epoch = 9223372036854775807",
+        "update deployment set upstream = 'other'",
+        "update deployment set system_identifier = 1; update deployment set system_identifier = 2",
+        "update deployment set database_oid = 1; update deployment set database_oid = null",
+    ] {
+        let error = attempt(&database, RUNTIME, statement).await.expect_err(statement);
+        let code = error.as_database_error().unwrap().code().unwrap().into_owned();
+        assert_eq!(code, "42501", "{statement}: {error}");
+    }
+    let accepted = "update deployment set system_identifier = 1, database_oid = 1;
+        update deployment set epoch = epoch + 1, upstream = 'other', system_identifier = 2";
+    attempt(&database, RUNTIME, accepted).await.unwrap();
+}
