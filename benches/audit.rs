@@ -8,7 +8,7 @@
     reason = "a benchmark prints its results, and panics when it fails"
 )]
 
-#[allow(dead_code, reason = "the tests use what this benchmark does not")]
+#[expect(dead_code, reason = "the tests use what this benchmark does not")]
 #[path = "../tests/harness/mod.rs"]
 mod harness;
 

@@ -12,8 +12,9 @@ use crate::{
     upstream::Target,
 };
 
-/// The number of connections in the pool that the refresher, the change feed and the token provider
-/// share. The delivery of the journal and the listener for notifications each use another connection.
+/// The number of connections in the pool that the refresher, the heartbeat and other tasks with short
+/// statements share. Each duty of the change feed, its listener, the delivery of the journal and the guard of the
+/// database's history use a connection of their own.
 const POOL_CONNECTIONS: u32 = 10;
 /// The number of connections in that pool when broker and database share a machine.
 const LOCAL_POOL_CONNECTIONS: u32 = 5;
@@ -47,7 +48,7 @@ pub struct AppConfig {
     /// Whether to accept a database that differs from the one that this replica used last: see
     /// [`DatabaseMismatch`](super::DatabaseMismatch).
     pub accept_restored: bool,
-    /// The number of connections in the pool that the refresher, the change feed and the token provider
+    /// The number of connections in the pool that the refresher and other tasks with short statements
     /// share.
     pub pool_connections: u32,
     /// The size in bytes at which the journal starts another segment; at most a quarter of

@@ -40,7 +40,7 @@ pub(super) struct Components {
     pub(super) unverified_database: Database,
     /// Lets connections of `database` and `pool` pass while the history guard trusts the database.
     pub(super) gate: TrustGate,
-    /// The pool that the refresher, the change feed and the token provider share.
+    /// The pool that the refresher and other tasks with short statements share.
     pub(super) pool: PgPool,
     pub(super) cache: Arc<AccountCache>,
     pub(super) directory: Arc<CallerDirectory>,

@@ -22,7 +22,8 @@ Example:
   DATABASE_URL=postgresql://broker@db/broker TOKEN_BROKER_UPSTREAM=production \\
   TOKEN_BROKER_KEYRING_FILE=/etc/token-broker/keyring token-broker serve")]
 pub(super) struct ServeArgs {
-    /// Apply missing migrations first; without it, a schema that is too old is refused
+    /// Apply missing migrations and publish the intake key first; without it, a schema that is too old
+    /// is refused
     #[arg(long)]
     migrate: bool,
     /// Accept a database that was restored, copied, or belongs to another deployment, and log what it

@@ -48,8 +48,8 @@ pub struct DatabaseConnectivity {
 
 impl DatabaseConnectivity {
     /// Returns the state before the first poll: connected, and others are assumed to exist and not to know of
-    /// this replica until a heartbeat shows otherwise. `new_token_ends_older` says whether the upstream ends older tokens when it
-    /// issues a new one.
+    /// this replica until a heartbeat shows otherwise. `new_token_ends_older` says whether the upstream ends
+    /// older tokens when it issues a new one.
     #[must_use]
     pub fn new(new_token_ends_older: bool) -> Self {
         Self {

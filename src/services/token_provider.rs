@@ -259,8 +259,8 @@ impl TokenProvider {
     /// grants cover; a plain name must be one of them. The patterns count towards the caller's rate.
     ///
     /// # Errors
-    /// [`CallRefusal::GrantsStale`], and while no token may be served. For a plain name without a grant or without an account, as in
-    /// [`TokenProvider::get_token`].
+    /// [`CallRefusal::GrantsStale`], and while no token may be served. For a plain name without a grant or without
+    /// an account, as in [`TokenProvider::get_token`].
     pub async fn authorize_watch(
         &self,
         caller: &Caller,
