@@ -200,7 +200,8 @@ async fn open_streams_end_cleanly_at_a_stop_and_do_not_delay_it() {
     broker.verify().await;
 }
 
-/// A TCP load balancer: new connections go in turn to the replicas whose health check reports serving.
+/// A TCP load balancer: new connections go in turn to the replicas whose health check reports serving, and to the
+/// next one if a replica does not accept them.
 struct Balancer {
     address: SocketAddr,
     serving: Vec<Arc<AtomicBool>>,
@@ -246,15 +247,18 @@ async fn balance(listener: TcpListener, targets: Vec<(SocketAddr, Arc<AtomicBool
     loop {
         let (mut client, _) = listener.accept().await.unwrap();
         let turn = next.fetch_add(1, Relaxed);
-        let in_turn = (0..targets.len()).map(|nth| &targets[(turn + nth) % targets.len()]);
-        // Without a serving replica the client's connection is closed.
-        let Some((target, _)) = in_turn.clone().find(|(_, serving)| serving.load(Relaxed)) else {
-            continue;
-        };
-        let target = *target;
+        let in_turn: Vec<_> = (0..targets.len())
+            .map(|nth| &targets[(turn + nth) % targets.len()])
+            .filter(|(_, serving)| serving.load(Relaxed))
+            .map(|(target, _)| *target)
+            .collect();
         connections.spawn(async move {
-            if let Ok(mut server) = TcpStream::connect(target).await {
-                let _ = copy_bidirectional(&mut client, &mut server).await;
+            // Without a serving replica the client's connection is closed.
+            for target in in_turn {
+                if let Ok(mut server) = TcpStream::connect(target).await {
+                    let _ = copy_bidirectional(&mut client, &mut server).await;
+                    return;
+                }
             }
         });
     }
@@ -262,7 +266,8 @@ async fn balance(listener: TcpListener, targets: Vec<(SocketAddr, Arc<AtomicBool
 
 #[tokio::test]
 async fn a_rolling_restart_causes_no_caller_an_error() {
-    let mut broker = BrokerUnderTest::new("8s").await;
+    // A quarter of the drain is for the health checks to notice the stop.
+    let mut broker = BrokerUnderTest::new("20s").await;
     let other = broker.setup.replica();
     let mut second = other.serve().await;
     let balancer = Balancer::in_front_of(&[broker.setup.grpc, other.grpc]).await;
