@@ -61,6 +61,7 @@ impl PartialEq for CredentialKey {
 /// A usable row of `caller_credentials`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CredentialRow {
+    id: i64,
     caller: i64,
     key: CredentialKey,
     ends_at: Option<Timestamp>,
@@ -70,8 +71,25 @@ pub struct CredentialRow {
 /// A usable row of `grants`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GrantRow {
+    id: i64,
     caller: i64,
     grant: Grant,
+}
+
+impl CredentialRow {
+    /// Returns the row's id.
+    #[must_use]
+    pub fn id(&self) -> i64 {
+        self.id
+    }
+}
+
+impl GrantRow {
+    /// Returns the row's id.
+    #[must_use]
+    pub fn id(&self) -> i64 {
+        self.id
+    }
 }
 
 /// The three tables that say who may do what.
@@ -162,6 +180,7 @@ pub async fn load_credentials(
         let ends_at =
             row.ends_at.map(|end| end.or(unusable("ends_at is not a time between 1970 and 9999")));
         Ok(CredentialRow {
+            id: row.id,
             caller: row.caller_id,
             key: credential_key(&kind, row.bearer_sha256, identity).map_err(unusable)?,
             ends_at: ends_at.transpose()?,
@@ -195,6 +214,7 @@ pub async fn load_grants(executor: impl PgExecutor<'_>) -> Result<Readable<Grant
         let ends_at =
             row.ends_at.map(|end| end.or(unusable("ends_at is not a time between 1970 and 9999")));
         Ok(GrantRow {
+            id: row.id,
             caller: row.caller_id,
             grant: Grant {
                 pattern: pattern.parse().map_err(|_| malformed_pattern())?,
@@ -269,13 +289,13 @@ mod tests {
 
     fn credential(caller: i64, byte: u8) -> CredentialRow {
         let key = CredentialKey::BearerSha256([byte; 32]);
-        CredentialRow { caller, key, ends_at: None, revoked: false }
+        CredentialRow { id: i64::from(byte), caller, key, ends_at: None, revoked: false }
     }
 
     fn grant(caller: i64, pattern: &str) -> GrantRow {
         let rights = [Right::Get].into_iter().collect();
         let grant = Grant { pattern: pattern.parse().unwrap(), rights, ends_at: None };
-        GrantRow { caller, grant }
+        GrantRow { id: caller, caller, grant }
     }
 
     #[test]

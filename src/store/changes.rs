@@ -25,6 +25,24 @@ pub struct Announced {
     pub accounts: Vec<i64>,
     /// Whether callers, credentials or grants changed.
     pub access: bool,
+    /// What was taken away, as far as `changes` alone tells it.
+    pub withdrawn: Withdrawn,
+}
+
+/// What recorded changes took away, or may have taken away. It is known also while the tables themselves cannot
+/// be read.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Withdrawn {
+    /// The ids of accounts that are disabled.
+    pub disabled_accounts: Vec<i64>,
+    /// The ids of accounts that were deleted.
+    pub deleted_accounts: Vec<i64>,
+    /// The ids of callers that were disabled or deleted.
+    pub callers: Vec<i64>,
+    /// The ids of credentials that were changed or deleted.
+    pub credentials: Vec<i64>,
+    /// The ids of grants that were changed or deleted.
+    pub grants: Vec<i64>,
 }
 
 /// The accounts of whose rows in a table the broker has written one since a snapshot.
@@ -71,22 +89,46 @@ pub async fn announced(
         r#"-- store::changes::announced
         with latest as (select pg_current_snapshot() as now, $1::text::pg_snapshot as before),
         touched as (
-            select table_name, row_id from changes, latest
+            select distinct on (table_name, row_id) table_name, row_id, operation = 'delete' as deleted,
+                operation <> 'insert' as changed,
+                what ->> 'state' like '% enabled=''f'' %' as disabled
+            from changes, latest
             where changed >= pg_snapshot_xmin((select before from latest))
                 and changed < pg_snapshot_xmax((select now from latest))
                 and not pg_visible_in_snapshot(changed, before)
+            order by table_name, row_id, id desc
         )
         select now::text as "snapshot!",
-            array(select distinct row_id from touched where table_name = 'accounts' order by row_id)
+            array(select row_id from touched where table_name = 'accounts' order by row_id)
                 as "accounts!",
             exists (select from touched where table_name in ('callers', 'caller_credentials', 'grants'))
-                as "access!"
+                as "access!",
+            array(select row_id from touched where table_name = 'accounts' and disabled and not deleted)
+                as "disabled_accounts!",
+            array(select row_id from touched where table_name = 'accounts' and deleted)
+                as "deleted_accounts!",
+            array(select row_id from touched where table_name = 'callers' and (deleted or disabled))
+                as "callers!",
+            array(select row_id from touched where table_name = 'caller_credentials' and changed)
+                as "credentials!",
+            array(select row_id from touched where table_name = 'grants' and changed) as "grants!"
         from latest"#,
         snapshot,
     )
     .fetch_one(executor)
     .await?;
-    Ok(Announced { snapshot: row.snapshot, accounts: row.accounts, access: row.access })
+    Ok(Announced {
+        snapshot: row.snapshot,
+        accounts: row.accounts,
+        access: row.access,
+        withdrawn: Withdrawn {
+            disabled_accounts: row.disabled_accounts,
+            deleted_accounts: row.deleted_accounts,
+            callers: row.callers,
+            credentials: row.credentials,
+            grants: row.grants,
+        },
+    })
 }
 
 /// Returns the accounts whose token was stored after `snapshot` was taken, by the rule of [`announced`].

@@ -26,7 +26,9 @@ use tracing::{info, warn};
 use super::{
     StoreError,
     connect_options::{PasswordFiles, connect_options, known_part},
-    distrust, pooler, session_settings,
+    distrust,
+    history::SeenChange,
+    pooler, session_settings,
     trust::{Trust, TrustGate},
 };
 
@@ -174,6 +176,15 @@ impl Database {
     pub fn note_change(&self) {
         if let Some(gate) = &self.gate {
             gate.note_change();
+        }
+    }
+
+    /// Hands changes to the history guard that were read over a session, and are about to take effect in this
+    /// process. So the guard misses them in a database that lost them, even if its own session is lost before it
+    /// reads them.
+    pub fn note_changes(&self, changes: Vec<SeenChange>) {
+        if let Some(gate) = &self.gate {
+            gate.note_changes(changes);
         }
     }
 

@@ -39,6 +39,15 @@ const REFUSED_BY_POOLER: &[&str] = &[
     "no pg_hba.conf entry",
 ];
 
+/// Parts of the messages with which `PgBouncer` says that it, or the server behind it, has no free connection.
+const SATURATED_POOLER: &[&str] = &[
+    "no more connections allowed",
+    "client connections exceeded",
+    "too many clients",
+    "too many connections",
+    "connection slots are reserved",
+];
+
 /// An error of the database or of the driver that talks to it.
 ///
 /// | kind | does the server answer? | what to do |
@@ -258,6 +267,16 @@ impl StoreError {
         matches!(self.sqlstate(), Some("0A000" | "25006" | "25P02" | "26000" | "42P05"))
     }
 
+    /// Returns whether no connection can be opened because the server, or a connection pooler before it, has none
+    /// left. That says nothing about sessions that are open, and nothing about where the address leads.
+    #[must_use]
+    pub fn is_saturated(&self) -> bool {
+        match self {
+            Self::ConnectionLost { cause, .. } => cause.is_saturated_pooler(),
+            error => error.sqlstate() == Some(TOO_MANY_CONNECTIONS),
+        }
+    }
+
     /// Returns whether the session must be given up, since the primary possibly does not answer at all. See
     /// [`Self::primary_answers`] for what that means for issuing.
     #[must_use]
@@ -413,6 +432,13 @@ impl DatabaseCause {
         let message = self.message();
         self.sqlstate() == Some(POOLER_ERROR)
             && REFUSED_BY_POOLER.iter().any(|part| message.contains(part))
+    }
+
+    /// Returns whether a connection pooler says that there is no free connection.
+    fn is_saturated_pooler(&self) -> bool {
+        let message = self.message();
+        self.sqlstate() == Some(POOLER_ERROR)
+            && SATURATED_POOLER.iter().any(|part| message.contains(part))
     }
 
     /// Returns the server's primary message, without its detail.

@@ -56,6 +56,9 @@ pub struct Expected {
     pub tokens: Vec<(i64, i64)>,
     /// The snapshot of the last reading in the same session.
     pub snapshot: Option<String>,
+    /// What counts as stored in the table `deployment` if its row was deleted. Without it, such a database is
+    /// refused.
+    pub deployment: Option<Deployment>,
 }
 
 /// What a database says of its history.
@@ -63,6 +66,8 @@ pub struct Expected {
 pub struct DatabaseHistory {
     /// The identity that is stored in the database.
     pub deployment: Deployment,
+    /// Whether it is not stored, and [`Expected::deployment`] was taken instead.
+    pub identity_is_missing: bool,
     /// The server and its position, which was read before everything else.
     pub server: ServerPosition,
     /// The last delivered record of each expected audit chain that the database has.
@@ -89,7 +94,11 @@ pub async fn read(
 ) -> Result<DatabaseHistory, StoreError> {
     // The position comes first: what is read afterwards may be newer than it, but not older.
     let server = server_position(connection).await?;
-    let deployment = deployment::read(connection).await?;
+    let (deployment, identity_is_missing) =
+        match (deployment::read(connection).await, &expected.deployment) {
+            (Err(StoreError::NotFound(_)), Some(deployment)) => (deployment.clone(), true),
+            (read, _) => (read?, false),
+        };
     let delivered = deployment::delivered(connection, &expected.chains).await?;
     let known_changes = known_changes(connection, &expected.changes).await?;
     let older_tokens = match older_tokens(connection, &expected.tokens).await {
@@ -100,6 +109,7 @@ pub async fn read(
     let (new_changes, snapshot) = new_changes(connection, expected.snapshot.as_deref()).await?;
     Ok(DatabaseHistory {
         deployment,
+        identity_is_missing,
         server,
         delivered,
         known_changes,
@@ -110,7 +120,10 @@ pub async fn read(
 }
 
 /// Returns where the database is. Some managed services do not tell the position of the write-ahead log.
-async fn server_position(connection: &mut PgConnection) -> Result<ServerPosition, StoreError> {
+///
+/// # Errors
+/// Returns the database's error.
+pub async fn server_position(connection: &mut PgConnection) -> Result<ServerPosition, StoreError> {
     let row = sqlx::query!(
         r#"-- store::history::server_position
         select c.system_identifier as "system_identifier!", d.oid::bigint as "oid!",
@@ -170,7 +183,10 @@ async fn known_changes(
 
 /// Returns the changes that were committed after `snapshot`, one for each transaction, since a transaction is
 /// lost as a whole; without a snapshot, the newest changes. Also returns the snapshot to continue from.
-async fn new_changes(
+///
+/// # Errors
+/// Returns the database's error.
+pub async fn new_changes(
     connection: &mut PgConnection,
     snapshot: Option<&str>,
 ) -> Result<(Vec<SeenChange>, String), StoreError> {

@@ -14,14 +14,17 @@
 use std::{sync::Arc, time::Duration};
 
 use aws_lc_rs::rand;
+use parking_lot::Mutex;
 use sqlx::PgConnection;
 use tokio::{
     sync::{Notify, watch},
     time::Instant,
 };
 
-use super::StoreError;
+use super::{StoreError, history::SeenChange};
 
+/// The most changes that wait for the guard to remember them. It remembers no more of them anyway.
+const MAX_NOTED: usize = 256;
 /// Why the gate is closed before the guard has verified anything.
 const NOT_VERIFIED_YET: &str = "it has not been verified yet";
 
@@ -65,6 +68,8 @@ struct Shared {
     doubted: Notify,
     /// Notified when the database announced a change.
     changed: Notify,
+    /// Changes that take effect in this process, until the guard remembers them.
+    noted: Mutex<Vec<SeenChange>>,
 }
 
 /// Lets connections pass to the database that the history guard has verified, and to no other. Cheap to clone;
@@ -79,6 +84,7 @@ impl Default for TrustGate {
             state: watch::Sender::new(State::New),
             doubted: Notify::new(),
             changed: Notify::new(),
+            noted: Mutex::default(),
         }))
     }
 }
@@ -131,6 +137,22 @@ impl TrustGate {
     /// Wakes [`Self::changed`].
     pub(super) fn note_change(&self) {
         self.0.changed.notify_one();
+    }
+
+    /// Keeps changes that were read in the verified database for the guard, and wakes it.
+    pub(super) fn note_changes(&self, changes: Vec<SeenChange>) {
+        let mut noted = self.0.noted.lock();
+        noted.extend(changes);
+        let surplus = noted.len().saturating_sub(MAX_NOTED);
+        noted.drain(..surplus);
+        drop(noted);
+        self.note_change();
+    }
+
+    /// Returns the changes that were noted since the last call.
+    #[must_use]
+    pub fn take_noted(&self) -> Vec<SeenChange> {
+        std::mem::take(&mut self.0.noted.lock())
     }
 
     /// Returns the present trust.

@@ -306,6 +306,161 @@ async fn a_locked_table_does_not_delay_a_revocation() {
     broker.stop().await;
 }
 
+/// What takes access away, the table that says so, and how `victim` is refused `acme`.
+const WITHDRAWALS: &[(&str, &str, Code)] = &[
+    ("callers", "update callers set enabled = false where name = 'victim'", Code::Unauthenticated),
+    ("callers", "delete from callers where name = 'victim'", Code::Unauthenticated),
+    (
+        "caller_credentials",
+        "update caller_credentials set revoked_at = now() where caller_id = $victim",
+        Code::Unauthenticated,
+    ),
+    (
+        "caller_credentials",
+        "update caller_credentials set ends_at = now() where caller_id = $victim",
+        Code::Unauthenticated,
+    ),
+    (
+        "caller_credentials",
+        "delete from caller_credentials where caller_id = $victim",
+        Code::Unauthenticated,
+    ),
+    ("grants", "delete from grants where caller_id = $victim", Code::PermissionDenied),
+    (
+        "grants",
+        "update grants set pattern = 'other' where caller_id = $victim",
+        Code::PermissionDenied,
+    ),
+    (
+        "accounts",
+        "update accounts set enabled = false, description = 'gone' where name = 'acme'",
+        Code::FailedPrecondition,
+    ),
+    ("accounts", "delete from accounts where name = 'acme'", Code::NotFound),
+];
+
+/// Part of the promise that a lock affects only what it locks: whoever locks a table right after access was taken
+/// away, before the broker could read it, does not prolong that access. Others are served meanwhile.
+#[tokio::test]
+async fn what_was_taken_away_before_its_table_was_locked_is_taken_away() {
+    let fixture = Fixture::new().await;
+    let good = fixture.add_caller("good", &["*"]).await;
+    fixture.add_account("bank", "id-2", "SK.2").await;
+    let broker = fixture.start().await;
+    let good = broker.client(&good).await;
+    until_served("before", &good, "bank").await;
+    for (table, statement, code) in WITHDRAWALS {
+        fixture
+            .database
+            .sql("delete from callers where name = 'victim'; delete from accounts where name = 'acme'")
+            .await;
+        fixture.add_account("acme", "id-1", "SK.1").await;
+        let client = broker.client(&fixture.add_caller("victim", &["acme"]).await).await;
+        until_served(statement, &client, "acme").await;
+        let id: i64 = sqlx::query_scalar("select id from callers where name = 'victim'")
+            .fetch_one(fixture.database.pool())
+            .await
+            .unwrap();
+
+        // The lock is granted with the commit, before anybody can read what was committed.
+        let mut withdrawing = fixture.database.pool().begin().await.unwrap();
+        let statement = statement.replace("$victim", &id.to_string());
+        sqlx::raw_sql(AssertSqlSafe(statement.clone())).execute(&mut *withdrawing).await.unwrap();
+        let mut locking = fixture.database.pool().begin().await.unwrap();
+        let lock = format!("lock table {table} in access exclusive mode");
+        let locked = tokio::spawn(async move {
+            sqlx::raw_sql(AssertSqlSafe(lock)).execute(&mut *locking).await.unwrap();
+            locking
+        });
+        let waits = format!(
+            "select count(*) from pg_locks where relation = '{table}'::regclass
+                and mode = 'AccessExclusiveLock' and not granted"
+        );
+        eventually("the lock waits", async || {
+            let query = sqlx::query_scalar::<_, i64>(AssertSqlSafe(waits.clone()));
+            (query.fetch_one(fixture.database.pool()).await.unwrap() == 1).then_some(())
+        })
+        .await;
+        withdrawing.commit().await.unwrap();
+        let locking = locked.await.unwrap();
+
+        until_refused(&statement, &client, "acme", &[*code]).await;
+        good.get("bank").await.unwrap();
+        until_readiness_says(&broker, "its changes cannot be followed").await;
+        locking.rollback().await.unwrap();
+        until_readiness_says(&broker, "\"answers\"").await;
+        assert_eq!(client.get("acme").await.unwrap_err().code(), *code, "{statement}");
+        good.get("bank").await.unwrap();
+    }
+    broker.stop().await;
+}
+
+/// Ends the session over which the broker verifies the database.
+const END_GUARD: &str = "select pg_terminate_backend(pid) from pg_locks
+    where locktype = 'advisory' and mode = 'ExclusiveLock' and granted
+        and database = (select oid from pg_database where datname = current_database())";
+
+/// Part of the promise that a lock affects only what it locks: a table that tells the database's history may be
+/// locked while the broker's sessions are lost. Access is followed all the same, since the server has been running.
+#[tokio::test]
+async fn a_lost_session_while_a_table_is_locked_delays_no_revocation() {
+    let fixture = Fixture::new().await;
+    let good = fixture.add_caller("good", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let broker = fixture.start().await;
+    let good = broker.client(&good).await;
+    until_served("before", &good, "acme").await;
+    for table in ["changes", "audit_chains", "deployment", "tokens"] {
+        let client = broker.client(&fixture.add_caller(table, &["*"]).await).await;
+        until_served(table, &client, "acme").await;
+        let mut locking = fixture.database.pool().begin().await.unwrap();
+        let lock = format!("lock table {table} in access exclusive mode");
+        sqlx::raw_sql(AssertSqlSafe(lock)).execute(&mut *locking).await.unwrap();
+        fixture.database.sql(END_GUARD).await;
+        let disable = format!("update callers set enabled = false where name = '{table}'");
+        if table == "changes" {
+            past_the_triggers(&fixture.database, &disable).await;
+        } else {
+            fixture.database.sql(&disable).await;
+        }
+        until_refused(table, &client, "acme", &[Code::Unauthenticated]).await;
+        good.get("acme").await.unwrap();
+        locking.rollback().await.unwrap();
+        until_readiness_says(&broker, "\"answers\"").await;
+    }
+    broker.stop().await;
+}
+
+/// Without its identity, the database is recognised by where it is and by the rows that were seen in it.
+#[tokio::test]
+async fn an_identity_that_was_deleted_is_restored_although_every_session_is_lost() {
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let broker = fixture.start().await;
+    let client = broker.client(&bearer).await;
+    until_served("before", &client, "acme").await;
+    let identity = "select id || ' ' || epoch from deployment";
+    let before: String =
+        sqlx::query_scalar(identity).fetch_one(fixture.database.pool()).await.unwrap();
+    let lose = "delete from deployment; select pg_terminate_backend(pid) from pg_stat_activity
+        where datname = current_database() and pid <> pg_backend_pid() and application_name <> 'test'";
+    let identity_of = async || {
+        let row = sqlx::query_scalar::<_, String>(identity);
+        row.fetch_optional(fixture.database.pool()).await.unwrap()
+    };
+    fixture.database.sql(lose).await;
+    let restored = eventually("the identity again", identity_of).await;
+    assert_eq!(restored, before);
+    fixture.database.sql("update callers set enabled = false").await;
+    until_refused("disabled", &client, "acme", &[Code::Unauthenticated]).await;
+    until_readiness_says(&broker, "\"answers\"").await;
+    broker.stop().await;
+    fixture.database.sql("delete from deployment").await;
+    fixture.start().await.stop().await;
+    assert_eq!(identity_of().await, Some(before));
+}
+
 /// A broker starts, and says what it waits for, while a table is locked.
 #[tokio::test]
 async fn a_lock_delays_a_start_and_does_not_fail_it() {

@@ -7,7 +7,11 @@ use sqlx::{AssertSqlSafe, PgPool};
 use tempfile::TempDir;
 use token_broker::{
     config::DatabaseUrl,
-    store::{Database, StoreError},
+    domain::{account::AccountId, refresh_policy::RefreshPolicy},
+    store::{
+        Database, StoreError,
+        leases::{self, Claim, LeaseHolder},
+    },
 };
 use tokio_util::sync::CancellationToken;
 
@@ -149,6 +153,64 @@ async fn a_hundred_accounts_are_issued_once_each_by_two_replicas_whatever_the_da
         broker.stop().await;
     }
     assert_eq!(fixture.audit_events("event = 'token_issued'").await.len(), 100);
+}
+
+/// A claim that waited for another one sees what that one committed, and is granted, whatever isolation the database
+/// has by default. Under a stricter one it would fail, and the account would get its token later.
+#[tokio::test]
+async fn a_claim_that_waited_for_another_one_is_granted_whatever_the_databases_isolation() {
+    let test_database = TestDatabase::new().await;
+    let id: i64 = sqlx::query_scalar(
+        "insert into accounts (name, client_id, client_secret) values ('acme', 'id-1', 'SK.1') returning id",
+    )
+    .fetch_one(test_database.pool())
+    .await
+    .unwrap();
+    let holder = LeaseHolder {
+        instance: "ours".into(),
+        start: "1".into(),
+        replica: 1,
+        lease_duration: Duration::from_secs(30),
+        policy: RefreshPolicy { refresh_at: 0.75, min_issue_interval: Duration::from_millis(100) },
+        rate: 1_000_000.0,
+        concurrency: 8,
+    };
+    let waits = "select exists (select from pg_stat_activity where datname = current_database()
+        and wait_event_type = 'Lock')";
+    for level in ["repeatable read", "serializable"] {
+        set_default(&test_database, "default_transaction_isolation", level).await;
+        let pool = Database::new(test_database.url(), "test").unwrap().pool(2);
+        // A claim waits for half a second at most, which a slow machine may exceed.
+        eventually("a claim that waited", async || {
+            test_database
+                .sql("update refreshes set lease_holder = null, lease_until = null, attempt_started_at = null")
+                .await;
+            let mut other = test_database.pool().begin().await.unwrap();
+            sqlx::raw_sql("update upstream_pace set next_slot = now()")
+                .execute(&mut *other)
+                .await
+                .unwrap();
+            let (pool, holder) = (pool.clone(), holder.clone());
+            let claim = tokio::spawn(async move {
+                leases::claim(&pool, AccountId(id), None, None, &holder).await
+            });
+            let waited = eventually("the claim waits or has ended", async || {
+                let query = sqlx::query_scalar::<_, bool>(waits);
+                let waits = query.fetch_one(test_database.pool()).await.unwrap();
+                (waits || claim.is_finished()).then_some(waits)
+            })
+            .await;
+            other.commit().await.unwrap();
+            match claim.await.unwrap() {
+                Err(error) if error.is_delayed() => None,
+                claim => {
+                    assert!(matches!(claim, Ok(Claim::Granted(_))), "{level}: {claim:?}");
+                    waited.then_some(())
+                }
+            }
+        })
+        .await;
+    }
 }
 
 #[tokio::test]
@@ -362,4 +424,27 @@ async fn a_login_that_a_pooler_refuses_is_not_an_outage() {
             assert!(!error.is_unavailable(), "{text}");
         }
     }
+}
+
+/// A pooler without a free connection is no answer of the database. So it counts as unreachable for a new session,
+/// and proves nothing about the sessions that are open.
+#[tokio::test]
+async fn a_pooler_without_a_free_connection_is_told_from_one_that_refuses_or_does_not_reach_the_server()
+ {
+    let test_database = TestDatabase::new().await;
+    let settings = "pool_mode = session\nmax_client_conn = 2";
+    let Some(bouncer) = PgBouncer::start(test_database.url(), settings).await else { return };
+    let database = Database::new(&bouncer.url(), "test").unwrap();
+    let open = [database.open().await.unwrap(), database.open().await.unwrap()];
+    let saturated = database.open().await.unwrap_err();
+    assert!(saturated.is_saturated() && saturated.may_be_outage(), "{saturated}");
+    drop(open);
+    let no_database = bouncer.url().replace("/pooled", "/none");
+    let refused = Database::new(&no_database, "test").unwrap();
+    let refused = eventually("a refusal", async || {
+        let error = refused.open().await.unwrap_err();
+        (!error.is_saturated()).then_some(error)
+    })
+    .await;
+    assert!(!refused.may_be_outage(), "{refused}");
 }

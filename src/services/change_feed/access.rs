@@ -3,13 +3,19 @@
 //!
 //! This comes before everything else, and needs nothing else: no other table than those that it reads. A
 //! table that cannot be read, because another transaction has locked it, does not hinder the others. What
-//! was read of it last still counts, and nobody else can have changed it meanwhile.
+//! was read of it last still counts, except for rows of which `changes` says that they were taken away before
+//! the table was locked.
+//!
+//! Before a change takes effect here, the history guard is told of it. So a database that loses the change in a
+//! failover is refused, however soon that comes.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     sync::Arc,
     time::{Duration, Instant},
 };
+
+use tokio::time::timeout;
 
 use super::duty::{Duty, POLL_INTERVAL, keep_first, reload_pause};
 use crate::{
@@ -20,14 +26,18 @@ use crate::{
         feed_health::FeedHealth,
     },
     store::{
-        Database, Session, StoreError, UnusableRow, accounts,
+        Database, Session, StoreError, UnusableRow,
+        accounts::{self, WithdrawnAccount},
         callers::{self, CredentialRow, GrantRow},
-        changes, within,
+        changes::{self, Withdrawn},
+        history, within,
     },
 };
 
 /// The most accounts of which one statement finds out whether they were withdrawn.
 const ACCOUNTS_BATCH: usize = 10_000;
+/// How long a change waits to take effect until the history guard has been told of it.
+const NOTE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The three tables of access, in the order in which they are read.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
@@ -81,6 +91,12 @@ pub(super) struct AccessState {
     outdated: BTreeSet<Table>,
     /// The accounts that changed, and possibly were disabled or deleted.
     changed_accounts: BTreeSet<i64>,
+    /// The accounts among them of which `changes` says that they were disabled or deleted.
+    withdrawn_accounts: Vec<WithdrawnAccount>,
+    /// The rows of the outdated tables of which `changes` says that they were taken away, or may have been.
+    withdrawn_rows: BTreeMap<Table, BTreeSet<i64>>,
+    /// The snapshot up to which the history guard was told of changes; `None` at the start of a session.
+    noted: Option<String>,
     /// When all tables are read again, though no change was announced.
     next_reload: Option<Instant>,
 }
@@ -110,6 +126,9 @@ impl Duty for AccessFollower {
 
     fn forget(&mut self) {
         self.state.announced = None;
+        self.state.noted = None;
+        // They may have been read just before the session was lost.
+        self.loader.withdraw(&self.state.withdrawn_accounts);
     }
 
     /// Reports to `connectivity` whether the database answers.
@@ -163,6 +182,7 @@ impl AccessFollower {
                 if since.access {
                     state.outdated.extend(Table::ALL);
                 }
+                state.add_withdrawn(since.withdrawn);
                 Ok(())
             }
             Err(error) => {
@@ -182,13 +202,40 @@ impl AccessFollower {
         if self.state.outdated.is_empty() {
             return Ok(());
         }
-        let read = self.read_each_outdated_table(session).await;
+        let mut outcome = self.read_each_outdated_table(session).await;
+        self.state.withhold();
         // Also after an error: the next session compares with what was read, and would find no difference.
         if std::mem::take(&mut self.state.changed) {
+            let noted = self.note_changes(session).await;
             let AccessTables { callers, credentials, grants } = &self.state.tables;
             self.directory.replace(callers::assemble(callers, credentials, grants));
+            if outcome.is_ok() {
+                outcome = noted;
+            }
         }
-        read
+        outcome
+    }
+
+    /// Tells the history guard of the changes that are about to take effect here. What cannot be read, since
+    /// `changes` is locked, the guard finds later.
+    ///
+    /// # Errors
+    /// When the session is lost.
+    async fn note_changes(&mut self, session: &mut Session) -> Result<(), StoreError> {
+        let noted = self.state.noted.as_deref();
+        let reading = history::new_changes(session.connection()?, noted);
+        let late = StoreError::TimedOut { reason: "no answer within 1 s" };
+        match timeout(NOTE_TIMEOUT, reading).await.unwrap_or(Err(late)) {
+            Ok((changes, snapshot)) => {
+                // They are evidence only if they were read in the verified database.
+                session.connection()?;
+                self.database.note_changes(changes);
+                self.state.noted = Some(snapshot);
+                Ok(())
+            }
+            Err(error) if error.may_be_outage() => Err(error),
+            Err(_) => Ok(()),
+        }
     }
 
     async fn read_each_outdated_table(&mut self, session: &mut Session) -> Result<(), StoreError> {
@@ -204,6 +251,7 @@ impl AccessFollower {
                     *changed |= replace(&mut tables.credentials, access.credentials.rows);
                     *changed |= replace(&mut tables.grants, access.grants.rows);
                     self.state.outdated.clear();
+                    self.state.withdrawn_rows.clear();
                 }
                 Err(error) => keep_first(&mut outcome, Err(error))?,
             }
@@ -213,6 +261,7 @@ impl AccessFollower {
                 Ok(differs) => {
                     self.state.changed |= differs;
                     self.state.outdated.remove(&table);
+                    self.state.withdrawn_rows.remove(&table);
                 }
                 Err(error) => keep_first(&mut outcome, Err(error))?,
             }
@@ -250,22 +299,76 @@ impl AccessFollower {
         self.health.replace_unusable(&[table.name()], unusable);
     }
 
-    /// Takes accounts away from their callers that were disabled or deleted.
+    /// Takes accounts away from their callers that were disabled or deleted. If the table cannot be read, those
+    /// are taken away of which `changes` says it.
     ///
     /// # Errors
     /// Returns the database's error; the rest of the accounts is looked at in the next call.
     async fn withdraw_accounts(&mut self, session: &mut Session) -> Result<(), StoreError> {
-        let changed = &mut self.state.changed_accounts;
-        while !changed.is_empty() {
-            let batch: Vec<_> = changed.iter().copied().take(ACCOUNTS_BATCH).collect();
+        let read = self.withdraw_changed_accounts(session).await;
+        if read.is_ok() {
+            self.state.withdrawn_accounts.clear();
+        } else {
+            self.loader.withdraw(&self.state.withdrawn_accounts);
+        }
+        read
+    }
+
+    async fn withdraw_changed_accounts(&mut self, session: &mut Session) -> Result<(), StoreError> {
+        while !self.state.changed_accounts.is_empty() {
+            let batch: Vec<_> =
+                self.state.changed_accounts.iter().copied().take(ACCOUNTS_BATCH).collect();
             let withdrawn = within(accounts::withdrawn(session.connection()?, &batch)).await?;
-            self.loader.withdraw(&withdrawn);
+            if !withdrawn.is_empty() {
+                let noted = self.note_changes(session).await;
+                self.loader.withdraw(&withdrawn);
+                noted?;
+            }
             for id in batch {
-                changed.remove(&id);
+                self.state.changed_accounts.remove(&id);
             }
         }
         Ok(())
     }
+}
+
+impl AccessState {
+    /// Remembers what `changes` says was taken away, until the tables themselves were read.
+    fn add_withdrawn(&mut self, withdrawn: Withdrawn) {
+        let Withdrawn { disabled_accounts, deleted_accounts, callers, credentials, grants } =
+            withdrawn;
+        let account = |deleted| move |id| WithdrawnAccount { id, deleted };
+        self.withdrawn_accounts.extend(disabled_accounts.into_iter().map(account(false)));
+        self.withdrawn_accounts.extend(deleted_accounts.into_iter().map(account(true)));
+        for (table, rows) in
+            [(Table::Callers, callers), (Table::Credentials, credentials), (Table::Grants, grants)]
+        {
+            if !rows.is_empty() {
+                self.withdrawn_rows.entry(table).or_default().extend(rows);
+            }
+        }
+    }
+
+    /// Leaves out the rows of tables that could not be read of which `changes` says that they were taken away.
+    /// If such a row still gives access, for example because only the end of a grant was moved, it counts again
+    /// once its table was read.
+    fn withhold(&mut self) {
+        let AccessTables { callers, credentials, grants } = &mut self.tables;
+        for (table, rows) in &self.withdrawn_rows {
+            self.changed |= match table {
+                Table::Callers => remove(callers, |it| rows.contains(&it.id.0)),
+                Table::Credentials => remove(credentials, |it| rows.contains(&it.id())),
+                Table::Grants => remove(grants, |it| rows.contains(&it.id())),
+            };
+        }
+    }
+}
+
+/// Removes the rows that `is_withdrawn` selects. Returns whether there were any.
+fn remove<T>(known: &mut Vec<T>, is_withdrawn: impl Fn(&T) -> bool) -> bool {
+    let before = known.len();
+    known.retain(|row| !is_withdrawn(row));
+    known.len() < before
 }
 
 /// Replaces `known` by `read`. Returns whether they differ.

@@ -15,7 +15,10 @@ use super::mismatch::Difference;
 use crate::{
     audit::chain::{ChainHead, Digest},
     files::atomic,
-    store::history::{DatabaseHistory, SeenChange, ServerPosition},
+    store::{
+        deployment::DatabaseIdentity,
+        history::{DatabaseHistory, SeenChange, ServerPosition},
+    },
 };
 
 /// The most changes that are remembered: those that were committed last.
@@ -81,7 +84,12 @@ pub(super) fn judge(
     if !foreign && remembered.is_some_and(|it| it.epoch > identity.epoch) {
         differences.push(Difference::Superseded);
     }
-    if found.deployment.moved {
+    // The row that says where the database was used last was deleted.
+    let found_elsewhere = found.identity_is_missing
+        && !remembered
+            .and_then(|it| it.server.as_ref())
+            .is_some_and(|seen| seen.is_same_place(&found.server));
+    if found.deployment.moved || found_elsewhere {
         differences.push(Difference::Moved);
     }
     if found.deployment.upstream != upstream {
@@ -169,19 +177,43 @@ impl Evidence {
     /// Returns the evidence after a database was found to continue `before`, or was accepted, which is `None`
     /// then.
     pub(super) fn after(before: Option<Self>, found: &DatabaseHistory) -> Self {
-        let mut changes = before.map(|before| before.changes).unwrap_or_default();
-        let known: BTreeSet<_> = changes.iter().map(|seen| seen.id).collect();
-        changes.extend(found.new_changes.iter().filter(|new| !known.contains(&new.id)).cloned());
-        changes.drain(..changes.len().saturating_sub(MAX_CHANGES));
         let delivered =
             found.delivered.iter().map(|(chain, head)| (chain.clone(), (*head).into())).collect();
-        Self {
+        let mut after = Self {
             deployment: found.deployment.identity.id.clone(),
             epoch: found.deployment.identity.epoch,
             server: Some(found.server.clone()),
             delivered,
-            changes,
-        }
+            changes: before.map(|before| before.changes).unwrap_or_default(),
+        };
+        after.add_changes(found.new_changes.iter().cloned());
+        after
+    }
+
+    /// Adds changes that were seen in the verified database. One that is known already is left as it is.
+    pub(super) fn add_changes(&mut self, seen: impl IntoIterator<Item = SeenChange>) {
+        let known: BTreeSet<_> = self.changes.iter().map(|seen| seen.id).collect();
+        self.changes.extend(seen.into_iter().filter(|new| !known.contains(&new.id)));
+        self.changes.drain(..self.changes.len().saturating_sub(MAX_CHANGES));
+    }
+
+    /// Returns the identity of the database if it can be recognised also without the row that holds it: by where
+    /// it is, and by rows that no other database has.
+    pub(super) fn recognisable_identity(&self) -> Option<DatabaseIdentity> {
+        let has_rows = !self.delivered.is_empty() || !self.changes.is_empty();
+        let identity = || DatabaseIdentity { id: self.deployment.clone(), epoch: self.epoch };
+        (self.server.is_some() && has_rows).then(identity)
+    }
+
+    /// Whether `found` is in the same uninterrupted run of the server in which the database was last seen, and no
+    /// further back. Then nothing can have been lost, whatever the tables hold.
+    pub(super) fn is_same_run(&self, found: &ServerPosition) -> bool {
+        self.server.as_ref().is_some_and(|seen| {
+            seen.is_same_place(found)
+                && seen.started_at == found.started_at
+                && seen.timeline == found.timeline
+                && seen.wal <= found.wal
+        })
     }
 
     /// Whether the next start would judge differently if it had `other` instead of this. The position of the
@@ -220,7 +252,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::store::deployment::{DatabaseIdentity, Deployment};
+    use crate::store::deployment::Deployment;
 
     const STAGING: &str = "staging";
 
@@ -250,6 +282,7 @@ mod tests {
                 upstream: STAGING.into(),
                 moved: false,
             },
+            identity_is_missing: false,
             server: server(timeline, wal),
             delivered: [("c".to_owned(), head(records))].into(),
             known_changes: (1..=changes).map(|id| (id, change(id).digest)).collect(),
@@ -344,6 +377,58 @@ mod tests {
             Difference::OtherUpstream { theirs: "production".into(), ours: STAGING.into() };
         let expected = [Difference::OtherDeployment, Difference::Moved, upstream];
         assert_eq!(differences(&seen, &foreign), expected);
+    }
+
+    #[test]
+    fn a_database_whose_identity_was_deleted_is_recognised_by_its_place_and_its_rows() {
+        let seen = database(1, 100 * MIB, 10, 3);
+        let without_identity = |mut database: DatabaseHistory| {
+            database.identity_is_missing = true;
+            database
+        };
+        assert_eq!(verdict(&seen, &without_identity(seen.clone())), Verdict::Continues);
+        let mut copy = without_identity(seen.clone());
+        copy.server.database_oid += 1;
+        assert_eq!(differences(&seen, &copy), [Difference::Moved]);
+        let older = without_identity(database(1, 100 * MIB, 9, 3));
+        assert_eq!(differences(&seen, &older), [Difference::Older { records: 1 }]);
+        // Without a row that was seen in it, any database of the server could be meant.
+        assert!(Evidence::after(None, &seen).recognisable_identity().is_some());
+        let mut empty = database(1, 100 * MIB, 10, 0);
+        empty.delivered.clear();
+        assert!(Evidence::after(None, &empty).recognisable_identity().is_none());
+    }
+
+    #[test]
+    fn only_the_same_run_of_the_same_server_proves_that_nothing_was_lost() {
+        let evidence = Evidence::after(None, &database(2, 100 * MIB, 10, 3));
+        assert!(evidence.is_same_run(&server(2, 100 * MIB)));
+        assert!(evidence.is_same_run(&server(2, 101 * MIB)));
+        let mut restarted = server(2, 101 * MIB);
+        restarted.started_at += 1;
+        let mut other_server = server(2, 101 * MIB);
+        other_server.system_identifier += 1;
+        let mut other_database = server(2, 101 * MIB);
+        other_database.database_oid += 1;
+        for other in
+            [restarted, other_server, other_database, server(1, 200 * MIB), server(3, 200 * MIB)]
+        {
+            assert!(!evidence.is_same_run(&other), "{other:?}");
+        }
+        assert!(!evidence.is_same_run(&server(2, 100 * MIB - 1)));
+    }
+
+    #[test]
+    fn a_change_that_took_effect_before_the_guard_read_it_is_missed_in_a_database_without_it() {
+        let seen = database(1, 100 * MIB, 10, 3);
+        let mut evidence = Evidence::after(None, &seen);
+        evidence.add_changes([change(3), change(4)]);
+        assert_eq!(evidence.changes.len(), 4);
+        let judged =
+            |found: DatabaseHistory| judge(Some(&evidence), &BTreeMap::new(), &found, STAGING);
+        let lost = Difference::LostChanges { changes: vec!["4 grants delete demo".into()] };
+        assert_eq!(judged(database(2, 100 * MIB, 10, 3)), Verdict::Differs(vec![lost]));
+        assert_eq!(judged(database(2, 100 * MIB, 10, 4)), Verdict::Continues);
     }
 
     #[test]

@@ -11,7 +11,10 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
-use super::verification::{HistoryError, HistoryGuard, VerifiedSession, is_old_primary};
+use super::{
+    mismatch::is_old_primary,
+    verification::{HistoryError, HistoryGuard, VerifiedSession},
+};
 use crate::store::{Answer, Database, StoreError};
 
 /// The pause between two readings. The notification of a change ends it early, so that a change that became
@@ -62,7 +65,8 @@ impl Probes {
 
     /// Takes the result of a probe at `now`. Returns why the session's server is not believed any more, if so.
     ///
-    /// A server that answers and refuses the login proves nothing: it has too many connections, for example.
+    /// A server or a connection pooler that answers and refuses the login proves nothing: it has too many
+    /// connections, for example.
     fn note(&mut self, result: Result<(), StoreError>, now: Instant) -> Option<StoreError> {
         self.next = now + PROBE_INTERVAL;
         match result {
@@ -72,7 +76,11 @@ impl Probes {
                 self.next = now + PROBE_PAUSE;
                 return (self.elsewhere >= PROBES_ELSEWHERE).then_some(error);
             }
-            Err(error) if error.may_be_outage() && now >= self.proven + UNPROVEN_LIMIT => {
+            Err(error)
+                if error.may_be_outage()
+                    && !error.is_saturated()
+                    && now >= self.proven + UNPROVEN_LIMIT =>
+            {
                 return Some(error);
             }
             Err(_) => {}
@@ -149,7 +157,7 @@ impl HistoryGuard {
 
     /// Reads once over the session, checks what is found, and remembers it.
     async fn poll(&self, session: &mut VerifiedSession) -> Result<(), Ended> {
-        let snapshot = Some(session.snapshot.clone());
+        let snapshot = session.snapshot.clone();
         let reading = match self.read(&mut session.session, snapshot).await {
             Ok(reading) => reading,
             Err(error) if is_refused(&error) => {
@@ -160,15 +168,17 @@ impl HistoryGuard {
             }
             Err(error) => return Err(Ended::Untrusted(error)),
         };
-        self.check(&reading).await.map_err(Ended::Fatal)?;
-        let found = reading.found;
-        self.remember(&found);
-        session.snapshot = found.snapshot;
-        session.refuses = false;
-        if let Err(error) = self.save().await {
-            warn!(%error, "what was seen of the database cannot be saved for the next start");
+        match self.believe(&mut session.session, reading).await {
+            Ok(snapshot) => {
+                session.snapshot = Some(snapshot);
+                session.refuses = false;
+                Ok(())
+            }
+            // Only the row of the identity could not be written again.
+            Err(HistoryError::Store(error)) if is_refused(&error) => Ok(()),
+            Err(HistoryError::Store(error)) => Err(Ended::Untrusted(error)),
+            Err(error) => Err(Ended::Fatal(error)),
         }
-        Ok(())
     }
 
     /// Verifies the database on new connections until that succeeds. Returns an error if the broker must stop.
@@ -205,8 +215,7 @@ impl HistoryGuard {
 }
 
 /// Whether a failed reading leaves the session as it is: the server answers, and has the tables, but refuses
-/// the statement, for example because somebody locked a table, or lacks the row of the identity, which is
-/// restored over another session.
+/// the statement, for example because somebody locked a table.
 fn is_refused(error: &StoreError) -> bool {
     !error.may_be_outage() && !matches!(error, StoreError::UndefinedTable(_))
 }
@@ -217,7 +226,7 @@ fn must_stop(error: &HistoryError) -> bool {
     match error {
         HistoryError::Store(_) | HistoryError::File(_) => false,
         HistoryError::AcceptedElsewhere => true,
-        HistoryError::Mismatch(mismatch) => !mismatch.differences.iter().any(is_old_primary),
+        HistoryError::Mismatch(mismatch) => !is_old_primary(&mismatch.differences),
     }
 }
 

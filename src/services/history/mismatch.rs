@@ -127,15 +127,29 @@ impl fmt::Display for Difference {
 
 /// Why a database is refused: it differs from the one that this replica used last.
 #[derive(Debug, Error)]
-#[error(
-    "the database is not as it was left: {}; if that is meant, start once with --accept-restored{lost}",
-    join(differences)
-)]
+#[error("the database is not as it was left: {}; {}{lost}", join(differences), self.advice())]
 pub struct DatabaseMismatch {
     /// The differences, at least one.
     pub differences: Vec<Difference>,
     /// The records that the database has lost, according to this replica's journal.
     pub lost: LostRecords,
+}
+
+impl DatabaseMismatch {
+    /// Returns what an operator should do.
+    fn advice(&self) -> &'static str {
+        if is_old_primary(&self.differences) {
+            "let the database's address lead to the primary that took over. Only if that one is lost for good, start \
+             once with --accept-restored, which gives up what it has"
+        } else {
+            "if that is meant, start once with --accept-restored"
+        }
+    }
+}
+
+/// Whether `differences` say that the server was the primary before another one took over.
+pub(super) fn is_old_primary(differences: &[Difference]) -> bool {
+    differences.iter().any(|it| matches!(it, Difference::OlderTimeline { .. }))
 }
 
 /// Joins the texts of `differences` for a message.
@@ -190,5 +204,32 @@ impl fmt::Display for LostRecords {
             write!(f, "\nsome of these records cannot be read from the journal: {why}")?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_old_primary_is_not_recommended_for_acceptance() {
+        let text = |differences| {
+            DatabaseMismatch { differences, lost: LostRecords::default() }.to_string()
+        };
+        let old = Difference::OlderTimeline { found: 1, known: 2 };
+        for differences in [vec![old.clone()], vec![Difference::Older { records: 1 }, old]] {
+            let text = text(differences);
+            assert!(
+                text.contains("let the database's address lead to the primary that took over"),
+                "{text}"
+            );
+            assert!(
+                text.contains(
+                    "Only if that one is lost for good, start once with --accept-restored"
+                )
+            );
+        }
+        let text = text(vec![Difference::Older { records: 1 }]);
+        assert!(text.ends_with("; if that is meant, start once with --accept-restored"), "{text}");
     }
 }

@@ -10,7 +10,7 @@ use tracing::{info, warn};
 use super::{
     evidence::{Evidence, Verdict, judge},
     lost::lost_records,
-    mismatch::{DatabaseMismatch, Difference, LostRecords, join},
+    mismatch::{DatabaseMismatch, Difference, LostRecords, is_old_primary, join},
 };
 use crate::{
     audit::{
@@ -21,7 +21,7 @@ use crate::{
     services::account_cache::AccountCache,
     store::{
         Database, Session, StoreError, TrustGate, TrustLock,
-        deployment::{self, DatabaseIdentity},
+        deployment::{self, DatabaseIdentity, Deployment},
         history::{self, DatabaseHistory, Expected},
         within,
     },
@@ -91,8 +91,8 @@ pub struct HistoryGuard {
 #[derive(Debug)]
 pub struct VerifiedSession {
     pub(super) session: Session,
-    /// The snapshot of the last reading.
-    pub(super) snapshot: String,
+    /// The snapshot of the last reading; `None` if there was none over this session, since a table was locked.
+    pub(super) snapshot: Option<String>,
     /// Whether the server refused the last reading.
     pub(super) refuses: bool,
 }
@@ -148,18 +148,22 @@ impl HistoryGuard {
         self.evidence.lock().clone_from(&remembered);
         let mut session = self.database.session().await?;
         let connection = session.connection()?;
-        within(deployment::assign(connection, &self.settings.upstream)).await?;
+        // A database that is known has an identity. If that was deleted, a new one would be another.
+        if self.known_deployment().is_none() {
+            within(deployment::assign(connection, &self.settings.upstream)).await?;
+        }
         let lock = TrustLock::take(connection).await?;
         let mut reading = self.read(&mut session, None).await?;
         let mut acceptance = None;
         match self.judge(&reading) {
-            Verdict::Continues => {}
+            Verdict::Continues => self.restore_identity(&mut session, &reading).await?,
             Verdict::AcceptedElsewhere(differences) if differences.is_empty() => {}
             Verdict::AcceptedElsewhere(differences) => {
                 acceptance = Some(self.accept(&reading, &differences).await);
             }
             Verdict::Differs(differences) if self.settings.accept_restored => {
                 let HistorySettings { upstream, new_token_ends_older, .. } = &self.settings;
+                within(deployment::assign(session.connection()?, upstream)).await?;
                 let accepted =
                     deployment::accept(session.connection()?, upstream, *new_token_ends_older);
                 reading.found.deployment.identity = accepted.await?;
@@ -182,24 +186,72 @@ impl HistoryGuard {
         self.save().await?;
         within(session.limit(LOCK_TIMEOUT, STATEMENT_TIMEOUT)).await?;
         self.gate.open(&lock);
-        let session = VerifiedSession { session, snapshot: found.snapshot, refuses: false };
+        let session = VerifiedSession { session, snapshot: Some(found.snapshot), refuses: false };
         Ok(VerifiedDatabase { session, identity, acceptance })
     }
 
     /// Verifies the database again, on a new session, and opens the gate. Cancel safe.
+    ///
+    /// While somebody has locked a table that it reads, the server itself may prove that nothing was lost: if it
+    /// has been running without a break since the database was last seen.
     pub(super) async fn verify_again(&self) -> Result<VerifiedSession, HistoryError> {
         let mut session = within(self.database.session()).await?;
         within(session.limit(LOCK_TIMEOUT, STATEMENT_TIMEOUT)).await?;
         let lock = within(TrustLock::take(session.connection()?)).await?;
-        let reading = self.read(&mut session, None).await?;
+        let (snapshot, refuses) = match self.read(&mut session, None).await {
+            Ok(reading) => (Some(self.believe(&mut session, reading).await?), false),
+            Err(error) if error.is_delayed() && self.is_same_run(&mut session).await? => {
+                warn!(%error, "the database cannot tell its history; its server has been running without a break");
+                (None, true)
+            }
+            Err(error) => return Err(error.into()),
+        };
+        self.gate.open(&lock);
+        Ok(VerifiedSession { session, snapshot, refuses })
+    }
+
+    /// Checks what was read over `session`, and remembers it. Returns the snapshot to continue from.
+    pub(super) async fn believe(
+        &self,
+        session: &mut Session,
+        reading: Reading,
+    ) -> Result<String, HistoryError> {
         self.check(&reading).await?;
-        let found = reading.found;
-        self.remember(&found);
+        self.restore_identity(session, &reading).await?;
+        self.remember(&reading.found);
         if let Err(error) = self.save().await {
             warn!(%error, "what was seen of the database cannot be saved for the next start");
         }
-        self.gate.open(&lock);
-        Ok(VerifiedSession { session, snapshot: found.snapshot, refuses: false })
+        Ok(reading.found.snapshot)
+    }
+
+    /// Whether the server has been running without a break since the database was last seen in it.
+    async fn is_same_run(&self, session: &mut Session) -> Result<bool, StoreError> {
+        let found = within(history::server_position(session.connection()?)).await?;
+        Ok(self.evidence.lock().as_ref().is_some_and(|evidence| evidence.is_same_run(&found)))
+    }
+
+    /// Writes the identity again if its row was deleted and everything else proves that the database is the one
+    /// that is known.
+    async fn restore_identity(
+        &self,
+        session: &mut Session,
+        Reading { found, .. }: &Reading,
+    ) -> Result<(), StoreError> {
+        if found.identity_is_missing {
+            let Deployment { identity, upstream, .. } = &found.deployment;
+            let restored = deployment::restore_identity(session.connection()?, identity, upstream);
+            within(restored).await?;
+            warn!("the row of the table `deployment` was deleted; it is restored");
+        }
+        Ok(())
+    }
+
+    /// Returns what the table `deployment` must hold, if the database can be recognised also without it.
+    fn known_deployment(&self) -> Option<Deployment> {
+        let identity = self.evidence.lock().as_ref()?.recognisable_identity()?;
+        let upstream = self.settings.upstream.clone();
+        Some(Deployment { identity, upstream, moved: false })
     }
 
     /// Reads what the database says of its history. Without `snapshot`, the accounts' tokens are compared too,
@@ -209,6 +261,7 @@ impl HistoryGuard {
         session: &mut Session,
         snapshot: Option<String>,
     ) -> Result<Reading, StoreError> {
+        self.remember_noted();
         let delivered = self.delivered();
         let tokens = match &snapshot {
             Some(_) => Vec::new(),
@@ -226,6 +279,7 @@ impl HistoryGuard {
                 .collect(),
             tokens,
             snapshot,
+            deployment: self.known_deployment(),
         };
         let found = within(history::read(session.connection()?, &expected)).await?;
         Ok(Reading { found, delivered })
@@ -261,7 +315,7 @@ impl HistoryGuard {
             Verdict::Continues => Ok(()),
             Verdict::AcceptedElsewhere(_) => Err(HistoryError::AcceptedElsewhere),
             // This is checked again and again until it goes away. What it lacks is not lost.
-            Verdict::Differs(differences) if differences.iter().any(is_old_primary) => {
+            Verdict::Differs(differences) if is_old_primary(&differences) => {
                 Err(DatabaseMismatch { differences, lost: LostRecords::default() }.into())
             }
             Verdict::Differs(differences) => Err(self.mismatch(differences, reading).await),
@@ -301,6 +355,14 @@ impl HistoryGuard {
         record
     }
 
+    /// Adds the changes to the evidence that have taken effect in this process before they were read here.
+    fn remember_noted(&self) {
+        let noted = self.gate.take_noted();
+        if let Some(evidence) = self.evidence.lock().as_mut() {
+            evidence.add_changes(noted);
+        }
+    }
+
     /// Adds what was found in a verified database to the evidence.
     pub(super) fn remember(&self, found: &DatabaseHistory) {
         let mut evidence = self.evidence.lock();
@@ -321,9 +383,4 @@ impl HistoryGuard {
         *self.saved.lock() = Some(evidence);
         Ok(())
     }
-}
-
-/// Whether a difference says that the server was the primary before another one took over.
-pub(super) fn is_old_primary(difference: &Difference) -> bool {
-    matches!(difference, Difference::OlderTimeline { .. })
 }

@@ -246,6 +246,31 @@ async fn a_failover_that_lost_a_revocation_is_refused_until_it_is_accepted() {
     standby.stop().await;
 }
 
+/// A revocation that took effect here is missed in a database without it, even if the session that verifies the
+/// database was lost before that session could read it.
+#[tokio::test]
+async fn a_revocation_that_was_lost_in_the_moment_in_which_it_took_effect_is_missed() {
+    let (mut scene, mut primary) = Scene::start().await;
+    let mut standby = primary.standby(scene.directory.path().join("b")).await;
+    scene.until_delivered(&primary).await;
+    primary.until_followed_by(&standby).await;
+    standby.stop().await;
+    let guard =
+        "select pid::text from pg_locks where locktype = 'advisory' and mode = 'ExclusiveLock'";
+    let guard = Pid::from_raw(primary.text(guard).await.parse().unwrap());
+    kill(guard, Signal::SIGSTOP).unwrap();
+    primary.sql(DISABLE).await;
+    scene.until_refused().await;
+    primary.crash().await;
+
+    standby.start_again().await;
+    standby.promote().await;
+    scene.proxy.lead_to(&standby.url());
+    let log = scene.until_it_refuses().await;
+    assert!(log.contains("callers update demo"), "{log}");
+    standby.stop().await;
+}
+
 /// A disk that was set back to an earlier state, as by a snapshot of a virtual machine, is refused. Neither
 /// identity, timeline nor address tell it.
 #[tokio::test]
