@@ -43,7 +43,7 @@ use tracing::info;
 pub use self::{
     app_config::AppConfig,
     error::StartError,
-    keyring_check::{WrongKeyring, check_keyring},
+    keyring_check::{UnopenedSecret, WrongKeyring, check_keyring},
 };
 use self::{
     components::Components, prepare::prepare, running::RunningServices, task_group::StartedTasks,

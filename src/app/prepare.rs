@@ -7,8 +7,12 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::{
-    app_config::AppConfig, components::Components, error::StartError, keyring_check::check_keyring,
-    supervise::until_reachable, task_group::StartedTasks,
+    app_config::AppConfig,
+    components::Components,
+    error::StartError,
+    keyring_check::{check_keyring, log_unopened},
+    supervise::until_reachable,
+    task_group::StartedTasks,
 };
 use crate::{
     audit::record::{Event, Record},
@@ -148,7 +152,7 @@ async fn check_schema(components: &Components, config: &AppConfig) -> Result<(),
 /// is an attack or a keyring that was replaced.
 async fn check_keys(components: &Components, config: &AppConfig) -> Result<(), StartError> {
     let (pool, keyring) = (&components.pool, &config.keyring);
-    check_keyring(keyring, &accounts::sealed_samples(pool).await?)?;
+    log_unopened(&check_keyring(keyring, &accounts::sealed_samples(pool).await?)?);
     match check_published(keyring, &intake_keys::published(pool).await?) {
         Ok(()) | Err(IntakeKeyFault::NonePublished) if config.migrate => {
             let mut transaction = pool.begin().await.map_err(StoreError::from)?;

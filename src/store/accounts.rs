@@ -21,7 +21,8 @@ use crate::domain::{
 const PAGE: i64 = 1_000;
 /// The most accounts that [`versions_after`] returns.
 const VERSIONS_PAGE: i64 = 10_000;
-/// How many secrets are read for each sealing key, to check that the keyring opens them.
+/// How many of the newest and of the oldest secrets are read for each sealing key, to check that the keyring opens
+/// them.
 const SAMPLES_PER_KEY: i64 = 3;
 
 /// An account with its refresh state and its token, all read by one statement.
@@ -392,10 +393,12 @@ pub struct SecretSample {
     pub version: CredentialVersion,
     /// The sealed secret.
     pub sealed: Vec<u8>,
+    /// How many secrets name the same sealing key as this one.
+    pub secrets_of_key: i64,
 }
 
-/// Returns the sealed secrets of the newest accounts for each sealing key in use: up to three for each,
-/// since a single one may be damaged.
+/// Returns sealed secrets for each sealing key in use: those of the three newest and of the three oldest accounts,
+/// since some may be damaged.
 ///
 /// # Errors
 /// When the database cannot be read.
@@ -405,14 +408,15 @@ pub async fn sealed_samples(pool: &PgPool) -> Result<Vec<SecretSample>, StoreErr
     let rows = sqlx::query!(
         r#"-- store::accounts::sealed_samples
         select id as "id!", name as "name!", credential_version as "credential_version!",
-            sealed_secret as "sealed_secret!"
+            sealed_secret as "sealed_secret!", secrets as "secrets!"
         from (
-            select id, name, credential_version, sealed_secret, row_number() over (
-                partition by substring(sealed_secret from 3 for get_byte(sealed_secret, 1))
-                order by id desc) as nth
-            from accounts where octet_length(sealed_secret) > 2
+            select id, name, credential_version, sealed_secret, count(*) over (partition by key) as secrets,
+                row_number() over (partition by key order by id desc) as newest,
+                row_number() over (partition by key order by id) as oldest
+            from accounts, substring(sealed_secret from 3 for get_byte(sealed_secret, 1)) as key
+            where octet_length(sealed_secret) > 2
         ) numbered
-        where nth <= $1
+        where newest <= $1 or oldest <= $1
         order by id"#,
         SAMPLES_PER_KEY,
     )
@@ -425,6 +429,7 @@ pub async fn sealed_samples(pool: &PgPool) -> Result<Vec<SecretSample>, StoreErr
             name: row.name,
             version: CredentialVersion(row.credential_version),
             sealed: row.sealed_secret,
+            secrets_of_key: row.secrets,
         })
         .collect())
 }

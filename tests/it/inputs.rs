@@ -476,3 +476,45 @@ async fn after_a_rotation_to_a_secret_that_does_not_open_the_previous_one_is_use
     assert_eq!(fixture.account_status("acme", "state").await, "rejected");
     broker.stop().await;
 }
+
+/// Part of the promise that a row affects only itself: a stored secret that names a key which nobody has, one that
+/// was altered, and one that is no sealed value at all prevent no start, and the other accounts are served.
+#[tokio::test]
+async fn stored_secrets_that_do_not_open_prevent_no_start() {
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    for n in 1..=6 {
+        fixture.add_account(&format!("acme-{n}"), &format!("id-{n}"), &format!("SK.{n}")).await;
+    }
+    let broker = fixture.start().await;
+    for n in 1..=6 {
+        fixture.wait_for_state(&format!("acme-{n}"), "fresh").await;
+    }
+    broker.stop().await;
+    // Those of the newest accounts are tried at the start.
+    let unknown = "'\\x01'::bytea || '\\x07'::bytea || 'missing'::bytea || repeat('x', 60)::bytea";
+    for (account, sealed) in [
+        ("acme-4", unknown),
+        ("acme-5", "set_byte(sealed_secret, 40, get_byte(sealed_secret, 40) # 1)"),
+        ("acme-6", "'no sealed value'"),
+    ] {
+        fixture
+            .database
+            .sql(&format!(
+                "begin; set local session_replication_role = replica;
+                 update accounts set sealed_secret = {sealed} where name = '{account}';
+                 delete from tokens t using accounts a where a.id = t.account_id and a.name = '{account}';
+                 commit"
+            ))
+            .await;
+    }
+    let broker = fixture.start().await;
+    let client = broker.client(&bearer).await;
+    for account in ["acme-1", "acme-2", "acme-3"] {
+        client.get(account).await.unwrap();
+    }
+    for account in ["acme-4", "acme-5", "acme-6"] {
+        fixture.wait_for_state(account, "rejected").await;
+    }
+    broker.stop().await;
+}

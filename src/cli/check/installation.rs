@@ -6,7 +6,7 @@ use ipnet::IpNet;
 
 use super::{super::time::LocalTime, result::CheckResult};
 use crate::{
-    app::{WrongKeyring, check_keyring},
+    app::{UnopenedSecret, WrongKeyring, check_keyring},
     config::Settings,
     crypto::Keyring,
     domain::clock::{Clock, Timestamp},
@@ -202,12 +202,30 @@ fn deployment_check(ours: &str, remembered: Option<&str>) -> CheckResult {
     }
 }
 
-fn secrets_check(checked: Result<(), WrongKeyring>, samples: usize) -> CheckResult {
+fn secrets_check(
+    checked: Result<Vec<UnopenedSecret<'_>>, WrongKeyring>,
+    samples: usize,
+) -> CheckResult {
+    const SHOWN: usize = 5;
     match checked {
-        Ok(()) => CheckResult::ok(
+        Ok(unopened) if unopened.is_empty() => CheckResult::ok(
             "secrets",
             format!("the keyring opens the {samples} stored secrets that were tried"),
         ),
+        Ok(unopened) => {
+            let shown =
+                unopened.iter().take(SHOWN).map(|it| format!("{}: {}", it.account, it.error));
+            let shown: Vec<_> = shown.collect();
+            let more = if unopened.len() > SHOWN { "; …" } else { "" };
+            CheckResult::failure(
+                "secrets",
+                format!(
+                    "{} of the {samples} stored secrets that were tried do not open: {}{more}",
+                    unopened.len(),
+                    shown.join("; ")
+                ),
+            )
+        }
         Err(error) => CheckResult::failure("secrets", format!("{:#}", anyhow::Error::from(error))),
     }
 }
