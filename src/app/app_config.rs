@@ -8,7 +8,10 @@ use crate::{
     audit::journal::JournalSettings,
     config::{DatabaseUrl, Settings},
     crypto::Keyring,
-    domain::{clock::Clock, plausible_time::AttemptTimeLimits},
+    domain::{
+        clock::Clock,
+        plausible_time::{AttemptTimeLimits, LEASE_BEYOND_ATTEMPT},
+    },
     upstream::Target,
 };
 
@@ -23,8 +26,6 @@ const JOURNAL_SEGMENT_BYTES: u64 = 64 << 20;
 /// How long delivered segments of the journal are kept, so that operators can copy them.
 const JOURNAL_RETENTION: Duration = Duration::from_hours(7 * 24);
 
-/// How much longer a lease lasts than an attempt may take. In this time the token is stored.
-const LEASE_BEYOND_ATTEMPT: Duration = Duration::from_secs(20);
 /// The most connections of callers at once, if the process may have enough file descriptors.
 const MAX_CONNECTIONS: usize = 10_000;
 /// The most calls that wait for a token at once. Each takes about 20 KiB: 200 MiB in all.
@@ -114,10 +115,12 @@ impl AppConfig {
 
     /// Returns the rules that bound the times of stored attempts.
     pub(super) fn time_limits(&self) -> AttemptTimeLimits {
-        AttemptTimeLimits {
-            lease_duration: self.settings.upstream_timeout + LEASE_BEYOND_ATTEMPT,
-            policy: self.settings.refresh_policy(),
-        }
+        AttemptTimeLimits { policy: self.settings.refresh_policy() }
+    }
+
+    /// Returns how long a lease of this replica lasts.
+    pub(super) fn lease_duration(&self) -> Duration {
+        self.settings.upstream_timeout + LEASE_BEYOND_ATTEMPT
     }
 
     /// Returns the settings of the audit journal.

@@ -71,7 +71,7 @@ impl Components {
                 instance: state_dir.instance().to_owned(),
                 start: state_dir.start().to_owned(),
                 replica,
-                lease_duration: config.time_limits().lease_duration,
+                lease_duration: config.lease_duration(),
                 policy: settings.refresh_policy(),
                 rate: settings.upstream_rate,
                 concurrency: settings.upstream_concurrency,

@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     audit::journal::SyncMode,
-    domain::refresh_policy::RefreshPolicy,
+    domain::{plausible_time::LONGEST_UPSTREAM_TIMEOUT, refresh_policy::RefreshPolicy},
     telemetry::LogFormat,
     tls::TlsFiles,
     upstream::{Target, UpstreamSettings},
@@ -139,8 +139,10 @@ impl Settings {
             refresh_at: reader.or_default(&REFRESH_AT, number(0.1, 0.9)),
             min_issue_interval: reader
                 .or_default(&MIN_ISSUE_INTERVAL, duration(100 * MILLISECOND, 24 * HOUR)),
-            upstream_timeout: reader
-                .or_default(&UPSTREAM_TIMEOUT, duration(100 * MILLISECOND, HOUR / 60)),
+            upstream_timeout: reader.or_default(
+                &UPSTREAM_TIMEOUT,
+                duration(100 * MILLISECOND, LONGEST_UPSTREAM_TIMEOUT),
+            ),
             upstream_rate: reader.or_default(&UPSTREAM_RATE, rate(0.01, 10_000.0)),
             upstream_concurrency: reader.or_default(&UPSTREAM_CONCURRENCY, number(1, 1_000)),
             audit_sync: reader.or_default(&AUDIT_SYNC, parse::audit_sync),

@@ -23,14 +23,23 @@ use crate::domain::{
 /// A difference between two clocks, or a step of one, that is not worth notice.
 pub const TOLERANCE: TimeDelta = TimeDelta::seconds(5);
 
+/// The longest time that the settings permit for a call to the upstream.
+pub const LONGEST_UPSTREAM_TIMEOUT: Duration = Duration::from_mins(1);
+
+/// How much longer a lease lasts than an attempt may take. In this time the token is stored.
+pub const LEASE_BEYOND_ATTEMPT: Duration = Duration::from_secs(20);
+
+/// The longest lease that a replica may have taken, whatever its settings. Those of another replica may differ
+/// from ours, for example while a setting is changed on one after the other.
+pub const LONGEST_LEASE: Duration =
+    Duration::from_secs(LONGEST_UPSTREAM_TIMEOUT.as_secs() + LEASE_BEYOND_ATTEMPT.as_secs());
+
 /// A time before every other one: whatever began then is over.
 const LONG_AGO: Timestamp = Timestamp::UNIX_EPOCH;
 
 /// The rules that bound the times of attempts.
 #[derive(Clone, Copy, Debug)]
 pub struct AttemptTimeLimits {
-    /// How long a lease lasts.
-    pub lease_duration: Duration,
     /// The policy, which knows the longest pauses.
     pub policy: RefreshPolicy,
 }
@@ -41,7 +50,7 @@ impl AttemptTimeLimits {
     /// - An attempt in the future began before the clock was set back, so it counts as long ago, and the
     ///   pauses after it count as over. The next attempt may come early, once.
     /// - A next attempt that is further away than the longest pause is due.
-    /// - A lease ends no later than a new one would. Returns `true` in this case: the caller that holds the
+    /// - A lease ends no later than the longest one that began now would. Returns `true` in this case: the caller that holds the
     ///   row's lock must store the new end, or it would be as far away at the next look. The lease is not
     ///   taken for ended, since its holder may be calling the upstream at this moment.
     /// - A window of exceptions in the future is over.
@@ -58,7 +67,7 @@ impl AttemptTimeLimits {
         if in_future(refresh.interval_exceptions.since) {
             refresh.interval_exceptions = IntervalExceptions::default();
         }
-        let latest = now + delta(self.lease_duration);
+        let latest = now + delta(LONGEST_LEASE);
         let shortened = refresh.lease_until.is_some_and(|until| until > latest);
         if shortened {
             refresh.lease_until = Some(latest);

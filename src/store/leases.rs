@@ -19,7 +19,7 @@ use crate::domain::{
     account::{AccountId, CredentialVersion},
     attempt_priority::{ConcurrencyLimits, PriorityClass, RunningAttempts},
     clock::{delta, until_from},
-    plausible_time::AttemptTimeLimits,
+    plausible_time::{AttemptTimeLimits, LONGEST_LEASE},
     refresh_policy::{IssueDecision, IssueView, RefreshPolicy},
     refresh_state::{IssueAttempt, IssueFailure},
     token::Generation,
@@ -61,7 +61,7 @@ impl LeaseHolder {
     /// Returns the rules that bound the times of stored attempts.
     #[must_use]
     pub fn time_limits(&self) -> AttemptTimeLimits {
-        AttemptTimeLimits { lease_duration: self.lease_duration, policy: self.policy }
+        AttemptTimeLimits { policy: self.policy }
     }
 }
 
@@ -218,8 +218,9 @@ async fn upstream_pause(
     )
     .fetch_one(&mut **transaction)
     .await?;
-    // A claim sets the slot to one pause after its own time. Slots and leases that are further away were
-    // stored before the database's clock was set back, and would stop every account.
+    // A claim sets the slot to one pause after its own time. Slots that are further away, and leases that are
+    // longer than any replica's, were stored before the database's clock was set back, and would stop every
+    // account.
     let pause = until_from(pace.now, pace.next_slot);
     if !pause.is_zero() && pause <= holder.pause_between_attempts() {
         return Ok(Some(pause));
@@ -228,7 +229,7 @@ async fn upstream_pause(
         "-- store::leases::upstream_pause
         select priority from upstream_calls
         where until > clock_timestamp() and until <= clock_timestamp() + $1",
-        interval(holder.lease_duration),
+        interval(LONGEST_LEASE),
     )
     .fetch_all(&mut **transaction)
     .await?;

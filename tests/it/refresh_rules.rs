@@ -17,6 +17,7 @@ use token_broker::{
     domain::{
         account::AccountId,
         clock::{Timestamp, delta, until_from},
+        plausible_time::{LEASE_BEYOND_ATTEMPT, LONGEST_LEASE, LONGEST_UPSTREAM_TIMEOUT},
         refresh_policy::{IssueDecision, IssueView, RefreshPolicy},
         refresh_state::{AccountState, FailureClass},
     },
@@ -216,6 +217,46 @@ impl Facts {
     }
 }
 
+/// A replica with a short time limit for the upstream believes the leases and the calls of one with the longest:
+/// otherwise both would issue at once.
+#[tokio::test]
+async fn a_lease_of_a_replica_with_another_time_limit_is_believed() {
+    let database = TestDatabase::new().await;
+    let policy = RefreshPolicy { refresh_at: 0.75, min_issue_interval: Duration::from_millis(100) };
+    let holder = |instance: &str, timeout| LeaseHolder {
+        instance: instance.into(),
+        start: instance.into(),
+        replica: 1,
+        lease_duration: timeout + LEASE_BEYOND_ATTEMPT,
+        policy,
+        rate: f64::from(u32::MAX),
+        concurrency: 1,
+    };
+    let slow = holder("slow", LONGEST_UPSTREAM_TIMEOUT);
+    let quick = holder("quick", Duration::from_millis(100));
+    let mut ids = vec![];
+    for name in ["acme", "bank"] {
+        let id: i64 = sqlx::query_scalar(
+            "insert into accounts (name, client_id, client_secret) values ($1, $1, 'SK.1') returning id",
+        )
+        .bind(name)
+        .fetch_one(database.pool())
+        .await
+        .unwrap();
+        ids.push(AccountId(id));
+    }
+    let claim = async |account, holder| {
+        leases::claim(database.pool(), account, None, None, holder).await.unwrap()
+    };
+    assert!(matches!(claim(ids[0], &slow).await, Claim::Granted(_)));
+    for _ in 0..2 {
+        let Claim::Wait(pause) = claim(ids[0], &quick).await else { panic!("two leases at once") };
+        assert!(pause > Duration::from_secs(60), "{pause:?}");
+        let other = claim(ids[1], &quick).await;
+        assert!(matches!(other, Claim::Paced(_)), "{other:?}");
+    }
+}
+
 #[tokio::test]
 async fn a_claim_and_the_schedule_decide_the_same_from_the_same_facts() {
     const CLAIMS: usize = 400;
@@ -348,14 +389,15 @@ async fn a_claim_believes_no_stored_time_that_cannot_be_true() {
         assert!(matches!(again, Claim::Wait(_)), "{n}: {again:?}");
     }
     for (_, id) in leased {
-        // The holder may be calling the upstream, so its lease lasts, but no longer than a new one.
+        // The holder may be calling the upstream, so its lease lasts, but no longer than any replica's.
         let Claim::Wait(pause) = claim(*id).await else { panic!("a lease was ignored") };
-        assert!(pause <= holder.lease_duration, "{pause:?}");
+        assert!(pause <= LONGEST_LEASE, "{pause:?}");
         let stored: bool = sqlx::query_scalar(
-            "select lease_until <= clock_timestamp() + interval '30 seconds' from refreshes
+            "select lease_until <= clock_timestamp() + make_interval(secs => $2) from refreshes
              where account_id = $1",
         )
         .bind(id)
+        .bind(LONGEST_LEASE.as_secs_f64())
         .fetch_one(database.pool())
         .await
         .unwrap();

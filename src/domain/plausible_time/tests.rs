@@ -9,7 +9,6 @@ use crate::domain::{
 };
 
 const LIMITS: AttemptTimeLimits = AttemptTimeLimits {
-    lease_duration: Duration::from_secs(30),
     policy: RefreshPolicy { refresh_at: 0.75, min_issue_interval: Duration::from_secs(30) },
 };
 
@@ -60,7 +59,7 @@ proptest! {
         mut refresh in state(), requested in option::of(time()),
     ) {
         let account = Account { reissue_requested_at: requested, ..Account::example(1, "acme") };
-        let longest = LIMITS.policy.longest_pause().max(LIMITS.lease_duration);
+        let longest = LIMITS.policy.longest_pause().max(LONGEST_LEASE);
         let latest = at(0) + delta(longest) + TOLERANCE;
         let IssueDecision::WaitUntil(until) = claim(&account, &mut refresh, at(0)) else {
             return Ok(());
@@ -80,7 +79,7 @@ proptest! {
 
     #[test]
     fn times_that_can_be_true_are_kept(
-        started in -100_000_i64..=0, pause in 0_i64..300, lease in -100_i64..=30, since in -9_000_i64..=0,
+        started in -100_000_i64..=0, pause in 0_i64..300, lease in -100_i64..=80, since in -9_000_i64..=0,
     ) {
         let refresh = RefreshState {
             attempt_started_at: Some(at(started)),
@@ -177,4 +176,16 @@ fn a_leap_of_the_databases_clock_is_told_from_a_slow_answer() {
     assert_eq!(back.middle(), TimeDelta::seconds(600));
     let (_, leap) = back.next(at(20), at(20), at(20));
     assert_eq!(leap, Some(TimeDelta::seconds(600)));
+}
+
+#[test]
+fn a_lease_is_believed_up_to_the_longest_that_any_settings_permit() {
+    let longest = i64::try_from(LONGEST_LEASE.as_secs()).unwrap();
+    for (lease, believed) in
+        [(30, 30), (longest, longest), (longest + 1, longest), (9_000, longest)]
+    {
+        let mut refresh = RefreshState { lease_until: Some(at(lease)), ..RefreshState::default() };
+        let shortened = LIMITS.correct(&mut refresh, at(0));
+        assert_eq!((refresh.lease_until, shortened), (Some(at(believed)), lease != believed));
+    }
 }
