@@ -1,7 +1,7 @@
-//! Keeps gRPC's health service up to date. It says `SERVING` while the audit journal has room and the database can
-//! be trusted, and `NOT_SERVING` once the broker stops.
+//! Keeps gRPC's health service up to date. It says `SERVING` while the audit journal has room, the database can be
+//! trusted, and calls are served, and `NOT_SERVING` once the broker stops.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -9,8 +9,12 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 use tracing::{info, warn};
 
 use crate::{
-    api::proto::token_service_server::SERVICE_NAME, audit::journal::Journal,
-    services::trust_monitor::Trust,
+    api::proto::token_service_server::SERVICE_NAME,
+    audit::journal::Journal,
+    services::{
+        connectivity::{Connectivity, DatabaseConnectivity},
+        trust_monitor::Trust,
+    },
 };
 
 /// How often the journal is checked. It is polled because a disk that hangs causes no event: it is noticed
@@ -25,8 +29,17 @@ pub(super) struct GrpcHealth {
 
 impl GrpcHealth {
     /// Reports the present state, and starts a task that reports its changes.
-    pub(super) async fn start(reporter: HealthReporter, journal: Journal, trust: Trust) -> Self {
-        let is_ready = move || journal.is_ready() && trust.fault().is_none();
+    pub(super) async fn start(
+        reporter: HealthReporter,
+        journal: Journal,
+        trust: Trust,
+        connectivity: Arc<DatabaseConnectivity>,
+    ) -> Self {
+        let is_ready = move || {
+            journal.is_ready()
+                && trust.fault().is_none()
+                && connectivity.current() != Connectivity::Unacknowledged
+        };
         let mut serving = is_ready();
         report(&reporter, serving).await;
         let stop = CancellationToken::new();
@@ -46,7 +59,8 @@ impl GrpcHealth {
                     } else {
                         warn!(
                             "the audit journal cannot be written or is nearly full, or the database \
-                             cannot be trusted, as /readyz says: health says NOT_SERVING"
+                             cannot be trusted, or does not answer while another replica may issue that \
+                             does not know of this one, as /readyz says: health says NOT_SERVING"
                         );
                     }
                 }

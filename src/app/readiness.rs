@@ -3,7 +3,8 @@
 //! A replica is ready when accounts and callers are loaded, the audit journal has room, and the database can be
 //! trusted with the secrets of admins (see [`trust_monitor`](crate::services::trust_monitor)). It stays
 //! ready while Postgres or the upstream does not answer: it can still serve live tokens, and no other
-//! replica could do better.
+//! replica could do better. It is not ready while it serves nothing, since another replica may issue that does
+//! not know of it: then that one serves.
 //!
 //! What an operator sees when the journal's disk fills up, or the journal reaches `JOURNAL_MAX_BYTES`:
 //! - Nearly full: the check `journal` fails, `/readyz` answers 503, gRPC health says `NOT_SERVING` (see
@@ -100,7 +101,8 @@ fn postgres_check(
             format!("answers, but its changes cannot be followed: {}", problems(failing))
         }
     };
-    Check { name: "postgres", ok, required: false, detail }
+    let required = connectivity.current() == Connectivity::Unacknowledged;
+    Check { name: "postgres", ok, required, detail }
 }
 
 /// Returns the problems, each once with the duties that have it.

@@ -99,8 +99,13 @@ impl RunningServices {
         let deliver = components.journal_delivery(signer.clone(), DELIVERY_TIMEOUT);
         delivery.start("delivery", failed, deliver.run(stop));
 
-        let health =
-            GrpcHealth::start(health, components.journal.clone(), components.trust.clone()).await;
+        let health = GrpcHealth::start(
+            health,
+            components.journal.clone(),
+            components.trust.clone(),
+            components.connectivity.clone(),
+        )
+        .await;
         components.serving.store(true, Ordering::Relaxed);
         Self {
             health,

@@ -71,7 +71,7 @@ pub(crate) async fn until_readiness_says(broker: &TestBroker, text: &str) {
 }
 
 /// Returns the token service's status in gRPC's health service.
-async fn health(grpc: SocketAddr) -> ServingStatus {
+pub(crate) async fn health(grpc: SocketAddr) -> ServingStatus {
     let channel = Endpoint::from_shared(format!("http://{grpc}")).unwrap().connect().await.unwrap();
     let mut client = HealthClient::new(channel);
     let request = HealthCheckRequest { service: SERVICE_NAME.into() };

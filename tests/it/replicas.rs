@@ -12,14 +12,16 @@ use token_broker::{
     dev::simulator::Faults,
     domain::clock::{Clock, ManualClock},
 };
+use tonic_health::pb::health_check_response::ServingStatus;
 
 use crate::{
     harness::{
         broker::{Fixture, code_and_reason},
         database_proxy::DatabaseProxy,
         eventually,
+        http::http,
     },
-    outages::until_readiness_says,
+    outages::{health, until_readiness_says},
 };
 
 impl Fixture {
@@ -143,11 +145,22 @@ async fn a_replica_that_was_killed_delays_no_start_but_nothing_is_served_without
 
     proxy.disconnect();
     until_readiness_says(&broker, "nothing is served").await;
+    // Another replica serves, so callers should be sent there.
+    assert_eq!(http(broker.app.ops_address, "GET", "/readyz", "").await.0, 503);
+    eventually("health", async || {
+        (health(broker.app.grpc_address).await == ServingStatus::NotServing).then_some(())
+    })
+    .await;
     let refused = client.get("acme").await.unwrap_err();
     assert_eq!(code_and_reason(&refused), "Unavailable DATABASE_UNAVAILABLE");
 
     proxy.forward();
     until_readiness_says(&broker, "\"answers\"").await;
+    assert_eq!(http(broker.app.ops_address, "GET", "/readyz", "").await.0, 200);
+    eventually("health", async || {
+        (health(broker.app.grpc_address).await == ServingStatus::Serving).then_some(())
+    })
+    .await;
     client.get("acme").await.unwrap();
     assert_eq!(fixture.upstream.requests(), 1);
     broker.stop().await;
