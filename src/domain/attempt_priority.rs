@@ -50,12 +50,16 @@ pub struct ConcurrencyLimits {
 }
 
 impl ConcurrencyLimits {
-    /// Returns limits with `total` attempts, of which a quarter is for proven accounts only. Failing accounts
-    /// may have a quarter, and at least one.
+    /// Returns limits with `total` attempts, of which a quarter, and one of three, is for proven accounts only.
+    /// Failing accounts may have a quarter, and at least one.
+    ///
+    /// Of two attempts none is for proven accounts only, so that a new account finds a place beside a failing one.
+    /// A single place is taken by whoever is next. So an account waits there until the attempt that is under way
+    /// has ended, which the upstream's timeout bounds.
     #[must_use]
     pub fn new(total: usize) -> Self {
         let total = total.max(1);
-        let quarter = total / 4;
+        let quarter = (total / 4).max(usize::from(total == 3));
         Self { total, unproven: total - quarter, failing: quarter.max(1) }
     }
 
@@ -103,7 +107,7 @@ mod tests {
     proptest! {
         #[test]
         fn a_proven_account_finds_a_place_beside_any_number_of_others(
-            total in 4_usize..100,
+            total in 3_usize..100,
             classes in proptest::collection::vec(select(PriorityClass::ALL.to_vec()), 0..200),
         ) {
             let limits = ConcurrencyLimits::new(total);
@@ -111,6 +115,13 @@ mod tests {
                 classes.into_iter().filter(|class| *class != PriorityClass::Proven).collect();
             let running = RunningAttempts::count(started(limits, &others));
             prop_assert!(limits.admit(PriorityClass::Proven, running));
+        }
+
+        #[test]
+        fn an_untried_account_finds_a_place_beside_any_number_of_failing_ones(total in 2_usize..100) {
+            let limits = ConcurrencyLimits::new(total);
+            let failing = started(limits, &[PriorityClass::Failing; 200]);
+            prop_assert!(limits.admit(PriorityClass::Untried, RunningAttempts::count(failing)));
         }
 
         #[test]

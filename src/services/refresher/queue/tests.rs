@@ -188,3 +188,51 @@ proptest! {
         }
     }
 }
+
+/// How long an attempt takes that gets no answer.
+const TIMEOUT: i64 = 10;
+
+/// Six accounts that never get an answer are tried one after the other over `places`, again one second after each
+/// failure. Returns how many seconds account 100 waits, which becomes due at second 35 with `priority` and a token
+/// that ends at `ends`.
+fn wait_beside_six_without_answer(
+    places: usize,
+    priority: PriorityClass,
+    ends: Option<i64>,
+) -> i64 {
+    const DUE: i64 = 35;
+    let limits = ConcurrencyLimits::new(places);
+    let mut queue = RefreshQueue::default();
+    for id in 0..6 {
+        queue.add(id, 0, PriorityClass::Untried, None);
+    }
+    queue.add(100, DUE, priority, ends);
+    let mut under_way: Vec<(i64, AccountId)> = vec![];
+    for second in 0.. {
+        for (_, id) in under_way.extract_if(.., |(until, _)| *until <= second) {
+            queue.attempt_ended(id);
+            queue.add(id.0, second + 1, PriorityClass::Failing, None);
+        }
+        while let Some(id) = queue.take(at(second), limits, None) {
+            if id == AccountId(100) {
+                return second - DUE;
+            }
+            under_way.push((second + TIMEOUT, id));
+        }
+    }
+    unreachable!("the account is tried some day")
+}
+
+#[test]
+fn accounts_without_an_answer_delay_others_by_few_attempts_however_few_places_there_are() {
+    use PriorityClass::{Proven, Untried};
+    for (places, proven, untried) in [(1, TIMEOUT, TIMEOUT), (2, TIMEOUT, 0), (3, 0, 0), (8, 0, 0)]
+    {
+        // Its token ends within a minute.
+        let waited = wait_beside_six_without_answer(places, Proven, Some(90));
+        assert!(waited <= proven, "proven, {places} places: {waited} s");
+        let waited = wait_beside_six_without_answer(places, Untried, None);
+        // One more attempt, as each lane is served from time to time.
+        assert!(waited <= untried + TIMEOUT, "untried, {places} places: {waited} s");
+    }
+}
