@@ -12,6 +12,8 @@ mod report;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
+use chrono::TimeDelta;
+
 use self::{
     chain_verifier::{ChainVerifier, RecordHashes},
     report::FindingList,
@@ -32,6 +34,10 @@ use crate::{crypto::VerifyingKeys, domain::clock::Timestamp};
 /// MiB. Beyond that, the records that they wait for count as missing.
 const MAX_WAITING: usize = 1 << 20;
 
+/// How long after its first record the first signed head of a chain may come at the latest. A broker stores one
+/// within seconds.
+const SIGNED_WITHIN: TimeDelta = TimeDelta::minutes(20);
+
 /// Verifies a log.
 pub struct Verifier {
     extent: Extent,
@@ -40,6 +46,12 @@ pub struct Verifier {
     chains: HashMap<String, ChainVerifier>,
     /// How many records all chains hold together.
     waiting: usize,
+    /// From how many waiting records on some of them are released.
+    max_waiting: usize,
+    /// How many records were shown.
+    shown: u64,
+    /// Until when records must be covered by a signed head; `None` if they need not be.
+    signed_until: Option<Timestamp>,
     findings: FindingList,
 }
 
@@ -48,8 +60,23 @@ impl Verifier {
     /// checked, and the report says so.
     #[must_use]
     pub fn new(extent: Extent, keys: Option<VerifyingKeys>) -> Self {
-        let (chains, findings) = (HashMap::new(), FindingList::default());
-        Self { extent, keys, chains, waiting: 0, findings }
+        Self {
+            extent,
+            keys,
+            chains: HashMap::new(),
+            waiting: 0,
+            max_waiting: MAX_WAITING,
+            shown: 0,
+            signed_until: None,
+            findings: FindingList::default(),
+        }
+    }
+
+    /// Demands that each chain whose last record was written long enough before `now` has a signed head, or that a
+    /// chain which has one follows it. Whoever can insert records, and does not have the keyring, can make up a
+    /// whole chain, but cannot sign it. Without keys, or for a part of a log, this has no effect.
+    pub fn require_signed_heads(&mut self, now: Timestamp) {
+        self.signed_until = Some(now - SIGNED_WITHIN);
     }
 
     /// Adds what is claimed about a chain. The first record to be shown follows `root`.
@@ -154,20 +181,32 @@ impl Verifier {
         chain.add_record(seq, at, record, self.extent, &mut |fault| {
             self.findings.add(name, fault);
         });
+        self.shown += 1;
+        if before == 0 {
+            chain.set_waiting_since(self.shown);
+        }
         self.waiting = self.waiting + chain.waiting() - before;
-        if self.waiting >= MAX_WAITING {
+        if self.waiting >= self.max_waiting {
             self.release_waiting();
         }
     }
 
-    /// Releases the earlier half of the waiting records of the chain that holds the most of them. The
-    /// records that they wait for count as missing.
+    /// Releases the earlier half of the waiting records of chains, in the order in which they began to wait, until
+    /// not more than half of the limit wait: so that the cost of finding them is small beside that of reading as
+    /// many further ones. The records that they wait for count as missing. Records that come in nearly the right
+    /// order wait only for a moment, so those of made-up chains are released before them.
     fn release_waiting(&mut self) {
-        let most = self.chains.iter_mut().max_by_key(|(_, chain)| chain.waiting());
-        if let Some((name, chain)) = most {
+        let mut waiting: Vec<_> =
+            self.chains.iter_mut().filter(|(_, chain)| chain.waiting() > 0).collect();
+        waiting.sort_unstable_by_key(|(_, chain)| chain.waiting_since());
+        for (name, chain) in waiting {
             self.waiting -= chain.waiting();
             chain.release_half(self.extent, &mut |fault| self.findings.add(name, fault));
+            chain.set_waiting_since(self.shown);
             self.waiting += chain.waiting();
+            if self.waiting <= self.max_waiting / 2 {
+                return;
+            }
         }
     }
 
@@ -179,6 +218,12 @@ impl Verifier {
         let mut notices = self.notices_on_chains();
         if self.extent != Extent::Partial {
             self.check_links(&mut notices);
+        }
+        if let Some(until) = self.signed_until
+            && self.keys.is_some()
+            && self.extent == Extent::Whole
+        {
+            self.check_signed(until);
         }
         let signatures_checked = self.keys.is_some();
         if !signatures_checked {
@@ -259,6 +304,28 @@ impl Verifier {
         }
     }
 
+    /// Checks that each chain that ended before `until` is covered by a signed head.
+    fn check_signed(&mut self, until: Timestamp) {
+        let mut vouched_for = HashSet::new();
+        // A chain comes after its predecessor in the order of names.
+        for name in self.chain_names().into_iter().rev() {
+            let chain = &self.chains[&name];
+            if chain.is_signed() || vouched_for.contains(&name) {
+                let claim = chain.claim();
+                let linked = claim.and_then(|it| Some((it.linked_chain.clone()?, it.linked_hash)));
+                if let Some((predecessor, hash)) = linked
+                    && chain.last_record_hash().is_some()
+                    && self.chains.get(&predecessor).and_then(ChainVerifier::last_hash)
+                        == Some(hash)
+                {
+                    vouched_for.insert(predecessor);
+                }
+            } else if chain.last_time().is_some_and(|at| !is_recent(at, until)) {
+                self.findings.add(&name, Fault::Unsigned);
+            }
+        }
+    }
+
     /// Checks the link of chain `name` to its predecessor. `ends` are the last hashes of all chains that
     /// have records.
     fn check_link(&self, name: &str, ends: &HashSet<Digest>) -> Link {
@@ -312,6 +379,12 @@ enum Link {
     NotDeliveredYet { predecessor: String },
     /// The link does not hold; the fault is attributed to `chain`.
     Broken { chain: String, fault: Fault },
+}
+
+/// Whether a record of the time `at` may not be covered by a signed head yet, where older ones than `until` must be.
+/// A time in the future could be renewed for ever by nobody, so it does not count as recent.
+fn is_recent(at: Timestamp, until: Timestamp) -> bool {
+    (until..=until + SIGNED_WITHIN * 2).contains(&at)
 }
 
 /// Whether a record can have the number `seq`. The input is not trusted and may contain any number.

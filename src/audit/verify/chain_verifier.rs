@@ -30,6 +30,8 @@ pub(super) struct ChainVerifier {
     head: Option<ChainHead>,
     /// Records that came before a record that they follow.
     waiting: BTreeMap<i64, RecordHashes>,
+    /// How many records of all chains had been shown when the first of them came.
+    waiting_since: u64,
     records: u64,
     removed: i64,
     /// How many records between others are absent in a partial log.
@@ -77,6 +79,25 @@ impl ChainVerifier {
     /// How many records wait for an earlier one.
     pub(super) fn waiting(&self) -> usize {
         self.waiting.len()
+    }
+
+    /// When the records began to wait, as a number of records of all chains that had been shown.
+    pub(super) fn waiting_since(&self) -> u64 {
+        self.waiting_since
+    }
+
+    pub(super) fn set_waiting_since(&mut self, shown: u64) {
+        self.waiting_since = shown;
+    }
+
+    /// Whether a signature covers the chain up to some record: that of a checkpoint, or of a receipt.
+    pub(super) fn is_signed(&self) -> bool {
+        self.matching_checkpoints > 0 || self.removed > 0
+    }
+
+    /// The latest time of its records.
+    pub(super) fn last_time(&self) -> Option<Timestamp> {
+        self.times.map(|(_, last)| last)
     }
 
     /// How many records of a partial log are absent between others.

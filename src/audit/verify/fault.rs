@@ -98,6 +98,9 @@ pub enum Fault {
         /// The record's number.
         seq: i64,
     },
+    /// No signed head covers the chain, although its records are old enough. Somebody without the keyring may have
+    /// made it up.
+    Unsigned,
     /// There are records of a chain that has no row in `audit_chains`.
     ChainRowMissing,
     /// There is a checkpoint of a chain that has neither a row nor records.
@@ -156,6 +159,7 @@ impl Fault {
             | Self::PredecessorEndMismatch { last, .. }
             | Self::TornTail { last, .. } => last.saturating_add(1),
             Self::ChainRowMissing
+            | Self::Unsigned
             | Self::UnreadableLine { .. }
             | Self::ChainAbsent
             | Self::PredecessorUnnamed
@@ -182,6 +186,7 @@ impl Fault {
             Self::BeyondDeliveredPosition { .. } => "beyond_position",
             Self::DeliveredHashMismatch { .. } => "not_the_position",
             Self::ChainRowMissing => "unknown_chain",
+            Self::Unsigned => "unsigned",
             Self::PredecessorUnnamed => "no_chain_before",
             Self::PredecessorMissing { .. } => "chain_missing",
             Self::PredecessorEndMismatch { .. } => "ends_otherwise",
@@ -248,6 +253,9 @@ impl fmt::Display for Fault {
                 write!(f, "record {seq} is not the last one according to audit_chains")
             }
             Self::ChainRowMissing => f.write_str("it has no row in audit_chains"),
+            Self::Unsigned => f.write_str(
+                "no signed head covers it: it may be made up, or its broker was killed within seconds of its start",
+            ),
             Self::PredecessorUnnamed => {
                 f.write_str("it begins with the hash of a previous chain, and names none")
             }

@@ -94,7 +94,15 @@ impl Log {
     }
 
     fn report(&self, extent: Extent) -> VerificationReport {
+        self.report_at(extent, None)
+    }
+
+    /// Verifies the log at the second `now`, when signed heads are required, or without them.
+    fn report_at(&self, extent: Extent, now: Option<i64>) -> VerificationReport {
         let mut verifier = Verifier::new(extent, Some(VerifyingKeys::from(&self.keyring)));
+        if let Some(now) = now {
+            verifier.require_signed_heads(DateTime::UNIX_EPOCH + TimeDelta::seconds(now));
+        }
         for (claim, root) in &self.claims {
             verifier.add_chain(claim.clone(), *root);
         }
@@ -437,6 +445,59 @@ fn a_record_counts_as_missing_once_too_many_wait_for_it() {
     let missing: Vec<_> = verifier.findings.listed.iter().map(|it| &it.fault).collect();
     assert!(missing.contains(&&Fault::Missing { first: 1, last: 4 }), "{missing:?}");
     assert!(missing.contains(&&Fault::Missing { first: 7, last: 8 }), "{missing:?}");
+}
+
+#[test]
+fn a_chain_without_a_signed_head_is_reported_once_it_should_have_one() {
+    let unsigned = |log: &Log, now| -> Vec<String> {
+        let findings = log.report_at(Extent::Whole, Some(now)).findings;
+        let unsigned = findings.into_iter().filter(|it| it.fault == Fault::Unsigned);
+        unsigned.map(|it| it.chain).collect()
+    };
+    let hour = 3_600;
+    let mut log = Log::of(8, 3);
+    assert_eq!(unsigned(&log, 60), [""; 0], "its first head may still come");
+    assert_eq!(unsigned(&log, hour), [FIRST, SECOND]);
+    assert_eq!(unsigned(&log, -hour), [FIRST, SECOND], "times in the future do not help");
+    log.sign(FIRST, 2);
+    assert_eq!(unsigned(&log, hour), [SECOND]);
+    // The hash of a chain's first record covers the chain before.
+    log.checkpoints.clear();
+    log.sign(SECOND, 1);
+    assert_eq!(unsigned(&log, hour), [""; 0]);
+    // Another key's signature is none.
+    log.keyring = Keyring::parse(&Keyring::generate(DateTime::UNIX_EPOCH)).unwrap();
+    assert_eq!(unsigned(&log, hour), [FIRST, SECOND]);
+    log.prune(SECOND, 1..=2);
+    assert_eq!(unsigned(&log, hour), [""; 0], "a receipt is signed too");
+    // Without keys, and for a part of the log, nobody can tell.
+    let report = Log::of(2, 0).report_at(Extent::Partial, Some(hour));
+    assert!(report.holds(), "{report:?}");
+}
+
+/// With a cost that grows with the square of their number, this would take hours.
+#[test]
+fn many_made_up_chains_with_records_that_wait_are_verified_in_linear_time() {
+    let mut verifier = Verifier::new(Extent::Whole, None);
+    verifier.max_waiting = 5_000;
+    let log = Log::of(2_000, 0);
+    verifier.add_chain(log.claims[0].0.clone(), log.claims[0].1);
+    let mut honest = log.events.chunks(2);
+    for n in 0..300_000 {
+        let StoredEvent { at, prev_hash, hash, .. } = log.events[0];
+        let record = RecordHashes { prev_hash, hash, hash_matches: true };
+        verifier.follow(&format!("made-up-{n}"), 7, Some(at), record);
+        // Records of a real chain come in between, in nearly the right order, and none of them is missed.
+        if n % 300 == 0 {
+            for event in honest.next().into_iter().flatten().rev() {
+                verifier.add_record(event);
+            }
+        }
+    }
+    let report = verifier.finish();
+    let found = report.chains.iter().find(|it| it.chain == FIRST).unwrap();
+    assert_eq!((found.records, found.faults), (2_000, 0));
+    assert!(report.faults >= 300_000);
 }
 
 proptest! {

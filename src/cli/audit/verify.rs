@@ -29,6 +29,7 @@ use crate::{
     },
     config::{self, Flags, KeyringFlag},
     crypto::{Keyring, VerifyingKeys},
+    domain::clock::Clock,
     store::{
         admin::Admin,
         audit::{AuditSnapshot, Decoded, EventFilter},
@@ -189,6 +190,7 @@ impl Evidence {
     /// Verifies the database. Records are read and decoded here, and hashed on another thread.
     async fn verify_database(self, pool: &PgPool) -> anyhow::Result<VerificationReport> {
         let mut verifier = self.verifier(Extent::Whole);
+        verifier.require_signed_heads(Clock::System.now());
         let mut snapshot = AuditSnapshot::open(pool).await?;
         for claim in snapshot.claims().await? {
             match claim {
