@@ -170,7 +170,7 @@ impl Journal {
         }
         shared.counters.appended.fetch_add(1, Ordering::Relaxed);
         let (is_call, count) = (record.event.is_call(), record.count);
-        let accepted = !is_call || shared.writable.load(Ordering::Acquire);
+        let accepted = record.event.is_retained() || shared.writable.load(Ordering::Acquire);
         let enqueued = if accepted { shared.queue.push(record).ok() } else { None };
         let Some(enqueued) = enqueued else {
             shared.count_dropped(is_call, count);

@@ -107,6 +107,14 @@ impl Event {
                 | Self::UnknownMethod
         )
     }
+
+    /// Whether a record of the event waits in memory while the journal cannot be written. Calls are refused then.
+    /// Strangers cause refused handshakes, as many as they like, which must not displace other records: they are
+    /// only counted.
+    #[must_use]
+    pub fn is_retained(self) -> bool {
+        !self.is_call() && self != Self::HandshakeRefused
+    }
 }
 
 /// One audit record, before it has a position in a chain.

@@ -20,7 +20,7 @@ use tokio::sync::Notify;
 
 use crate::audit::record::Record;
 
-/// A shard with this many records refuses further records of calls. At about 1 KiB each, they take at
+/// A shard with this many records refuses further records of calls and of refused handshakes. At about 1 KiB each, they take at
 /// most 16 MiB of memory per shard while a disk hangs.
 pub(super) const MAX_CALLS_PER_SHARD: usize = 16_384;
 /// A shard with this many records refuses all further records. It is larger since records that are not
@@ -122,7 +122,7 @@ impl Queue {
     pub(super) fn push(&self, record: Record) -> Result<Enqueued, Box<Record>> {
         let mut shard = self.shards[thread_number() % self.shards.len()].lock();
         let limit =
-            if record.event.is_call() { MAX_CALLS_PER_SHARD } else { MAX_RECORDS_PER_SHARD };
+            if record.event.is_retained() { MAX_RECORDS_PER_SHARD } else { MAX_CALLS_PER_SHARD };
         if shard.closed || shard.records.len() >= limit {
             return Err(Box::new(record));
         }
@@ -217,6 +217,7 @@ mod tests {
             assert!(queue.push(record(Event::GetToken)).is_ok());
         }
         assert!(queue.push(record(Event::GetToken)).is_err());
+        assert!(queue.push(record(Event::HandshakeRefused)).is_err());
         for _ in MAX_CALLS_PER_SHARD..MAX_RECORDS_PER_SHARD {
             assert!(queue.push(record(Event::TokenIssued)).is_ok());
         }

@@ -29,6 +29,7 @@ const HOUSEKEEPING_INTERVAL: Duration = Duration::from_mins(1);
 struct PendingEvent {
     event: StoredEvent,
     is_call: bool,
+    is_retained: bool,
 }
 
 pub(super) struct Writer {
@@ -149,8 +150,9 @@ impl Writer {
     }
 
     fn pending(&self, record: Record) -> PendingEvent {
-        let is_call = record.event.is_call();
-        PendingEvent { event: StoredEvent::from_record(record, &self.shared.link), is_call }
+        let (is_call, is_retained) = (record.event.is_call(), record.event.is_retained());
+        let event = StoredEvent::from_record(record, &self.shared.link);
+        PendingEvent { event, is_call, is_retained }
     }
 
     /// Notifies the waiting callers that their records are durable.
@@ -175,14 +177,14 @@ impl Writer {
         self.retry_at = Some(Instant::now() + RETRY_INTERVAL);
     }
 
-    /// Notifies the waiting callers that their records were not written. Records of calls are counted
-    /// as dropped; others are retained.
+    /// Notifies the waiting callers that their records were not written. Records of calls and of refused handshakes
+    /// are counted as dropped; others are retained.
     fn refuse(&mut self, batch: Vec<PendingEvent>, commits: &[Arc<GroupCommit>]) {
-        for PendingEvent { event, is_call } in batch {
-            if is_call || self.retained.len() >= MAX_RECORDS_PER_SHARD {
-                self.shared.count_dropped(is_call, event.count);
+        for pending in batch {
+            if pending.is_retained && self.retained.len() < MAX_RECORDS_PER_SHARD {
+                self.retained.push(pending);
             } else {
-                self.retained.push(PendingEvent { event, is_call });
+                self.shared.count_dropped(pending.is_call, pending.event.count);
             }
         }
         for commit in commits {

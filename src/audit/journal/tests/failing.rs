@@ -92,6 +92,30 @@ async fn a_full_disk_refuses_calls_retains_other_records_and_a_gap_record_counts
 }
 
 #[tokio::test]
+async fn refused_handshakes_are_counted_and_displace_no_record_while_the_journal_cannot_be_written()
+{
+    let disk = FaultyStorage::default();
+    let journal = open(&disk, settings()).unwrap();
+    disk.state().room = Some(100);
+    assert!(append(&journal, call(0)).await.is_err());
+    let handshakes = i64::try_from(2 * queue::MAX_RECORDS_PER_SHARD).unwrap();
+    for _ in 0..handshakes {
+        let handshake = Record::new(DateTime::UNIX_EPOCH, Event::HandshakeRefused);
+        drop(journal.append(handshake));
+    }
+    assert_eq!(append(&journal, issue(1)).await, Err(AuditUnavailable::Unwritable));
+    disk.state().room = None;
+    until(|| journal.is_writable()).await;
+    append(&journal, call(2)).await.unwrap();
+    let events = read_all(&journal);
+    let recorded: Vec<_> = events.iter().map(|e| (&*e.event, e.account.as_deref())).collect();
+    let expected =
+        [("token_issued", Some("acme-1")), ("audit_gap", None), ("get_token", Some("acme-2"))];
+    assert_eq!(recorded, expected);
+    assert_eq!(events[1].detail["other_records"], handshakes.to_string());
+}
+
+#[tokio::test]
 async fn a_read_only_disk_makes_the_journal_unwritable_until_it_is_writable_again() {
     let disk = FaultyStorage::default();
     let journal = open(&disk, settings()).unwrap();
