@@ -76,7 +76,7 @@ pub async fn read(connection: &mut PgConnection) -> Result<Deployment, StoreErro
     )
     .fetch_optional(connection)
     .await?;
-    let never = || StoreError::NotFound("the database does not belong to a deployment".into());
+    let never = || StoreError::NotFound("the table `deployment` has no row".into());
     let row = row.ok_or_else(never)?;
     let identity = DatabaseIdentity { id: row.id, epoch: row.epoch };
     Ok(Deployment { identity, upstream: row.upstream, moved: row.moved })

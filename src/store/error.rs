@@ -267,14 +267,14 @@ impl StoreError {
         matches!(self.sqlstate(), Some("0A000" | "25006" | "25P02" | "26000" | "42P05"))
     }
 
-    /// Returns whether no connection can be opened because the server, or a connection pooler before it, has none
-    /// left. That says nothing about sessions that are open, and nothing about where the address leads.
+    /// Returns whether an attempt to open a connection got no answer: neither from the server nor from a connection
+    /// pooler that says that none is free. Such a pooler proves as little about where the address leads as a server
+    /// that refuses a login, and nothing about sessions that are open.
     #[must_use]
-    pub fn is_saturated(&self) -> bool {
-        match self {
-            Self::ConnectionLost { cause, .. } => cause.is_saturated_pooler(),
-            error => error.sqlstate() == Some(TOO_MANY_CONNECTIONS),
-        }
+    pub fn is_silence(&self) -> bool {
+        let saturated =
+            matches!(self, Self::ConnectionLost { cause, .. } if cause.is_saturated_pooler());
+        self.may_be_outage() && !saturated
     }
 
     /// Returns whether the session must be given up, since the primary possibly does not answer at all. See

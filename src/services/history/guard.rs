@@ -76,11 +76,7 @@ impl Probes {
                 self.next = now + PROBE_PAUSE;
                 return (self.elsewhere >= PROBES_ELSEWHERE).then_some(error);
             }
-            Err(error)
-                if error.may_be_outage()
-                    && !error.is_saturated()
-                    && now >= self.proven + UNPROVEN_LIMIT =>
-            {
+            Err(error) if error.is_silence() && now >= self.proven + UNPROVEN_LIMIT => {
                 return Some(error);
             }
             Err(_) => {}

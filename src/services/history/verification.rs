@@ -267,6 +267,7 @@ impl HistoryGuard {
             Some(_) => Vec::new(),
             None => self.stored_tokens(),
         };
+        let deployment = self.known_deployment();
         let chains = delivered.keys().cloned();
         let journaled = self.witnesses.journal.chains().into_iter().map(|it| it.link.chain.clone());
         let expected = Expected {
@@ -279,7 +280,7 @@ impl HistoryGuard {
                 .collect(),
             tokens,
             snapshot,
-            deployment: self.known_deployment(),
+            deployment,
         };
         let found = within(history::read(session.connection()?, &expected)).await?;
         Ok(Reading { found, delivered })
