@@ -9,10 +9,10 @@ use std::{
 use anyhow::{Context, bail};
 use zeroize::Zeroizing;
 
-use crate::domain::secret::ClientSecret;
+use crate::{domain::secret::ClientSecret, files::text};
 
 /// How many bytes are read at most. No API KEY is that long.
-const MAX_SECRET_BYTES: u64 = 4096;
+const MAX_SECRET_BYTES: usize = 4096;
 
 /// Reads an API KEY from `file` if it is given, and otherwise from standard input. If that is a terminal,
 /// prints a prompt that names `owner`, and turns off the echo. Blocks until the API KEY has been read.
@@ -30,9 +30,9 @@ pub(super) fn client_secret(file: Option<&Path>, owner: &str) -> anyhow::Result<
 }
 
 fn read(from: impl Read) -> io::Result<Zeroizing<String>> {
-    let mut text = Zeroizing::new(String::with_capacity(64));
-    from.take(MAX_SECRET_BYTES).read_to_string(&mut text)?;
-    Ok(text)
+    let mut bytes = Vec::with_capacity(MAX_SECRET_BYTES);
+    from.take(MAX_SECRET_BYTES as u64).read_to_end(&mut bytes)?;
+    Ok(text::decode(bytes)?)
 }
 
 /// Asks the user to confirm the removal of `what` by typing its name, unless `yes` is set.

@@ -1,7 +1,6 @@
 //! The command `simulate`.
 
 use std::{
-    fs,
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     process::ExitCode,
@@ -16,6 +15,7 @@ use super::{output, time::positive_duration};
 use crate::{
     dev::simulator::{Faults, SimulatedAccount, Simulator, SimulatorOptions},
     domain::clock::Clock,
+    files::text,
     lifecycle::Signals,
 };
 
@@ -78,8 +78,8 @@ pub(super) async fn run(args: SimulateArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn read_accounts(path: &Path) -> anyhow::Result<Vec<SimulatedAccount>> {
-    let text = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-    serde_json::from_slice(&text).map_err(|error| {
+    let text = text::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    serde_json::from_str(&text).map_err(|error| {
         // The message of `error` may contain a secret from the file.
         anyhow::anyhow!(
             "{}, line {}: not a list of objects with client_id and client_secret",

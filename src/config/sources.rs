@@ -3,7 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    env, fmt, fs, io,
+    env, fmt, io, mem,
     path::{Path, PathBuf},
 };
 
@@ -11,6 +11,7 @@ use toml::{Table, Value};
 use zeroize::Zeroizing;
 
 use super::table::{self, CONFIG_ENV, ENV_PREFIX, Setting};
+use crate::files::text;
 
 /// Everything that is wrong with the settings, one line each. No line contains a value.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -61,7 +62,8 @@ impl Sources {
             }
             None => None,
         };
-        Ok(Self { flags, env, file, read_file: |path| fs::read_to_string(path) })
+        let read_file = |path: &Path| text::read(path).map(|mut text| mem::take(&mut *text));
+        Ok(Self { flags, env, file, read_file })
     }
 
     /// Returns sources without any value.
@@ -281,8 +283,8 @@ fn environment() -> Result<BTreeMap<String, String>, InvalidSettings> {
 
 fn read_table(path: &Path) -> Result<Table, InvalidSettings> {
     let wrong = |fault: String| InvalidSettings(vec![format!("{}: {fault}", path.display())]);
-    let text = fs::read_to_string(path)
-        .map_err(|error| wrong(format!("cannot read the settings: {error}")))?;
+    let text =
+        text::read(path).map_err(|error| wrong(format!("cannot read the settings: {error}")))?;
     text.parse().map_err(|error: toml::de::Error| {
         // The message of `error` quotes the line, which may contain a secret.
         let before = text.get(..error.span().map_or(0, |span| span.start)).unwrap_or_default();

@@ -17,7 +17,10 @@ use super::{
 };
 use crate::{
     domain::clock::Timestamp,
-    files::atomic::{self, Replacement},
+    files::{
+        atomic::{self, Replacement},
+        text::{self, NotText},
+    },
 };
 
 /// The longest file, in bytes, that is read as a keyring.
@@ -163,16 +166,15 @@ fn open_guarded(path: &Path) -> Result<File, KeyringFault> {
 }
 
 fn read(file: File) -> Result<Zeroizing<String>, KeyringFault> {
-    let mut text = Zeroizing::new(String::with_capacity(8192));
-    let read =
-        file.take(MAX_LEN + 1).read_to_string(&mut text).map_err(|error| match error.kind() {
-            io::ErrorKind::InvalidData => KeyringFault::NotAKeyring,
-            _ => KeyringFault::Read(error),
-        })?;
+    let mut bytes = Vec::with_capacity(8192);
+    let read = file.take(MAX_LEN + 1).read_to_end(&mut bytes).map_err(KeyringFault::Read)?;
     if read as u64 > MAX_LEN {
         return Err(KeyringFault::NotAKeyring);
     }
-    Ok(text)
+    text::decode(bytes).map_err(|error| match error {
+        NotText::NotUtf8(_) => KeyringFault::NotAKeyring,
+        error => KeyringFault::Read(error.into()),
+    })
 }
 
 /// Whether the mode of a file of user `owner` gives access to others. Group access is accepted if

@@ -13,6 +13,7 @@ use super::simulator::SimulatedAccount;
 use crate::{
     crypto::{Keyring, bearer::Bearer},
     domain::{account::AccountName, caller::Right, secret::ClientSecret},
+    files::text,
     store::{
         Database, StoreError,
         admin::{Admin, Attribution, NewAccount, NewBearer, NewCaller, NewGrant},
@@ -96,7 +97,7 @@ async fn register_accounts(admin: &Admin, keyring: &Keyring) -> anyhow::Result<(
 
 async fn register_caller(admin: &Admin, bearer_file: &Path) -> anyhow::Result<Bearer> {
     let name: AccountName = CALLER.parse()?;
-    let (bearer, is_new) = match fs::read_to_string(bearer_file) {
+    let (bearer, is_new) = match text::read(bearer_file) {
         Ok(text) => (Bearer::parse(text.trim())?, false),
         Err(error) if error.kind() == ErrorKind::NotFound => (Bearer::generate(), true),
         Err(error) => return Err(error).context(format!("cannot read {}", bearer_file.display())),

@@ -29,7 +29,10 @@ use super::{
     error::{TlsError, malformed, pem_fault},
     revocation::{self, RevocationList},
 };
-use crate::domain::clock::{Clock, Timestamp};
+use crate::{
+    domain::clock::{Clock, Timestamp},
+    files::text,
+};
 
 /// How often the files are read and compared with those in use.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
@@ -200,7 +203,9 @@ impl Tls {
 impl FileContents {
     fn of(files: &TlsFiles) -> Result<Self, TlsError> {
         let read = |file: &Path| {
-            fs::read(file).map_err(|error| TlsError::Io { file: file.to_owned(), error })
+            fs::read(file)
+                .and_then(|bytes| Ok(text::to_utf8(bytes)?.to_vec()))
+                .map_err(|error| TlsError::Io { file: file.to_owned(), error })
         };
         Ok(Self {
             cert: read(&files.cert)?,

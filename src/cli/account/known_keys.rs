@@ -13,7 +13,10 @@ use std::{
 
 use anyhow::{Context, bail, ensure};
 
-use crate::{crypto::IntakePublicKey, files::atomic};
+use crate::{
+    crypto::IntakePublicKey,
+    files::{atomic, text},
+};
 
 /// The result of a comparison with the remembered key.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -116,7 +119,7 @@ impl KnownKeys {
                 self.file.display()
             ),
         }
-        Ok(fs::read_to_string(&self.file)?)
+        Ok(text::read(&self.file)?.to_string())
     }
 }
 

@@ -39,11 +39,31 @@ pub(super) fn read_checkpoints(file: &Path) -> anyhow::Result<Vec<SignedCheckpoi
 }
 
 fn open(file: &Path) -> anyhow::Result<Box<dyn BufRead>> {
-    if file == Path::new("-") {
-        return Ok(Box::new(BufReader::new(io::stdin())));
+    let mut opened: Box<dyn BufRead> = if file == Path::new("-") {
+        Box::new(BufReader::new(io::stdin()))
+    } else {
+        let opened = File::open(file).with_context(|| format!("cannot read {}", file.display()))?;
+        Box::new(BufReader::with_capacity(1 << 18, opened))
+    };
+    skip_mark(&mut opened).with_context(|| format!("cannot read {}", file.display()))?;
+    Ok(opened)
+}
+
+/// Skips the byte order mark of UTF-8. Refuses UTF-16 and UTF-32, whose lines could not be compared with what was
+/// exported.
+fn skip_mark(reader: &mut impl BufRead) -> io::Result<()> {
+    let start = reader.fill_buf()?;
+    match start {
+        [0xEF, 0xBB, 0xBF, ..] => reader.consume(3),
+        [0xFF, 0xFE, ..] | [0xFE, 0xFF, ..] | [0, ..] | [_, 0, ..] => {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "it is UTF-16 or UTF-32: use the file as it was exported",
+            ));
+        }
+        _ => {}
     }
-    let opened = File::open(file).with_context(|| format!("cannot read {}", file.display()))?;
-    Ok(Box::new(BufReader::with_capacity(1 << 18, opened)))
+    Ok(())
 }
 
 /// Reads a line with its end, and returns its length; `None` at the end of the file. Of a line that is

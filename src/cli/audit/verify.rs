@@ -30,6 +30,7 @@ use crate::{
     config::{self, Flags, KeyringFlag},
     crypto::{Keyring, VerifyingKeys},
     domain::clock::Clock,
+    files::text,
     store::{
         admin::Admin,
         audit::{AuditSnapshot, Decoded, EventFilter},
@@ -140,8 +141,7 @@ fn keys(
     settings: Flags<KeyringFlag>,
 ) -> anyhow::Result<Option<VerifyingKeys>> {
     if let Some(file) = file {
-        let text = std::fs::read_to_string(file)
-            .with_context(|| format!("cannot read {}", file.display()))?;
+        let text = text::read(file).with_context(|| format!("cannot read {}", file.display()))?;
         let keys =
             VerifyingKeys::parse(&text).map_err(|fault| anyhow!("{}: {fault}", file.display()))?;
         return Ok(Some(keys));

@@ -25,6 +25,7 @@ use crate::{
         clock::{Clock, Timestamp},
         secret::AccessToken,
     },
+    files::text,
     store::audit::{AuditSnapshot, EventFilter, StoredEvent},
     upstream::rcs::stated_life,
 };
@@ -123,8 +124,9 @@ fn read_token() -> anyhow::Result<AccessToken> {
     if io::stdin().is_terminal() {
         output::note("the token, then Ctrl-D:");
     }
-    let mut text = String::new();
-    io::stdin().take(MAX_BYTES).read_to_string(&mut text).context("standard input is no text")?;
+    let mut bytes = Vec::new();
+    io::stdin().take(MAX_BYTES).read_to_end(&mut bytes)?;
+    let text = text::decode(bytes).context("standard input is no text")?;
     match AccessToken::new(text.trim()) {
         Ok(token) => Ok(token),
         Err(error) => bail!("standard input holds no token: {error}"),

@@ -23,6 +23,7 @@ use crate::{
         },
     },
     config::ClientSettings,
+    files::text,
 };
 
 /// How long connecting may take, and how long the client waits for the answer to a keepalive ping.
@@ -119,7 +120,8 @@ fn tls(settings: &ClientSettings) -> anyhow::Result<ClientTlsConfig> {
 }
 
 fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
-    fs::read(path).with_context(|| format!("cannot read {}", path.display()))
+    let read = fs::read(path).and_then(|bytes| Ok(text::to_utf8(bytes)?));
+    Ok(read.with_context(|| format!("cannot read {}", path.display()))?.to_vec())
 }
 
 fn is_loopback(url: &url::Url) -> bool {
