@@ -16,7 +16,7 @@ use crate::{
     config::{Flags, KnownKeyFlags},
     crypto::IntakePublicKey,
     domain::{
-        account::{AccountName, ClientId},
+        account::{AccountName, ClientId, Description},
         caller::AccountPattern,
         refresh_state::AccountState,
     },
@@ -118,7 +118,7 @@ struct NewArgs {
     client_id: ClientId,
     /// A description for people
     #[arg(long, default_value = "", value_name = "TEXT")]
-    description: String,
+    description: Description,
     #[command(flatten)]
     secret: SecretArgs,
 }
@@ -160,7 +160,7 @@ pub(super) async fn run(global: &GlobalArgs, args: AccountArgs) -> anyhow::Resul
             };
             let sealed = seal(&key, &account.name, &account.client_id, &account.secret)?;
             let NewArgs { name, client_id, description, .. } = &account;
-            output::line(sql::insert_account(name, client_id, &sealed, description))?;
+            output::line(sql::insert_account(name, client_id, &sealed, description.as_str()))?;
             Ok(ExitCode::SUCCESS)
         }
         Command::List { json } => {
@@ -213,6 +213,7 @@ async fn add(
     let NewArgs { name, client_id, description, secret } = account;
     let key = intake_key(global, admin, secret).await?;
     let sealed_secret = &seal(&key, name, client_id, secret)?;
+    let description = description.as_str();
     admin.add_account(&NewAccount { name, client_id, sealed_secret, description }).await?;
     output::note(format_args!("account {name} is registered"));
     wait.print_outcomes(admin, &[name.to_string()]).await
@@ -221,7 +222,7 @@ async fn add(
 async fn rotate(global: &GlobalArgs, admin: &Admin, args: RotateArgs) -> anyhow::Result<ExitCode> {
     let RotateArgs { name, client_id, purge_old, secret, wait } = args;
     let from = admin.client_id(&name).await?;
-    let client_id = client_id.map_or_else(|| from.parse(), Ok)?;
+    let client_id = client_id.map_or_else(|| ClientId::stored(&from), Ok)?;
     let key = intake_key(global, admin, &secret).await?;
     let sealed = seal(&key, &name, &client_id, &secret)?;
     let rotation = Rotation {

@@ -16,7 +16,7 @@ use super::{
 use crate::{
     crypto::bearer::Bearer,
     domain::{
-        account::AccountName,
+        account::{AccountName, Description},
         caller::{AccountPattern, CallerKind, Right},
         clock::{Clock, Timestamp},
     },
@@ -64,7 +64,7 @@ Examples:
         rate_limit: Option<i32>,
         /// A description for people
         #[arg(long, default_value = "", value_name = "TEXT")]
-        description: String,
+        description: Description,
     },
     /// Lists all callers
     List {
@@ -157,7 +157,7 @@ Example:
         expires: Option<Moment>,
         /// A description for people
         #[arg(long, default_value = "", value_name = "TEXT")]
-        description: String,
+        description: Description,
     },
     /// Lists bearers with their numbers and times, never the bearers themselves
     List {
@@ -189,7 +189,7 @@ pub(super) async fn run(global: &GlobalArgs, args: CallerArgs) -> anyhow::Result
             let caller = NewCaller {
                 name: &name,
                 rate_limit,
-                description: &description,
+                description: description.as_str(),
                 bearer_sha256: bearer.as_ref().map(|new| new.bearer.sha256()),
                 identities: &identities,
             };
@@ -259,8 +259,11 @@ async fn bearer(admin: &Admin, command: BearerCommand) -> anyhow::Result<()> {
         BearerCommand::Add { name, out, expires, description } => {
             let ends_at = expires.map(|expires| future_time("--expires", expires)).transpose()?;
             let secret = NewSecret::create(out)?;
-            let new =
-                NewBearer { sha256: secret.bearer.sha256(), ends_at, description: &description };
+            let new = NewBearer {
+                sha256: secret.bearer.sha256(),
+                ends_at,
+                description: description.as_str(),
+            };
             let id = match admin.add_bearer(&name, new).await {
                 Ok(id) => id,
                 Err(error) => return Err(secret.not_registered(error)),

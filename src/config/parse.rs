@@ -14,12 +14,29 @@ use super::urls::ProxyUrl;
 use crate::{
     audit::journal::SyncMode,
     crypto::{IntakeError, IntakePublicKey, bearer::Bearer},
+    domain::odd_character::OddCharacter,
     telemetry::LogFormat,
     upstream::{Target, TargetError},
 };
 
 /// What is wrong with a value, or what was expected instead.
 pub(super) type Fault = String;
+
+/// Refuses invisible characters in `text`, which no setting needs.
+pub(super) fn check_characters(text: &str) -> Result<(), Fault> {
+    match OddCharacter::in_text(text) {
+        Some(_) => Err("has an invisible character".into()),
+        None => Ok(()),
+    }
+}
+
+/// Returns `: character 5 is a …` for the end of a fault of `text`, if it has a character that people do not see or take
+/// for another one, and nothing otherwise.
+pub(super) fn odd_character(text: &str) -> String {
+    // The faults say where white space is not allowed.
+    let text = text.replace(|c: char| c.is_ascii_whitespace(), "_");
+    OddCharacter::in_word(&text).map(|odd| format!(": {odd}")).unwrap_or_default()
+}
 
 pub(super) fn address(text: &str) -> Result<SocketAddr, Fault> {
     text.parse().map_err(|_| "not an address and port such as 127.0.0.1:50051".into())
@@ -67,9 +84,9 @@ pub(super) fn intake_key(text: &str) -> Result<IntakePublicKey, Fault> {
     text.parse().map_err(|error: IntakeError| error.to_string())
 }
 
-/// Parses a list of addresses and CIDRs, separated by commas, spaces or newlines.
+/// Parses a list of addresses and CIDRs, separated by commas or white space.
 pub(super) fn networks(text: &str) -> Result<Vec<IpNet>, Fault> {
-    text.split([',', ' ', '\n'])
+    text.split([',', ' ', '\t', '\r', '\n'])
         .filter(|part| !part.is_empty())
         .map(|part| part.parse().or_else(|_| part.parse().map(|ip: IpAddr| ip.into())))
         .collect::<Result<_, _>>()
@@ -213,6 +230,15 @@ mod tests {
         assert!(rate(0.01, 100.0)("NaN").is_err());
         assert!(rate(0.01, 100.0)("0").is_err());
         assert!(rate(1_u32, 10)("11").is_err());
+    }
+
+    #[test]
+    fn an_odd_character_is_named_by_its_position_and_kind() {
+        assert_eq!(check_characters("/var/lib/토큰 dir"), Ok(()));
+        assert!(check_characters("a\u{200b}").is_err() && check_characters("\u{feff}a").is_err());
+        assert_eq!(odd_character("127.0.0.1 :1"), "");
+        assert_eq!(odd_character("a b\u{a0}"), ": character 4 is a no-break space (U+00A0)");
+        assert_eq!(odd_character("１２７"), ": character 1 is a full-width or half-width form");
     }
 
     proptest! {

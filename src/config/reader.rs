@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::{
-    parse::Fault,
+    parse::{Fault, check_characters, odd_character},
     sources::{InvalidSettings, Sources},
     table::{Setting, WhenUnset},
 };
@@ -55,8 +55,13 @@ impl<'a> Reader<'a> {
                 return None;
             }
         };
-        let parsed =
-            if given.value.is_empty() { Err("is empty".into()) } else { parse(&given.value) };
+        let parsed = if given.value.is_empty() {
+            Err("is empty".into())
+        } else {
+            check_characters(&given.value)
+                .and_then(|()| parse(&given.value))
+                .map_err(|fault| fault + &odd_character(&given.value))
+        };
         parsed.map_err(|fault| self.fault(setting, given.fault_line(&fault))).ok()
     }
 

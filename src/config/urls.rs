@@ -5,7 +5,11 @@ use std::fmt;
 use secrecy::{ExposeSecret, SecretString};
 use url::Url;
 
-use super::{sources::Sources, table::Setting};
+use super::{
+    parse::{check_characters, odd_character},
+    sources::Sources,
+    table::Setting,
+};
 use crate::store::{Database, StoreError};
 
 /// A valid `postgresql://` URL, and where it came from.
@@ -82,11 +86,15 @@ impl fmt::Debug for DatabaseUrl {
 }
 
 fn check(url: &str) -> Result<(), String> {
-    Database::check_url(url).map_err(|_| {
-        "not a postgresql://user@host/database URL, in which special characters of the password \
-         are percent-encoded"
-            .to_owned()
-    })
+    check_characters(url)
+        .and_then(|()| {
+            Database::check_url(url).map_err(|_| {
+                "not a postgresql://user@host/database URL, in which special characters of the password \
+                 are percent-encoded"
+                    .to_owned()
+            })
+        })
+        .map_err(|fault| fault + &odd_character(url))
 }
 
 /// The URL of a forward proxy. Its `Debug` output has only the host and the port.

@@ -4,6 +4,8 @@ use std::{borrow::Borrow, fmt, str::FromStr, sync::Arc};
 
 use thiserror::Error;
 
+use super::odd_character::OddCharacter;
+
 /// The longest account name, in characters.
 pub const MAX_NAME: usize = 63;
 /// The longest client id of RCS Biz Center, in characters.
@@ -22,9 +24,64 @@ pub enum InvalidValue {
     /// The value does not match this pattern.
     #[error("{0} must match {1}")]
     Malformed(&'static str, &'static str),
+    /// The value does not match this pattern, because of this character.
+    #[error("{0} must match {1}; {2}")]
+    OddInPattern(&'static str, &'static str, OddCharacter),
+    /// The value has a character that people do not see, or take for another one.
+    #[error("{0} must have visible characters only; {1}")]
+    Odd(&'static str, OddCharacter),
+    /// The text for people has a character that they do not see.
+    #[error("{0} must have no invisible characters; {1}")]
+    Invisible(&'static str, OddCharacter),
     /// The value is not one of the allowed names, which the second field lists.
     #[error("{0} must be {1}")]
     Unknown(&'static str, &'static str),
+}
+
+impl InvalidValue {
+    /// Returns the fault of `value`, which does not match `pattern`. If a character is the cause that people do not
+    /// see, the message names it.
+    pub(super) fn malformed(what: &'static str, pattern: &'static str, value: &str) -> Self {
+        match OddCharacter::in_word(value) {
+            Some(odd) => Self::OddInPattern(what, pattern, odd),
+            None => Self::Malformed(what, pattern),
+        }
+    }
+}
+
+/// The longest description, in characters.
+const MAX_DESCRIPTION: usize = 1000;
+
+/// A description for people: at most 1000 characters, none of them invisible.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Description(String);
+
+impl Description {
+    /// Returns the description as text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for Description {
+    type Err = InvalidValue;
+
+    fn from_str(text: &str) -> Result<Self, InvalidValue> {
+        if text.chars().count() > MAX_DESCRIPTION {
+            return Err(InvalidValue::TooLong("description", MAX_DESCRIPTION));
+        }
+        match OddCharacter::in_text(text) {
+            Some(odd) => Err(InvalidValue::Invisible("description", odd)),
+            None => Ok(Self(text.to_owned())),
+        }
+    }
+}
+
+impl fmt::Display for Description {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
 }
 
 /// An account's name: `[a-z0-9][a-z0-9._-]{0,62}`. Cheap to clone.
@@ -48,7 +105,7 @@ impl FromStr for AccountName {
     fn from_str(name: &str) -> Result<Self, InvalidValue> {
         let first = name.chars().next().ok_or(InvalidValue::Empty("account name"))?;
         if matches!(first, '.' | '_' | '-') || !name.chars().all(is_name_character) {
-            return Err(InvalidValue::Malformed("account name", Self::PATTERN));
+            return Err(InvalidValue::malformed("account name", Self::PATTERN, name));
         }
         if name.len() > MAX_NAME {
             return Err(InvalidValue::TooLong("account name", MAX_NAME));
@@ -101,13 +158,22 @@ impl ClientId {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// Checks an ID that is stored. Earlier releases took characters that nobody sees.
+    ///
+    /// # Errors
+    /// Returns the rule that the value breaks.
+    pub fn stored(id: &str) -> Result<Self, InvalidValue> {
+        printable("client id", id, MAX_CLIENT_ID)?;
+        Ok(Self(id.into()))
+    }
 }
 
 impl FromStr for ClientId {
     type Err = InvalidValue;
 
     fn from_str(id: &str) -> Result<Self, InvalidValue> {
-        printable("client id", id, MAX_CLIENT_ID)?;
+        visible("client id", id, MAX_CLIENT_ID)?;
         Ok(Self(id.into()))
     }
 }
@@ -118,8 +184,16 @@ impl fmt::Display for ClientId {
     }
 }
 
+/// Checks that `value` has 1 to `longest` characters, all of them visible.
+pub(super) fn visible(what: &'static str, value: &str, longest: usize) -> Result<(), InvalidValue> {
+    if let Some(odd) = OddCharacter::in_word(value) {
+        return Err(InvalidValue::Odd(what, odd));
+    }
+    printable(what, value, longest)
+}
+
 /// Checks that `value` has 1 to `longest` characters and neither white space nor control characters.
-pub(crate) fn printable(
+pub(super) fn printable(
     what: &'static str,
     value: &str,
     longest: usize,
@@ -155,7 +229,12 @@ mod tests {
             ("", "account name is empty"),
             ("-a", "account name must match [a-z0-9][a-z0-9._-]{0,62}"),
             ("Acme", "account name must match [a-z0-9][a-z0-9._-]{0,62}"),
-            ("a b", "account name must match [a-z0-9][a-z0-9._-]{0,62}"),
+            ("a b", "account name must match [a-z0-9][a-z0-9._-]{0,62}; character 2 is a space"),
+            (
+                "acme\u{200b}",
+                "account name must match [a-z0-9][a-z0-9._-]{0,62}; \
+                 character 5 is a zero width space (U+200B)",
+            ),
             ("é", "account name must match [a-z0-9][a-z0-9._-]{0,62}"),
             (&"a".repeat(64), "account name is longer than 63 characters"),
         ] {
@@ -168,6 +247,23 @@ mod tests {
         assert!("가".repeat(20).parse::<ClientId>().is_ok());
         assert!("가".repeat(21).parse::<ClientId>().is_err());
         assert!("a b".parse::<ClientId>().is_err());
+    }
+
+    #[test]
+    fn a_client_id_with_an_invisible_character_is_refused_unless_it_is_stored_already() {
+        let id = "acme\u{200b}";
+        let fault = id.parse::<ClientId>().unwrap_err().to_string();
+        assert!(fault.ends_with("character 5 is a zero width space (U+200B)"), "{fault}");
+        assert_eq!(ClientId::stored(id).unwrap().as_str(), id);
+        assert!(ClientId::stored("a\u{a0}").is_err());
+    }
+
+    #[test]
+    fn a_description_is_text_for_people() {
+        assert_eq!("한국어\n둘".parse::<Description>().unwrap().as_str(), "한국어\n둘");
+        assert!("d".repeat(1001).parse::<Description>().is_err());
+        let fault = "a\u{202e}b".parse::<Description>().unwrap_err().to_string();
+        assert!(fault.ends_with("character 2 is a mark of the writing direction"), "{fault}");
     }
 
     proptest! {

@@ -54,7 +54,7 @@ impl FromStr for AccountPattern {
         }
         let mut characters = before.chars().chain(after.chars());
         if !characters.all(is_name_character) || before.starts_with(['.', '_', '-']) {
-            return Err(InvalidValue::Malformed("account pattern", RULE));
+            return Err(InvalidValue::malformed("account pattern", RULE, pattern));
         }
         Ok(Self { before: before.into(), after: Some(after.into()) })
     }

@@ -7,6 +7,7 @@ pub mod attempt_priority;
 pub mod caller;
 pub mod clock;
 mod named_enum;
+pub mod odd_character;
 pub mod pattern_set;
 pub mod plausible_time;
 pub mod refresh_policy;

@@ -5,7 +5,7 @@ use std::{fmt, sync::Arc};
 
 use secrecy::{ExposeSecret, SecretString};
 
-use crate::domain::account::{InvalidValue, printable};
+use crate::domain::account::{InvalidValue, printable, visible};
 
 /// The longest client secret of RCS Biz Center, in characters.
 pub const MAX_CLIENT_SECRET: usize = 18;
@@ -23,6 +23,15 @@ impl ClientSecret {
     pub fn new(secret: &str) -> Result<Self, InvalidValue> {
         let secret =
             secret.strip_suffix('\n').map_or(secret, |s| s.strip_suffix('\r').unwrap_or(s));
+        visible("client secret", secret, MAX_CLIENT_SECRET)?;
+        Ok(Self(secret.into()))
+    }
+
+    /// Checks a secret that is stored. Earlier releases took characters that nobody sees.
+    ///
+    /// # Errors
+    /// Returns the rule that the value breaks. The error never contains the value.
+    pub fn stored(secret: &str) -> Result<Self, InvalidValue> {
         printable("client secret", secret, MAX_CLIENT_SECRET)?;
         Ok(Self(secret.into()))
     }
@@ -117,6 +126,9 @@ mod tests {
             let fault = ClientSecret::new(secret).unwrap_err().to_string();
             assert!(fault.starts_with("client secret") && !fault.contains("canary"), "{fault}");
         }
+        let pasted = ClientSecret::new("\u{feff}canary-of-18-chars").unwrap_err().to_string();
+        assert!(pasted.ends_with("; character 1 is a byte order mark (U+FEFF)"), "{pasted}");
+        assert!(ClientSecret::stored("SK.\u{200b}").is_ok());
         assert!(AccessToken::new("<html> canary").is_err());
         assert!(AccessToken::new(&"a".repeat(8193)).is_err());
     }

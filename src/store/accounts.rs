@@ -8,7 +8,7 @@ use super::{
     lenient::{Lenient, LenientTime, Readable, UnusableRow},
 };
 use crate::domain::{
-    account::{AccountId, CredentialVersion},
+    account::{AccountId, ClientId, CredentialVersion},
     clock::Timestamp,
     refresh_state::{
         Account, AccountCredential, FailureClass, IntervalExceptions, IssueFailure, RefreshState,
@@ -173,10 +173,7 @@ impl Row {
         Ok(Account {
             id: AccountId(self.id),
             name: self.name.or(malformed_name())?.parse().map_err(|_| malformed_name())?,
-            client_id: self
-                .client_id
-                .or(malformed_login())?
-                .parse()
+            client_id: ClientId::stored(&self.client_id.or(malformed_login())?)
                 .map_err(|_| malformed_login())?,
             enabled: self.enabled,
             credential_version: CredentialVersion(self.credential_version),
