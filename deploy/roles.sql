@@ -2,11 +2,12 @@
 -- None of them can log in: grant them to the roles of people and programs.
 --
 --     psql "$DATABASE_URL" -v ON_ERROR_STOP=1 -f deploy/roles.sql
---     create role broker login password '…';  grant token_broker_runtime to broker;
+--     create role broker login;  grant token_broker_runtime to broker;  \password broker
 --     grant token_broker_accounts to jane;    grant token_broker_auditor to ada;
 --
 -- Run it after each migration, as the owner of the tables (the role that runs `migrate`). The first time, that
--- role must be allowed to create roles. The script can be repeated. It revokes privileges that an earlier
+-- role must be allowed to create roles (CREATEROLE), or somebody who is creates the four roles before. The script can
+-- be repeated. It revokes privileges that an earlier
 -- release's script granted and this one does not grant. It also takes the right to create objects in the schema
 -- from everybody but its owner, and fails if it cannot.
 --
@@ -27,11 +28,21 @@ begin
     foreach role_name in array array['token_broker_runtime', 'token_broker_accounts',
         'token_broker_access', 'token_broker_auditor']
     loop
-        begin
-            execute format('create role %I nologin', role_name);
-        exception when duplicate_object or unique_violation then
-            null;
-        end;
+        -- Who may not create roles can run this again once they exist.
+        if not exists (select from pg_roles where rolname = role_name) then
+            begin
+                execute format('create role %I nologin', role_name);
+            exception
+                when duplicate_object or unique_violation then
+                    null;
+                when insufficient_privilege then
+                    raise exception using errcode = 'insufficient_privilege',
+                        message = format('role %I may not create role %I', current_user, role_name),
+                        hint = 'A role that may: create role token_broker_runtime; create role '
+                            'token_broker_accounts; create role token_broker_access; create role '
+                            'token_broker_auditor; then run this script again as the owner of the tables.';
+            end;
+        end if;
         execute format('revoke all on all tables in schema %I from %I', tables_schema, role_name);
         execute format('revoke create on schema %I from %I', tables_schema, role_name);
         execute format('grant usage on schema %I to %I', tables_schema, role_name);

@@ -1,4 +1,4 @@
--- version: 3 (raise it with each change of this file)
+-- version: 4 (raise it with each change of this file)
 --
 -- Functions that the triggers of several tables call.
 
@@ -24,6 +24,86 @@ language sql immutable
 set search_path = pg_catalog, pg_temp as $$
     select char_length(value) between 1 and longest
         and value !~ '[\u0001-\u0020\u007f-\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]'
+$$;
+
+-- Describes the first character of `value` that people do not see, or take for another one: such as
+-- `character 5 is a zero width space (U+200B)`. NULL if there is none. Characters are counted from 1. `in_words`
+-- is for a value of visible characters only, such as an API KEY; otherwise `value` is text for people, in which
+-- white space and emoji are ordinary. `src/domain/odd_character.rs` has the same table.
+create or replace function @schema@.token_broker_odd_character(value text, in_words boolean) returns text
+language sql immutable
+set search_path = pg_catalog, pg_temp as $$
+    select format('character %s is %s', it.nth, odd.kind)
+    from unnest(string_to_array(left(value, 3000), null)) with ordinality it (character, nth)
+    join (values
+        (0, 8, true, 'a control character'),
+        (9, 9, false, 'a tab'),
+        (10, 10, false, 'a line feed'),
+        (11, 12, true, 'a control character'),
+        (13, 13, false, 'a carriage return'),
+        (14, 31, true, 'a control character'),
+        (32, 32, false, 'a space'),
+        (127, 159, true, 'a control character'),
+        (160, 160, false, 'a no-break space (U+00A0)'),
+        (173, 173, true, 'a soft hyphen (U+00AD)'),
+        (847, 847, true, 'an invisible character'),
+        (1564, 1564, true, 'a mark of the writing direction'),
+        (4447, 4448, true, 'an invisible character'),
+        (5760, 5760, false, 'an unusual space'),
+        (6068, 6069, true, 'an invisible character'),
+        (6155, 6159, true, 'an invisible character'),
+        (8192, 8202, false, 'an unusual space'),
+        (8203, 8203, true, 'a zero width space (U+200B)'),
+        (8204, 8205, false, 'a zero width joiner or non-joiner'),
+        (8206, 8207, true, 'a mark of the writing direction'),
+        (8208, 8231, false, 'typographic punctuation'),
+        (8232, 8233, true, 'a line or paragraph separator'),
+        (8234, 8238, true, 'a mark of the writing direction'),
+        (8239, 8239, false, 'an unusual space'),
+        (8240, 8286, false, 'typographic punctuation'),
+        (8287, 8287, false, 'an unusual space'),
+        (8288, 8293, true, 'an invisible character'),
+        (8294, 8297, true, 'a mark of the writing direction'),
+        (8298, 8303, true, 'an invisible character'),
+        (10240, 10240, true, 'an invisible character'),
+        (12288, 12288, false, 'an ideographic space (U+3000)'),
+        (12289, 12351, false, 'typographic punctuation'),
+        (12644, 12644, true, 'an invisible character'),
+        (57344, 63743, false, 'a character for private use'),
+        (64976, 65007, true, 'a character that does not exist'),
+        (65024, 65039, false, 'a variation selector'),
+        (65279, 65279, true, 'a byte order mark (U+FEFF)'),
+        (65280, 65439, false, 'a full-width or half-width form'),
+        (65440, 65440, true, 'an invisible character'),
+        (65441, 65519, false, 'a full-width or half-width form'),
+        (65520, 65531, true, 'an invisible character'),
+        (65532, 65533, true, 'a replacement for a character that was lost'),
+        (65534, 65535, true, 'a character that does not exist'),
+        (113824, 113827, true, 'an invisible character'),
+        (119155, 119162, true, 'an invisible character'),
+        (119808, 120831, false, 'a mathematical letter'),
+        (917504, 921599, true, 'an invisible character'),
+        (983040, 1114111, false, 'a character for private use')
+    ) odd (first, last, in_text, kind) on ascii(it.character) between odd.first and odd.last
+    where odd.in_text or in_words
+    order by it.nth
+    limit 1
+$$;
+
+-- Returns `; character 5 is a …` for the end of a message about a value that does not match its rule, or nothing.
+create or replace function @schema@.token_broker_because(value text) returns text
+language sql immutable
+set search_path = pg_catalog, pg_temp as $$
+    select coalesce('; ' || @schema@.token_broker_odd_character(value, true), '')
+$$;
+
+-- Returns the credential version that the value is bound to which this transaction seals. Brokers set it for each
+-- row when they seal, so that no other statement passes for the sealing by mistake. NULL outside of the sealing.
+create or replace function @schema@.token_broker_sealing() returns bigint
+language sql stable
+set search_path = pg_catalog, pg_temp as $$
+    select case when current_setting('token_broker.sealing', true) ~ '^[0-9]{1,18}$'
+        then current_setting('token_broker.sealing', true)::bigint end
 $$;
 
 -- Whether `at` is finite and within the range that every client can represent.
@@ -61,6 +141,37 @@ set search_path = pg_catalog, pg_temp as $$
             from jsonb_each_text(what) each));
     select pg_notify('token_broker_changes', '');
 $$;
+
+-- Refuses a row whose number this session did not take from the sequence: it comes from a dump. Triggers record each
+-- row as a change of their own, so the rows of a dump and its `changes` would contradict each other. A number that
+-- exists passes, for Postgres to find the conflict.
+create or replace function @schema@.token_broker_new_id() returns trigger
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp as $$
+declare
+    taken bigint;
+    is_known boolean;
+begin
+    begin
+        taken := currval(pg_get_serial_sequence(format('%I.%I', tg_table_schema, tg_table_name), 'id'));
+    exception when object_not_in_prerequisite_state then
+        null;
+    end;
+    if new.id <= taken then
+        return new;
+    end if;
+    execute format('select exists (select from %I.%I where id = $1)', tg_table_schema, tg_table_name)
+        into is_known using new.id;
+    if not is_known then
+        raise exception using errcode = 'check_violation', column = 'id',
+            message = format('%s.id is not to be set', tg_table_name),
+            hint = 'To restore a dump, restore its schema and its data together into an empty database.';
+    end if;
+    return new;
+end
+$$;
+
+revoke execute on function @schema@.token_broker_new_id() from public;
 
 -- TRUNCATE runs no row triggers, so it would remove rows without recording the change.
 create or replace function @schema@.token_broker_no_truncate() returns trigger

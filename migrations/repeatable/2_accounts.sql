@@ -1,7 +1,10 @@
--- version: 3 (raise it with each change of this file)
+-- version: 4 (raise it with each change of this file)
 --
--- What happens when a row of `accounts` is written: its values are checked, a new secret begins a new
+-- What happens when a row of `accounts` is written: its values are checked, another secret begins a new
 -- credential version, and the change is recorded.
+--
+-- A secret that is written over a sealed one changes nothing yet: it may be the same one again. The broker compares
+-- the two when it seals, and the sealing begins the new credential version. Until then the sealed one is used.
 
 -- Names are resolved in pg_catalog alone, both now and when a function runs. Our own objects are named with
 -- their schema, for which `@schema@` stands. So nobody can put another object in the place of the one that is
@@ -14,14 +17,27 @@ create or replace function @schema@.accounts_validate() returns trigger
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp as $$
 declare
-    new_secret boolean;
+    -- The version to which a value is bound that is being sealed.
+    sealing bigint := @schema@.token_broker_sealing();
+    purge boolean := coalesce(current_setting('token_broker.purge_old', true) = 'on', false);
+    odd text;
+    written boolean;
+    emptied boolean;
     new_login boolean;
 begin
     if new.name is null or new.name !~ '^[a-z0-9][a-z0-9._-]{0,62}$' then
-        perform @schema@.token_broker_refuse('accounts.name must match [a-z0-9][a-z0-9._-]{0,62}', 'name');
+        perform @schema@.token_broker_refuse('accounts.name must match [a-z0-9][a-z0-9._-]{0,62}'
+            || @schema@.token_broker_because(new.name), 'name');
     end if;
     if new.provider is null or new.provider <> 'rcs' then
         perform @schema@.token_broker_refuse('accounts.provider must be rcs', 'provider');
+    end if;
+    if tg_op = 'INSERT' or new.client_id is distinct from old.client_id then
+        odd := @schema@.token_broker_odd_character(new.client_id, true);
+        if odd is not null then
+            perform @schema@.token_broker_refuse(
+                'accounts.client_id must have visible characters only; ' || odd, 'client_id');
+        end if;
     end if;
     if @schema@.token_broker_is_printable(new.client_id, 20) is not true then
         perform @schema@.token_broker_refuse(
@@ -34,6 +50,13 @@ begin
     if char_length(new.description) > 1000 then
         perform @schema@.token_broker_refuse(
             'accounts.description must have at most 1000 characters', 'description');
+    end if;
+    if tg_op = 'INSERT' or new.description is distinct from old.description then
+        odd := @schema@.token_broker_odd_character(new.description, false);
+        if odd is not null then
+            perform @schema@.token_broker_refuse(
+                'accounts.description must have no invisible characters; ' || odd, 'description');
+        end if;
     end if;
     if not @schema@.token_broker_is_time(new.reissue_requested_at) then
         perform @schema@.token_broker_refuse(
@@ -69,6 +92,10 @@ begin
                 'accounts.client_secret starts with sealed: but is not what account seal prints',
                 'client_secret');
         end if;
+    elsif (tg_op = 'INSERT' or new.client_secret is distinct from old.client_secret)
+        and @schema@.token_broker_odd_character(new.client_secret, true) is not null then
+        perform @schema@.token_broker_refuse('accounts.client_secret must have visible characters only; '
+            || @schema@.token_broker_odd_character(new.client_secret, true), 'client_secret');
     elsif not @schema@.token_broker_is_printable(new.client_secret, 18) then
         perform @schema@.token_broker_refuse(
             'accounts.client_secret must have 1 to 18 characters without white space',
@@ -76,7 +103,9 @@ begin
     end if;
 
     if tg_op = 'INSERT' then
-        if new.client_secret is null and new.sealed_secret is null then
+        -- The row that an upsert would insert passes here too, before Postgres finds that the name exists.
+        if new.client_secret is null and new.sealed_secret is null
+           and not exists (select from @schema@.accounts where name = new.name) then
             perform @schema@.token_broker_refuse('accounts.client_secret is required', 'client_secret');
         end if;
         return new;
@@ -90,24 +119,42 @@ begin
         perform @schema@.token_broker_refuse(
             'accounts.name cannot be changed, since grants name it: add an account of the new name', 'name');
     end if;
-    new_secret := new.client_secret is not null
-        and new.client_secret is distinct from old.client_secret;
+    if new.credential_version <> old.credential_version then
+        perform @schema@.token_broker_refuse(
+            'accounts.credential_version is not to be set', 'credential_version');
+    end if;
     new_login := new.client_id <> old.client_id or new.provider <> old.provider;
-    if new_login and not new_secret then
+    written := new.client_secret is not null
+        and (new_login or new.client_secret is distinct from old.client_secret);
+    emptied := new.client_secret is null and old.client_secret is not null;
+    if new_login and not written then
         perform @schema@.token_broker_refuse(
             'accounts.client_id can only be changed together with client_secret', 'client_id');
     end if;
-    new.credential_version := old.credential_version;
-    if new_secret then
+    if written and (new_login or purge) then
+        -- The sealed secrets belong to another login, or must not be used any more.
         new.credential_version := old.credential_version + 1;
+        new.sealed_secret := null;
+        new.previous_secret := null;
+        new.previous_version := null;
+    elsif written and old.sealed_secret is null then
+        -- Nothing is sealed to compare with. What is known of this version is about another secret.
+        if exists (select from @schema@.refreshes where account_id = old.id
+               and old.credential_version in (attempt_version, error_version))
+           or exists (select from @schema@.tokens
+               where account_id = old.id and credential_version = old.credential_version) then
+            new.credential_version := old.credential_version + 1;
+        end if;
+    elsif emptied and old.sealed_secret is not null and sealing is distinct from old.credential_version then
+        -- What was written is another secret than the sealed one, or was emptied before anybody compared them.
+        new.credential_version := old.credential_version + 1;
+        if sealing is null then
+            new.sealed_secret := null;
+        end if;
         -- The secret that last issued a token is kept, unless the upstream refuses it by now. A secret that
-        -- never issued one is not kept: the broker would try it once more until the new one is sealed, and the
-        -- upstream locks a login that fails too often. The secret of another login is not kept either.
-        if new_login or current_setting('token_broker.purge_old', true) = 'on' then
-            new.previous_secret := null;
-            new.previous_version := null;
-        elsif old.sealed_secret is not null
-            and exists (select from @schema@.tokens
+        -- never issued one is not kept: the broker would try it once more if the new one cannot be opened, and
+        -- the upstream locks a login that fails too often.
+        if exists (select from @schema@.tokens
                 where account_id = old.id and credential_version = old.credential_version)
             and not exists (select from @schema@.refreshes
                 where account_id = old.id and error_version = old.credential_version
@@ -116,7 +163,6 @@ begin
             new.previous_secret := old.sealed_secret;
             new.previous_version := old.credential_version;
         end if;
-        new.sealed_secret := null;
     end if;
     new.updated_at := now();
     return new;
@@ -127,6 +173,8 @@ revoke execute on function @schema@.accounts_validate() from public;
 
 create or replace trigger accounts_validate before insert or update on @schema@.accounts
     for each row execute function @schema@.accounts_validate();
+create or replace trigger accounts_new_id before insert on @schema@.accounts
+    for each row execute function @schema@.token_broker_new_id();
 
 -- Returns the columns that decide who gets which tokens, as text. Each change records it, so that the row can be
 -- compared with its last recorded change.
@@ -166,9 +214,15 @@ begin
         if new.reissue_requested_at is distinct from old.reissue_requested_at then
             what := what || '{"reissue": "requested"}';
         end if;
-        if old.client_secret is not null and new.client_secret is null
-           and new.sealed_secret is not null then
-            what := what || '{"secret": "sealed"}';
+        if new.client_secret is not null and new.client_secret is distinct from old.client_secret then
+            what := what || '{"secret": "written"}';
+        elsif old.client_secret is not null and new.client_secret is null then
+            what := what || jsonb_build_object('secret', case
+                when @schema@.token_broker_sealing() = old.credential_version
+                    and new.sealed_secret = old.sealed_secret then 'unchanged'
+                when new.sealed_secret is not null then 'sealed'
+                when @schema@.token_broker_sealing() is not null then 'refused'
+                else 'emptied' end);
         end if;
         if old.previous_secret is not null and new.previous_secret is null then
             what := what || '{"previous_secret": "dropped"}';
@@ -206,3 +260,8 @@ create or replace trigger accounts_changed after insert or update or delete on @
     for each row execute function @schema@.accounts_changed();
 create or replace trigger accounts_no_truncate before truncate on @schema@.accounts
     for each statement execute function @schema@.token_broker_no_truncate();
+
+comment on column @schema@.accounts.client_secret is
+    'intake: write the secret here; the broker seals it and empties this column within a second. In an upsert, write '
+    'the value itself (on conflict (name) do update set client_secret = $3): excluded.client_secret needs the right to '
+    'read this column, which admins do not have';

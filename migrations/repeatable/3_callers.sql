@@ -1,4 +1,4 @@
--- version: 3 (raise it with each change of this file)
+-- version: 4 (raise it with each change of this file)
 --
 -- What happens when a row of `callers`, `caller_credentials` or `grants` is written: its values are checked and
 -- the change is recorded.
@@ -13,9 +13,12 @@ set local search_path = pg_catalog, pg_temp;
 create or replace function @schema@.callers_validate() returns trigger
 language plpgsql
 set search_path = pg_catalog, pg_temp as $$
+declare
+    odd text;
 begin
     if new.name is null or new.name !~ '^[a-z0-9][a-z0-9._-]{0,62}$' then
-        perform @schema@.token_broker_refuse('callers.name must match [a-z0-9][a-z0-9._-]{0,62}', 'name');
+        perform @schema@.token_broker_refuse('callers.name must match [a-z0-9][a-z0-9._-]{0,62}'
+            || @schema@.token_broker_because(new.name), 'name');
     end if;
     if new.enabled is null then
         perform @schema@.token_broker_refuse('callers.enabled must be true or false', 'enabled');
@@ -28,6 +31,11 @@ begin
        and (tg_op = 'INSERT' or new.description is distinct from old.description) then
         perform @schema@.token_broker_refuse(
             'callers.description must have at most 1000 characters', 'description');
+    end if;
+    odd := @schema@.token_broker_odd_character(new.description, false);
+    if odd is not null and (tg_op = 'INSERT' or new.description is distinct from old.description) then
+        perform @schema@.token_broker_refuse(
+            'callers.description must have no invisible characters; ' || odd, 'description');
     end if;
     if @schema@.token_broker_is_time(new.created_at) is not true then
         perform @schema@.token_broker_refuse(
@@ -48,6 +56,8 @@ $$;
 
 create or replace trigger callers_validate before insert or update on @schema@.callers
     for each row execute function @schema@.callers_validate();
+create or replace trigger callers_new_id before insert on @schema@.callers
+    for each row execute function @schema@.token_broker_new_id();
 
 -- Returns the columns that decide who gets which tokens, as text: see accounts_state.
 create or replace function @schema@.callers_state(it @schema@.callers) returns text
@@ -90,12 +100,19 @@ create or replace trigger callers_no_truncate before truncate on @schema@.caller
 create or replace function @schema@.caller_credentials_validate() returns trigger
 language plpgsql
 set search_path = pg_catalog, pg_temp as $$
+declare
+    odd text;
 begin
     new.description := coalesce(new.description, '');
     if char_length(new.description) > 1000
        and (tg_op = 'INSERT' or new.description is distinct from old.description) then
         perform @schema@.token_broker_refuse(
             'caller_credentials.description must have at most 1000 characters', 'description');
+    end if;
+    odd := @schema@.token_broker_odd_character(new.description, false);
+    if odd is not null and (tg_op = 'INSERT' or new.description is distinct from old.description) then
+        perform @schema@.token_broker_refuse(
+            'caller_credentials.description must have no invisible characters; ' || odd, 'description');
     end if;
     if char_length(new.identity) > 2048
        and (tg_op = 'INSERT' or new.identity is distinct from old.identity) then
@@ -124,12 +141,14 @@ begin
     if new.kind = 'spiffe' and (new.identity is null
        or new.identity !~ '^spiffe://[a-z0-9._-]{1,255}(/[A-Za-z0-9._-]+)+$') then
         perform @schema@.token_broker_refuse(
-            'caller_credentials.identity must be spiffe://trust-domain/path', 'identity');
+            'caller_credentials.identity must be spiffe://trust-domain/path'
+                || @schema@.token_broker_because(new.identity), 'identity');
     end if;
     if new.kind = 'dns' and (new.identity is null or char_length(new.identity) > 253
        or new.identity !~ '^[a-z0-9][a-z0-9-]{0,62}(\.[a-z0-9][a-z0-9-]{0,62})*$') then
         perform @schema@.token_broker_refuse(
-            'caller_credentials.identity must be a DNS name in lower case', 'identity');
+            'caller_credentials.identity must be a DNS name in lower case'
+                || @schema@.token_broker_because(new.identity), 'identity');
     end if;
     if not @schema@.token_broker_is_time(new.ends_at) then
         perform @schema@.token_broker_refuse(
@@ -153,6 +172,8 @@ $$;
 
 create or replace trigger caller_credentials_validate before insert or update on @schema@.caller_credentials
     for each row execute function @schema@.caller_credentials_validate();
+create or replace trigger caller_credentials_new_id before insert on @schema@.caller_credentials
+    for each row execute function @schema@.token_broker_new_id();
 
 -- Returns a caller's name, or its number when the caller is gone: a cascading delete removes it before its
 -- credentials and grants.
@@ -224,7 +245,8 @@ begin
     if new.pattern is null or char_length(new.pattern) > 63
        or new.pattern !~ '^([a-z0-9][a-z0-9._-]*\*?[a-z0-9._-]*|\*[a-z0-9._-]*)$' then
         perform @schema@.token_broker_refuse(
-            'grants.pattern must be an account name in which one * may stand for any characters',
+            'grants.pattern must be an account name in which one * may stand for any characters'
+                || @schema@.token_broker_because(new.pattern),
             'pattern');
     end if;
     -- One dimension, numbered from 1: clients need not handle other arrays of Postgres.
@@ -257,6 +279,8 @@ $$;
 
 create or replace trigger grants_validate before insert or update on @schema@.grants
     for each row execute function @schema@.grants_validate();
+create or replace trigger grants_new_id before insert on @schema@.grants
+    for each row execute function @schema@.token_broker_new_id();
 
 -- Returns the columns that decide who gets which tokens, as text: see accounts_state.
 create or replace function @schema@.grants_state(it @schema@.grants) returns text

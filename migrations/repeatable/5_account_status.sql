@@ -1,4 +1,4 @@
--- version: 2 (raise it with each change of this file)
+-- version: 3 (raise it with each change of this file)
 --
 -- The view for admins: the state of each account, and a hint at what to do about it. `create or replace view`
 -- keeps the grants on it, but can only add columns at the end.
@@ -27,7 +27,8 @@ known as (
         coalesce(t.expires_at > moment.at, false) as live,
         coalesce(t.issued_at > moment.at + interval '5 seconds', false) as issued_in_future,
         coalesce(r.lease_until > moment.at, false) as leased,
-        r.error_class is not null and r.error_version = a.credential_version as failing,
+        -- A secret that was just written may put it right.
+        r.error_class is not null and r.error_version = a.credential_version and a.client_secret is null as failing,
         -- What a broker cannot read, since it was written while the triggers were disabled; NULL if nothing.
         case
             when a.name !~ '^[a-z0-9][a-z0-9._-]{0,62}$' then 'accounts.name'
@@ -92,6 +93,8 @@ select
             'enable it with: update accounts set enabled = true where name = ' || quote_literal(name)
         when unusable is not null then
             'no broker can use this row, which was written while the triggers were disabled: correct ' || unusable
+        when failing and error_class = 'intake' and error_message like 'the value opens, but%' then
+            'what was sealed is not an API KEY (see last_error): set it again'
         when failing and error_class = 'intake' then
             'the sealed secret does not open with the broker''s keyring: seal it again for the current intake key'
         when failing and error_class = 'rejected' and previous_secret is not null then
@@ -120,5 +123,7 @@ select
         when expires_at is null then 'the first token is on its way'
         when not live then 'the last token ended; a new one is on its way: is a broker running?'
         else ''
-    end as hint
+    end as hint,
+    -- Whether a secret was written that no broker has compared and sealed yet.
+    client_secret is not null as secret_waits
 from known;

@@ -1,4 +1,4 @@
--- version: 2 (raise it with each change of this file)
+-- version: 3 (raise it with each change of this file)
 --
 -- What protects the rows themselves: which intake key is published, what the broker's own login may not do, and
 -- whether rows are still as their last recorded change left them.
@@ -62,45 +62,66 @@ set search_path = pg_catalog, pg_temp as $$
     select pg_has_role(current_user, relowner, 'USAGE') from pg_class where oid = of_table
 $$;
 
--- Limits what the broker's login may do with secrets. It must be able to write these columns to seal secrets, but
--- it can neither replace a sealed secret nor write one of its own. It runs before accounts_validate, and with
--- the rights of the user whose statement it is.
+-- The sealed columns are written by the sealing alone: when `client_secret` is emptied, and the transaction says to
+-- which version it seals (token_broker_sealing). So a program that saves a whole row as it was read earlier, as owner,
+-- does not put an old sealed value back. The broker's login neither replaces a sealed secret nor writes one of its own.
+-- This runs before accounts_validate, and with the rights of the user whose statement it is.
 create or replace function @schema@.accounts_guard() returns trigger
 language plpgsql
 set search_path = pg_catalog, pg_temp as $$
+declare
+    as_owner boolean := @schema@.token_broker_is_owner(tg_relid);
+    manages boolean := as_owner or has_column_privilege(tg_relid, 'client_id', 'UPDATE');
+    version bigint := @schema@.token_broker_sealing();
+    emptied boolean;
+    sealing boolean;
+    refused boolean;
 begin
-    if @schema@.token_broker_is_owner(tg_relid) then
+    if tg_op = 'INSERT' then
+        -- A row with the same values exists already: an upsert is going to find it.
+        if (new.sealed_secret, new.previous_secret, new.previous_version) is distinct from (null, null, null)
+           and not exists (select from @schema@.accounts it where it.name = new.name
+                and (it.sealed_secret, it.previous_secret, it.previous_version)
+                    is not distinct from (new.sealed_secret, new.previous_secret, new.previous_version)) then
+            raise exception using errcode = 'insufficient_privilege',
+                message = format('accounts.%s can only be set by sealing accounts.client_secret',
+                    case when new.sealed_secret is not null then 'sealed_secret'
+                        when new.previous_secret is not null then 'previous_secret'
+                        else 'previous_version' end),
+                hint = 'To restore a dump, restore its schema and its data together into an empty database.';
+        end if;
         return new;
     end if;
-    if new.client_secret is distinct from old.client_secret then
-        if new.client_secret is not null
-           and not has_column_privilege(tg_relid, 'client_id', 'UPDATE') then
-            raise exception using errcode = 'insufficient_privilege',
-                message = 'only a role that manages accounts may set accounts.client_secret';
-        end if;
-        -- The failure is what admins see in account_status.
-        if new.client_secret is null and new.sealed_secret is null
-           and not has_column_privilege(tg_relid, 'client_id', 'UPDATE')
-           and not exists (select from @schema@.refreshes where account_id = old.id
-                and error_class = 'intake' and error_version = old.credential_version) then
-            raise exception using errcode = 'insufficient_privilege',
-                message = 'accounts.client_secret can only be emptied by sealing it, or with a recorded failure';
-        end if;
+    if new.client_secret is not null and new.client_secret is distinct from old.client_secret and not manages then
+        raise exception using errcode = 'insufficient_privilege',
+            message = 'only a role that manages accounts may set accounts.client_secret';
     end if;
-    if new.sealed_secret is distinct from old.sealed_secret and (
-        old.client_secret is null or new.client_secret is not null
-        -- A format, the length of the key's id, the id, a nonce, at least one byte, and a tag.
-        or case when octet_length(new.sealed_secret) < 32 then true
-            else get_byte(new.sealed_secret, 0) <> 1
-                or octet_length(new.sealed_secret) < 31 + get_byte(new.sealed_secret, 1) end
-    ) then
+
+    emptied := new.client_secret is null and old.client_secret is not null;
+    -- Brokers of earlier releases say nothing. They can seal the first secret, and leave others to newer ones.
+    sealing := emptied and case when version is null then not as_owner and old.sealed_secret is null
+        else version = old.credential_version
+            or version = old.credential_version + 1 and old.sealed_secret is not null end;
+    -- The failure is what admins see in account_status.
+    refused := sealing and exists (select from @schema@.refreshes where account_id = old.id
+        and error_class = 'intake' and error_version = coalesce(version, old.credential_version));
+    if emptied and not manages and not (sealing and new.sealed_secret is not null) and not refused then
+        raise exception using errcode = 'insufficient_privilege',
+            message = 'accounts.client_secret can only be emptied by sealing it, or with a recorded failure';
+    end if;
+    if new.sealed_secret is distinct from old.sealed_secret
+       and not (case when new.sealed_secret is null then refused
+            -- A format, the length of the key's id, the id, a nonce, at least one byte, and a tag.
+            when octet_length(new.sealed_secret) < 32 then false
+            else sealing and get_byte(new.sealed_secret, 0) = 1
+                and octet_length(new.sealed_secret) >= 31 + get_byte(new.sealed_secret, 1) end) then
         raise exception using errcode = 'insufficient_privilege',
             message = 'accounts.sealed_secret can only be set by sealing accounts.client_secret';
     end if;
     if (new.previous_secret, new.previous_version) is distinct from (old.previous_secret, old.previous_version) then
         if new.previous_secret is not null or new.previous_version is not null then
             raise exception using errcode = 'insufficient_privilege',
-                message = 'accounts.previous_secret can only be emptied';
+                message = 'accounts.previous_secret and previous_version can only be emptied';
         end if;
         if not exists (select from @schema@.tokens
                 where account_id = old.id and credential_version = old.credential_version)
@@ -115,8 +136,27 @@ begin
 end
 $$;
 
-create or replace trigger accounts_guard before update on @schema@.accounts
+create or replace trigger accounts_guard before insert or update on @schema@.accounts
     for each row execute function @schema@.accounts_guard();
+
+-- Refuses a statement that names sealed columns, and so saves the whole row, if it would empty a secret that was
+-- written after the row was read. To empty `client_secret` alone is allowed.
+create or replace function @schema@.accounts_guard_saves() returns trigger
+language plpgsql
+set search_path = pg_catalog, pg_temp as $$
+begin
+    if new.client_secret is null and old.client_secret is not null and @schema@.token_broker_sealing() is null
+       and @schema@.token_broker_is_owner(tg_relid) then
+        raise exception using errcode = 'insufficient_privilege',
+            message = 'accounts.client_secret waits to be sealed, and this save of the whole row would lose it';
+    end if;
+    return new;
+end
+$$;
+
+create or replace trigger accounts_guard_saves
+    before update of sealed_secret, previous_secret, previous_version, credential_version on @schema@.accounts
+    for each row execute function @schema@.accounts_guard_saves();
 
 -- A change counts as audited only if its audit record is there. Otherwise it stays as it is, and is recorded.
 -- That is also right after the database was restored: the journal may deliver the record of another change that
@@ -142,6 +182,60 @@ $$;
 
 create or replace trigger changes_guard before update on @schema@.changes
     for each row execute function @schema@.changes_guard();
+create or replace trigger changes_new_id before insert on @schema@.changes
+    for each row execute function @schema@.token_broker_new_id();
+
+-- The owner restores dumps. Rows of a dump that is restored without its schema are refused: see token_broker_new_id.
+create or replace function @schema@.refreshes_guard() returns trigger
+language plpgsql
+set search_path = pg_catalog, pg_temp as $$
+begin
+    if @schema@.token_broker_is_owner(tg_relid)
+       and not exists (select from @schema@.accounts where id = new.account_id) then
+        raise exception using errcode = 'check_violation', column = 'account_id',
+            message = 'refreshes.account_id must be the number of an account';
+    end if;
+    return new;
+end
+$$;
+
+create or replace trigger refreshes_guard before insert on @schema@.refreshes
+    for each row execute function @schema@.refreshes_guard();
+
+create or replace function @schema@.audit_chains_guard() returns trigger
+language plpgsql
+set search_path = pg_catalog, pg_temp as $$
+begin
+    if new.delivered_seq <> 0 and @schema@.token_broker_is_owner(tg_relid) then
+        raise exception using errcode = 'check_violation', column = 'delivered_seq',
+            message = 'audit_chains.delivered_seq begins at 0',
+            hint = 'To restore a dump, restore its schema and its data together into an empty database.';
+    end if;
+    return new;
+end
+$$;
+
+create or replace trigger audit_chains_guard before insert on @schema@.audit_chains
+    for each row execute function @schema@.audit_chains_guard();
+
+-- Rows that no trigger sees are gone without a trace after TRUNCATE. The other tables have such triggers in the files
+-- of their functions.
+create or replace trigger changes_no_truncate before truncate on @schema@.changes
+    for each statement execute function @schema@.audit_append_only();
+create or replace trigger deployment_no_truncate before truncate on @schema@.deployment
+    for each statement execute function @schema@.token_broker_no_truncate();
+create or replace trigger instances_no_truncate before truncate on @schema@.instances
+    for each statement execute function @schema@.token_broker_no_truncate();
+create or replace trigger refreshes_no_truncate before truncate on @schema@.refreshes
+    for each statement execute function @schema@.token_broker_no_truncate();
+create or replace trigger tokens_no_truncate before truncate on @schema@.tokens
+    for each statement execute function @schema@.token_broker_no_truncate();
+create or replace trigger upstream_calls_no_truncate before truncate on @schema@.upstream_calls
+    for each statement execute function @schema@.token_broker_no_truncate();
+create or replace trigger upstream_pace_no_truncate before truncate on @schema@.upstream_pace
+    for each statement execute function @schema@.token_broker_no_truncate();
+create or replace trigger repeatable_migrations_no_truncate before truncate on @schema@.repeatable_migrations
+    for each statement execute function @schema@.token_broker_no_truncate();
 
 -- The broker's login accepts a restored database by raising the epoch by one, so that the epoch never ends, and
 -- says with it where the database is now and which upstream it belongs to. A new row is filled in after it was
@@ -150,6 +244,12 @@ create or replace function @schema@.deployment_guard() returns trigger
 language plpgsql
 set search_path = pg_catalog, pg_temp as $$
 begin
+    if tg_op = 'INSERT' and new.database_oid <> (select oid::bigint from pg_database where datname = current_database())
+    then
+        raise exception using errcode = 'check_violation', column = 'database_oid',
+            message = 'deployment.database_oid is of another database',
+            hint = 'To restore a dump, restore its schema and its data together into an empty database.';
+    end if;
     if @schema@.token_broker_is_owner(tg_relid) then
         return new;
     end if;

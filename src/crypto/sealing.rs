@@ -1,6 +1,9 @@
 //! Sealing of values in the database: AES-256-GCM with the keyring's sealing keys.
 
-use aws_lc_rs::aead::{self, AES_256_GCM, Aad, Nonce};
+use aws_lc_rs::{
+    aead::{self, AES_256_GCM, Aad, Nonce},
+    constant_time::verify_slices_are_equal,
+};
 use thiserror::Error;
 use zeroize::Zeroizing;
 
@@ -115,7 +118,28 @@ impl Keyring {
     ) -> Result<ClientSecret, SealError> {
         let opened = self.open(&RowBinding::client_secret(account, version), sealed)?;
         let text = str::from_utf8(&opened).map_err(|_| SealError::Content)?;
-        ClientSecret::new(text).map_err(|_| SealError::Content)
+        ClientSecret::stored(text).map_err(|_| SealError::Content)
+    }
+
+    /// Returns whether `sealed` is the account's client secret of that version and holds `secret`. It is not if it
+    /// does not open. The comparison takes the same time wherever the two differ.
+    #[must_use]
+    pub fn holds_secret(
+        &self,
+        account: AccountId,
+        version: CredentialVersion,
+        sealed: &[u8],
+        secret: &ClientSecret,
+    ) -> bool {
+        self.open(&RowBinding::client_secret(account, version), sealed).is_ok_and(|opened| {
+            verify_slices_are_equal(&opened, secret.expose().as_bytes()).is_ok()
+        })
+    }
+
+    /// Returns whether `sealed` names the primary sealing key.
+    #[must_use]
+    pub fn is_sealed_with_primary(&self, sealed: &[u8]) -> bool {
+        Self::sealed_with(sealed).is_ok_and(|id| id == *self.sealing.primary().0)
     }
 
     /// Seals an account's token for the table `tokens`.
@@ -198,6 +222,20 @@ mod tests {
             keyring.open_token(account, Generation(1), &sealed).unwrap_err(),
             SealError::Forged
         );
+    }
+
+    #[test]
+    fn a_sealed_secret_is_compared_with_another_one() {
+        let (keyring, another) = (keyring(), keyring());
+        let (account, version) = (AccountId(7), CredentialVersion(3));
+        let [secret, other] = ["SK.1", "SK.2"].map(|text| ClientSecret::new(text).unwrap());
+        let sealed = keyring.seal_secret(account, version, &secret);
+        assert!(keyring.holds_secret(account, version, &sealed, &secret));
+        assert!(!keyring.holds_secret(account, version, &sealed, &other));
+        assert!(!keyring.holds_secret(account, CredentialVersion(4), &sealed, &secret));
+        assert!(!keyring.holds_secret(account, version, &sealed[1..], &secret));
+        assert!(keyring.is_sealed_with_primary(&sealed));
+        assert!(!another.is_sealed_with_primary(&sealed));
     }
 
     #[test]

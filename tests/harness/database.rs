@@ -44,6 +44,11 @@ impl TestDatabase {
         Self::from_template(server, &server.template()).await
     }
 
+    /// Creates a database without tables, into which a dump can be restored.
+    pub(crate) async fn without_schema() -> Self {
+        Self::from_template(SERVER.get_or_init(TestServer::start).await, "template0").await
+    }
+
     /// Creates a copy of this database, as a restored dump would be. Closes the connections to this
     /// one, because a template must have none.
     pub(crate) async fn copy(&self) -> Self {
@@ -89,6 +94,17 @@ impl TestDatabase {
     /// When a statement fails.
     pub(crate) async fn sql(&self, statements: &str) -> PgQueryResult {
         self.try_sql(statements).await.unwrap()
+    }
+
+    /// Runs statements past the triggers, as a superuser can, in one transaction.
+    ///
+    /// # Panics
+    /// When a statement fails.
+    pub(crate) async fn sql_past_triggers(&self, statements: &str) {
+        self.sql(&format!(
+            "begin; set local session_replication_role = replica; {statements}; commit"
+        ))
+        .await;
     }
 
     /// Like [`sql`](Self::sql), but returns the error when a statement fails.

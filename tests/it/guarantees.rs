@@ -189,9 +189,11 @@ async fn a_claim_does_not_wait_for_another_transaction_and_sees_what_it_committe
     database
         .sql(
             "insert into accounts (name, client_id, client_secret)
-                 values ('acme', 'id-1', 'SK.1'), ('free', 'id-2', 'SK.2');
-             update accounts set sealed_secret = 'x', client_secret = null",
+                 values ('acme', 'id-1', 'SK.1'), ('free', 'id-2', 'SK.2')",
         )
+        .await;
+    database
+        .sql_past_triggers("update accounts set sealed_secret = 'x', client_secret = null")
         .await;
     let ids: Vec<i64> = sqlx::query_scalar("select id from accounts order by name")
         .fetch_all(database.pool())

@@ -4,7 +4,7 @@
 use sqlx::{AssertSqlSafe, PgPool, postgres::PgDatabaseError};
 use token_broker::{
     crypto::IntakePublicKey,
-    domain::{account::ClientId, secret::ClientSecret},
+    domain::{account::ClientId, odd_character::OddCharacter, secret::ClientSecret},
 };
 
 use crate::harness::{
@@ -353,8 +353,146 @@ async fn the_database_accepts_exactly_the_client_ids_that_the_broker_can_read() 
     .fetch_all(database.pool())
     .await
     .unwrap();
-    let readable: Vec<_> = ids.into_iter().filter(|id| id.parse::<ClientId>().is_ok()).collect();
+    let readable: Vec<_> = ids.into_iter().filter(|id| ClientId::stored(id).is_ok()).collect();
     assert!(accepted == readable, "{} accepted, {} readable", accepted.len(), readable.len());
+}
+
+/// The database and the program name the same characters that people do not see, by the same words.
+#[tokio::test]
+async fn the_database_and_the_program_know_the_same_odd_characters() {
+    let database = TestDatabase::new().await;
+    let ranges = [1..=0xffff, 0x1_bc90..=0x1_bcb0, 0x1_d160..=0x1_d810, 0xd_fff0..=0xf_0010];
+    let characters = ranges.into_iter().flatten().chain([0x10_ffff]).filter_map(char::from_u32);
+    let values: Vec<_> = characters.map(|c| format!("가{c}b")).collect();
+    for in_words in [true, false] {
+        let named: Vec<String> = sqlx::query_scalar(
+            "select coalesce(token_broker_odd_character(value, $2), '')
+             from unnest($1::text[]) with ordinality as given (value, n) order by n",
+        )
+        .bind(&values)
+        .bind(in_words)
+        .fetch_all(database.pool())
+        .await
+        .unwrap();
+        for (value, named) in values.iter().zip(named) {
+            let odd =
+                if in_words { OddCharacter::in_word(value) } else { OddCharacter::in_text(value) };
+            assert_eq!(named, odd.map(|odd| odd.to_string()).unwrap_or_default(), "{value:?}");
+        }
+    }
+}
+
+/// What programs and people paste with a value: the character, and how the error names it.
+const PASTED: [(&str, &str); 16] = [
+    ("\u{200b}", "a zero width space (U+200B)"),
+    ("\u{feff}", "a byte order mark (U+FEFF)"),
+    ("\u{a0}", "a no-break space (U+00A0)"),
+    ("\u{ad}", "a soft hyphen (U+00AD)"),
+    ("\u{3000}", "an ideographic space (U+3000)"),
+    ("\u{200d}", "a zero width joiner or non-joiner"),
+    ("\u{202e}", "a mark of the writing direction"),
+    ("\u{2066}", "a mark of the writing direction"),
+    ("\u{2028}", "a line or paragraph separator"),
+    ("\u{2060}", "an invisible character"),
+    ("\u{e0041}", "an invisible character"),
+    ("\u{fe0f}", "a variation selector"),
+    ("\u{85}", "a control character"),
+    ("\u{1}", "a control character"),
+    ("…", "typographic punctuation"),
+    ("Ａ", "a full-width or half-width form"),
+];
+
+/// Statements that write a value `%`, and the column that the error must name. The value is plain before the pasted
+/// character, and its first characters are secret.
+const PASTED_INTO: [(&str, &str, bool); 12] = [
+    (
+        "insert into accounts (name, client_id, client_secret) values ('b', 'b', '%')",
+        "accounts.client_secret",
+        true,
+    ),
+    ("update accounts set client_secret = '%'", "accounts.client_secret", true),
+    (
+        "insert into accounts (name, client_id, client_secret) values ('acme', 'acme-id', '%')
+         on conflict (name) do update set client_secret = excluded.client_secret",
+        "accounts.client_secret",
+        true,
+    ),
+    (
+        "insert into accounts (name, client_id, client_secret) values ('b', '%', 'SK.1')",
+        "accounts.client_id",
+        true,
+    ),
+    ("update accounts set client_id = '%', client_secret = 'SK.1'", "accounts.client_id", true),
+    (
+        "insert into accounts (name, client_id, client_secret) values ('%', 'b', 'SK.1')",
+        "accounts.name",
+        true,
+    ),
+    ("insert into callers (name) values ('%')", "callers.name", true),
+    ("insert into grants (caller_id, pattern) select id, '%' from callers", "grants.pattern", true),
+    (
+        "insert into caller_credentials (caller_id, kind, identity) select id, 'dns', '%' from callers",
+        "caller_credentials.identity",
+        true,
+    ),
+    ("update accounts set description = '%'", "accounts.description", false),
+    ("insert into callers (name, description) values ('b', '%')", "callers.description", false),
+    ("update caller_credentials set description = '%'", "caller_credentials.description", false),
+];
+
+/// A character that nobody sees is refused where it is written, by its position and kind. The error never has the
+/// value. Text for people may have white space, emoji and any script.
+#[tokio::test]
+async fn a_pasted_character_is_refused_by_its_position_and_kind() {
+    const VALUE: &str = "canary73";
+    let database = TestDatabase::new().await;
+    run(database.pool(), EXISTING_ROWS).await.unwrap();
+    let before = all_rows(database.pool()).await;
+    for (character, kind) in PASTED {
+        for (statement, column, is_word) in PASTED_INTO {
+            for (value, position) in [
+                (format!("{VALUE}{character}"), 9),
+                (format!("{character}{VALUE}"), 1),
+                (format!("{VALUE}{character}{VALUE}"), 9),
+            ] {
+                let statement = statement.replace('%', &value);
+                if !is_word && OddCharacter::in_text(&value).is_none() {
+                    let mut transaction = database.pool().begin().await.unwrap();
+                    sqlx::raw_sql(AssertSqlSafe(statement))
+                        .execute(&mut *transaction)
+                        .await
+                        .unwrap();
+                    transaction.rollback().await.unwrap();
+                    continue;
+                }
+                let message = refused(database.pool(), &statement).await.message().to_owned();
+                assert!(message.starts_with(column), "{statement}: {message}");
+                let says = format!("character {position} is {kind}");
+                assert!(message.ends_with(&says), "{statement}: {message}");
+                assert!(!message.contains(VALUE), "{message}");
+            }
+        }
+    }
+    assert_eq!(all_rows(database.pool()).await, before);
+}
+
+/// Rows that an earlier release took can still be changed.
+#[tokio::test]
+async fn an_account_with_an_invisible_character_in_its_login_can_be_changed() {
+    let database = TestDatabase::new().await;
+    run(database.pool(), EXISTING_ROWS).await.unwrap();
+    database
+        .sql_past_triggers(
+            "update accounts set client_id = E'id\\u200b', description = E'd\\u200b'",
+        )
+        .await;
+    for statement in [
+        "update accounts set enabled = false",
+        "update accounts set client_secret = 'SK.2'",
+        "update accounts set client_id = 'id', client_secret = 'SK.2', description = 'd'",
+    ] {
+        database.sql(statement).await;
+    }
 }
 
 #[tokio::test]
@@ -383,13 +521,26 @@ async fn audit_events_and_checkpoints_are_append_only_even_for_their_owner() {
 }
 
 #[tokio::test]
-async fn tables_that_admins_write_cannot_be_truncated() {
+async fn no_table_can_be_truncated() {
     let database = TestDatabase::new().await;
     database.sql(EXISTING_ROWS).await;
-    for table in ["accounts", "callers", "caller_credentials", "grants"] {
+    database.sql("select audit_ensure_partition('2026-01-01')").await;
+    let tables: Vec<String> = sqlx::query_scalar(
+        "select relname::text from pg_class where relnamespace = 'public'::regnamespace
+            and relkind in ('r', 'p') and relname <> '_sqlx_migrations' order by 1",
+    )
+    .fetch_all(database.pool())
+    .await
+    .unwrap();
+    for table in ["accounts", "changes", "audit_events_20260101", "repeatable_migrations"] {
+        assert!(tables.iter().any(|found| found == table), "{tables:?}");
+    }
+    for table in tables {
         let error = refused(database.pool(), &format!("truncate {table} cascade")).await;
-        assert_eq!(error.code(), "42501");
-        assert!(error.message().contains("cannot be truncated"), "{}", error.message());
+        assert_eq!(error.code(), "42501", "{table}: {}", error.message());
+        let message = error.message();
+        let says = message.contains("cannot be truncated") || message.contains("append-only");
+        assert!(says, "{table}: {message}");
     }
 }
 

@@ -34,6 +34,7 @@ mod replicas;
 mod restored;
 mod rights;
 mod roles;
+mod saves;
 mod serving;
 mod sessions;
 mod spreading;

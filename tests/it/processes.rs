@@ -20,6 +20,7 @@ mod drain;
 mod failovers;
 mod floods;
 mod live_token;
+mod pasted;
 #[cfg(feature = "embedded-postgres")]
 mod rotation;
 mod secrets;

@@ -165,6 +165,11 @@ impl Facts {
         .await
         .unwrap();
         let [attempt, reissue, lease, next, exceptions_since] = self.times;
+        let mut past_triggers = database.pool().begin().await.unwrap();
+        sqlx::raw_sql("set local session_replication_role = replica")
+            .execute(&mut *past_triggers)
+            .await
+            .unwrap();
         sqlx::query(
             "update accounts set client_secret = null,
                  sealed_secret = case when $2 then 'x'::bytea end,
@@ -177,9 +182,10 @@ impl Facts {
         .bind(self.sealed)
         .bind(self.previous)
         .bind(reissue)
-        .execute(database.pool())
+        .execute(&mut *past_triggers)
         .await
         .unwrap();
+        past_triggers.commit().await.unwrap();
         sqlx::query(
             "update refreshes set attempt_started_at = now() + $2::text::interval,
                  attempt_ended_at = case when $3 then null else now() + $2::text::interval end,
@@ -349,9 +355,11 @@ async fn a_claim_believes_no_stored_time_that_cannot_be_true() {
         accounts.push(id);
     }
     database
+        .sql_past_triggers("update accounts set client_secret = null, sealed_secret = 'x'")
+        .await;
+    database
         .sql(
-            "update accounts set client_secret = null, sealed_secret = 'x';
-             update accounts set reissue_requested_at = now() - interval '1 second' where name = 'tried';
+            "update accounts set reissue_requested_at = now() - interval '1 second' where name = 'tried';
              update upstream_pace set next_slot = now() + interval '10 minutes';
              update refreshes r set attempt_started_at = now() + interval '10 minutes',
                  attempt_ended_at = now() + interval '10 minutes', attempt_version = 1

@@ -373,21 +373,24 @@ async fn the_runtime_role_moves_api_keys_and_does_nothing_else_with_them() {
     refused("update accounts set client_secret = 'SK.mine'").await;
     refused("update accounts set client_secret = null").await;
     refused("update accounts set client_secret = null, sealed_secret = 'SK.mine'").await;
-    attempt(
-        database,
-        RUNTIME,
-        &format!("update accounts set client_secret = null, sealed_secret = {sealed}"),
-    )
-    .await
-    .unwrap();
-    attempt(
-        database,
-        RUNTIME,
-        "update refreshes set error_class = 'intake', error_version = 3;
-         update accounts set client_secret = null",
-    )
-    .await
-    .unwrap();
+    refused(&format!("update accounts set client_secret = null, sealed_secret = {sealed}")).await;
+    let as_version = |version: i64, statement: &str| {
+        format!("set local token_broker.sealing = '{version}'; {statement}")
+    };
+    let seal = format!("update accounts set client_secret = null, sealed_secret = {sealed}");
+    let refuse = "update accounts set client_secret = null, sealed_secret = null";
+    let fail = "update refreshes set error_class = 'intake', error_version = 3";
+    for statement in [as_version(3, refuse), as_version(4, &seal), as_version(1, &seal)] {
+        refused(&statement).await;
+    }
+    for statement in [
+        as_version(3, &seal),
+        as_version(2, &seal),
+        as_version(2, "update accounts set client_secret = null"),
+        as_version(3, &format!("{fail}; {refuse}")),
+    ] {
+        attempt(database, RUNTIME, &statement).await.unwrap();
+    }
 }
 
 /// A change cannot be kept out of the audit log by marking it.

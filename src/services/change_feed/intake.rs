@@ -11,11 +11,11 @@ use tracing::{debug, info};
 use super::duty::{Duty, POLL_INTERVAL};
 use crate::{
     crypto::{Keyring, SEALED_PREFIX},
-    domain::secret::ClientSecret,
+    domain::secret::{ClientSecret, SealedSecret},
     services::feed_health::FeedHealth,
     store::{
         Session, StoreError, UnusableRow,
-        intake::{self, Intake, SealedBatch},
+        intake::{self, Intake, Sealed, SealedBatch},
         within,
     },
 };
@@ -95,12 +95,73 @@ impl IntakeSealer {
 }
 
 /// Seals the value of an intake column for its row, or returns why the value is refused, without quoting it.
-fn seal(keyring: &Keyring, intake: &Intake) -> Result<Vec<u8>, String> {
+///
+/// If it is the secret that is sealed already, its version stays, and so does the sealed value, unless that was sealed
+/// with a key that is not primary any more.
+fn seal(keyring: &Keyring, intake: &Intake) -> Result<Sealed, String> {
     let secret = if intake.value.starts_with(SEALED_PREFIX) {
         let opened = keyring.open_intake(&intake.client_id, &intake.value);
         opened.map_err(|error| error.to_string())?
     } else {
         ClientSecret::new(&intake.value).map_err(|error| error.to_string())?
     };
-    Ok(keyring.seal_secret(intake.id, intake.version, &secret))
+    let same = intake
+        .sealed
+        .as_ref()
+        .map(SealedSecret::bytes)
+        .filter(|sealed| keyring.holds_secret(intake.id, intake.version, sealed, &secret));
+    if let Some(sealed) = same.filter(|sealed| keyring.is_sealed_with_primary(sealed)) {
+        return Ok(Sealed { version: intake.version, value: sealed.to_vec() });
+    }
+    let version = if same.is_some() { intake.version } else { intake.next_version() };
+    Ok(Sealed { version, value: keyring.seal_secret(intake.id, version, &secret) })
+}
+
+#[cfg(test)]
+mod tests {
+    use chrono::DateTime;
+
+    use super::*;
+    use crate::domain::account::{AccountId, CredentialVersion};
+
+    fn intake(value: &str, sealed: Option<Vec<u8>>) -> Intake {
+        Intake {
+            id: AccountId(7),
+            client_id: "acme".parse().unwrap(),
+            version: CredentialVersion(3),
+            sealed: sealed.map(Into::into),
+            value: value.to_owned().into(),
+        }
+    }
+
+    #[test]
+    fn the_secret_that_is_sealed_already_keeps_its_version_however_it_is_written() {
+        let text = Keyring::generate(DateTime::UNIX_EPOCH);
+        let keyring = Keyring::parse(&text).unwrap();
+        let first = seal(&keyring, &intake("SK.1", None)).unwrap();
+        assert_eq!(first.version, CredentialVersion(3));
+
+        let secret = ClientSecret::new("SK.1").unwrap();
+        let sealed = keyring.intake_public().seal(&"acme".parse().unwrap(), &secret).unwrap();
+        for again in ["SK.1", &sealed] {
+            let again = seal(&keyring, &intake(again, Some(first.value.clone()))).unwrap();
+            assert_eq!(again.version, CredentialVersion(3));
+            assert_eq!(again.value, first.value);
+        }
+        let other = seal(&keyring, &intake("SK.2", Some(first.value.clone()))).unwrap();
+        assert_eq!(other.version, CredentialVersion(4));
+        let secret = keyring.open_secret(AccountId(7), CredentialVersion(4), &other.value).unwrap();
+        assert_eq!(secret.expose(), "SK.2");
+
+        // A value that does not open is replaced, and one of an older key is sealed again.
+        let forged = seal(&keyring, &intake("SK.1", Some(vec![1; 60]))).unwrap();
+        assert_eq!(forged.version, CredentialVersion(4));
+        let newer = Keyring::generate(DateTime::UNIX_EPOCH);
+        let (_, newer) = newer.split_once("[[key]]").unwrap();
+        let newer = format!("{}[[key]]{newer}", text.replace("primary = true", "primary = false"));
+        let newer = Keyring::parse(&newer).unwrap();
+        let again = seal(&newer, &intake("SK.1", Some(first.value.clone()))).unwrap();
+        assert_eq!(again.version, CredentialVersion(3));
+        assert!(again.value != first.value && newer.is_sealed_with_primary(&again.value));
+    }
 }

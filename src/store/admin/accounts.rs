@@ -90,8 +90,8 @@ pub struct AccountDetails {
     pub updated_at: Timestamp,
 }
 
-/// The outcome so far of the account's current credential and of the last request for a new token, if there
-/// is one. `account … --wait` polls it.
+/// The outcome so far of the account's credential, with the secret that was written last, and of the last request for a
+/// new token, if there is one. `account … --wait` polls it.
 #[derive(Clone, Debug)]
 pub struct Outcome {
     /// Whether a token was issued with the current credential since the request.
@@ -359,14 +359,15 @@ impl Admin {
         let row = sqlx::query!(
             r#"/* store::admin::outcome */
              select
-                 coalesce(t.credential_version = a.credential_version
+                 coalesce(not s.secret_waits and t.credential_version = a.credential_version
                      and t.issued_at >= coalesce(a.reissue_requested_at, t.issued_at),
                      false) as "issued!",
-                 coalesce(r.error_version = a.credential_version and (r.error_class = 'intake'
-                     or r.error_class is not null
+                 coalesce(not s.secret_waits and r.error_version = a.credential_version
+                     and (r.error_class = 'intake' or r.error_class is not null
                      and r.attempt_ended_at >= coalesce(a.reissue_requested_at, r.attempt_ended_at)),
                      false) as "failed!"
              from accounts a
+             join account_status s on s.name = a.name
              left join refreshes r on r.account_id = a.id
              left join tokens t on t.account_id = a.id
              where a.name = $1"#,
