@@ -75,7 +75,7 @@ pub fn upstream_answer(bytes: &[u8]) {
     let now = DateTime::<Utc>::from_timestamp_millis(1_717_135_002_000).unwrap();
     match rcs::read(status, &headers, body, now) {
         Ok(issued) => {
-            assert_eq!(status, StatusCode::OK);
+            assert!(status.is_success());
             assert!(issued.expires_at > now, "it has expired");
             assert!(issued.expires_at - now <= LONGEST_LIFE, "it lives too long");
             let token = issued.access_token.expose();

@@ -22,12 +22,13 @@ use zeroize::Zeroizing;
 
 pub use self::{
     issue_error::IssueError,
+    rcs::MAX_BODY,
     target::{LoopbackUrl, Target, TargetError},
 };
-use crate::domain::{account::ClientId, clock::Clock, secret::ClientSecret, token::IssuedToken};
-
-/// The longest answer that is read, in bytes. The upstream's answers have about 350.
-pub const MAX_BODY: usize = 64 * 1024;
+use crate::domain::{
+    account::ClientId, clock::Clock, refresh_state::FailureClass, secret::ClientSecret,
+    token::IssuedToken,
+};
 
 /// The settings of the client.
 #[derive(Clone)]
@@ -61,7 +62,7 @@ pub enum UpstreamSetupError {
     Tls(#[source] reqwest::Error),
 }
 
-/// A client that issues tokens. Cheap to clone; clones share their connections.
+/// A client that issues tokens, each over a connection of its own. Cheap to clone.
 #[derive(Clone)]
 pub struct UpstreamClient {
     http: reqwest::Client,
@@ -120,6 +121,9 @@ impl UpstreamClient {
             .post(&self.token_url)
             .header(header::CONTENT_TYPE, "application/json")
             .header(header::ACCEPT, "application/json")
+            // Without it, any coding would be permitted.
+            .header(header::ACCEPT_ENCODING, "identity")
+            .header(header::CONNECTION, "close")
             .body(Bytes::from_owner(rcs::request_body(id, secret)))
             .send()
             .await
@@ -127,11 +131,18 @@ impl UpstreamClient {
         // The time is taken before the body is read, which may arrive late: the upstream has just written
         // `Date`.
         let now = self.clock.now();
-        match self.read_body(&mut response).await {
-            Ok(body) => rcs::read(response.status(), response.headers(), &body, now),
-            Err(error) if response.status().is_success() => Err(error),
-            // The status of a refusal is enough to classify it.
-            Err(_) => rcs::read(response.status(), response.headers(), &[], now),
+        let (body, fault) = self.read_body(&mut response).await;
+        let status = response.status();
+        let answer = rcs::read(status, response.headers(), &body, now);
+        match (answer, fault) {
+            (Err(error), Some(fault))
+                if status.is_success() && error.class == FailureClass::Malformed =>
+            {
+                Err(fault)
+            }
+            // A JSON object says itself where it ends, so one that is whole lacks nothing, whatever came of the
+            // connection. And the status of a refusal is enough to classify it.
+            (answer, _) => answer,
         }
     }
 
@@ -147,29 +158,28 @@ impl UpstreamClient {
         Ok(answer.map_err(|error| self.not_answered(&error))?.status())
     }
 
+    /// Reads the body, and returns what arrived of it. If that is not all, the second value says why.
     async fn read_body(
         &self,
         response: &mut reqwest::Response,
-    ) -> Result<Zeroizing<Vec<u8>>, IssueError> {
+    ) -> (Zeroizing<Vec<u8>>, Option<IssueError>) {
         // The capacity suffices: growing would leave a copy of a token behind in memory.
         let mut body = Zeroizing::new(Vec::with_capacity(MAX_BODY));
-        loop {
+        let fault = loop {
             match response.chunk().await {
-                Ok(None) => return Ok(body),
+                Ok(None) => return (body, None),
                 Ok(Some(chunk)) if body.len() + chunk.len() > MAX_BODY => {
-                    return Err(IssueError::malformed(
-                        "the upstream's answer is longer than 64 KiB",
-                    ));
+                    body.clear();
+                    break IssueError::malformed("the upstream's answer is longer than 64 KiB");
                 }
                 Ok(Some(chunk)) => body.extend_from_slice(&chunk),
                 Err(error) if error.is_timeout() => {
-                    return Err(IssueError::unanswered(self.timed_out()));
+                    break IssueError::unanswered(self.timed_out());
                 }
-                Err(_) => {
-                    return Err(IssueError::malformed("the upstream's answer broke off"));
-                }
+                Err(_) => break IssueError::malformed("the upstream's answer broke off"),
             }
-        }
+        };
+        (body, Some(fault))
     }
 
     fn not_answered(&self, error: &reqwest::Error) -> IssueError {
@@ -196,6 +206,14 @@ impl UpstreamClient {
 
 /// Returns a builder with the settings of every client of the upstream. reqwest's defaults would follow
 /// redirects, use the environment's proxies, and send `Referer`.
+///
+/// No connection is used twice. Between two calls, a firewall or the upstream may forget a connection that was
+/// kept, and then a request over it is lost without a trace of whether it arrived: the account waits for the
+/// minimum issue interval, for nothing. A new connection costs about a millisecond of work and two round trips,
+/// a few times an hour for each account.
+///
+/// Heads of answers that are not quite HTTP are read, since nothing follows them on the connection for which
+/// they could be mistaken.
 #[expect(
     clippy::disallowed_methods,
     reason = "the only place that builds a client of the upstream"
@@ -204,6 +222,10 @@ fn builder(timeout: Duration) -> reqwest::ClientBuilder {
     reqwest::Client::builder()
         .user_agent(concat!("token-broker/", env!("CARGO_PKG_VERSION")))
         .http1_only()
+        .http1_allow_obsolete_multiline_headers_in_responses(true)
+        .http1_allow_spaces_after_header_name_in_responses(true)
+        .http1_ignore_invalid_headers_in_responses(true)
+        .pool_max_idle_per_host(0)
         .redirect(redirect::Policy::none())
         .retry(reqwest::retry::never())
         .referer(false)

@@ -1,10 +1,13 @@
 //! RCS Biz Center's wire format: builds the request, and reads and classifies the answer. All functions are
-//! pure. An answer that does not have exactly the expected form yields no token.
+//! pure. An answer is decoded by what it is, and then read strictly: it is a token or an error.
 
+mod answer;
 mod http_date;
 mod issued;
+mod number;
 mod refused;
 
+pub use answer::MAX_BODY;
 use chrono::TimeDelta;
 use http::{HeaderMap, StatusCode, header};
 pub use issued::{LONGEST_LIFE, stated_life};
@@ -38,27 +41,35 @@ pub(super) fn request_body(id: &ClientId, secret: &ClientSecret) -> Zeroizing<Ve
 
 /// Reads an answer that was received at `now`.
 ///
+/// An `error` in the upstream's own format counts whatever the status. Such an answer is not a token, even if it
+/// has one: an upstream that says that something failed is believed, since a token can be issued again.
+///
 /// | status | body | class |
 /// |---|---|---|
-/// | 200 | a token that ends in the future, at most [`LONGEST_LIFE`] ahead | – |
-/// | 200 | anything else | malformed |
-/// | 429 | any | rate limited |
-/// | 408, 5xx | any | unreachable |
-/// | other 4xx | code 61005, 61006, 64301–64304 | rejected |
+/// | 2xx | a token that ends in the future, at most [`LONGEST_LIFE`] ahead | – |
+/// | 2xx | an error, with a status of its own | that of this status |
+/// | 2xx | neither | malformed |
+/// | any | code 61005, 61006, 64301–64304 | rejected |
+/// | 429 | any other | rate limited |
+/// | 408, 5xx | any other | unreachable |
 /// | 401, 403 | any other | egress rejected |
-/// | other 4xx | another code | egress rejected, which is retried seldom, since a retry will hardly help |
+/// | any other | another code | egress rejected, which is retried seldom, since a retry will hardly help |
 /// | other 4xx | no code: the answer of a proxy or of a wrong address | malformed |
-/// | any other, also redirects | any | malformed |
+/// | any other, also redirects | no code | malformed |
 pub fn read(
     status: StatusCode,
     headers: &HeaderMap,
     body: &[u8],
     now: Timestamp,
 ) -> Result<IssuedToken, IssueError> {
-    if status == StatusCode::OK {
-        return issued::read(body, skew(headers, now), now);
+    let answer = answer::read(headers, body);
+    let error = answer.as_ref().ok().and_then(|answer| answer.error.as_ref());
+    if status.is_success() && error.is_none() {
+        let answer = answer.map_err(|unreadable| IssueError::malformed(unreadable.to_string()))?;
+        return issued::read(&answer, skew(headers, now), now);
     }
-    Err(refused::read(status, headers, body, now))
+    let has_token = answer.as_ref().is_ok_and(|answer| answer.access_token.is_some());
+    Err(refused::read(status, headers, error, has_token, now))
 }
 
 /// Returns how far the upstream's clock is ahead of this machine's, by the `Date` of an answer that was

@@ -3,7 +3,8 @@
 //! needs a database.
 
 use std::{
-    env, io,
+    env,
+    io::{self, Write as _},
     net::{IpAddr, SocketAddr, TcpListener as StdListener},
     process::Command,
     time::Duration,
@@ -170,7 +171,8 @@ async fn the_request_has_the_required_headers_and_fields_and_no_others() {
     let mut names: Vec<_> =
         head.lines().skip(1).map(|line| line.split_once(':').unwrap().0.to_lowercase()).collect();
     names.sort();
-    assert_eq!(names, ["accept", "content-length", "content-type", "host", "user-agent"]);
+    let expected = "accept accept-encoding connection content-length content-type host user-agent";
+    assert_eq!(names.join(" "), expected);
 }
 
 #[tokio::test]
@@ -359,7 +361,7 @@ async fn invalid_raw_responses_yield_no_token() {
         ("nothing", vec![], Unreachable),
         ("not HTTP", b"canary\r\n\r\n".to_vec(), Unreachable),
         ("half of the response head", b"HTTP/1.1 200 OK\r\ncontent-le".to_vec(), Unreachable),
-        ("a token with 202", http("202 Accepted", "", good), Malformed),
+        ("a token with a redirect", http("302 Found", "", good), Malformed),
         ("a token with 500", http("500 Oops", "", good), Unreachable),
         ("a body that is too long", http("200 OK", "", &oversize), Malformed),
         (
@@ -389,6 +391,140 @@ async fn invalid_raw_responses_yield_no_token() {
     // The same token in a valid response is accepted.
     let url = serve_once(http("200 OK", "", good)).await;
     assert!(issue(&client_with(&url, LONG_TIMEOUT, Clock::Manual(clock))).await.is_ok());
+}
+
+/// The responses in which `body`, a whole JSON object, can arrive with `status`.
+fn framings(status: &str, body: &str) -> Vec<(&'static str, Vec<u8>)> {
+    let head = |headers: &str| format!("HTTP/1.1 {status}\r\n{headers}\r\n");
+    let raw = |head: String, body: &[u8]| [head.as_bytes(), body].concat();
+    let (length, bytes) = (body.len(), body.as_bytes());
+    let sized = format!("content-length: {length}\r\n");
+    let (half, rest) = bytes.split_at(length / 2);
+    let chunk = |part: &[u8]| [format!("{:x}\r\n", part.len()).as_bytes(), part, b"\r\n"].concat();
+    let chunks = [&chunk(half)[..], &chunk(rest), b"0\r\n"].concat();
+    let chunked = head("transfer-encoding: chunked\r\n");
+    let marked = [b"\xef\xbb\xbf", bytes].concat();
+    let utf16: Vec<u8> =
+        format!("\u{feff}{body}").encode_utf16().flat_map(u16::to_le_bytes).collect();
+    let mut gzip = flate2::write::GzEncoder::new(vec![], flate2::Compression::default());
+    gzip.write_all(bytes).unwrap();
+    let gzip = gzip.finish().unwrap();
+    let interim = |status: &str| format!("HTTP/1.1 {status}\r\n\r\n{}", head(&sized));
+    vec![
+        ("with its length", raw(head(&sized), bytes)),
+        ("to the end of the connection", raw(head(""), bytes)),
+        ("of HTTP/1.0", raw(format!("HTTP/1.0 {status}\r\n\r\n"), bytes)),
+        ("in chunks", raw(chunked.clone(), &[&chunks[..], b"\r\n"].concat())),
+        (
+            "in chunks with a trailer",
+            raw(chunked.clone(), &[&chunks[..], b"x-sum: 1\r\n\r\n"].concat()),
+        ),
+        ("in chunks without the last one", raw(chunked, &[chunk(half), chunk(rest)].concat())),
+        ("shorter than its length", raw(head("content-length: 9999\r\n"), bytes)),
+        ("after 100 Continue", raw(interim("100 Continue"), bytes)),
+        ("after 103 Early Hints", raw(interim("103 Early Hints"), bytes)),
+        ("with a folded header", raw(head(&format!("x-a: 1,\r\n  2\r\n{sized}")), bytes)),
+        ("with a space after a name", raw(head(&format!("x-a : 1\r\n{sized}")), bytes)),
+        ("with an invalid header", raw(head(&format!("x a: 1\r\n{sized}")), bytes)),
+        ("called HTML", raw(head(&format!("content-type: text/html\r\n{sized}")), bytes)),
+        ("with a mark", raw(head("content-type: application/json\r\n"), &marked)),
+        ("in UTF-16", raw(head("content-type: text/plain; charset=utf-16\r\n"), &utf16)),
+        ("in gzip", raw(head("content-encoding: gzip\r\n"), &gzip)),
+        ("in gzip that no header names", raw(head(""), &gzip)),
+    ]
+}
+
+/// A refusal means what its code says, and a token is a token, in whatever form the answer comes.
+#[tokio::test]
+async fn a_token_and_a_refusal_are_understood_in_every_framing() {
+    use FailureClass::{Malformed, Rejected};
+    let token = r#"{"expiresIn":"4000000000000","accessToken":"t.o.k"}"#;
+    let refusal = r#"{"error":{"code":"61006","message":"canary 잘못된 비밀 키"},"status":401}"#;
+    let clock = ManualClock::new(DateTime::from_timestamp(3_999_996_400, 0).unwrap());
+    let mut cases = vec![];
+    for status in ["200 OK", "200", "201 Created", "202 Accepted", "203 Transformed"] {
+        cases.extend(framings(status, token).into_iter().map(|case| (status, case, None)));
+    }
+    for status in ["200 OK", "302 Found", "400 Bad Request", "401 Unauthorized", "500 Oops"] {
+        let refused = Some((Rejected, Some("61006"), false));
+        cases.extend(framings(status, refusal).into_iter().map(|case| (status, case, refused)));
+    }
+    // Half of a token is none.
+    let half = http("200 OK", "", &token.as_bytes()[..token.len() - 1]);
+    cases.push(("200 OK", ("cut", half), Some((Malformed, None, true))));
+    for (status, (form, response), refused) in cases {
+        let url = serve_once(response).await;
+        let answer = issue(&client_with(&url, LONG_TIMEOUT, Clock::Manual(clock.clone()))).await;
+        let case = format!("{status}, {form}: {answer:?}");
+        assert!(!case.contains("canary"), "{case}");
+        match (answer, refused) {
+            (Ok(issued), None) => {
+                assert_eq!(issued.access_token.expose(), "t.o.k", "{case}");
+                assert_eq!(issued.expires_at.timestamp_millis(), 4_000_000_000_000, "{case}");
+            }
+            (Err(error), Some((class, code, may_have_issued))) => {
+                assert_eq!((error.class, error.code.as_deref()), (class, code), "{case}");
+                assert_eq!(error.may_have_issued, may_have_issued, "{case}");
+            }
+            _ => panic!("{case}"),
+        }
+    }
+}
+
+/// An upstream that does not say where its answer ends, and leaves the connection open.
+#[tokio::test]
+async fn a_whole_answer_counts_although_the_connection_stays_open_behind_it() {
+    for (body, is_token) in [
+        (r#"{"expiresIn":"4000000000000","accessToken":"t"}"#, true),
+        (r#"{"error":{"code":"61006"}}"#, false),
+    ] {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let server = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            read_request(&mut stream).await;
+            let response = format!("HTTP/1.1 200 OK\r\n\r\n{body}");
+            stream.write_all(response.as_bytes()).await.unwrap();
+            // The client gives up.
+            let _ = stream.read(&mut [0]).await;
+        });
+        let clock = ManualClock::new(DateTime::from_timestamp(3_999_996_400, 0).unwrap());
+        let timeout = 5 * SHORT_TIMEOUT;
+        let answer = issue(&client_with(&url, timeout, Clock::Manual(clock))).await;
+        match answer {
+            Ok(issued) => assert!(is_token, "{issued:?}"),
+            Err(error) => assert!(!is_token && error.class == FailureClass::Rejected, "{error:?}"),
+        }
+        server.await.unwrap();
+    }
+}
+
+/// A connection that was kept may be dead when it is used again: its request would be lost, and an account would
+/// wait for the minimum issue interval.
+#[tokio::test]
+async fn no_connection_to_the_upstream_is_used_twice() {
+    let good = br#"{"expiresIn":"4000000000000","accessToken":"t"}"#;
+    let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    // It invites the client to keep the connection, and resets it when it is used again.
+    let server = tokio::spawn(async move {
+        for _ in 0..3 {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            read_request(&mut stream).await;
+            let response = http("200 OK", "connection: keep-alive\r\n", good);
+            stream.write_all(&response).await.unwrap();
+            let more = stream.read(&mut [0]).await;
+            stream.set_zero_linger().unwrap();
+            assert!(matches!(more, Ok(0)), "the connection is used again: {more:?}");
+        }
+    });
+    let clock = ManualClock::new(DateTime::from_timestamp(3_999_996_400, 0).unwrap());
+    let client = client_with(&url, LONG_TIMEOUT, Clock::Manual(clock));
+    for n in 0..3 {
+        let answer = issue(&client).await;
+        assert!(answer.is_ok(), "call {n}: {answer:?}");
+    }
+    tokio::time::timeout(LONG_TIMEOUT, server).await.unwrap().unwrap();
 }
 
 #[tokio::test]

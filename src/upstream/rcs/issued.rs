@@ -1,4 +1,4 @@
-//! Reads an answer that should be a token: its end and its claims.
+//! Reads an answer that should be a token: the token, its end and its claims.
 
 use std::net::IpAddr;
 
@@ -8,6 +8,10 @@ use serde::Deserialize;
 use serde_json::Value;
 use zeroize::Zeroizing;
 
+use super::{
+    answer::{Answer, is_padding},
+    number::whole_number,
+};
 pub use crate::domain::token::LONGEST_LIFE;
 use crate::{
     domain::{clock::Timestamp, secret::AccessToken, token::IssuedToken},
@@ -21,22 +25,20 @@ const KOREA: TimeDelta = TimeDelta::hours(9);
 
 /// Reads an answer that was received at `now` from an upstream whose clock is `skew` ahead.
 pub(super) fn read(
-    body: &[u8],
+    answer: &Answer,
     skew: Option<TimeDelta>,
     now: Timestamp,
 ) -> Result<IssuedToken, IssueError> {
-    let mut answer: Value = serde_json::from_slice(body)
-        .map_err(|_| IssueError::malformed("the upstream's answer is not whole JSON"))?;
-    let access_token = answer
-        .get_mut("accessToken")
-        .map(Value::take)
-        .and_then(|token| if let Value::String(token) = token { Some(token) } else { None })
-        .map(Zeroizing::new)
+    if answer.is_ambiguous {
+        return Err(IssueError::malformed("the upstream's answer has a field twice"));
+    }
+    let access_token = answer.access_token.as_deref().and_then(|it| read_text(it));
+    let access_token = access_token
         .ok_or_else(|| IssueError::malformed("the upstream's answer has no accessToken"))?;
-    let access_token = AccessToken::new(&access_token).map_err(|_| {
+    let access_token = AccessToken::new(bare_token(&access_token)).map_err(|_| {
         IssueError::malformed("the upstream's accessToken is not 1 to 8192 visible characters")
     })?;
-    let stated_end = answer.get("expiresIn").and_then(read_end).ok_or_else(|| {
+    let stated_end = answer.expires_in.as_deref().and_then(read_end).ok_or_else(|| {
         IssueError::malformed("the upstream's expiresIn is not a time in milliseconds since 1970")
     })?;
 
@@ -93,16 +95,31 @@ fn end_by_our_clock(
     Some(by_life.map_or(by_upstream, |end| end.min(by_upstream)))
 }
 
-/// Reads `expiresIn`: despite its name, a time in milliseconds since 1970, as text or as a number.
-fn read_end(value: &Value) -> Option<Timestamp> {
-    let ms = match value {
-        Value::String(digits) if digits.bytes().all(|b| b.is_ascii_digit()) => {
-            digits.parse().ok()?
+/// Returns the text of a JSON string; `None` for any other JSON value.
+fn read_text(json: &str) -> Option<Zeroizing<String>> {
+    serde_json::from_str(json).ok().map(Zeroizing::new)
+}
+
+/// Returns the token without white space and marks around it, quotation marks, and the name of the scheme with
+/// which it is used. No token can contain any of these at that place, and callers add the scheme themselves.
+fn bare_token(text: &str) -> &str {
+    let text = text.trim_matches(is_padding);
+    let unquoted = text.strip_prefix('"').and_then(|text| text.strip_suffix('"'));
+    let text = unquoted.unwrap_or(text).trim_matches(is_padding);
+    match text.split_once(is_padding) {
+        Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => {
+            token.trim_start_matches(is_padding)
         }
-        Value::Number(number) => number.as_i64()?,
-        _ => return None,
-    };
-    DateTime::from_timestamp_millis(ms)
+        None if text.eq_ignore_ascii_case("bearer") => "",
+        _ => text,
+    }
+}
+
+/// Reads `expiresIn`: despite its name, a time in milliseconds since 1970, as a number or as text with a number.
+fn read_end(json: &str) -> Option<Timestamp> {
+    let text = read_text(json);
+    let ms = text.as_deref().map_or(json, |text| text.trim_matches(is_padding));
+    DateTime::from_timestamp_millis(whole_number(ms)?)
 }
 
 /// Returns the start and the end that a token's claims state, by the upstream's clock and unverified; `None`
@@ -194,9 +211,57 @@ mod tests {
     }
 
     #[test]
-    fn unknown_and_repeated_fields_are_accepted() {
-        let body = br#"{"a":{},"expiresIn":"1","expiresIn":"1717138601944","accessToken":"t"}"#;
+    fn unknown_fields_are_ignored_and_a_field_that_is_there_twice_is_refused() {
+        let body = br#"{"a":{},"a":[],"expiresIn":"1717138601944","accessToken":"t"}"#;
         assert_eq!(ok(&HeaderMap::new(), body).unwrap().expires_at, at(1_717_138_601_944));
+        for twice in [
+            r#"{"expiresIn":"1","expiresIn":"1717138601944","accessToken":"canary"}"#,
+            r#"{"accessToken":"canary","expiresIn":"1717138601944","accessToken":"canary"}"#,
+            r#"{"accessToken":"canary","expiresIn":1717138601944,"access\u0054oken":"canary2"}"#,
+        ] {
+            let error = ok(&HeaderMap::new(), twice.as_bytes()).unwrap_err();
+            assert_eq!(error.message, "the upstream's answer has a field twice", "{twice}");
+            assert!(error.class == FailureClass::Malformed && error.may_have_issued, "{twice}");
+        }
+    }
+
+    #[test]
+    fn an_end_is_read_in_every_notation_of_a_whole_millisecond() {
+        for end in [
+            "1717138601944.0",
+            "1.717138601944e12",
+            "1717138601944000E-3",
+            "\"1717138601944.000\"",
+            "\"1.717138601944E+12\"",
+            "\" 1717138601944\"",
+            "\"1717138601944\\r\\n\"",
+            "\"\\uFEFF1717138601944\"",
+            "\"\\u0031717138601944\"",
+        ] {
+            let issued = ok(&HeaderMap::new(), &answer(end, "t")).unwrap();
+            assert_eq!(issued.expires_at, at(1_717_138_601_944), "{end}");
+        }
+    }
+
+    #[test]
+    fn a_token_is_read_without_what_is_around_it() {
+        for given in [
+            " t.o-k_e~n ",
+            r"t.o-k_e~n\r\n",
+            r"\uFEFFt.o-k_e~n\u0000",
+            "Bearer t.o-k_e~n",
+            r" bearer \t t.o-k_e~n ",
+            r#"\"t.o-k_e~n\""#,
+            r#"\"Bearer t.o-k_e~n\""#,
+            r"t.o-k\u005fe~n",
+        ] {
+            let issued = ok(&HeaderMap::new(), &answer("1717138601944", given)).unwrap();
+            assert_eq!(issued.access_token.expose(), "t.o-k_e~n", "{given}");
+        }
+        for given in ["Bearer", "Bearer ", "Basic canary", "can ary", r"can\u200bary", "canäry"] {
+            let error = ok(&HeaderMap::new(), &answer("1717138601944", given)).unwrap_err();
+            assert_eq!(error.class, FailureClass::Malformed, "{given}");
+        }
     }
 
     #[test]
@@ -294,7 +359,6 @@ mod tests {
             r#"{"expiresIn":"1717138601944","accessToken":["canary"]}"#.into(),
             r#"{"expiresIn":"1717138601944","accessToken":""}"#.into(),
             r#"{"expiresIn":"1717138601944","accessToken":"canary\r\nX: y"}"#.into(),
-            r#"{"error":{"code":"61006","message":"canary"},"status":401}"#.into(),
         ];
         let ends = [
             "\"1717135001944\"",
@@ -304,9 +368,11 @@ mod tests {
             "-1",
             "0",
             "\"\"",
-            "\" 1717138601944\"",
             "\"+1717138601944\"",
+            "\"1717138601944 1\"",
+            "\"1717138601,944\"",
             "1717138601944.5",
+            "17171386019445e-1",
             "1.7e12",
             "true",
             "null",

@@ -3,9 +3,8 @@
 use std::time::Duration;
 
 use http::{HeaderMap, StatusCode, header};
-use serde_json::Value;
 
-use super::http_date::http_date;
+use super::{answer::StatedError, http_date::http_date};
 use crate::{
     domain::{clock::Timestamp, refresh_policy::LONGEST_RETRY_AFTER, refresh_state::FailureClass},
     upstream::issue_error::IssueError,
@@ -13,44 +12,45 @@ use crate::{
 
 /// The shortest pause to which a `Retry-After` is clamped.
 const SHORTEST_RETRY: Duration = Duration::from_secs(1);
-/// The longest error code that is kept, in characters. The upstream's codes have five.
-const LONGEST_CODE: usize = 16;
 
-/// Reads an answer of any status but 200, received at `now`.
+/// Reads an answer that is an error, received at `now`: by its status, or by the `error` that it states, or both.
+/// `has_token` says whether there is a token beside the error.
 pub(super) fn read(
     status: StatusCode,
     headers: &HeaderMap,
-    body: &[u8],
+    error: Option<&StatedError>,
+    has_token: bool,
     now: Timestamp,
 ) -> IssueError {
-    let code = read_code(body);
-    let class = classify(status, code.as_deref());
+    let code = error.and_then(|error| error.code.clone());
+    // Some servers send every answer with the status 200, and the one that they mean in the body.
+    let meant = error.and_then(|error| error.status).filter(|_| status.as_u16() < 400);
+    let meant = meant.unwrap_or(status.as_u16());
+    let class = classify(meant, code.as_deref());
+    let mut message = describe(class, status, code.as_deref());
+    if has_token {
+        message.push_str("; the token beside the error is not used");
+    }
     IssueError {
         class,
-        message: describe(class, status, code.as_deref()),
-        retry_after: matches!(
-            status,
-            StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE
-        )
-        .then(|| retry_after(headers, now))
-        .flatten(),
+        message,
+        retry_after: matches!(meant, 429 | 503).then(|| retry_after(headers, now)).flatten(),
         // An error in the upstream's own format says that no token was issued, and so does any 429.
         // Another error page may come from a proxy that lost the upstream's answer.
-        may_have_issued: class != FailureClass::RateLimited
-            && !((status.is_client_error() || status.is_server_error()) && code.is_some()),
+        may_have_issued: has_token || class != FailureClass::RateLimited && code.is_none(),
         code,
     }
 }
 
-/// Returns the class by the rows of the table at [`super::read`] that are not for status 200.
-fn classify(status: StatusCode, code: Option<&str>) -> FailureClass {
-    match (status.as_u16(), code) {
-        (429, _) => FailureClass::RateLimited,
-        (408 | 500.., _) => FailureClass::Unreachable,
-        (400..=499, Some("61005" | "61006" | "64301" | "64302" | "64303" | "64304")) => {
+/// Returns the class by the rows of the table at [`super::read`] that are not for a token.
+fn classify(status: u16, code: Option<&str>) -> FailureClass {
+    match (status, code) {
+        (_, Some("61005" | "61006" | "64301" | "64302" | "64303" | "64304")) => {
             FailureClass::Rejected
         }
-        (401 | 403, _) | (400..=499, Some(_)) => FailureClass::EgressRejected,
+        (429, _) => FailureClass::RateLimited,
+        (408 | 500.., _) => FailureClass::Unreachable,
+        (401 | 403, _) | (_, Some(_)) => FailureClass::EgressRejected,
         _ => FailureClass::Malformed,
     }
 }
@@ -84,24 +84,13 @@ fn describe(class: FailureClass, status: StatusCode, code: Option<&str>) -> Stri
                 "the upstream answered with a redirect, which is not followed (status {status})"
             )
         }
+        (FailureClass::Malformed, _) if status == 200 => {
+            "the upstream's answer states an error without a code (status 200)".to_owned()
+        }
         (FailureClass::Malformed | FailureClass::Intake, _) => {
             format!("the upstream answered with an unexpected status ({status})")
         }
     }
-}
-
-/// Returns the `error.code` of an answer in the upstream's format, reduced to at most 16 ASCII letters and
-/// digits so that it can be shown anywhere.
-fn read_code(body: &[u8]) -> Option<String> {
-    let answer: Value = serde_json::from_slice(body).ok()?;
-    let code = match answer.get("error")?.get("code")? {
-        Value::String(code) => code.clone(),
-        Value::Number(code) => code.to_string(),
-        _ => return None,
-    };
-    let code: String =
-        code.chars().filter(char::is_ascii_alphanumeric).take(LONGEST_CODE).collect();
-    (!code.is_empty()).then_some(code)
 }
 
 /// Returns the pause that `Retry-After` asks for, given in seconds or as a date, clamped to a second and an
@@ -121,23 +110,25 @@ fn retry_after(headers: &HeaderMap, now: Timestamp) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::upstream::rcs::tests::{ISSUED_MS, at, headers};
+    use crate::upstream::rcs::{
+        read,
+        tests::{ISSUED_MS, at, headers},
+    };
 
     fn refused(status: u16, headers: &HeaderMap, body: &str) -> IssueError {
         let status = StatusCode::from_u16(status).unwrap();
-        read(status, headers, body.as_bytes(), at(ISSUED_MS))
+        read(status, headers, body.as_bytes(), at(ISSUED_MS)).unwrap_err()
     }
 
     fn refused_with_code(status: u16, code: &str) -> IssueError {
-        let body = format!(
-            r#"{{"error":{{"code":"{code}","message":"canary"}},"status":{status},"more":[]}}"#
-        );
+        let body =
+            format!(r#"{{"error":{{"code":"{code}","message":"canary"}},"status":200,"more":[]}}"#);
         refused(status, &HeaderMap::new(), &body)
     }
 
     #[test]
     fn each_refusal_has_its_class() {
-        use FailureClass::{EgressRejected, Malformed, RateLimited, Rejected, Unreachable};
+        use FailureClass::{EgressRejected, RateLimited, Rejected, Unreachable};
         for (status, code, class) in [
             (401, "61005", Rejected),
             (401, "61006", Rejected),
@@ -150,17 +141,29 @@ mod tests {
             (403, "69999", EgressRejected),
             (400, "64305", EgressRejected),
             (404, "60000", EgressRejected),
-            (429, "61006", RateLimited),
-            (408, "61006", Unreachable),
-            (500, "61006", Unreachable),
+            // A code that the API's document lists means the same whatever the status.
+            (200, "61006", Rejected),
+            (200, "61005", Rejected),
+            (200, "64304", Rejected),
+            (201, "61006", Rejected),
+            (204, "61006", Rejected),
+            (302, "61006", Rejected),
+            (404, "61006", Rejected),
+            (408, "61006", Rejected),
+            (429, "61006", Rejected),
+            (500, "61006", Rejected),
+            (503, "61005", Rejected),
+            // Of another code nothing is known but that it is the upstream's.
+            (200, "61099", EgressRejected),
+            (302, "61099", EgressRejected),
+            (429, "61092", RateLimited),
+            (500, "61099", Unreachable),
             (503, "70000", Unreachable),
-            (302, "61006", Malformed),
-            (201, "61006", Malformed),
         ] {
             let error = refused_with_code(status, code);
             assert_eq!(error.class, class, "{status} {code}");
             assert_eq!(error.code.as_deref(), Some(code));
-            assert_eq!(error.may_have_issued, status < 400, "{status} {code}");
+            assert!(!error.may_have_issued, "{status} {code}");
             assert!(!error.message.contains("canary"));
         }
     }
@@ -185,10 +188,72 @@ mod tests {
     }
 
     #[test]
+    fn a_status_in_the_body_counts_where_that_of_the_answer_says_nothing() {
+        use FailureClass::{EgressRejected, Malformed, RateLimited, Rejected, Unreachable};
+        let retry = headers(&[(header::RETRY_AFTER, "7")]);
+        for (status, body, class) in [
+            (200, r#"{"error":{"code":"61006"},"status":401}"#, Rejected),
+            (200, r#"{"error":{"code":"61099"},"status":"503"}"#, Unreachable),
+            (200, r#"{"error":{"code":61092.0},"status":429}"#, RateLimited),
+            (200, r#"{"error":{"message":"canary"},"status":403}"#, EgressRejected),
+            (200, r#"{"error":{},"status":4.03e2}"#, EgressRejected),
+            (200, r#"{"status":500}"#, Unreachable),
+            (200, r#"{"error":{"message":"canary"}}"#, Malformed),
+            (200, r#"{"error":"canary","status":200}"#, Malformed),
+            (403, r#"{"error":{"message":"canary"},"status":503}"#, EgressRejected),
+        ] {
+            let error = refused(status, &retry, body);
+            assert_eq!(error.class, class, "{status} {body}");
+            let asks = status == 200 && (body.contains("503") || body.contains("429"));
+            assert_eq!(error.retry_after.is_some(), asks, "{status} {body}");
+            assert!(!format!("{error:?}").contains("canary"), "{body}");
+        }
+    }
+
+    #[test]
+    fn a_token_beside_an_error_is_not_used_and_the_error_counts() {
+        use FailureClass::{EgressRejected, Malformed, Rejected, Unreachable};
+        let token = r#""accessToken":"canary","expiresIn":"1717138601944""#;
+        for (status, error, class) in [
+            (200, r#""error":{"code":"61006"}"#, Rejected),
+            (200, r#""error":{"code":"61099"}"#, EgressRejected),
+            (200, r#""error":{"message":"canary"}"#, Malformed),
+            (200, r#""status":503"#, Unreachable),
+            (500, r#""more":1"#, Unreachable),
+            (401, r#""error":null"#, EgressRejected),
+        ] {
+            let refused = refused(status, &HeaderMap::new(), &format!("{{{token},{error}}}"));
+            assert_eq!(refused.class, class, "{status} {error}");
+            assert!(refused.may_have_issued, "{status} {error}");
+            assert!(refused.message.ends_with("the token beside the error is not used"));
+            assert!(!format!("{refused:?}").contains("canary"), "{error}");
+        }
+        // These fields say that there is no error.
+        for none in [
+            r#""error":null"#,
+            r#""error":{}"#,
+            r#""error":"""#,
+            r#""error":[]"#,
+            r#""error":false"#,
+            r#""error":{"code":null,"message":null}"#,
+            r#""error":{"code":"0","message":"success"},"status":200"#,
+            r#""error":{"code":0}"#,
+            r#""error":{"code":"00000","message":"OK"}"#,
+        ] {
+            let body = format!("{{{token},{none}}}");
+            let issued = read(StatusCode::OK, &HeaderMap::new(), body.as_bytes(), at(ISSUED_MS));
+            assert!(issued.is_ok(), "{none}");
+        }
+    }
+
+    #[test]
     fn a_code_is_reduced_to_at_most_sixteen_letters_and_digits() {
         for (code, kept) in [
             (r#""61 0-06\u0000""#, Some("61006")),
             ("61006", Some("61006")),
+            ("61006.0", Some("61006")),
+            ("6.1006e4", Some("61006")),
+            (r#"" 61006\r\n""#, Some("61006")),
             (r#""aaaaaaaaaaaaaaaaaaaa""#, Some("aaaaaaaaaaaaaaaa")),
             (r#""비밀""#, None),
             (r#""""#, None),

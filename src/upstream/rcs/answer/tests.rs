@@ -1,0 +1,222 @@
+use std::io::Write;
+
+use flate2::{
+    Compression,
+    write::{DeflateEncoder, GzEncoder, ZlibEncoder},
+};
+use http::header::HeaderName;
+use proptest::prelude::*;
+
+use super::*;
+
+const TOKEN: &str = r#"{"expiresIn":"1717138601944","accessToken":"t.o.k"}"#;
+const REFUSAL: &str = r#"{"error":{"code":"61006","message":"잘못된 비밀 키"},"status":401}"#;
+
+fn headers(pairs: &[(HeaderName, &str)]) -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    for (name, value) in pairs {
+        headers.append(name.clone(), value.parse().unwrap());
+    }
+    headers
+}
+
+fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut encoder = GzEncoder::new(vec![], Compression::default());
+    encoder.write_all(bytes).unwrap();
+    encoder.finish().unwrap()
+}
+
+fn zlib(bytes: &[u8]) -> Vec<u8> {
+    let mut encoder = ZlibEncoder::new(vec![], Compression::default());
+    encoder.write_all(bytes).unwrap();
+    encoder.finish().unwrap()
+}
+
+fn raw_deflate(bytes: &[u8]) -> Vec<u8> {
+    let mut encoder = DeflateEncoder::new(vec![], Compression::default());
+    encoder.write_all(bytes).unwrap();
+    encoder.finish().unwrap()
+}
+
+fn utf16(text: &str, bytes: fn(u16) -> [u8; 2]) -> Vec<u8> {
+    text.encode_utf16().flat_map(bytes).collect()
+}
+
+fn utf32(text: &str, bytes: fn(u32) -> [u8; 4]) -> Vec<u8> {
+    text.chars().map(u32::from).flat_map(bytes).collect()
+}
+
+/// What is read of `body`: `token`, the code of a refusal, or the reason why nothing is.
+fn read_as(coding: &str, body: &[u8]) -> String {
+    let headers = headers(&[(header::CONTENT_ENCODING, coding)]);
+    match read(&headers, body) {
+        Err(unreadable) => unreadable.to_string(),
+        Ok(Answer { error: Some(error), .. }) => error.code.unwrap_or_default(),
+        Ok(answer) => {
+            assert_eq!(answer.access_token.unwrap().as_str(), r#""t.o.k""#);
+            assert_eq!(answer.expires_in.unwrap(), r#""1717138601944""#);
+            assert!(!answer.is_ambiguous);
+            "token".to_owned()
+        }
+    }
+}
+
+/// The forms in which a JSON text can arrive: the name of the form, the content coding, and the bytes.
+fn forms(text: &str) -> Vec<(&'static str, &'static str, Vec<u8>)> {
+    let bytes = text.as_bytes();
+    let marked = format!("\u{feff}{text}");
+    let string = serde_json::to_string(text).unwrap();
+    vec![
+        ("UTF-8", "", bytes.to_vec()),
+        ("UTF-8 with a mark", "", marked.clone().into_bytes()),
+        ("two marks", "", format!("\u{feff}{marked}").into_bytes()),
+        ("white space before a mark", "", format!("\r\n{marked}\r\n").into_bytes()),
+        ("a misread mark", "", format!("ï»¿{text}").into_bytes()),
+        ("UTF-16LE with a mark", "", utf16(&marked, u16::to_le_bytes)),
+        ("UTF-16BE with a mark", "", utf16(&marked, u16::to_be_bytes)),
+        ("UTF-16LE", "", utf16(text, u16::to_le_bytes)),
+        ("UTF-16BE", "", utf16(text, u16::to_be_bytes)),
+        ("UTF-32LE with a mark", "", utf32(&marked, u32::to_le_bytes)),
+        ("UTF-32BE with a mark", "", utf32(&marked, u32::to_be_bytes)),
+        ("UTF-32LE", "", utf32(text, u32::to_le_bytes)),
+        ("UTF-32BE", "", utf32(text, u32::to_be_bytes)),
+        ("white space around it", "", format!("\n\n  {text}\r\n\t ").into_bytes()),
+        ("zeros of C after it", "", format!("{text}\0\0").into_bytes()),
+        ("a record of RFC 7464", "", format!("\u{1e}{text}\n").into_bytes()),
+        ("a string with the document", "", string.clone().into_bytes()),
+        ("a string with a mark", "", format!("\u{feff}{string}").into_bytes()),
+        ("a list of one", "", format!("[{text}]").into_bytes()),
+        ("a guard against scripts", "", format!(")]}}',\n{text}").into_bytes()),
+        ("another guard", "", format!("while(1);{text}").into_bytes()),
+        ("gzip", "gzip", gzip(bytes)),
+        ("gzip by its old name", "X-GZip", gzip(bytes)),
+        ("gzip that no header names", "", gzip(bytes)),
+        ("gzip that is called br", "br", gzip(bytes)),
+        ("gzip twice", "gzip, gzip", gzip(&gzip(bytes))),
+        ("gzip in two members", "gzip", [gzip(&bytes[..9]), gzip(&bytes[9..])].concat()),
+        ("gzip of UTF-16 with a mark", "gzip", gzip(&utf16(&marked, u16::to_le_bytes))),
+        ("deflate", "deflate", zlib(bytes)),
+        ("deflate without a header", "deflate", raw_deflate(bytes)),
+        ("deflate, then gzip", "deflate, gzip", gzip(&zlib(bytes))),
+        ("gzip, then deflate", "gzip,deflate", zlib(&gzip(bytes))),
+        ("plain, called identity", "identity", bytes.to_vec()),
+        ("plain, called gzip", "gzip", bytes.to_vec()),
+        ("plain, called deflate", "deflate", bytes.to_vec()),
+        ("plain, called br", "br", bytes.to_vec()),
+    ]
+}
+
+#[test]
+fn a_token_and_a_refusal_are_read_in_every_form() {
+    for (text, expected) in [(TOKEN, "token"), (REFUSAL, "61006")] {
+        for (form, coding, bytes) in forms(text) {
+            assert_eq!(read_as(coding, &bytes), expected, "{form}");
+        }
+    }
+}
+
+#[test]
+fn the_fields_are_read_although_a_message_is_in_another_encoding() {
+    for (encoding, message) in [
+        ("EUC-KR", &b"\xc0\xdf\xb8\xf8\xb5\xc8 \xc5\xb0"[..]),
+        ("CP949 with ASCII in its characters", b"\x8cA\x8cZ\xc0\xdfa"),
+        ("Latin-1", b"cl\xe9 refus\xe9e"),
+        ("Windows-1252", b"\x93key\x94 \x80"),
+        ("half a character of UTF-8", b"\xec\x9e"),
+        ("a surrogate in UTF-8", b"\xed\xa0\x80"),
+    ] {
+        let body = [br#"{"error":{"message":""#, message, br#"","code":"61006"}}"#].concat();
+        assert_eq!(read_as("", &body), "61006", "{encoding}");
+    }
+}
+
+#[test]
+fn what_is_no_single_whole_object_is_not_read() {
+    let not_json = "the upstream's answer is not whole JSON";
+    for body in [
+        "",
+        "\u{feff}",
+        "null",
+        "true",
+        "61006",
+        "[]",
+        "[1]",
+        r#"[{"accessToken":"canary"},{}]"#,
+        r#"["canary","1717138601944"]"#,
+        r#"[[{"accessToken":"canary"}]]"#,
+        r#""""#,
+        r#""canary""#,
+        r#""\"{}\"""#,
+        r#"{"accessToken":"canary""#,
+        r#"{"accessToken":"canary"}}"#,
+        r#"{"accessToken":"canary"}{}"#,
+        r#"{"accessToken":"canary"} canary"#,
+        r#"{"accessToken":"canary",}"#,
+        r#"{'accessToken':'canary'}"#,
+        r#"{accessToken:"canary"}"#,
+        r#"canary({"accessToken":"canary"})"#,
+        "accessToken=canary&expiresIn=1717138601944",
+        "<html><body>{\"accessToken\":\"canary\"}</body></html>",
+        "<token>canary</token>",
+    ] {
+        assert_eq!(read_as("", body.as_bytes()), not_json, "{body}");
+    }
+    // A byte is missing, or changed.
+    for (coding, bytes) in [("gzip", gzip(TOKEN.as_bytes())), ("deflate", zlib(TOKEN.as_bytes()))] {
+        let damaged = "the upstream's compressed answer is damaged or longer than 64 KiB";
+        assert_eq!(read_as(coding, &bytes[..bytes.len() - 1]), damaged, "{coding}");
+        let mut changed = bytes.clone();
+        *changed.last_mut().unwrap() ^= 1;
+        assert_eq!(read_as(coding, &changed), damaged, "{coding}");
+    }
+    let odd = [&utf16(TOKEN, u16::to_le_bytes)[..], b"x"].concat();
+    assert_eq!(read_as("", &odd), not_json);
+}
+
+#[test]
+fn a_compression_that_is_not_known_is_named() {
+    for (coding, named) in [
+        ("br", "br"),
+        ("zstd", "zstd"),
+        ("compress", "compress"),
+        ("canary", "an unknown coding"),
+        ("gzip, br", "br"),
+    ] {
+        let expected =
+            format!("the upstream's answer is compressed ({named}), which was not asked for");
+        assert_eq!(read_as(coding, b"\x0b\x02\x80{}\x03"), expected, "{coding}");
+    }
+}
+
+#[test]
+fn an_answer_is_not_inflated_beyond_the_limit() {
+    let bomb = vec![b' '; 100 * MAX_BODY];
+    let refused = "the upstream's compressed answer is damaged or longer than 64 KiB";
+    assert_eq!(read_as("gzip", &gzip(&bomb)), refused);
+    assert_eq!(read_as("gzip, gzip", &gzip(&gzip(&bomb))), refused);
+    assert_eq!(read_as("deflate", &zlib(&bomb)), refused);
+    let longest = format!("{TOKEN}{}", " ".repeat(MAX_BODY - TOKEN.len()));
+    assert_eq!(read_as("gzip", &gzip(longest.as_bytes())), "token");
+    assert_eq!(read_as("gzip", &gzip(format!("{longest} ").as_bytes())), refused);
+}
+
+proptest! {
+    #[test]
+    fn no_bytes_under_any_coding_make_the_reader_panic(
+        coding in "(gzip|deflate|br|identity|, ){0,6}",
+        body in proptest::collection::vec(any::<u8>(), 0..60),
+        form in 0_usize..36,
+    ) {
+        let _ = read_as(&coding, &body);
+        // A form that is cut or changed at a place is read as what it is, or not at all.
+        let (_, coding, mut bytes) = forms(REFUSAL).swap_remove(form);
+        if let (Some(at), Some(byte)) = (body.first(), body.get(1)) {
+            let at = usize::from(*at) % bytes.len();
+            bytes[at] = *byte;
+            let headers = headers(&[(header::CONTENT_ENCODING, coding)]);
+            if let Ok(answer) = read(&headers, &bytes) {
+                prop_assert!(answer.access_token.is_none());
+            }
+        }
+    }
+}
