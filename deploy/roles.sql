@@ -96,7 +96,7 @@ grant execute on function audit_ensure_partition(date), audit_lock_day(date), au
 grant select on account_status, intake_keys to token_broker_accounts;
 grant select (account_id, attempt_ended_at, error_class, error_version)
     on refreshes to token_broker_accounts;
-grant select (account_id, credential_version, generation, issued_at, expires_at)
+grant select (account_id, credential_version, generation, issued_at, expires_at, repeated_at)
     on tokens to token_broker_accounts;
 grant
     select (id, name, provider, client_id, credential_version, previous_version, enabled, description,

@@ -18,6 +18,8 @@ known as (
         -- Clients cannot represent every time that Postgres can, such as `infinity`.
         case when r.next_attempt_at between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'
             then r.next_attempt_at end as next_attempt_at,
+        case when r.new_secret_retry_at between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'
+            then r.new_secret_retry_at end as new_secret_retry_at,
         case when r.last_requested_at between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'
             then r.last_requested_at end as last_requested_at,
         case when t.expires_at between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'
@@ -26,6 +28,7 @@ known as (
             then t.issued_at end as issued_at,
         coalesce(t.expires_at > moment.at, false) as live,
         coalesce(t.issued_at > moment.at + interval '5 seconds', false) as issued_in_future,
+        coalesce(t.repeated_at >= t.issued_at, false) as repeated,
         coalesce(r.lease_until > moment.at, false) as leased,
         -- A secret that was just written may put it right.
         r.error_class is not null and r.error_version = a.credential_version and a.client_secret is null as failing,
@@ -43,6 +46,8 @@ known as (
                 then 'refreshes.lease_until'
             when r.next_attempt_at not between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'
                 then 'refreshes.next_attempt_at'
+            when r.new_secret_retry_at not between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'
+                then 'refreshes.new_secret_retry_at'
             when r.interval_exceptions_since
                 not between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'
                 then 'refreshes.interval_exceptions_since'
@@ -55,6 +60,8 @@ known as (
                 then 'tokens.issued_at'
             when t.expires_at not between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'
                 then 'tokens.expires_at'
+            when t.repeated_at not between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'
+                then 'tokens.repeated_at'
         end as unusable
     from moment, @schema@.accounts a
     left join @schema@.refreshes r on r.account_id = a.id
@@ -86,7 +93,9 @@ select
     case when error_class is not null then
         concat_ws(' ', error_code, error_message)
     end as last_error,
-    next_attempt_at,
+    -- While the previous secret issues as it should, what is still to come is the new one.
+    coalesce(next_attempt_at, case when failing and previous_secret is not null then new_secret_retry_at end)
+        as next_attempt_at,
     last_requested_at,
     case
         when not enabled then
@@ -99,6 +108,8 @@ select
             'the sealed secret does not open with the broker''s keyring: seal it again for the current intake key'
         when failing and error_class = 'rejected' and previous_secret is not null then
             'the upstream refuses the new client_secret, and the one before goes on issuing: set the API KEY shown in the console'
+        when failing and previous_secret is not null and error_class <> 'intake' and consecutive_failures = 0 then
+            'the new client_secret has not issued a token yet (see last_error), and the one before goes on issuing; the new one is tried again: check that it is the API KEY shown in the console'
         when failing and error_code = '61005' then
             'the upstream does not know this client_id: correct it (with its client_secret); nothing is retried until then'
         when failing and error_code = '61006' then
@@ -122,6 +133,8 @@ select
             'the database''s clock was set back since the token was issued; the token is being replaced'
         when expires_at is null then 'the first token is on its way'
         when not live then 'the last token ended; a new one is on its way: is a broker running?'
+        when repeated then
+            'the upstream repeats its token: it gave the same one again instead of a new one, which is asked for when this one ends'
         else ''
     end as hint,
     -- Whether a secret was written that no broker has compared and sealed yet.

@@ -28,6 +28,8 @@ pub enum Event {
     HandshakeRefused,
     /// The upstream issued a token.
     TokenIssued,
+    /// The upstream gave an account's token again instead of a new one.
+    TokenRepeated,
     /// An attempt to issue a token failed.
     IssueFailed,
     /// An account was inserted.
@@ -74,6 +76,7 @@ impl Event {
             Self::UnknownMethod => "unknown_method",
             Self::HandshakeRefused => "handshake_refused",
             Self::TokenIssued => "token_issued",
+            Self::TokenRepeated => "token_repeated",
             Self::IssueFailed => "issue_failed",
             Self::AccountRegistered => "account_registered",
             Self::AccountChanged => "account_changed",

@@ -59,10 +59,13 @@ impl AttemptTimeLimits {
         if in_future(refresh.attempt_started_at) {
             refresh.attempt_started_at = Some(LONG_AGO);
             refresh.next_attempt_at = refresh.next_attempt_at.map(|_| LONG_AGO);
+            refresh.new_secret_retry_at = refresh.new_secret_retry_at.map(|_| LONG_AGO);
         }
         let longest_pause = delta(self.policy.longest_pause());
-        if refresh.next_attempt_at.is_some_and(|at| at > now + longest_pause) {
-            refresh.next_attempt_at = Some(LONG_AGO);
+        for pause_until in [&mut refresh.next_attempt_at, &mut refresh.new_secret_retry_at] {
+            if pause_until.is_some_and(|at| at > now + longest_pause) {
+                *pause_until = Some(LONG_AGO);
+            }
         }
         if in_future(refresh.interval_exceptions.since) {
             refresh.interval_exceptions = IntervalExceptions::default();

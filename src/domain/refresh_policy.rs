@@ -40,6 +40,14 @@ pub const LONGEST_RETRY_AFTER: Duration = Duration::from_hours(1);
 const FIRST_EGRESS_RETRY: Duration = Duration::from_secs(30);
 /// The upper bound of that pause.
 const LONGEST_EGRESS_RETRY: Duration = Duration::from_mins(15);
+/// The pause after the first failure of a new secret while the previous one goes on issuing, if the upstream
+/// did not answer; it doubles with each further one.
+const FIRST_NEW_SECRET_RETRY: Duration = Duration::from_secs(30);
+/// That pause if the upstream answered, but not with a refusal of the secret that is known as one. No call
+/// waits for the new secret, and a lock of the account would end the work of the previous one too.
+const FIRST_NEW_SECRET_RETRY_AFTER_ANSWER: Duration = Duration::from_mins(5);
+/// The upper bound of these pauses.
+const LONGEST_NEW_SECRET_RETRY: Duration = Duration::from_hours(1);
 
 /// A time in the past, for "at once".
 const AT_ONCE: Timestamp = DateTime::UNIX_EPOCH;
@@ -61,10 +69,14 @@ pub struct IssueView<'a> {
     refresh: &'a RefreshState,
     /// When the replacement of the account's token is scheduled.
     scheduled_at: Timestamp,
+    /// Until when the upstream gives the account's token again instead of a new one.
+    repeats_until: Option<Timestamp>,
     /// When the last outage of the upstream ended, as this replica saw it.
     outage_ended_at: Option<Timestamp>,
     /// Whether another token is stored than the one to be replaced.
     already_replaced: bool,
+    /// The one credential that may be used; `None` for any.
+    credential: Option<CredentialVersion>,
 }
 
 impl<'a> IssueView<'a> {
@@ -77,7 +89,15 @@ impl<'a> IssueView<'a> {
         scheduled_at: Timestamp,
         outage_ended_at: Option<Timestamp>,
     ) -> Self {
-        Self { account, refresh, scheduled_at, outage_ended_at, already_replaced: false }
+        Self {
+            account,
+            refresh,
+            scheduled_at,
+            repeats_until: None,
+            outage_ended_at,
+            already_replaced: false,
+            credential: None,
+        }
     }
 
     /// Returns the view of an account's locked row, for a claim to replace the generation `replaces`.
@@ -91,24 +111,64 @@ impl<'a> IssueView<'a> {
         outage_ended_at: Option<Timestamp>,
     ) -> Self {
         let already_replaced = refresh.stored_generation > replaces;
-        Self { account, refresh, scheduled_at: AT_ONCE, outage_ended_at, already_replaced }
+        Self {
+            account,
+            refresh,
+            scheduled_at: AT_ONCE,
+            repeats_until: None,
+            outage_ended_at,
+            already_replaced,
+            credential: None,
+        }
     }
 
-    /// Returns the priority class of the account's next attempt. A failure in an outage that has ended says
-    /// nothing about the account, and does not count.
+    /// Permits only the credential of this version: the one that the claimant has scheduled. The schedule of
+    /// another one says nothing about it.
     #[must_use]
-    pub fn priority_class(&self) -> PriorityClass {
+    pub fn for_credential(self, credential: Option<CredentialVersion>) -> Self {
+        Self { credential, ..self }
+    }
+
+    /// Sets until when the upstream gives the account's token again instead of a new one:
+    /// [`Token::repeats_until`].
+    #[must_use]
+    pub fn repeating_until(self, repeats_until: Option<Timestamp>) -> Self {
+        Self { repeats_until, ..self }
+    }
+
+    /// Returns when the token is to be replaced. While the upstream repeats it, an attempt would be wasted.
+    fn due(&self) -> Timestamp {
+        if self.refresh.token_may_be_revoked() {
+            return AT_ONCE;
+        }
+        self.repeats_until.map_or(self.scheduled_at, |until| until.max(self.scheduled_at))
+    }
+
+    /// Returns when the minimum issue interval ends. It does not outlast a token that the upstream repeats: an
+    /// attempt that got the same token again was no issue. So it is shortened once for each such token.
+    fn interval_ends(&self, interval: Duration) -> Timestamp {
+        let Some(started) = self.refresh.attempt_started_at else { return AT_ONCE };
+        let ends = started + delta(interval);
+        self.repeats_until.filter(|until| started < *until).map_or(ends, |until| ends.min(until))
+    }
+
+    /// Returns the priority class of an attempt with the credential of this version. A failure in an outage
+    /// that has ended says nothing about the account, and does not count.
+    #[must_use]
+    pub fn priority_class(&self, version: CredentialVersion) -> PriorityClass {
         let Self { account, refresh, .. } = self;
-        let untried =
-            account.usable_version(refresh).is_some_and(|version| self.is_untried(version));
-        let failing = refresh.consecutive_failures > 0
-            && !refresh
-                .failure
-                .as_ref()
-                .is_some_and(|failure| self.failed_in_ended_outage(failure.class));
-        if untried || account.wants_reissue(refresh) {
+        let is_current = version == account.credential_version;
+        let fallback = account.fallback_version(refresh);
+        // The last failure of the previous credential is not stored. One that is still kept was not refused.
+        let failure = refresh.failure.as_ref().filter(|_| fallback.is_none());
+        let in_ended_outage = failure
+            .map_or(fallback.is_some() && self.outage_ended_since_attempt(), |failure| {
+                self.failed_in_ended_outage(failure.class)
+            });
+        let failing = refresh.consecutive_failures > 0 && !in_ended_outage;
+        if self.is_untried(version) || account.wants_reissue(refresh) {
             PriorityClass::Untried
-        } else if failing {
+        } else if failing || is_current && fallback.is_some() {
             PriorityClass::Failing
         } else if refresh.stored_generation.is_some() {
             PriorityClass::Proven
@@ -117,17 +177,34 @@ impl<'a> IssueView<'a> {
         }
     }
 
-    /// Returns whether `version` is the account's current credential and was not tried yet.
+    /// Returns how often the credential of this version has failed in a row.
+    #[must_use]
+    pub fn failures(&self, version: CredentialVersion) -> u32 {
+        let Self { account, refresh, .. } = self;
+        let is_current = version == account.credential_version;
+        if is_current && account.fallback_version(refresh).is_some() {
+            return refresh.new_secret_failures(version);
+        }
+        refresh.consecutive_failures
+    }
+
+    /// Returns whether `version` is the account's current credential and was not tried yet. Since its last
+    /// attempt, the previous one may have been used.
     fn is_untried(&self, version: CredentialVersion) -> bool {
-        version == self.account.credential_version && self.refresh.attempt_version != Some(version)
+        version == self.account.credential_version
+            && self.refresh.attempt_version != Some(version)
+            && self.refresh.current_failure(version).is_none()
     }
 
     /// Returns whether a last failure of `class` belongs to an outage of the upstream that has ended
     /// since.
     fn failed_in_ended_outage(&self, class: FailureClass) -> bool {
+        class.is_transient() && self.outage_ended_since_attempt()
+    }
+
+    fn outage_ended_since_attempt(&self) -> bool {
         let started = self.refresh.attempt_started_at;
-        class.is_transient()
-            && started.zip(self.outage_ended_at).is_some_and(|(started, ended)| started < ended)
+        started.zip(self.outage_ended_at).is_some_and(|(started, ended)| started < ended)
     }
 }
 
@@ -153,9 +230,13 @@ pub enum IssueDecision {
 }
 
 /// The earliest time at which a token may be issued, and with which credential.
-struct EarliestIssue {
-    at: Timestamp,
-    credential_version: CredentialVersion,
+#[derive(Clone, Copy, Debug)]
+pub struct EarliestIssue {
+    /// The time, which may have passed. It does not depend on the present time, so an account that is
+    /// scheduled twice keeps its position in the queue.
+    pub at: Timestamp,
+    /// The credential.
+    pub credential_version: CredentialVersion,
     /// The end of the minimum issue interval, which may be after `at`.
     interval_ends: Timestamp,
 }
@@ -175,50 +256,97 @@ impl RefreshPolicy {
     }
 
     /// Returns the time from which [`RefreshPolicy::decide`] permits the next issue, which may have
-    /// passed; `None` while no issue is needed. It does not depend on the present time, so an account
-    /// that is scheduled twice keeps its position in the queue.
+    /// passed; `None` while no issue is needed.
     #[must_use]
     pub fn next_issue_at(&self, view: &IssueView<'_>) -> Option<Timestamp> {
         self.earliest_issue(view).map(|earliest| earliest.at)
     }
 
-    fn earliest_issue(&self, view: &IssueView<'_>) -> Option<EarliestIssue> {
+    /// Returns the next issue that [`RefreshPolicy::decide`] permits; `None` while no issue is needed.
+    ///
+    /// While a new secret has failed and the previous one is kept, the two have schedules of their own, which
+    /// share only the minimum issue interval and the lease. The previous one replaces the token as if there had
+    /// been no rotation. The new one is tried again after pauses of its own, so that an attempt which ends the
+    /// rotation never takes the place of one that keeps a token alive.
+    #[must_use]
+    pub fn earliest_issue(&self, view: &IssueView<'_>) -> Option<EarliestIssue> {
         let IssueView { account, refresh, .. } = view;
         if !account.enabled || view.already_replaced {
             return None;
         }
-        let credential_version = account.usable_version(refresh)?;
-        let reissue_requested = account.wants_reissue(refresh);
-        let untried = view.is_untried(credential_version);
-        let due = if reissue_requested || untried || refresh.token_may_be_revoked() {
-            AT_ONCE
-        } else {
-            view.scheduled_at
+        let fallback = account.fallback_version(refresh);
+        let previous = fallback.map(|version| self.earliest_with_fallback(view, version));
+        let current = account.usable_version(refresh).map(|version| match fallback {
+            Some(_) => self.earliest_retry_beside_fallback(view, version),
+            None => self.earliest_alone(view, version),
+        });
+        // At the same time, the one that is known to work is first.
+        let is_permitted = |earliest: &EarliestIssue| {
+            view.credential.is_none_or(|permitted| permitted == earliest.credential_version)
         };
+        let candidates = [previous, current].into_iter().flatten().filter(is_permitted);
+        candidates.min_by_key(|earliest| earliest.at)
+    }
+
+    /// The next issue with the current credential, where no other one can issue.
+    fn earliest_alone(&self, view: &IssueView<'_>, version: CredentialVersion) -> EarliestIssue {
+        let IssueView { account, refresh, .. } = view;
+        let at_once = view.is_untried(version) || account.wants_reissue(refresh);
+        let due = if at_once { AT_ONCE } else { view.due() };
         let retry = refresh
-            .current_failure(account.credential_version)
-            .filter(|_| !reissue_requested && !untried)
-            .filter(|failure| !view.failed_in_ended_outage(failure.class))
-            .and(refresh.next_attempt_at)
-            .unwrap_or(AT_ONCE);
-        let interval_ends = refresh
-            .attempt_started_at
-            .map_or(AT_ONCE, |started| started + delta(self.min_issue_interval));
-        let interval = if untried {
+            .current_failure(version)
+            .filter(|failure| !at_once && !view.failed_in_ended_outage(failure.class))
+            .and(refresh.next_attempt_at);
+        self.not_before(view, version, due, retry)
+    }
+
+    /// The next issue with the previous credential, while the current one cannot issue.
+    fn earliest_with_fallback(
+        &self,
+        view: &IssueView<'_>,
+        version: CredentialVersion,
+    ) -> EarliestIssue {
+        let retry = view.refresh.next_attempt_at.filter(|_| !view.outage_ended_since_attempt());
+        self.not_before(view, version, view.due(), retry)
+    }
+
+    /// The next attempt with the current credential after it failed, while the previous one issues.
+    fn earliest_retry_beside_fallback(
+        &self,
+        view: &IssueView<'_>,
+        version: CredentialVersion,
+    ) -> EarliestIssue {
+        self.not_before(view, version, AT_ONCE, view.refresh.new_secret_retry_at)
+    }
+
+    /// Returns an issue at `due`, but not before the pause until `retry`, the minimum issue interval and the
+    /// lease are over.
+    fn not_before(
+        &self,
+        view: &IssueView<'_>,
+        credential_version: CredentialVersion,
+        due: Timestamp,
+        retry: Option<Timestamp>,
+    ) -> EarliestIssue {
+        let refresh = view.refresh;
+        let interval_ends = view.interval_ends(self.min_issue_interval);
+        let interval = if view.is_untried(credential_version) {
             interval_ends.min(refresh.interval_exceptions.available_from())
         } else {
             interval_ends
         };
-        let lease = refresh.lease_until.unwrap_or(AT_ONCE);
-        let at = due.max(retry).max(interval).max(lease);
-        Some(EarliestIssue { at, credential_version, interval_ends })
+        let pauses = [retry, Some(interval), refresh.lease_until];
+        let at = pauses.into_iter().flatten().fold(due, Timestamp::max);
+        EarliestIssue { at, credential_version, interval_ends }
     }
 
-    /// Returns when the replacement of `token` is scheduled: at [`RefreshPolicy::advisory_refresh_at`],
-    /// or at once if there is no token.
+    /// Returns when the replacement of `token` is scheduled: at [`RefreshPolicy::advisory_refresh_at`], at its
+    /// end if the upstream repeats it until then, or at once if there is no token.
     #[must_use]
     pub fn scheduled_at(&self, account: &AccountName, token: Option<&Token>) -> Timestamp {
-        token.map_or(AT_ONCE, |token| self.advisory_refresh_at(account, token))
+        token.map_or(AT_ONCE, |token| {
+            token.repeats_until().unwrap_or_else(|| self.advisory_refresh_at(account, token))
+        })
     }
 
     /// Returns when `token` should be replaced: after the share [`RefreshPolicy::refresh_at`] of its
@@ -246,9 +374,13 @@ impl RefreshPolicy {
     }
 
     /// Returns the upper bound of a caller's `min_ttl`: the part of its life that a token certainly has
-    /// left before its replacement is due. A longer one would cause an issue with each call.
+    /// left before its replacement is due. A longer one would cause an issue with each call. It is zero while the
+    /// upstream repeats the token, since there is no other one to wait for.
     #[must_use]
     pub fn longest_min_ttl(&self, token: &Token) -> Duration {
+        if token.repeated_at.is_some() {
+            return Duration::ZERO;
+        }
         token.life().mul_f64((1.0 - self.refresh_at - JITTER).max(0.0))
     }
 
@@ -280,6 +412,28 @@ impl RefreshPolicy {
         Some(longest.map_or(pause, |longest| pause.min(longest)))
     }
 
+    /// Returns how long to wait before a new secret is tried again, after its `failures`-th failure in a row
+    /// while the previous one goes on issuing. The arguments are those of
+    /// [`RefreshPolicy::pause_after_failure`].
+    #[must_use]
+    pub fn pause_of_new_secret(
+        &self,
+        account: &AccountName,
+        class: FailureClass,
+        failures: u32,
+        retry_after: Option<Duration>,
+    ) -> Option<Duration> {
+        if class.suspends() {
+            return None;
+        }
+        let first = match class {
+            FailureClass::Unreachable | FailureClass::RateLimited => FIRST_NEW_SECRET_RETRY,
+            _ => FIRST_NEW_SECRET_RETRY_AFTER_ANSWER,
+        };
+        let pause = doubling_pause(account, (first, LONGEST_NEW_SECRET_RETRY), failures);
+        Some(pause.max(self.min_issue_interval).max(retry_after.unwrap_or_default()))
+    }
+
     /// Returns the longest pause after a failure, whatever the upstream asks for.
     #[must_use]
     pub fn longest_pause(&self) -> Duration {
@@ -295,13 +449,22 @@ impl RefreshPolicy {
 }
 
 /// Returns a pause that doubles with each failure: from one second to five minutes, or from half a minute to
-/// a quarter of an hour while the upstream refuses the account or the address. The account's name and the
-/// number of failures spread it over the upper half of that.
+/// a quarter of an hour while the upstream refuses the account or the address.
 fn backoff(account: &AccountName, class: FailureClass, failures: u32) -> Duration {
-    let (first, longest) = match class {
+    let bounds = match class {
         FailureClass::EgressRejected => (FIRST_EGRESS_RETRY, LONGEST_EGRESS_RETRY),
         _ => (FIRST_RETRY, LONGEST_RETRY),
     };
+    doubling_pause(account, bounds, failures)
+}
+
+/// Returns a pause that doubles with each failure, from the first bound to the second. The account's name and
+/// the number of failures spread it over the upper half of that.
+fn doubling_pause(
+    account: &AccountName,
+    (first, longest): (Duration, Duration),
+    failures: u32,
+) -> Duration {
     let doubled = first.saturating_mul(1 << failures.saturating_sub(1).min(16)).min(longest);
     let jitter = spread(account, &failures.to_string());
     doubled.mul_f64(0.5 + jitter / 2.0)

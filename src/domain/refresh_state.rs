@@ -104,8 +104,11 @@ pub struct IssueAttempt {
     /// The credential to issue with.
     pub credential: AccountCredential,
     /// Whether `credential` is the account's current one. The previous one is used while the current one
-    /// is refused or not sealed yet.
+    /// has not issued a token, because it is not sealed yet or because it failed.
     pub uses_current_credential: bool,
+    /// Whether `credential` is the current one and the previous one is kept, which goes on issuing if this
+    /// attempt fails.
+    pub has_fallback: bool,
     /// The generation that the new token gets.
     pub generation: Generation,
 }
@@ -142,17 +145,25 @@ impl Account {
                 .is_some_and(|at| refresh.attempt_started_at.is_none_or(|started| started < at))
     }
 
-    /// Returns the version of the credential to issue with: the current one, or the previous one
-    /// while the current one is suspended or not sealed yet. `None` if neither can be used.
+    /// Returns the current credential's version if it may be tried: it is sealed, and not suspended unless an
+    /// admin requested a new token.
     #[must_use]
     pub fn usable_version(&self, refresh: &RefreshState) -> Option<CredentialVersion> {
         let suspended = refresh
             .current_failure(self.credential_version)
             .is_some_and(|failure| failure.class.suspends());
-        if self.secret.is_some() && (!suspended || self.wants_reissue(refresh)) {
-            return Some(self.credential_version);
-        }
-        self.previous.as_ref().map(|previous| previous.version)
+        let usable = self.secret.is_some() && (!suspended || self.wants_reissue(refresh));
+        usable.then_some(self.credential_version)
+    }
+
+    /// Returns the previous credential's version if it goes on issuing tokens, because the current one cannot
+    /// issue yet: it is not sealed, or its last attempt failed, for whatever reason. A request for a new token
+    /// is answered with the current one first.
+    #[must_use]
+    pub fn fallback_version(&self, refresh: &RefreshState) -> Option<CredentialVersion> {
+        let failed = refresh.current_failure(self.credential_version).is_some();
+        let needed = self.secret.is_none() || failed && !self.wants_reissue(refresh);
+        self.previous.as_ref().filter(|_| needed).map(|previous| previous.version)
     }
 
     /// Returns the current or the previous credential if it has this version and a sealed secret.
@@ -177,6 +188,7 @@ impl Account {
             client_id: self.client_id.clone(),
             credential: self.credential(version)?,
             uses_current_credential: version == self.credential_version,
+            has_fallback: version == self.credential_version && self.previous.is_some(),
             generation,
         })
     }
@@ -256,12 +268,18 @@ pub struct RefreshState {
     pub possibly_revoked: bool,
     /// The generation of the stored token, even if the token cannot be opened.
     pub stored_generation: Option<Generation>,
-    /// The failures since the last success.
+    /// The failures since the last success. Those of a new secret beside the previous one do not count.
     pub consecutive_failures: u32,
     /// The last failure; `None` after a success.
     pub failure: Option<IssueFailure>,
     /// The time before which no attempt is made after a transient failure.
     pub next_attempt_at: Option<Timestamp>,
+    /// The failures in a row of the current credential while the previous one is kept, if `failure` is the
+    /// last one of them.
+    pub new_secret_failures: u32,
+    /// The time before which the current credential is not tried again after such a failure. The previous one
+    /// does not wait for it.
+    pub new_secret_retry_at: Option<Timestamp>,
     /// The exceptions from the minimum issue interval in the current hour.
     pub interval_exceptions: IntervalExceptions,
     /// The request for a new token ([`Account::reissue_requested_at`]) that the last attempt knew of.
@@ -269,6 +287,13 @@ pub struct RefreshState {
 }
 
 impl RefreshState {
+    /// Returns how often the credential of this version, the current one, has failed in a row while the
+    /// previous one was kept.
+    #[must_use]
+    pub fn new_secret_failures(&self, version: CredentialVersion) -> u32 {
+        self.current_failure(version).map_or(0, |_| self.new_secret_failures)
+    }
+
     /// Returns the last failure if it is about the current credential, whose version is `version`.
     #[must_use]
     pub fn current_failure(&self, version: CredentialVersion) -> Option<&IssueFailure> {

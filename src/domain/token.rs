@@ -14,6 +14,10 @@ use crate::domain::{
 /// for a misread number: such a token would be served long after its real end.
 pub const LONGEST_LIFE: TimeDelta = TimeDelta::hours(48);
 
+/// How long after the end of a token that the upstream repeats the next one is requested. The upstream counts
+/// that end in milliseconds, and the broker may know it in whole seconds only.
+const REPEAT_MARGIN: TimeDelta = TimeDelta::seconds(1);
+
 /// A number that grows with each new token of an account.
 ///
 /// It contains the time of the issue, as milliseconds since 1970 in the upper 48 bits, and the number of
@@ -76,6 +80,9 @@ pub struct Token {
     pub allowed_ip: Option<String>,
     /// The keyed hash that identifies it in the audit log.
     pub fingerprint: String,
+    /// When the upstream last gave this same token again instead of a new one, by the database's clock: compare
+    /// it only with another such time. `None` if it never did.
+    pub repeated_at: Option<Timestamp>,
 }
 
 /// A token as the database stores it: like [`Token`], with the JWT sealed.
@@ -98,6 +105,8 @@ pub struct SealedToken {
     pub allowed_ip: Option<String>,
     /// See [`Token::fingerprint`].
     pub fingerprint: String,
+    /// See [`Token::repeated_at`].
+    pub repeated_at: Option<Timestamp>,
 }
 
 impl SealedToken {
@@ -113,7 +122,15 @@ impl SealedToken {
             issuer_expires_at: None,
             allowed_ip: token.allowed_ip.clone(),
             fingerprint: token.fingerprint.clone(),
+            repeated_at: token.repeated_at,
         }
+    }
+
+    /// Returns until when the upstream repeats the token, by the clock of its times: see
+    /// [`Token::repeats_until`].
+    #[must_use]
+    pub fn repeats_until(&self) -> Option<Timestamp> {
+        self.repeated_at.map(|_| self.expires_at + REPEAT_MARGIN)
     }
 
     /// Returns the token with the JWT that the caller opened. Its times must be by the time of this process.
@@ -127,6 +144,7 @@ impl SealedToken {
             expires_at: self.expires_at,
             allowed_ip: self.allowed_ip,
             fingerprint: self.fingerprint,
+            repeated_at: self.repeated_at,
         }
     }
 }
@@ -142,6 +160,13 @@ impl Token {
     #[must_use]
     pub fn time_left(&self, now: Timestamp) -> Duration {
         until_from(now, self.expires_at)
+    }
+
+    /// Returns until when the upstream gives this token again instead of a new one: shortly after its end.
+    /// `None` if it has not done so yet.
+    #[must_use]
+    pub fn repeats_until(&self) -> Option<Timestamp> {
+        self.repeated_at.map(|_| self.expires_at + REPEAT_MARGIN)
     }
 
     /// Returns the whole life, from issue to end.
@@ -169,6 +194,7 @@ impl Token {
             expires_at: Timestamp::UNIX_EPOCH + TimeDelta::seconds(life),
             allowed_ip: None,
             fingerprint: String::new(),
+            repeated_at: None,
         }
     }
 }

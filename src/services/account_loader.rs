@@ -230,7 +230,11 @@ impl AccountLoader {
         let believed = life.believed(moment);
         (stored.issued_at, stored.expires_at) = (believed.issued_at, believed.expires_at);
         let cached = self.cache.by_id(account).and_then(|entry| entry.snapshot().token.clone());
-        let Some(cached) = cached.filter(|cached| cached.generation == stored.generation) else {
+        // Where the upstream gave the token again meanwhile, it may have stated another end.
+        let is_same = |cached: &Arc<Token>| {
+            cached.generation == stored.generation && cached.repeated_at == stored.repeated_at
+        };
+        let Some(cached) = cached.filter(is_same) else {
             return (stored, believed.from_the_future);
         };
         let shortened = believed.expires_at < cached.expires_at - TOLERANCE;
@@ -253,6 +257,7 @@ impl AccountLoader {
             &mut refresh.attempt_started_at,
             &mut refresh.lease_until,
             &mut refresh.next_attempt_at,
+            &mut refresh.new_secret_retry_at,
             &mut refresh.interval_exceptions.since,
             &mut refresh.answered_reissue,
         ] {

@@ -183,10 +183,11 @@ impl Refresher {
 
     fn plan(&mut self, entry: &CachedAccount, not_before: Option<Timestamp>) {
         let snapshot = entry.snapshot();
-        let schedule = self.issuer.next_attempt_at(&snapshot).map(|due| Schedule {
+        let view = self.issuer.view(&snapshot);
+        let schedule = self.issuer.next_attempt(&snapshot).map(|(due, version)| Schedule {
             due: not_before.map_or(due, |not_before| due.max(not_before)),
-            priority: self.issuer.view(&snapshot).priority_class(),
-            failures: snapshot.refresh.consecutive_failures,
+            priority: view.priority_class(version),
+            failures: view.failures(version),
             token: snapshot.token.as_ref().map(|token| TokenTimes {
                 ends: token.expires_at,
                 mandatory_from: RefreshPolicy::mandatory_window_starts_at(token),

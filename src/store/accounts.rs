@@ -71,6 +71,8 @@ struct Row {
     error_message: Option<Lenient<String>>,
     error_version: Option<i64>,
     next_attempt_at: Option<LenientTime>,
+    new_secret_failures: Option<i32>,
+    new_secret_retry_at: Option<LenientTime>,
     interval_exceptions: Option<i32>,
     interval_exceptions_since: Option<LenientTime>,
     answered_reissue: Option<LenientTime>,
@@ -83,6 +85,7 @@ struct Row {
     issuer_expires_at: Option<LenientTime>,
     allowed_ip: Option<Lenient<String>>,
     fingerprint: Option<Lenient<String>>,
+    repeated_at: Option<LenientTime>,
     now: Timestamp,
     version: i64,
 }
@@ -132,6 +135,8 @@ pub async fn load<'e>(
             r.error_code as "error_code?: Lenient<String>",
             r.error_message as "error_message?: Lenient<String>", r.error_version as "error_version?",
             r.next_attempt_at as "next_attempt_at?: LenientTime",
+            r.new_secret_failures as "new_secret_failures?",
+            r.new_secret_retry_at as "new_secret_retry_at?: LenientTime",
             r.interval_exceptions as "interval_exceptions?",
             r.interval_exceptions_since as "interval_exceptions_since?: LenientTime",
             r.answered_reissue as "answered_reissue?: LenientTime",
@@ -141,6 +146,7 @@ pub async fn load<'e>(
             t.issuer_expires_at as "issuer_expires_at?: LenientTime",
             t.allowed_ip as "allowed_ip?: Lenient<String>",
             t.fingerprint as "fingerprint?: Lenient<String>",
+            t.repeated_at as "repeated_at?: LenientTime",
             clock_timestamp() as "now!",
             hashtextextended(concat(a.xmin, a.ctid, '/', r.account_id, r.changed, '/', t.xmin, t.ctid), 0)
                 as "version!"
@@ -218,6 +224,11 @@ impl Row {
                 &mut self.next_attempt_at,
                 "next_attempt_at is not a time between 1970 and 9999",
             )?,
+            new_secret_failures: self.new_secret_failures.unwrap_or_default().unsigned_abs(),
+            new_secret_retry_at: time(
+                &mut self.new_secret_retry_at,
+                "new_secret_retry_at is not a time between 1970 and 9999",
+            )?,
             interval_exceptions: IntervalExceptions {
                 used: self.interval_exceptions.unwrap_or_default().unsigned_abs(),
                 since: time(
@@ -272,16 +283,23 @@ impl Row {
             .issuer_expires_at
             .take()
             .map(|time| time.or(unusable("issuer_expires_at is not a time between 1970 and 9999")));
+        let repeated_at = self
+            .repeated_at
+            .take()
+            .map(|time| time.or(unusable("repeated_at is not a time between 1970 and 9999")));
+        let issued_at = issued_at.or(unusable("issued_at is not a time between 1970 and 9999"))?;
         Ok(Some(SealedToken {
             sealed,
             generation: Generation(generation),
             credential_version: CredentialVersion(version),
-            issued_at: issued_at.or(unusable("issued_at is not a time between 1970 and 9999"))?,
+            issued_at,
             expires_at: expires_at
                 .or(unusable("expires_at is not a time between 1970 and 9999"))?,
             issuer_expires_at: issuer_expires_at.transpose()?,
             allowed_ip: text(&mut self.allowed_ip)?,
             fingerprint: text(&mut self.fingerprint)?.unwrap_or_default(),
+            // An older release leaves the time of an earlier token behind.
+            repeated_at: repeated_at.transpose()?.filter(|at| *at >= issued_at),
         }))
     }
 }

@@ -22,7 +22,7 @@ use crate::domain::{
     plausible_time::{AttemptTimeLimits, LONGEST_LEASE},
     refresh_policy::{IssueDecision, IssueView, RefreshPolicy},
     refresh_state::{IssueAttempt, IssueFailure},
-    token::Generation,
+    token::{Generation, SealedToken},
 };
 
 /// The pause before a claim is repeated for an account whose row another transaction has locked.
@@ -77,7 +77,8 @@ pub enum Claim {
     /// The replicas together have reached the limit of the rate, or of concurrent attempts for accounts of
     /// this priority: no token may be issued for such an account until this time has passed.
     Paced(Duration),
-    /// The account is gone, disabled or malformed, has no usable credential, or its token has been replaced.
+    /// The account is gone, disabled or malformed, has no usable credential or another one than the claimant has
+    /// scheduled, or its token has been replaced.
     NotNeeded,
 }
 
@@ -99,6 +100,9 @@ pub struct Lease {
 /// Claims a lease to replace generation `replaces` of the account's token, and stores the start of the
 /// attempt.
 ///
+/// `credential` is the one that the claimant has scheduled; `None` for any. If another one is to be used by now,
+/// the answer is [`Claim::NotNeeded`].
+///
 /// `outage_ended` is how long ago the upstream's last outage ended, by the claimant's attempts. The pause
 /// after a failure in that outage is skipped.
 ///
@@ -113,6 +117,7 @@ pub async fn claim(
     pool: &PgPool,
     account: AccountId,
     replaces: Option<Generation>,
+    credential: Option<CredentialVersion>,
     outage_ended: Option<Duration>,
     holder: &LeaseHolder,
 ) -> Result<Claim, StoreError> {
@@ -140,7 +145,11 @@ pub async fn claim(
     };
     let lease_shortened = holder.time_limits().correct(&mut row.refresh, row.now);
     let outage_ended_at = outage_ended.map(|ago| row.now - delta(ago));
-    let view = IssueView::locked(&row.account, &row.refresh, replaces, outage_ended_at);
+    // A token that was issued in the future was stored before the database's clock was set back.
+    let token = row.token.as_ref().filter(|token| token.issued_at <= row.now);
+    let view = IssueView::locked(&row.account, &row.refresh, replaces, outage_ended_at)
+        .repeating_until(token.and_then(SealedToken::repeats_until))
+        .for_credential(credential);
     let (version, uses_interval_exception) = match holder.policy.decide(&view, row.now) {
         IssueDecision::Issue { credential_version, uses_interval_exception } => {
             (credential_version, uses_interval_exception)
@@ -155,7 +164,7 @@ pub async fn claim(
     };
     // Every claim locks the row of `upstream_pace`, so that leases are granted one after the other. It is
     // locked last, to be locked as briefly as possible.
-    let priority = view.priority_class();
+    let priority = view.priority_class(version);
     if let Some(pause) = upstream_pause(&mut transaction, priority, holder).await? {
         return Ok(Claim::Paced(pause));
     }
@@ -301,7 +310,8 @@ pub struct FailedAttempt {
 /// if the account has another lease by now.
 ///
 /// A failure of the previous credential does not overwrite the failure of the current one. If the upstream
-/// refused it, it is not used again: see [`accounts::drop_replaced_credentials`].
+/// refused it, it is not used again: see [`accounts::drop_replaced_credentials`]. A failure of the current one
+/// does not delay the previous one, which is kept beside it.
 ///
 /// # Errors
 /// When the database cannot be reached or refuses a statement; the lease then expires by itself.
@@ -316,13 +326,17 @@ pub async fn record_failure(
         "-- store::leases::record_failure
         update refreshes set lease_holder = null, lease_until = null,
             attempt_ended_at = clock_timestamp(), possibly_revoked = possibly_revoked or $3,
-            consecutive_failures = consecutive_failures + 1,
+            consecutive_failures = consecutive_failures + case when $11 then 0 else 1 end,
             error_class = case when $9 then $4 else error_class end,
             error_code = case when $9 then $5 else error_code end,
             error_message = case when $9 then $6 else error_message end,
             error_version = case when $9 then $7 else error_version end,
             refused_version = case when $10 then $7 else refused_version end,
-            next_attempt_at = clock_timestamp() + $8,
+            next_attempt_at = case when $11 then next_attempt_at else clock_timestamp() + $8 end,
+            new_secret_failures = case when not $11 then new_secret_failures
+                when error_version = $7 then new_secret_failures + 1 else 1 end,
+            new_secret_retry_at = case when $11 then clock_timestamp() + $8
+                else new_secret_retry_at end,
             changed = pg_current_xact_id()
         where account_id = $1 and lease_id = $2",
         lease.attempt.account.0,
@@ -335,6 +349,7 @@ pub async fn record_failure(
         attempt.retry_after.map(interval),
         lease.attempt.uses_current_credential,
         attempt.failure.class.suspends(),
+        lease.attempt.has_fallback,
     )
     .execute(&mut *transaction)
     .await?;

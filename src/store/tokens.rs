@@ -8,8 +8,8 @@ use tracing::instrument;
 use super::{StoreError, begin, interval};
 use crate::{
     domain::{
-        account::AccountId,
-        clock::{Clock, delta, until_from},
+        account::{AccountId, CredentialVersion},
+        clock::{Clock, Timestamp, delta, until_from},
         token::{Generation, SealedToken},
     },
     store::leases::Lease,
@@ -67,12 +67,25 @@ pub async fn commit(
     let Some(held) = held else {
         return Ok(CommitOutcome::Fenced);
     };
-    if issuer(&mut transaction, account, token).await? == Issuer::Gone {
+    if issuer(&mut transaction, account, token.credential_version).await? == Issuer::Gone {
         return Ok(CommitOutcome::Fenced);
     }
+    record_success(&mut transaction, lease, token.credential_version).await?;
+    let replace_longer_lived = new_token_ends_older || held.possibly_revoked;
+    let stored = put(&mut transaction, account, token, replace_longer_lived, clock).await?;
+    transaction.commit().await?;
+    Ok(if stored { CommitOutcome::Stored } else { CommitOutcome::StoredLivesLonger })
+}
+
+/// Stores that the attempt under `lease` succeeded with the credential of `version`, and releases the lease.
+async fn record_success(
+    transaction: &mut Transaction<'_, Postgres>,
+    lease: &Lease,
+    version: CredentialVersion,
+) -> Result<(), StoreError> {
     // A success must not clear the failure of a later credential.
     sqlx::query!(
-        "-- store::tokens::commit
+        "-- store::tokens::record_success
         update refreshes set lease_holder = null, lease_until = null,
             attempt_ended_at = clock_timestamp(), possibly_revoked = false, consecutive_failures = 0,
             error_class = case when error_version > $2 then error_class end,
@@ -80,25 +93,86 @@ pub async fn commit(
             error_message = case when error_version > $2 then error_message end,
             error_version = case when error_version > $2 then error_version end,
             refused_version = nullif(refused_version, $2),
+            new_secret_failures = case when error_version > $2 then new_secret_failures else 0 end,
+            new_secret_retry_at = case when error_version > $2 then new_secret_retry_at end,
             next_attempt_at = null, changed = pg_current_xact_id()
         where account_id = $1",
-        account.0,
-        token.credential_version.0,
+        lease.attempt.account.0,
+        version.0,
     )
-    .execute(&mut *transaction)
+    .execute(&mut **transaction)
     .await?;
     sqlx::query!(
-        "-- store::tokens::commit
+        "-- store::tokens::record_success
         delete from upstream_calls where account_id = $1 and lease_id = $2",
+        lease.attempt.account.0,
+        lease.id,
+    )
+    .execute(&mut **transaction)
+    .await?;
+    Ok(())
+}
+
+/// The result of [`repeat`].
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[must_use]
+pub enum RepeatOutcome {
+    /// The stored token is marked as repeated at this time of the database's clock: see
+    /// [`Token::repeated_at`](crate::domain::token::Token::repeated_at).
+    Marked(Timestamp),
+    /// Nothing was stored, since the account has another token, or none, by now.
+    Replaced,
+    /// Nothing was stored: the account is gone, or has another lease or credential by now.
+    Fenced,
+}
+
+/// Marks the stored token of `generation` as one that the upstream gave again under `lease`, and releases the
+/// lease. The token counts as one of the lease's credential from then on, so that this credential counts as one
+/// that has issued. `end` is the token's new end by the time of this process, if it has changed.
+///
+/// # Errors
+/// As those of [`commit`].
+#[instrument(level = "debug", skip_all, fields(account = %lease.attempt.account))]
+pub async fn repeat(
+    pool: &PgPool,
+    lease: &Lease,
+    generation: Generation,
+    end: Option<Timestamp>,
+    clock: &Clock,
+) -> Result<RepeatOutcome, StoreError> {
+    let (account, version) = (lease.attempt.account, lease.attempt.credential.version);
+    let mut transaction = begin(pool).await?;
+    let held = sqlx::query!(
+        "-- store::tokens::repeat
+        select lease_id from refreshes where account_id = $1 and lease_id = $2 for update",
         account.0,
         lease.id,
     )
-    .execute(&mut *transaction)
+    .fetch_optional(&mut *transaction)
     .await?;
-    let replace_longer_lived = new_token_ends_older || held.possibly_revoked;
-    let stored = put(&mut transaction, account, token, replace_longer_lived, clock).await?;
+    if held.is_none() || issuer(&mut transaction, account, version).await? == Issuer::Gone {
+        return Ok(RepeatOutcome::Fenced);
+    }
+    let left = end.map(|end| until_from(clock.now(), end));
+    let marked = sqlx::query_scalar!(
+        r#"-- store::tokens::repeat
+        update tokens set repeated_at = clock_timestamp(), credential_version = $3,
+            expires_at = coalesce(clock_timestamp() + $4::interval, expires_at),
+            issuer_expires_at = coalesce($5, issuer_expires_at), changed = pg_current_xact_id()
+        where account_id = $1 and generation = $2
+        returning repeated_at as "repeated_at!""#,
+        account.0,
+        generation.0,
+        version.0,
+        left.map(interval),
+        left.map(|left| clock.wall() + delta(left)),
+    )
+    .fetch_optional(&mut *transaction)
+    .await?;
+    let Some(repeated_at) = marked else { return Ok(RepeatOutcome::Replaced) };
+    record_success(&mut transaction, lease, version).await?;
     transaction.commit().await?;
-    Ok(if stored { CommitOutcome::Stored } else { CommitOutcome::StoredLivesLonger })
+    Ok(RepeatOutcome::Marked(repeated_at))
 }
 
 /// The result of [`reconcile`].
@@ -186,7 +260,9 @@ pub async fn reconcile(
     .await?
     .map(Generation);
     let unchanged = stored == *replaces || stored == Some(token.generation);
-    if !unchanged || issuer(&mut transaction, account, token).await? == Issuer::Gone {
+    if !unchanged
+        || issuer(&mut transaction, account, token.credential_version).await? == Issuer::Gone
+    {
         if context.new_token_ends_older && !under_lease {
             sqlx::query!(
                 "-- store::tokens::reconcile
@@ -213,6 +289,8 @@ pub async fn reconcile(
             error_message = case when error_version > $3 then error_message end,
             error_version = case when error_version > $3 then error_version end,
             refused_version = nullif(refused_version, $3),
+            new_secret_failures = case when error_version > $3 then new_secret_failures else 0 end,
+            new_secret_retry_at = case when error_version > $3 then new_secret_retry_at end,
             next_attempt_at = null, changed = pg_current_xact_id()
         where account_id = $1",
         account.0,
@@ -236,7 +314,7 @@ enum Issuer {
     Gone,
 }
 
-/// Returns whether the account still has the credential that issued `token`.
+/// Returns whether the account still has the credential of `version`, which issued a token.
 ///
 /// The account is read without a lock, because an admin's open transaction may hold one for long. A change that
 /// is committed after this read counts as later than the token: the token is stored as if it had been issued
@@ -245,14 +323,14 @@ enum Issuer {
 async fn issuer(
     transaction: &mut Transaction<'_, Postgres>,
     account: AccountId,
-    token: &SealedToken,
+    version: CredentialVersion,
 ) -> Result<Issuer, StoreError> {
     let known = sqlx::query_scalar!(
         r#"-- store::tokens::issuer
         select exists (select from accounts
             where id = $1 and $2 in (credential_version, previous_version)) as "known!""#,
         account.0,
-        token.credential_version.0,
+        version.0,
     )
     .fetch_one(&mut **transaction)
     .await?;
@@ -284,7 +362,7 @@ async fn put(
             credential_version = excluded.credential_version, generation = excluded.generation,
             sealed_token = excluded.sealed_token, issued_at = excluded.issued_at,
             expires_at = excluded.expires_at, issuer_expires_at = excluded.issuer_expires_at,
-            allowed_ip = excluded.allowed_ip,
+            allowed_ip = excluded.allowed_ip, repeated_at = null,
             fingerprint = excluded.fingerprint, changed = pg_current_xact_id()
         where excluded.generation >= tokens.generation
             and ($9 or excluded.expires_at >= tokens.expires_at - interval '5 seconds'

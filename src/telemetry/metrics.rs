@@ -83,6 +83,8 @@ pub enum IssueResult {
     /// A token was issued. It is stored, or pending while a sole replica has no database, or it was dropped
     /// because the stored one lives longer.
     Issued,
+    /// The upstream gave the account's token again instead of a new one.
+    Repeated,
     /// The upstream refused the credential.
     Rejected,
     /// The upstream refused the account or the address of the broker.
@@ -116,8 +118,9 @@ impl From<FailureClass> for IssueResult {
 
 impl IssueResult {
     /// Every result, in the order of the variants.
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 10] = [
         Self::Issued,
+        Self::Repeated,
         Self::Rejected,
         Self::EgressRejected,
         Self::RateLimited,
@@ -132,6 +135,7 @@ impl IssueResult {
     fn as_str(self) -> &'static str {
         match self {
             Self::Issued => "issued",
+            Self::Repeated => "repeated",
             Self::Rejected => FailureClass::Rejected.as_str(),
             Self::EgressRejected => FailureClass::EgressRejected.as_str(),
             Self::RateLimited => FailureClass::RateLimited.as_str(),

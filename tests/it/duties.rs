@@ -167,12 +167,21 @@ const MALFORMED_ACCOUNTS: &[(&str, &str)] = &[
         changed = pg_current_xact_id() where account_id = $account",
     ),
     (
+        "refreshes.new_secret_retry_at",
+        "update refreshes set new_secret_retry_at = 'infinity',
+        changed = pg_current_xact_id() where account_id = $account",
+    ),
+    (
         "refreshes.interval_exceptions_since",
         "update refreshes set interval_exceptions_since = 'infinity',
         changed = pg_current_xact_id() where account_id = $account",
     ),
     ("tokens.issued_at", "update tokens set issued_at = '-infinity' where account_id = $account"),
     ("tokens.expires_at", "update tokens set expires_at = 'infinity' where account_id = $account"),
+    (
+        "tokens.repeated_at",
+        "update tokens set repeated_at = '-infinity' where account_id = $account",
+    ),
 ];
 
 /// An account that the triggers would refuse is not served, is named in `/readyz` and `account_status`, and
@@ -627,8 +636,8 @@ async fn commands_survive_times_that_cannot_be_read() {
         let statements = format!(
             "update accounts set reissue_requested_at = {time};
              update refreshes set attempt_started_at = {time}, next_attempt_at = {time},
-                 last_requested_at = {time}, changed = pg_current_xact_id();
-             update tokens set issued_at = {time}, expires_at = {time};
+                 new_secret_retry_at = {time}, last_requested_at = {time}, changed = pg_current_xact_id();
+             update tokens set issued_at = {time}, expires_at = {time}, repeated_at = {time};
              insert into changes (table_name, operation, row_id, subject, what, at)
                  values ('callers', 'update', 1, 'timeless', '{{}}', {time});
              update instances set heartbeat_at = {time}, stopped_at = null, key_ids = '{{NULL}}'"

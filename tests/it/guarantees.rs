@@ -210,7 +210,8 @@ async fn a_claim_does_not_wait_for_another_transaction_and_sees_what_it_committe
         concurrency: 8,
     };
     let pool = Database::new(database.url(), "claims").unwrap().pool(1);
-    let claim = async |id| leases::claim(&pool, AccountId(id), None, None, &holder).await.unwrap();
+    let claim =
+        async |id| leases::claim(&pool, AccountId(id), None, None, None, &holder).await.unwrap();
 
     // This transaction stands for another replica that commits its token, or for an admin who leaves a
     // transaction open.

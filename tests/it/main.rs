@@ -22,6 +22,7 @@ mod fuzzed;
 mod guarantees;
 mod identity;
 mod inputs;
+mod issuing;
 mod locks;
 mod migrations;
 mod outages;

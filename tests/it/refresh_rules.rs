@@ -190,7 +190,8 @@ impl Facts {
             "update refreshes set attempt_started_at = now() + $2::text::interval,
                  attempt_ended_at = case when $3 then null else now() + $2::text::interval end,
                  attempt_version = $4, lease_until = now() + $5::text::interval,
-                 next_attempt_at = now() + $6::text::interval, error_class = $7, error_version = $8,
+                 next_attempt_at = now() + $6::text::interval,
+                 new_secret_retry_at = now() + $6::text::interval, error_class = $7, error_version = $8,
                  interval_exceptions = $9, interval_exceptions_since = now() + $10::text::interval
              where account_id = $1",
         )
@@ -293,12 +294,19 @@ async fn a_claim_and_the_schedule_decide_the_same_from_the_same_facts() {
             outage_ended_at,
         );
         let planned = policy.decide(&view, cached.now);
+        let scheduled = policy.earliest_issue(&view).map(|earliest| earliest.credential_version);
 
         let replaces = cached.refresh.stored_generation;
-        let claim =
-            leases::claim(database.pool(), cached.account.id, replaces, outage_ended, &holder)
-                .await
-                .unwrap();
+        let claim = leases::claim(
+            database.pool(),
+            cached.account.id,
+            replaces,
+            scheduled,
+            outage_ended,
+            &holder,
+        )
+        .await
+        .unwrap();
         match (planned, &claim) {
             (
                 IssueDecision::Issue { credential_version, uses_interval_exception },
@@ -376,7 +384,7 @@ async fn a_claim_believes_no_stored_time_that_cannot_be_true() {
         )
         .await;
     let claim = async |id: i64| {
-        leases::claim(database.pool(), AccountId(id), None, None, &holder).await.unwrap()
+        leases::claim(database.pool(), AccountId(id), None, None, None, &holder).await.unwrap()
     };
     let (leased, free): (Vec<_>, Vec<_>) =
         accounts.iter().enumerate().partition(|(n, _)| [3, 4].contains(n));

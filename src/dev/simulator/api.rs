@@ -130,6 +130,7 @@ async fn respond(
             (status(number), Html(PROXY_PAGE)).into_response()
         }
         Answer::Refuse { status, code } => ApiError::new(status, &code, "Scripted").into_response(),
+        Answer::Body { status: number, body } => (status(number), body).into_response(),
         Answer::RateLimited { retry_after } => rate_limited(retry_after.as_deref()),
         Answer::Redirect { to } => {
             let headers = header_map(&header::LOCATION, Some(&to));

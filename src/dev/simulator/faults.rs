@@ -20,6 +20,8 @@ pub struct Faults {
     pub latency: Duration,
     /// Whether issuing a token revokes the older ones of the same account.
     pub new_token_ends_older: bool,
+    /// Whether an account's token is given again, and no new one issued, until it has ended.
+    pub repeats_tokens: bool,
     /// The addresses that may request tokens; if absent, all.
     pub allowed_addresses: Option<Vec<IpAddr>>,
     /// The HTTP status of the response to requests from other addresses, 400 to 599.
@@ -46,6 +48,7 @@ impl Default for Faults {
             token_life: Duration::from_hours(1),
             latency: Duration::ZERO,
             new_token_ends_older: true,
+            repeats_tokens: false,
             allowed_addresses: None,
             unregistered_status: 403,
             unregistered_code: "61090".to_owned(),
@@ -161,6 +164,13 @@ pub enum Answer {
         /// The error code in the body.
         code: String,
     },
+    /// The given status and body. No token is issued.
+    Body {
+        /// The HTTP status, 200 to 599.
+        status: u16,
+        /// The body, whatever it is.
+        body: String,
+    },
     /// An error status with an HTML page, as a proxy might send it. No token is issued.
     Unavailable {
         /// The HTTP status, 400 to 599.
@@ -189,6 +199,7 @@ impl Answer {
             | Self::Redirect { .. }
             | Self::RateLimited { .. }
             | Self::Refuse { .. }
+            | Self::Body { .. }
             | Self::Unavailable { .. } => false,
         }
     }
@@ -200,6 +211,9 @@ impl Answer {
                 if !(400..=599).contains(status) =>
             {
                 Err(FaultError::OutOfRange("status", "400 to 599"))
+            }
+            Self::Body { status, .. } if !(200..=599).contains(status) => {
+                Err(FaultError::OutOfRange("status", "200 to 599"))
             }
             Self::Redirect { to } if !is_header_value(to) => {
                 Err(FaultError::OutOfRange("to", "visible ASCII characters"))

@@ -226,6 +226,191 @@ mod claiming {
     }
 }
 
+/// An upstream that gives the same token again until it ends.
+mod repeating {
+    use super::*;
+
+    /// Returns the decision at `second` about a token that lives for 120 seconds, and was given again at the
+    /// attempt that began at second 100.
+    fn decided(refresh: &RefreshState, second: i64) -> [IssueDecision; 2] {
+        let (account, token) = (account(), Token { repeated_at: Some(at(100)), ..token(120) });
+        let scheduled_at = POLICY.scheduled_at(&account.name, Some(&token));
+        let cached = IssueView::cached(&account, refresh, scheduled_at, None);
+        let locked = IssueView::locked(&account, refresh, Some(Generation(1)), None);
+        [cached, locked]
+            .map(|view| POLICY.decide(&view.repeating_until(token.repeats_until()), at(second)))
+    }
+
+    fn attempted(second: i64) -> RefreshState {
+        RefreshState { attempt_started_at: Some(at(second)), ..tried() }
+    }
+
+    #[test]
+    fn the_next_attempt_is_just_after_the_tokens_end_whatever_the_minimum_interval() {
+        let refresh = attempted(100);
+        for second in [100, 105, 119, 120] {
+            assert_eq!(decided(&refresh, second), [IssueDecision::WaitUntil(at(121)); 2]);
+        }
+        assert_eq!(decided(&refresh, 121), [issue(1, false); 2]);
+    }
+
+    #[test]
+    fn the_interval_is_not_skipped_twice_for_one_token() {
+        for second in [121, 122, 150] {
+            assert_eq!(
+                decided(&attempted(121), second),
+                [IssueDecision::WaitUntil(at(151)); 2],
+                "{second}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_token_that_may_be_revoked_is_not_waited_for_but_the_interval_is() {
+        let revoked = RefreshState { possibly_revoked: true, ..attempted(60) };
+        assert_eq!(decided(&revoked, 70), [IssueDecision::WaitUntil(at(90)); 2]);
+        assert_eq!(decided(&revoked, 90), [issue(1, false); 2]);
+    }
+
+    #[test]
+    fn a_token_that_is_repeated_has_no_life_left_to_wait_for() {
+        assert_eq!(POLICY.longest_min_ttl(&token(1_000)), Duration::from_secs(200));
+        let repeated = Token { repeated_at: Some(at(1)), ..token(1_000) };
+        assert_eq!(POLICY.longest_min_ttl(&repeated), Duration::ZERO);
+    }
+}
+
+/// While a new secret has not issued a token, the previous one goes on issuing, whatever the new one's failure
+/// is. Secret 1 was replaced by secret 2, whose attempt began at second 1,000 and failed.
+mod rotating {
+    use super::*;
+
+    /// When the account's next attempt is, and with which secret: the class of the new secret's failure, when the
+    /// new one may be tried again, and what is special.
+    type Case = (FailureClass, Option<i64>, fn(&mut Account, &mut RefreshState), (i64, i64));
+
+    fn nothing(_: &mut Account, _: &mut RefreshState) {}
+
+    fn possibly_revoked(_: &mut Account, refresh: &mut RefreshState) {
+        refresh.possibly_revoked = true;
+    }
+
+    fn previous_fails(_: &mut Account, refresh: &mut RefreshState) {
+        refresh.attempt_version = Some(CredentialVersion(1));
+        refresh.consecutive_failures = 1;
+        refresh.next_attempt_at = Some(at(9_000));
+    }
+
+    fn previous_issued(_: &mut Account, refresh: &mut RefreshState) {
+        refresh.attempt_started_at = Some(at(3_000));
+        refresh.attempt_version = Some(CredentialVersion(1));
+    }
+
+    fn requested(account: &mut Account, _: &mut RefreshState) {
+        account.reissue_requested_at = Some(at(1_001));
+    }
+
+    fn unsealed(account: &mut Account, _: &mut RefreshState) {
+        account.secret = None;
+    }
+
+    fn rotated_again(account: &mut Account, _: &mut RefreshState) {
+        account.credential_version = CredentialVersion(3);
+    }
+
+    fn gone(account: &mut Account, refresh: &mut RefreshState) {
+        account.previous = None;
+        refresh.next_attempt_at = Some(at(1_500));
+    }
+
+    const DUE: i64 = 2_700;
+
+    #[test]
+    fn the_previous_secret_issues_on_its_schedule_and_the_new_one_is_tried_after_its_pauses() {
+        use FailureClass::{EgressRejected, Intake, Malformed, RateLimited, Rejected, Unreachable};
+        let cases: [Case; 20] = [
+            // A refused secret is not tried again, and any other one after its pause, if that ends first.
+            (Rejected, None, nothing, (DUE, 1)),
+            (Intake, None, nothing, (DUE, 1)),
+            (EgressRejected, Some(1_300), nothing, (1_300, 2)),
+            (RateLimited, Some(1_300), nothing, (1_300, 2)),
+            (Unreachable, Some(1_300), nothing, (1_300, 2)),
+            (Malformed, Some(1_300), nothing, (1_300, 2)),
+            // The token is due before that.
+            (EgressRejected, Some(4_600), nothing, (DUE, 1)),
+            (Unreachable, Some(4_600), nothing, (DUE, 1)),
+            (Malformed, Some(DUE), nothing, (DUE, 1)),
+            // The failed attempt may have ended the token: only the minimum interval is waited for.
+            (Unreachable, Some(1_030), possibly_revoked, (1_030, 1)),
+            (Malformed, Some(4_600), possibly_revoked, (1_030, 1)),
+            // The previous secret fails as well, and so each has its turn after its own pause.
+            (Unreachable, Some(8_000), previous_fails, (8_000, 2)),
+            (Unreachable, Some(9_500), previous_fails, (9_000, 1)),
+            (Rejected, None, previous_fails, (9_000, 1)),
+            // After the previous secret has issued, the new one does not count as untried.
+            (Malformed, Some(4_600), previous_issued, (DUE.max(3_030), 1)),
+            // An admin asks for a new token: with the new secret.
+            (Rejected, None, requested, (1_030, 2)),
+            (Malformed, Some(4_600), requested, (1_030, 2)),
+            (Malformed, Some(1_300), unsealed, (DUE, 1)),
+            // The next secret is tried at once, and the failure of the one before it says nothing about it.
+            (Malformed, Some(4_600), rotated_again, (0, 3)),
+            // The previous secret was refused too, and is not kept any more.
+            (Unreachable, Some(4_600), gone, (DUE, 2)),
+        ];
+        for (n, (class, retry_at, change, expected)) in cases.into_iter().enumerate() {
+            let (mut account, mut refresh) = (rotated(), failed(class, 2, None));
+            refresh.attempt_started_at = Some(at(1_000));
+            refresh.attempt_version = Some(CredentialVersion(2));
+            refresh.new_secret_retry_at = retry_at.map(at);
+            change(&mut account, &mut refresh);
+            let view = IssueView::cached(&account, &refresh, at(DUE), None);
+            let earliest = POLICY.earliest_issue(&view).unwrap();
+            let version = earliest.credential_version.0;
+            assert_eq!((earliest.at.timestamp(), version), expected, "case {n}: {class}");
+        }
+    }
+
+    #[test]
+    fn a_claim_for_the_new_secret_does_not_use_the_previous_one_before_its_time() {
+        let (account, mut refresh) = (rotated(), failed(FailureClass::Malformed, 2, None));
+        refresh.attempt_started_at = Some(at(1_000));
+        refresh.new_secret_retry_at = Some(at(1_300));
+        let claimed = |version, second| {
+            let view = IssueView::locked(&account, &refresh, Some(Generation(1)), None)
+                .for_credential(Some(CredentialVersion(version)));
+            POLICY.decide(&view, at(second))
+        };
+        assert_eq!(claimed(2, 1_300), issue(2, false));
+        assert_eq!(claimed(2, 1_299), IssueDecision::WaitUntil(at(1_300)));
+        assert_eq!(claimed(1, 1_300), issue(1, false));
+        // The row has changed since the claimant read it.
+        assert_eq!(claimed(3, 1_300), IssueDecision::NotNeeded);
+    }
+
+    #[test]
+    fn the_attempts_of_a_secret_that_never_works_become_rare_and_are_always_of_the_failing_class() {
+        let name = "acme".parse().unwrap();
+        for class in FailureClass::ALL.into_iter().filter(|class| !class.suspends()) {
+            let (mut passed, mut attempts) = (Duration::ZERO, 0);
+            while passed < Duration::from_hours(24) {
+                attempts += 1;
+                passed += POLICY.pause_of_new_secret(&name, class, attempts, None).unwrap();
+            }
+            assert!((24..60).contains(&attempts), "{class}: {attempts} attempts in a day");
+            let refresh = failed(class, 2, None);
+            let account = rotated();
+            let view = IssueView::cached(&account, &refresh, at(DUE), None);
+            assert_eq!(view.priority_class(CredentialVersion(2)), PriorityClass::Failing);
+            assert_eq!(view.priority_class(CredentialVersion(1)), PriorityClass::Proven);
+        }
+        assert_eq!(POLICY.pause_of_new_secret(&name, FailureClass::Rejected, 1, None), None);
+        let asked = Some(Duration::from_mins(50));
+        let class = FailureClass::RateLimited;
+        assert_eq!(POLICY.pause_of_new_secret(&name, class, 1, asked), asked);
+    }
+}
+
 mod priority {
     use super::*;
 
@@ -234,7 +419,8 @@ mod priority {
         refresh: &RefreshState,
         outage_ended: Option<i64>,
     ) -> PriorityClass {
-        IssueView::cached(account, refresh, at(0), outage_ended.map(at)).priority_class()
+        let version = account.usable_version(refresh).unwrap();
+        IssueView::cached(account, refresh, at(0), outage_ended.map(at)).priority_class(version)
     }
 
     fn failing() -> RefreshState {
@@ -354,30 +540,35 @@ struct Facts {
     scheduled_at: Timestamp,
     outage_ended_at: Option<Timestamp>,
     replaces: Option<Generation>,
+    repeats_until: Option<Timestamp>,
 }
 
 impl Facts {
     fn cached(&self) -> IssueView<'_> {
         IssueView::cached(&self.account, &self.refresh, self.scheduled_at, self.outage_ended_at)
+            .repeating_until(self.repeats_until)
     }
 
     fn locked(&self) -> IssueView<'_> {
         IssueView::locked(&self.account, &self.refresh, self.replaces, self.outage_ended_at)
+            .repeating_until(self.repeats_until)
     }
 
     /// Returns the same facts with their times by a clock that is `ahead` of the first.
     fn by_clock(&self, ahead: TimeDelta) -> Self {
         let mut facts = self.clone();
         facts.scheduled_at += ahead;
-        let Facts { account, refresh, outage_ended_at, .. } = &mut facts;
+        let Facts { account, refresh, outage_ended_at, repeats_until, .. } = &mut facts;
         for time in [
             &mut account.reissue_requested_at,
             &mut refresh.attempt_started_at,
             &mut refresh.lease_until,
             &mut refresh.next_attempt_at,
+            &mut refresh.new_secret_retry_at,
             &mut refresh.interval_exceptions.since,
             &mut refresh.answered_reissue,
             outage_ended_at,
+            repeats_until,
         ] {
             *time = time.map(|time| time + ahead);
         }
@@ -415,6 +606,7 @@ prop_compose! {
         generation in option::of(0_i64..3),
         failure in option::of((select(FailureClass::ALL.to_vec()), 0_i64..3)),
         used in 0_u32..5, since in option::of(moment()), answered_reissue in option::of(moment()),
+        new_secret_retry_at in option::of(moment()),
     ) -> RefreshState {
         RefreshState {
             attempt_started_at,
@@ -431,6 +623,8 @@ prop_compose! {
                 version: CredentialVersion(version),
             }),
             next_attempt_at,
+            new_secret_failures: 0,
+            new_secret_retry_at,
             interval_exceptions: IntervalExceptions { used, since },
             answered_reissue,
         }
@@ -441,9 +635,10 @@ prop_compose! {
     fn facts()(
         account in accounts(), refresh in refresh_states(), scheduled_at in moment(),
         outage_ended_at in option::of(moment()), replaces in option::of(0_i64..3),
+        repeats_until in option::weighted(0.3, moment()),
     ) -> Facts {
         let replaces = replaces.map(Generation);
-        Facts { account, refresh, scheduled_at, outage_ended_at, replaces }
+        Facts { account, refresh, scheduled_at, outage_ended_at, replaces, repeats_until }
     }
 }
 
@@ -551,9 +746,13 @@ proptest! {
         facts in facts(), now in moment(),
     ) {
         let Facts { account, refresh, .. } = &facts;
-        let early = refresh
-            .attempt_started_at
-            .is_some_and(|started| now < started + delta(POLICY.min_issue_interval));
+        // The interval does not outlast a token that the upstream repeated at the last attempt.
+        let repeated_until_now = |started| {
+            facts.repeats_until.is_some_and(|until| started < until && until <= now)
+        };
+        let early = refresh.attempt_started_at.is_some_and(|started| {
+            now < started + delta(POLICY.min_issue_interval) && !repeated_until_now(started)
+        });
         for view in [facts.cached(), facts.locked()] {
             let IssueDecision::Issue { credential_version, uses_interval_exception } =
                 POLICY.decide(&view, now)
@@ -568,6 +767,37 @@ proptest! {
                 prop_assert!(after.used <= IntervalExceptions::LIMIT);
             }
         }
+    }
+
+    /// No failure of a new secret makes the previous one wait, except for the minimum interval.
+    #[test]
+    fn a_failing_new_secret_never_delays_the_previous_one(facts in facts()) {
+        let Facts { account, refresh, .. } = &facts;
+        let Some(previous) = account.fallback_version(refresh).filter(|_| account.enabled) else {
+            return Ok(());
+        };
+        let alone = Account {
+            credential_version: previous,
+            secret: Some(vec![0].into()),
+            previous: None,
+            reissue_requested_at: None,
+            ..account.clone()
+        };
+        let unfailed = RefreshState {
+            attempt_version: Some(previous),
+            failure: refresh.next_attempt_at.map(|_| IssueFailure {
+                class: FailureClass::Unreachable,
+                code: None,
+                message: String::new(),
+                version: previous,
+            }),
+            ..refresh.clone()
+        };
+        let view = IssueView::cached(&alone, &unfailed, facts.scheduled_at, facts.outage_ended_at)
+            .repeating_until(facts.repeats_until);
+        let without_rotation = POLICY.next_issue_at(&view).unwrap();
+        let with_rotation = POLICY.next_issue_at(&facts.cached()).unwrap();
+        prop_assert!(with_rotation <= without_rotation, "{with_rotation} {without_rotation}");
     }
 
     #[test]
@@ -601,8 +831,11 @@ proptest! {
         facts.scheduled_at = AT_ONCE;
         facts.replaces = facts.refresh.stored_generation;
         let ahead = TimeDelta::seconds(ahead);
-        let cached = POLICY.decide(&facts.by_clock(ahead).cached(), now + ahead);
-        let expected = match POLICY.decide(&facts.locked(), now) {
+        let by_clock = facts.by_clock(ahead);
+        let cached = POLICY.decide(&by_clock.cached(), now + ahead);
+        let scheduled = POLICY.earliest_issue(&by_clock.cached()).map(|it| it.credential_version);
+        let locked = facts.locked().for_credential(scheduled);
+        let expected = match POLICY.decide(&locked, now) {
             IssueDecision::WaitUntil(until) => IssueDecision::WaitUntil(until + ahead),
             decision => decision,
         };

@@ -82,6 +82,8 @@ impl AccountSnapshot {
         // A success with the previous credential must not clear the failure of the current one.
         if token.credential_version == self.account.credential_version {
             refresh.failure = None;
+            refresh.new_secret_failures = 0;
+            refresh.new_secret_retry_at = None;
             snapshot.account.previous = None;
         }
         snapshot
@@ -94,13 +96,20 @@ impl AccountSnapshot {
         failed: &FailedAttempt,
         now: Timestamp,
     ) -> Self {
+        let before_new_secret = self.refresh.new_secret_failures(failed.failure.version);
         let mut snapshot = self.clone();
         let refresh = &mut snapshot.refresh;
         refresh.lease_until = None;
         refresh.attempt_open = false;
-        refresh.consecutive_failures += 1;
         refresh.possibly_revoked |= failed.possibly_revoked;
-        refresh.next_attempt_at = failed.retry_after.map(|pause| now + delta(pause));
+        let retry_at = failed.retry_after.map(|pause| now + delta(pause));
+        if attempt.has_fallback {
+            refresh.new_secret_failures = before_new_secret + 1;
+            refresh.new_secret_retry_at = retry_at;
+        } else {
+            refresh.consecutive_failures += 1;
+            refresh.next_attempt_at = retry_at;
+        }
         if failed.failure.class.suspends() {
             let refused = failed.failure.version;
             snapshot.account.previous.take_if(|previous| previous.version == refused);
@@ -197,7 +206,28 @@ mod tests {
         let refused = snapshot.with_failure(&attempt, &failed(FailureClass::Rejected, 1), at(12));
         assert_eq!(refused.state(at(13)), AccountState::Rejected);
         assert!(refused.account.previous.is_some() && refused.token.is_some());
-        assert_eq!(refused.refresh.next_attempt_at, Some(at(17)));
+    }
+
+    #[test]
+    fn a_failure_of_a_new_secret_leaves_the_pauses_of_the_previous_one_alone() {
+        let (snapshot, attempt) = started(1);
+        let once = snapshot.with_failure(&attempt, &failed(FailureClass::Malformed, 1), at(12));
+        assert_eq!(once.refresh.new_secret_retry_at, Some(at(17)));
+        assert_eq!((once.refresh.consecutive_failures, once.refresh.next_attempt_at), (0, None));
+        let twice = once.with_failure(&attempt, &failed(FailureClass::Malformed, 1), at(20));
+        assert_eq!(twice.refresh.new_secret_failures(CredentialVersion(1)), 2);
+        assert_eq!(twice.refresh.new_secret_failures(CredentialVersion(2)), 0);
+        // The previous one fails too.
+        let (_, previous) = started(0);
+        let both = twice.with_failure(&previous, &failed(FailureClass::Unreachable, 0), at(30));
+        assert_eq!(
+            (both.refresh.consecutive_failures, both.refresh.next_attempt_at),
+            (1, Some(at(35)))
+        );
+        assert_eq!(both.refresh.new_secret_retry_at, Some(at(25)));
+        // The new one issues.
+        let issued = both.with_token(&Arc::new(Token::example(5, 3_600)), true);
+        assert_eq!((issued.refresh.new_secret_retry_at, issued.refresh.failure), (None, None));
     }
 
     #[test]

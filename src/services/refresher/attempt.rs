@@ -12,6 +12,8 @@
 //! decision is made from the cache and the start of the attempt is stored in the state directory, and the
 //! token is pending from the start.
 
+mod repeated;
+
 use std::{
     net::IpAddr,
     sync::{Arc, atomic::Ordering},
@@ -29,7 +31,9 @@ use super::{
     records,
 };
 use crate::{
+    audit::record::Event,
     domain::{
+        account::CredentialVersion,
         attempt_priority::PriorityClass,
         clock::{Clock, Timestamp, until_from},
         refresh_policy::{IssueDecision, IssueView, RefreshPolicy},
@@ -138,22 +142,25 @@ impl TokenIssuer {
         &self.reconciler
     }
 
-    /// Returns when the next attempt for the account is due, which may have passed; `None` if none is due
-    /// until the account or the connectivity changes.
+    /// Returns when the next attempt for the account is due, which may have passed, and with which credential;
+    /// `None` if none is due until the account or the connectivity changes.
     ///
     /// Without the database, a sole replica waits until the refresh is mandatory, since the database may
     /// answer again before that.
-    pub(super) fn next_attempt_at(&self, snapshot: &AccountSnapshot) -> Option<Timestamp> {
-        let policy = &self.settings.holder.policy;
-        let at = policy.next_issue_at(&self.view(snapshot))?;
-        match self.state.connectivity.current() {
-            Connectivity::Connected => Some(at),
+    pub(super) fn next_attempt(
+        &self,
+        snapshot: &AccountSnapshot,
+    ) -> Option<(Timestamp, CredentialVersion)> {
+        let earliest = self.settings.holder.policy.earliest_issue(&self.view(snapshot))?;
+        let at = match self.state.connectivity.current() {
+            Connectivity::Connected => earliest.at,
             Connectivity::SoleReplica => {
                 let token = snapshot.token.as_deref();
-                Some(at.max(RefreshPolicy::mandatory_refresh_at(&snapshot.refresh, token)))
+                earliest.at.max(RefreshPolicy::mandatory_refresh_at(&snapshot.refresh, token))
             }
-            Connectivity::Partitioned | Connectivity::Unacknowledged => None,
-        }
+            Connectivity::Partitioned | Connectivity::Unacknowledged => return None,
+        };
+        Some((at, earliest.credential_version))
     }
 
     /// Begins with the outage that an earlier process left, if most accounts fail at the start.
@@ -172,6 +179,7 @@ impl TokenIssuer {
         let scheduled_at =
             self.settings.holder.policy.scheduled_at(&account.name, token.as_deref());
         IssueView::cached(account, refresh, scheduled_at, self.state.outage.ended_at())
+            .repeating_until(token.as_deref().and_then(Token::repeats_until))
     }
 
     /// Tries to replace the account's token. Errors are not returned: a failure is shown in the account's
@@ -188,11 +196,10 @@ impl TokenIssuer {
         let snapshot = entry.snapshot();
         // Another replica's token may have been loaded since the account was scheduled. Without this
         // check, the claim would replace that token.
-        if self.next_attempt_at(&snapshot).is_none_or(|at| at > self.clock().now()) {
-            return AttemptOutcome::Done;
-        }
+        let due = self.next_attempt(&snapshot).filter(|(at, _)| *at <= self.clock().now());
+        let Some((_, version)) = due else { return AttemptOutcome::Done };
         let began = self.clock().now();
-        let permission = match self.claim(entry, &snapshot).await {
+        let permission = match self.claim(entry, &snapshot, version).await {
             Ok(permission) => permission,
             Err(outcome) => return outcome,
         };
@@ -201,11 +208,14 @@ impl TokenIssuer {
         {
             return self.give_up(entry, lease).await;
         }
-        let priority = self.view(&snapshot).priority_class();
+        let priority = self.view(&snapshot).priority_class(version);
         let issued = match self.call_upstream(permission.attempt(), priority).await {
             Ok(issued) => issued,
             Err(error) => return self.fail(entry, &permission, error).await,
         };
+        if let Some(outcome) = self.keep_repeated(entry, &permission, &issued).await {
+            return outcome;
+        }
         let Some(token) = self.record(entry, &permission, issued).await else {
             // Under a lease, the attempt has no recorded end, which means that a token may have been
             // issued. Without a lease, it must be marked here.
@@ -238,6 +248,7 @@ impl TokenIssuer {
         &self,
         entry: &Arc<CachedAccount>,
         snapshot: &AccountSnapshot,
+        version: CredentialVersion,
     ) -> Result<Permission, AttemptOutcome> {
         let permission = match self.state.connectivity.current() {
             Connectivity::Connected if self.state.pending.contains(entry.id()) => {
@@ -249,7 +260,7 @@ impl TokenIssuer {
                     AttemptOutcome::RetryAfter(UNAVAILABLE_PAUSE)
                 });
             }
-            Connectivity::Connected => self.claim_lease(entry, snapshot).await?,
+            Connectivity::Connected => self.claim_lease(entry, snapshot, version).await?,
             Connectivity::SoleReplica => self.claim_as_sole_replica(snapshot).await?,
             // All accounts are rescheduled when the database answers.
             Connectivity::Partitioned | Connectivity::Unacknowledged => {
@@ -269,6 +280,7 @@ impl TokenIssuer {
         &self,
         entry: &CachedAccount,
         snapshot: &AccountSnapshot,
+        version: CredentialVersion,
     ) -> Result<Permission, AttemptOutcome> {
         // This is not the generation of the cached token. If a token was committed during a load, the
         // cache keeps the newer token beside the older refresh state, by which the account may seem due.
@@ -276,7 +288,9 @@ impl TokenIssuer {
         let outage_ended =
             self.state.outage.ended_at().map(|at| until_from(at, self.clock().now()));
         let pool = &self.infrastructure.pool;
-        let claim = leases::claim(pool, entry.id(), replaces, outage_ended, self.holder());
+        let credential = Some(version);
+        let claim =
+            leases::claim(pool, entry.id(), replaces, credential, outage_ended, self.holder());
         match within(claim).await {
             Ok(Claim::Granted(lease)) => Ok(Permission::Lease(lease)),
             Ok(Claim::Paced(pause)) => Err(AttemptOutcome::RetryAfter(pause)),
@@ -394,9 +408,11 @@ impl TokenIssuer {
             allowed_ip: issued.allowed_ip,
             fingerprint: self.infrastructure.keyring.fingerprint(&issued.access_token),
             access_token: issued.access_token,
+            repeated_at: None,
         });
         let account = &entry.snapshot().account;
-        let mut record = records::issued(account, &token, issued.skew_ms, self.clock());
+        let event = Event::TokenIssued;
+        let mut record = records::issued(event, account, &token, issued.skew_ms, self.clock());
         if let Permission::SoleReplica { .. } = permission {
             record = record.with("database", "away");
         }
@@ -602,25 +618,38 @@ impl TokenIssuer {
         let record = records::failed(name, &error, self.clock().wall());
         drop(self.infrastructure.journal.append(record));
 
-        let now = self.clock().now();
-        let live_for = snapshot.live_token(now).map(|token| token.time_left(now));
-        let retry_after = self.settings.holder.policy.pause_after_failure(
-            name,
-            error.class,
-            snapshot.refresh.consecutive_failures + 1,
-            error.retry_after,
-            self.state.outage.pause_cap(),
-            live_for,
-        );
         FailedAttempt {
+            retry_after: self.pause_after(&snapshot, attempt, &error),
             failure: IssueFailure {
                 class: error.class,
                 code: error.code,
                 message: error.message,
                 version: attempt.credential.version,
             },
-            retry_after,
             possibly_revoked: self.settings.new_token_ends_older && error.may_have_issued,
         }
+    }
+
+    /// Returns the pause before the credential of the failed attempt is tried again.
+    fn pause_after(
+        &self,
+        snapshot: &AccountSnapshot,
+        attempt: &IssueAttempt,
+        error: &IssueError,
+    ) -> Option<Duration> {
+        let (policy, now) = (&self.settings.holder.policy, self.clock().now());
+        let (name, refresh) = (&snapshot.account.name, &snapshot.refresh);
+        if attempt.has_fallback {
+            let failures = refresh.new_secret_failures(attempt.credential.version) + 1;
+            return policy.pause_of_new_secret(name, error.class, failures, error.retry_after);
+        }
+        policy.pause_after_failure(
+            name,
+            error.class,
+            refresh.consecutive_failures + 1,
+            error.retry_after,
+            self.state.outage.pause_cap(),
+            snapshot.live_token(now).map(|token| token.time_left(now)),
+        )
     }
 }

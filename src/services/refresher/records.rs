@@ -12,8 +12,9 @@ use crate::{
 };
 
 /// Returns the record of an issue at this moment of `clock`. Its times are by the wall clock. `skew_ms` is how
-/// far the upstream's clock was ahead, in milliseconds.
+/// far the upstream's clock was ahead, in milliseconds. The event says whether the token is a new one.
 pub(super) fn issued(
+    event: Event,
     account: &Account,
     token: &Token,
     skew_ms: Option<i64>,
@@ -21,7 +22,7 @@ pub(super) fn issued(
 ) -> Record {
     let now = clock.wall();
     let expires_at = now + (token.expires_at - clock.now());
-    let mut record = Record::new(now, Event::TokenIssued)
+    let mut record = Record::new(now, event)
         .account(&account.name)
         .token(token.generation, &token.fingerprint)
         .with("client_id", account.client_id.as_str())

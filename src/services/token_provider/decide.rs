@@ -99,15 +99,18 @@ fn why_no_new_token_soon(
         return None;
     }
     let upstream_code = failure.code.clone();
-    match failure.class {
-        // After a rotation whose new secret is refused, the previous secret goes on issuing.
-        class if class.suspends() && snapshot.account.previous.is_some() => None,
-        class if class.suspends() => Some(CallRefusal::CredentialRejected { upstream_code }),
-        FailureClass::EgressRejected => Some(CallRefusal::EgressRejected { upstream_code }),
-        _ => refresh.next_attempt_at.filter(|at| *at > now).map(|at| {
+    let paused = || {
+        refresh.next_attempt_at.filter(|at| *at > now).map(|at| {
             let retry_after = until_from(now, at).max(DEFAULT_RETRY);
             CallRefusal::UpstreamUnavailable { retry_after }
-        }),
+        })
+    };
+    match failure.class {
+        // After a rotation, the previous secret goes on issuing until the new one has issued.
+        _ if snapshot.account.fallback_version(refresh).is_some() => paused(),
+        class if class.suspends() => Some(CallRefusal::CredentialRejected { upstream_code }),
+        FailureClass::EgressRejected => Some(CallRefusal::EgressRejected { upstream_code }),
+        _ => paused(),
     }
 }
 
@@ -119,7 +122,7 @@ pub(super) fn reuse_for(
     policy: &RefreshPolicy,
     now: Timestamp,
 ) -> Duration {
-    until_from(now, policy.advisory_refresh_at(account, token))
+    until_from(now, policy.scheduled_at(account, Some(token)))
         .max(MIN_REUSE)
         .min(token.time_left(now))
         .max(Duration::from_millis(1))
@@ -189,7 +192,7 @@ mod tests {
     use super::*;
     use crate::domain::{
         account::CredentialVersion,
-        refresh_state::{Account, IssueFailure, RefreshState},
+        refresh_state::{Account, AccountCredential, IssueFailure, RefreshState},
     };
 
     const POLICY: RefreshPolicy =
@@ -295,6 +298,21 @@ mod tests {
     }
 
     #[test]
+    fn while_a_new_secret_fails_a_call_waits_for_a_token_of_the_previous_one() {
+        for class in FailureClass::ALL {
+            let mut snapshot = failing(class, None);
+            snapshot.refresh.new_secret_retry_at = Some(at(9_000));
+            snapshot.account.previous =
+                Some(AccountCredential { version: CredentialVersion(0), secret: vec![0].into() });
+            assert_eq!(decided(&snapshot, any_token(), 1_000), "wait", "{class}");
+            // The previous one fails too.
+            snapshot.refresh.next_attempt_at = Some(at(5_000));
+            assert_eq!(decided(&snapshot, any_token(), 1_000), "unavailable", "{class}");
+            assert_eq!(decided(&snapshot, any_token(), 5_000), "wait", "{class}");
+        }
+    }
+
+    #[test]
     fn a_partitioned_replica_serves_its_live_tokens_and_waits_only_for_an_attempt_under_way() {
         let partitioned = |snapshot: &AccountSnapshot, request, second| {
             decided_with(Connectivity::Partitioned, snapshot, request, second)
@@ -318,6 +336,19 @@ mod tests {
         let unacknowledged =
             |second| decided_with(Connectivity::Unacknowledged, &snapshot(), any_token(), second);
         assert_eq!((unacknowledged(100), unacknowledged(1_000)), ("database", "database"));
+    }
+
+    #[test]
+    fn while_the_upstream_repeats_a_token_no_call_waits_for_another_one() {
+        let mut snapshot = snapshot();
+        let repeated = Token { repeated_at: Some(at(800)), ..Token::example(7, 1_000) };
+        let hour = TokenRequest { min_ttl: Duration::from_hours(1), ..any_token() };
+        let reuse = |token: &Token| reuse_for(&"acme".parse().unwrap(), token, &POLICY, at(900));
+        assert_eq!(reuse(&Token::example(7, 1_000)), MIN_REUSE);
+        assert_eq!(reuse(&repeated), Duration::from_secs(100));
+        snapshot.token = Some(Arc::new(repeated));
+        assert_eq!(decided(&snapshot, hour, 999), "serve");
+        assert_eq!(decided(&snapshot, hour, 1_000), "wait");
     }
 
     #[test]

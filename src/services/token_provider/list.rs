@@ -9,7 +9,7 @@ use crate::{
         clock::Timestamp,
         refresh_policy::{IssueView, RefreshPolicy},
         refresh_state::AccountState,
-        token::Generation,
+        token::{Generation, Token},
     },
     services::account_cache::{AccountCache, AccountSnapshot, scan::NameScan},
 };
@@ -51,12 +51,15 @@ impl ListedAccount {
                 generation: token.generation,
             }),
             next_attempt_at: policy
-                .next_issue_at(&IssueView::cached(
-                    &snapshot.account,
-                    &snapshot.refresh,
-                    policy.scheduled_at(&snapshot.account.name, token),
-                    None,
-                ))
+                .next_issue_at(
+                    &IssueView::cached(
+                        &snapshot.account,
+                        &snapshot.refresh,
+                        policy.scheduled_at(&snapshot.account.name, token),
+                        None,
+                    )
+                    .repeating_until(token.and_then(Token::repeats_until)),
+                )
                 .map(|at| at.max(now)),
         }
     }

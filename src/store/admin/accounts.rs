@@ -360,7 +360,8 @@ impl Admin {
             r#"/* store::admin::outcome */
              select
                  coalesce(not s.secret_waits and t.credential_version = a.credential_version
-                     and t.issued_at >= coalesce(a.reissue_requested_at, t.issued_at),
+                     and greatest(t.issued_at, t.repeated_at)
+                         >= coalesce(a.reissue_requested_at, t.issued_at),
                      false) as "issued!",
                  coalesce(not s.secret_waits and r.error_version = a.credential_version
                      and (r.error_class = 'intake' or r.error_class is not null

@@ -135,7 +135,8 @@ fn limited(decoder: impl Read) -> Option<Zeroizing<Vec<u8>>> {
 
 /// Decodes the bytes: UTF-8, UTF-16 or UTF-32, by their mark or by the zeros that ASCII has in them. Of any
 /// other encoding only the ASCII characters are kept, and each other byte becomes U+FFFD: all fields that
-/// matter are ASCII, and an error's message is not read.
+/// matter are ASCII, and an error's message is not read. A control character becomes a space: JSON permits none
+/// in a string, but some writers do not escape them in messages.
 fn text(bytes: &[u8]) -> Zeroizing<String> {
     let mut text = Zeroizing::new(String::with_capacity(3 * bytes.len() + 4));
     match bytes {
@@ -149,7 +150,7 @@ fn text(bytes: &[u8]) -> Zeroizing<String> {
         [0xfe, 0xff, ..] | [0, 1..=255, ..] => utf16(bytes, u16::from_be_bytes, &mut text),
         _ => {
             for chunk in bytes.utf8_chunks() {
-                text.push_str(chunk.valid());
+                text.extend(chunk.valid().chars().map(printable));
                 if !chunk.invalid().is_empty() {
                     text.push(char::REPLACEMENT_CHARACTER);
                 }
@@ -162,21 +163,27 @@ fn text(bytes: &[u8]) -> Zeroizing<String> {
 fn utf16(bytes: &[u8], unit: impl Fn([u8; 2]) -> u16, text: &mut String) {
     let (units, rest) = bytes.as_chunks();
     let units = units.iter().map(|bytes| unit(*bytes));
-    text.extend(char::decode_utf16(units).map(|c| c.unwrap_or(char::REPLACEMENT_CHARACTER)));
+    text.extend(
+        char::decode_utf16(units).map(|c| c.map_or(char::REPLACEMENT_CHARACTER, printable)),
+    );
     text.extend(rest.iter().map(|_| char::REPLACEMENT_CHARACTER));
 }
 
 fn utf32(bytes: &[u8], unit: impl Fn([u8; 4]) -> u32, text: &mut String) {
     let (units, rest) = bytes.as_chunks();
     let units = units.iter().map(|bytes| char::from_u32(unit(*bytes)));
-    text.extend(units.map(|c| c.unwrap_or(char::REPLACEMENT_CHARACTER)));
+    text.extend(units.map(|c| c.map_or(char::REPLACEMENT_CHARACTER, printable)));
     text.extend(rest.iter().map(|_| char::REPLACEMENT_CHARACTER));
 }
 
-/// Returns whether `c` says nothing around a document or a token: white space, marks, the separator of RFC
-/// 7464, and the zero that ends a string in C.
+fn printable(c: char) -> char {
+    if c.is_ascii_control() { ' ' } else { c }
+}
+
+/// Returns whether `c` says nothing around a document or a token: white space, marks, and control characters
+/// such as the separator of RFC 7464 or the zero that ends a string in C.
 pub(super) fn is_padding(c: char) -> bool {
-    c.is_whitespace() || matches!(c, '\u{feff}' | '\u{200b}' | '\u{1e}' | '\0')
+    c.is_whitespace() || c.is_control() || matches!(c, '\u{feff}' | '\u{200b}')
 }
 
 /// Returns the text without what is put around a JSON document.

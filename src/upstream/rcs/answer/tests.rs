@@ -123,6 +123,7 @@ fn the_fields_are_read_although_a_message_is_in_another_encoding() {
         ("Latin-1", b"cl\xe9 refus\xe9e"),
         ("Windows-1252", b"\x93key\x94 \x80"),
         ("half a character of UTF-8", b"\xec\x9e"),
+        ("control characters that are not escaped", b"two\r\nlines\t\0\x1b"),
         ("a surrogate in UTF-8", b"\xed\xa0\x80"),
     ] {
         let body = [br#"{"error":{"message":""#, message, br#"","code":"61006"}}"#].concat();
