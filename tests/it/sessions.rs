@@ -166,6 +166,7 @@ async fn a_claim_that_waited_for_another_one_is_granted_whatever_the_databases_i
     .fetch_one(test_database.pool())
     .await
     .unwrap();
+    test_database.sql("update accounts set client_secret = null, sealed_secret = 'x'").await;
     let holder = LeaseHolder {
         instance: "ours".into(),
         start: "1".into(),
