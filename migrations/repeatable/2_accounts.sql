@@ -124,8 +124,7 @@ begin
             'accounts.credential_version is not to be set', 'credential_version');
     end if;
     new_login := new.client_id <> old.client_id or new.provider <> old.provider;
-    written := new.client_secret is not null
-        and (new_login or new.client_secret is distinct from old.client_secret);
+    written := new.client_secret is not null and new.client_secret is distinct from old.client_secret;
     emptied := new.client_secret is null and old.client_secret is not null;
     if new_login and not written then
         perform @schema@.token_broker_refuse(

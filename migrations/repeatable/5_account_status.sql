@@ -30,8 +30,7 @@ known as (
         coalesce(t.issued_at > moment.at + interval '5 seconds', false) as issued_in_future,
         coalesce(t.repeated_at >= t.issued_at, false) as repeated,
         coalesce(r.lease_until > moment.at, false) as leased,
-        -- A secret that was just written may put it right.
-        r.error_class is not null and r.error_version = a.credential_version and a.client_secret is null as failing,
+        r.error_class is not null and r.error_version = a.credential_version as failing,
         -- What a broker cannot read, since it was written while the triggers were disabled; NULL if nothing.
         case
             when a.name !~ '^[a-z0-9][a-z0-9._-]{0,62}$' then 'accounts.name'
@@ -102,6 +101,8 @@ select
             'enable it with: update accounts set enabled = true where name = ' || quote_literal(name)
         when unusable is not null then
             'no broker can use this row, which was written while the triggers were disabled: correct ' || unusable
+        -- What was written may put right what follows.
+        when client_secret is not null then 'waiting for a broker to seal the secret: is one running?'
         when failing and error_class = 'intake' and error_message like 'the value opens, but%' then
             'what was sealed is not an API KEY (see last_error): set it again'
         when failing and error_class = 'intake' then
@@ -122,7 +123,6 @@ select
             'the upstream does not answer as it should; the live token is served and the issue retried'
         when failing then
             'the upstream does not answer as it should; the issue is retried'
-        when client_secret is not null then 'waiting for a broker to seal the secret: is one running?'
         when sealed_secret is null and previous_secret is not null then
             'client_secret was emptied before a broker sealed it, so the one before it goes on issuing: set it again'
         when sealed_secret is null and live then

@@ -92,6 +92,45 @@ async fn the_script_can_be_run_again() {
     database.sql(ROLES).await;
 }
 
+/// The owner of the tables need not be allowed to create roles once they exist.
+#[tokio::test]
+async fn the_script_can_be_run_again_by_an_owner_who_may_not_create_roles() {
+    let database = database_with_roles().await;
+    let mut transaction = database.pool().begin().await.unwrap();
+    let script = ROLES.replace("\nbegin;\n", "\n").replace("\ncommit;\n", "\n");
+    for statement in [
+        "do $$
+        declare
+            it text;
+        begin
+            create role tables_owner nologin nocreaterole;
+            grant create on schema public to tables_owner;
+            for it in select oid::regclass::text from pg_class
+                where relnamespace = 'public'::regnamespace and relkind in ('r', 'p', 'v')
+            loop
+                execute format('alter table %s owner to tables_owner', it);
+            end loop;
+            for it in select oid::regprocedure::text from pg_proc where pronamespace = 'public'::regnamespace loop
+                execute format('alter routine %s owner to tables_owner', it);
+            end loop;
+        end
+        $$",
+        "alter schema public owner to tables_owner",
+        "set local role tables_owner",
+        &script,
+        "savepoint before",
+    ] {
+        let statement = AssertSqlSafe(statement.to_owned());
+        sqlx::raw_sql(statement).execute(&mut *transaction).await.unwrap();
+    }
+    // Without the roles, the error says who has to create them.
+    let without = script.replacen("'token_broker_auditor']", "'token_broker_other']", 1);
+    let error = sqlx::raw_sql(AssertSqlSafe(without)).execute(&mut *transaction).await.unwrap_err();
+    let error = error.into_database_error().unwrap();
+    assert!(error.message().contains("may not create role token_broker_other"), "{error}");
+    transaction.rollback().await.unwrap();
+}
+
 #[tokio::test]
 async fn the_script_revokes_what_it_does_not_grant() {
     let database = database_with_roles().await;

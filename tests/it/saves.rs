@@ -34,7 +34,7 @@ async fn until_sealed(fixture: &Fixture) {
 
 /// What is known of the credential and the token of an account.
 const EPOCH: &str =
-    "select concat_ws(' ', credential_version, previous_version, generation, attempt_started_at,
+    "select concat_ws(' ', a.credential_version, previous_version, generation, attempt_started_at,
     consecutive_failures, sealed_secret) from accounts a left join tokens t on t.account_id = a.id
     left join refreshes r on r.account_id = a.id where name = ";
 
