@@ -85,7 +85,9 @@ set search_path = pg_catalog, pg_temp as $$
         (917504, 921599, true, 'an invisible character'),
         (983040, 1114111, false, 'a character for private use')
     ) odd (first, last, in_text, kind) on ascii(it.character) between odd.first and odd.last
-    where odd.in_text or in_words
+    where (odd.in_text or in_words)
+        -- Most values are plain ASCII, for which the table need not be searched.
+        and value !~ '^[\u0021-\u007e]*$'
     order by it.nth
     limit 1
 $$;

@@ -103,8 +103,8 @@ select
             'no broker can use this row, which was written while the triggers were disabled: correct ' || unusable
         -- What was written may put right what follows.
         when client_secret is not null then 'waiting for a broker to seal the secret: is one running?'
-        when failing and error_class = 'intake' and error_message like 'the value opens, but%' then
-            'what was sealed is not an API KEY (see last_error): set it again'
+        when failing and error_class = 'intake' and error_message ~ '^(the value opens, but its )?client secret ' then
+            'what was written is not an API KEY (see last_error): set it again'
         when failing and error_class = 'intake' then
             'the sealed secret does not open with the broker''s keyring: seal it again for the current intake key'
         when failing and error_class = 'rejected' and previous_secret is not null then

@@ -489,7 +489,7 @@ async fn an_account_with_an_invisible_character_in_its_login_can_be_changed() {
     for statement in [
         "update accounts set enabled = false",
         "update accounts set client_secret = 'SK.2'",
-        "update accounts set client_id = 'id', client_secret = 'SK.2', description = 'd'",
+        "update accounts set client_id = 'id', client_secret = 'SK.3', description = 'd'",
     ] {
         database.sql(statement).await;
     }
