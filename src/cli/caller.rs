@@ -23,7 +23,7 @@ use crate::{
     files::secret_file::SecretFile,
     store::{
         StoreError,
-        admin::{Admin, NewBearer, NewCaller, NewGrant},
+        admin::{Admin, Listed, NewBearer, NewCaller, NewGrant},
     },
 };
 
@@ -204,7 +204,11 @@ pub(super) async fn run(global: &GlobalArgs, args: CallerArgs) -> anyhow::Result
                 bearer.hand_over()?;
             }
         }
-        Command::List { json } => show::list(&admin.callers().await?, json)?,
+        Command::List { json } => {
+            let listed = admin.callers().await?;
+            show::list(&listed.rows, json)?;
+            return Ok(name_unreadable(&listed));
+        }
         Command::Show { name, json } => show::one(&admin.caller(&name).await?, json)?,
         Command::Grant { name, patterns, rights, until } => {
             let ends_at = until.map(|until| future_time("--until", until)).transpose()?;
@@ -238,9 +242,17 @@ pub(super) async fn run(global: &GlobalArgs, args: CallerArgs) -> anyhow::Result
             admin.remove_caller(&name).await?;
             note(format_args!("caller {name} is removed"));
         }
-        Command::Bearer(command) => bearer(&admin, command).await?,
+        Command::Bearer(command) => return bearer(&admin, command).await,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Names the rows that are missing in a list because they cannot be read. Returns the exit code.
+fn name_unreadable<T>(listed: &Listed<T>) -> ExitCode {
+    for error in &listed.unreadable {
+        note(format_args!("error: {error}"));
+    }
+    if listed.unreadable.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 /// Returns the time that `end`, the value of `flag`, stands for.
@@ -254,7 +266,7 @@ fn future_time(flag: &str, end: Moment) -> anyhow::Result<Timestamp> {
     Ok(end)
 }
 
-async fn bearer(admin: &Admin, command: BearerCommand) -> anyhow::Result<()> {
+async fn bearer(admin: &Admin, command: BearerCommand) -> anyhow::Result<ExitCode> {
     match command {
         BearerCommand::Add { name, out, expires, description } => {
             let ends_at = expires.map(|expires| future_time("--expires", expires)).transpose()?;
@@ -269,20 +281,22 @@ async fn bearer(admin: &Admin, command: BearerCommand) -> anyhow::Result<()> {
                 Err(error) => return Err(secret.not_registered(error)),
             };
             note(format_args!("caller {name} has a new bearer, number {id}"));
-            secret.hand_over()
+            secret.hand_over()?;
         }
         BearerCommand::List { name, json } => {
             if let Some(name) = &name {
                 admin.caller(name).await?;
             }
-            show::bearers(&admin.bearers(name.as_ref()).await?, json)
+            let listed = admin.bearers(name.as_ref()).await?;
+            show::bearers(&listed.rows, json)?;
+            return Ok(name_unreadable(&listed));
         }
         BearerCommand::Revoke { id } => {
             let caller = admin.revoke_bearer(id).await?;
             note(format_args!("bearer {id} of caller {caller} is revoked"));
-            Ok(())
         }
     }
+    Ok(ExitCode::SUCCESS)
 }
 
 /// A bearer that is about to be registered, and the file that it was written to, if any. The file is removed

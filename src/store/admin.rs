@@ -13,8 +13,8 @@ mod overview;
 pub use self::{
     accounts::{AccountDetails, AccountSummary, NewAccount, Outcome, Rotation, Selection},
     callers::{
-        BearerSummary, CallerDetails, CallerSummary, CredentialDetails, GrantDetails, NewBearer,
-        NewCaller, NewGrant,
+        BearerSummary, CallerDetails, CallerSummary, CredentialDetails, GrantDetails, Listed,
+        NewBearer, NewCaller, NewGrant,
     },
     chains::OpenChain,
     connection::{Admin, Attribution},

@@ -687,6 +687,19 @@ async fn commands_survive_times_that_cannot_be_read() {
             assert!(named, "{output}");
             setup.run(&["caller", "show", "good"]).await.ok();
             setup.run(&["account", "list"]).await.ok();
+            let list: Option<&[_]> = match table {
+                "callers" => Some(&["caller", "list", "--json"]),
+                "caller_credentials" => Some(&["caller", "bearer", "list", "--json"]),
+                _ => None,
+            };
+            if let Some(list) = list {
+                // It shows the other rows, and names this one.
+                let listed = setup.run(list).await;
+                assert_eq!(listed.code, Some(1), "{listed:?}");
+                assert!(listed.stdout.contains("\"good\""), "{listed:?}");
+                assert!(!listed.stdout.contains("\"demo\""), "{listed:?}");
+                assert!(listed.stderr.contains(&format!("malformed {column}")), "{listed:?}");
+            }
             let optional = ["ends_at", "revoked_at"].contains(&column);
             let good = if optional { "null" } else { "now()" };
             past_the_triggers(&fixture.database, &update(good)).await;

@@ -113,6 +113,28 @@ pub struct BearerSummary {
     pub credential: CredentialDetails,
 }
 
+/// The rows of a list that can be read, and for each of the others the error that names it.
+#[derive(Debug)]
+pub struct Listed<T> {
+    /// The rows that can be read.
+    pub rows: Vec<T>,
+    /// The errors of the others: [`StoreError::UnreadableRow`].
+    pub unreadable: Vec<StoreError>,
+}
+
+impl<T> FromIterator<Result<T, StoreError>> for Listed<T> {
+    fn from_iter<I: IntoIterator<Item = Result<T, StoreError>>>(rows: I) -> Self {
+        let mut listed = Self { rows: Vec::new(), unreadable: Vec::new() };
+        for row in rows {
+            match row {
+                Ok(row) => listed.rows.push(row),
+                Err(error) => listed.unreadable.push(error),
+            }
+        }
+        listed
+    }
+}
+
 /// A row of `caller_credentials`, whose times may be malformed.
 struct CredentialRow {
     id: i64,
@@ -187,17 +209,18 @@ impl Admin {
     /// Returns all callers, ordered by name.
     ///
     /// # Errors
-    /// Returns [`StoreError::UnreadableRow`] when a row holds a time that cannot be read.
+    /// Returns the database's error.
     #[instrument(level = "debug", skip_all)]
-    pub async fn callers(&self) -> Result<Vec<CallerSummary>, StoreError> {
-        self.summaries(None).await
+    pub async fn callers(&self) -> Result<Listed<CallerSummary>, StoreError> {
+        Ok(self.summaries(None).await?.into_iter().collect())
     }
 
-    /// Returns the caller `name`, if there is one, or all callers, ordered by name.
+    /// Returns the caller `name`, if there is one, or all callers, ordered by name. A row that holds a time that
+    /// cannot be read is an error of its own.
     async fn summaries(
         &self,
         name: Option<&AccountName>,
-    ) -> Result<Vec<CallerSummary>, StoreError> {
+    ) -> Result<Vec<Result<CallerSummary, StoreError>>, StoreError> {
         let rows = sqlx::query!(
             r#"/* store::admin::summaries */
              select id, name, enabled, rate_limit, description,
@@ -223,7 +246,7 @@ impl Admin {
                 grants: row.grants,
             })
         });
-        decoded.collect()
+        Ok(decoded.collect())
     }
 
     /// Returns the details of one caller.
@@ -233,7 +256,7 @@ impl Admin {
     /// of it holds a time that cannot be read.
     #[instrument(level = "debug", skip_all, fields(caller = %name))]
     pub async fn caller(&self, name: &AccountName) -> Result<CallerDetails, StoreError> {
-        let summary = self.summaries(Some(name)).await?.pop().ok_or_else(|| not_found(name))?;
+        let summary = self.summaries(Some(name)).await?.pop().ok_or_else(|| not_found(name))??;
         let credentials = sqlx::query_as!(
             CredentialRow,
             r#"/* store::admin::caller */
@@ -404,12 +427,12 @@ impl Admin {
     /// Returns the bearers of the caller `name`, or of all callers, ordered by caller and id.
     ///
     /// # Errors
-    /// Returns [`StoreError::UnreadableRow`] when a row holds a time that cannot be read.
+    /// Returns the database's error.
     #[instrument(level = "debug", skip_all)]
     pub async fn bearers(
         &self,
         name: Option<&AccountName>,
-    ) -> Result<Vec<BearerSummary>, StoreError> {
+    ) -> Result<Listed<BearerSummary>, StoreError> {
         let rows = sqlx::query!(
             r#"/* store::admin::bearers */
              select callers.name as caller, c.id, c.kind, c.identity, c.description,
@@ -436,7 +459,7 @@ impl Admin {
             };
             Ok(BearerSummary { caller: row.caller, credential: credential.decode()? })
         });
-        decoded.collect()
+        Ok(decoded.collect())
     }
 
     /// Revokes a bearer, and returns the name of its caller.
