@@ -23,6 +23,7 @@ pub mod authentication;
 mod connection;
 mod convert;
 mod guarded_body;
+mod handover;
 mod limits;
 mod method;
 mod public_service;

@@ -16,7 +16,7 @@ use tokio::sync::watch;
 
 use crate::{
     domain::{
-        caller::Caller,
+        caller::{Caller, CallerId},
         clock::{Timestamp, delta},
     },
     store::callers::{CallerCredential, CredentialKey},
@@ -53,10 +53,22 @@ impl Default for CallerDirectory {
 
 impl CallerDirectory {
     /// Replaces all credentials. If several have the same key, the last one is used.
+    ///
+    /// A caller that is as it was stays the same [`Arc`], so that each stream sees by its address whether its own
+    /// caller has changed.
     pub fn replace(&self, credentials: Vec<CallerCredential>) {
+        let before = self.index.load();
+        let known: HashMap<CallerId, &Arc<Caller>> =
+            before.values().map(|known| (known.caller.id, &known.caller)).collect();
         let index = credentials
             .into_iter()
-            .map(|credential| (credential.key.clone(), credential))
+            .map(|mut credential| {
+                let known = known.get(&credential.caller.id);
+                if let Some(&unchanged) = known.filter(|known| ***known == credential.caller) {
+                    credential.caller = unchanged.clone();
+                }
+                (credential.key.clone(), credential)
+            })
             .collect::<HashMap<_, _>>();
         self.index.store(Arc::new(index));
         self.changed.send_replace(());
@@ -120,7 +132,6 @@ mod tests {
     use chrono::{DateTime, TimeDelta};
 
     use super::*;
-    use crate::domain::caller::CallerId;
 
     const KEY: CredentialKey = CredentialKey::BearerSha256([7; 32]);
 
@@ -158,6 +169,26 @@ mod tests {
         directory.replace(vec![revoked]);
         let refused = directory.authenticate(&KEY, DateTime::UNIX_EPOCH).unwrap_err().unwrap();
         assert_eq!((&*refused.caller.name, refused.reason), ("demo", "credential revoked"));
+    }
+
+    #[test]
+    fn a_caller_stays_the_same_until_it_changes_itself() {
+        let directory = directory(true, None);
+        let current = || directory.authenticate(&KEY, DateTime::UNIX_EPOCH).unwrap();
+        let before = current();
+        let replace = |caller: Caller| {
+            let caller = Arc::new(caller);
+            let other = Arc::new(Caller { id: CallerId(2), ..(*caller).clone() });
+            let credential =
+                |caller, key| CallerCredential { caller, key, ends_at: None, revoked: false };
+            let other = credential(other, CredentialKey::BearerSha256([8; 32]));
+            directory.replace(vec![credential(caller, KEY), other]);
+        };
+        replace((*before).clone());
+        assert!(Arc::ptr_eq(&before, &current()));
+        replace(Caller { rate_limit: Some(7), ..(*before).clone() });
+        assert!(!Arc::ptr_eq(&before, &current()));
+        assert_eq!(current().rate_limit, Some(7));
     }
 
     #[test]

@@ -133,6 +133,11 @@ impl RawHttp2Client {
         eventually(what, async || over().then_some(())).await;
     }
 
+    /// Returns the frames received so far.
+    pub(crate) fn frames(&self) -> Vec<Frame> {
+        self.received.lock().clone()
+    }
+
     /// Waits until the server has closed the connection, and returns the received frames.
     pub(crate) async fn read_to_end(mut self) -> Vec<Frame> {
         // `self`, and with it the sending half, is dropped after that.

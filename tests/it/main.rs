@@ -39,6 +39,7 @@ mod saves;
 mod serving;
 mod sessions;
 mod spreading;
+mod unread_streams;
 mod upstream;
 
 /// Names the tests that are not compiled without the feature `embedded-postgres`, so that

@@ -3,7 +3,6 @@
 
 use std::{future::Future, sync::Arc};
 
-use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::{
@@ -15,8 +14,7 @@ use crate::{
     api::proto::{
         GetTokenRequest, GetTokenResponse, ListAccountsRequest, ListAccountsResponse,
         ReportRejectedTokenRequest, ReportRejectedTokenResponse, WatchTokensRequest,
-        WatchTokensResponse, report_rejected_token_response::Outcome,
-        token_service_server::TokenService,
+        report_rejected_token_response::Outcome, token_service_server::TokenService,
     },
     audit::{journal::Journal, record::sanitize_requested_name},
     services::token_provider::{CallRefusal, ReportOutcome, TokenProvider, TokenRequest},
@@ -62,7 +60,7 @@ impl TokenService for TokenServiceHandler {
         Ok(Response::new(response))
     }
 
-    type WatchTokensStream = ReceiverStream<Result<WatchTokensResponse, Status>>;
+    type WatchTokensStream = watch::Events;
 
     async fn watch_tokens(
         &self,

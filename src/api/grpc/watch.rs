@@ -8,18 +8,18 @@
 use std::{collections::HashMap, future::pending, pin::pin, sync::Arc, time::Duration};
 
 use tokio::{
-    sync::{
-        broadcast::{self, error::RecvError},
-        mpsc,
-    },
+    sync::broadcast::{self, error::RecvError},
     task::yield_now,
     time::{Instant, sleep, timeout},
 };
-use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-use super::{audit::CallContext, convert::token_response};
+use super::{
+    audit::CallContext,
+    convert::token_response,
+    handover::{self, handover},
+};
 use crate::{
     api::proto::{
         AccountEnded, WatchTokensResponse, account_ended::Reason,
@@ -43,9 +43,6 @@ use crate::{
     },
 };
 
-/// How many events are buffered for a slow client. Once the buffer is full, the stream waits for the client.
-/// A buffered event is not checked again before it is sent, so there is only one.
-const BUFFERED_EVENTS: usize = 1;
 /// How often the stream checks whether its credential or a grant has ended, also while it waits. Changes of them
 /// in the database cause events, but the passing of an end date does not.
 const EXPIRY_CHECK_INTERVAL: Duration = Duration::from_secs(1);
@@ -54,8 +51,10 @@ const ACCOUNTS_BEFORE_YIELD: usize = 256;
 /// How long the audit record of a pushed token may take to become durable.
 const RECORD_TIMEOUT: Duration = Duration::from_secs(5);
 
-type EventSender = mpsc::Sender<Result<WatchTokensResponse, Status>>;
-type EventSlot = mpsc::OwnedPermit<Result<WatchTokensResponse, Status>>;
+/// The receiving end of a stream.
+pub(super) type Events = handover::Receiver<Result<WatchTokensResponse, Status>>;
+type EventSender = handover::Sender<Result<WatchTokensResponse, Status>>;
+type EventSlot = handover::Slot<Result<WatchTokensResponse, Status>>;
 type AccountChanges = broadcast::Receiver<Arc<CachedAccount>>;
 
 /// Starts a stream for the caller of `context` and returns its receiving end. A task sends the events; it
@@ -70,12 +69,12 @@ pub(super) async fn start(
     api_base_url: Arc<str>,
     context: &CallContext,
     patterns: Vec<AccountPattern>,
-) -> Result<ReceiverStream<Result<WatchTokensResponse, Status>>, CallRefusal> {
+) -> Result<Events, CallRefusal> {
     let permits = provider.acquire_stream(&context.caller, patterns.len())?;
     provider.authorize_watch(&context.caller, &patterns).await?;
     let mut record_template = context.draft.snapshot();
     record_template.event = Event::TokenPushed;
-    let (events, receiver) = mpsc::channel(BUFFERED_EVENTS);
+    let (events, receiver) = handover();
     let stream = WatchStream {
         journal,
         api_base_url,
@@ -84,6 +83,7 @@ pub(super) async fn start(
         synced_caller: context.caller.clone(),
         context: context.clone(),
         patterns: Arc::new(patterns.iter().collect()),
+        granted: Arc::default(),
         watched: HashMap::new(),
         grants_checked_at: provider.database_clock.now(),
         record_template,
@@ -100,7 +100,7 @@ pub(super) async fn start(
             _ = stream.run(&draining) => {}
         }
     });
-    Ok(ReceiverStream::new(receiver))
+    Ok(receiver)
 }
 
 struct WatchStream {
@@ -114,6 +114,8 @@ struct WatchStream {
     /// The call that opened the stream. When its credential ends, so does the stream.
     context: CallContext,
     patterns: Arc<PatternSet>,
+    /// What the grants of `synced_caller` covered then. Later they cover no more than that, until they change.
+    granted: Arc<PatternSet>,
     /// What the caller has used of its rate.
     budget: Arc<Budget>,
     /// The accounts on the stream, each with the generation of the token that was last sent.
@@ -143,7 +145,7 @@ impl WatchStream {
                 _ = caller_changes.changed() => {
                     self.reauthenticate().await?;
                     // Nearly all changes concern other callers.
-                    if *self.synced_caller != *self.caller {
+                    if !Arc::ptr_eq(&self.synced_caller, &self.caller) {
                         account_changes = self.resync().await?;
                     }
                 }
@@ -177,6 +179,8 @@ impl WatchStream {
     async fn resync(&mut self) -> Result<Option<AccountChanges>, Ended> {
         self.reauthenticate().await?;
         self.synced_caller = self.caller.clone();
+        let now = self.provider.database_clock.now();
+        self.granted = Arc::new(self.synced_caller.covered(Right::Get, now));
         // Subscribe before the accounts are read, so that no change between the two is missed.
         let changes = self.provider.cache.changes();
         let watched: Vec<_> = self.watched.keys().copied().collect();
@@ -189,9 +193,8 @@ impl WatchStream {
                 None => self.end_account(id, Reason::Removed).await?,
             }
         }
-        let granted = Arc::new(self.caller.covered(Right::Get, self.provider.database_clock.now()));
-        let may_select = self.patterns.may_intersect(&granted);
-        let mut scan = NameScan::new([self.patterns.clone(), granted], None);
+        let may_select = self.patterns.may_intersect(&self.granted);
+        let mut scan = NameScan::new([self.patterns.clone(), self.granted.clone()], None);
         while !scan.is_done() {
             for (_, account) in self.scan_chunk(&mut scan).await {
                 self.visit(&account).await?;
@@ -237,8 +240,10 @@ impl WatchStream {
     /// Sends what is new about an account, if the stream watches it. A token waits until the caller's rate
     /// permits it.
     async fn visit(&mut self, account: &CachedAccount) -> Result<(), Ended> {
-        // Most changes concern accounts of other streams.
-        let matched = self.patterns.matches(account.snapshot().account.name.as_str());
+        // Most changes concern accounts of other streams, or of other callers.
+        let snapshot = account.snapshot();
+        let name = snapshot.account.name.as_str();
+        let matched = self.patterns.matches(name) && self.granted.matches(name);
         if !matched && !self.watched.contains_key(&account.id()) {
             return Ok(());
         }
@@ -344,15 +349,14 @@ impl WatchStream {
         Ok(())
     }
 
-    /// Waits until the client has taken the previous event. Returns the place for the next one. Ends the stream
-    /// if its credential is no longer accepted, however long the client reads nothing.
+    /// Waits until the client has taken the previous event: until HTTP/2 may send it and asks for more. Returns the
+    /// place for the next one. Ends the stream if its credential is no longer accepted, however long the client
+    /// reads nothing.
     async fn slot(&mut self) -> Result<EventSlot, Ended> {
         loop {
-            let reserved =
-                timeout(EXPIRY_CHECK_INTERVAL, self.events.clone().reserve_owned()).await;
-            let slot = match reserved {
-                Ok(Ok(slot)) => Some(slot),
-                Ok(Err(_)) => return Err(Ended),
+            let slot = match timeout(EXPIRY_CHECK_INTERVAL, self.events.slot()).await {
+                Ok(Some(slot)) => Some(slot),
+                Ok(None) => return Err(Ended),
                 Err(_) => None,
             };
             match self.current_caller() {
@@ -369,11 +373,10 @@ impl WatchStream {
         }
     }
 
-    /// Sends the status with which the stream ends. A client that takes no event within a second does not get
-    /// it: its stream just ends.
+    /// Sends the status with which the stream ends. It follows the last event, even if the client reads that later.
     async fn end_with(&self, refusal: CallRefusal) -> Ended {
-        // This also fails if the client is gone.
-        let _ = timeout(EXPIRY_CHECK_INTERVAL, self.events.send(Err(refusal.into()))).await;
+        // This fails if the client is gone. It never waits long, since HTTP/2 asked for each event before.
+        let _ = timeout(EXPIRY_CHECK_INTERVAL, self.events.send_last(Err(refusal.into()))).await;
         Ended
     }
 }
