@@ -10,6 +10,9 @@
 //! when the last one is answered. With three times as many callers as at the peak, the rate should still be
 //! nine tenths of the peak.
 //!
+//! Then a caller with one call at a time is measured alone, and beside a caller without grants that asks for
+//! 1,000 patterns over 10,000 accounts, in streams and lists, as often as it can. Both should be alike.
+//!
 //! Clients and servers share the machine, and the delivery of audit records to Postgres takes about as
 //! much of its time again. So Postgres is paused during the measurements, except in the rows that say
 //! "delivering".
@@ -44,6 +47,7 @@ use token_broker::{
         token_service_server::{TokenService, TokenServiceServer},
     },
     audit::journal::SyncMode,
+    crypto::bearer::Bearer,
 };
 use tokio::{net::TcpListener, runtime, task::JoinSet};
 use tonic::{Response, Status};
@@ -120,6 +124,9 @@ fn main() {
     let paused = PausedProcesses::pause(postgres);
     measure_overload(&client_runtime, fsync, window);
     drop(paused);
+    let neighbours = server_runtime.block_on(Neighbours::start());
+    client_runtime.block_on(neighbours.measure(window));
+    server_runtime.block_on(neighbours.broker.stop());
     server_runtime.block_on(async {
         for broker in brokers {
             broker.stop().await;
@@ -152,6 +159,85 @@ fn measure_overload(client_runtime: &runtime::Runtime, server: &Server, window: 
         format!("{}, three times the peak's", 3 * CONNECTIONS * at),
         overloaded / peak
     );
+}
+
+/// A broker with many accounts, a caller who may use one of them, and a caller without grants.
+struct Neighbours {
+    broker: TestBroker,
+    caller: Bearer,
+    nobody: Bearer,
+    _fixture: Fixture,
+}
+
+impl Neighbours {
+    const ACCOUNTS: usize = 10_000;
+    const PATTERNS: usize = 1_000;
+    /// How many streams and lists the caller without grants has open at a time.
+    const TASKS: usize = 8;
+
+    async fn start() -> Self {
+        let fixture = Fixture::new().await;
+        let caller = fixture.add_caller("bench", &["acme"]).await;
+        let nobody = fixture.add_caller("nobody", &[]).await;
+        fixture.add_account("acme", "id-1", "SK.1").await;
+        // They are disabled, so that no tokens are issued for them.
+        let many = format!(
+            "insert into accounts (name, client_id, client_secret, enabled)
+             select 'many-' || n, 'many-' || n, 'SK.1', false
+             from generate_series(1, {}) n",
+            Self::ACCOUNTS
+        );
+        fixture.database.sql(&many).await;
+        let broker = fixture.start().await;
+        let client = broker.client(&caller).await;
+        eventually("a token", async || client.get("acme").await.ok()).await;
+        eventually("all accounts", async || {
+            let (_, metrics) = http(broker.app.ops_address, "GET", "/metrics", "").await;
+            let mut lines = metrics.lines();
+            let accounts = lines.find_map(|it| it.strip_prefix("token_broker_accounts "))?;
+            (accounts.parse::<usize>().ok()? > Self::ACCOUNTS).then_some(())
+        })
+        .await;
+        Self { broker, caller, nobody, _fixture: fixture }
+    }
+
+    /// Prints how long calls take, alone and beside the caller without grants.
+    async fn measure(&self, window: Duration) {
+        println!("\n{:<36} {:>10} {:>10}", "a call, in microseconds", "p50", "p99");
+        self.print_latency("alone", window).await;
+        let patterns: Vec<_> = (0..Self::PATTERNS).map(|n| format!("*{n}")).collect();
+        let mut tasks = JoinSet::new();
+        for _ in 0..Self::TASKS {
+            let (client, accounts) = (self.broker.client(&self.nobody).await, patterns.clone());
+            tasks.spawn(async move {
+                loop {
+                    let watch = client.request(WatchTokensRequest { accounts: accounts.clone() });
+                    let stream = client.grpc.clone().watch_tokens(watch).await;
+                    let list = client.request(ListAccountsRequest::default());
+                    let listed = client.grpc.clone().list_accounts(list).await;
+                    if stream.is_err() || listed.is_err() {
+                        tokio::time::sleep(Duration::from_millis(1)).await;
+                    }
+                }
+            });
+        }
+        self.print_latency("beside 1,000 patterns of nobody", window).await;
+        tasks.shutdown().await;
+    }
+
+    async fn print_latency(&self, name: &str, window: Duration) {
+        let mut send = connect(self.broker.app.grpc_address).await;
+        let bearer = format!("Bearer {}", self.caller.expose());
+        let (began, mut latencies) = (Instant::now(), vec![]);
+        while began.elapsed() < window {
+            let called = Instant::now();
+            assert!(call(&mut send, &bearer).await.is_some(), "a call was refused");
+            latencies.push(called.elapsed().as_micros());
+        }
+        latencies.sort_unstable();
+        let at = |percent| latencies[latencies.len() * percent / 100];
+        println!("{name:<36} {:>10} {:>10}", at(50), at(99));
+    }
 }
 
 /// The brokers under test, what they run on, and the servers to measure.

@@ -11,6 +11,8 @@
 //! | `watch` | the streams of `WatchTokens` |
 //! | `convert` | checks and converts requests; builds responses |
 //! | [`status`] | the gRPC status and reason of each refusal |
+//! | `message` | which messages are not read: encoding, size, format |
+//! | `pushback` | whether a client that retries by itself has the time for it |
 //! | `public_service` | limits health and reflection, which need no credential |
 //!
 //! To add an RPC: declare it in `proto/token_broker/v1/token_broker.proto`; implement it in
@@ -25,17 +27,20 @@ mod convert;
 mod guarded_body;
 mod handover;
 mod limits;
+mod message;
 mod method;
 mod public_service;
+mod pushback;
 pub mod server;
 pub mod status;
+mod timeout;
 pub mod token_service;
 mod watch;
 
 use std::sync::Arc;
 
 pub use token_service::TokenServiceHandler;
-use tonic::service::Routes;
+use tonic::{codec::CompressionEncoding::Gzip, service::Routes};
 
 use self::{
     audit::{AuditLayer, AuditService},
@@ -59,10 +64,18 @@ pub fn routes(
             .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
-    let service = TokenServiceServer::new(handler).max_decoding_message_size(MAX_REQUEST_BYTES);
-    let health = health.max_decoding_message_size(MAX_PUBLIC_REQUEST_BYTES);
-    let v1 = reflection().build_v1()?.max_decoding_message_size(MAX_PUBLIC_REQUEST_BYTES);
-    let v1alpha = reflection().build_v1alpha()?.max_decoding_message_size(MAX_PUBLIC_REQUEST_BYTES);
+    let service = TokenServiceServer::new(handler)
+        .max_decoding_message_size(MAX_REQUEST_BYTES)
+        .accept_compressed(Gzip);
+    let health = health.max_decoding_message_size(MAX_PUBLIC_REQUEST_BYTES).accept_compressed(Gzip);
+    let v1 = reflection()
+        .build_v1()?
+        .max_decoding_message_size(MAX_PUBLIC_REQUEST_BYTES)
+        .accept_compressed(Gzip);
+    let v1alpha = reflection()
+        .build_v1alpha()?
+        .max_decoding_message_size(MAX_PUBLIC_REQUEST_BYTES)
+        .accept_compressed(Gzip);
     let routes = Routes::new(AuditService::new(service, audit))
         .add_service(PublicService(health))
         .add_service(PublicService(v1))

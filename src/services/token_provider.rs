@@ -14,7 +14,7 @@ mod refusal;
 
 use std::{sync::Arc, time::Duration};
 
-use decide::{Decision, decide, decide_report};
+use decide::{Decision, decide, decide_at_deadline, decide_report};
 pub use decide::{ReportOutcome, TokenRequest};
 pub use list::{ListedAccount, ListedToken};
 pub use refusal::CallRefusal;
@@ -31,7 +31,7 @@ use crate::{
     domain::{
         account::AccountName,
         caller::{AccountPattern, Caller, CallerId, Right},
-        clock::Clock,
+        clock::{Clock, Timestamp},
         refresh_policy::RefreshPolicy,
         token::{Generation, Token},
     },
@@ -90,8 +90,8 @@ pub struct TokenProvider {
 }
 
 impl TokenProvider {
-    /// Returns a live token of `account` for `caller`. Waits for one up to `deadline` while [`decide()`] says
-    /// so.
+    /// Returns a live token of `account` for `caller`, with the account that it belongs to. Waits for one up to
+    /// `deadline` while [`decide()`] says so.
     ///
     /// Cancel safe: a dropped call only gives back its wait permit. An attempt to issue that it triggered goes
     /// on.
@@ -104,7 +104,7 @@ impl TokenProvider {
         account: &AccountName,
         request: TokenRequest,
         deadline: Instant,
-    ) -> Result<Arc<Token>, CallRefusal> {
+    ) -> Result<(Arc<CachedAccount>, Arc<Token>), CallRefusal> {
         let cached = self.authorize(caller, Right::Get, account)?;
         cached.note_request(self.clock.now());
         let mut wait_permit = None;
@@ -113,7 +113,7 @@ impl TokenProvider {
             let connectivity = self.connectivity.current();
             match decide(&cached.snapshot(), &request, &self.policy, connectivity, self.clock.now())
             {
-                Decision::Serve(token) => return Ok(token),
+                Decision::Serve(token) => return Ok((cached, token)),
                 Decision::Refuse(refusal) => return Err(refusal),
                 Decision::Wait => {}
             }
@@ -130,21 +130,11 @@ impl TokenProvider {
             tokio::select! {
                 _ = account_changes.changed() => {}
                 _ = connectivity_changes.changed() => {}
-                () = sleep_until(deadline) => return self.answer_at_deadline(&cached, &request),
+                () = sleep_until(deadline) => {
+                    let token = decide_at_deadline(&cached.snapshot(), &request, self.clock.now())?;
+                    return Ok((cached, token));
+                }
             }
-        }
-    }
-
-    /// Answers a call whose deadline has passed: with the live token if its generation suffices, even if it
-    /// lives for less than `min_ttl`, since a token that works is better than an error.
-    fn answer_at_deadline(
-        &self,
-        cached: &CachedAccount,
-        request: &TokenRequest,
-    ) -> Result<Arc<Token>, CallRefusal> {
-        match cached.snapshot().live_token(self.clock.now()) {
-            Some(token) if token.generation > request.newer_than => Ok(token.clone()),
-            _ => Err(CallRefusal::DeadlineExceeded),
         }
     }
 
@@ -303,10 +293,10 @@ impl TokenProvider {
     pub fn authorize_again(
         &self,
         credential: &CredentialKey,
-        account: &AccountName,
+        account: &CachedAccount,
     ) -> Result<(), CallRefusal> {
         let caller = self.reauthenticate(credential)?;
-        self.authorize(&caller, Right::Get, account).map(drop)
+        check_still_served(&caller, account, self.database_clock.now())
     }
 
     /// Returns how long a caller may reuse `token` before it asks again.
@@ -336,6 +326,29 @@ impl TokenProvider {
         } else {
             Err(CallRefusal::GrantsStale)
         }
+    }
+}
+
+/// Checks after a wait that `caller` may still get tokens of `account` at `now`, by the database's clock, and that
+/// the account still exists and is enabled. Another account may have its name by now.
+///
+/// # Errors
+/// [`CallRefusal::NotGranted`], and only with a grant [`CallRefusal::NoSuchAccount`] or
+/// [`CallRefusal::AccountDisabled`].
+pub fn check_still_served(
+    caller: &Caller,
+    account: &CachedAccount,
+    now: Timestamp,
+) -> Result<(), CallRefusal> {
+    let snapshot = account.snapshot();
+    if !caller.permits(Right::Get, &snapshot.account.name, now) {
+        Err(CallRefusal::NotGranted)
+    } else if snapshot.removed {
+        Err(CallRefusal::NoSuchAccount)
+    } else if !snapshot.account.enabled {
+        Err(CallRefusal::AccountDisabled)
+    } else {
+        Ok(())
     }
 }
 

@@ -12,7 +12,9 @@
 //! | [`certificates`] | a certificate authority, and connections with TLS |
 //! | [`http`] | HTTP requests to brokers and simulators |
 //! | [`own_server`] | a database server for one test alone, which crashes, has standbys, and fails over |
+//! | [`raw_grpc`] | single calls with any headers and any body |
 //! | [`raw_http2`] | an HTTP/2 client that can violate the protocol |
+//! | [`retrying_client`] | a client that retries by itself |
 //! | [`rng`] | random numbers that can be repeated |
 //! | [`shifted_clock`] | processes whose wall clock is wrong |
 //!
@@ -28,7 +30,9 @@ pub(crate) mod http;
 pub(crate) mod own_server;
 pub(crate) mod pgbouncer;
 pub(crate) mod process;
+pub(crate) mod raw_grpc;
 pub(crate) mod raw_http2;
+pub(crate) mod retrying_client;
 pub(crate) mod rng;
 #[cfg(feature = "embedded-postgres")]
 pub(crate) mod shifted_clock;

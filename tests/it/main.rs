@@ -33,6 +33,7 @@ mod refresh;
 mod refresh_rules;
 mod replicas;
 mod restored;
+mod retries;
 mod rights;
 mod roles;
 mod saves;

@@ -7,6 +7,7 @@ mod canaries;
 mod check;
 #[cfg(feature = "embedded-postgres")]
 mod clocks;
+mod compression;
 mod crashes;
 #[cfg(feature = "embedded-postgres")]
 mod database_crashes;

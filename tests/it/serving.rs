@@ -76,7 +76,7 @@ async fn every_call_is_one_audit_event_whatever_its_outcome() {
             "get_token/-/-/unauthenticated/CREDENTIAL_MISSING".to_owned(),
             "get_token/-/-/unauthenticated/BEARER_MALFORMED".to_owned(),
             "get_token/demo/acme/invalid_argument/-".to_owned(),
-            "get_token/demo/-/out_of_range/-".to_owned(),
+            "get_token/demo/-/out_of_range/MESSAGE_TOO_LARGE".to_owned(),
         ]
     );
     let served: (i64, String) = sqlx::query_as(

@@ -19,7 +19,7 @@ use std::{
 
 pub use context::CallContext;
 use context::trace_id_of;
-use deadline::{Deadline, timeout_of};
+use deadline::Deadline;
 pub use draft_record::DraftRecord;
 use draft_record::TokenInResponse;
 use futures_util::FutureExt;
@@ -33,8 +33,11 @@ use tracing::error;
 use super::{
     authentication::{Authenticator, PresentedCertificate},
     connection::{ConnectionActivity, ConnectionPeer},
+    message,
     method::{event_of, has_response_stream, method_of},
+    pushback::ClientTime,
     status::outcome_of,
+    timeout::timeout_of,
 };
 use crate::{
     audit::{
@@ -158,8 +161,9 @@ impl AuditLayer {
         record.peer = peer.map(|peer| peer.address.to_string());
         record.trace_id = trace_id_of(request.headers());
         let draft = DraftRecord::new(record);
+        let client_time = ClientTime::of(request.headers(), arrived, self.default_deadline);
 
-        let response = match self.admit(&request, arrived, &draft) {
+        let mut response = match self.admit(&request, arrived, &draft) {
             Ok((deadline, context)) => {
                 // A panic of the RPC is caught, so that the call is recorded like any other.
                 let response = respond(inner, request, context, deadline, &cancelled, &draft);
@@ -178,12 +182,13 @@ impl AuditLayer {
                 self.reject(address, status, arrived, &draft).await
             }
         };
+        client_time.limit_pushback(&mut response, Instant::now());
         self.metrics.call(method, code_of(&response).into(), arrived.elapsed());
         response
     }
 
     /// Decides from the request's headers whether a call may reach its RPC: authenticates the caller, counts
-    /// the call against the caller's rate limit, and determines the deadline.
+    /// the call against the caller's rate limit, determines the deadline, and checks how the message is compressed.
     fn admit(
         &self,
         request: &Request<Body>,
@@ -215,6 +220,7 @@ impl AuditLayer {
         let deadline = Deadline(arrived + timeout.min(max_timeout));
         let connection = request.extensions().get::<ConnectionActivity>();
         connection.inspect(|connection| connection.note_authenticated());
+        message::check_encoding(request.headers())?;
         let context = CallContext {
             caller: authenticated.caller,
             certificate: certificate.filter(|_| authenticated.kind != CallerKind::Bearer).cloned(),
@@ -256,8 +262,8 @@ impl AuditLayer {
         }
     }
 
-    /// Checks that a token may still be sent. It, the credential or the grant may have ended during the wait for
-    /// the record, which says that the call was answered.
+    /// Checks that a token may still be sent. It, the credential, the grant or the account may have ended during the
+    /// wait for the record, which says that the call was answered.
     fn check_again(&self, token: &TokenInResponse) -> Result<(), CallRefusal> {
         if token.expires_at <= self.clock.now() {
             return Err(CallRefusal::TokenEnded);
@@ -309,7 +315,10 @@ where
     tokio::select! {
         biased;
         answered = inner.call(request) => match answered {
-            Ok(response) => response,
+            Ok(response) => match message::refusal_of(&response) {
+                Some(refusal) => draft.refuse(refusal).into_http(),
+                None => response,
+            },
             Err(never) => match never {},
         },
         () = cancelled.cancelled() => draft.refuse(CallRefusal::Cancelled).into_http(),

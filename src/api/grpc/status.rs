@@ -9,8 +9,15 @@ use crate::{services::token_provider::CallRefusal, telemetry::GRPC_CODE_NAMES};
 
 /// The `domain` of every `ErrorInfo`.
 pub const ERROR_DOMAIN: &str = "token-broker";
-/// The trailer from which gRPC's built-in retries take their delay, in milliseconds (gRFC A6).
-const PUSHBACK: &str = "grpc-retry-pushback-ms";
+/// The trailer from which gRPC's built-in retries take their delay, in milliseconds (gRFC A6). The layers that
+/// know the call's time replace it where no retry can be answered any more: see `pushback`.
+pub(super) const PUSHBACK: &str = "grpc-retry-pushback-ms";
+/// The header that names the encodings which requests may have.
+const ACCEPT_ENCODING: &str = "grpc-accept-encoding";
+/// Its value.
+const ACCEPTED_ENCODINGS: &str = "gzip,identity";
+/// The pushback with which gRPC's clients do not retry.
+pub(super) const DO_NOT_RETRY: &str = "-1";
 /// Retry delay reported to the client when no better estimate is known.
 const DEFAULT_RETRY: Duration = Duration::from_secs(1);
 
@@ -48,6 +55,16 @@ macro_rules! reasons {
 }
 
 reasons! {
+    /// The message is compressed with an encoding that the broker does not read.
+    EncodingNotSupported = ("ENCODING_NOT_SUPPORTED", Unimplemented),
+    /// The service has no such method.
+    UnknownMethod = ("UNKNOWN_METHOD", Unimplemented),
+    /// The message is larger than the method accepts.
+    MessageTooLarge = ("MESSAGE_TOO_LARGE", OutOfRange),
+    /// The message is small enough only while it is compressed.
+    DecompressedTooLarge = ("DECOMPRESSED_TOO_LARGE", ResourceExhausted),
+    /// The message violates the format of gRPC, gzip or protobuf.
+    MessageMalformed = ("MESSAGE_MALFORMED", Internal),
     /// No bearer and no client certificate.
     CredentialMissing = ("CREDENTIAL_MISSING", Unauthenticated),
     /// The metadata is not a well-formed bearer.
@@ -87,6 +104,11 @@ impl CallRefusal {
             Self::Invalid { .. } => return Err(Code::InvalidArgument),
             Self::DeadlineExceeded => return Err(Code::DeadlineExceeded),
             Self::Cancelled => return Err(Code::Cancelled),
+            Self::EncodingNotSupported => Reason::EncodingNotSupported,
+            Self::MessageTooLarge => Reason::MessageTooLarge,
+            Self::DecompressedTooLarge => Reason::DecompressedTooLarge,
+            Self::MessageMalformed { .. } => Reason::MessageMalformed,
+            Self::UnknownMethod => Reason::UnknownMethod,
             Self::CredentialMissing => Reason::CredentialMissing,
             Self::BearerMalformed => Reason::BearerMalformed,
             Self::CredentialRefused => Reason::CredentialRefused,
@@ -157,8 +179,18 @@ impl From<CallRefusal> for Status {
             details.set_retry_info(retry_after);
         }
         let mut status = Status::with_error_details(refusal.code(), refusal.to_string(), details);
+        if matches!(refusal, CallRefusal::EncodingNotSupported) {
+            let accepted = MetadataValue::from_static(ACCEPTED_ENCODINGS);
+            status.metadata_mut().insert(ACCEPT_ENCODING, accepted);
+        }
+        if matches!(refusal, CallRefusal::DecompressedTooLarge) {
+            // Clients often retry calls with this code.
+            status.metadata_mut().insert(PUSHBACK, MetadataValue::from_static(DO_NOT_RETRY));
+        }
         if let Some(delay) = retry_after {
-            let milliseconds = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX);
+            // Rounded up: an earlier retry would be refused again.
+            let milliseconds = delay.as_nanos().div_ceil(1_000_000);
+            let milliseconds = u64::try_from(milliseconds).unwrap_or(u64::MAX);
             status.metadata_mut().insert(PUSHBACK, MetadataValue::from(milliseconds));
         }
         status

@@ -40,22 +40,23 @@ impl TokenService for TokenServiceHandler {
         let context = context_of(&request)?;
         let request = request.into_inner();
         context.draft.set_account(&request.account);
-        let (account, token) = noting_refusal(&context, async {
-            let account = convert::account_name(&request.account)?;
+        let (name, account, token) = noting_refusal(&context, async {
+            let name = convert::account_name(&request.account)?;
             let wanted = TokenRequest {
                 min_ttl: convert::min_ttl(request.min_ttl)?,
                 newer_than: convert::generation(request.newer_than_generation),
             };
             let CallContext { caller, deadline, .. } = &context;
-            let token = self.provider.get_token(caller, &account, wanted, *deadline).await?;
-            // The call may have waited for the token, and credential or grant may have ended meanwhile.
+            let (account, token) =
+                self.provider.get_token(caller, &name, wanted, *deadline).await?;
+            // The call may have waited for the token, and credential, grant or account may have ended meanwhile.
             context.check_certificate()?;
             self.provider.authorize_again(&context.credential, &account)?;
-            Ok((account, token))
+            Ok((name, account, token))
         })
         .await?;
         let provider = &self.provider;
-        let response = convert::token_response(provider, &self.api_base_url, &account, &token);
+        let response = convert::token_response(provider, &self.api_base_url, &name, &token);
         context.set_token(account, &token);
         Ok(Response::new(response))
     }

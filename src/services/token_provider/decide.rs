@@ -94,23 +94,53 @@ fn why_no_new_token_soon(
     if connectivity == Connectivity::Partitioned && !leased {
         return Some(CallRefusal::DatabaseUnavailable { retry_after: DEFAULT_RETRY });
     }
-    let failure = refresh.current_failure(snapshot.account.credential_version)?;
+    let (refusal, retry_at) = last_failure(snapshot, now)?;
     if snapshot.account.wants_reissue(refresh) || leased {
         return None;
     }
-    let upstream_code = failure.code.clone();
-    let paused = || {
-        refresh.next_attempt_at.filter(|at| *at > now).map(|at| {
-            let retry_after = until_from(now, at).max(DEFAULT_RETRY);
-            CallRefusal::UpstreamUnavailable { retry_after }
-        })
+    // A failure that does not suspend the account is followed by another attempt.
+    let is_final = !matches!(refusal, CallRefusal::UpstreamUnavailable { .. });
+    (is_final || retry_at.is_some_and(|at| at > now)).then_some(refusal)
+}
+
+/// Returns the refusal that says how the last attempt with the account's present credential failed, and when the
+/// next attempt is planned. `None` if it did not fail, or if the previous credential issues without a failure.
+fn last_failure(
+    snapshot: &AccountSnapshot,
+    now: Timestamp,
+) -> Option<(CallRefusal, Option<Timestamp>)> {
+    let refresh = &snapshot.refresh;
+    let failure = refresh.current_failure(snapshot.account.credential_version)?;
+    let (upstream_code, retry_at) = (failure.code.clone(), refresh.next_attempt_at);
+    let unavailable = || CallRefusal::UpstreamUnavailable {
+        retry_after: retry_at.map_or(DEFAULT_RETRY, |at| until_from(now, at).max(DEFAULT_RETRY)),
     };
-    match failure.class {
-        // After a rotation, the previous secret goes on issuing until the new one has issued.
-        _ if snapshot.account.fallback_version(refresh).is_some() => paused(),
-        class if class.suspends() => Some(CallRefusal::CredentialRejected { upstream_code }),
-        FailureClass::EgressRejected => Some(CallRefusal::EgressRejected { upstream_code }),
-        _ => paused(),
+    let refusal = match failure.class {
+        // After a rotation, the previous secret goes on issuing until the new one has issued. It fails only if
+        // there is a pause before its next attempt.
+        _ if snapshot.account.fallback_version(refresh).is_some() => {
+            retry_at?;
+            unavailable()
+        }
+        class if class.suspends() => CallRefusal::CredentialRejected { upstream_code },
+        FailureClass::EgressRejected => CallRefusal::EgressRejected { upstream_code },
+        _ => unavailable(),
+    };
+    Some((refusal, retry_at))
+}
+
+/// Decides how a call ends whose deadline passed while it waited: with the live token if its generation suffices,
+/// even if it lives for less than `min_ttl`, since a token that works is better than an error. Otherwise with why
+/// the last attempt failed, if it did, since the present one did not end in time either.
+pub(super) fn decide_at_deadline(
+    snapshot: &AccountSnapshot,
+    request: &TokenRequest,
+    now: Timestamp,
+) -> Result<Arc<Token>, CallRefusal> {
+    match snapshot.live_token(now) {
+        Some(token) if token.generation > request.newer_than => Ok(token.clone()),
+        _ => Err(last_failure(snapshot, now)
+            .map_or(CallRefusal::DeadlineExceeded, |(refusal, _)| refusal)),
     }
 }
 
@@ -288,6 +318,44 @@ mod tests {
             decided(&failing(FailureClass::Unreachable, Some(at(999))), any_token(), 1_000),
             "wait"
         );
+    }
+
+    #[test]
+    fn a_call_whose_deadline_passes_hears_why_the_last_attempt_failed() {
+        let ended = |snapshot: &AccountSnapshot, newer_than, second| {
+            let request = TokenRequest { newer_than: Generation(newer_than), ..any_token() };
+            decide_at_deadline(snapshot, &request, at(second)).map(|token| token.generation.0)
+        };
+        assert_eq!(ended(&snapshot(), 6, 999), Ok(7));
+        assert_eq!(ended(&snapshot(), 7, 999), Err(CallRefusal::DeadlineExceeded));
+        assert_eq!(ended(&snapshot(), 0, 1_000), Err(CallRefusal::DeadlineExceeded));
+        // The next attempt is under way: the call waited for it.
+        let under_way = |class| {
+            let mut snapshot = failing(class, Some(at(1_004)));
+            snapshot.refresh.lease_until = Some(at(1_030));
+            snapshot
+        };
+        let unavailable = |seconds| {
+            let retry_after = Duration::from_secs(seconds);
+            Err(CallRefusal::UpstreamUnavailable { retry_after })
+        };
+        let unreachable = under_way(FailureClass::Unreachable);
+        assert_eq!(decided(&unreachable, any_token(), 1_000), "wait");
+        assert_eq!(ended(&unreachable, 0, 1_000), unavailable(4));
+        assert_eq!(ended(&unreachable, 0, 1_010), unavailable(1));
+        assert_eq!(ended(&unreachable, 0, 999), Ok(7));
+        let upstream_code = Some("61006".to_owned());
+        assert_eq!(
+            ended(&under_way(FailureClass::EgressRejected), 0, 1_000),
+            Err(CallRefusal::EgressRejected { upstream_code: upstream_code.clone() })
+        );
+        assert_eq!(
+            ended(&under_way(FailureClass::Rejected), 0, 1_000),
+            Err(CallRefusal::CredentialRejected { upstream_code })
+        );
+        let mut changed = under_way(FailureClass::Rejected);
+        changed.account.credential_version = CredentialVersion(2);
+        assert_eq!(ended(&changed, 0, 1_000), Err(CallRefusal::DeadlineExceeded));
     }
 
     #[test]

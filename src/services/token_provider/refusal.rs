@@ -16,6 +16,26 @@ pub enum CallRefusal {
         /// What is wrong with it.
         description: String,
     },
+    /// The message is compressed with an encoding that the broker does not read.
+    #[error("the encoding of the request is not supported: send gzip or identity")]
+    EncodingNotSupported,
+    /// The message is larger than the method accepts.
+    #[error("the message is larger than 64 KiB, or for health and reflection than 4 KiB")]
+    MessageTooLarge,
+    /// The message is small enough only while it is compressed.
+    #[error(
+        "the message is larger than 64 KiB once it is decompressed, or for health and reflection than 4 KiB"
+    )]
+    DecompressedTooLarge,
+    /// The message violates the format of gRPC, gzip or protobuf.
+    #[error("the message cannot be read: {description}")]
+    MessageMalformed {
+        /// Which rule it violates. Quotes nothing of the message.
+        description: String,
+    },
+    /// The service has no such method.
+    #[error("the service has no such method")]
+    UnknownMethod,
     /// The caller sent no bearer and showed no client certificate.
     #[error("no credential: send `authorization: Bearer tbk_…`, or show a client certificate")]
     CredentialMissing,

@@ -11,8 +11,8 @@ use super::{
     token_access::{TokenAccess, check_certificate},
 };
 use crate::{
-    domain::{account::AccountName, caller::Caller, token::Token},
-    services::token_provider::CallRefusal,
+    domain::{caller::Caller, token::Token},
+    services::{account_cache::CachedAccount, token_provider::CallRefusal},
     store::callers::CredentialKey,
     tls::ClientCertificate,
 };
@@ -45,8 +45,8 @@ impl CallContext {
     }
 
     /// Notes that the response holds `token` of `account`, in the call's record too. The audit layer does not
-    /// send the response if the token, the credential or the grant ends while the record is written.
-    pub fn set_token(self, account: AccountName, token: &Token) {
+    /// send the response if the token, the credential, the grant or the account ends while the record is written.
+    pub fn set_token(self, account: Arc<CachedAccount>, token: &Token) {
         let Self { credential, certificate, draft, .. } = self;
         draft.set_token(token, TokenAccess { credential, certificate, account });
     }

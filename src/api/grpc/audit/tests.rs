@@ -8,12 +8,13 @@ use crate::{
     audit::journal::JournalSettings,
     crypto::bearer::Bearer,
     domain::{
-        account::AccountName,
         caller::{Caller, CallerId, Grant, Right},
         clock::ManualClock,
+        refresh_state::{Account, RefreshState},
         token::Token,
     },
     files::state_dir::StateDir,
+    services::account_cache::{AccountCache, CachedAccount},
     store::callers::{CallerCredential, CredentialKey},
 };
 
@@ -97,11 +98,7 @@ impl Harness {
             + 'static,
         S::Future: Send,
     {
-        let request = Request::builder()
-            .uri("/token_broker.v1.TokenService/GetToken")
-            .header("authorization", format!("Bearer {}", bearer.expose()))
-            .body(body)
-            .unwrap();
+        let request = request(bearer, body);
         let response = AuditService::new(inner, self.layer.clone()).call(request).await.unwrap();
         code_of(&response)
     }
@@ -120,8 +117,18 @@ impl Harness {
     }
 }
 
-fn account() -> AccountName {
-    "acme".parse().unwrap()
+/// Returns a request for `GetToken`.
+fn request(bearer: &Bearer, body: Body) -> Request<Body> {
+    Request::builder()
+        .uri("/token_broker.v1.TokenService/GetToken")
+        .header("authorization", format!("Bearer {}", bearer.expose()))
+        .body(body)
+        .unwrap()
+}
+
+/// Returns the account `acme`.
+fn account() -> Arc<CachedAccount> {
+    AccountCache::default().put(Account::example(1, "acme"), RefreshState::default(), None)
 }
 
 #[tokio::test]
@@ -142,12 +149,42 @@ async fn a_token_that_expires_while_its_record_is_written_is_not_sent() {
     assert!(journal.contains("\"generation\":\"7\""), "{journal}");
 }
 
+/// What happens between the RPC's answer and the commit of the record.
+#[derive(Clone, Copy, Debug)]
+enum Meanwhile {
+    CredentialRemoved,
+    CredentialRevoked,
+    CallerDisabled,
+    GrantRemoved,
+    GrantMoved,
+    RightRemoved,
+    GrantEnded,
+    AccountRemoved,
+    AccountReplaced,
+    AccountDisabled,
+    AccountRenamed,
+    RemovedWithoutGrant,
+}
+
+/// Promises that a token is sent only if credential, grant and account permit it when it is sent.
 #[tokio::test]
-async fn a_token_whose_caller_loses_its_credential_or_grant_while_its_record_is_written_is_not_sent()
- {
-    for (keeps_credential, expected) in
-        [(false, Code::Unauthenticated), (true, Code::PermissionDenied)]
-    {
+async fn a_token_whose_caller_or_account_changes_while_its_record_is_written_is_not_sent() {
+    use Meanwhile::*;
+    for (meanwhile, expected) in [
+        (CredentialRemoved, Code::Unauthenticated),
+        (CredentialRevoked, Code::Unauthenticated),
+        (CallerDisabled, Code::Unauthenticated),
+        (GrantRemoved, Code::PermissionDenied),
+        (GrantMoved, Code::PermissionDenied),
+        (RightRemoved, Code::PermissionDenied),
+        (GrantEnded, Code::PermissionDenied),
+        (AccountRemoved, Code::NotFound),
+        (AccountReplaced, Code::NotFound),
+        (AccountDisabled, Code::FailedPrecondition),
+        (AccountRenamed, Code::PermissionDenied),
+        // Whether the account exists is not told to a caller without a grant.
+        (RemovedWithoutGrant, Code::PermissionDenied),
+    ] {
         let harness = Harness::new();
         let mut token = Token::example(7, 1);
         token.expires_at = harness.layer.clock.now() + chrono::TimeDelta::seconds(1);
@@ -155,17 +192,45 @@ async fn a_token_whose_caller_loses_its_credential_or_grant_while_its_record_is_
         let key = CredentialKey::BearerSha256(harness.bearer.sha256());
         let (code, journal) = harness
             .call(move |context| {
-                let caller = Caller { grants: vec![], ..(*context.caller).clone() };
-                context.set_token(account(), &token);
-                // The change arrives between the RPC's answer and the commit of the record.
+                let cache = AccountCache::default();
+                let put = |account| cache.put(account, RefreshState::default(), None);
+                let mut account = Account::example(1, "acme");
+                let mut caller = (*context.caller).clone();
+                let mut credentials = vec![false];
+                context.set_token(put(account.clone()), &token);
+                match meanwhile {
+                    CredentialRemoved => credentials.clear(),
+                    CredentialRevoked => credentials = vec![true],
+                    CallerDisabled => caller.enabled = false,
+                    GrantRemoved | RemovedWithoutGrant => caller.grants.clear(),
+                    GrantMoved => caller.grants[0].pattern = "acme-*".parse().unwrap(),
+                    RightRemoved => {
+                        caller.grants[0].rights =
+                            [Right::List, Right::Report].into_iter().collect();
+                    }
+                    GrantEnded => caller.grants[0].ends_at = Some(chrono::DateTime::UNIX_EPOCH),
+                    AccountRemoved | AccountReplaced => {}
+                    AccountDisabled => account.enabled = false,
+                    AccountRenamed => account.name = "other".parse().unwrap(),
+                }
+                match meanwhile {
+                    AccountRemoved | RemovedWithoutGrant => cache.remove(account.id),
+                    AccountReplaced => {
+                        cache.remove(account.id);
+                        put(Account::example(2, "acme"));
+                    }
+                    _ => drop(put(account)),
+                }
                 let caller = Arc::new(caller);
-                let (key, ends_at) = (key.clone(), None);
-                let credential = CallerCredential { caller, key, ends_at, revoked: false };
-                callers.replace(if keeps_credential { vec![credential] } else { vec![] });
+                let credential = |revoked| {
+                    let (caller, key) = (caller.clone(), key.clone());
+                    CallerCredential { caller, key, ends_at: None, revoked }
+                };
+                callers.replace(credentials.into_iter().map(credential).collect());
                 async {}
             })
             .await;
-        assert_eq!(code, expected);
+        assert_eq!(code, expected, "{meanwhile:?}");
         assert!(journal.contains("\"generation\":\"7\""), "{journal}");
     }
 }
@@ -200,6 +265,47 @@ async fn a_call_that_cannot_be_recorded_is_not_answered() {
     let (code, journal) = harness.call(|_| async {}).await;
     assert_eq!(code, Code::Unavailable);
     assert!(!journal.contains("get_token"), "{journal}");
+}
+
+/// A refusal after the RPC has answered, and one by the headers, are limited to the call's time like all others.
+#[tokio::test]
+async fn a_client_is_told_to_retry_only_in_its_time_wherever_the_call_is_refused() {
+    for (timeout, retried) in [(None, true), (Some("30S"), true), (Some("900m"), false)] {
+        let answer = service_fn(|_| async { Ok::<_, Infallible>(Response::new(Body::empty())) });
+        let call = async |harness: &Harness| {
+            let mut request = request(&harness.bearer, Body::empty());
+            if let Some(timeout) = timeout {
+                request.headers_mut().insert("grpc-timeout", timeout.parse().unwrap());
+            }
+            let layer = harness.layer.clone();
+            let response = AuditService::new(answer, layer).call(request).await.unwrap();
+            let pushback = response.headers().get("grpc-retry-pushback-ms").cloned();
+            (code_of(&response), pushback.map(|it| it.to_str().unwrap().parse::<i64>().unwrap()))
+        };
+        let is_as_expected = |pushback: Option<i64>| match pushback {
+            Some(-1) => !retried,
+            Some(pause) => retried && pause > 0,
+            None => false,
+        };
+        let unused = Harness::new();
+        assert_eq!(call(&unused).await, (Code::Ok, None));
+
+        // The caller has used what it may use in the next ten seconds.
+        let caller = unused.layer.callers.authenticate(
+            &CredentialKey::BearerSha256(unused.bearer.sha256()),
+            chrono::DateTime::UNIX_EPOCH,
+        );
+        unused.layer.rates.charge(&caller.unwrap(), 10_000_000, Instant::now());
+        let (code, pushback) = call(&unused).await;
+        assert_eq!(code, Code::ResourceExhausted);
+        assert!(is_as_expected(pushback), "{timeout:?} {pushback:?}");
+
+        let unrecorded = Harness::new();
+        unrecorded.layer.journal.close().await;
+        let (code, pushback) = call(&unrecorded).await;
+        assert_eq!(code, Code::Unavailable);
+        assert!(is_as_expected(pushback), "{timeout:?} {pushback:?}");
+    }
 }
 
 #[tokio::test]

@@ -1,10 +1,14 @@
-//! What a caller needs for the token in a response, checked again before the response is sent.
+//! The checks that are repeated before a token is sent, after the wait for the call's record.
 
 use std::sync::Arc;
 
 use crate::{
-    domain::{account::AccountName, caller::Right, clock::Timestamp},
-    services::{caller_directory::CallerDirectory, token_provider::CallRefusal},
+    domain::clock::Timestamp,
+    services::{
+        account_cache::CachedAccount,
+        caller_directory::CallerDirectory,
+        token_provider::{CallRefusal, check_still_served},
+    },
     store::callers::CredentialKey,
     tls::ClientCertificate,
 };
@@ -13,15 +17,15 @@ use crate::{
 pub(super) struct TokenAccess {
     pub(super) credential: CredentialKey,
     pub(super) certificate: Option<Arc<ClientCertificate>>,
-    pub(super) account: AccountName,
+    pub(super) account: Arc<CachedAccount>,
 }
 
 impl TokenAccess {
     /// Checks after the wait for the record that `callers` still has the credential, and a grant of the account,
-    /// and that neither has ended at `now`, by the database's clock.
+    /// that neither has ended at `now`, by the database's clock, and that the account is still served.
     ///
     /// # Errors
-    /// [`CallRefusal::CredentialRefused`] or [`CallRefusal::NotGranted`].
+    /// [`CallRefusal::CredentialRefused`], or as [`check_still_served`].
     pub(super) fn check(
         &self,
         callers: &CallerDirectory,
@@ -31,18 +35,11 @@ impl TokenAccess {
         let caller = callers
             .authenticate(&self.credential, now)
             .map_err(|_| CallRefusal::CredentialRefused)?;
-        if caller.permits(Right::Get, &self.account, now) {
-            Ok(())
-        } else {
-            Err(CallRefusal::NotGranted)
-        }
+        check_still_served(&caller, &self.account, now)
     }
 }
 
-/// Checks that a client certificate, if there is one, is still accepted.
-///
-/// # Errors
-/// [`CallRefusal::CredentialRefused`] if it has ended or was revoked.
+/// Checks that the client certificate of a call, if it has one, is still accepted.
 pub(super) fn check_certificate(
     certificate: Option<&ClientCertificate>,
 ) -> Result<(), CallRefusal> {
