@@ -107,9 +107,10 @@ select
             'what was written is not an API KEY (see last_error): set it again'
         when failing and error_class = 'intake' then
             'the sealed secret does not open with the broker''s keyring: seal it again for the current intake key'
+                || case when previous_secret is null then '' else '; until then, the one before goes on issuing' end
         when failing and error_class = 'rejected' and previous_secret is not null then
             'the upstream refuses the new client_secret, and the one before goes on issuing: set the API KEY shown in the console'
-        when failing and previous_secret is not null and error_class <> 'intake' and consecutive_failures = 0 then
+        when failing and previous_secret is not null and consecutive_failures = 0 then
             'the new client_secret has not issued a token yet (see last_error), and the one before goes on issuing; the new one is tried again: check that it is the API KEY shown in the console'
         when failing and error_code = '61005' then
             'the upstream does not know this client_id: correct it (with its client_secret); nothing is retried until then'
