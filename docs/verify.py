@@ -49,7 +49,7 @@ arguments.add_argument("--keys"); arguments.add_argument("--heads"); arguments.a
 given = arguments.parse_args()
 keys = dict(re.findall(r"# (\w+)\n(-----BEGIN[^#]*)", open(given.keys).read())) if given.keys else {}
 if given.keys and not keys: sys.exit("there is no key in %s: nothing was verified" % given.keys)
-chains, cuts, heads, records, faults, ends, whole, compared = {}, {}, [], {}, [], {}, False, 0
+chains, cuts, heads, records, faults, ends, lost, whole, compared = {}, {}, [], {}, [], {}, [], False, 0
 
 def read(it):
     """Takes in one line. Raises an error of CANNOT_READ if it is not what it should be."""
@@ -70,6 +70,9 @@ def read(it):
         if altered: faults.append((it["chain"], it["seq"], "was altered"))
         if it["seq"] in here: faults.append((it["chain"], it["seq"], "occurs twice"))
         here[it["seq"]] = (it["prev_hash"], it["hash"])
+        # A record of what a replica has lost: see "Lost records" in audit-format.md.
+        said = it.get("detail", {})
+        if it["event"] == "audit_gap" and re.fullmatch("[0-9]{1,18}", said.get("lost_last", "")): lost.append((said.get("lost_chain", ""), int(said["lost_last"])))
     elif "unreadable" in it:
         row = it["unreadable"]
         faults.append((str(row["chain"]), int(row["seq"]), "cannot be read (%s): %s" % (row["table"], row["why"])))
@@ -129,6 +132,7 @@ for chain in sorted({*records, *cuts, *chains, *(h["chain"] for h in heads)}):
         if h["seq"] > seq: faults.append((chain, seq + 1, "is missing: a checkpoint of record %d was signed" % h["seq"]))
         elif (known.get(h["seq"]) or h["hash"]) != h["hash"]: faults.append((chain, h["seq"], "differs from the record whose checkpoint was signed"))
     ends[chain] = head
+    if whole and not claim.get("retired") and seq < max((last for name, last in lost if name == chain), default=0): faults.append((chain, seq + 1, "is missing: the replica has lost it"))
     print(chain.encode("unicode_escape").decode(), seq, head)
 # In a complete export, each chain begins with the last hash of the chain before it.
 for chain, claim in chains.items() if whole else ():

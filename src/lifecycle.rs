@@ -81,20 +81,20 @@ impl Signals {
 }
 
 /// Waits until a signal arrives or a task of `app` fails, and then stops `app`. A second signal
-/// interrupts the stop: this function returns at once. The exit code is a failure if a task failed or
-/// the stop was interrupted.
+/// interrupts the stop: this function returns at once. The exit code is a failure if a task failed, the
+/// stop was interrupted, or audit records were lost.
 pub async fn run(app: App, signals: &mut Signals) -> ExitCode {
     let failed = tokio::select! {
         () = signals.next() => false,
         () = app.failed() => true,
     };
     info!(failed, "stopping; a second signal ends at once");
-    tokio::select! {
-        () = app.stop() => {}
+    let complete = tokio::select! {
+        complete = app.stop() => complete,
         () = signals.next() => {
             warn!("stopped at once: open calls were aborted, and audit records wait for the next start");
             return ExitCode::FAILURE;
         }
-    }
-    if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+    };
+    if failed || !complete { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }

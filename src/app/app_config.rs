@@ -25,6 +25,8 @@ const LOCAL_POOL_CONNECTIONS: u32 = 5;
 const JOURNAL_SEGMENT_BYTES: u64 = 64 << 20;
 /// How long delivered segments of the journal are kept, so that operators can copy them.
 const JOURNAL_RETENTION: Duration = Duration::from_hours(7 * 24);
+/// The size in bytes of the undelivered records that the journal keeps in memory too.
+const JOURNAL_MEMORY_BYTES: usize = 64 << 20;
 
 /// The most connections of callers at once, if the process may have enough file descriptors.
 const MAX_CONNECTIONS: usize = 10_000;
@@ -131,6 +133,7 @@ impl AppConfig {
             segment_bytes: self.journal_segment_bytes.min(max_bytes / 4),
             max_bytes,
             retention: JOURNAL_RETENTION,
+            memory_bytes: JOURNAL_MEMORY_BYTES,
         }
     }
 }

@@ -130,13 +130,14 @@ impl App {
         self.components.failed.cancelled().await;
     }
 
-    /// Stops the broker in the order that the [module](self) documents. This takes at most the shutdown
+    /// Stops the broker in the order that the [module](self) documents. Returns whether the audit log is complete: no
+    /// record was lost, and those that are not delivered are in files. This takes at most the shutdown
     /// notice and the drain, plus some seconds each for the records of calls, the disk and the delivery.
     ///
     /// Not cancel safe: dropping the future leaves tasks running, and records are delivered only after the
     /// next start.
-    pub async fn stop(self) {
-        self.services.stop(self.components).await;
+    pub async fn stop(self) -> bool {
+        self.services.stop(self.components).await
     }
 }
 

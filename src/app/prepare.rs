@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::sync::{Mutex, watch};
 use tokio_util::sync::CancellationToken;
-use tracing::warn;
+use tracing::{error, warn};
 
 use super::{
     app_config::AppConfig,
@@ -15,7 +15,10 @@ use super::{
     task_group::StartedTasks,
 };
 use crate::{
-    audit::record::{Event, Record},
+    audit::{
+        lost::LostRecords,
+        record::{Event, Record},
+    },
     domain::{account::AccountId, clock::Timestamp},
     files::state_dir::StateDir,
     services::{
@@ -24,7 +27,7 @@ use crate::{
         refresher::{PendingTokens, RefreshTrigger, Refresher},
         trust_monitor::{IntakeKeyFault, check_published},
     },
-    store::{StoreError, accounts, intake_keys, leases, within},
+    store::{StoreError, accounts, instances, intake_keys, leases, within},
 };
 
 /// How long the record of the start may take to become durable.
@@ -46,7 +49,8 @@ pub(super) struct Prepared {
 /// 3. announces this process, unless another one acts under its identity, and starts the heartbeat in `tasks`;
 /// 4. checks that the keyring is the one that sealed the stored secrets, and that admins seal new ones to its
 ///    intake key, which it publishes if `--migrate` was given;
-/// 5. records the start in the audit journal, and the acceptance of a restored database if there was one;
+/// 5. records the start in the audit journal, the records that were removed from the journal while no process ran, if
+///    any, and the acceptance of a restored database if there was one;
 /// 6. marks stored tokens as possibly revoked where an earlier process issued newer ones that it could
 ///    not store;
 /// 7. loads accounts and callers;
@@ -71,6 +75,8 @@ pub(super) async fn prepare(
     let watch = guard.run(verified.session, tasks.history.stop_token());
     tasks.history.start("history", &components.failed, watch);
     let mut heartbeat = components.heartbeat(config, state_dir);
+    // The announcement replaces what the earlier process reported.
+    let lost = until_reachable(give_up, || lost_by_earlier_process(components, state_dir)).await?;
     announce(&mut heartbeat, give_up).await?;
     let (replica, standing) = (heartbeat.replica_number(), heartbeat.standing());
     let beat = heartbeat.run(tasks.background.stop_token());
@@ -78,6 +84,16 @@ pub(super) async fn prepare(
     until_reachable(give_up, || check_keys(components, config)).await?;
 
     record(components, start_record(config, started_at)).await?;
+    if let Some(lost) = lost {
+        error!(
+            chain = lost.chain,
+            first = lost.first,
+            last = lost.last,
+            "AUDIT RECORDS ARE LOST: the last process of this replica wrote them, and neither the state directory \
+             nor Postgres has them"
+        );
+        record(components, lost.record(components.clock.wall())).await?;
+    }
     if let Some(acceptance) = verified.acceptance {
         record(components, acceptance).await?;
     }
@@ -99,6 +115,19 @@ pub(super) async fn prepare(
     let loaded = until_reachable(give_up, load).await?;
     until_acknowledged(standing, give_up, &components.failed).await?;
     Ok(Prepared { refresher, trigger, change_feed, loaded })
+}
+
+/// Returns the records that the last process of this instance reported, and that neither Postgres nor the journal has.
+async fn lost_by_earlier_process(
+    components: &Components,
+    state_dir: &StateDir,
+) -> Result<Option<LostRecords>, StartError> {
+    let reported = instances::reported_chain(&components.pool, state_dir.instance());
+    let Some(reported) = within(reported).await? else { return Ok(None) };
+    let local = components.journal.chains().into_iter().find(|it| it.link.chain == reported.chain);
+    let known = local.map_or(0, |local| local.last_seq).max(reported.delivered_seq);
+    let lost = LostRecords { chain: reported.chain, first: known + 1, last: reported.seq };
+    Ok((known < reported.seq).then_some(lost))
 }
 
 /// Announces this process, and repeats that while the database does not answer.

@@ -12,6 +12,7 @@
 //! - Full: the same, and each call is refused with `UNAVAILABLE` and the reason `AUDIT_UNAVAILABLE`,
 //!   because no answer may leave without its record. `token_broker_journal_failed_total` counts the
 //!   records that could not be written.
+//!   The check also says why: the disk, or files of the state directory that another program removed.
 //! - Room again: calls are answered and all checks pass again without a restart, and the journal gets a
 //!   record that says how many records are missing.
 
@@ -69,12 +70,19 @@ fn trust_check(fault: Option<String>) -> Check {
 
 fn journal_check(journal: &Journal) -> Check {
     let (writable, has_room) = (journal.is_writable(), journal.is_ready());
-    let detail = match (writable, has_room) {
-        (false, _) => "cannot be written: calls are refused",
-        (true, false) => "is nearly full: calls are still answered",
-        (true, true) => "can be written",
+    let problem = journal.problem().map(|problem| format!(" ({problem})")).unwrap_or_default();
+    let mut detail = match (writable, has_room) {
+        (false, _) => format!("cannot be written: calls are refused{problem}"),
+        (true, false) => "is nearly full: calls are still answered".into(),
+        (true, true) => "can be written".into(),
     };
-    Check { name: "journal", ok: has_room, required: true, detail: detail.into() }
+    let lost = journal.stats().lost;
+    if lost > 0 {
+        detail += &format!(
+            "; {lost} records are lost, which another program removed from it before they were in Postgres"
+        );
+    }
+    Check { name: "journal", ok: has_room, required: true, detail }
 }
 
 /// `unverified` says why the database must not be used, if so.

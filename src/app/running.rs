@@ -7,7 +7,7 @@ use std::{
 
 use tokio::{net::TcpListener, time::timeout};
 use tokio_util::task::TaskTracker;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use super::{
     app_config::AppConfig,
@@ -121,8 +121,9 @@ impl RunningServices {
         }
     }
 
-    /// Stops the tasks in the order that the documentation of [`app`](super) lists.
-    pub(super) async fn stop(self, components: Components) {
+    /// Stops the tasks in the order that the documentation of [`app`](super) lists. Returns whether the audit log is
+    /// complete: no record was lost, and those that are not delivered are in files.
+    pub(super) async fn stop(self, components: Components) -> bool {
         let Components { journal, clock, serving, .. } = components;
         serving.store(false, Ordering::Relaxed);
         self.health.stop().await;
@@ -150,7 +151,17 @@ impl RunningServices {
         }
         self.delivery.stop().await;
         self.history.stop_within(DISK_TIMEOUT).await;
+        let stats = journal.stats();
+        let complete = stats.lost == 0 && (stats.undelivered == 0 || journal.problem().is_none());
+        if !complete {
+            error!(
+                lost = stats.lost,
+                undelivered = stats.undelivered,
+                "audit records are lost, or could not be written to the state directory"
+            );
+        }
         let _ = tokio::task::spawn_blocking(move || journal.save_positions()).await;
         info!("stopped");
+        complete
     }
 }

@@ -13,7 +13,9 @@ mod error;
 mod faulty_storage;
 mod queue;
 mod reader;
+mod recent;
 mod recover;
+mod restore;
 mod segment;
 mod segment_store;
 mod segment_writer;
@@ -91,6 +93,9 @@ pub struct JournalStats {
     /// Number of records that were dropped because the journal could not be written. An `audit_gap`
     /// record counts them once the journal can be written again.
     pub failed: u64,
+    /// Number of durable records that another program removed from the state directory before they were in
+    /// Postgres. An `audit_gap` record names them.
+    pub lost: u64,
     /// Number of durable records, those of earlier starts included, that are not known to be in
     /// Postgres.
     pub undelivered: u64,
@@ -141,7 +146,8 @@ impl Journal {
         settings: JournalSettings,
         clock: Clock,
     ) -> Result<Self, JournalError> {
-        let recovered = recover(&*storage, TornTailAction::SetAside)?;
+        let mut recovered = recover(&*storage, TornTailAction::SetAside)?;
+        recovered.catalog.keep_open(|name| storage.open(name).ok());
         let chain = new_chain_name(recovered.start).map_err(JournalError::io("."))?;
         let link = link_to(recovered.last.as_ref(), instance, chain, clock.wall());
         let segments = SegmentStore::new(storage, recovered.catalog, state_dir.cloned());
@@ -198,6 +204,19 @@ impl Journal {
         self.is_writable() && self.0.shared.has_space.load(Ordering::Acquire)
     }
 
+    /// Returns why the journal cannot be written; `None` if it can, or while a disk hangs.
+    #[must_use]
+    pub fn problem(&self) -> Option<String> {
+        self.0.shared.problem().clone()
+    }
+
+    /// Returns the head before the first record of `chain` that is present after a gap which begins with record
+    /// `seq`; `None` if there is no gap.
+    #[must_use]
+    pub fn after_gap(&self, chain: &str, seq: i64) -> Option<ChainHead> {
+        self.0.shared.catalog().after_gap(chain, seq)
+    }
+
     /// Returns the counters. Locks the catalog briefly.
     #[must_use]
     pub fn stats(&self) -> JournalStats {
@@ -207,6 +226,7 @@ impl Journal {
             appended: shared.counters.appended.load(Ordering::Relaxed),
             durable: shared.counters.durable.load(Ordering::Relaxed),
             failed: shared.counters.failed.load(Ordering::Relaxed),
+            lost: shared.counters.lost.load(Ordering::Relaxed),
             undelivered: catalog.undelivered(),
             segments: catalog.segments(),
             segments_bytes: catalog.bytes(),
@@ -226,6 +246,7 @@ impl Journal {
     /// May be called more than once, also concurrently. Cancel safe: the writer ends in any case.
     pub async fn close(&self) {
         let mut ended = self.0.shared.ended.subscribe();
+        self.0.shared.closed_in_order.store(true, Ordering::Release);
         self.0.request_close();
         // The sender lives in `shared`, so that the wait cannot fail.
         let _ = ended.wait_for(|ended| *ended).await;
@@ -276,6 +297,9 @@ impl Journal {
         let now = shared.clock.wall().timestamp_millis();
         shared.counters.delivered_ms.store(now, Ordering::Relaxed);
         let segment_completed = shared.catalog().mark_delivered(chain, seq);
+        if *chain == *shared.link.chain {
+            shared.recent().mark_delivered(seq);
+        }
         shared.positions_unsaved.store(true, Ordering::Release);
         if segment_completed {
             shared.positions_save_due.store(true, Ordering::Release);

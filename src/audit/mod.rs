@@ -8,6 +8,7 @@
 //! | [`record`] | describes one event before it has a position in a chain |
 //! | [`chain`] | numbers and hashes records; [`StoredEvent`](chain::StoredEvent) is the result |
 //! | [`journal`] | makes records durable on the local disk |
+//! | [`lost`] | names records that another program removed before they were delivered |
 //! | [`checkpoint`] | defines signed checkpoints of a chain, and signed receipts of removed records |
 //! | [`checkpoint_signer`] | signs a checkpoint of this start's chain at an interval |
 //! | [`pruning`] | finds the contiguous ranges of records that retention is about to remove |
@@ -24,6 +25,7 @@ pub mod checkpoint_signer;
 pub mod export;
 pub mod journal;
 mod json_error;
+pub mod lost;
 mod netstring;
 pub mod pruning;
 pub mod record;

@@ -10,7 +10,10 @@ mod claim;
 mod fault;
 mod report;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    mem,
+};
 
 use chrono::TimeDelta;
 
@@ -26,6 +29,7 @@ pub use self::{
 use super::{
     chain::{ChainHead, Digest, StoredEvent},
     checkpoint::{PruningReceipt, SignedCheckpoint},
+    lost::LostRecords,
     unreadable::Unreadable,
 };
 use crate::{crypto::VerifyingKeys, domain::clock::Timestamp};
@@ -53,6 +57,8 @@ pub struct Verifier {
     /// Until when records must be covered by a signed head; `None` if they need not be.
     signed_until: Option<Timestamp>,
     findings: FindingList,
+    /// Up to which record an instance reported to have written a chain: the chain, the instance and the number.
+    reported_ends: Vec<(String, String, i64)>,
 }
 
 impl Verifier {
@@ -69,6 +75,7 @@ impl Verifier {
             shown: 0,
             signed_until: None,
             findings: FindingList::default(),
+            reported_ends: Vec::new(),
         }
     }
 
@@ -121,6 +128,11 @@ impl Verifier {
         }
     }
 
+    /// Adds what `instance` reported: that it has written `chain` up to record `seq`. Later records may be there too.
+    pub fn add_reported_end(&mut self, chain: &str, instance: &str, seq: i64) {
+        self.reported_ends.push((chain.to_owned(), instance.to_owned(), seq));
+    }
+
     /// Adds the finding that a journal's last segment ends in records that do not follow record `last`.
     /// `location` describes for people where these are.
     pub fn add_torn_tail(&mut self, chain: &str, last: i64, location: String) {
@@ -162,6 +174,9 @@ impl Verifier {
         }
         if !hash_matches {
             self.findings.add(&event.chain, Fault::Altered { seq: event.seq });
+        }
+        if let Some(lost) = LostRecords::of(event) {
+            self.add_reported_end(&lost.chain, &event.instance, lost.last);
         }
         let (prev_hash, hash) = (event.prev_hash, event.hash);
         let record = RecordHashes { prev_hash, hash, hash_matches };
@@ -215,6 +230,9 @@ impl Verifier {
         for (name, chain) in &mut self.chains {
             chain.finish(self.extent, &mut |fault| self.findings.add(name, fault));
         }
+        if self.extent == Extent::Whole {
+            self.compare_reported_ends();
+        }
         let mut notices = self.notices_on_chains();
         if self.extent != Extent::Partial {
             self.check_links(&mut notices);
@@ -245,6 +263,28 @@ impl Verifier {
         chains.sort_by(|a, b| a.chain.cmp(&b.chain));
         let (findings, faults) = self.findings.into_sorted();
         VerificationReport { signatures_checked, findings, faults, notices, chains }
+    }
+
+    /// Finds the chains that end before a record that their instance has reported. Of a retired chain, it is known
+    /// already that records may be missing.
+    fn compare_reported_ends(&mut self) {
+        let mut furthest = BTreeMap::<String, (String, i64)>::new();
+        for (chain, instance, seq) in mem::take(&mut self.reported_ends) {
+            let known = furthest.entry(chain).or_default();
+            if seq > known.1 {
+                *known = (instance, seq);
+            }
+        }
+        for (name, (instance, reported)) in furthest {
+            let chain = self.chains.get(&name);
+            let retired =
+                chain.and_then(ChainVerifier::claim).is_some_and(|it| it.retired.is_some());
+            let last = chain.and_then(ChainVerifier::last_seq).unwrap_or_default();
+            if !retired && last < reported {
+                let fault = Fault::EndsBeforeReport { last, reported, instance };
+                self.findings.add(&name, fault);
+            }
+        }
     }
 
     /// Chain names in order. They begin with the number of the start, so that the chains of an instance

@@ -2,7 +2,7 @@
 //! replica's identity, the audit journal, and the facts that a start needs about earlier processes.
 
 use std::{
-    fs::{DirBuilder, File, OpenOptions, TryLockError},
+    fs::{self, DirBuilder, File, OpenOptions, TryLockError},
     io,
     os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
@@ -10,6 +10,7 @@ use std::{
 };
 
 use aws_lc_rs::{digest, rand};
+use parking_lot::Mutex;
 use thiserror::Error;
 
 use super::atomic;
@@ -23,6 +24,11 @@ pub enum StateDirError {
     /// The file with the instance id holds something else.
     #[error("{0} does not hold an instance id (i- and 16 hexadecimal digits)")]
     Malformed(PathBuf),
+    /// The directory was replaced by that of another replica while this process used it.
+    #[error(
+        "the state directory {0} was replaced by that of another replica, or by one with another instance id"
+    )]
+    Foreign(PathBuf),
     /// The file system refused an operation.
     #[error("the state directory cannot be used: {path}: {error}")]
     Io {
@@ -43,8 +49,9 @@ pub struct StateDir {
     start: Arc<str>,
     /// The starts of earlier processes that held the same lock, so that they have ended.
     ended_starts: Arc<[String]>,
-    /// The kernel releases the lock when the file is closed, also when the process is killed.
-    _lock: Arc<File>,
+    /// The lock, last, and those of directories that were moved away. The kernel releases a lock when the file is
+    /// closed, also when the process is killed.
+    locks: Arc<Mutex<Vec<File>>>,
 }
 
 impl StateDir {
@@ -54,23 +61,7 @@ impl StateDir {
     /// # Errors
     /// [`StateDirError`], of which [`StateDirError::InUse`] means that another process holds the lock.
     pub fn open(path: &Path) -> Result<Self, StateDirError> {
-        let failed = |path: &Path| {
-            let path = path.to_owned();
-            move |error| StateDirError::Io { path, error }
-        };
-        DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed(path))?;
-        let lock_path = path.join("lock");
-        let lock = OpenOptions::new()
-            .create(true)
-            .write(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&lock_path)
-            .map_err(failed(&lock_path))?;
-        lock.try_lock().map_err(|error| match error {
-            TryLockError::WouldBlock => StateDirError::InUse(path.to_owned()),
-            TryLockError::Error(error) => failed(&lock_path)(error),
-        })?;
+        let lock = lock_directory(path)?;
         let instance_path = path.join("instance");
         let instance = match read_instance_id(&instance_path).map_err(failed(&instance_path))? {
             Some(instance) => instance,
@@ -87,8 +78,49 @@ impl StateDir {
             instance: instance.into(),
             start: start.into(),
             ended_starts: ended_starts.into(),
-            _lock: Arc::new(lock),
+            locks: Arc::new(Mutex::new(vec![lock])),
         })
+    }
+
+    /// Ensures that the directory's path leads to a directory that this process has locked and that has its
+    /// identity. Restores what another program removed, so that a later start continues as this replica. Blocks on
+    /// disk.
+    ///
+    /// # Errors
+    /// [`StateDirError::InUse`] if another process has locked the directory that is there now,
+    /// [`StateDirError::Foreign`] if it has another identity, and errors of the file system.
+    pub fn reclaim(&self) -> Result<(), StateDirError> {
+        let lock_path = self.path.join("lock");
+        let mut locks = self.locks.lock();
+        let held = locks.last().and_then(|lock| lock.metadata().ok());
+        let there = fs::metadata(&lock_path).ok();
+        let identity = |it: &fs::Metadata| (it.dev(), it.ino());
+        let is_held = held.as_ref().map(identity) == there.as_ref().map(identity);
+        if !is_held {
+            tracing::error!(
+                directory = %self.path.display(),
+                "another program removed, moved or replaced the state directory, or its lock: it is restored"
+            );
+            let lock = lock_directory(&self.path)?;
+            // The lock of a directory that was moved is still needed, so that no other process uses that.
+            locks.retain(|lock| lock.metadata().is_ok_and(|lock| lock.nlink() > 0));
+            locks.push(lock);
+        }
+        let instance_path = self.path.join("instance");
+        match read_instance_id(&instance_path).map_err(failed(&instance_path))? {
+            Some(found) if *found == *self.instance => {}
+            Some(_) => return Err(StateDirError::Foreign(self.path.clone())),
+            None => {
+                write_instance_id(&self.path, &self.instance).map_err(failed(&instance_path))?
+            }
+        }
+        let starts_path = self.path.join("starts");
+        if is_held && starts_path.exists() {
+            return Ok(());
+        }
+        let lock = locks.last().expect("there is always a lock");
+        let starts = self.ended_starts.iter().map(String::as_str).chain([&*self.start]);
+        write_starts(&starts_path, lock, starts).map_err(failed(&starts_path))
     }
 
     /// Returns a random number that identifies this process among all that used the directory or a copy of
@@ -152,13 +184,36 @@ impl StateDir {
     }
 }
 
+fn failed(path: &Path) -> impl FnOnce(io::Error) -> StateDirError {
+    let path = path.to_owned();
+    move |error| StateDirError::Io { path, error }
+}
+
+/// Creates the directory `path` if it does not exist, and locks it.
+fn lock_directory(path: &Path) -> Result<File, StateDirError> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed(path))?;
+    let lock_path = path.join("lock");
+    let lock = OpenOptions::new()
+        .create(true)
+        .write(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(&lock_path)
+        .map_err(failed(&lock_path))?;
+    match lock.try_lock() {
+        Ok(()) => Ok(lock),
+        Err(TryLockError::WouldBlock) => Err(StateDirError::InUse(path.to_owned())),
+        Err(TryLockError::Error(error)) => Err(failed(&lock_path)(error)),
+    }
+}
+
 fn is_instance_id(text: &str) -> bool {
     text.strip_prefix("i-")
         .is_some_and(|hex| hex.len() == 16 && hex.bytes().all(|b| b.is_ascii_hexdigit()))
 }
 
 fn read_instance_id(path: &Path) -> io::Result<Option<String>> {
-    match std::fs::read_to_string(path) {
+    match fs::read_to_string(path) {
         Ok(text) => Ok(Some(text.trim_end().to_owned())),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
@@ -169,8 +224,12 @@ fn read_instance_id(path: &Path) -> io::Result<Option<String>> {
 /// name an unknown instance.
 fn create_instance_id(dir: &Path) -> io::Result<String> {
     let instance = format!("i-{}", random_hex()?);
-    atomic::replace(&dir.join("instance"), format!("{instance}\n").as_bytes())?;
+    write_instance_id(dir, &instance)?;
     Ok(instance)
+}
+
+fn write_instance_id(dir: &Path, instance: &str) -> io::Result<()> {
+    atomic::replace(&dir.join("instance"), format!("{instance}\n").as_bytes())
 }
 
 /// How many starts the file lists. Usually the last one is the one that the database knows; after starts that
@@ -184,7 +243,7 @@ const LISTED_STARTS: usize = 20;
 fn register_start(path: &Path, lock: &File) -> io::Result<(String, Vec<String>)> {
     let start = random_hex()?;
     let identity = lock_identity(lock)?;
-    let listed = match std::fs::read_to_string(path) {
+    let listed = match fs::read_to_string(path) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
         Err(error) => return Err(error),
@@ -196,13 +255,22 @@ fn register_start(path: &Path, lock: &File) -> io::Result<(String, Vec<String>)>
         vec![]
     };
     let kept = ended.iter().skip((ended.len() + 1).saturating_sub(LISTED_STARTS));
-    let mut text = format!("{identity}\n");
-    for start in kept.chain([&start]) {
+    write_starts(path, lock, kept.map(String::as_str).chain([&*start]))?;
+    Ok((start, ended))
+}
+
+/// Writes the file of starts, which belong to the processes that held `lock`.
+fn write_starts<'a>(
+    path: &Path,
+    lock: &File,
+    starts: impl Iterator<Item = &'a str>,
+) -> io::Result<()> {
+    let mut text = format!("{}\n", lock_identity(lock)?);
+    for start in starts {
         text.push_str(start);
         text.push('\n');
     }
-    atomic::replace(path, text.as_bytes())?;
-    Ok((start, ended))
+    atomic::replace(path, text.as_bytes())
 }
 
 /// Returns a line that no other lock file has: not a copy of it, nor the same file seen from another system, where
@@ -210,7 +278,7 @@ fn register_start(path: &Path, lock: &File) -> io::Result<(String, Vec<String>)>
 fn lock_identity(lock: &File) -> io::Result<String> {
     let metadata = lock.metadata()?;
     // Only Linux has this file. Elsewhere, the numbers of device and file identify the lock.
-    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     Ok(format!("lock {}:{} {}", metadata.dev(), metadata.ino(), boot.trim_end()))
 }
 
@@ -232,7 +300,7 @@ mod tests {
         let path = parent.path().join("a/b");
         let first = StateDir::open(&path).unwrap();
         let (instance, replica) = (first.instance().to_owned(), first.replica());
-        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o700);
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o700);
         drop(first);
         let again = StateDir::open(&path).unwrap();
         assert_eq!(again.instance(), instance);
@@ -258,9 +326,9 @@ mod tests {
         let first = StateDir::open(&path).unwrap();
         let (instance, start) = (first.instance().to_owned(), first.start().to_owned());
         assert_eq!(first.ended_starts(), [""; 0]);
-        std::fs::create_dir(&copy).unwrap();
+        fs::create_dir(&copy).unwrap();
         for name in ["lock", "instance", "starts"] {
-            std::fs::copy(path.join(name), copy.join(name)).unwrap();
+            fs::copy(path.join(name), copy.join(name)).unwrap();
         }
         let copied = StateDir::open(&copy).unwrap();
         assert_eq!(copied.instance(), instance);
@@ -277,9 +345,55 @@ mod tests {
     }
 
     #[test]
+    fn what_is_removed_or_moved_is_restored_so_that_the_next_start_is_the_same_replica() {
+        let parent = tempfile::tempdir().unwrap();
+        let (path, moved) = (parent.path().join("state"), parent.path().join("moved"));
+        let held = StateDir::open(&path).unwrap();
+        let removals: [&dyn Fn(); 6] = [
+            &|| fs::remove_file(path.join("lock")).unwrap(),
+            &|| fs::remove_file(path.join("instance")).unwrap(),
+            &|| fs::remove_file(path.join("starts")).unwrap(),
+            &|| fs::remove_dir_all(&path).unwrap(),
+            &|| fs::rename(&path, &moved).unwrap(),
+            &|| {
+                fs::remove_dir_all(&path).unwrap();
+                fs::create_dir(&path).unwrap();
+            },
+        ];
+        for (n, remove) in removals.iter().enumerate() {
+            remove();
+            held.reclaim().unwrap();
+            held.reclaim().unwrap();
+            for path in [&path, &moved].into_iter().filter(|path| path.exists()) {
+                let second = StateDir::open(path).unwrap_err();
+                assert!(matches!(second, StateDirError::InUse(_)), "{n}: {second}");
+            }
+        }
+        let (instance, start) = (held.instance().to_owned(), held.start().to_owned());
+        drop(held);
+        let next = StateDir::open(&path).unwrap();
+        assert_eq!(next.instance(), instance);
+        assert!(next.ended_starts().contains(&start));
+    }
+
+    #[test]
+    fn a_directory_that_another_process_or_replica_has_taken_is_not_reclaimed() {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path().join("state");
+        let held = StateDir::open(&path).unwrap();
+        fs::remove_dir_all(&path).unwrap();
+        let other = StateDir::open(&path).unwrap();
+        assert!(matches!(held.reclaim(), Err(StateDirError::InUse(_))));
+        drop(other);
+        assert!(matches!(held.reclaim(), Err(StateDirError::Foreign(_))));
+        fs::remove_dir_all(&path).unwrap();
+        held.reclaim().unwrap();
+    }
+
+    #[test]
     fn an_instance_file_that_holds_something_else_is_refused() {
         let dir = tempfile::tempdir().unwrap();
-        std::fs::write(dir.path().join("instance"), "i-not hex").unwrap();
+        fs::write(dir.path().join("instance"), "i-not hex").unwrap();
         assert!(matches!(StateDir::open(dir.path()), Err(StateDirError::Malformed(_))));
     }
 }

@@ -10,6 +10,7 @@ mod source;
 
 use std::{sync::Arc, time::Duration};
 
+use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use self::session::{ChainDelivery, DeliverySession};
@@ -27,8 +28,11 @@ use crate::{
 const FIRST_RECONNECT_DELAY: Duration = Duration::from_millis(250);
 /// The longest delay before reconnecting.
 const MAX_RECONNECT_DELAY: Duration = Duration::from_secs(5);
-/// The delay before reading a chain again that could not be read.
-const UNREADABLE_RETRY_DELAY: Duration = Duration::from_mins(1);
+/// The delay before reading a chain again that could not be read: the journal may be restoring its files. It
+/// doubles with each further failure.
+const FIRST_UNREADABLE_DELAY: Duration = Duration::from_secs(1);
+/// The longest delay before reading a chain again that could not be read.
+const MAX_UNREADABLE_DELAY: Duration = Duration::from_mins(1);
 /// How long delivery continues at most after it was stopped, unless [`JournalDelivery::drain`] sets it.
 const DEFAULT_DRAIN_LIMIT: Duration = Duration::from_secs(5);
 
@@ -109,6 +113,7 @@ impl JournalDelivery {
     ) -> Result<(), DeliveryError> {
         let mut session = DeliverySession::connect(&self.journal, &self.database).await?;
         let mut deliveries = session.register_chains().await?;
+        let (mut unreadable_delay, mut retry_at) = (FIRST_UNREADABLE_DELAY, None);
         loop {
             // Read before delivering, so that every record that was durable when `stop` was cancelled is
             // delivered.
@@ -126,11 +131,18 @@ impl JournalDelivery {
                 return Ok(());
             }
             let any_blocked = deliveries.iter().any(|delivery| delivery.blocked.is_some());
+            if any_blocked {
+                retry_at = retry_at.or_else(|| Some(Instant::now() + unreadable_delay));
+            } else {
+                (unreadable_delay, retry_at) = (FIRST_UNREADABLE_DELAY, None);
+            }
             tokio::select! {
                 () = self.journal.wait_for_durable() => {}
                 () = self.wait_for_checkpoint() => {}
                 () = stop.cancelled(), if !stopping => {}
-                () = tokio::time::sleep(UNREADABLE_RETRY_DELAY), if any_blocked => {
+                () = sleep_until(retry_at.unwrap_or_else(Instant::now)), if any_blocked => {
+                    retry_at = None;
+                    unreadable_delay = (2 * unreadable_delay).min(MAX_UNREADABLE_DELAY);
                     session.unblock(&mut deliveries).await?;
                 }
             }

@@ -16,7 +16,7 @@ pub use self::{
         BearerSummary, CallerDetails, CallerSummary, CredentialDetails, GrantDetails, Listed,
         NewBearer, NewCaller, NewGrant,
     },
-    chains::OpenChain,
+    chains::{OpenChain, UndeliveredReport},
     connection::{Admin, Attribution},
     overview::{InstanceSummary, LastIssue, Load, UnauditedChange, UnrecordedChange},
 };

@@ -75,6 +75,40 @@ pub async fn earlier_process(
     }))
 }
 
+/// What the last process of an instance reported of its audit chain.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct ReportedChain {
+    /// Name of the chain.
+    pub chain: String,
+    /// `seq` of its last record, as it was reported.
+    pub seq: i64,
+    /// `seq` of its last record in Postgres; 0 if the chain is not known there.
+    pub delivered_seq: i64,
+}
+
+/// Returns what the last process of `instance` reported of its audit chain; `None` if it reported nothing, or if the
+/// chain is retired.
+///
+/// # Errors
+/// Returns the database's error.
+#[instrument(level = "debug", skip_all)]
+pub async fn reported_chain(
+    pool: &PgPool,
+    instance: &str,
+) -> Result<Option<ReportedChain>, StoreError> {
+    Ok(sqlx::query_as!(
+        ReportedChain,
+        r#"-- store::instances::reported_chain
+        select i.journal_chain as "chain!", i.journal_seq as "seq!",
+            coalesce(c.delivered_seq, 0) as "delivered_seq!"
+        from instances i left join audit_chains c on c.chain = i.journal_chain
+        where i.id = $1 and i.journal_chain is not null and i.journal_seq is not null and c.retired is null"#,
+        instance,
+    )
+    .fetch_optional(pool)
+    .await?)
+}
+
 /// Stores the first heartbeat of a process, and makes the instance's row its own. Returns `false`, and stores
 /// nothing, if the row has changed since it was read as `earlier`.
 ///

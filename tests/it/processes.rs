@@ -22,6 +22,7 @@ mod failovers;
 mod floods;
 mod live_token;
 mod pasted;
+mod removed_files;
 #[cfg(feature = "embedded-postgres")]
 mod rotation;
 mod secrets;

@@ -63,6 +63,13 @@ impl Archive {
         self.torn.as_ref()
     }
 
+    /// Returns the head before the first record of `chain` that is present after a gap which begins with record
+    /// `seq`; `None` if there is no gap.
+    #[must_use]
+    pub fn after_gap(&self, chain: &str, seq: i64) -> Option<ChainHead> {
+        self.segments.catalog().after_gap(chain, seq)
+    }
+
     /// Returns a reader of the records of a chain after `after`.
     #[must_use]
     pub fn reader(&self, link: Arc<ChainLink>, after: ChainHead) -> ChainReader {

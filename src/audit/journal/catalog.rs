@@ -3,13 +3,14 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
+use super::storage::{FileState, SegmentFile};
 use crate::{
     audit::chain::{ChainHead, ChainLink},
     domain::clock::{Timestamp, delta},
 };
 
 /// A segment file.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(super) struct Segment {
     pub(super) name: String,
     pub(super) link: Arc<ChainLink>,
@@ -21,6 +22,12 @@ pub(super) struct Segment {
     pub(super) len: u64,
     /// When the writer closed it; `None` while it is open.
     pub(super) closed_at: Option<Timestamp>,
+    /// The file, so that it can be read when its name is gone. `None` once its records are delivered, and if
+    /// many others are open.
+    pub(super) file: Option<Arc<dyn SegmentFile>>,
+    /// The state of the file when it was closed, which it should still have. `None` while it is open, and if
+    /// somebody else has changed the file.
+    pub(super) closed_state: Option<FileState>,
 }
 
 /// A chain that has segments in this journal.
@@ -34,7 +41,10 @@ pub struct LocalChain {
     pub last_seq: i64,
 }
 
-#[derive(Debug, Default)]
+/// How many closed segments are kept open at most, since a process may not have many open files.
+const MAX_OPEN_FILES: usize = 128;
+
+#[derive(Default)]
 pub(super) struct Catalog {
     /// In the order of starts and, within a chain, of numbers.
     segments: Vec<Segment>,
@@ -61,11 +71,57 @@ impl Catalog {
         }
     }
 
-    /// Notes that the writer closed its segment.
-    pub(super) fn close_open(&mut self, at: Timestamp) {
+    /// Notes that the writer closed its segment. `state` is the state of its file; `None` if somebody else has
+    /// changed the file.
+    pub(super) fn close_open(&mut self, at: Timestamp, state: Option<FileState>) {
+        let open_files = self.segments.iter().filter(|segment| segment.file.is_some()).count();
         if let Some(segment) = self.segments.last_mut() {
             segment.closed_at = Some(at);
+            segment.closed_state = state;
+            if open_files > MAX_OPEN_FILES {
+                segment.file = None;
+            }
         }
+    }
+
+    /// The closed segments with records that are not known to be delivered.
+    pub(super) fn closed_undelivered(&self) -> Vec<Segment> {
+        let closed = self.segments.iter().filter(|segment| segment.closed_at.is_some());
+        closed.filter(|segment| !self.is_deletable(segment)).cloned().collect()
+    }
+
+    /// The closed segments whose records are all delivered.
+    pub(super) fn delivered(&self) -> Vec<Segment> {
+        self.segments.iter().filter(|segment| self.is_deletable(segment)).cloned().collect()
+    }
+
+    /// Replaces a segment by others that hold what is known of its records.
+    pub(super) fn replace(&mut self, name: &str, by: Vec<Segment>) {
+        if let Some(index) = self.segments.iter().position(|segment| segment.name == name) {
+            self.segments.splice(index..=index, by);
+        }
+    }
+
+    /// Opens the segments with undelivered records, the newest first, as far as not too many are open then.
+    pub(super) fn keep_open(&mut self, open: impl Fn(&str) -> Option<Arc<dyn SegmentFile>>) {
+        let delivered = &self.delivered;
+        let position = |chain: &str| delivered.get(chain).copied().unwrap_or(0);
+        let undelivered =
+            self.segments.iter_mut().rev().filter(|it| it.last_seq > position(&it.link.chain));
+        for segment in undelivered.take(MAX_OPEN_FILES) {
+            segment.file = open(&segment.name);
+            segment.closed_state = segment.file.as_ref().and_then(|file| file.state().ok());
+        }
+    }
+
+    /// The head before the first record that is present after a gap which begins with record `seq`; `None` if there
+    /// is no gap, or nothing after it.
+    pub(super) fn after_gap(&self, chain: &str, seq: i64) -> Option<ChainHead> {
+        let mut own = self.segments.iter().filter(|segment| segment.link.chain == chain);
+        if own.clone().any(|segment| segment.before.seq < seq && seq <= segment.last_seq) {
+            return None;
+        }
+        own.find(|segment| segment.before.seq >= seq).map(|segment| segment.before)
     }
 
     /// Removes a deleted segment.
@@ -77,6 +133,11 @@ impl Catalog {
     /// a segment.
     pub(super) fn mark_delivered(&mut self, chain: &str, seq: i64) -> bool {
         let before = self.delivered.insert(chain.to_owned(), seq).unwrap_or(0);
+        for segment in self.segments.iter_mut().filter(|segment| segment.link.chain == chain) {
+            if segment.closed_at.is_some() && segment.last_seq <= seq {
+                segment.file = None;
+            }
+        }
         self.segments
             .iter()
             .any(|s| s.link.chain == chain && (before + 1..=seq).contains(&s.last_seq))
@@ -156,7 +217,7 @@ impl Catalog {
         segment.closed_at.is_some() && segment.last_seq <= self.position(&segment.link.chain)
     }
 
-    fn position(&self, chain: &str) -> i64 {
+    pub(super) fn position(&self, chain: &str) -> i64 {
         self.delivered.get(chain).copied().unwrap_or(0)
     }
 }

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, io, sync::Arc};
 use chrono::DateTime;
 use parking_lot::{Mutex, MutexGuard};
 
-use super::storage::{AppendFile, FileInfo, JournalStorage};
+use super::storage::{FileInfo, FileState, JournalStorage, SegmentFile};
 
 /// Storage in memory. Clones share it.
 #[derive(Clone, Default)]
@@ -22,6 +22,8 @@ pub(crate) struct FaultState {
     pub(crate) room: Option<usize>,
     pub(crate) read_only: bool,
     pub(crate) syncs: usize,
+    /// Number of files that were created.
+    created: u64,
     /// Appends lock this first, so that a test can block them.
     pub(crate) gate: Option<Arc<Mutex<()>>>,
 }
@@ -31,6 +33,14 @@ pub(crate) struct StoredFile {
     pub(crate) bytes: Vec<u8>,
     synced: usize,
     name_synced: bool,
+    /// The number of the file, which no other file has.
+    number: u64,
+}
+
+impl StoredFile {
+    fn state(&self) -> FileState {
+        FileState { identity: (0, self.number), len: self.bytes.len() as u64, modified: (0, 0) }
+    }
 }
 
 impl FaultyStorage {
@@ -86,6 +96,12 @@ impl FaultState {
         Ok(())
     }
 
+    /// Returns an empty file with a number of its own.
+    fn new_file(&mut self) -> StoredFile {
+        self.created += 1;
+        StoredFile { number: self.created, ..StoredFile::default() }
+    }
+
     fn file(&mut self, name: &str) -> io::Result<&mut StoredFile> {
         self.files.get_mut(name).ok_or_else(|| io::ErrorKind::NotFound.into())
     }
@@ -101,14 +117,35 @@ impl JournalStorage for FaultyStorage {
         Ok(self.state().files.iter().map(listed).collect())
     }
 
-    fn create(&self, name: &str) -> io::Result<Box<dyn AppendFile>> {
+    fn create_directory(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn create(&self, name: &str) -> io::Result<Arc<dyn SegmentFile>> {
         let mut state = self.state();
         state.reserve(0)?;
         if state.files.contains_key(name) {
             return Err(io::ErrorKind::AlreadyExists.into());
         }
-        state.files.insert(name.to_owned(), StoredFile::default());
-        Ok(Box::new(Handle { disk: self.clone(), name: name.to_owned() }))
+        let file = state.new_file();
+        state.files.insert(name.to_owned(), file);
+        Ok(Arc::new(Handle { disk: self.clone(), name: name.to_owned() }))
+    }
+
+    fn open(&self, name: &str) -> io::Result<Arc<dyn SegmentFile>> {
+        self.state().file(name)?;
+        Ok(Arc::new(Handle { disk: self.clone(), name: name.to_owned() }))
+    }
+
+    fn state_of(&self, name: &str) -> io::Result<FileState> {
+        Ok(self.state().file(name)?.state())
+    }
+
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        let mut state = self.state();
+        let file = state.files.remove(from).ok_or(io::ErrorKind::NotFound)?;
+        state.files.insert(to.to_owned(), file);
+        Ok(())
     }
 
     fn read(&self, name: &str, offset: u64, len: usize) -> io::Result<Vec<u8>> {
@@ -132,7 +169,12 @@ impl JournalStorage for FaultyStorage {
         if state.reserve(bytes.len())? < bytes.len() {
             return Err(io::ErrorKind::StorageFull.into());
         }
-        let file = StoredFile { bytes: bytes.to_vec(), synced: bytes.len(), name_synced: true };
+        let file = StoredFile {
+            bytes: bytes.to_vec(),
+            synced: bytes.len(),
+            name_synced: true,
+            ..state.new_file()
+        };
         state.files.insert(name.to_owned(), file);
         Ok(())
     }
@@ -160,8 +202,8 @@ struct Handle {
     name: String,
 }
 
-impl AppendFile for Handle {
-    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+impl SegmentFile for Handle {
+    fn append(&self, bytes: &[u8]) -> io::Result<()> {
         let gate = self.disk.state().gate.clone();
         let _held = gate.as_ref().map(|gate| gate.lock());
         let mut state = self.disk.state();
@@ -170,11 +212,23 @@ impl AppendFile for Handle {
         if fitting < bytes.len() { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
     }
 
-    fn sync(&mut self) -> io::Result<()> {
+    fn sync(&self) -> io::Result<()> {
         let mut state = self.disk.state();
         state.sync()?;
         let file = state.file(&self.name)?;
         file.synced = file.bytes.len();
         Ok(())
+    }
+
+    fn read(&self, offset: u64, len: usize) -> io::Result<Vec<u8>> {
+        self.disk.read(&self.name, offset, len)
+    }
+
+    fn truncate(&self, len: u64) -> io::Result<()> {
+        self.disk.truncate(&self.name, len)
+    }
+
+    fn state(&self) -> io::Result<FileState> {
+        self.disk.state_of(&self.name)
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{error::ReadError, segment::decode, segment_store::SegmentStore};
+use super::{error::ReadError, segment::decode, segment_store::SegmentStore, storage::SegmentFile};
 use crate::audit::chain::{ChainHead, ChainLink, StoredEvent};
 
 /// How many bytes are read at a time. The size is doubled until a whole line fits.
@@ -32,6 +32,8 @@ struct Cursor {
 struct DurablePart {
     len: u64,
     last_seq: i64,
+    /// The file if it is open. Its name may be gone.
+    file: Option<Arc<dyn SegmentFile>>,
 }
 
 impl ChainReader {
@@ -71,9 +73,12 @@ impl ChainReader {
         let segment =
             segment.ok_or_else(|| ReadError::Missing { chain: chain.clone(), seq: next })?;
         if segment.last_seq < next {
-            return Ok(None);
+            let lost = self.segments.catalog().after_gap(chain, next).is_some();
+            let missing = ReadError::Missing { chain: chain.clone(), seq: next };
+            return if lost { Err(missing) } else { Ok(None) };
         }
-        let durable = DurablePart { len: segment.len, last_seq: segment.last_seq };
+        let (len, last_seq, file) = (segment.len, segment.last_seq, segment.file);
+        let durable = DurablePart { len, last_seq, file };
         if let Some(cursor) = self.cursor.take_if(|cursor| cursor.name == segment.name) {
             return Ok(Some((cursor, durable)));
         }
@@ -89,7 +94,7 @@ impl ChainReader {
         durable: &DurablePart,
     ) -> Result<Vec<StoredEvent>, ReadError> {
         let mut events = Vec::new();
-        let chunk = self.read_chunk(cursor, durable.len)?;
+        let chunk = self.read_chunk(cursor, durable)?;
         for line in chunk.split_inclusive(|b| *b == b'\n') {
             // The rest of the segment was abandoned after a write error; the next segment has these
             // records.
@@ -112,15 +117,17 @@ impl ChainReader {
     }
 
     /// Reads complete lines from the cursor on, at least one.
-    fn read_chunk(&self, cursor: &Cursor, segment_len: u64) -> Result<Vec<u8>, ReadError> {
-        let left = usize::try_from(segment_len - cursor.offset).unwrap_or(usize::MAX);
+    fn read_chunk(&self, cursor: &Cursor, durable: &DurablePart) -> Result<Vec<u8>, ReadError> {
+        let left = usize::try_from(durable.len - cursor.offset).unwrap_or(usize::MAX);
         let mut wanted = CHUNK_BYTES;
         loop {
-            let mut chunk = self
-                .segments
-                .storage
-                .read(&cursor.name, cursor.offset, wanted.min(left))
-                .map_err(|source| ReadError::Io { file: cursor.name.clone(), source })?;
+            let len = wanted.min(left);
+            let read = match &durable.file {
+                Some(file) => file.read(cursor.offset, len),
+                None => self.segments.storage.read(&cursor.name, cursor.offset, len),
+            };
+            let mut chunk =
+                read.map_err(|source| ReadError::Io { file: cursor.name.clone(), source })?;
             if let Some(end) = chunk.iter().rposition(|b| *b == b'\n') {
                 chunk.truncate(end + 1);
                 return Ok(chunk);

@@ -121,6 +121,8 @@ pub(super) fn recover(
             last_seq: head.seq,
             len,
             closed_at: Some(file.modified),
+            file: None,
+            closed_state: None,
         });
         last = Some((link, head));
     }

@@ -1,18 +1,24 @@
 //! Writes a chain's records to segment files: appends and syncs, starts new segments, and deletes
-//! delivered ones.
+//! delivered ones. Before a batch counts as durable, it checks that its file is still there.
 
-use std::{io, sync::Arc};
+use std::{io, mem, sync::Arc};
 
 use thiserror::Error;
 
 use super::{
     catalog::Segment,
+    restore::{self, is_in_place},
     segment::{Header, encode, name_of},
     settings::SyncMode,
     shared::Shared,
-    storage::AppendFile,
+    storage::SegmentFile,
 };
-use crate::audit::chain::{ChainHead, StoredEvent};
+use crate::audit::{
+    chain::{ChainHead, StoredEvent},
+    lost::LostRecords,
+};
+
+const NOT_IN_PLACE: &str = "its file was removed, moved, replaced or truncated by another program";
 
 /// Why a batch was not written.
 #[derive(Debug, Error)]
@@ -26,7 +32,7 @@ pub(super) enum WriteError {
 /// The segment that is being written.
 struct OpenSegment {
     name: String,
-    file: Box<dyn AppendFile>,
+    file: Arc<dyn SegmentFile>,
     /// Length of its durable part in bytes.
     len: u64,
     /// Whether its durable part holds a record, and not only the header.
@@ -41,18 +47,21 @@ pub(super) struct SegmentWriter {
     head: ChainHead,
     /// `seq` of the last record that was synced. With [`SyncMode::Write`], `head` is ahead of it.
     synced_seq: i64,
+    /// Records of which [`SegmentWriter::take_lost`] has not told yet that they are lost.
+    lost: Vec<LostRecords>,
 }
 
 impl SegmentWriter {
     /// Creates a segment for the records after the chain's root.
     pub(super) fn new(shared: Arc<Shared>) -> io::Result<Self> {
         let head = shared.link.root();
-        let mut writer = Self { shared, segment: None, head, synced_seq: 0 };
+        let mut writer = Self { shared, segment: None, head, synced_seq: 0, lost: Vec::new() };
         writer.segment = Some(writer.open_segment()?);
         Ok(writer)
     }
 
-    /// Numbers and hashes `events`, and makes them durable.
+    /// Numbers and hashes `events`, and makes them durable. If somebody removed, moved, replaced or truncated
+    /// segments with undelivered records, these are restored before: see [`restore`].
     ///
     /// After an error, the segment is abandoned and the records are written to a new one: after a failed
     /// sync, it is unknown which pages of the file the kernel still holds. If that fails too, no record is
@@ -68,44 +77,88 @@ impl SegmentWriter {
             encode(event, self.synced_seq, &mut lines);
         }
         self.make_room(lines.len() as u64)?;
+        self.restore()?;
         if let Some(segment) = self.segment.take() {
-            match self.commit(segment, &lines, head) {
+            match self.commit(segment, &mut lines, head) {
                 Ok(()) => return Ok(()),
                 Err(error) => {
                     tracing::warn!(%error, "an audit segment is abandoned after an error");
                 }
             }
         }
+        self.restore_all()?;
         let segment = self.open_segment()?;
-        Ok(self.commit(segment, &lines, head)?)
+        Ok(self.commit(segment, &mut lines, head)?)
     }
 
-    /// Appends `lines`, which end at `head`, to `segment`, and syncs if necessary. Abandons the
-    /// segment on an error.
+    /// Checks that all files are where they should be, as [`SegmentWriter::write`] does, and that the state
+    /// directory is locked. Restores them if they are not.
+    pub(super) fn check_files(&mut self) -> Result<(), WriteError> {
+        self.shared.segments.reclaim_state_dir()?;
+        restore::forget_removed(&self.shared);
+        self.restore()?;
+        let Some(segment) = self.segment.take() else { return Ok(()) };
+        let storage = &*self.shared.segments.storage;
+        if is_in_place(storage, &segment.name, &*segment.file, segment.len) {
+            self.segment = Some(segment);
+            return Ok(());
+        }
+        self.abandon(&segment, segment.len);
+        self.restore_all()?;
+        self.segment = Some(self.open_segment()?);
+        Ok(())
+    }
+
+    /// Returns the records that were found to be lost since the last call.
+    pub(super) fn take_lost(&mut self) -> Vec<LostRecords> {
+        mem::take(&mut self.lost)
+    }
+
+    /// Restores the directories, and the closed segments.
+    fn restore_all(&mut self) -> io::Result<()> {
+        self.shared.segments.reclaim_state_dir()?;
+        self.shared.segments.storage.create_directory()?;
+        self.restore()
+    }
+
+    fn restore(&mut self) -> io::Result<()> {
+        self.lost.extend(restore::restore(&self.shared)?);
+        Ok(())
+    }
+
+    /// Appends `lines`, which end at `head`, to `segment`, and syncs if necessary. Checks that the segment is
+    /// still in place. Abandons it on an error; otherwise takes `lines`.
     fn commit(
         &mut self,
         mut segment: OpenSegment,
-        lines: &[u8],
+        lines: &mut Vec<u8>,
         head: ChainHead,
     ) -> io::Result<()> {
+        let len = segment.len + lines.len() as u64;
         let full = segment.len + lines.len() as u64 >= self.shared.settings.segment_bytes;
         let sync = self.shared.settings.sync == SyncMode::Fsync || full;
         let appended = segment.file.append(lines);
         let written = if sync { appended.and_then(|()| segment.file.sync()) } else { appended };
-        if let Err(error) = written {
-            self.abandon(&segment);
+        let storage = &*self.shared.segments.storage;
+        let in_place = written.and_then(|()| {
+            let in_place = is_in_place(storage, &segment.name, &*segment.file, len);
+            in_place.then_some(()).ok_or_else(|| io::Error::other(NOT_IN_PLACE))
+        });
+        if let Err(error) = in_place {
+            self.abandon(&segment, len);
             return Err(error);
         }
-        segment.len += lines.len() as u64;
+        segment.len = len;
         segment.holds_records = true;
-        self.head = head;
+        let before = mem::replace(&mut self.head, head);
+        self.shared.recent().push(before, head.seq, mem::take(lines));
         if sync {
             self.synced_seq = head.seq;
         }
         self.shared.catalog().extend_open(head.seq, segment.len);
         *self.shared.head() = head;
         if full {
-            self.shared.catalog().close_open(self.shared.clock.now());
+            self.shared.catalog().close_open(self.shared.clock.now(), segment.file.state().ok());
             self.remove_expired();
         } else {
             self.segment = Some(segment);
@@ -114,17 +167,27 @@ impl SegmentWriter {
     }
 
     /// Truncates a segment after its last durable record, or removes it if it has none. A failure is only
-    /// logged, since the header of the next segment also says where this one ends.
-    fn abandon(&self, segment: &OpenSegment) {
-        let truncated = if segment.holds_records {
-            self.shared.catalog().close_open(self.shared.clock.now());
-            self.shared.segments.storage.truncate(&segment.name, segment.len)
+    /// logged, since the header of the next segment also says where this one ends. `written` is the length that
+    /// the file has if nobody else changed it and no write failed.
+    fn abandon(&self, segment: &OpenSegment, written: u64) {
+        let OpenSegment { name, file, len, holds_records } = segment;
+        let truncated = if *holds_records {
+            let found = file.state().map_or(0, |state| state.len);
+            // A file that somebody else truncated is not what it seems, even if it has grown since.
+            let unchanged = (*len..=written).contains(&found);
+            let truncated = if unchanged { file.truncate(*len) } else { Ok(()) };
+            let state = if unchanged { file.state().ok() } else { None };
+            self.shared.catalog().close_open(self.shared.clock.now(), state);
+            truncated
         } else {
-            self.shared.catalog().remove(&segment.name);
-            self.shared.segments.storage.remove(&segment.name)
+            self.shared.catalog().remove(name);
+            match self.shared.segments.storage.remove(name) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+                removed => removed,
+            }
         };
         if let Err(error) = truncated {
-            tracing::warn!(%error, segment = segment.name, "an abandoned audit segment was not truncated");
+            tracing::warn!(%error, segment = name, "an abandoned audit segment was not truncated");
         }
     }
 
@@ -149,12 +212,14 @@ impl SegmentWriter {
             last_seq: self.head.seq,
             len,
             closed_at: None,
+            file: Some(Arc::clone(&file)),
+            closed_state: None,
         });
         Ok(OpenSegment { name, file, len, holds_records: false })
     }
 
-    fn create_segment_file(&self, name: &str, header: &[u8]) -> io::Result<Box<dyn AppendFile>> {
-        let mut file = self.shared.segments.storage.create(name)?;
+    fn create_segment_file(&self, name: &str, header: &[u8]) -> io::Result<Arc<dyn SegmentFile>> {
+        let file = self.shared.segments.storage.create(name)?;
         file.append(header)?;
         file.sync()?;
         self.shared.segments.storage.sync_dir()?;
@@ -197,11 +262,11 @@ impl SegmentWriter {
 
     /// Closes the last segment. Syncs it, since commits do not with [`SyncMode::Write`].
     pub(super) fn close(self) {
-        if let Some(mut segment) = self.segment {
+        if let Some(segment) = self.segment {
             if let Err(error) = segment.file.sync() {
                 tracing::error!(%error, "the last audit segment was not synced at the end");
             }
-            self.shared.catalog().close_open(self.shared.clock.now());
+            self.shared.catalog().close_open(self.shared.clock.now(), segment.file.state().ok());
         }
     }
 }

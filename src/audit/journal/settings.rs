@@ -26,16 +26,21 @@ pub struct JournalSettings {
     pub max_bytes: u64,
     /// How long delivered segments are retained.
     pub retention: Duration,
+    /// Limit in bytes for the undelivered records that are kept in memory too, in case that somebody truncates
+    /// their segment.
+    pub memory_bytes: usize,
 }
 
 impl Default for JournalSettings {
-    /// Synced to disk, segments of 64 MiB, 8 GiB in all, delivered segments retained for 7 days.
+    /// Synced to disk, segments of 64 MiB, 8 GiB in all, delivered segments retained for 7 days, 64 MiB of
+    /// undelivered records in memory.
     fn default() -> Self {
         Self {
             sync: SyncMode::Fsync,
             segment_bytes: 64 << 20,
             max_bytes: 8 << 30,
             retention: Duration::from_hours(7 * 24),
+            memory_bytes: 64 << 20,
         }
     }
 }

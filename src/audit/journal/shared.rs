@@ -13,8 +13,8 @@ use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{Notify, watch};
 
 use super::{
-    catalog::Catalog, dropped::DroppedRecords, queue::Queue, recover::POSITIONS_FILE,
-    segment_store::SegmentStore, settings::JournalSettings,
+    catalog::Catalog, dropped::DroppedRecords, queue::Queue, recent::RecentBatches,
+    recover::POSITIONS_FILE, segment_store::SegmentStore, settings::JournalSettings,
 };
 use crate::{
     audit::chain::{ChainHead, ChainLink},
@@ -37,6 +37,10 @@ pub(super) struct Shared {
     pub(super) queue: Queue,
     /// The last durable record of this start's chain.
     head: Mutex<ChainHead>,
+    /// The last batches that are not delivered yet.
+    recent: Mutex<RecentBatches>,
+    /// Why the journal cannot be written, if it cannot.
+    problem: Mutex<Option<String>>,
     pub(super) dropped: DroppedRecords,
     pub(super) counters: Counters,
     pub(super) writable: AtomicBool,
@@ -47,6 +51,8 @@ pub(super) struct Shared {
     pub(super) io_started_at: AtomicU64,
     started: Instant,
     pub(super) closing: AtomicBool,
+    /// Whether the journal was closed, and not only dropped together with its directory, as by a test.
+    pub(super) closed_in_order: AtomicBool,
     /// Notified after each group commit.
     pub(super) committed: Notify,
     /// The delivery of a segment was completed, so that the positions should be saved soon.
@@ -61,6 +67,8 @@ pub(super) struct Counters {
     pub(super) appended: AtomicU64,
     pub(super) durable: AtomicU64,
     pub(super) failed: AtomicU64,
+    /// Number of durable records that another program removed before they were delivered.
+    pub(super) lost: AtomicU64,
     /// When records were last delivered to Postgres, in milliseconds since 1970; 0 for never.
     pub(super) delivered_ms: AtomicI64,
 }
@@ -77,6 +85,8 @@ impl Shared {
             settings,
             clock,
             head: Mutex::new(link.root()),
+            recent: Mutex::new(RecentBatches::new(settings.memory_bytes)),
+            problem: Mutex::default(),
             link: Arc::new(link),
             queue: Queue::new(),
             dropped: DroppedRecords::default(),
@@ -86,6 +96,7 @@ impl Shared {
             io_started_at: AtomicU64::new(0),
             started: Instant::now(),
             closing: AtomicBool::new(false),
+            closed_in_order: AtomicBool::new(false),
             committed: Notify::new(),
             positions_save_due: AtomicBool::new(false),
             positions_unsaved: AtomicBool::new(false),
@@ -100,6 +111,16 @@ impl Shared {
     /// Locks the number and hash of the last durable record of this start's chain.
     pub(super) fn head(&self) -> MutexGuard<'_, ChainHead> {
         self.head.lock()
+    }
+
+    /// Locks the last batches that are not delivered yet.
+    pub(super) fn recent(&self) -> MutexGuard<'_, RecentBatches> {
+        self.recent.lock()
+    }
+
+    /// Locks the reason why the journal cannot be written.
+    pub(super) fn problem(&self) -> MutexGuard<'_, Option<String>> {
+        self.problem.lock()
     }
 
     /// Checks how much space is left, and updates `has_space`.

@@ -6,6 +6,7 @@ mod delivery;
 mod durable;
 mod failing;
 mod order;
+mod vanished;
 
 use std::time::Instant;
 

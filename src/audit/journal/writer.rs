@@ -22,7 +22,9 @@ const GATHER_STEP: Duration = Duration::from_micros(100);
 const MAX_GATHER_TIME: Duration = Duration::from_millis(1);
 /// How often the writer checks the free space while it writes.
 const SPACE_CHECK_INTERVAL: Duration = Duration::from_secs(1);
-/// How often an idle writer deletes expired segments and saves the delivered positions.
+/// How often the writer checks, besides at each batch, that nobody has removed or changed its files.
+const FILE_CHECK_INTERVAL: Duration = Duration::from_secs(1);
+/// How often a writer deletes expired segments and saves the delivered positions.
 const HOUSEKEEPING_INTERVAL: Duration = Duration::from_mins(1);
 
 /// A record that is not durable yet. It gets its number and hash anew at each try.
@@ -43,6 +45,10 @@ pub(super) struct Writer {
     space_checked_at: Option<Instant>,
     /// Whether anything was written since then.
     written_since_check: bool,
+    /// When the files were last checked without a batch.
+    files_checked_at: Instant,
+    /// Whether files are missing that could not be restored.
+    files_missing: bool,
     /// Whether the last batch had several records, so that it is worth waiting for more.
     last_batch_had_several: bool,
 }
@@ -57,6 +63,8 @@ impl Writer {
             retry_at: None,
             space_checked_at: None,
             written_since_check: false,
+            files_checked_at: Instant::now(),
+            files_missing: false,
             last_batch_had_several: false,
         })
     }
@@ -69,10 +77,14 @@ impl Writer {
             if self.last_batch_had_several && !closing {
                 self.gather();
             }
+            self.check_files(closing);
             let drained = self.shared.queue.drain(closing);
             self.last_batch_had_several = drained.records.len() > 1;
             self.write_batch(drained, closing);
             if closing {
+                if !self.retained.is_empty() {
+                    self.write_batch(DrainedQueue::default(), true);
+                }
                 break;
             }
             if self.space_checked_at.is_none_or(|seen| seen.elapsed() >= SPACE_CHECK_INTERVAL) {
@@ -110,10 +122,36 @@ impl Writer {
     fn park_time(&self) -> Duration {
         match self.retry_at {
             Some(at) => at.saturating_duration_since(Instant::now()),
-            None if self.written_since_check || !self.shared.has_space.load(Ordering::Acquire) => {
-                SPACE_CHECK_INTERVAL
-            }
-            None => HOUSEKEEPING_INTERVAL,
+            None => FILE_CHECK_INTERVAL.min(SPACE_CHECK_INTERVAL),
+        }
+    }
+
+    /// Checks the files, if that is due, and restores those that are missing. If they cannot be restored, the
+    /// journal counts as not writable.
+    fn check_files(&mut self, closing: bool) {
+        let due = match self.retry_at {
+            Some(at) => Instant::now() >= at,
+            None => self.files_checked_at.elapsed() >= FILE_CHECK_INTERVAL,
+        };
+        let last = closing && self.shared.closed_in_order.load(Ordering::Acquire);
+        if !last && (closing || !due) {
+            return;
+        }
+        self.files_checked_at = Instant::now();
+        let checked = self.shared.track_io(|| self.segments.check_files());
+        self.files_missing = checked.is_err();
+        if let Err(error) = checked {
+            self.mark_unwritable(&error);
+        }
+        self.record_lost();
+    }
+
+    /// Records that durable records are lost.
+    fn record_lost(&mut self) {
+        for lost in self.segments.take_lost() {
+            self.shared.counters.lost.fetch_add(lost.count().unsigned_abs(), Ordering::Relaxed);
+            let pending = self.pending(lost.record(self.shared.clock.wall()));
+            self.retained.push(pending);
         }
     }
 
@@ -131,6 +169,10 @@ impl Writer {
             batch.push(self.pending(gap));
         }
         if batch.is_empty() {
+            // Only missing files kept the journal from being written, and they are restored.
+            if self.retry_at.is_some() && !self.files_missing {
+                self.complete(0, &[]);
+            }
             return;
         }
         let events = batch.iter_mut().map(|pending| &mut pending.event);
@@ -147,6 +189,7 @@ impl Writer {
                 self.refuse(batch, &commits);
             }
         }
+        self.record_lost();
     }
 
     fn pending(&self, record: Record) -> PendingEvent {
@@ -160,6 +203,9 @@ impl Writer {
         self.written_since_check = true;
         self.shared.counters.durable.fetch_add(records as u64, Ordering::Relaxed);
         self.shared.writable.store(true, Ordering::Release);
+        if self.retry_at.is_some() {
+            self.shared.problem().take();
+        }
         for commit in commits {
             commit.finish(true);
         }
@@ -173,6 +219,7 @@ impl Writer {
         if self.retry_at.is_none() {
             tracing::error!(%error, "the audit journal cannot be written: calls are refused");
         }
+        *self.shared.problem() = Some(error.to_string());
         self.shared.writable.store(false, Ordering::Release);
         self.retry_at = Some(Instant::now() + RETRY_INTERVAL);
     }

@@ -83,6 +83,15 @@ pub enum Fault {
         /// The record of the checkpoint.
         head: i64,
     },
+    /// The chain ends before a record that its instance has reported to have written.
+    EndsBeforeReport {
+        /// The last record that is present.
+        last: i64,
+        /// The last record that was reported.
+        reported: i64,
+        /// The instance.
+        instance: String,
+    },
     /// A record's hash is not that of its checkpoint.
     CheckpointMismatch {
         /// The record's number.
@@ -156,6 +165,7 @@ impl Fault {
             | Self::Missing { first: seq, .. }
             | Self::InvalidReceipt { first: seq, .. } => *seq,
             Self::EndsBeforeCheckpoint { last, .. }
+            | Self::EndsBeforeReport { last, .. }
             | Self::PredecessorEndMismatch { last, .. }
             | Self::TornTail { last, .. } => last.saturating_add(1),
             Self::ChainRowMissing
@@ -182,6 +192,7 @@ impl Fault {
             Self::InvalidRange { .. } => "no_run",
             Self::Missing { .. } => "missing",
             Self::EndsBeforeCheckpoint { .. } => "cut_short",
+            Self::EndsBeforeReport { .. } => "not_delivered",
             Self::CheckpointMismatch { .. } => "contradicted",
             Self::BeyondDeliveredPosition { .. } => "beyond_position",
             Self::DeliveredHashMismatch { .. } => "not_the_position",
@@ -242,6 +253,12 @@ impl fmt::Display for Fault {
                 f,
                 "it ends with record {last}, and a signed head is of record {head}: the rest was \
                  removed, or is not delivered yet"
+            ),
+            Self::EndsBeforeReport { last, reported, instance } => write!(
+                f,
+                "records {} to {reported} are missing: replica {instance} wrote them, and they were not delivered. \
+                 If its state directory still has them, start it again, or use `audit ship`",
+                last.saturating_add(1)
             ),
             Self::CheckpointMismatch { seq } => {
                 write!(f, "record {seq} is not the one of its signed head")

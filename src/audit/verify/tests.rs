@@ -580,3 +580,43 @@ proptest! {
         prop_assert_eq!(log.faults(), vec![]);
     }
 }
+
+#[test]
+fn a_chain_that_ends_before_what_its_instance_reported_or_recorded_as_lost_does_not_hold() {
+    let found = |extent, reported: &[(&str, i64)], retired: Option<&str>, lost: Option<i64>| {
+        let mut log = Log::of(5, 0);
+        log.claims[0].0.retired = retired.map(Into::into);
+        if let Some(last) = lost {
+            let lost = LostRecords { chain: FIRST.into(), first: 6, last };
+            let link = ChainLink { chain: SECOND.into(), ..link() };
+            let mut event = StoredEvent::from_record(lost.record(DateTime::UNIX_EPOCH), &link);
+            event.link_after(&mut link.root());
+            log.events.push(event);
+        }
+        let mut verifier = Verifier::new(extent, None);
+        for (claim, root) in &log.claims {
+            verifier.add_chain(claim.clone(), *root);
+        }
+        for (chain, seq) in reported {
+            verifier.add_reported_end(chain, "i-1", *seq);
+        }
+        for event in &log.events {
+            verifier.add_record(event);
+        }
+        let findings = verifier.finish().findings;
+        let ends = findings.into_iter().filter_map(|finding| match finding.fault {
+            Fault::EndsBeforeReport { last, reported, .. } => Some((finding.chain, last, reported)),
+            _ => None,
+        });
+        ends.collect::<Vec<_>>()
+    };
+    let ends = |chain: &str, last, reported| vec![(chain.to_owned(), last, reported)];
+    assert_eq!(found(Extent::Whole, &[(FIRST, 5)], None, None), []);
+    assert_eq!(found(Extent::Whole, &[(FIRST, 3)], None, None), []);
+    assert_eq!(found(Extent::Whole, &[(FIRST, 7), (FIRST, 6)], None, None), ends(FIRST, 5, 7));
+    assert_eq!(found(Extent::Whole, &[("c3", 2)], None, None), ends("c3", 0, 2), "none came");
+    assert_eq!(found(Extent::Whole, &[(FIRST, 7)], Some("retired"), None), [], "it is known");
+    assert_eq!(found(Extent::Whole, &[], None, Some(9)), ends(FIRST, 5, 9));
+    assert_eq!(found(Extent::Whole, &[], None, Some(5)), [], "they were delivered later");
+    assert_eq!(found(Extent::Partial, &[(FIRST, 7)], None, Some(9)), []);
+}

@@ -4,6 +4,7 @@ use std::{
     path::{Path, PathBuf},
     process::ExitCode,
     str::FromStr,
+    time::Duration,
 };
 
 use anyhow::{Context, anyhow, bail, ensure};
@@ -11,7 +12,11 @@ use clap::Args;
 use futures_util::TryStreamExt;
 use serde_json::{Value, json};
 use sqlx::PgPool;
-use tokio::{sync::mpsc, task};
+use tokio::{
+    sync::mpsc,
+    task,
+    time::{Instant, sleep},
+};
 
 use super::export_reader::{ExportReader, UnreadableLine, read_checkpoints};
 use crate::{
@@ -32,7 +37,7 @@ use crate::{
     domain::clock::Clock,
     files::text,
     store::{
-        admin::Admin,
+        admin::{Admin, UndeliveredReport},
         audit::{AuditSnapshot, Decoded, EventFilter},
     },
 };
@@ -43,6 +48,10 @@ const BATCH_RECORDS: usize = 1_000;
 const MAX_RETRIES: usize = 10;
 /// How many batches may wait for the verifier.
 const QUEUED_BATCHES: usize = 16;
+/// How long a replica that runs may deliver nothing, although it has reported records that are not delivered.
+const DELIVERY_PATIENCE: Duration = Duration::from_secs(10);
+/// The pause between two readings of what is delivered.
+const DELIVERY_POLL: Duration = Duration::from_millis(250);
 /// How many differences between rows and their records are shown.
 const SHOWN_CHANGES: i64 = 100;
 
@@ -110,7 +119,8 @@ pub(super) async fn run(global: &GlobalArgs, args: VerifyArgs) -> anyhow::Result
         (None, None) => {
             let admin = global.auditor().await?;
             differences = unrecorded(&admin).await?;
-            evidence.verify_database(admin.pool()).await?
+            let undelivered = undelivered(&admin).await?;
+            evidence.verify_database(admin.pool(), &undelivered).await?
         }
     };
     if args.json {
@@ -122,6 +132,35 @@ pub(super) async fn run(global: &GlobalArgs, args: VerifyArgs) -> anyhow::Result
         }
     }
     Ok(ExitCode::from(u8::from(!report.holds() || !differences.is_empty())))
+}
+
+/// Returns the replicas that have reported records which are not in the database. Waits for those that run and reach
+/// the database, as long as they deliver.
+async fn undelivered(admin: &Admin) -> anyhow::Result<Vec<UndeliveredReport>> {
+    let mut waiting = admin.undelivered_reports().await?;
+    let mut progress_at = Instant::now();
+    while waiting.iter().any(|it| it.live && it.connected)
+        && progress_at.elapsed() < DELIVERY_PATIENCE
+    {
+        sleep(DELIVERY_POLL).await;
+        let now = admin.undelivered_reports().await?;
+        // Only what was reported at first is waited for.
+        let mut still = Vec::new();
+        for report in &waiting {
+            let same = now.iter().find(|it| it.chain == report.chain);
+            let delivered_seq = same.map_or(report.reported_seq, |it| it.delivered_seq);
+            if delivered_seq > report.delivered_seq {
+                progress_at = Instant::now();
+            }
+            if delivered_seq < report.reported_seq {
+                let UndeliveredReport { live, connected, .. } = same.unwrap_or(report);
+                let (live, connected) = (*live, *connected);
+                still.push(UndeliveredReport { delivered_seq, live, connected, ..report.clone() });
+            }
+        }
+        waiting = still;
+    }
+    Ok(waiting)
 }
 
 /// Returns how accounts, callers, credentials, grants and intake keys differ from what was recorded when they were
@@ -188,9 +227,24 @@ impl Evidence {
     }
 
     /// Verifies the database. Records are read and decoded here, and hashed on another thread.
-    async fn verify_database(self, pool: &PgPool) -> anyhow::Result<VerificationReport> {
+    async fn verify_database(
+        self,
+        pool: &PgPool,
+        undelivered: &[UndeliveredReport],
+    ) -> anyhow::Result<VerificationReport> {
         let mut verifier = self.verifier(Extent::Whole);
         verifier.require_signed_heads(Clock::System.now());
+        for UndeliveredReport { chain, instance, reported_seq, live, connected, .. } in undelivered
+        {
+            if *live && !connected {
+                output::note(format_args!(
+                    "note: replica {instance} has not reached the database for some seconds; it has records up to \
+                     {reported_seq} of chain {chain}, which are not delivered yet"
+                ));
+            } else {
+                verifier.add_reported_end(chain, instance, *reported_seq);
+            }
+        }
         let mut snapshot = AuditSnapshot::open(pool).await?;
         for claim in snapshot.claims().await? {
             match claim {

@@ -373,7 +373,9 @@ impl HistoryGuard {
     /// Writes the evidence into its file, if the next start would judge differently without that.
     pub(super) async fn save(&self) -> io::Result<()> {
         let Some(evidence) = self.evidence.lock().clone() else { return Ok(()) };
-        if self.saved.lock().as_ref().is_some_and(|saved| !saved.differs_from(&evidence)) {
+        let is_saved = self.saved.lock().as_ref().is_some_and(|it| !it.differs_from(&evidence));
+        // Another program may have removed the file.
+        if is_saved && tokio::fs::try_exists(&self.file).await.unwrap_or(false) {
             return Ok(());
         }
         let (file, written) = (self.file.clone(), evidence.clone());

@@ -147,26 +147,25 @@ impl<'a> DeliverySession<'a> {
     }
 
     /// Skips the records that neither the database nor the journal has any more: the database was
-    /// restored to an earlier state, and the journal had deleted them as delivered. Returns `false` if
-    /// there are none. Verification reports the gap. Waiting for the records would fill the journal, and
+    /// restored to an earlier state, and the journal had deleted them as delivered; or another program removed
+    /// them from the journal. Returns `false` if there are none. Verification reports the gap. Waiting for the records would fill the journal, and
     /// later records would be lost as well.
     fn skip_deleted(&self, delivery: &mut ChainDelivery) -> bool {
         let chain = &delivery.chain.link.chain;
-        let local = self.source.chains().into_iter().find(|local| local.link.chain == *chain);
-        let Some(local) = local.filter(|local| local.before.seq > delivery.position.seq) else {
+        let Some(reader) = &delivery.reader else { return false };
+        let Some(before) = self.source.after_gap(chain, reader.head().seq + 1) else {
             return false;
         };
-        let reader = delivery.reader.as_ref();
-        if reader.is_none_or(|reader| reader.head().seq >= local.before.seq) {
+        if before.seq <= reader.head().seq {
             return false;
         }
         tracing::error!(
             chain,
-            first = delivery.position.seq + 1,
-            last = local.before.seq,
-            "audit records that the database lost are no longer in the journal either: the gap is permanent"
+            first = reader.head().seq + 1,
+            last = before.seq,
+            "audit records that the database lacks are no longer in the journal either: the gap is permanent"
         );
-        delivery.reader = Some(self.source.reader(Arc::clone(&local.link), local.before));
+        delivery.reader = Some(self.source.reader(Arc::clone(&delivery.chain.link), before));
         true
     }
 

@@ -11,6 +11,8 @@ use crate::audit::{
 pub(super) trait JournalSource: Sync {
     fn chains(&self) -> Vec<LocalChain>;
     fn reader(&self, link: Arc<ChainLink>, after: ChainHead) -> ChainReader;
+    /// Returns the head before the first record after a gap that begins with record `seq`, if there is one.
+    fn after_gap(&self, chain: &str, seq: i64) -> Option<ChainHead>;
     /// Notes the position of a chain in Postgres. Called whenever the position is read or moves.
     fn mark_delivered(&self, chain: &str, seq: i64);
 }
@@ -22,6 +24,10 @@ impl JournalSource for Journal {
 
     fn reader(&self, link: Arc<ChainLink>, after: ChainHead) -> ChainReader {
         self.reader(link, after)
+    }
+
+    fn after_gap(&self, chain: &str, seq: i64) -> Option<ChainHead> {
+        self.after_gap(chain, seq)
     }
 
     fn mark_delivered(&self, chain: &str, seq: i64) {
@@ -36,6 +42,10 @@ impl JournalSource for Archive {
 
     fn reader(&self, link: Arc<ChainLink>, after: ChainHead) -> ChainReader {
         self.reader(link, after)
+    }
+
+    fn after_gap(&self, chain: &str, seq: i64) -> Option<ChainHead> {
+        self.after_gap(chain, seq)
     }
 
     /// Does nothing, since an archive is not changed. A broker that starts on it reads the positions from

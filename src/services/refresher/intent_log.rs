@@ -4,7 +4,7 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Write},
-    os::unix::fs::OpenOptionsExt,
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::PathBuf,
 };
 
@@ -16,12 +16,14 @@ pub(super) struct IntentLog {
     path: PathBuf,
     /// Open after the first append, until the log is cleared.
     file: Option<File>,
+    /// The lines that this process has appended since the log was cleared last.
+    appended: String,
 }
 
 impl IntentLog {
     /// Returns the log in the file `path`, which is created by the first append.
     pub(super) fn new(path: PathBuf) -> Self {
-        Self { path, file: None }
+        Self { path, file: None, appended: String::new() }
     }
 
     /// Returns the accounts that were appended since the log was last cleared. A last line without its
@@ -44,15 +46,33 @@ impl IntentLog {
     /// # Errors
     /// When the file cannot be written; the account may be in the file or not.
     pub(super) fn append(&mut self, account: AccountId) -> io::Result<()> {
-        let mut file = match self.file.take() {
-            Some(file) => file,
-            None => self.open()?,
-        };
+        let line = format!("{account}\n");
         // One write, so that an incomplete line lacks its newline.
-        file.write_all(format!("{account}\n").as_bytes())?;
-        file.sync_data()?;
-        self.file = Some(file);
+        match self.file.take().filter(|file| self.leads_to(file)) {
+            Some(mut file) => {
+                file.write_all(line.as_bytes())?;
+                file.sync_data()?;
+                self.file = Some(file);
+            }
+            // Also if another program removed, moved or truncated the file.
+            None => {
+                let mut file = self.open()?;
+                file.write_all(format!("{}{line}", self.appended).as_bytes())?;
+                file.sync_data()?;
+                self.file = Some(file);
+            }
+        }
+        self.appended.push_str(&line);
         Ok(())
+    }
+
+    /// Returns whether the path still leads to `file`, with all that was appended.
+    fn leads_to(&self, file: &File) -> bool {
+        let (Ok(own), Ok(found)) = (file.metadata(), fs::metadata(&self.path)) else {
+            return false;
+        };
+        let identity = |it: &fs::Metadata| (it.dev(), it.ino());
+        identity(&own) == identity(&found) && found.len() >= self.appended.len() as u64
     }
 
     /// Removes the file.
@@ -61,6 +81,7 @@ impl IntentLog {
     /// When the file cannot be removed.
     pub(super) fn clear(&mut self) -> io::Result<()> {
         self.file = None;
+        self.appended.clear();
         match fs::remove_file(&self.path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             removed => removed.and_then(|()| self.sync_directory()),
@@ -97,6 +118,26 @@ mod tests {
         log.clear().unwrap();
         log.append(AccountId(1)).unwrap();
         assert_eq!(log.read().unwrap(), [AccountId(1)]);
+    }
+
+    #[test]
+    fn what_another_program_removed_from_the_log_is_written_again_with_the_next_account() {
+        let home = tempfile::tempdir().unwrap();
+        let (path, moved) = (home.path().join("log"), home.path().join("moved"));
+        let removals: [&dyn Fn(); 3] =
+            [&|| fs::remove_file(&path).unwrap(), &|| fs::rename(&path, &moved).unwrap(), &|| {
+                fs::write(&path, "").unwrap()
+            }];
+        for remove in removals {
+            let mut log = IntentLog::new(path.clone());
+            log.append(AccountId(7)).unwrap();
+            remove();
+            log.append(AccountId(12)).unwrap();
+            log.append(AccountId(13)).unwrap();
+            let found = IntentLog::new(path.clone()).read().unwrap();
+            assert_eq!(found, [AccountId(7), AccountId(12), AccountId(13)]);
+            log.clear().unwrap();
+        }
     }
 
     #[test]

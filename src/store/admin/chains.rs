@@ -27,7 +27,49 @@ pub struct OpenChain {
     pub retired: Option<String>,
 }
 
+/// An instance that reported records which Postgres does not have.
+#[derive(Clone, Debug)]
+pub struct UndeliveredReport {
+    /// The instance.
+    pub instance: String,
+    /// The chain that it writes, or wrote last.
+    pub chain: String,
+    /// `seq` of the last record that it reported.
+    pub reported_seq: i64,
+    /// `seq` of the last record in Postgres; 0 if the chain is not known there.
+    pub delivered_seq: i64,
+    /// Whether the instance runs: it sent a heartbeat within the last minute and has not stopped.
+    pub live: bool,
+    /// Whether its last heartbeat is so young that it certainly reaches the database.
+    pub connected: bool,
+}
+
 impl Admin {
+    /// Returns the instances that reported records which Postgres does not have, unless the chain is retired.
+    ///
+    /// # Errors
+    /// Returns the database's error.
+    #[instrument(level = "debug", skip_all)]
+    pub async fn undelivered_reports(&self) -> Result<Vec<UndeliveredReport>, StoreError> {
+        Ok(sqlx::query_as!(
+            UndeliveredReport,
+            r#"/* store::admin::undelivered_reports */
+            select i.id as instance, i.journal_chain as "chain!", i.journal_seq as "reported_seq!",
+                coalesce(c.delivered_seq, 0) as "delivered_seq!",
+                coalesce(i.stopped_at is null
+                    and i.heartbeat_at > clock_timestamp() - interval '1 minute'
+                    and i.heartbeat_at <= timestamptz '9999-12-31 00:00Z', false) as "live!",
+                coalesce(i.heartbeat_at > clock_timestamp() - interval '5 seconds', false) as "connected!"
+            from instances i
+            left join audit_chains c on c.chain = i.journal_chain
+            where i.journal_chain is not null and c.retired is null
+                and i.journal_seq > coalesce(c.delivered_seq, 0)
+            order by i.id"#,
+        )
+        .fetch_all(&self.pool)
+        .await?)
+    }
+
     /// Returns the chains of an instance that no other chain is known to continue: the last one,
     /// and those that were not delivered completely. They are in the order in which they were
     /// opened.
