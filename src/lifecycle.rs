@@ -1,15 +1,15 @@
 //! Signals of the process, and the run of a broker from its start to its stop.
 
-use std::process::ExitCode;
+use std::{future::poll_fn, process::ExitCode, task::Poll};
 
 #[cfg(target_os = "linux")]
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
-use crate::app::App;
+use crate::{app::App, config::Sources};
 
 /// Raises the process's soft limit of open files to its hard limit. Each connection takes a
 /// descriptor, and the usual limit of 1,024 exists for programs that use `select`.
@@ -30,35 +30,96 @@ pub fn protect_memory() {
     let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
 }
 
-/// SIGINT and SIGTERM, which ask the process to stop.
+/// What a process does at SIGHUP.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum OnHangup {
+    /// It reads again what can change while it runs, as services do.
+    Reload,
+    /// It stops, since its terminal was closed. It goes on if it was started with `nohup`.
+    Stop,
+}
+
+/// SIGXFSZ: a write exceeded the process's limit of file sizes. The write fails too.
+const FILE_SIZE_EXCEEDED: i32 = 25;
+
+/// The signals to this process.
+///
+/// | signal | effect |
+/// |---|---|
+/// | SIGTERM, SIGINT, SIGQUIT | stop |
+/// | SIGHUP | see [`OnHangup`] |
+/// | SIGUSR1, SIGUSR2, SIGALRM, SIGIO, SIGXFSZ | a line in the log; they would end the process without a drain |
+/// | SIGPIPE | none: the write fails, since Rust's runtime ignores the signal |
+/// | others | as usual for a process |
 pub struct Signals {
     interrupt: Signal,
     terminate: Signal,
+    quit: Signal,
+    hangup: Signal,
+    /// What SIGHUP means; `None` if it is ignored.
+    on_hangup: Option<OnHangup>,
+    /// Signals that nobody sends to stop a process, with their names.
+    stray: [(&'static str, Signal); 5],
     /// Whether a signal arrived that [`Signals::next`] has not returned yet.
     pending: bool,
 }
 
+/// What a signal asks for.
+enum Request {
+    Stop,
+    Reload,
+}
+
 impl Signals {
-    /// Handles SIGINT and SIGTERM from now on, so that they no longer end the process.
+    /// Handles the signals from now on, so that they no longer end the process.
     ///
     /// # Errors
     /// When the system refuses to install a handler.
-    pub fn take() -> std::io::Result<Self> {
+    pub fn take(on_hangup: OnHangup) -> std::io::Result<Self> {
+        // The handler replaces the setting of `nohup`, so that is read first.
+        let is_ignored = on_hangup == OnHangup::Stop && ignores_hangup();
+        let stray = |name, kind| Ok::<_, std::io::Error>((name, signal(kind)?));
         Ok(Self {
             interrupt: signal(SignalKind::interrupt())?,
             terminate: signal(SignalKind::terminate())?,
+            quit: signal(SignalKind::quit())?,
+            hangup: signal(SignalKind::hangup())?,
+            on_hangup: (!is_ignored).then_some(on_hangup),
+            stray: [
+                stray("SIGUSR1", SignalKind::user_defined1())?,
+                stray("SIGUSR2", SignalKind::user_defined2())?,
+                stray("SIGALRM", SignalKind::alarm())?,
+                stray("SIGIO", SignalKind::io())?,
+                stray("SIGXFSZ", SignalKind::from_raw(FILE_SIZE_EXCEEDED))?,
+            ],
             pending: false,
         })
     }
 
-    /// Waits for the next signal. Cancel safe: no signal is lost.
+    /// Waits for the next signal to stop. Cancel safe: no such signal is lost.
     pub async fn next(&mut self) {
         if std::mem::take(&mut self.pending) {
             return;
         }
-        tokio::select! {
-            _ = self.interrupt.recv() => {}
-            _ = self.terminate.recv() => {}
+        while let Request::Reload = self.request().await {
+            info!("SIGHUP has no effect while the process starts or stops");
+        }
+    }
+
+    /// Waits for the next signal that asks for something. Cancel safe.
+    async fn request(&mut self) -> Request {
+        loop {
+            tokio::select! {
+                _ = self.interrupt.recv() => return Request::Stop,
+                _ = self.terminate.recv() => return Request::Stop,
+                _ = self.quit.recv() => return Request::Stop,
+                _ = self.hangup.recv() => match self.on_hangup {
+                    Some(OnHangup::Reload) => return Request::Reload,
+                    Some(OnHangup::Stop) => return Request::Stop,
+                    None => {}
+                },
+                name = next_of(&mut self.stray) => info!(signal = name, "the signal has no effect"),
+            }
         }
     }
 
@@ -80,13 +141,64 @@ impl Signals {
     }
 }
 
-/// Waits until a signal arrives or a task of `app` fails, and then stops `app`. A second signal
+/// Waits for the next of `signals`, and returns its name. Cancel safe.
+async fn next_of(signals: &mut [(&'static str, Signal)]) -> &'static str {
+    poll_fn(|context| {
+        for (name, signal) in &mut *signals {
+            if signal.poll_recv(context).is_ready() {
+                return Poll::Ready(*name);
+            }
+        }
+        Poll::Pending
+    })
+    .await
+}
+
+/// Whether this process was started with SIGHUP ignored, as `nohup` does. Only Linux tells.
+fn ignores_hangup() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    ignored
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .is_some_and(|mask| mask & 1 != 0)
+}
+
+/// Reads again what can change while `app` runs, and says which of `sources` cannot.
+async fn reload(app: &App, sources: Option<&Sources>) {
+    info!(
+        "SIGHUP: reading the TLS files and the database's URL again; the keyring and all other settings are read at \
+         the start"
+    );
+    app.reload().await;
+    match sources.map(Sources::changed_in_file).transpose() {
+        Ok(None) => {}
+        Ok(Some(changed)) if changed.is_empty() => {}
+        Ok(Some(changed)) => warn!(
+            settings = changed.join(", "),
+            "settings have changed in their file; they take effect at the next start"
+        ),
+        Err(error) => {
+            error!(%error, "the file of settings cannot be read: the next start will fail")
+        }
+    }
+}
+
+/// Waits until a signal to stop arrives or a task of `app` fails, and then stops `app`. At SIGHUP, reads again what
+/// can change. `sources` are those of the settings, if they can change. A second signal
 /// interrupts the stop: this function returns at once. The exit code is a failure if a task failed, the
 /// stop was interrupted, or audit records were lost.
-pub async fn run(app: App, signals: &mut Signals) -> ExitCode {
-    let failed = tokio::select! {
-        () = signals.next() => false,
-        () = app.failed() => true,
+pub async fn run(app: App, signals: &mut Signals, sources: Option<&Sources>) -> ExitCode {
+    let failed = loop {
+        if std::mem::take(&mut signals.pending) {
+            break false;
+        }
+        tokio::select! {
+            request = signals.request() => match request {
+                Request::Stop => break false,
+                Request::Reload => reload(&app, sources).await,
+            },
+            () = app.failed() => break true,
+        }
     };
     info!(failed, "stopping; a second signal ends at once");
     let complete = tokio::select! {

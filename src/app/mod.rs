@@ -130,6 +130,15 @@ impl App {
         self.components.failed.cancelled().await;
     }
 
+    /// Reads again, at once, what can change while the broker runs: the TLS files and the database's URL. Logs what
+    /// comes of it. Cancel safe.
+    pub async fn reload(&self) {
+        if let Some(tls) = &self.components.tls {
+            tls.reload().await;
+        }
+        self.components.database.reload().await;
+    }
+
     /// Stops the broker in the order that the [module](self) documents. Returns whether the audit log is complete: no
     /// record was lost, and those that are not delivered are in files. This takes at most the shutdown
     /// notice and the drain, plus some seconds each for the records of calls, the disk and the delivery.

@@ -11,7 +11,7 @@ use crate::{
     app::{App, AppConfig, StartError},
     config::{BrokerFlags, Flags, Settings},
     crypto::Keyring,
-    lifecycle::{self, Signals},
+    lifecycle::{self, OnHangup, Signals},
     telemetry,
 };
 
@@ -35,13 +35,14 @@ pub(super) struct ServeArgs {
 }
 
 pub(super) async fn run(global: &GlobalArgs, args: ServeArgs) -> anyhow::Result<ExitCode> {
-    let (settings, warnings) = Settings::resolve(&global.sources(args.settings.given)?)?;
+    let sources = global.sources(args.settings.given)?;
+    let (settings, warnings) = Settings::resolve(&sources)?;
     telemetry::init_logs(settings.log_format)?;
     for warning in warnings {
         tracing::warn!("{warning}");
     }
     lifecycle::raise_descriptor_limit();
-    let mut signals = Signals::take()?;
+    let mut signals = Signals::take(OnHangup::Reload)?;
     let keyring = Keyring::load(&settings.keyring_file)?;
     let grpc = listen(settings.listen).await?;
     let ops = listen(settings.ops_listen).await?;
@@ -54,7 +55,7 @@ pub(super) async fn run(global: &GlobalArgs, args: ServeArgs) -> anyhow::Result<
         .during(async |give_up| Box::pin(App::start(config, grpc, ops, &give_up)).await)
         .await;
     match started {
-        Ok(app) => Ok(lifecycle::run(app, &mut signals).await),
+        Ok(app) => Ok(lifecycle::run(app, &mut signals, Some(&sources)).await),
         // A signal came during the start, for example while the database did not answer. That is not a
         // failure.
         Err(StartError::Stopped) => Ok(ExitCode::SUCCESS),

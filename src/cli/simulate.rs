@@ -16,7 +16,7 @@ use crate::{
     dev::simulator::{Faults, SimulatedAccount, Simulator, SimulatorOptions},
     domain::clock::Clock,
     files::text,
-    lifecycle::Signals,
+    lifecycle::{OnHangup, Signals},
 };
 
 /// Runs only the simulated RCS Biz Center, until a signal stops it
@@ -54,7 +54,7 @@ fn fraction(text: &str) -> Result<f64, &'static str> {
 }
 
 pub(super) async fn run(args: SimulateArgs) -> anyhow::Result<ExitCode> {
-    let mut signals = Signals::take()?;
+    let mut signals = Signals::take(OnHangup::Stop)?;
     let listener = TcpListener::bind(args.listen)
         .await
         .with_context(|| format!("cannot listen on {}", args.listen))?;

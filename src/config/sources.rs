@@ -66,6 +66,19 @@ impl Sources {
         Ok(Self { flags, env, file, read_file })
     }
 
+    /// Returns the keys of the TOML file whose values have changed since it was read, except those of the database's
+    /// URL, which is read again by itself. Blocks while it reads the file.
+    ///
+    /// # Errors
+    /// When the file cannot be read or is not TOML.
+    pub fn changed_in_file(&self) -> Result<Vec<String>, InvalidSettings> {
+        let Some((path, known)) = &self.file else { return Ok(Vec::new()) };
+        let now = read_table(path)?;
+        let keys: BTreeSet<_> = known.keys().chain(now.keys()).collect();
+        let changed = keys.into_iter().filter(|key| known.get(*key) != now.get(*key));
+        Ok(changed.filter(|key| !key.contains("database_url")).cloned().collect())
+    }
+
     /// Returns sources without any value.
     pub(super) fn empty() -> Self {
         Self {

@@ -38,7 +38,7 @@ use crate::{
     config::DatabaseUrl,
     crypto::Keyring,
     domain::clock::Clock,
-    lifecycle::{self, Signals},
+    lifecycle::{self, OnHangup, Signals},
     store::{Database, deployment},
 };
 
@@ -70,7 +70,7 @@ pub async fn run(
     print: impl Fn(String) -> anyhow::Result<()> + Send + 'static,
 ) -> anyhow::Result<ExitCode> {
     lifecycle::raise_descriptor_limit();
-    let mut signals = Signals::take()?;
+    let mut signals = Signals::take(OnHangup::Stop)?;
     let environment = tokio::select! {
         environment = LocalEnvironment::open(options.state_dir.as_deref()) => environment?,
         () = signals.next() => return Ok(ExitCode::SUCCESS),
@@ -124,7 +124,7 @@ async fn run_in(
     let text = welcome::welcome(environment, &app, &upstream, &bearer, options.token_life);
     let printed = signals.during(async |give_up| print_on_thread(text, print, give_up).await).await;
     let result = match printed {
-        Ok(()) => Ok(lifecycle::run(app, signals).await),
+        Ok(()) => Ok(lifecycle::run(app, signals, None).await),
         Err(error) => {
             app.stop().await;
             Err(error)

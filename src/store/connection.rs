@@ -352,7 +352,7 @@ impl Database {
 
     /// Reads the URL and the password files again, and gives new options to the pools if something has
     /// changed. Waits no longer than a second. Cancel safe.
-    async fn reload(&self) {
+    pub async fn reload(&self) {
         reload(&self.shared).await;
     }
 }

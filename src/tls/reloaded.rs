@@ -154,6 +154,14 @@ impl Tls {
         }
     }
 
+    /// Reloads the files now, whether or not they have changed, and logs the outcome. If they cannot be used, the
+    /// configuration in use stays. Cancel safe.
+    pub async fn reload(self: &Arc<Self>) {
+        let this = Arc::clone(self);
+        // No files have this hash. The task fails only if it panics.
+        let _ = task::spawn_blocking(move || this.poll([0xff; 32])).await;
+    }
+
     /// Reads the files, and loads them if their hash differs from `seen`. Returns their hash.
     fn poll(&self, seen: [u8; 32]) -> [u8; 32] {
         const UNREADABLE: [u8; 32] = [0; 32];

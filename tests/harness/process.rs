@@ -233,6 +233,17 @@ impl BrokerProcess {
     }
 }
 
+/// Whether the tests run under `nohup`, so that the processes that they start ignore SIGHUP.
+pub(crate) fn hangup_is_ignored() -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).unwrap_or("0");
+    let ignored = u64::from_str_radix(ignored.trim(), 16).unwrap() & 1 != 0;
+    if ignored {
+        note_skipped("the tests run under nohup, so SIGHUP is ignored");
+    }
+    ignored
+}
+
 /// A process and its children, paused with SIGSTOP. Dropping this value resumes them.
 pub(crate) struct PausedProcesses(Vec<Pid>);
 

@@ -27,6 +27,7 @@ mod removed_files;
 mod rotation;
 mod secrets;
 mod shell;
+mod signals;
 mod tls_recipe;
 mod trust_anchor;
 mod twins;

@@ -19,7 +19,7 @@ use super::unread_log::full_pipe;
 use crate::harness::{
     TEST_TIMEOUT, eventually,
     http::http,
-    process::{BrokerProcess, processes_using, program, sh, shared_directory},
+    process::{BrokerProcess, hangup_is_ignored, processes_using, program, sh, shared_directory},
 };
 
 /// The directories in which `dev` could leave something, all of them inside one temporary directory.
@@ -314,5 +314,24 @@ async fn ctrl_c_ends_dev_although_nobody_reads_what_it_prints() {
     killpg(Pid::from_raw(dev.id().unwrap().try_into().unwrap()), Signal::SIGINT).unwrap();
     let status = tokio::time::timeout(TEST_TIMEOUT, dev.wait()).await.expect("it ends").unwrap();
     assert_eq!(status.code(), Some(0));
+    eventually("nothing to be left", async || sandbox.contents().is_empty().then_some(())).await;
+}
+
+#[tokio::test]
+async fn a_closed_terminal_ends_dev_and_leaves_nothing() {
+    if hangup_is_ignored() {
+        return;
+    }
+    let sandbox = Sandbox::new();
+    let mut dev = sandbox.dev(&[]).await;
+    // A signal that asks for nothing does not.
+    dev.process.signal(Signal::SIGUSR1);
+    eventually("its line in the log", async || {
+        dev.process.assert_running();
+        dev.process.stderr().contains("SIGUSR1").then_some(())
+    })
+    .await;
+    killpg(dev.process.pid(), Signal::SIGHUP).unwrap();
+    assert_eq!(dev.process.wait().await.code(), Some(0), "{}", dev.process.stderr());
     eventually("nothing to be left", async || sandbox.contents().is_empty().then_some(())).await;
 }
