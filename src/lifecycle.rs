@@ -178,7 +178,7 @@ async fn reload(app: &App, sources: Option<&Sources>) {
             "settings have changed in their file; they take effect at the next start"
         ),
         Err(error) => {
-            error!(%error, "the file of settings cannot be read: the next start will fail")
+            error!(%error, "the file of settings cannot be read: the next start will fail");
         }
     }
 }

@@ -71,17 +71,18 @@ fn trust_check(fault: Option<String>) -> Check {
 fn journal_check(journal: &Journal) -> Check {
     let (writable, has_room) = (journal.is_writable(), journal.is_ready());
     let problem = journal.problem().map(|problem| format!(" ({problem})")).unwrap_or_default();
-    let mut detail = match (writable, has_room) {
+    let state = match (writable, has_room) {
         (false, _) => format!("cannot be written: calls are refused{problem}"),
         (true, false) => "is nearly full: calls are still answered".into(),
         (true, true) => "can be written".into(),
     };
-    let lost = journal.stats().lost;
-    if lost > 0 {
-        detail += &format!(
+    let lost = match journal.stats().lost {
+        0 => String::new(),
+        lost => format!(
             "; {lost} records are lost, which another program removed from it before they were in Postgres"
-        );
-    }
+        ),
+    };
+    let detail = state + &lost;
     Check { name: "journal", ok: has_room, required: true, detail }
 }
 

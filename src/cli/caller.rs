@@ -357,7 +357,7 @@ fn is_outcome_uncertain(error: &StoreError) -> bool {
     match error {
         StoreError::NotFound(_)
         | StoreError::Conflict { .. }
-        | StoreError::InvalidUrl
+        | StoreError::InvalidUrl(_)
         | StoreError::Schema(_)
         | StoreError::UnsafeSchema(_)
         | StoreError::UnusableSession(_) => false,

@@ -12,6 +12,7 @@
 //! 4. add a row to the table in `docs/operations.md` (a test compares the two tables), and a malformed
 //!    value to the test `every_bad_setting_gets_its_one_line`.
 
+mod characters;
 mod commands;
 mod flags;
 mod parse;

@@ -14,29 +14,12 @@ use super::urls::ProxyUrl;
 use crate::{
     audit::journal::SyncMode,
     crypto::{IntakeError, IntakePublicKey, bearer::Bearer},
-    domain::odd_character::OddCharacter,
     telemetry::LogFormat,
     upstream::{Target, TargetError},
 };
 
 /// What is wrong with a value, or what was expected instead.
 pub(super) type Fault = String;
-
-/// Refuses invisible characters in `text`, which no setting needs.
-pub(super) fn check_characters(text: &str) -> Result<(), Fault> {
-    match OddCharacter::in_text(text) {
-        Some(_) => Err("has an invisible character".into()),
-        None => Ok(()),
-    }
-}
-
-/// Returns `: character 5 is a …` for the end of a fault of `text`, if it has a character that people do not see or take
-/// for another one, and nothing otherwise.
-pub(super) fn odd_character(text: &str) -> String {
-    // The faults say where white space is not allowed.
-    let text = text.replace(|c: char| c.is_ascii_whitespace(), "_");
-    OddCharacter::in_word(&text).map(|odd| format!(": {odd}")).unwrap_or_default()
-}
 
 pub(super) fn address(text: &str) -> Result<SocketAddr, Fault> {
     text.parse().map_err(|_| "not an address and port such as 127.0.0.1:50051".into())

@@ -3,7 +3,8 @@
 use std::collections::BTreeSet;
 
 use super::{
-    parse::{Fault, check_characters, odd_character},
+    characters::{check_characters, odd_character},
+    parse::Fault,
     sources::{InvalidSettings, Sources},
     table::{Setting, WhenUnset},
 };

@@ -6,7 +6,7 @@ use secrecy::{ExposeSecret, SecretString};
 use url::Url;
 
 use super::{
-    parse::{check_characters, odd_character},
+    characters::{check_characters, odd_character},
     sources::Sources,
     table::Setting,
 };
@@ -88,10 +88,9 @@ impl fmt::Debug for DatabaseUrl {
 fn check(url: &str) -> Result<(), String> {
     check_characters(url)
         .and_then(|()| {
-            Database::check_url(url).map_err(|_| {
-                "not a postgresql://user@host/database URL, in which special characters of the password \
-                 are percent-encoded"
-                    .to_owned()
+            Database::check_url(url).map_err(|error| match error {
+                StoreError::InvalidUrl(fault) => fault.to_owned(),
+                error => error.to_string(),
             })
         })
         .map_err(|fault| fault + &odd_character(url))

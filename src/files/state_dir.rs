@@ -111,7 +111,7 @@ impl StateDir {
             Some(found) if *found == *self.instance => {}
             Some(_) => return Err(StateDirError::Foreign(self.path.clone())),
             None => {
-                write_instance_id(&self.path, &self.instance).map_err(failed(&instance_path))?
+                write_instance_id(&self.path, &self.instance).map_err(failed(&instance_path))?;
             }
         }
         let starts_path = self.path.join("starts");

@@ -2,7 +2,7 @@
 
 use std::{
     env,
-    fs::Metadata,
+    fs::{self, Metadata},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     str::FromStr,
@@ -12,59 +12,22 @@ use sqlx::postgres::{PgConnectOptions, PgSslMode};
 use tracing::warn;
 use url::Url;
 
-use super::StoreError;
+use super::{StoreError, database_url};
 
-/// The parameters of a URL that the driver knows; in addition to them, `options[…]`.
-const PARAMETERS: &[&str] = &[
-    "sslmode",
-    "ssl-mode",
-    "sslrootcert",
-    "ssl-root-cert",
-    "ssl-ca",
-    "sslcert",
-    "ssl-cert",
-    "sslkey",
-    "ssl-key",
-    "statement-cache-capacity",
-    "host",
-    "hostaddr",
-    "port",
-    "dbname",
-    "user",
-    "password",
-    "application_name",
-    "options",
-];
-
-/// Checks that `url` can be used, and returns it without the parameters that the driver does not know. The
-/// names of those are returned too. The driver itself would write them to the log with their values.
+/// Checks that `url` can be used, and returns it in a form for the driver, without the parameters that are ignored.
+/// The names of those are returned too.
 ///
 /// # Errors
 /// Returns [`StoreError::InvalidUrl`], which never quotes the URL: it may hold a password.
 pub(super) fn known_part(url: &str) -> Result<(Url, Vec<String>), StoreError> {
-    let mut known = Url::parse(url).map_err(|_| StoreError::InvalidUrl)?;
-    let is_name = |key: &str| {
-        !key.is_empty() && key.bytes().all(|it| it.is_ascii_alphanumeric() || b"-_".contains(&it))
-    };
-    let is_known =
-        |key: &str| PARAMETERS.contains(&key) || key.starts_with("options[") && key.ends_with(']');
-    let pairs: Vec<(String, String)> = known.query_pairs().into_owned().collect();
-    // A `#`, `/` or `?` in a password ends the host's part of the URL, so the rest of the password would be
-    // taken for something else. It has to be percent-encoded.
-    if !matches!(known.scheme(), "postgres" | "postgresql")
-        || known.fragment().is_some()
-        || known.path().contains('@')
-        || pairs.iter().any(|(key, _)| !is_known(key) && !is_name(key))
-    {
-        return Err(StoreError::InvalidUrl);
-    }
-    let (pairs, unknown): (Vec<_>, Vec<_>) = pairs.into_iter().partition(|(key, _)| is_known(key));
-    if !unknown.is_empty() {
-        known.query_pairs_mut().clear().extend_pairs(pairs);
-    }
-    let options = PgConnectOptions::from_str(known.as_str());
-    options.map_err(|_| StoreError::InvalidUrl)?;
-    Ok((known, unknown.into_iter().map(|(key, _)| key).collect()))
+    let (known, ignored) = database_url::parse(url).map_err(StoreError::InvalidUrl)?;
+    options_of(&known)?;
+    Ok((known, ignored))
+}
+
+fn options_of(url: &Url) -> Result<PgConnectOptions, StoreError> {
+    PgConnectOptions::from_str(url.as_str())
+        .map_err(|_| StoreError::InvalidUrl("a part of it cannot be decoded"))
 }
 
 /// Returns the options for connections to the database at `url`. Reads the password file of libpq
@@ -76,21 +39,57 @@ pub(super) fn connect_options(
     url: &str,
     application_name: &str,
 ) -> Result<PgConnectOptions, StoreError> {
-    let (url, unknown) = known_part(url)?;
-    for parameter in unknown {
-        warn!(parameter, "the database's URL has an unknown parameter, which is ignored");
+    let (url, ignored) = known_part(url)?;
+    for parameter in ignored {
+        warn!(parameter, "a parameter of the database's URL is not supported, and is ignored");
     }
-    let mut options =
-        PgConnectOptions::from_str(url.as_str()).map_err(|_| StoreError::InvalidUrl)?;
+    let mut options = options_of(&url)?;
     let local = options.get_socket().is_some()
         || matches!(options.get_host(), "localhost" | "127.0.0.1" | "::1" | "[::1]")
         || options.get_host().starts_with('/');
     if !url.query_pairs().any(|(key, _)| key == "sslmode" || key == "ssl-mode") {
         options = options.ssl_mode(if local { PgSslMode::Prefer } else { PgSslMode::VerifyFull });
     }
+    if url.password().is_none() && !url.query_pairs().any(|(key, _)| key == "password") {
+        warn_of_malformed_passwords();
+    }
     // PgBouncer refuses startup parameters that it does not know, such as these. Settings are set by
     // statements instead: see `session_settings.rs`.
     Ok(options.application_name(application_name).extra_float_digits(None))
+}
+
+fn password_files() -> [Option<PathBuf>; 2] {
+    let home = env::home_dir().map(|home| home.join(".pgpass"));
+    [env::var_os("PGPASSFILE").map(PathBuf::from), home]
+}
+
+/// Warns of lines of the password files that the driver cannot read. Its own warning quotes them, so the log leaves
+/// that out.
+fn warn_of_malformed_passwords() {
+    for file in password_files().into_iter().flatten() {
+        let Ok(text) = fs::read_to_string(&file) else { continue };
+        for (_, number) in text.lines().zip(1_usize..).filter(|(line, _)| is_malformed(line)) {
+            warn!(
+                file = %file.display(),
+                number,
+                "a line of the password file is not host:port:database:user:password"
+            );
+        }
+    }
+}
+
+/// Whether a line of a password file is neither empty nor a comment, and has less than five fields.
+fn is_malformed(line: &str) -> bool {
+    let mut separators = 0;
+    let mut bytes = line.bytes();
+    while let Some(byte) = bytes.next() {
+        match byte {
+            b'\\' => drop(bytes.next()),
+            b':' => separators += 1,
+            _ => {}
+        }
+    }
+    !line.trim().is_empty() && !line.starts_with('#') && separators < 4
 }
 
 /// What identifies the content of the password files. If it changes, the options have to be made anew.
@@ -100,10 +99,8 @@ pub(super) struct PasswordFiles([Option<(u64, i64, i64, u64)>; 2]);
 impl PasswordFiles {
     /// Looks at the password files. Blocks.
     pub(super) fn now() -> Self {
-        let home = env::home_dir().map(|home| home.join(".pgpass"));
-        let files = [env::var_os("PGPASSFILE").map(PathBuf::from), home];
         let identity = |it: Metadata| (it.ino(), it.ctime(), it.ctime_nsec(), it.size());
-        Self(files.map(|file| file.as_deref().map(Path::metadata)?.ok().map(identity)))
+        Self(password_files().map(|file| file.as_deref().map(Path::metadata)?.ok().map(identity)))
     }
 }
 
@@ -130,17 +127,29 @@ mod tests {
             "postgresql://u:a#b@h/db",
             "postgresql://u:a/b@h/db",
             "postgresql://u:a?b@h/db",
-            "mysql://u:p@h/db",
-            "postgresql://u:p@h/db?port=canary",
-            "u:p@h/db",
-            "",
         ] {
             let error = known_part(url).unwrap_err();
-            assert!(matches!(error, StoreError::InvalidUrl), "{url}");
+            assert!(error.to_string().contains("percent-encoded"), "{url}: {error}");
         }
         for url in ["postgresql://u:a%23%2F%3F%40%25@h/db", "postgresql://u:a@b:c!$&'()*+,;=@h/db"]
         {
             known_part(url).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_malformed_line_of_a_password_file_has_less_than_five_fields() {
+        for (line, malformed) in [
+            ("h:5432:db:u:p", false),
+            ("*:*:*:*:p:w", false),
+            ("\\:\\:1:5432:db:u:p\\:w", false),
+            ("# comment", false),
+            ("", false),
+            ("h:5432:db:password", true),
+            ("password", true),
+            ("h\\:5432:db:u:p", true),
+        ] {
+            assert_eq!(is_malformed(line), malformed, "{line}");
         }
     }
 

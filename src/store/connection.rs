@@ -118,7 +118,9 @@ impl Database {
         let socket = options.get_socket().map(|path| path.display().to_string());
         let host = socket.unwrap_or_else(|| options.get_host().to_owned());
         let database = options.get_database().unwrap_or_else(|| options.get_username());
-        format!("{host}:{}/{database}", options.get_port())
+        let brackets =
+            if host.contains(':') && !host.starts_with('/') { ("[", "]") } else { ("", "") };
+        format!("{}{host}{}:{}/{database}", brackets.0, brackets.1, options.get_port())
     }
 
     /// Like [`Self::new`], with a function that returns the present URL whenever it is called. It may block.

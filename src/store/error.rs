@@ -4,7 +4,10 @@
 //! quotes a row, a parameter or a URL. Neither `Display` nor `Debug` prints the server's detail, hint,
 //! context or statement.
 
-use std::fmt::{self, Display, Formatter};
+use std::{
+    error::Error,
+    fmt::{self, Display, Formatter},
+};
 
 use sqlx::postgres::PgDatabaseError;
 use thiserror::Error;
@@ -167,8 +170,8 @@ pub enum StoreError {
         cause: DatabaseCause,
     },
     /// The database's URL cannot be used. The text never quotes it: it may hold a password.
-    #[error("DATABASE_URL is not a postgresql://user@host/database URL")]
-    InvalidUrl,
+    #[error("the database's URL cannot be used: {0}")]
+    InvalidUrl(&'static str),
     /// The driver failed before it sent a request, or could not decode the answer.
     #[error("the database driver failed: {0}")]
     Driver(#[source] DatabaseCause),
@@ -240,7 +243,7 @@ impl StoreError {
             | Self::UnusableSession(_)
             | Self::Replaced(_)
             | Self::UnreadableRow { .. }
-            | Self::InvalidUrl => None,
+            | Self::InvalidUrl(_) => None,
         }
     }
 
@@ -453,6 +456,18 @@ impl DatabaseCause {
     }
 }
 
+/// Describes a fault of TLS. The driver's own texts may quote the files of the URL, or their content.
+fn tls_fault(error: &(dyn Error + 'static)) -> String {
+    if error.is::<rustls::pki_types::pem::Error>() {
+        return "the file of sslcert or sslkey is not PEM".into();
+    }
+    let text = error.to_string();
+    if text.starts_with("Invalid certificate") && !error.is::<rustls::Error>() {
+        return "the file of sslrootcert is not PEM".into();
+    }
+    text
+}
+
 impl Display for DatabaseCause {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         if let Some(sqlstate) = self.sqlstate() {
@@ -460,7 +475,7 @@ impl Display for DatabaseCause {
         }
         match &self.0 {
             sqlx::Error::Io(error) => write!(f, "{error}"),
-            sqlx::Error::Tls(error) => write!(f, "TLS: {error}"),
+            sqlx::Error::Tls(error) => write!(f, "TLS: {}", tls_fault(&**error)),
             sqlx::Error::Protocol(_) => f.write_str("the server's answer is malformed"),
             sqlx::Error::PoolClosed => f.write_str("the pool is closed"),
             sqlx::Error::PoolTimedOut => f.write_str("no connection became free in time"),
@@ -484,7 +499,7 @@ impl fmt::Debug for DatabaseCause {
     }
 }
 
-impl std::error::Error for DatabaseCause {}
+impl Error for DatabaseCause {}
 
 #[cfg(test)]
 mod tests {

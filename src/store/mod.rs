@@ -10,6 +10,7 @@ pub mod callers;
 pub mod changes;
 mod connect_options;
 mod connection;
+mod database_url;
 pub mod deployment;
 mod distrust;
 mod error;

@@ -25,9 +25,12 @@ use std::{
 };
 
 use thiserror::Error;
-use tracing::{Level, error};
+use tracing::{Level, Metadata, error};
 use tracing_subscriber::{
-    EnvFilter, Layer, filter::ParseError, fmt::writer::BoxMakeWriter, layer::SubscriberExt,
+    EnvFilter, Layer,
+    filter::{ParseError, filter_fn},
+    fmt::writer::BoxMakeWriter,
+    layer::SubscriberExt,
     util::SubscriberInitExt,
 };
 
@@ -90,6 +93,7 @@ pub fn init_logs(format: Option<LogFormat>) -> Result<(), LogsError> {
         LogFormat::Pretty => lines.with_ansi(on_terminal).boxed(),
         LogFormat::Json => lines.json().flatten_event(true).with_span_list(false).boxed(),
     };
+    let lines = lines.with_filter(filter_fn(|event| !quotes_password(event)));
     tracing_subscriber::registry().with(filter).with(lines).try_init().map_err(|_| LogsError::SetUp)
 }
 
@@ -172,6 +176,12 @@ fn report_line(lines: u64, now: Timestamp, format: LogFormat) -> String {
              \"dropped\":{lines},\"target\":\"{target}\"}}\n"
         ),
     }
+}
+
+/// Whether an event of the driver quotes a line of the password file of libpq. The broker says by itself which line
+/// is malformed.
+fn quotes_password(event: &Metadata<'_>) -> bool {
+    event.target().starts_with("sqlx_postgres::options") && event.fields().field("line").is_some()
 }
 
 /// Returns the filter of `directives`, or of the default if there are none, restricted by

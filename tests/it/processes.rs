@@ -11,6 +11,7 @@ mod compression;
 mod crashes;
 #[cfg(feature = "embedded-postgres")]
 mod database_crashes;
+mod database_urls;
 mod deadlines;
 #[cfg(feature = "embedded-postgres")]
 mod dev;
@@ -22,6 +23,7 @@ mod failovers;
 mod floods;
 mod live_token;
 mod pasted;
+mod quoted_input;
 mod removed_files;
 #[cfg(feature = "embedded-postgres")]
 mod rotation;

@@ -14,6 +14,9 @@ use super::{
 };
 use crate::audit::{chain::ChainHead, lost::LostRecords};
 
+/// The numbers of the first and of the last of some records.
+type Range = (i64, i64);
+
 /// Consecutive records of a segment that are still known.
 struct Piece {
     /// The chain's head before them.
@@ -68,14 +71,13 @@ fn is_sound(storage: &dyn JournalStorage, segment: &Segment) -> bool {
 
 fn restore_segment(shared: &Shared, segment: &Segment) -> io::Result<Option<LostRecords>> {
     let (storage, link) = (&*shared.segments.storage, &segment.link);
-    let delivered = shared.catalog().position(&link.chain).max(segment.before.seq);
     storage.create_directory()?;
     let (pieces, lost) = match whole(segment)? {
         Some(bytes) => {
             let restored = write(shared, segment, segment.before, segment.last_seq, &bytes)?;
             (vec![restored], None)
         }
-        None => rebuild(shared, segment, delivered)?,
+        None => rebuild(shared, segment)?,
     };
     tracing::error!(
         segment = segment.name,
@@ -108,15 +110,13 @@ fn whole(segment: &Segment) -> io::Result<Option<Vec<u8>>> {
 }
 
 /// Writes what is still known of a segment whose file was changed, and moves that file aside. Returns the new
-/// segments, and the first and the last of the records after `delivered` that are lost.
-fn rebuild(
-    shared: &Shared,
-    segment: &Segment,
-    delivered: i64,
-) -> io::Result<(Vec<Segment>, Option<(i64, i64)>)> {
+/// segments, and the undelivered records that are lost.
+fn rebuild(shared: &Shared, segment: &Segment) -> io::Result<(Vec<Segment>, Option<Range>)> {
     let storage = &*shared.segments.storage;
     let in_file = intact_piece(storage, segment)?;
     let remembered = remembered(shared, segment);
+    // Read after the memory, which drops batches as soon as they are delivered.
+    let delivered = shared.catalog().position(&segment.link.chain).max(segment.before.seq);
     let (pieces, gap) = join(in_file, remembered, delivered, segment.last_seq);
     let aside = format!("{}.torn", segment.name);
     match storage.rename(&segment.name, &aside) {
@@ -171,7 +171,7 @@ fn join(
     remembered: Option<Piece>,
     delivered: i64,
     last: i64,
-) -> (Vec<Piece>, Option<(i64, i64)>) {
+) -> (Vec<Piece>, Option<Range>) {
     let known = delivered.max(in_file.last_seq);
     let Some(remembered) = remembered else {
         let pieces = if in_file.last_seq > delivered { vec![in_file] } else { vec![] };
@@ -249,8 +249,8 @@ mod tests {
         let (pieces, lost) = join(piece(10, in_file), remembered, delivered, 20);
         for piece in &pieces {
             let lines = String::from_utf8(piece.lines.clone()).unwrap();
-            let last = lines.lines().last().unwrap().parse();
-            assert_eq!(last, Ok(piece.last_seq));
+            let end = lines.lines().last().unwrap().parse();
+            assert_eq!(end, Ok(piece.last_seq));
             assert_eq!(i64::try_from(lines.lines().count()), Ok(piece.last_seq - piece.before.seq));
         }
         let kept = |piece: &Piece| format!("{}-{}", piece.before.seq + 1, piece.last_seq);

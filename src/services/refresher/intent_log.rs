@@ -48,20 +48,17 @@ impl IntentLog {
     pub(super) fn append(&mut self, account: AccountId) -> io::Result<()> {
         let line = format!("{account}\n");
         // One write, so that an incomplete line lacks its newline.
-        match self.file.take().filter(|file| self.leads_to(file)) {
-            Some(mut file) => {
-                file.write_all(line.as_bytes())?;
-                file.sync_data()?;
-                self.file = Some(file);
-            }
+        let file = if let Some(mut file) = self.file.take().filter(|file| self.leads_to(file)) {
+            file.write_all(line.as_bytes())?;
+            file
+        } else {
             // Also if another program removed, moved or truncated the file.
-            None => {
-                let mut file = self.open()?;
-                file.write_all(format!("{}{line}", self.appended).as_bytes())?;
-                file.sync_data()?;
-                self.file = Some(file);
-            }
-        }
+            let mut file = self.open()?;
+            file.write_all(format!("{}{line}", self.appended).as_bytes())?;
+            file
+        };
+        file.sync_data()?;
+        self.file = Some(file);
         self.appended.push_str(&line);
         Ok(())
     }
@@ -126,7 +123,7 @@ mod tests {
         let (path, moved) = (home.path().join("log"), home.path().join("moved"));
         let removals: [&dyn Fn(); 3] =
             [&|| fs::remove_file(&path).unwrap(), &|| fs::rename(&path, &moved).unwrap(), &|| {
-                fs::write(&path, "").unwrap()
+                fs::write(&path, "").unwrap();
             }];
         for remove in removals {
             let mut log = IntentLog::new(path.clone());

@@ -25,8 +25,11 @@ use crate::harness::{
     process::{BrokerProcess, BrokerSetup},
 };
 
+/// What another program does: its name, and a function of the state directory.
+type Disturbance = (&'static str, fn(&Path));
+
 /// What is done to the state directory, under load.
-const DISTURBANCES: &[(&str, fn(&Path))] = &[
+const DISTURBANCES: &[Disturbance] = &[
     ("the files are removed", |state| each(state, |file| drop(fs::remove_file(file)))),
     ("the files are moved", |state| each(state, moved)),
     ("the files are moved, and created empty", |state| {

@@ -8,8 +8,11 @@ use std::{
 
 use super::*;
 
-/// What other programs do to the journal's files. Each gets the state directory.
-const DISTURBANCES: &[(&str, fn(&Path))] = &[
+/// What another program does: its name, and a function of the state directory.
+type Disturbance = (&'static str, fn(&Path));
+
+/// What other programs do to the journal's files.
+const DISTURBANCES: &[Disturbance] = &[
     ("a cleaner removes the files", |state| each(state, |file| fs::remove_file(file).unwrap())),
     ("a cleaner removes all but the last file", |state| {
         let files = files(state);
@@ -108,7 +111,9 @@ fn last(state: &Path) -> PathBuf {
 }
 
 fn each(state: &Path, disturb: impl Fn(&Path)) {
-    files(state).iter().for_each(|file| disturb(file));
+    for file in files(state) {
+        disturb(&file);
+    }
 }
 
 fn moved(file: &Path) -> PathBuf {
