@@ -18,7 +18,7 @@ use super::{
 use crate::domain::{
     account::{AccountId, CredentialVersion},
     attempt_priority::{ConcurrencyLimits, PriorityClass, RunningAttempts},
-    clock::{delta, until_from},
+    clock::{Timestamp, delta, until_from},
     plausible_time::{AttemptTimeLimits, LONGEST_LEASE},
     refresh_policy::{IssueDecision, IssueView, RefreshPolicy},
     refresh_state::{IssueAttempt, IssueFailure},
@@ -82,6 +82,15 @@ pub enum Claim {
     NotNeeded,
 }
 
+/// What distinguishes a lease from all others of its account.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct LeaseKey {
+    /// See [`Lease::id`].
+    pub id: i64,
+    /// See [`Lease::started_at`].
+    pub started_at: Timestamp,
+}
+
 /// The permission to issue one token for one account, until the lease expires.
 #[derive(Clone, Debug)]
 #[must_use]
@@ -89,6 +98,9 @@ pub struct Lease {
     /// The fencing number, which grows with each lease of the account. Writes under an older one
     /// change nothing.
     pub id: i64,
+    /// When the attempt began, by the database's clock. The number alone is not enough: if a failover loses a claim,
+    /// the next lease gets the same number again.
+    pub started_at: Timestamp,
     /// The attempt that the lease permits.
     pub attempt: IssueAttempt,
     /// The generation of the stored token when the lease was claimed.
@@ -292,7 +304,16 @@ async fn stamp_attempt(
             "it has no credential of the decided version",
         )
     })?;
-    Ok(Lease { id: stamped.lease_id, attempt, replaces, previous_attempt_lost })
+    let (id, started_at) = (stamped.lease_id, stamped.attempt_started_at);
+    Ok(Lease { id, started_at, attempt, replaces, previous_attempt_lost })
+}
+
+impl Lease {
+    /// Returns what distinguishes this lease from all others of its account.
+    #[must_use]
+    pub fn key(&self) -> LeaseKey {
+        LeaseKey { id: self.id, started_at: self.started_at }
+    }
 }
 
 /// A failed attempt, with the values that are stored in the account's row.
@@ -338,7 +359,7 @@ pub async fn record_failure(
             new_secret_retry_at = case when $11 then clock_timestamp() + $8
                 else new_secret_retry_at end,
             changed = pg_current_xact_id()
-        where account_id = $1 and lease_id = $2",
+        where account_id = $1 and lease_id = $2 and attempt_started_at = $12",
         lease.attempt.account.0,
         lease.id,
         attempt.possibly_revoked,
@@ -350,6 +371,7 @@ pub async fn record_failure(
         lease.attempt.uses_current_credential,
         attempt.failure.class.suspends(),
         lease.attempt.has_fallback,
+        lease.started_at,
     )
     .execute(&mut *transaction)
     .await?;
@@ -370,9 +392,10 @@ pub async fn release(pool: &PgPool, lease: &Lease) -> Result<(), StoreError> {
         "-- store::leases::release
         update refreshes set lease_holder = null, lease_until = null,
             attempt_ended_at = clock_timestamp(), changed = pg_current_xact_id()
-        where account_id = $1 and lease_id = $2",
+        where account_id = $1 and lease_id = $2 and attempt_started_at = $3",
         lease.attempt.account.0,
         lease.id,
+        lease.started_at,
     )
     .execute(&mut *transaction)
     .await?;
@@ -393,15 +416,19 @@ pub async fn end_call(pool: &PgPool, lease: &Lease) -> Result<(), StoreError> {
     Ok(transaction.commit().await?)
 }
 
-async fn delete_call(
+/// Deletes the call of `lease`, but not that of another lease that has the same number.
+pub(super) async fn delete_call(
     transaction: &mut Transaction<'_, Postgres>,
     lease: &Lease,
 ) -> Result<(), StoreError> {
     sqlx::query!(
         "-- store::leases::delete_call
-        delete from upstream_calls where account_id = $1 and lease_id = $2",
+        delete from upstream_calls
+        where account_id = $1 and lease_id = $2 and not exists (
+            select from refreshes where account_id = $1 and attempt_started_at is distinct from $3)",
         lease.attempt.account.0,
         lease.id,
+        lease.started_at,
     )
     .execute(&mut **transaction)
     .await?;

@@ -12,7 +12,7 @@ use crate::{
         clock::{Clock, Timestamp, delta, until_from},
         token::{Generation, SealedToken},
     },
-    store::leases::Lease,
+    store::leases::{self, Lease, LeaseKey},
 };
 
 /// The channel on which replicas notify each other of new tokens.
@@ -26,7 +26,8 @@ pub enum CommitOutcome {
     Stored,
     /// The token was not stored: the account is gone, or has another lease or credential by now.
     Fenced,
-    /// The token was not stored: the stored one lives longer, and new tokens do not end older ones.
+    /// The token was not stored: the stored one lives longer, and new tokens do not end older ones, or the
+    /// stored one has a later generation.
     StoredLivesLonger,
 }
 
@@ -35,7 +36,8 @@ pub enum CommitOutcome {
 ///
 /// If a new token ends older ones (`new_token_ends_older`), or the stored token is possibly revoked, the
 /// later issued token replaces the other, since only that one is known to be live. Otherwise the token with
-/// the later end is kept. Ends that differ by less than 5 seconds count as equal, since clocks differ.
+/// the later end is kept. Ends that differ by less than 5 seconds count as equal, since clocks differ. A stored
+/// token with a later generation is always kept; if new tokens end older ones, it is marked as possibly revoked.
 ///
 /// Takes no lock of `accounts`, so no statement of an admin on accounts delays it.
 ///
@@ -58,9 +60,11 @@ pub async fn commit(
     let mut transaction = begin(pool).await?;
     let held = sqlx::query!(
         "-- store::tokens::commit
-        select possibly_revoked from refreshes where account_id = $1 and lease_id = $2 for update",
+        select possibly_revoked from refreshes
+        where account_id = $1 and lease_id = $2 and attempt_started_at = $3 for update",
         account.0,
         lease.id,
+        lease.started_at,
     )
     .fetch_optional(&mut *transaction)
     .await?;
@@ -70,24 +74,27 @@ pub async fn commit(
     if issuer(&mut transaction, account, token.credential_version).await? == Issuer::Gone {
         return Ok(CommitOutcome::Fenced);
     }
-    record_success(&mut transaction, lease, token.credential_version).await?;
     let replace_longer_lived = new_token_ends_older || held.possibly_revoked;
     let stored = put(&mut transaction, account, token, replace_longer_lived, clock).await?;
+    let possibly_revoked = new_token_ends_older && !stored;
+    record_success(&mut transaction, lease, token.credential_version, possibly_revoked).await?;
     transaction.commit().await?;
     Ok(if stored { CommitOutcome::Stored } else { CommitOutcome::StoredLivesLonger })
 }
 
-/// Stores that the attempt under `lease` succeeded with the credential of `version`, and releases the lease.
+/// Stores that the attempt under `lease` succeeded with the credential of `version`, and whether the stored token
+/// may be revoked, and releases the lease.
 async fn record_success(
     transaction: &mut Transaction<'_, Postgres>,
     lease: &Lease,
     version: CredentialVersion,
+    possibly_revoked: bool,
 ) -> Result<(), StoreError> {
     // A success must not clear the failure of a later credential.
     sqlx::query!(
         "-- store::tokens::record_success
         update refreshes set lease_holder = null, lease_until = null,
-            attempt_ended_at = clock_timestamp(), possibly_revoked = false, consecutive_failures = 0,
+            attempt_ended_at = clock_timestamp(), possibly_revoked = $3, consecutive_failures = 0,
             error_class = case when error_version > $2 then error_class end,
             error_code = case when error_version > $2 then error_code end,
             error_message = case when error_version > $2 then error_message end,
@@ -99,18 +106,11 @@ async fn record_success(
         where account_id = $1",
         lease.attempt.account.0,
         version.0,
+        possibly_revoked,
     )
     .execute(&mut **transaction)
     .await?;
-    sqlx::query!(
-        "-- store::tokens::record_success
-        delete from upstream_calls where account_id = $1 and lease_id = $2",
-        lease.attempt.account.0,
-        lease.id,
-    )
-    .execute(&mut **transaction)
-    .await?;
-    Ok(())
+    leases::delete_call(transaction, lease).await
 }
 
 /// The result of [`repeat`].
@@ -144,9 +144,11 @@ pub async fn repeat(
     let mut transaction = begin(pool).await?;
     let held = sqlx::query!(
         "-- store::tokens::repeat
-        select lease_id from refreshes where account_id = $1 and lease_id = $2 for update",
+        select lease_id from refreshes
+        where account_id = $1 and lease_id = $2 and attempt_started_at = $3 for update",
         account.0,
         lease.id,
+        lease.started_at,
     )
     .fetch_optional(&mut *transaction)
     .await?;
@@ -170,7 +172,7 @@ pub async fn repeat(
     .fetch_optional(&mut *transaction)
     .await?;
     let Some(repeated_at) = marked else { return Ok(RepeatOutcome::Replaced) };
-    record_success(&mut transaction, lease, version).await?;
+    record_success(&mut transaction, lease, version, false).await?;
     transaction.commit().await?;
     Ok(RepeatOutcome::Marked(repeated_at))
 }
@@ -195,8 +197,9 @@ pub struct PendingToken {
     pub token: SealedToken,
     /// The generation of the stored token when this one was issued.
     pub replaces: Option<Generation>,
-    /// Whether it was issued under a lease. If so, a token that was stored since is known to be later.
-    pub under_lease: bool,
+    /// The lease under which it was issued; `None` if there was none. A token that was stored since a lease is
+    /// known to be later.
+    pub lease: Option<LeaseKey>,
 }
 
 /// The input of [`reconcile`] besides the token.
@@ -218,6 +221,10 @@ pub struct ReconcileContext<'a> {
 /// it is not known which of the two was issued later, and new tokens end older ones, the stored one is marked
 /// as possibly revoked.
 ///
+/// If another attempt began after the token's issue, the token is stored, but what the rows say of that attempt
+/// remains: it may have issued a token that ended this one, so this one counts as possibly revoked where new
+/// tokens end older ones.
+///
 /// Idempotent: reconciling the same token again has no further effect.
 ///
 /// # Errors
@@ -230,12 +237,15 @@ pub async fn reconcile(
     orphan: &PendingToken,
     context: ReconcileContext<'_>,
 ) -> Result<ReconcileOutcome, StoreError> {
-    let PendingToken { token, replaces, under_lease } = orphan;
+    let PendingToken { token, replaces, lease } = orphan;
     let mut transaction = begin(pool).await?;
     let Some(found) = sqlx::query!(
         r#"-- store::tokens::reconcile
         select coalesce(lease_until > clock_timestamp() and lease_until <= clock_timestamp() + $3
-            and lease_holder <> $2, false) as "leased!"
+            and lease_holder <> $2, false) as "leased!", lease_id,
+            case when attempt_started_at
+                    between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'
+                then attempt_started_at end as started_at, clock_timestamp() as "now!"
         from refreshes where account_id = $1 for update nowait"#,
         account.0,
         context.instance,
@@ -249,6 +259,10 @@ pub async fn reconcile(
     if found.leased {
         return Ok(ReconcileOutcome::LeaseHeld);
     }
+    // The age is taken after the database's time, so that the issue is not dated too late.
+    let issued_at = found.now - delta(until_from(token.issued_at, context.clock.now()));
+    let last = found.started_at.map(|started_at| LeaseKey { id: found.lease_id, started_at });
+    let attempted_since = is_later_attempt(last, *lease, issued_at);
     // This must be a second statement, after the lock, so that its snapshot includes what the previous
     // owner of the lock committed.
     let stored = sqlx::query_scalar!(
@@ -259,22 +273,23 @@ pub async fn reconcile(
     .fetch_optional(&mut *transaction)
     .await?
     .map(Generation);
-    let unchanged = stored == *replaces || stored == Some(token.generation);
-    if !unchanged
+    // An earlier try, whose answer was lost, has stored it. What happened since must remain.
+    if stored == Some(token.generation) {
+        mark_if(context.possibly_revoked, transaction, account).await?;
+        return Ok(ReconcileOutcome::Stored);
+    }
+    if stored != *replaces
         || issuer(&mut transaction, account, token.credential_version).await? == Issuer::Gone
     {
-        if context.new_token_ends_older && !under_lease {
-            sqlx::query!(
-                "-- store::tokens::reconcile
-                update refreshes set possibly_revoked = true, changed = pg_current_xact_id()
-                where account_id = $1",
-                account.0,
-            )
-            .execute(&mut *transaction)
-            .await?;
-            transaction.commit().await?;
-        }
+        let unordered = context.new_token_ends_older && lease.is_none();
+        mark_if(unordered || context.possibly_revoked, transaction, account).await?;
         return Ok(ReconcileOutcome::Dropped);
+    }
+    put(&mut transaction, account, token, true, context.clock).await?;
+    if attempted_since {
+        let marked = context.new_token_ends_older || context.possibly_revoked;
+        mark_if(marked, transaction, account).await?;
+        return Ok(ReconcileOutcome::Stored);
     }
     // A success must not clear the failure of a later credential.
     sqlx::query!(
@@ -300,9 +315,36 @@ pub async fn reconcile(
     )
     .execute(&mut *transaction)
     .await?;
-    put(&mut transaction, account, token, true, context.clock).await?;
     transaction.commit().await?;
     Ok(ReconcileOutcome::Stored)
+}
+
+/// Whether the account's `last` attempt began after a token was issued, under `lease` or at `issued_at` without
+/// one. Without a lease only the database's clock tells.
+fn is_later_attempt(last: Option<LeaseKey>, lease: Option<LeaseKey>, issued_at: Timestamp) -> bool {
+    match lease {
+        Some(lease) => last != Some(lease),
+        None => last.is_some_and(|last| last.started_at > issued_at),
+    }
+}
+
+/// Marks the account's token as possibly revoked if `marked`, and commits.
+async fn mark_if(
+    marked: bool,
+    mut transaction: Transaction<'_, Postgres>,
+    account: AccountId,
+) -> Result<(), StoreError> {
+    if marked {
+        sqlx::query!(
+            "-- store::tokens::mark_if
+            update refreshes set possibly_revoked = true, changed = pg_current_xact_id()
+            where account_id = $1",
+            account.0,
+        )
+        .execute(&mut *transaction)
+        .await?;
+    }
+    Ok(transaction.commit().await?)
 }
 
 /// The relation of a token's credential to its account.
@@ -436,4 +478,34 @@ pub async fn notify(pool: &PgPool) -> Result<(), StoreError> {
         .execute(pool)
         .await?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use chrono::{DateTime, TimeDelta};
+
+    use super::*;
+
+    #[test]
+    fn an_attempt_is_later_if_it_has_another_lease_or_began_after_an_issue_without_one() {
+        let at = |second| DateTime::UNIX_EPOCH + TimeDelta::seconds(second);
+        let lease = |id, second| Some(LeaseKey { id, started_at: at(second) });
+        // The last attempt in the database, the token's lease, when the token was issued.
+        for (last, own, issued, later) in [
+            (lease(7, 100), lease(7, 100), 101, false),
+            (lease(8, 160), lease(7, 100), 101, true),
+            (lease(7, 160), lease(7, 100), 101, true),
+            // The database's clock was set, in either direction.
+            (lease(8, 50), lease(7, 100), 101, true),
+            (lease(7, 100), lease(7, 100), 50, false),
+            // A failover lost the claim.
+            (lease(6, 40), lease(7, 100), 101, true),
+            (None, lease(7, 100), 101, true),
+            (None, None, 101, false),
+            (lease(7, 100), None, 101, false),
+            (lease(8, 102), None, 101, true),
+        ] {
+            assert_eq!(is_later_attempt(last, own, at(issued)), later, "{last:?} {own:?} {issued}");
+        }
+    }
 }

@@ -23,6 +23,7 @@ mod guarantees;
 mod identity;
 mod inputs;
 mod issuing;
+mod late_results;
 mod locks;
 mod migrations;
 mod outages;

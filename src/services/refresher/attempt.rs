@@ -220,7 +220,13 @@ impl TokenIssuer {
             // Under a lease, the attempt has no recorded end, which means that a token may have been
             // issued. Without a lease, it must be marked here.
             match &permission {
-                Permission::Lease(lease) => self.end_call(lease).await,
+                Permission::Lease(lease) => {
+                    self.end_call(lease).await;
+                    // The lease may have been superseded by now, and then another attempt is the last one.
+                    if self.settings.new_token_ends_older {
+                        self.mark_possibly_revoked(entry).await;
+                    }
+                }
                 Permission::SoleReplica { .. } => {
                     self.state.pending.mark_possibly_revoked(entry.id());
                 }
@@ -458,7 +464,7 @@ impl TokenIssuer {
             &token.access_token,
         );
         let token = SealedToken::new(token, sealed);
-        let (result, replaces, under_lease) = match permission {
+        let (result, replaces, under) = match permission {
             Permission::Lease(lease) => match self.commit(lease, &token).await {
                 Some(CommitOutcome::Stored) => {
                     self.infrastructure.metrics.issue(IssueResult::Issued);
@@ -473,13 +479,13 @@ impl TokenIssuer {
                 }
                 None => {
                     self.end_call(lease).await;
-                    (IssueResult::NotStored, lease.replaces, true)
+                    (IssueResult::NotStored, lease.replaces, Some(lease.key()))
                 }
             },
-            Permission::SoleReplica { replaces, .. } => (IssueResult::Issued, *replaces, false),
+            Permission::SoleReplica { replaces, .. } => (IssueResult::Issued, *replaces, None),
         };
         self.infrastructure.metrics.issue(result);
-        self.state.pending.add(entry.id(), PendingToken { token, replaces, under_lease });
+        self.state.pending.add(entry.id(), PendingToken { token, replaces, lease: under });
         Ok(false)
     }
 
@@ -550,19 +556,26 @@ impl TokenIssuer {
             "a token was dropped: the account has another lease or credential by now");
         let pool = &self.infrastructure.pool;
         // A changed credential must not have to wait until the lease expires.
-        let released = within(leases::release(pool, lease)).await;
-        let marked = if self.settings.new_token_ends_older {
-            within(leases::mark_possibly_revoked(pool, entry.id(), None)).await
-        } else {
-            Ok(())
-        };
-        if released.is_err() {
+        if let Err(error) = within(leases::release(pool, lease)).await {
+            warn!(%account, %error, "cannot store in the database that a token was dropped");
             self.end_call(lease).await;
         }
-        if let Err(error) = released.and(marked) {
-            warn!(%account, %error, "cannot store in the database that a token was dropped");
+        if self.settings.new_token_ends_older {
+            self.mark_possibly_revoked(entry).await;
         }
         self.reload(entry).await
+    }
+
+    /// Marks the account's stored token as possibly revoked, at once or when the database takes it: this attempt
+    /// may have issued a token after the attempt under a later lease did.
+    async fn mark_possibly_revoked(&self, entry: &CachedAccount) {
+        let pool = &self.infrastructure.pool;
+        let marked = within(leases::mark_possibly_revoked(pool, entry.id(), None)).await;
+        if let Err(error) = marked {
+            let account = &entry.snapshot().account.name;
+            warn!(%account, %error, "cannot store yet that a token may have been revoked");
+            self.state.pending.mark_possibly_revoked(entry.id());
+        }
     }
 
     // Failure, instead of 3 and 4.
@@ -583,7 +596,12 @@ impl TokenIssuer {
                 match within(recorded).await {
                     Ok(true) => {}
                     // The account has another lease by now, whose result must not be overwritten.
-                    Ok(false) => return self.reload(entry).await,
+                    Ok(false) => {
+                        if failed.possibly_revoked {
+                            self.mark_possibly_revoked(entry).await;
+                        }
+                        return self.reload(entry).await;
+                    }
                     Err(error) => {
                         warn!(%account, %error, "a failure cannot be stored; its lease will expire");
                         self.end_call(lease).await;

@@ -192,7 +192,7 @@ mod tests {
         PendingToken {
             token: SealedToken::new(&Token::example(generation, 3_600), vec![]),
             replaces: Some(Generation(replaces)),
-            under_lease: false,
+            lease: None,
         }
     }
 
