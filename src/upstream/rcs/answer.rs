@@ -141,10 +141,10 @@ fn text(bytes: &[u8]) -> Zeroizing<String> {
     let mut text = Zeroizing::new(String::with_capacity(3 * bytes.len() + 4));
     match bytes {
         [0xff, 0xfe, 0, 0, ..] | [1..=255, 0, 0, 0, ..] => {
-            utf32(bytes, u32::from_le_bytes, &mut text)
+            utf32(bytes, u32::from_le_bytes, &mut text);
         }
         [0, 0, 0xfe, 0xff, ..] | [0, 0, 0, 1..=255, ..] => {
-            utf32(bytes, u32::from_be_bytes, &mut text)
+            utf32(bytes, u32::from_be_bytes, &mut text);
         }
         [0xff, 0xfe, ..] | [1..=255, 0, ..] => utf16(bytes, u16::from_le_bytes, &mut text),
         [0xfe, 0xff, ..] | [0, 1..=255, ..] => utf16(bytes, u16::from_be_bytes, &mut text),

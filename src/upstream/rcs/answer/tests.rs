@@ -153,7 +153,7 @@ fn what_is_no_single_whole_object_is_not_read() {
         r#"{"accessToken":"canary"}{}"#,
         r#"{"accessToken":"canary"} canary"#,
         r#"{"accessToken":"canary",}"#,
-        r#"{'accessToken':'canary'}"#,
+        r"{'accessToken':'canary'}",
         r#"{accessToken:"canary"}"#,
         r#"canary({"accessToken":"canary"})"#,
         "accessToken=canary&expiresIn=1717138601944",
