@@ -9,7 +9,10 @@ use token_broker::{
     telemetry::Metrics,
 };
 
-use crate::harness::database::TestDatabase;
+use crate::{
+    harness::database::TestDatabase,
+    roles::{ACCOUNTS, database_with_roles},
+};
 
 const ROLES: &str = include_str!("../../deploy/roles.sql");
 const AUDIT: &str = include_str!("../../docs/audit.md");
@@ -42,6 +45,38 @@ async fn the_sql_in_the_audit_document_runs_as_the_role_that_it_is_meant_for() {
     }
     for block in runtime {
         assert_runs_as(&database, "token_broker_runtime", block).await;
+    }
+}
+
+/// Returns the indented block of `document` whose first line begins with `beginning`.
+fn indented_block(document: &str, beginning: &str) -> String {
+    let first = format!("    {beginning}");
+    let lines = document.lines().skip_while(|line| !line.starts_with(&first));
+    let lines: Vec<_> = lines.take_while(|line| line.starts_with("    ")).collect();
+    assert!(!lines.is_empty(), "no block begins with {beginning}");
+    lines.join("\n")
+}
+
+/// The upserts run as the role of accounts' admins, for an account that exists and for a new one.
+#[tokio::test]
+async fn the_upserts_in_the_operations_document_run_as_the_role_that_it_names() {
+    let database = database_with_roles().await;
+    let version: String = sqlx::query_scalar("select current_setting('server_version_num')")
+        .fetch_one(database.pool())
+        .await
+        .unwrap();
+    let mut beginnings = vec!["insert into accounts (name, client_id, client_secret) values ($1"];
+    if version.parse::<u32>().unwrap() >= 150_000 {
+        beginnings.push("merge into accounts");
+    }
+    for beginning in beginnings {
+        let upsert = indented_block(OPERATIONS, beginning);
+        let run = format!(
+            "prepare upsert (text, text, text) as {upsert}
+             execute upsert ('acme', 'acme-id', 'SK.2'); execute upsert ('new', 'new-id', 'SK.3');
+             deallocate upsert"
+        );
+        assert_runs_as(&database, ACCOUNTS, &run).await;
     }
 }
 
