@@ -269,8 +269,8 @@ const LOCKS: &[(&str, &str)] = &[
     ("audit_chains", "access exclusive"),
 ];
 
-/// While any other table is locked, a caller that is disabled is refused, an account that is disabled is
-/// not served, and other callers are served.
+/// While any other table is locked, a caller that is disabled is refused, and served once it is enabled again, an
+/// account that is disabled is not served, and other callers are served.
 #[tokio::test]
 async fn a_locked_table_does_not_delay_a_revocation() {
     let fixture = Fixture::new().await;
@@ -300,6 +300,12 @@ async fn a_locked_table_does_not_delay_a_revocation() {
             fixture.database.sql(&disable).await;
         }
         until_refused(&what, &client, "acme", &[Code::Unauthenticated]).await;
+        if *table != "changes" {
+            // What gives access is read too, though not together with the locked table.
+            let enable = format!("update callers set enabled = true where name = '{name}'");
+            fixture.database.sql(&enable).await;
+            until_served(&what, &client, "acme").await;
+        }
         if !["changes", "accounts"].contains(table) {
             let disable = "update accounts set enabled = false where name = 'bank'";
             fixture.database.sql(disable).await;
@@ -705,4 +711,21 @@ async fn commands_survive_times_that_cannot_be_read() {
             past_the_triggers(&fixture.database, &update(good)).await;
         }
     }
+}
+
+/// A change that an earlier process of this replica has claimed, and never recorded since it was killed, is recorded.
+#[tokio::test]
+async fn a_change_that_was_claimed_before_a_restart_is_recorded_after_it() {
+    let fixture = Fixture::new().await;
+    fixture.start().await.stop().await;
+    let instance = std::fs::read_to_string(fixture.state.path().join("instance")).unwrap();
+    fixture.add_caller("demo", &["acme"]).await;
+    let claim = format!("update changes set recorder = '{}'", instance.trim());
+    fixture.database.sql(&claim).await;
+    let broker = fixture.start().await;
+    eventually("the record of the grant", async || {
+        (fixture.audit_events("event = 'grant_changed'").await.len() == 1).then_some(())
+    })
+    .await;
+    broker.stop().await;
 }

@@ -265,6 +265,18 @@ async fn a_lease_of_a_replica_with_another_time_limit_is_believed() {
         let other = claim(ids[1], &quick).await;
         assert!(matches!(other, Claim::Paced(_)), "{other:?}");
     }
+    // A process that another one has replaced gets no lease, also while it does not know that.
+    let replaced = LeaseHolder { concurrency: 8, ..quick };
+    database
+        .sql(
+            "insert into instances (id, start_nonce, replica, version, key_ids, started_at, heartbeat_at)
+             values ('quick', 'another', 1, '0', '{}', now(), now())",
+        )
+        .await;
+    let claimed = claim(ids[1], &replaced).await;
+    assert!(matches!(claimed, Claim::Wait(_)), "{claimed:?}");
+    database.sql("update instances set start_nonce = 'quick'").await;
+    assert!(matches!(claim(ids[1], &replaced).await, Claim::Granted(_)));
 }
 
 #[tokio::test]

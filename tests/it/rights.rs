@@ -1,6 +1,7 @@
 //! What logins with rights in the database cannot do beyond them: read API KEYs by publishing a key of their own,
 //! run code as the owner, get tokens by a name, lose API KEYs, or change something without a trace.
 
+use sqlx::AssertSqlSafe;
 use token_broker::{
     config::DatabaseUrl,
     crypto::Keyring,
@@ -430,6 +431,8 @@ async fn a_change_that_is_marked_as_audited_without_its_record_is_recorded_all_t
              insert into changes (table_name, operation, row_id, subject, at, recorder)
                  values ('grants', 'insert', 8, 'waiting', now() - interval '1 hour', 'nobody');
              update changes set what = what || '{\"state\": \"other\"}' where table_name = 'callers';
+             update changes set operation = 'delete' where table_name = 'caller_credentials';
+             update changes set table_name = 'accounts' where table_name = 'grants' and subject = 'shop';
              commit",
         )
         .await;
@@ -437,6 +440,9 @@ async fn a_change_that_is_marked_as_audited_without_its_record_is_recorded_all_t
     assert_eq!(
         texts(database, problems).await,
         [
+            // Its caller, its credential and its grant.
+            "shop differs from its audit record",
+            "shop differs from its audit record",
             "shop differs from its audit record",
             "hidden counts as audited, but has no audit record",
             "waiting waits for its audit record",
@@ -818,4 +824,131 @@ async fn the_runtime_role_blocks_neither_new_accounts_nor_acceptance() {
     let accepted = "update deployment set system_identifier = 1, database_oid = 1;
         update deployment set epoch = epoch + 1, upstream = 'other', system_identifier = 2";
     attempt(&database, RUNTIME, accepted).await.unwrap();
+}
+
+/// A value as the broker seals it: the format, the length of the key's id, the id, a nonce, one byte and a tag.
+const SEALED: &str = "'\\x0109'::bytea || 's12345678'::bytea || repeat('x', 29)::bytea";
+
+/// The state of the only account: its secret is sealed, and the secret before it is kept.
+const ROTATED: &str =
+    "update accounts set client_secret = null, sealed_secret = 'x', credential_version = 2,
+    previous_secret = 'x', previous_version = 1;";
+
+/// What an owner changes with the triggers off, a statement of the broker's login after that, and whether it may.
+/// Each row differs in one point from one of another outcome, so each condition counts.
+fn statements_of_the_runtime_role() -> Vec<(String, String, bool)> {
+    let sealing = |sealed: &str| {
+        format!("update accounts set client_secret = null, sealed_secret = {sealed}")
+    };
+    let refuse = "update accounts set client_secret = null".to_owned();
+    let with_token = |version: i64| {
+        format!(
+            "{ROTATED} insert into tokens (account_id, credential_version, generation, sealed_token, issued_at,
+                 expires_at, fingerprint) select id, {version}, 1, 'x', now(), now(), 'f' from accounts;"
+        )
+    };
+    let drop_previous =
+        || "update accounts set previous_secret = null, previous_version = null".to_owned();
+    let set_previous = |values: &str| format!("update accounts set {values}");
+    let audited = "do $$ begin update changes set audited_at = now();
+        if exists (select from changes where audited_at is not null) then raise exception 'audited'; end if;
+        end $$";
+    vec![
+        ("", sealing(SEALED), true),
+        ("", format!("update accounts set sealed_secret = {SEALED}"), false),
+        ("", sealing("''"), false),
+        ("", sealing("'\\x01'"), false),
+        ("", sealing(&SEALED.replace("x0109", "x0209")), false),
+        ("", sealing(&SEALED.replace("29", "28")), false),
+        ("update refreshes set error_class = 'intake', error_version = 1;", refuse.clone(), true),
+        ("update refreshes set error_class = 'intake', error_version = 7;", refuse.clone(), false),
+        ("update refreshes set error_class = 'unreachable', error_version = 1;", refuse, false),
+        ("$rotated", drop_previous(), false),
+        ("$rotated update refreshes set attempt_version = 1;", drop_previous(), true),
+        ("$rotated update refreshes set refused_version = 1;", drop_previous(), true),
+        ("$rotated update refreshes set attempt_version = 2, refused_version = 2;", drop_previous(), false),
+        ("$token1", drop_previous(), false),
+        ("$token2", drop_previous(), true),
+        ("$token2", set_previous("previous_secret = 'mine'"), false),
+        ("$token2", set_previous("previous_secret = 'mine', previous_version = null"), false),
+        ("$token2", set_previous("previous_secret = null, previous_version = 7"), false),
+        ("delete from deployment;", "insert into deployment (upstream) values ('staging')".into(), true),
+        ("delete from deployment;", "insert into deployment (upstream, epoch) values ('staging', 0)".into(), false),
+        (
+            "delete from deployment;",
+            "insert into deployment (upstream, epoch) values ('staging', 1000000000001)".into(),
+            false,
+        ),
+        ("", "update deployment set created_at = created_at + interval '1 second'".into(), false),
+        // The audit record at the time of the change is of another one.
+        (
+            "select audit_ensure_partition(current_date);
+             insert into audit_events (instance, chain, seq, at, event, outcome, count, detail, prev_hash, hash)
+                 select 'i', 'c', 100 + id, at, 'grant_changed', 'ok', 1, '{\"change_id\": \"0\"}', '', ''
+                 from changes where at::date = current_date;",
+            audited.into(),
+            true,
+        ),
+    ]
+    .into_iter()
+    .map(|(setup, statement, may): (&str, String, bool)| {
+        let setup = match setup {
+            "$token1" => with_token(1),
+            "$token2" => with_token(2),
+            setup => setup.replace("$rotated", ROTATED),
+        };
+        (setup, statement, may)
+    })
+    .collect()
+}
+
+/// Part of the promise that the broker's login moves secrets and does nothing else with them: each condition of the
+/// triggers that limit it is needed.
+#[tokio::test]
+async fn each_condition_that_limits_the_runtime_role_counts() {
+    let database = database_with_roles().await;
+    for (setup, statement, may) in statements_of_the_runtime_role() {
+        let mut transaction = database.pool().begin().await.unwrap();
+        for prepared in [
+            "set local session_replication_role = replica".to_owned(),
+            setup.clone(),
+            "set local session_replication_role = origin".to_owned(),
+            format!("set local role {RUNTIME}"),
+        ] {
+            sqlx::raw_sql(AssertSqlSafe(prepared)).execute(&mut *transaction).await.unwrap();
+        }
+        let done = sqlx::raw_sql(AssertSqlSafe(statement.clone())).execute(&mut *transaction).await;
+        let code = done.err().map(|error| {
+            let error = error.into_database_error().expect("the server refused it");
+            error.code().unwrap().into_owned()
+        });
+        let expected = (!may).then_some("42501");
+        assert_eq!(code.as_deref(), expected, "{setup}\n{statement}");
+        transaction.rollback().await.unwrap();
+    }
+}
+
+/// The owner of the tables publishes keys, by hand too. What is no key is refused, and each change leaves a trace.
+#[tokio::test]
+async fn a_published_key_has_the_form_of_one_and_each_change_of_it_is_recorded() {
+    let database = TestDatabase::new().await;
+    let insert = |id: &str, key: &str| {
+        format!(
+            "insert into intake_keys (key_id, public_key, is_primary) values ({id}, {key}, false)"
+        )
+    };
+    let key = |bytes| format!("decode(repeat('07', {bytes}), 'hex')");
+    for (id, bytes) in
+        [("'Key'", 32), ("''", 32), ("repeat('k', 33)", 32), ("'key'", 31), ("'key'", 33)]
+    {
+        let error = database.try_sql(&insert(id, &key(bytes))).await.expect_err(id);
+        let error = error.as_database_error().unwrap();
+        assert_eq!(error.code().unwrap(), "23514", "{id} {bytes}: {error}");
+    }
+    database.sql(&insert("'key'", &key(32))).await;
+    database.sql("update intake_keys set public_key = sha256('x')").await;
+    database.sql("delete from intake_keys").await;
+    let recorded = "select operation || ' ' || subject from changes where table_name = 'intake_keys' order by id";
+    assert_eq!(texts(&database, recorded).await, ["insert key", "update key", "delete key"]);
+    assert!(database.try_sql("truncate intake_keys").await.is_err());
 }

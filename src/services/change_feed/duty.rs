@@ -181,6 +181,52 @@ pub(super) fn keep_first(
 mod tests {
     use super::*;
 
+    /// A duty that counts what happens to it.
+    #[derive(Default)]
+    struct Counting {
+        performed: usize,
+        forgotten: usize,
+        failures: usize,
+    }
+
+    impl Duty for Counting {
+        const NAME: &'static str = "counting";
+        const LOCK_TIMEOUT: Duration = Duration::from_secs(1);
+
+        async fn perform(&mut self, _session: &mut Session) -> Result<(), StoreError> {
+            self.performed += 1;
+            Ok(())
+        }
+
+        fn forget(&mut self) {
+            self.forgotten += 1;
+        }
+
+        async fn ended(&mut self, result: &Result<(), StoreError>) {
+            self.failures += usize::from(result.is_err());
+        }
+
+        fn pause(&self) -> Duration {
+            POLL_INTERVAL
+        }
+    }
+
+    #[tokio::test]
+    async fn a_duty_without_a_session_forgets_what_it_has_read() {
+        let health = Arc::new(FeedHealth::default());
+        let context = DutyContext {
+            // Nobody listens on this port.
+            database: Database::new("postgresql://test@127.0.0.1:1/none", "test").unwrap(),
+            identity: DatabaseIdentity { id: "ours".into(), epoch: 1 },
+            health: health.clone(),
+        };
+        let mut repeated = RepeatedDuty::new(Counting::default(), context);
+        assert!(repeated.perform().await.unwrap_err().may_be_outage());
+        let Counting { performed, forgotten, failures } = repeated.duty;
+        assert_eq!((performed, forgotten, failures), (0, 1, 1));
+        assert_eq!(health.failing()[0].duty, "counting");
+    }
+
     #[test]
     fn reading_everything_costs_a_hundredth_of_the_time_within_limits() {
         assert_eq!(reload_pause(Duration::ZERO), Duration::from_secs(5));

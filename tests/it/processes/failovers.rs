@@ -182,6 +182,18 @@ async fn a_failover_without_loss_is_followed_and_neither_a_standby_nor_an_old_pr
     standby.sql(DISABLE).await;
     scene.until_refused().await;
     scene.until_readiness_says("\"answers\"").await;
+    // Nor is the old primary used by any connection of a pool that lives on.
+    let heartbeat = "select max(heartbeat_at)::text from instances";
+    let mut last = standby.text(heartbeat).await;
+    let mut on_the_old_primary = None;
+    for _ in 0..3 {
+        last = eventually("a heartbeat", async || {
+            Some(standby.text(heartbeat).await).filter(|next| *next != last)
+        })
+        .await;
+        let found = primary.text(heartbeat).await;
+        assert_eq!(*on_the_old_primary.get_or_insert_with(|| found.clone()), found);
+    }
 
     // The address leads to the old primary for a while.
     primary.sql(ENABLE).await;
