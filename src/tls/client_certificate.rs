@@ -115,6 +115,9 @@ fn cause(error: &Error) -> &'static str {
             CertificateError::Expired | CertificateError::ExpiredContext { .. },
         ) => "the certificate has ended",
         Error::InvalidCertificate(CertificateError::Revoked) => "the certificate was revoked",
+        Error::InvalidCertificate(CertificateError::UnknownRevocationStatus) => {
+            "no revocation list of the certificate's CA is about it"
+        }
         Error::InvalidCertificate(CertificateError::UnknownIssuer) => {
             "the certificate's CA is not trusted any more"
         }

@@ -3,7 +3,9 @@
 
 mod certificate;
 mod client_certificate;
+mod client_verifier;
 mod error;
+mod name;
 mod reloaded;
 mod revocation;
 
@@ -12,5 +14,5 @@ pub use self::{
     client_certificate::ClientCertificate,
     error::TlsError,
     reloaded::{Tls, TlsFiles},
-    revocation::RevocationList,
+    revocation::{ListScope, RevocationList, UnlistedCas},
 };

@@ -26,8 +26,9 @@ use zeroize::Zeroizing;
 
 use super::{
     certificate,
+    client_verifier::ListedClientVerifier,
     error::{TlsError, malformed, pem_fault},
-    revocation::{self, RevocationList},
+    revocation::{self, RevocationList, UnlistedCas},
 };
 use crate::{
     domain::clock::{Clock, Timestamp},
@@ -77,8 +78,7 @@ pub(super) struct Loaded {
     /// Verifies the certificates of callers, as the configuration does during a handshake.
     pub(super) client_verifier: Option<Arc<dyn ClientCertVerifier>>,
     revocation_lists: Vec<RevocationList>,
-    /// The CAs for which there are revocation lists of others, but none of their own.
-    without_list: Vec<String>,
+    unlisted: UnlistedCas,
     not_after: Timestamp,
     /// The first configuration has the number 0; each reload adds one.
     pub(super) generation: u64,
@@ -125,11 +125,11 @@ impl Tls {
         self.current.load().revocation_lists.clone()
     }
 
-    /// Returns the names of the CAs whose certificates cannot be revoked, because no list is theirs. Empty
-    /// if there are no lists at all.
+    /// Returns the CAs that have no revocation list, or only such that write their name in another way. Empty if there
+    /// are no lists at all.
     #[must_use]
-    pub fn cas_without_revocation_list(&self) -> Vec<String> {
-        self.current.load().without_list.clone()
+    pub fn unlisted_cas(&self) -> UnlistedCas {
+        self.current.load().unlisted.clone()
     }
 
     /// Returns the end of the broker's certificate, in seconds since 1970.
@@ -199,10 +199,27 @@ impl Tls {
                 "a certificate revocation list is out of date; it still counts"
             );
         }
-        for ca in &current.without_list {
+        for (list, scope) in
+            current.revocation_lists.iter().filter_map(|list| Some((list, list.scope.as_ref()?)))
+        {
+            info!(
+                issuer = list.issuer,
+                %scope,
+                "a certificate revocation list is about a part of its CA's certificates; those that no list is \
+                 about are refused"
+            );
+        }
+        for ca in &current.unlisted.without_list {
             warn!(
                 ca,
                 "a CA has no certificate revocation list: its certificates cannot be revoked"
+            );
+        }
+        for ca in &current.unlisted.misnamed {
+            warn!(
+                ca,
+                "the certificate revocation lists of a CA write its name in another encoding or case: all its \
+                 certificates are refused"
             );
         }
     }
@@ -271,7 +288,7 @@ impl FileContents {
             config: Arc::new(config),
             client_verifier: callers.verifier,
             revocation_lists: callers.revocation_lists,
-            without_list: callers.without_list,
+            unlisted: callers.unlisted,
             not_after,
             generation,
         })
@@ -295,15 +312,21 @@ impl FileContents {
         let mut faulty_file = file;
         if let Some((file, pem)) = files.client_crl.as_deref().zip(self.client_crl.as_deref()) {
             let (lists, ders) = revocation::lists(file, pem)?;
-            auth.without_list = revocation::cas_without_list(&cas, &lists);
+            auth.unlisted = UnlistedCas::of(&cas, &lists);
             auth.revocation_lists = lists;
-            // A CA without a list is trusted without one, so that one list can be added after another.
+            // A CA without a list is trusted without one, so that one list can be added after another. That there is
+            // none is for `ListedClientVerifier` to say.
             builder = builder.with_crls(ders).allow_unknown_revocation_status();
             faulty_file = file;
         }
         let verifier =
             builder.build().map_err(|error| malformed(faulty_file, &error.to_string()))?;
-        auth.verifier = Some(verifier);
+        let lists = auth.revocation_lists.clone();
+        auth.verifier = Some(if lists.is_empty() {
+            verifier
+        } else {
+            Arc::new(ListedClientVerifier::new(verifier, lists))
+        });
         Ok(auth)
     }
 }
@@ -313,7 +336,7 @@ impl FileContents {
 struct ClientAuth {
     verifier: Option<Arc<dyn ClientCertVerifier>>,
     revocation_lists: Vec<RevocationList>,
-    without_list: Vec<String>,
+    unlisted: UnlistedCas,
 }
 
 /// Returns the certificates in a PEM file. At least one is required.

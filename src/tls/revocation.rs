@@ -1,16 +1,31 @@
 //! Certificate revocation lists: which certificates their CAs have revoked.
 
-use std::{cmp::Reverse, path::Path};
+use std::{cmp::Reverse, collections::HashSet, fmt, path::Path, sync::Arc};
 
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, pem::PemObject};
 use x509_parser::{
-    certificate::X509Certificate, num_bigint::BigUint,
-    oid_registry::OID_X509_EXT_ISSUER_DISTRIBUTION_POINT, prelude::FromDer,
+    certificate::X509Certificate,
+    extensions::{DistributionPointName, GeneralName, ParsedExtension, X509Extension},
+    num_bigint::BigUint,
+    oid_registry::{OID_X509_EXT_CRL_DISTRIBUTION_POINTS, OID_X509_EXT_ISSUER_DISTRIBUTION_POINT},
+    prelude::FromDer,
     revocation_list::CertificateRevocationList,
 };
 
-use super::error::{TlsError, malformed, pem_fault};
+use super::{
+    error::{TlsError, malformed, pem_fault},
+    name::ComparableName,
+};
 use crate::domain::clock::Timestamp;
+
+/// Whose certificate it is.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Holder {
+    /// A caller.
+    User,
+    /// An intermediate CA.
+    Ca,
+}
 
 /// A list of the certificates that a CA has revoked.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -19,9 +34,10 @@ pub struct RevocationList {
     pub issuer: String,
     /// The name of the CA as it is encoded, for comparison.
     encoded_issuer: Vec<u8>,
-    /// The encoded issuing distribution point. It says which of the CA's certificates the list is about; a list
-    /// without it is about all of them.
-    scope: Option<Vec<u8>>,
+    /// The name of the CA, however it is encoded.
+    issuer_name: ComparableName,
+    /// Which of the CA's certificates the list is about; `None` if it is about all of them.
+    pub scope: Option<ListScope>,
     /// The number of the list, if it has one. The CA raises it with each list.
     number: Option<BigUint>,
     /// When the CA made the list, in seconds since 1970.
@@ -30,9 +46,98 @@ pub struct RevocationList {
     pub next_update: Option<Timestamp>,
     /// How many certificates the list names.
     pub revoked: usize,
+    /// The numbers of these certificates.
+    serials: Arc<HashSet<BigUint>>,
+}
+
+/// Which of a CA's certificates a list is about: its issuing distribution point.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct ListScope {
+    /// The extension as it is encoded, for comparison.
+    encoded: Vec<u8>,
+    only_users: bool,
+    only_cas: bool,
+    /// A certificate that names distribution points must name one of these.
+    uris: Vec<String>,
+}
+
+impl ListScope {
+    fn of(extension: &X509Extension<'_>) -> Self {
+        let encoded = extension.value.to_vec();
+        let ParsedExtension::IssuingDistributionPoint(point) = extension.parsed_extension() else {
+            return Self { encoded, only_users: true, only_cas: true, uris: Vec::new() };
+        };
+        Self {
+            encoded,
+            only_users: point.only_contains_user_certs,
+            only_cas: point.only_contains_ca_certs,
+            uris: uris(point.distribution_point.as_ref()).map(ToOwned::to_owned).collect(),
+        }
+    }
+
+    fn includes(&self, certificate: &X509Certificate<'_>, holder: Holder) -> bool {
+        let excluded = match holder {
+            Holder::User => self.only_cas,
+            Holder::Ca => self.only_users,
+        };
+        if excluded {
+            return false;
+        }
+        let points = match certificate.get_extension_unique(&OID_X509_EXT_CRL_DISTRIBUTION_POINTS) {
+            Ok(None) => return true,
+            Ok(Some(extension)) => extension.parsed_extension(),
+            Err(_) => return false,
+        };
+        let ParsedExtension::CRLDistributionPoints(points) = points else { return false };
+        // A point that names another issuer, or some reasons only, is not about this kind of list.
+        let own = points.iter().filter(|it| it.crl_issuer.is_none() && it.reasons.is_none());
+        own.flat_map(|point| uris(point.distribution_point.as_ref()))
+            .any(|uri| self.uris.iter().any(|own| own == uri))
+    }
+}
+
+impl fmt::Display for ListScope {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let holders = match (self.only_users, self.only_cas) {
+            (true, true) => "no certificates",
+            (true, false) => "callers' certificates only",
+            (false, true) => "certificates of CAs only",
+            (false, false) => "certificates",
+        };
+        let uris = if self.uris.is_empty() { "none".into() } else { self.uris.join(", ") };
+        write!(f, "{holders}, whose distribution point, if they name any, is {uris}")
+    }
+}
+
+/// Returns the URIs of a distribution point.
+fn uris<'a>(point: Option<&'a DistributionPointName<'_>>) -> impl Iterator<Item = &'a str> {
+    let names: &[GeneralName<'_>] = match point {
+        Some(DistributionPointName::FullName(names)) => names,
+        _ => &[],
+    };
+    names.iter().filter_map(|name| match name {
+        GeneralName::URI(uri) => Some(*uri),
+        _ => None,
+    })
 }
 
 impl RevocationList {
+    /// Returns whether the list is of the CA that the certificate names as its issuer. It may be encoded otherwise.
+    pub(super) fn names_issuer_of(&self, certificate: &X509Certificate<'_>) -> bool {
+        self.issuer_name == ComparableName::of(certificate.issuer())
+    }
+
+    /// Returns whether the list has the certificate's number.
+    pub(super) fn revokes(&self, certificate: &X509Certificate<'_>) -> bool {
+        self.serials.contains(&certificate.serial)
+    }
+
+    /// Returns whether rustls can take the list to tell that the certificate is not revoked.
+    pub(super) fn is_about(&self, certificate: &X509Certificate<'_>, holder: Holder) -> bool {
+        self.encoded_issuer == certificate.issuer().as_raw()
+            && self.scope.as_ref().is_none_or(|scope| scope.includes(certificate, holder))
+    }
+
     /// Returns whether a newer list is due.
     #[must_use]
     pub fn is_out_of_date(&self, now: Timestamp) -> bool {
@@ -58,15 +163,19 @@ impl RevocationList {
         Some(Self {
             issuer: list.issuer().to_string(),
             encoded_issuer: list.issuer().as_raw().to_vec(),
+            issuer_name: ComparableName::of(list.issuer()),
             scope: list
                 .extensions()
                 .iter()
                 .find(|extension| extension.oid == OID_X509_EXT_ISSUER_DISTRIBUTION_POINT)
-                .map(|extension| extension.value.to_vec()),
+                .map(ListScope::of),
             number: list.crl_number().cloned(),
             this_update: list.last_update().timestamp(),
             next_update: next_update.and_then(Timestamp::from_timestamp_secs),
             revoked: list.iter_revoked_certificates().count(),
+            serials: Arc::new(
+                list.iter_revoked_certificates().map(|it| it.serial().clone()).collect(),
+            ),
         })
     }
 }
@@ -101,17 +210,30 @@ pub(super) fn lists(
     Ok(newest.into_iter().unzip())
 }
 
-/// Returns the names of the CAs of which no list is.
-pub(super) fn cas_without_list(
-    cas: &[CertificateDer<'_>],
-    lists: &[RevocationList],
-) -> Vec<String> {
-    cas.iter()
-        .filter_map(|ca| X509Certificate::from_der(ca).ok())
-        .map(|(_, ca)| ca)
-        .filter(|ca| lists.iter().all(|list| list.encoded_issuer != ca.subject().as_raw()))
-        .map(|ca| ca.subject().to_string())
-        .collect()
+/// The CAs for which the lists say less than somebody may expect, by name.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct UnlistedCas {
+    /// The CAs of which there is no list: their certificates cannot be revoked.
+    pub without_list: Vec<String>,
+    /// The CAs whose name is written otherwise in their lists, in another encoding or case, so that no list is about
+    /// their certificates: all of them are refused.
+    pub misnamed: Vec<String>,
+}
+
+impl UnlistedCas {
+    pub(super) fn of(cas: &[CertificateDer<'_>], lists: &[RevocationList]) -> Self {
+        let mut unlisted = Self::default();
+        for ca in cas.iter().filter_map(|ca| X509Certificate::from_der(ca).ok()).map(|(_, ca)| ca) {
+            let name = ComparableName::of(ca.subject());
+            let mut own = lists.iter().filter(|list| list.issuer_name == name).peekable();
+            if own.peek().is_none() {
+                unlisted.without_list.push(ca.subject().to_string());
+            } else if own.all(|list| list.encoded_issuer != ca.subject().as_raw()) {
+                unlisted.misnamed.push(ca.subject().to_string());
+            }
+        }
+        unlisted
+    }
 }
 
 #[cfg(test)]

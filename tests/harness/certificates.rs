@@ -6,9 +6,9 @@ use std::{
 };
 
 use rcgen::{
-    BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer, DnType,
-    IsCa, KeyIdMethod, KeyPair, RevokedCertParams, SanType, SerialNumber, date_time_ymd,
-    string::Ia5String,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer,
+    CrlDistributionPoint, CrlIssuingDistributionPoint, DnType, IsCa, KeyIdMethod, KeyPair,
+    RevokedCertParams, SanType, SerialNumber, date_time_ymd, string::Ia5String,
 };
 use token_broker::tls::TlsFiles;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
@@ -63,7 +63,19 @@ impl TestCa {
         year: i32,
         serial: Option<u64>,
     ) -> PemIdentity {
+        self.issue_with_point(names, year, serial, None)
+    }
+
+    /// Like [`Self::issue_numbered`], with a CRL distribution point.
+    pub(crate) fn issue_with_point(
+        &self,
+        names: &[&str],
+        year: i32,
+        serial: Option<u64>,
+        point: Option<&str>,
+    ) -> PemIdentity {
         let mut params = CertificateParams::default();
+        params.crl_distribution_points = point.map(distribution_point).into_iter().collect();
         params.serial_number = serial.map(SerialNumber::from);
         params.not_before = date_time_ymd(2000, 1, 1);
         params.not_after = date_time_ymd(year, 1, 1);
@@ -80,6 +92,16 @@ impl TestCa {
     /// Returns a list, in PEM, that revokes the certificates with these serial numbers, and is valid until
     /// the beginning of `next_update`.
     pub(crate) fn revocation_list(&self, serials: &[u64], next_update: i32) -> String {
+        self.scoped_revocation_list(serials, next_update, None)
+    }
+
+    /// Like [`Self::revocation_list`], for certificates with the CRL distribution point `point`.
+    pub(crate) fn scoped_revocation_list(
+        &self,
+        serials: &[u64],
+        next_update: i32,
+        point: Option<&str>,
+    ) -> String {
         let revoked = |serial: &u64| RevokedCertParams {
             serial_number: (*serial).into(),
             revocation_time: date_time_ymd(2001, 1, 1),
@@ -90,12 +112,19 @@ impl TestCa {
             this_update: date_time_ymd(2000, 1, 1),
             next_update: date_time_ymd(next_update, 1, 1),
             crl_number: 1.into(),
-            issuing_distribution_point: None,
+            issuing_distribution_point: point.map(|uri| CrlIssuingDistributionPoint {
+                distribution_point: distribution_point(uri),
+                scope: None,
+            }),
             revoked_certs: serials.iter().map(revoked).collect(),
             key_identifier_method: KeyIdMethod::Sha256,
         };
         list.signed_by(&self.0).unwrap().pem().unwrap()
     }
+}
+
+fn distribution_point(uri: &str) -> CrlDistributionPoint {
+    CrlDistributionPoint { uris: vec![uri.to_owned()] }
 }
 
 /// Writes the lists of revoked certificates beside the other TLS files, and returns the file.

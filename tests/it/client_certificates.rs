@@ -247,6 +247,38 @@ async fn a_certificate_that_is_revoked_ends_its_connections_and_gets_no_new_one(
     broker.broker.stop().await;
 }
 
+/// A list that does not fit a certificate is not passed over: it counts, or the certificate is refused.
+#[tokio::test]
+async fn a_list_that_is_about_other_certificates_accepts_none() {
+    const HERE: &str = "http://crl.example/here";
+    const ELSEWHERE: &str = "http://crl.example/elsewhere";
+    let list = |ca: &TestCa| ca.scoped_revocation_list(&[1, 2], 4000, Some(HERE));
+    let broker = TlsBroker::new(Clock::System, Some(list)).await;
+    let issue = |serial, point| {
+        broker.callers_ca.issue_with_point(&[BILLING], 4096, Some(serial), Some(point))
+    };
+    assert!(broker.serves(&issue(3, HERE)).await);
+    assert!(!broker.serves(&issue(1, HERE)).await);
+    assert!(!broker.serves(&issue(2, ELSEWHERE)).await);
+    broker.handshake_refused("CERTIFICATE_REVOKED").await;
+    assert!(!broker.serves(&issue(4, ELSEWHERE)).await);
+    broker.handshake_refused("REVOCATION_UNKNOWN").await;
+
+    // Once there is a list about it, the certificate is accepted, and refused when that list names it.
+    let elsewhere = issue(4, ELSEWHERE);
+    let lists = |serials: &[u64]| {
+        let other = broker.callers_ca.scoped_revocation_list(serials, 4000, Some(ELSEWHERE));
+        [list(&broker.callers_ca), other]
+    };
+    write_revocation_lists(broker.directory(), &lists(&[]));
+    eventually("the second list", async || broker.serves(&elsewhere).await.then_some(())).await;
+    let client = broker.connect(&elsewhere).await.unwrap();
+    let stream = client.watch().await;
+    write_revocation_lists(broker.directory(), &[list(&broker.callers_ca)]);
+    broker.assert_ends(&client, stream).await;
+    broker.broker.stop().await;
+}
+
 #[tokio::test]
 async fn removing_a_ca_ends_the_connections_of_its_clients() {
     let broker = TlsBroker::new(Clock::System, None).await;
@@ -286,6 +318,11 @@ async fn check_reports_revocation_lists() {
     write_revocation_lists(&directory, &lists[1..]);
     let line = serving().await;
     assert!(line.contains("no certificate of CN=callers can be revoked"), "{line}");
+    let scoped = callers.scoped_revocation_list(&[1], 4000, Some("http://crl.example/here"));
+    write_revocation_lists(&directory, &[scoped, lists[1].clone()]);
+    let line = serving().await;
+    assert!(line.contains("only about certificates"), "{line}");
+    assert!(line.contains("http://crl.example/here"), "{line}");
     write_revocation_lists(&directory, &["tbk_secret".into()]);
     let line = serving().await;
     assert!(line.contains("callers.crl") && !line.contains("tbk_secret"), "{line}");

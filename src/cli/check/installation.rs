@@ -17,7 +17,7 @@ use crate::{
         callers, intake_keys,
         retention::{self, MinimumRetention},
     },
-    tls::{RevocationList, Tls},
+    tls::{RevocationList, Tls, UnlistedCas},
 };
 
 /// The roles that `deploy/roles.sql` creates.
@@ -59,15 +59,21 @@ pub(super) fn tls(settings: &Settings) -> CheckResult {
     let mut text = format!("TLS; the certificate ends at {}", LocalTime(end));
     let lists = tls.revocation_lists();
     text.extend(lists.iter().map(|list| revocation_list_text(list, now)));
-    let without_list = tls.cas_without_revocation_list();
+    let unlisted = tls.unlisted_cas();
     text.extend(
-        without_list
+        unlisted
+            .without_list
             .iter()
             .map(|ca| format!("; no certificate of {ca} can be revoked: there is no list of it")),
     );
+    text.extend(unlisted.misnamed.iter().map(|ca| {
+        format!("; every certificate of {ca} is refused: its lists write its name in another encoding or case")
+    }));
     if end <= now {
         CheckResult::failure(SUBJECT, text)
-    } else if !without_list.is_empty() || lists.iter().any(|list| list.is_out_of_date(now)) {
+    } else if unlisted != UnlistedCas::default()
+        || lists.iter().any(|list| list.is_out_of_date(now))
+    {
         CheckResult::warning(SUBJECT, text)
     } else {
         CheckResult::ok(SUBJECT, text)
@@ -76,12 +82,16 @@ pub(super) fn tls(settings: &Settings) -> CheckResult {
 
 fn revocation_list_text(list: &RevocationList, now: Timestamp) -> String {
     let revoked = format!("; {} certificates of {} are revoked", list.revoked, list.issuer);
-    match list.next_update {
+    let revoked = match list.next_update {
         None => format!("{revoked}, by a list without an end"),
         Some(next) if next < now => {
             format!("{revoked}, by a list that is out of date since {}", LocalTime(next))
         }
         Some(next) => format!("{revoked}, by a list that is renewed by {}", LocalTime(next)),
+    };
+    match &list.scope {
+        None => revoked,
+        Some(scope) => format!("{revoked} and is only about {scope}"),
     }
 }
 

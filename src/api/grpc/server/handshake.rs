@@ -79,6 +79,9 @@ fn reason(fault: &rustls::Error) -> &'static str {
         ) => "CERTIFICATE_EXPIRED",
         Error::InvalidCertificate(CertificateError::UnknownIssuer) => "UNKNOWN_ISSUER",
         Error::InvalidCertificate(CertificateError::Revoked) => "CERTIFICATE_REVOKED",
+        Error::InvalidCertificate(CertificateError::UnknownRevocationStatus) => {
+            "REVOCATION_UNKNOWN"
+        }
         Error::InvalidCertificate(_) | Error::NoCertificatesPresented => "CERTIFICATE_REFUSED",
         Error::InvalidMessage(_) | Error::InappropriateMessage { .. } => "NO_TLS",
         Error::AlertReceived(_) => "CLIENT_ALERT",
