@@ -233,7 +233,8 @@ async fn upstream_pause(
 ) -> Result<Option<Duration>, StoreError> {
     let pace = sqlx::query!(
         r#"-- store::leases::upstream_pause
-        select case when isfinite(next_slot) then next_slot else clock_timestamp() end as "next_slot!",
+        select case when next_slot between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'
+                then next_slot else clock_timestamp() end as "next_slot!",
             clock_timestamp() as "now!"
         from upstream_pace for update"#
     )

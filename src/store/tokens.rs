@@ -457,7 +457,10 @@ pub async fn correct_ends(pool: &PgPool, known: &[TimeLeft]) -> Result<u64, Stor
                 as known (account_id, generation, seconds)
         ) known
         where t.account_id = known.account_id and t.generation = known.generation
-            and t.expires_at > clock_timestamp() + known.time_left + interval '5 seconds'",
+            and t.expires_at > clock_timestamp() + known.time_left + interval '5 seconds'
+            -- No other times can be subtracted.
+            and t.issued_at between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'
+            and t.expires_at <= timestamptz '9999-12-31 00:00Z'",
         &accounts,
         &generations,
         &left,

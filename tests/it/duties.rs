@@ -5,7 +5,11 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use sqlx::AssertSqlSafe;
-use token_broker::crypto::bearer::Bearer;
+use token_broker::{
+    crypto::bearer::Bearer,
+    domain::{account::AccountId, token::Generation},
+    store::tokens::{self, TimeLeft},
+};
 use tonic::Code;
 
 use crate::{
@@ -710,6 +714,80 @@ async fn commands_survive_times_that_cannot_be_read() {
             let good = if optional { "null" } else { "now()" };
             past_the_triggers(&fixture.database, &update(good)).await;
         }
+    }
+    // Both times are finite, and their difference is none that Postgres can represent.
+    let longest = "update tokens set issued_at = '4713-01-01Z BC', expires_at = '294276-12-31Z'";
+    past_the_triggers(&fixture.database, longest).await;
+    let checked = setup.run(&["check"]).await;
+    assert!(!checked.stdout.contains("out of range"), "{checked:?}");
+}
+
+/// No time in the row of the upstream's pace, which every replica may write, stops issuing.
+#[tokio::test]
+async fn a_time_of_the_pace_that_cannot_be_read_stops_no_issue() {
+    let fixture = Fixture::new().await;
+    let broker = fixture.start().await;
+    for (n, time) in [
+        "infinity",
+        "-infinity",
+        "294276-12-31Z",
+        // The first year that `chrono` does not have.
+        "262143-01-01Z",
+        "10000-01-01Z",
+        "9999-12-31Z",
+        "1969-12-31Z",
+        "4713-01-01Z BC",
+    ]
+    .iter()
+    .enumerate()
+    {
+        fixture.database.sql(&format!("update upstream_pace set next_slot = '{time}'")).await;
+        let client_id = format!("odd-{n}");
+        fixture.upstream.add_account(&client_id, "SK.1");
+        fixture.add_account(&format!("a{n}"), &client_id, "SK.1").await;
+        fixture.wait_for_state(&format!("a{n}"), "fresh").await;
+    }
+    broker.stop().await;
+}
+
+/// A token whose stored times cannot be read keeps those of no other token from being corrected.
+#[tokio::test]
+async fn ends_are_corrected_beside_rows_whose_times_cannot_be_read() {
+    let fixture = Fixture::new().await;
+    let broker = fixture.start().await;
+    for (name, id) in [("good", "id-1"), ("odd", "odd-1")] {
+        fixture.upstream.add_account(id, "SK.1");
+        fixture.add_account(name, id, "SK.1").await;
+        fixture.wait_for_state(name, "fresh").await;
+    }
+    broker.stop().await;
+    let known: Vec<_> = sqlx::query_as("select account_id, generation from tokens")
+        .fetch_all(fixture.database.pool())
+        .await
+        .unwrap()
+        .into_iter()
+        .map(|(account, generation)| TimeLeft {
+            account: AccountId(account),
+            generation: Generation(generation),
+            time_left: Duration::from_mins(1),
+        })
+        .collect();
+    for (issued, expires) in [
+        ("now()", "infinity"),
+        ("now()", "294276-12-31Z"),
+        ("-infinity", "294276-12-31Z"),
+        ("4713-01-01Z BC", "294276-12-31Z"),
+    ] {
+        fixture
+            .database
+            .sql(&format!(
+                "update tokens set issued_at = now(), expires_at = now() + interval '2 hours';
+                 update tokens set issued_at = '{issued}', expires_at = '{expires}'
+                 where account_id = (select id from accounts where name = 'odd')"
+            ))
+            .await;
+        let corrected = tokens::correct_ends(fixture.database.pool(), &known).await.unwrap();
+        assert_eq!(corrected, 1, "{issued} {expires}");
     }
 }
 

@@ -143,7 +143,9 @@ impl Admin {
             r#"/* store::admin::load */
              select count(*) as "accounts!",
                  avg(extract(epoch from t.expires_at - t.issued_at))
-                     filter (where isfinite(t.expires_at) and isfinite(t.issued_at))::double precision
+                     filter (where t.issued_at >= timestamptz '1970-01-01 00:00Z'
+                         and t.expires_at <= timestamptz '9999-12-31 00:00Z'
+                         and t.issued_at <= t.expires_at)::double precision
                      as mean_life_seconds
              from accounts a left join tokens t on t.account_id = a.id
              where a.enabled"#,
