@@ -5,6 +5,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use super::chain::Digest;
+use crate::domain::clock::Timestamp;
 
 /// A row of the audit log that does not hold what it should. Whoever may write to the tables can insert such
 /// a row, so readers report it with its place, and go on.
@@ -16,6 +17,9 @@ pub struct Unreadable {
     pub chain: String,
     /// The number in the row; 0 in a row of `audit_chains`.
     pub seq: i64,
+    /// The time of a record, if it can be read. Not part of exports.
+    #[serde(skip)]
+    pub at: Option<Timestamp>,
     /// What is wrong. Never quotes the row.
     pub why: String,
     /// `prev_hash` and `hash` of a record, if these can be read.
@@ -31,7 +35,8 @@ impl Unreadable {
     #[must_use]
     pub fn row(table: &str, chain: &str, seq: i64, why: impl Into<String>) -> Box<Self> {
         let (table, chain) = (table.to_owned(), chain.to_owned());
-        Box::new(Self { table, chain, seq, why: why.into(), prev_hash: None, hash: None })
+        let why = why.into();
+        Box::new(Self { table, chain, seq, at: None, why, prev_hash: None, hash: None })
     }
 
     /// Returns the hashes of a record, if both can be read.

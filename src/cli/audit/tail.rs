@@ -85,9 +85,7 @@ async fn follow(
                     print(event, json)?;
                 }
             }
-            // A record that cannot be read has no time from which to go on. Pages are large, so that this
-            // is the next record that can.
-            match page.iter().rev().find_map(|event| event.as_ref().ok()) {
+            match page.last() {
                 Some(last) => after = position(last),
                 None => break,
             }
@@ -114,43 +112,42 @@ struct Printed {
     /// Time of the newest event that was printed, at most the present time: an event from the future must not hide
     /// those that come after it.
     newest: Timestamp,
-    positions: HashSet<(Timestamp, String, i64)>,
-    /// Chain and number of the rows that cannot be read and were reported.
-    unreadable: HashSet<(String, i64)>,
+    /// The events and the rows that cannot be read.
+    positions: HashSet<Position>,
 }
 
 impl Printed {
     fn new(events: &[Decoded<StoredEvent>], now: Timestamp) -> Self {
-        let readable = || events.iter().filter_map(|event| event.as_ref().ok());
-        let past = |event: &&StoredEvent| event.at <= now;
-        let started_at = readable().rev().find(past).map_or(now, |event| event.at);
-        let positions = readable().map(position).collect();
-        let unreadable = events.iter().filter_map(|event| event.as_ref().err());
-        let unreadable = unreadable.map(|row| (row.chain.clone(), row.seq)).collect();
-        Self { started_at, newest: started_at, positions, unreadable }
+        let positions = || events.iter().map(position);
+        let past = |position: &Position| position.0 <= now;
+        let started_at = positions().rev().find(past).map_or(now, |position| position.0);
+        Self { started_at, newest: started_at, positions: positions().collect() }
     }
 
-    fn query_from(&mut self) -> (Timestamp, String, i64) {
+    fn query_from(&mut self) -> Position {
         let from = (self.newest - delta(OVERLAP)).max(self.started_at);
         self.positions.retain(|(at, ..)| *at >= from);
-        // No chain has an empty name, so this sorts before every event of that time.
-        (from, String::new(), 0)
+        // This sorts before every event of that time.
+        (from, String::new(), i64::MIN)
     }
 
     /// Returns whether `event`, read at `now`, was not printed yet, and counts it as printed.
     fn is_new(&mut self, event: &Decoded<StoredEvent>, now: Timestamp) -> bool {
-        match event {
-            Ok(event) => {
-                self.newest = self.newest.max(event.at.min(now));
-                self.positions.insert(position(event))
-            }
-            Err(row) => self.unreadable.insert((row.chain.clone(), row.seq)),
-        }
+        let position = position(event);
+        self.newest = self.newest.max(position.0.min(now));
+        self.positions.insert(position)
     }
 }
 
-fn position(event: &StoredEvent) -> (Timestamp, String, i64) {
-    (event.at, event.chain.clone(), event.seq)
+/// Time, chain and number of a row: the order of queries.
+type Position = (Timestamp, String, i64);
+
+/// Returns the position of a row, whether it can be read or not. Queries return only rows with a time.
+fn position(event: &Decoded<StoredEvent>) -> Position {
+    match event {
+        Ok(event) => (event.at, event.chain.clone(), event.seq),
+        Err(row) => (row.at.unwrap_or_default(), row.chain.clone(), row.seq),
+    }
 }
 
 fn print(event: &Decoded<StoredEvent>, json: bool) -> anyhow::Result<()> {
@@ -183,8 +180,13 @@ mod tests {
         assert_eq!(from, at(80));
         assert!(printed.is_new(&Ok(event(90, 2)), now));
         assert!(!printed.is_new(&Ok(event(200, 3)), now));
-        let unreadable = Err(Unreadable::row("audit_events", "c1", 7, "detail is null"));
-        assert!(printed.is_new(&unreadable, now) && !printed.is_new(&unreadable, now));
+        let unreadable = |seconds| {
+            let row = Unreadable::row("audit_events", "c1", 7, "detail is null");
+            Err(Box::new(Unreadable { at: Some(at(seconds)), ..*row }))
+        };
+        assert!(printed.is_new(&unreadable(250), now) && !printed.is_new(&unreadable(250), now));
+        assert!(printed.is_new(&unreadable(251), now), "another row with the same number");
+        assert_eq!(printed.query_from().0, at(131), "queries go on after rows that cannot be read");
     }
 
     #[test]

@@ -47,7 +47,7 @@ impl EventRow {
         let (prev_hash, hash) = (digest(&self.prev_hash), digest(&self.hash));
         let fault = |why: &str| {
             let row = Unreadable::row("audit_events", &self.chain, self.seq, why);
-            Box::new(Unreadable { prev_hash, hash, ..*row })
+            Box::new(Unreadable { at: self.at, prev_hash, hash, ..*row })
         };
         let not_null = |column: &str| fault(&format!("{column} is null"));
         let detail = self.detail.as_deref().ok_or_else(|| not_null("detail"))?;

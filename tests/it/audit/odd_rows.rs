@@ -6,9 +6,14 @@ use std::{cell::RefCell, collections::BTreeSet, fs, process::Stdio};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use sqlx::{AssertSqlSafe, PgPool};
-use tokio::{io::AsyncWriteExt, process::Command};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
+    process::Command,
+    time::timeout,
+};
 
 use crate::harness::{
+    TEST_TIMEOUT,
     broker::{Fixture, TestClient},
     eventually, note_skipped,
     process::{BrokerSetup, CommandOutput, run},
@@ -244,6 +249,47 @@ async fn generated_rows_stop_no_reader_of_the_log() {
     assert_eq!(serve.wait().await.code(), Some(0), "{}", serve.stderr());
     assert!(log.count("audit_events").await > all);
     log.run(&["audit", "retire", "i"]).await.ok();
+}
+
+/// Rows that cannot be read hide no later event, however many of them are at one time.
+#[tokio::test]
+async fn a_follower_of_the_log_passes_any_number_of_rows_that_cannot_be_read() {
+    let log = Log::new().await;
+    let mut command = log.setup.command(&["audit", "tail", "-n", "1", "--follow"]);
+    let command = command.stdout(Stdio::piped()).stderr(Stdio::null()).kill_on_drop(true);
+    let mut tail = command.spawn().unwrap();
+    let mut lines = BufReader::new(tail.stdout.take().unwrap()).lines();
+    let mut line_with = async |text: &str| {
+        let read = async {
+            loop {
+                let line = lines.next_line().await.unwrap().expect("tail goes on");
+                if line.contains(text) {
+                    return line;
+                }
+            }
+        };
+        timeout(TEST_TIMEOUT, read).await.unwrap_or_else(|_| panic!("no line with {text}"))
+    };
+    line_with(" at i-").await;
+    let insert = |rows: &str| {
+        format!(
+            "insert into audit_events
+                 (instance, chain, seq, at, event, outcome, count, caller, detail, prev_hash, hash)
+             select 'i', chain, n, now(), 'started', 'ok', 1, chain, detail::jsonb, sha256('x'), sha256('x')
+             from {rows}"
+        )
+    };
+    let flood =
+        "(select 'flood' as chain, n, '{\"a\": 1}' as detail from generate_series(1, 2500) n) r";
+    for after in ["after", "again"] {
+        // The second time, the rows have the same chain and numbers, at another time.
+        as_runtime(log.pool(), &insert(flood)).await;
+        line_with("chain \"flood\", record 2500 cannot be read").await;
+        let event = format!("(values ('{after}', 1, '{{}}')) r (chain, n, detail)");
+        as_runtime(log.pool(), &insert(&event)).await;
+        line_with(&format!("caller={after}")).await;
+    }
+    tail.kill().await.unwrap();
 }
 
 #[tokio::test]
