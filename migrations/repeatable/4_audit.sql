@@ -1,4 +1,4 @@
--- version: 3 (raise it with each change of this file)
+-- version: 4 (raise it with each change of this file)
 --
 -- The functions of the audit log: its tables are append-only, it has a partition for each UTC day, and only
 -- `audit_prune` removes records.
@@ -202,6 +202,24 @@ end
 $$;
 
 revoke execute on function @schema@.audit_prune(date, boolean) from public;
+
+-- Names of chains and instances are printed for auditors, and recorded as the subject of changes. So they are visible
+-- characters, as brokers choose them.
+create or replace function @schema@.audit_chains_validate() returns trigger
+language plpgsql
+set search_path = pg_catalog, pg_temp as $$
+begin
+    if (new.chain ~ '^[!-~]{1,200}$' and new.instance ~ '^[!-~]{1,200}$'
+        and coalesce(new.linked_chain, 'none') ~ '^[!-~]{1,200}$') is not true then
+        raise exception using errcode = 'check_violation',
+            message = 'audit_chains.chain, instance and linked_chain must be 1 to 200 visible ASCII characters';
+    end if;
+    return new;
+end
+$$;
+
+create or replace trigger audit_chains_validate before insert or update of chain, instance, linked_chain
+    on @schema@.audit_chains for each row execute function @schema@.audit_chains_validate();
 
 -- Records who retired a chain, and after which record others may be missing.
 create or replace function @schema@.audit_chain_retired() returns trigger

@@ -160,7 +160,7 @@ pub(super) async fn run(global: &GlobalArgs, args: AccountArgs) -> anyhow::Resul
             };
             let sealed = seal(&key, &account.name, &account.client_id, &account.secret)?;
             let NewArgs { name, client_id, description, .. } = &account;
-            output::line(sql::insert_account(name, client_id, &sealed, description.as_str()))?;
+            output::block(sql::insert_account(name, client_id, &sealed, description.as_str()))?;
             Ok(ExitCode::SUCCESS)
         }
         Command::List { json } => {

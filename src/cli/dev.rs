@@ -32,5 +32,5 @@ pub(super) async fn run(global: &GlobalArgs, args: DevArgs) -> anyhow::Result<Ex
     }
     telemetry::init_logs(None)?;
     let DevArgs { state_dir, token_life, listen } = args;
-    dev::run(dev::DevOptions { state_dir, token_life, listen }, output::line).await
+    dev::run(dev::DevOptions { state_dir, token_life, listen }, output::block).await
 }

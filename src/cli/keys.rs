@@ -102,7 +102,7 @@ pub(super) async fn run(global: &GlobalArgs, args: KeysArgs) -> anyhow::Result<E
         Command::Public { signing, settings } => {
             let keyring = keyring(global, settings.given)?;
             if signing {
-                output::line(VerifyingKeys::from(&keyring))?;
+                output::block(VerifyingKeys::from(&keyring))?;
             } else {
                 output::line(keyring.intake_public())?;
             }

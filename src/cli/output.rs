@@ -1,4 +1,7 @@
 //! The only module that prints: results to standard output, everything else to standard error.
+//!
+//! Texts may come from the database, files, the upstream or callers. So [`line`], [`note`], [`json`] and tables escape
+//! what would move a terminal's cursor or begin another line. Only [`block`] and [`bytes`] print a text as it is.
 
 use std::{
     fmt::{self, Display},
@@ -9,22 +12,38 @@ use rustix::fs::{FileType, RawMode, fstat};
 use serde::Serialize;
 use thiserror::Error;
 
-use crate::telemetry;
+use crate::{
+    domain::printable::{printable, printable_json},
+    telemetry,
+};
 
 /// The reader of standard output has closed it, as `head` does.
 #[derive(Debug, Error)]
 #[error("standard output is closed")]
 pub(super) struct OutputClosed;
 
-/// Prints a line to standard output.
+/// Prints one line to standard output. Other characters than printable ones are escaped.
 ///
 /// # Errors
 /// [`OutputClosed`] when standard output is a pipe whose reader has closed it.
 pub(super) fn line(text: impl Display) -> anyhow::Result<()> {
+    block(printable(&text.to_string()))
+}
+
+/// Prints lines to standard output as they are: a text of ours.
+///
+/// # Errors
+/// As [`line`].
+pub(super) fn block(text: impl Display) -> anyhow::Result<()> {
     bytes(format!("{text}\n").as_bytes())
 }
 
-/// Prints a line with a secret to standard output. Warns first if that is a file which others may read.
+/// Prints a text of several lines to standard output, as [`note`] does to standard error.
+pub(super) fn lines(text: impl Display) -> anyhow::Result<()> {
+    block(note_text(&text.to_string()))
+}
+
+/// Prints a text with a secret to standard output, as it is. Warns first if that is a file which others may read.
 pub(super) fn secret_line(text: impl Display) -> anyhow::Result<()> {
     let mode = fstat(io::stdout()).map_or(0, |stat| stat.st_mode);
     if is_exposed_file(mode) {
@@ -34,7 +53,7 @@ pub(super) fn secret_line(text: impl Display) -> anyhow::Result<()> {
             mode & 0o777
         ));
     }
-    line(text)
+    block(text)
 }
 
 /// Returns whether `mode` is that of a regular file to which others than its owner have access.
@@ -58,13 +77,27 @@ pub(super) fn check_written(written: io::Result<()>) -> anyhow::Result<()> {
 
 /// Prints a value as indented JSON to standard output.
 pub(super) fn json(value: &impl Serialize) -> anyhow::Result<()> {
-    line(serde_json::to_string_pretty(value)?)
+    block(printable_json(&serde_json::to_string_pretty(value)?))
 }
 
-/// Prints a line for the user to standard error. If that fails, the error is ignored, because there is no
-/// other place to report it.
+/// Prints a value as JSON, in one line, to standard output.
+pub(super) fn json_line(value: &impl Serialize) -> anyhow::Result<()> {
+    block(printable_json(&serde_json::to_string(value)?))
+}
+
+/// Prints a text for the user to standard error. Further lines of it are indented, so that none looks like another
+/// message. If printing fails, the error is ignored, because there is no other place to report it.
 pub(super) fn note(text: impl Display) {
-    telemetry::stderr_line(text);
+    telemetry::stderr_line(note_text(&text.to_string()));
+}
+
+fn note_text(text: &str) -> String {
+    let mut lines = text.split('\n').map(|line| line.strip_suffix('\r').unwrap_or(line));
+    let first = printable(lines.next().unwrap_or_default()).into_owned();
+    lines.fold(first, |text, line| {
+        let indent = if line.starts_with(' ') || line.is_empty() { "" } else { "  " };
+        format!("{text}\n{indent}{}", printable(line))
+    })
 }
 
 /// A table with aligned columns and no lines, the same on a terminal and in a pipe.
@@ -87,7 +120,7 @@ impl Table {
 
     /// Adds a row. Control characters in the cells are escaped.
     pub(super) fn row<const N: usize>(&mut self, cells: [String; N]) {
-        self.0.add_row(cells.map(|cell| printable(&cell)));
+        self.0.add_row(cells.map(|cell| printable(&cell).into_owned()));
     }
 
     /// Prints the table, or `empty` to standard error if it has no rows.
@@ -96,7 +129,7 @@ impl Table {
             note(empty);
             return Ok(());
         }
-        line(self)
+        block(self)
     }
 }
 
@@ -113,22 +146,8 @@ pub(super) fn or_dash(value: Option<impl Display>) -> String {
     value.map_or_else(|| "-".into(), |value| value.to_string())
 }
 
-/// Returns `text` with its control characters escaped, so that a text from elsewhere cannot move the
-/// terminal's cursor.
-pub(super) fn printable(text: &str) -> String {
-    text.chars()
-        .flat_map(|c| {
-            let (escaped, plain) =
-                if c.is_control() { (Some(c.escape_unicode()), None) } else { (None, Some(c)) };
-            escaped.into_iter().flatten().chain(plain)
-        })
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-
     use super::*;
 
     #[test]
@@ -158,10 +177,15 @@ acme  fresh
         }
     }
 
-    proptest! {
-        #[test]
-        fn nothing_printed_in_a_table_moves_the_cursor(text in any::<String>()) {
-            prop_assert!(!printable(&text).chars().any(char::is_control));
-        }
+    #[test]
+    fn further_lines_of_a_note_look_like_no_other_message() {
+        assert_eq!(
+            note_text("settings:\n  A: missing\n\n  B: missing"),
+            "settings:\n  A: missing\n\n  B: missing"
+        );
+        assert_eq!(
+            note_text("error: x\nall of it holds\r\n\u{1b}[2J"),
+            "error: x\n  all of it holds\n  \\u{1b}[2J"
+        );
     }
 }

@@ -17,7 +17,10 @@ use crate::{
         watch_tokens_response::Event,
     },
     config::{ClientFlags, ClientSettings, Flags},
-    domain::caller::AccountPattern,
+    domain::{
+        caller::AccountPattern,
+        printable::{printable, printable_json},
+    },
 };
 
 /// Gets tokens from a broker
@@ -81,9 +84,9 @@ async fn get(mut client: BrokerClient, args: &GetArgs) -> anyhow::Result<ExitCod
     let token = client.get_token(request, args.timeout).await?;
     if args.json {
         let token = as_json(account.as_str(), &token);
-        output::secret_line(serde_json::to_string_pretty(&token)?)?;
+        output::secret_line(printable_json(&serde_json::to_string_pretty(&token)?))?;
     } else {
-        output::secret_line(&token.access_token)?;
+        output::secret_line(printable(&token.access_token))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -95,14 +98,14 @@ async fn watch(mut client: BrokerClient, args: &GetArgs) -> anyhow::Result<ExitC
         let account = &message.account;
         match message.event {
             Some(Event::Token(token)) if args.json => {
-                output::secret_line(as_json(account, &token))?;
+                output::secret_line(printable_json(&as_json(account, &token).to_string()))?;
             }
-            Some(Event::Token(token)) => output::secret_line(&token.access_token)?,
+            Some(Event::Token(token)) => output::secret_line(printable(&token.access_token))?,
             Some(Event::Ended(AccountEnded { reason })) => {
                 let reason = Reason::try_from(reason).unwrap_or_default().as_str_name();
                 let reason = reason.trim_start_matches("REASON_").to_lowercase();
                 if args.json {
-                    output::line(json!({ "account": account, "ended": reason }))?;
+                    output::json_line(&json!({ "account": account, "ended": reason }))?;
                 } else {
                     output::note(format_args!("{account} ended: {reason}"));
                 }

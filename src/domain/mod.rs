@@ -10,6 +10,7 @@ mod named_enum;
 pub mod odd_character;
 pub mod pattern_set;
 pub mod plausible_time;
+pub mod printable;
 pub mod refresh_policy;
 pub mod refresh_state;
 pub mod secret;

@@ -11,6 +11,7 @@ mod gauges;
 mod latency;
 mod log_writer;
 mod metrics;
+mod printable_lines;
 
 use std::{
     backtrace::{Backtrace, BacktraceStatus},
@@ -34,12 +35,13 @@ use tracing_subscriber::{
     util::SubscriberInitExt,
 };
 
-use self::log_writer::LogWriter;
+use self::{log_writer::LogWriter, printable_lines::PrintableLines};
 use crate::domain::clock::{Clock, Timestamp};
 
 pub use self::{
     gauges::{AccountGauges, Gauges, JournalGauges},
     metrics::{GRPC_CODE_NAMES, IssueResult, METRICS_CONTENT_TYPE, Method, Metrics},
+    printable_lines::LogFormat,
 };
 
 /// The filter if `RUST_LOG` is not set. At `info`, sqlx would log each notice of the server.
@@ -53,15 +55,6 @@ const WIRE_CRATES: [&str; 5] =
 static DETACHED: OnceLock<LogWriter> = OnceLock::new();
 /// The format that [`init_logs`] has chosen.
 static FORMAT: OnceLock<LogFormat> = OnceLock::new();
-
-/// The format of log lines.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum LogFormat {
-    /// Text for people.
-    Pretty,
-    /// One JSON object on each line.
-    Json,
-}
 
 /// Why logging cannot be set up.
 #[derive(Debug, Error)]
@@ -88,6 +81,7 @@ pub fn init_logs(format: Option<LogFormat>) -> Result<(), LogsError> {
         None => BoxMakeWriter::new(io::stderr),
     };
     let _ = FORMAT.set(format);
+    let writer = PrintableLines { inner: writer, format };
     let lines = tracing_subscriber::fmt::layer().with_writer(writer);
     let lines = match format {
         LogFormat::Pretty => lines.with_ansi(on_terminal).boxed(),

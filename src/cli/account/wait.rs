@@ -5,14 +5,12 @@ use std::{iter, process::ExitCode, time::Duration};
 use anyhow::bail;
 use clap::Args;
 
-use super::super::{
-    output::{self, printable},
-    time::LocalTime,
-};
+use super::super::{output, time::LocalTime};
 use crate::{
     domain::{
         account::AccountName,
         clock::{Clock, Timestamp, delta},
+        printable::printable,
     },
     store::admin::{Admin, Outcome},
 };
@@ -51,7 +49,7 @@ impl WaitArgs {
                 bail!("no outcome in time: {}", describe(&outcome));
             };
             all_issued &= issued;
-            output::line(describe(&outcome))?;
+            output::lines(describe(&outcome))?;
         }
         Ok(if all_issued { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }

@@ -2,7 +2,7 @@
 
 use std::iter;
 
-use crate::{cli::time::LocalTime, store::audit::StoredEvent};
+use crate::{cli::time::LocalTime, domain::printable::is_printable, store::audit::StoredEvent};
 
 /// Formats an event as a line for people. The hashes are only in `--json`.
 pub(super) fn describe(event: &StoredEvent) -> String {
@@ -35,7 +35,7 @@ pub(super) fn describe(event: &StoredEvent) -> String {
 
 /// Quotes `value` unless it is one unambiguous word.
 fn word(value: &str) -> String {
-    let plain = |c: char| !c.is_whitespace() && !c.is_control() && !matches!(c, '"' | '=');
+    let plain = |c: char| is_printable(c) && !c.is_whitespace() && !matches!(c, '"' | '=');
     if !value.is_empty() && value.chars().all(plain) {
         return value.to_owned();
     }

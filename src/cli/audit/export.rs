@@ -13,7 +13,7 @@ use super::filter_args::FilterArgs;
 use crate::{
     audit::export::{ExportHeader, ExportStatement},
     cli::{global::GlobalArgs, output},
-    domain::clock::Clock,
+    domain::{clock::Clock, printable::printable_json},
     store::audit::{AuditSnapshot, Decoded, EventFilter},
 };
 
@@ -81,8 +81,10 @@ impl<W: Write> LineWriter<W> {
     }
 
     fn write(&mut self, value: &impl Serialize) -> anyhow::Result<()> {
-        let line = serde_json::to_vec(value)?;
-        output::check_written(self.out.write_all(&line).and_then(|()| self.out.write_all(b"\n")))
+        let line = serde_json::to_string(value)?;
+        let line = printable_json(&line);
+        let written = self.out.write_all(line.as_bytes());
+        output::check_written(written.and_then(|()| self.out.write_all(b"\n")))
     }
 
     /// Writes what is buffered, and returns how many rows could not be read.

@@ -152,9 +152,9 @@ fn position(event: &Decoded<StoredEvent>) -> Position {
 
 fn print(event: &Decoded<StoredEvent>, json: bool) -> anyhow::Result<()> {
     match event {
-        Ok(event) if json => output::line(serde_json::to_string(event)?),
+        Ok(event) if json => output::json_line(event),
         Ok(event) => output::line(describe(event)),
-        Err(row) if json => output::line(json!({ "unreadable": row })),
+        Err(row) if json => output::json_line(&json!({ "unreadable": row })),
         Err(row) => output::line(row),
     }
 }

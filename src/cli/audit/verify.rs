@@ -440,10 +440,9 @@ fn add_chain(verifier: &mut Verifier, claim: ChainClaim) {
 
 fn print(report: &VerificationReport) -> anyhow::Result<()> {
     for finding in &report.findings {
-        let fault = output::printable(&finding.fault.to_string());
         match finding.chain.as_str() {
-            "" => output::line(fault)?,
-            chain => output::line(format_args!("chain {}: {fault}", output::printable(chain)))?,
+            "" => output::line(&finding.fault)?,
+            chain => output::line(format_args!("chain {chain}: {}", finding.fault))?,
         }
     }
     let unlisted = report.faults - report.findings.len() as u64;
@@ -466,7 +465,7 @@ fn print(report: &VerificationReport) -> anyhow::Result<()> {
     }
     table.print("there are no chains")?;
     for notice in &report.notices {
-        output::note(format_args!("note: {}", output::printable(notice)));
+        output::note(format_args!("note: {notice}"));
     }
     let (records, chains) = (report.records(), report.chains.len());
     let holds = match (report.holds(), report.signatures_checked) {

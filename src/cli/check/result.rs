@@ -44,10 +44,6 @@ impl CheckResult {
             Severity::Warning => "warn",
             Severity::Failure => "FAIL",
         };
-        output::line(format_args!(
-            "{severity:<4}  {:<10}  {}",
-            self.subject,
-            output::printable(&self.text)
-        ))
+        output::line(format_args!("{severity:<4}  {:<10}  {}", self.subject, self.text))
     }
 }

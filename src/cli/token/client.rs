@@ -10,10 +10,7 @@ use tonic::{
 };
 use tonic_types::StatusExt;
 
-use super::super::{
-    output::{self, printable},
-    time::brief,
-};
+use super::super::{output, time::brief};
 use crate::{
     api::{
         grpc::status::outcome_of,
@@ -23,6 +20,7 @@ use crate::{
         },
     },
     config::ClientSettings,
+    domain::printable::printable,
     files::text,
 };
 

@@ -6,6 +6,7 @@ use std::{cell::RefCell, collections::BTreeSet, fs, process::Stdio};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use sqlx::{AssertSqlSafe, PgPool};
+use token_broker::domain::printable::is_printable;
 use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
     process::Command,
@@ -52,6 +53,13 @@ async fn as_runtime(pool: &PgPool, statements: &str) {
         run.await.unwrap_or_else(|error| panic!("{statement}: {error}"));
     }
     transaction.commit().await.unwrap();
+}
+
+async fn try_as_runtime(pool: &PgPool, statements: &str) -> Result<(), sqlx::Error> {
+    let mut transaction = pool.begin().await?;
+    sqlx::raw_sql("set local role token_broker_runtime").execute(&mut *transaction).await?;
+    sqlx::raw_sql(AssertSqlSafe(statements.to_owned())).execute(&mut *transaction).await?;
+    transaction.commit().await
 }
 
 /// A log with one regular chain, written by a broker that has stopped.
@@ -290,6 +298,106 @@ async fn a_follower_of_the_log_passes_any_number_of_rows_that_cannot_be_read() {
         line_with(&format!("caller={after}")).await;
     }
     tail.kill().await.unwrap();
+}
+
+/// A text that clears the screen and writes a line of its own, in each way that a terminal or a reader of lines knows.
+const POISON: &str =
+    "E'x\\x1b[2J\\x1b[H\\u009b1A\\u202e\\u2066\\u200b\\u2028\\x7f\\b\\r\\nok    all of it holds'";
+
+/// No text from the database moves a terminal's cursor, changes the direction of writing, or begins a line.
+#[tokio::test]
+async fn no_command_prints_a_text_of_the_database_as_it_is() {
+    let log = Log::new().await;
+    for column in ["chain", "instance", "linked_chain"] {
+        let values = ["chain", "instance", "linked_chain"]
+            .map(|other| if other == column { POISON } else { "'plain'" })
+            .join(", ");
+        let insert = format!(
+            "insert into audit_chains
+                 (chain, instance, linked_chain, started_at, linked_hash, delivered_hash)
+             values ({values}, now(), '', '')"
+        );
+        let refused = try_as_runtime(log.pool(), &insert).await.unwrap_err().to_string();
+        assert!(refused.contains("visible ASCII characters"), "{column}: {refused}");
+    }
+    // These columns the role of the broker may write.
+    as_runtime(
+        log.pool(),
+        &format!(
+            "insert into audit_chains (chain, instance, started_at, linked_hash, delivered_hash, retired)
+                 values ('plain', 'i', now(), sha256('x'), sha256('x'), {POISON});
+             update audit_chains set retired = {POISON} || '2' where chain = 'plain';
+             insert into audit_events (instance, chain, seq, at, event, caller, caller_kind, peer, account, outcome,
+                 reason, token_fingerprint, trace_id, count, detail, prev_hash, hash)
+             values ({POISON}, {POISON}, 1, now(), {POISON}, {POISON}, {POISON}, {POISON}, {POISON}, {POISON},
+                 {POISON}, {POISON}, {POISON}, 1, jsonb_build_object({POISON}, {POISON}), sha256('x'), sha256('x'));
+             insert into audit_events (instance, chain, seq, at, event, outcome, count, detail, prev_hash, hash)
+             values ('i', {POISON}, 2, now(), 'e', 'ok', 1, '[]', sha256('x'), sha256('x'));
+             insert into audit_heads (chain, seq, hash, at, key_id, signature)
+                 values ({POISON}, 3, sha256('x'), now(), {POISON}, '');
+             insert into audit_pruning_receipts
+                 (chain, first_seq, prev_hash, last_seq, hash, at, key_id, signature)
+                 values ({POISON}, 4, sha256('x'), 5, sha256('x'), now(), {POISON}, '');
+             insert into instances (id, replica, version, key_ids, started_at, heartbeat_at)
+                 values ({POISON}, 9, {POISON}, array[{POISON}], now(), now());
+             update refreshes set error_class = 'unreachable', error_code = {POISON}, error_message = {POISON},
+                 error_version = 1, changed = pg_current_xact_id();
+             update tokens set allowed_ip = {POISON};
+             update deployment set upstream = {POISON}, epoch = epoch + 1;"
+        ),
+    )
+    .await;
+    // And these somebody who has switched the triggers off.
+    let hidden = format!(
+        "begin; set local session_replication_role = replica;
+         update accounts set description = {POISON};
+         update callers set description = {POISON};
+         update caller_credentials set description = {POISON};
+         insert into audit_chains (chain, instance, started_at, linked_hash, delivered_hash)
+             values ({POISON}, {POISON}, now(), sha256('x'), sha256('x'));
+         insert into changes (table_name, operation, row_id, subject, at, recorder)
+             values ({POISON}, {POISON}, 7, {POISON}, now() - interval '1 hour', 'nobody');
+         insert into grants (caller_id, pattern) select id, {POISON} from callers;
+         insert into callers (name) values ({POISON});
+         commit"
+    );
+    log.fixture.database.sql(&hidden).await;
+    let export = log.setup.directory.path().join("poisoned.jsonl");
+    for arguments in [
+        &["account", "list"][..],
+        &["account", "list", "--json"],
+        &["account", "show", "acme"],
+        &["account", "show", "acme", "--json"],
+        &["caller", "list"],
+        &["caller", "list", "--json"],
+        &["caller", "show", "demo"],
+        &["caller", "bearer", "list", "demo"],
+        &["caller", "bearer", "list", "demo", "--json"],
+        &["audit", "tail", "-n", "1000"],
+        &["audit", "tail", "-n", "1000", "--json"],
+        &["audit", "verify"],
+        &["audit", "verify", "--json"],
+        &["audit", "export"],
+        &["audit", "verify", "--export", export.to_str().unwrap()],
+        &["audit", "retire", "i"],
+        &["keys", "status"],
+        &["check"],
+        &["check", "--json"],
+    ] {
+        let ran = log.run(arguments).await;
+        let printed = format!("{}\n{}", ran.stdout, ran.stderr);
+        assert!(!printed.contains("panicked"), "{arguments:?}: {printed}");
+        for line in printed.lines() {
+            assert!(line.chars().all(is_printable), "{arguments:?}: {line:?}");
+            assert!(!line.starts_with("ok    all of it holds"), "{arguments:?}: {printed}");
+        }
+        if arguments == ["audit", "export"] {
+            fs::write(&export, &ran.stdout).unwrap();
+            let poisoned = json_lines(&ran.stdout);
+            let text = "x\u{1b}[2J\u{1b}[H\u{9b}1A\u{202e}\u{2066}\u{200b}\u{2028}\u{7f}\u{8}\r\nok    all of it holds";
+            assert!(poisoned.iter().any(|line| line["caller"] == text), "the value stays the same");
+        }
+    }
 }
 
 #[tokio::test]
