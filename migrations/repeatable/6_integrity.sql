@@ -254,17 +254,18 @@ begin
         return new;
     end if;
     if tg_op = 'INSERT' then
-        if new.epoch not between 1 and 1000000000000 then
+        if new.epoch between 1 and 1000000000000 is not true then
             raise exception using errcode = 'insufficient_privilege',
                 message = 'deployment.epoch must be 1 to 1000000000000';
         end if;
         return new;
     end if;
-    if new.id <> old.id or new.created_at <> old.created_at or new.epoch not in (old.epoch, old.epoch + 1) then
+    if new.id is distinct from old.id or new.created_at is distinct from old.created_at
+       or new.epoch in (old.epoch, old.epoch + 1) is not true then
         raise exception using errcode = 'insufficient_privilege',
             message = 'deployment.id and created_at cannot be changed, and epoch only be raised by one';
     end if;
-    if new.epoch = old.epoch and (new.upstream <> old.upstream
+    if new.epoch = old.epoch and (new.upstream is distinct from old.upstream
        or old.system_identifier is not null and new.system_identifier is distinct from old.system_identifier
        or old.database_oid is not null and new.database_oid is distinct from old.database_oid) then
         raise exception using errcode = 'insufficient_privilege',
@@ -315,7 +316,8 @@ select * from (
             or to_regclass('@schema@.audit_events_' || to_char(c.at at time zone 'UTC', 'YYYYMMDD')) is null then
             null
         when e.detail is null then 'counts as audited, but has no audit record'
-        when e.detail ->> 'table' <> c.table_name or e.detail ->> 'operation' <> c.operation
+        when e.detail ->> 'table' is distinct from c.table_name
+            or e.detail ->> 'operation' is distinct from c.operation
             -- An audit record shortens and escapes what is long or unusual.
             or char_length(c.what ->> 'state') <= 256 and c.what ->> 'state' !~ '[\\[:cntrl:]]'
                 and c.what ->> 'state' is distinct from e.detail ->> 'state' then

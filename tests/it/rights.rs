@@ -451,6 +451,50 @@ async fn a_change_that_is_marked_as_audited_without_its_record_is_recorded_all_t
     broker.stop().await;
 }
 
+/// Whoever may insert audit records cannot make a change count as audited by one that does not tell it.
+#[tokio::test]
+async fn a_record_that_does_not_tell_the_change_does_not_count() {
+    let database = database_with_roles().await;
+    database
+        .sql(
+            "insert into grants (caller_id, pattern) select id, 'bank' from callers;
+             delete from grants where pattern = 'bank'",
+        )
+        .await;
+    let (table, operation, state) = ("'table', 'grants'", "'operation', 'delete'", "'state', 'x'");
+    for (detail, problem) in [
+        (vec![], true),
+        (vec![table], true),
+        (vec![operation], true),
+        (vec![table, "'operation', 'insert'"], true),
+        (vec!["'table', 'callers'", operation], true),
+        (vec!["'table', null", operation], true),
+        (vec![state], true),
+        (vec![table, operation], false),
+    ] {
+        let detail = [vec!["'change_id', id::text"], detail].concat().join(", ");
+        let forge = format!(
+            "select audit_ensure_partition((now() at time zone 'UTC')::date);
+             insert into audit_events (instance, chain, seq, at, event, outcome, count, detail, prev_hash, hash)
+                 select 'i', 'c', id, at, 'grant_changed', 'ok', 1, jsonb_build_object({detail}), '', ''
+                 from changes where table_name = 'grants' and operation = 'delete';
+             update changes set audited_at = now() where operation = 'delete'"
+        );
+        sql_as(&database, RUNTIME, &forge).await;
+        let problems = "select operation || ' ' || problem from unaudited_changes
+            where operation = 'delete'";
+        let expected = if problem { vec!["delete differs from its audit record"] } else { vec![] };
+        assert_eq!(texts(&database, problems).await, expected, "{detail}");
+        database
+            .sql(
+                "begin; set local session_replication_role = replica;
+                 delete from audit_events where chain = 'c';
+                 update changes set audited_at = null; commit",
+            )
+            .await;
+    }
+}
+
 /// Rows that were written with the triggers off are told by name, whichever column that decides who gets which
 /// tokens was changed.
 #[tokio::test]
