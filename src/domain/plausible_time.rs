@@ -17,7 +17,7 @@ use crate::domain::{
     clock::{Timestamp, delta},
     refresh_policy::RefreshPolicy,
     refresh_state::{IntervalExceptions, RefreshState},
-    token::LONGEST_LIFE,
+    token::{Generation, LONGEST_LIFE},
 };
 
 /// A difference between two clocks, or a step of one, that is not worth notice.
@@ -119,6 +119,28 @@ pub struct BelievedLife {
 }
 
 impl StoredLife {
+    /// Returns the life without what nobody issued. The columns of the times can be changed by whoever can write the
+    /// row, but the token opens only with its generation, which says when its issue began, and its claims state how
+    /// long it lives (`stated`). An issue takes `attempt` at most.
+    ///
+    /// The generation is by the database's clock, and later than the issue only if that clock was set back.
+    #[must_use]
+    pub fn bounded(
+        mut self,
+        generation: Generation,
+        stated: Option<TimeDelta>,
+        attempt: Duration,
+    ) -> Self {
+        let Some(started_at) = generation.started_at() else { return self };
+        let life = stated.map_or(LONGEST_LIFE, |life| life.clamp(TimeDelta::zero(), LONGEST_LIFE));
+        let latest = started_at + delta(attempt) + TOLERANCE;
+        if self.issued_at > latest {
+            self.issued_at = started_at;
+        }
+        self.expires_at = self.expires_at.min(latest + life);
+        self
+    }
+
     /// Returns what this process should believe. The token never lives longer than it was issued for.
     ///
     /// If the database's clock may have been set since the issue, the wall clock is the second witness, and the

@@ -35,6 +35,13 @@ impl Generation {
         Self(last.map_or(made, |last| made.max(last.0 + 1)))
     }
 
+    /// Returns the time that the number contains: that of the start, or a later one if the clock was set back
+    /// before it. `None` if it is none of a broker.
+    #[must_use]
+    pub fn started_at(self) -> Option<Timestamp> {
+        Timestamp::from_timestamp_millis(self.0 >> 16)
+    }
+
     /// Returns the number as callers see it.
     #[must_use]
     pub fn as_u64(self) -> u64 {
@@ -218,6 +225,7 @@ mod tests {
                 let next = Generation::next(at, replica, last);
                 prop_assert!(last.is_none_or(|last| next > last));
                 prop_assert!(next.0 >= 0);
+                prop_assert!(next.started_at().unwrap() >= at);
                 last = Some(next);
             }
         }

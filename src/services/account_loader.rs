@@ -16,7 +16,8 @@ use crate::{
         account::AccountId,
         clock::Timestamp,
         plausible_time::{AttemptTimeLimits, Moment, StoredLife, TOLERANCE},
-        token::{SealedToken, Token},
+        secret::AccessToken,
+        token::SealedToken,
     },
     services::{
         account_cache::{AccountCache, AccountSnapshot},
@@ -28,6 +29,7 @@ use crate::{
         accounts::{self, AccountVersion, LoadedAccount, WithdrawnAccount},
         within,
     },
+    upstream::rcs::stated_life,
 };
 
 /// The most accounts that one statement loads.
@@ -176,9 +178,10 @@ impl AccountLoader {
         self.convert_to_local_time(&mut loaded);
         let LoadedAccount { account, mut refresh, token, .. } = loaded;
         let token = token.and_then(|stored| {
-            let (stored, from_the_future) = self.believe(account.id, stored, &moment);
+            let opened = self.open(account.id, &stored)?;
+            let (stored, from_the_future) = self.believe(account.id, stored, &opened, &moment);
             refresh.possibly_revoked |= from_the_future;
-            self.open(account.id, stored)
+            Some(stored.opened(opened))
         });
         self.cache.put(account, refresh, token);
     }
@@ -220,6 +223,7 @@ impl AccountLoader {
         &self,
         account: AccountId,
         mut stored: SealedToken,
+        opened: &AccessToken,
         moment: &Moment,
     ) -> (SealedToken, bool) {
         let life = StoredLife {
@@ -227,6 +231,8 @@ impl AccountLoader {
             expires_at: stored.expires_at,
             issuer_expires_at: stored.issuer_expires_at,
         };
+        let stated = stated_life(opened).map(|(begin, end)| end - begin);
+        let life = life.bounded(stored.generation, stated, self.time_limits.lease_duration);
         let believed = life.believed(moment);
         (stored.issued_at, stored.expires_at) = (believed.issued_at, believed.expires_at);
         let cached = self.cache.by_id(account).and_then(|entry| entry.snapshot().token.clone());
@@ -266,12 +272,9 @@ impl AccountLoader {
     }
 
     /// Opens a stored token. Returns `None` if it does not open; a new one is issued then.
-    fn open(&self, account: AccountId, stored: SealedToken) -> Option<Token> {
+    fn open(&self, account: AccountId, stored: &SealedToken) -> Option<AccessToken> {
         let opened = self.keyring.open_token(account, stored.generation, &stored.sealed);
-        let access_token = opened
-            .inspect_err(|error| error!(%account, %error, "a stored token does not open"))
-            .ok()?;
-        Some(stored.opened(access_token))
+        opened.inspect_err(|error| error!(%account, %error, "a stored token does not open")).ok()
     }
 }
 

@@ -3,8 +3,10 @@
 
 use sqlx::AssertSqlSafe;
 use token_broker::{
+    api::proto::GetTokenResponse,
     config::DatabaseUrl,
     crypto::Keyring,
+    dev::simulator::Faults,
     domain::clock::Clock,
     store::{Database, StoreError},
 };
@@ -449,6 +451,47 @@ async fn a_change_that_is_marked_as_audited_without_its_record_is_recorded_all_t
         ]
     );
     broker.stop().await;
+}
+
+/// Whoever may write the times of a stored token cannot make a broker serve it beyond its end.
+#[tokio::test]
+async fn no_stored_time_makes_a_token_outlive_its_issue() {
+    let fixture = Fixture::new().await;
+    let database = &fixture.database;
+    database.sql(ROLES).await;
+    let bearer = fixture.add_caller("shop", &["*"]).await;
+    let broker = fixture.start().await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    fixture.wait_for_state("acme", "fresh").await;
+    let issued = broker.client(&bearer).await.get("acme").await.unwrap();
+    broker.stop().await;
+    let end = |token: &GetTokenResponse| token.expires_at.unwrap().seconds;
+    // Nothing replaces the token.
+    fixture.upstream.set_faults(Faults { error_rate: 1.0, ..Faults::default() });
+    database.sql("create table kept as select * from tokens").await;
+    for times in [
+        "expires_at = expires_at + interval '10 hours'",
+        "expires_at = expires_at + interval '10 hours', issuer_expires_at = null",
+        "expires_at = expires_at + interval '10 hours', issuer_expires_at = issuer_expires_at + interval '10 hours'",
+        "issued_at = issued_at + interval '10 hours', expires_at = expires_at + interval '10 hours',
+            issuer_expires_at = issuer_expires_at + interval '10 hours'",
+        "issued_at = issued_at - interval '40 hours', expires_at = expires_at + interval '40 hours',
+            issuer_expires_at = issuer_expires_at + interval '40 hours'",
+        "issued_at = '1970-01-01Z', expires_at = '9999-12-31 00:00Z', issuer_expires_at = '9999-12-31 00:00Z'",
+        "issued_at = now(), expires_at = now() + interval '90 minutes', issuer_expires_at = null",
+    ] {
+        let update = format!("update tokens set {times}, changed = pg_current_xact_id()");
+        sql_as(database, RUNTIME, &update).await;
+        let broker = fixture.start().await;
+        let served = broker.client(&bearer).await.get("acme").await;
+        let served = served.unwrap_or_else(|error| panic!("{times}: {error}"));
+        assert_eq!(served.generation, issued.generation, "{times}");
+        // The bound is that of the attempt's longest duration, half a minute.
+        assert!(end(&served) <= end(&issued) + 40, "{times}: {served:?}, {issued:?}");
+        assert!(end(&served) >= end(&issued) - 10, "{times}: {served:?}, {issued:?}");
+        broker.stop().await;
+        database.sql("delete from tokens; insert into tokens select * from kept").await;
+    }
 }
 
 /// Whoever may insert audit records cannot make a change count as audited by one that does not tell it.

@@ -189,3 +189,35 @@ fn a_lease_is_believed_up_to_the_longest_that_any_settings_permit() {
         assert_eq!((refresh.lease_until, shortened), (Some(at(believed)), lease != believed));
     }
 }
+
+#[test]
+fn a_stored_token_lives_no_longer_than_its_generation_and_its_claims_say() {
+    let generation = Generation::next(at(0), 7, None);
+    let hour = Some(TimeDelta::hours(1));
+    let attempt = Duration::from_secs(30);
+    // Start and end as stored, what the claims state, and start and end that are believed.
+    for (issued, expires, stated, begins, ends) in [
+        (2, 3_602, hour, 2, 3_602),
+        (2, 3_602, None, 2, 3_602),
+        (35, 3_635, hour, 35, 3_635),
+        (2, 40_000, hour, 2, 3_635),
+        (36_000, 39_600, hour, 0, 3_635),
+        (-100_000, 100_000, hour, -100_000, 3_635),
+        (2, 1_000_000, None, 2, 48 * 3_600 + 35),
+        (2, 1_000_000, Some(TimeDelta::days(9_000)), 2, 48 * 3_600 + 35),
+        (2, 3_602, Some(TimeDelta::hours(-1)), 2, 35),
+        (2, 60, hour, 2, 60),
+    ] {
+        let stored =
+            StoredLife { issued_at: at(issued), expires_at: at(expires), issuer_expires_at: None };
+        let bounded = stored.bounded(generation, stated, attempt);
+        assert_eq!((bounded.issued_at, bounded.expires_at), (at(begins), at(ends)), "{stored:?}");
+    }
+    // The clock was set back before the issue: the generation is that of a later time, and bounds less.
+    let ahead = Generation::next(at(0), 7, Some(Generation::next(at(86_400), 7, None)));
+    let stored = StoredLife { issued_at: at(2), expires_at: at(3_602), issuer_expires_at: None };
+    assert_eq!(stored.bounded(ahead, hour, attempt).expires_at, at(3_602));
+    for odd in [i64::MIN, -1, 0, 1, i64::MAX] {
+        let _ = stored.bounded(Generation(odd), hour, attempt);
+    }
+}
