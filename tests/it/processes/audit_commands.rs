@@ -160,6 +160,51 @@ async fn a_log_verifies_in_the_database_in_the_journal_and_in_an_export_by_two_v
     }
 }
 
+/// Whoever holds an export cannot hide that records are missing by calling the file a part of the log.
+#[tokio::test]
+async fn a_thinned_export_does_not_pass_for_the_log() {
+    let stopped = StoppedBroker::new().await;
+    let export = stopped.setup.run(&["audit", "export"]).await.ok();
+    let lines: Vec<_> = export.lines().collect();
+    let is_record = |line: &&str| line.contains("\"event\":");
+    let records = lines.iter().filter(|line| is_record(line)).count();
+    let second = lines.iter().position(is_record).unwrap() + 1;
+    let part = "a part of the log: missing records cannot be detected";
+    let thinned = |header: Option<&str>, end: bool, removed: Option<usize>| {
+        let kept = lines.iter().enumerate().filter(|(n, line)| {
+            *n > 0 && removed != Some(*n) && (end || !line.contains("\"end\":"))
+        });
+        let left = records - usize::from(removed.is_some());
+        let kept = kept.map(|(_, line)| {
+            line.replace(&format!("{{\"records\":{records}}}"), &format!("{{\"records\":{left}}}"))
+        });
+        let header = header.map(ToOwned::to_owned);
+        header.into_iter().chain(kept).map(|line| line + "\n").collect::<String>()
+    };
+    let whole = lines[0];
+    assert!(whole.contains("\"whole\":true"), "{whole}");
+    let partial = whole.replace("\"whole\":true", "\"whole\":false");
+    let without = whole.replace(",\"whole\":true", "").replace("\"whole\":true,", "");
+    // Header, whether the end is there, which line is removed; what it says, also with --part.
+    for (name, header, end, removed, says, as_part) in [
+        ("nothing removed", Some(whole), true, None, "", true),
+        ("a record removed", Some(whole), true, Some(second), "is missing", false),
+        ("called a part", Some(&*partial), true, Some(second), part, true),
+        ("called nothing", Some(&*without), true, Some(second), part, true),
+        ("without header and end", None, false, Some(second), part, true),
+        ("without a header", None, true, Some(second), part, true),
+        ("without an end", Some(&*partial), false, Some(second), "is incomplete", false),
+        ("called a part, nothing removed", Some(&*partial), true, None, part, true),
+    ] {
+        let file = stopped.file("thinned.jsonl", &thinned(header, end, removed));
+        let Some(ran) = python(&[&file]).await else { return };
+        assert_eq!(ran.code, Some(i32::from(!says.is_empty())), "{name}: {ran:?}");
+        assert!(ran.stdout.contains(says), "{name}: {ran:?}");
+        let ran = python(&["--part", &file]).await.unwrap();
+        assert_eq!(ran.code, Some(i32::from(!as_part)), "{name}: {ran:?}");
+    }
+}
+
 #[tokio::test]
 async fn any_tampering_with_the_log_is_found_and_named() {
     let mut stopped = StoppedBroker::new().await;
