@@ -24,7 +24,7 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    StoreError,
+    Location, StoreError,
     connect_options::{PasswordFiles, connect_options, known_part},
     distrust,
     history::SeenChange,
@@ -110,17 +110,10 @@ impl Database {
         Self::from_source(url, application_name, None)
     }
 
-    /// Returns the server and the database that the options name: host, port and database, without the user. A
-    /// Unix socket counts as a host by its directory.
+    /// Returns where the options say that the tables are.
     #[must_use]
-    pub fn location(&self) -> String {
-        let options = self.shared.login.lock().options.clone();
-        let socket = options.get_socket().map(|path| path.display().to_string());
-        let host = socket.unwrap_or_else(|| options.get_host().to_owned());
-        let database = options.get_database().unwrap_or_else(|| options.get_username());
-        let brackets =
-            if host.contains(':') && !host.starts_with('/') { ("[", "]") } else { ("", "") };
-        format!("{}{host}{}:{}/{database}", brackets.0, brackets.1, options.get_port())
+    pub fn location(&self) -> Location {
+        Location::of(&self.shared.login.lock().options)
     }
 
     /// Like [`Self::new`], with a function that returns the present URL whenever it is called. It may block.

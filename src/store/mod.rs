@@ -21,6 +21,7 @@ pub mod intake;
 pub mod intake_keys;
 pub mod leases;
 mod lenient;
+mod location;
 pub mod migrate;
 mod pooler;
 pub mod retention;
@@ -39,6 +40,7 @@ pub use self::{
     error::{DatabaseCause, StoreError},
     execution::within,
     lenient::{Readable, UnusableRow},
+    location::Location,
     trust::{Answer, TrustGate, TrustLock},
 };
 

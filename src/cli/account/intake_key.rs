@@ -13,7 +13,7 @@ use crate::{
     cli::{global::GlobalArgs, output},
     config::{self, Flags, KnownKeyFlags},
     crypto::{IntakePublicKey, Keyring},
-    store::{admin::Admin, intake_keys},
+    store::{Location, admin::Admin, intake_keys},
 };
 
 /// What to do when the published key is not the expected one.
@@ -26,7 +26,7 @@ pub(super) struct Trust {
     keyring_file: Option<PathBuf>,
     known_keys_file: Option<PathBuf>,
     /// The database, as the settings name it.
-    location: Option<String>,
+    location: Option<Location>,
 }
 
 impl Trust {
@@ -90,7 +90,7 @@ impl Trust {
         // The next call without the setting trusts this key. It need not be possible: in a container, there may
         // be no home directory.
         if let (Ok(known), Some(location)) = (self.known_keys(), &self.location) {
-            let _ = known.remember(location, published);
+            let _ = known.remember(&location.to_string(), published);
         }
         Ok(())
     }
@@ -117,9 +117,9 @@ impl Trust {
     fn compare_with_remembered(&self, published: &IntakePublicKey) -> anyhow::Result<()> {
         const ELSE: &str = "or set TOKEN_BROKER_INTAKE_KEY to what `token-broker keys public` prints on the \
             broker's host";
-        let location = self.location.as_deref().context("the database is unknown")?;
+        let location = self.location.as_ref().context("the database is unknown")?;
         let known = self.known_keys().with_context(|| format!("set it, {ELSE}"))?;
-        let compared = known.compare(location, published).with_context(|| {
+        let compared = known.compare(&location.to_string(), location.database(), published).with_context(|| {
             format!(
                 "the intake key cannot be remembered in {}: set TOKEN_BROKER_KNOWN_KEYS_FILE, {ELSE}",
                 known.file().display()

@@ -1,7 +1,7 @@
 //! The file that remembers the intake key of each database, as ssh's `known_hosts` remembers the keys of hosts.
 //!
-//! Each line has a key, as `keys public` prints it, a space, and the location of the database (host, port and
-//! name), as the settings name it. The location does not come from the database, where an attacker could change it.
+//! Each line has a key, as `keys public` prints it, a space, and the location of the tables (host, port, name of the
+//! database, and the schemas unless they are `public`), as the settings name it. The location does not come from the database, where an attacker could change it.
 
 use std::{
     env,
@@ -66,22 +66,31 @@ impl KnownKeys {
         &self.file
     }
 
-    /// Compares `key` with the one that is remembered for `location`. If there is none, remembers `key`, and
+    /// Compares `key` with the one that is remembered for `location`, or else for `earlier_location`, as earlier
+    /// releases named it. If there is none for `location`, and no other for the earlier one, remembers `key`, and
     /// returns once it is on disk. Blocks while another process does the same.
     ///
     /// # Errors
     /// When the file cannot be read or written, is malformed, or could be written by others.
-    pub(super) fn compare(&self, location: &str, key: &IntakePublicKey) -> anyhow::Result<Outcome> {
+    pub(super) fn compare(
+        &self,
+        location: &str,
+        earlier_location: &str,
+        key: &IntakePublicKey,
+    ) -> anyhow::Result<Outcome> {
         let _lock = self.lock()?;
         let text = self.read()?;
-        match find(&text, location)? {
-            Some(remembered) if remembered == *key => Ok(Outcome::Known),
-            Some(remembered) => Ok(Outcome::Changed { remembered }),
-            None => {
-                atomic::replace(&self.file, replaced(&text, location, key).as_bytes())?;
-                Ok(Outcome::FirstUse)
-            }
+        let (remembered, is_earlier) = match find(&text, location)? {
+            Some(remembered) => (Some(remembered), false),
+            None => (find(&text, earlier_location)?, true),
+        };
+        if let Some(remembered) = remembered.clone().filter(|remembered| remembered != key) {
+            return Ok(Outcome::Changed { remembered });
         }
+        if is_earlier {
+            atomic::replace(&self.file, replaced(&text, location, key).as_bytes())?;
+        }
+        Ok(if remembered.is_some() { Outcome::Known } else { Outcome::FirstUse })
     }
 
     /// Remembers `key` for `location` in the place of any other.
@@ -180,7 +189,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("config/token-broker/known-keys");
         let known = KnownKeys::at(file.clone());
-        let compare = |location: &str, n| known.compare(location, &key(n)).unwrap();
+        let compare = |location: &str, n| known.compare(location, location, &key(n)).unwrap();
         assert_eq!(compare("db:5432/one", 1), Outcome::FirstUse);
         assert_eq!(compare("db:5432/two", 2), Outcome::FirstUse);
         assert_eq!(compare("db:5432/one", 1), Outcome::Known);
@@ -189,12 +198,36 @@ mod tests {
         assert_eq!(compare("db:5432/one", 2), changed, "a refused key is not remembered");
         // The same id with other bytes is another key.
         let same_id = IntakePublicKey::new("i1", &[9; 32]).unwrap();
-        assert_eq!(known.compare("db:5432/one", &same_id).unwrap(), changed);
+        assert_eq!(known.compare("db:5432/one", "", &same_id).unwrap(), changed);
 
         known.remember("db:5432/one", &key(2)).unwrap();
         assert_eq!(compare("db:5432/one", 2), Outcome::Known);
         assert_eq!(compare("db:5432/two", 2), Outcome::Known);
         assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn deployments_in_schemas_of_one_database_have_keys_of_their_own() {
+        let directory = tempfile::tempdir().unwrap();
+        let known = KnownKeys::at(directory.path().join("known-keys"));
+        let database = "db:5432/one";
+        let compare = |schema: &str, n| {
+            let location = format!("{database}?search_path={schema}");
+            known.compare(&location, database, &key(n)).unwrap()
+        };
+        for _ in 0..2 {
+            compare("a", 1);
+            compare("b", 2);
+            assert_eq!((compare("a", 1), compare("b", 2)), (Outcome::Known, Outcome::Known));
+        }
+        assert_eq!(compare("a", 2), Outcome::Changed { remembered: key(1) });
+
+        // An earlier release remembered a key without the schema. Another one is not taken for a first one.
+        known.remember(database, &key(3)).unwrap();
+        assert_eq!(compare("c", 4), Outcome::Changed { remembered: key(3) });
+        assert_eq!(compare("c", 3), Outcome::Known);
+        known.remember(database, &key(5)).unwrap();
+        assert_eq!(compare("c", 3), Outcome::Known);
     }
 
     #[test]
@@ -204,13 +237,13 @@ mod tests {
         let known = KnownKeys::at(file.clone());
         fs::write(&file, format!("# comment\n\n{} db:5432/one\n", key(1))).unwrap();
         fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
-        assert_eq!(known.compare("db:5432/one", &key(1)).unwrap(), Outcome::Known);
+        assert_eq!(known.compare("db:5432/one", "", &key(1)).unwrap(), Outcome::Known);
         fs::set_permissions(&file, fs::Permissions::from_mode(0o660)).unwrap();
-        assert!(known.compare("db:5432/one", &key(1)).is_err());
+        assert!(known.compare("db:5432/one", "", &key(1)).is_err());
         fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
         for text in ["i1", "i1:AAAA db:5432/one", "db:5432/one"] {
             fs::write(&file, text).unwrap();
-            assert!(known.compare("db:5432/one", &key(1)).is_err(), "{text}");
+            assert!(known.compare("db:5432/one", "", &key(1)).is_err(), "{text}");
             assert_eq!(fs::read_to_string(&file).unwrap(), text, "it stays as it is");
         }
     }

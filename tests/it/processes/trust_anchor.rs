@@ -208,3 +208,34 @@ async fn without_a_home_directory_the_key_must_be_given_or_come_from_the_keyring
     assert!(error.contains("is not one of the keyring on this machine"), "{error}");
     assert_eq!(accounts(&fixture).await, 1);
 }
+
+/// Deployments in schemas of one database have keys of their own, and each is remembered for itself.
+#[tokio::test]
+async fn deployments_in_schemas_of_one_database_do_not_share_a_known_key() {
+    let fixture = Fixture::new().await;
+    let shell = Shell::new(&fixture);
+    let keys = TempDir::new().unwrap();
+    let schema_url = |schema: &str| {
+        let mut url = Url::parse(fixture.database.url()).unwrap();
+        url.query_pairs_mut().append_pair("options", &format!("-c search_path={schema}"));
+        url.to_string()
+    };
+    for schema in ["one", "two"] {
+        fixture.database.sql(&format!("create schema {schema}")).await;
+        let (file, _) = new_key(keys.path(), schema).await;
+        let mut migrate = program(&["migrate"]);
+        migrate.env("DATABASE_URL", schema_url(schema)).env("TOKEN_BROKER_KEYRING_FILE", file);
+        run(migrate, "").await.ok();
+    }
+    for (nth, trusting) in [true, false, false].into_iter().enumerate() {
+        for schema in ["one", "two"] {
+            let name = format!("a{nth}");
+            let mut add = program(&["account", "add", &name, "--client-id", &name]);
+            add.env("DATABASE_URL", schema_url(schema)).env("XDG_CONFIG_HOME", shell.home.path());
+            let added = run(add, "SK.1\n").await;
+            assert_eq!(added.stderr.contains("trusting"), trusting, "{schema}: {added:?}");
+            added.ok();
+        }
+    }
+    assert_eq!(shell.known_keys().lines().count(), 2);
+}
