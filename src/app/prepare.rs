@@ -27,7 +27,7 @@ use crate::{
         refresher::{PendingTokens, RefreshTrigger, Refresher},
         trust_monitor::{IntakeKeyFault, check_published},
     },
-    store::{StoreError, accounts, instances, intake_keys, leases, within},
+    store::{accounts, instances, intake_keys, leases, within},
 };
 
 /// How long the record of the start may take to become durable.
@@ -168,12 +168,12 @@ async fn check_schema(components: &Components, config: &AppConfig) -> Result<(),
     if config.migrate {
         components.unverified_database.migrate().await?;
     }
-    let checked = components.unverified_database.check_schema().await;
+    let checked = within(components.unverified_database.check_schema()).await;
     if let Err(error) = &checked {
         components.gate.close_after(error);
     }
     checked?;
-    Ok(components.unverified_database.check_schema_trust().await?)
+    Ok(within(components.unverified_database.check_schema_trust()).await?)
 }
 
 /// Checks the keyring against the stored secrets and the published intake key. With `--migrate`, publishes the
@@ -181,12 +181,15 @@ async fn check_schema(components: &Components, config: &AppConfig) -> Result<(),
 /// is an attack or a keyring that was replaced.
 async fn check_keys(components: &Components, config: &AppConfig) -> Result<(), StartError> {
     let (pool, keyring) = (&components.pool, &config.keyring);
-    log_unopened(&check_keyring(keyring, &accounts::sealed_samples(pool).await?)?);
-    match check_published(keyring, &intake_keys::published(pool).await?) {
+    log_unopened(&check_keyring(keyring, &within(accounts::sealed_samples(pool)).await?)?);
+    match check_published(keyring, &within(intake_keys::published(pool)).await?) {
         Ok(()) | Err(IntakeKeyFault::NonePublished) if config.migrate => {
-            let mut transaction = pool.begin().await.map_err(StoreError::from)?;
-            intake_keys::publish(&mut transaction, &keyring.intake_public()).await?;
-            Ok(transaction.commit().await.map_err(StoreError::from)?)
+            let published = within(async {
+                let mut transaction = pool.begin().await?;
+                intake_keys::publish(&mut transaction, &keyring.intake_public()).await?;
+                Ok(transaction.commit().await?)
+            });
+            Ok(published.await?)
         }
         checked => Ok(checked?),
     }

@@ -49,7 +49,12 @@ pub(super) fn checks(components: &Components) -> Arc<dyn Fn() -> Readiness + Sen
             serving_check(serving.load(Ordering::Relaxed)),
             trust_check(trust.fault()),
             journal_check(&journal),
-            postgres_check(&connectivity, &health.failing(), gate.problem().as_deref()),
+            postgres_check(
+                &connectivity,
+                &health.failing(),
+                gate.problem().as_deref(),
+                gate.refusal(),
+            ),
             rows_check(&health.unusable()),
             delivery_check(&connectivity, &journal),
             upstream_check(&cache, outage.is_on(), clock.now()),
@@ -86,13 +91,15 @@ fn journal_check(journal: &Journal) -> Check {
     Check { name: "journal", ok: has_room, required: true, detail }
 }
 
-/// `unverified` says why the database must not be used, if so.
+/// `unverified` says why the database must not be used, if so, and `refusal` why it takes no new connections.
 fn postgres_check(
     connectivity: &DatabaseConnectivity,
     failing: &[FailingDuty],
     unverified: Option<&str>,
+    refusal: Option<String>,
 ) -> Check {
-    let ok = answers(connectivity) && failing.is_empty() && unverified.is_none();
+    let ok =
+        answers(connectivity) && failing.is_empty() && unverified.is_none() && refusal.is_none();
     let state = match unverified {
         Some(reason) => format!("is not used: {reason}"),
         None => "does not answer".into(),
@@ -105,13 +112,19 @@ fn postgres_check(
         ),
         Connectivity::Connected if unverified.is_some() => state,
         Connectivity::Connected if !connectivity.has_answered() => "has not answered yet".into(),
-        Connectivity::Connected if failing.is_empty() => "answers".into(),
-        Connectivity::Connected => {
-            format!("answers, but its changes cannot be followed: {}", problems(failing))
-        }
+        Connectivity::Connected => answers_but(failing, refusal),
     };
     let required = connectivity.current() == Connectivity::Unacknowledged;
     Check { name: "postgres", ok, required, detail }
+}
+
+/// Returns the state of a database that answers: what it refuses, if anything.
+fn answers_but(failing: &[FailingDuty], refusal: Option<String>) -> String {
+    let refusal = refusal.map(|why| format!("takes no new connections: {why}"));
+    let failing = (!failing.is_empty())
+        .then(|| format!("its changes cannot be followed: {}", problems(failing)));
+    let but: Vec<_> = refusal.into_iter().chain(failing).collect();
+    if but.is_empty() { "answers".into() } else { format!("answers, but {}", but.join("; ")) }
 }
 
 /// Returns the problems, each once with the duties that have it.
@@ -169,6 +182,23 @@ mod tests {
         let duty = |duty, problem: &str| FailingDuty { duty, problem: problem.into() };
         let failing = [duty("access", "b"), duty("accounts", "a"), duty("intake", "b")];
         assert_eq!(problems(&failing), "a (accounts); b (access, intake)");
+    }
+
+    #[test]
+    fn a_database_that_answers_is_shown_with_what_it_refuses() {
+        let failing = [FailingDuty { duty: "intake", problem: "a".into() }];
+        for (failing, refusal, expected) in [
+            (&[][..], None, "answers"),
+            (&[], Some("b"), "answers, but takes no new connections: b"),
+            (&failing, None, "answers, but its changes cannot be followed: a (intake)"),
+            (
+                &failing,
+                Some("b"),
+                "answers, but takes no new connections: b; its changes cannot be followed: a (intake)",
+            ),
+        ] {
+            assert_eq!(answers_but(failing, refusal.map(Into::into)), expected);
+        }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use sqlx::PgPool;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, instrument, warn};
 
@@ -18,6 +19,10 @@ use crate::{
 
 /// Time between two runs.
 const RUN_INTERVAL: Duration = Duration::from_hours(1);
+/// How long finding out what has expired may take, and removing one day. Without a limit, a server that stops
+/// answering would end the removal for good.
+const READ_TIMEOUT: Duration = Duration::from_mins(1);
+const DAY_TIMEOUT: Duration = Duration::from_hours(1);
 /// SQLSTATE of a lock that was not granted in time.
 const LOCK_NOT_AVAILABLE: &str = "55P03";
 
@@ -33,6 +38,15 @@ pub struct Retention {
     pub calls: Option<Duration>,
     /// How long records of changes are kept, no shorter than `calls`; `None` for ever.
     pub changes: Option<Duration>,
+}
+
+/// Runs `step` for no longer than `limit`.
+async fn in_time<T>(
+    limit: Duration,
+    step: impl Future<Output = Result<T, StoreError>>,
+) -> Result<T, StoreError> {
+    let late = StoreError::TimedOut { reason: "no answer while expired records were removed" };
+    timeout(limit, step).await.unwrap_or(Err(late))
 }
 
 impl Retention {
@@ -70,7 +84,7 @@ impl Retention {
     async fn remove_days(&self, pool: &PgPool, calls: Duration) -> Result<(), StoreError> {
         // The wall clock may be ahead, or may have been at the start. What is deleted does not come back.
         let now = self.clock.now().min(self.clock.wall());
-        let minimum = minimum_retention(pool).await?;
+        let minimum = in_time(READ_TIMEOUT, minimum_retention(pool)).await?;
         if !minimum.allows(self.calls, self.changes) {
             warn!(
                 ?minimum,
@@ -80,8 +94,9 @@ impl Retention {
         }
         let calls = calls.max(minimum.calls);
         let changes = self.changes.map(|changes| changes.max(minimum.changes));
-        for day in expired_days(pool, now, Some(calls), changes).await? {
-            match self.remove_day(pool, day, now).await {
+        let days = in_time(READ_TIMEOUT, expired_days(pool, now, Some(calls), changes)).await?;
+        for day in days {
+            match in_time(DAY_TIMEOUT, self.remove_day(pool, day, now)).await {
                 Ok(true) => {}
                 // Another replica is removing records: the rest is left to it.
                 Ok(false) => return Ok(()),

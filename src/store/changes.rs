@@ -10,6 +10,8 @@ use super::{
     Database, StoreError,
     lenient::{Lenient, LenientTime},
     tokens,
+    trust::{Trust, TrustGate},
+    within,
 };
 use crate::domain::clock::Timestamp;
 
@@ -289,6 +291,8 @@ pub struct ChangeListener {
     listener: PgListener,
     /// The database, whose guard remembers changes as soon as they are announced.
     database: Database,
+    /// The gate that admitted the connection, and the trust under which it did.
+    trust: Option<(TrustGate, Trust)>,
 }
 
 impl ChangeListener {
@@ -298,20 +302,38 @@ impl ChangeListener {
     /// Returns the database's error.
     #[instrument(level = "debug", skip_all)]
     pub async fn connect(database: &Database) -> Result<Self, StoreError> {
+        let trust = database.trust()?;
         let pool = database.pool_of_present_url().await;
-        let mut listener = PgListener::connect_with(&pool).await?;
-        // A new listener takes the URL that is valid then.
-        listener.eager_reconnect(false);
-        listener.listen_all([CHANNEL, tokens::CHANNEL]).await?;
-        Ok(Self { listener, database: database.clone() })
+        let listener = within(async {
+            let mut listener = PgListener::connect_with(&pool).await?;
+            // A new listener takes the URL that is valid then.
+            listener.eager_reconnect(false);
+            listener.listen_all([CHANNEL, tokens::CHANNEL]).await?;
+            Ok(listener)
+        });
+        Ok(Self { listener: listener.await?, database: database.clone(), trust })
     }
 
     /// Waits for a notification. Cancel safe.
     ///
     /// # Errors
-    /// When the connection is lost. Create a new listener then, after a pause.
+    /// When the connection is lost, or must not be used any more. Create a new listener then, after a pause.
     pub async fn wait(&mut self) -> Result<(), StoreError> {
-        match self.listener.try_recv().await? {
+        let trust = self.trust.clone();
+        let untrusted = async {
+            match trust {
+                Some((gate, trust)) => {
+                    gate.ended(trust).await;
+                    gate.holds(trust)
+                }
+                None => std::future::pending().await,
+            }
+        };
+        let received = tokio::select! {
+            received = self.listener.try_recv() => received?,
+            ended = untrusted => return ended,
+        };
+        match received {
             Some(_) => {
                 self.database.note_change();
                 Ok(())

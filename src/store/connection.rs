@@ -38,8 +38,8 @@ const PING_TIMEOUT: Duration = Duration::from_secs(5);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long [`Database::probe`] waits for the server.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
-/// After this time a connection is replaced when it is free, so that a changed address or login takes effect.
-const MAX_LIFETIME: Duration = Duration::from_mins(5);
+/// After this time a pool's connection is replaced when it is free, so that a changed address or login takes effect.
+pub const MAX_LIFETIME: Duration = Duration::from_mins(5);
 /// The pause between two readings of the URL and the password files, for the pools.
 const RELOAD_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a new connection waits for the file of the URL. If that takes longer, the last URL is used.
@@ -181,6 +181,15 @@ impl Database {
         if let Some(gate) = &self.gate {
             gate.note_changes(changes);
         }
+    }
+
+    /// Returns the trust under which connections are admitted at present, if there is a gate.
+    ///
+    /// # Errors
+    /// Returns [`StoreError::Unverified`] while the gate is closed.
+    pub(super) fn trust(&self) -> Result<Option<(TrustGate, Trust)>, StoreError> {
+        let trust = |gate: &TrustGate| Ok((gate.clone(), gate.trust()?));
+        self.gate.as_ref().map(trust).transpose()
     }
 
     /// Checks that `url` can be used.

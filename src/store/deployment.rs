@@ -1,7 +1,7 @@
 //! The identity of the database: the deployment and the upstream that it belongs to, and whether it is still
 //! in the server in which it was last used.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use sqlx::{Connection, PgConnection, PgExecutor, PgPool, Postgres, Transaction};
 
@@ -217,15 +217,24 @@ async fn mark_all_possibly_revoked(
     Ok(())
 }
 
+/// What the database says of audit chains.
+#[derive(Clone, Debug, Default)]
+pub struct DeliveredChains {
+    /// The last delivered record of each chain that the database has.
+    pub heads: BTreeMap<String, ChainHead>,
+    /// The chains whose row holds no hash, or no number that a record can have.
+    pub malformed: BTreeSet<String>,
+}
+
 /// Returns the last delivered record of each of `chains`. Chains that are not in the database are left out.
 ///
 /// # Errors
-/// Returns [`StoreError::UnreadableRow`] when a hash is malformed, and the database's error.
+/// Returns the database's error.
 #[instrument(level = "debug", skip_all)]
 pub async fn delivered(
     connection: &mut PgConnection,
     chains: &[String],
-) -> Result<BTreeMap<String, ChainHead>, StoreError> {
+) -> Result<DeliveredChains, StoreError> {
     let rows = sqlx::query!(
         "-- store::deployment::delivered
         select chain, delivered_seq, delivered_hash from audit_chains where chain = any($1)",
@@ -233,14 +242,19 @@ pub async fn delivered(
     )
     .fetch_all(connection)
     .await?;
-    rows.into_iter()
-        .map(|row| {
-            let hash = Digest::from_bytes(&row.delivered_hash).ok_or_else(|| {
-                StoreError::unreadable_row("audit_chains", &row.chain, "a hash is not a SHA-256")
-            })?;
-            Ok((row.chain, ChainHead { seq: row.delivered_seq, hash }))
-        })
-        .collect()
+    let mut delivered = DeliveredChains::default();
+    for row in rows {
+        let is_number = (0..i64::MAX).contains(&row.delivered_seq);
+        match Digest::from_bytes(&row.delivered_hash).filter(|_| is_number) {
+            Some(hash) => {
+                delivered.heads.insert(row.chain, ChainHead { seq: row.delivered_seq, hash });
+            }
+            None => {
+                delivered.malformed.insert(row.chain);
+            }
+        }
+    }
+    Ok(delivered)
 }
 
 /// Returns the database's present time.

@@ -267,7 +267,9 @@ impl StoreError {
     /// are lost or no longer fit their tables, its transaction has failed, or its server is read-only.
     #[must_use]
     pub fn spoils_session(&self) -> bool {
-        matches!(self.sqlstate(), Some("0A000" | "25006" | "25P02" | "26000" | "42P05"))
+        // A lost prepared statement is one of the reasons for `UnusableSession`.
+        matches!(self, Self::UnusableSession(_))
+            || matches!(self.sqlstate(), Some("0A000" | "25006" | "25P02" | "26000" | "42P05"))
     }
 
     /// Returns whether an attempt to open a connection got no answer: neither from the server nor from a connection

@@ -1,7 +1,7 @@
 //! What a database says of its history: which server it is in, how far it got, and whether it still has what
 //! was seen in it before.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 use sqlx::PgConnection;
@@ -9,7 +9,7 @@ use tracing::instrument;
 
 use super::{
     StoreError,
-    deployment::{self, Deployment},
+    deployment::{self, DeliveredChains, Deployment},
 };
 use crate::audit::chain::ChainHead;
 
@@ -72,13 +72,16 @@ pub struct DatabaseHistory {
     pub server: ServerPosition,
     /// The last delivered record of each expected audit chain that the database has.
     pub delivered: BTreeMap<String, ChainHead>,
+    /// The expected audit chains whose row is malformed, so that it proves nothing.
+    pub malformed_chains: BTreeSet<String>,
     /// The digest of each expected change that the database has.
     pub known_changes: BTreeMap<i64, String>,
     /// Changes that were committed since [`Expected::snapshot`], one for each transaction; without a snapshot,
     /// the newest ones.
     pub new_changes: Vec<SeenChange>,
-    /// How many of the expected tokens are stored with a lower generation.
-    pub older_tokens: i64,
+    /// How many of the expected tokens are stored with a lower generation; `None` if another transaction has
+    /// locked them.
+    pub older_tokens: Option<i64>,
     /// The snapshot from which the next reading in the same session continues.
     pub snapshot: String,
 }
@@ -99,19 +102,21 @@ pub async fn read(
             (Err(StoreError::NotFound(_)), Some(deployment)) => (deployment.clone(), true),
             (read, _) => (read?, false),
         };
-    let delivered = deployment::delivered(connection, &expected.chains).await?;
+    let DeliveredChains { heads, malformed } =
+        deployment::delivered(connection, &expected.chains).await?;
     let known_changes = known_changes(connection, &expected.changes).await?;
     let older_tokens = match older_tokens(connection, &expected.tokens).await {
-        // A lock on `tokens` must not keep revocations from being followed. The other evidence has to do.
-        Err(error) if error.is_delayed() => 0,
-        counted => counted?,
+        // A lock on `tokens` must not keep revocations from being followed. The other evidence has to do so far.
+        Err(error) if error.is_delayed() => None,
+        counted => Some(counted?),
     };
     let (new_changes, snapshot) = new_changes(connection, expected.snapshot.as_deref()).await?;
     Ok(DatabaseHistory {
         deployment,
         identity_is_missing,
         server,
-        delivered,
+        delivered: heads,
+        malformed_chains: malformed,
         known_changes,
         new_changes,
         older_tokens,
@@ -226,7 +231,7 @@ pub async fn new_changes(
 }
 
 /// Counts the accounts of `tokens` whose stored token has a lower generation than given there. Accounts and
-/// tokens that were deleted do not count.
+/// tokens that were deleted do not count, nor does a number that no token can have.
 async fn older_tokens(
     connection: &mut PgConnection,
     tokens: &[(i64, i64)],
@@ -240,7 +245,7 @@ async fn older_tokens(
         select count(*) as "older!"
         from unnest($1::bigint[], $2::bigint[]) as seen (account_id, generation)
         join tokens using (account_id)
-        where tokens.generation < seen.generation"#,
+        where tokens.generation < seen.generation and tokens.generation >= 0"#,
         &accounts,
         &generations,
     )

@@ -36,7 +36,7 @@ use std::time::Duration;
 use sqlx::{PgPool, Postgres, Transaction, postgres::types::PgInterval};
 
 pub use self::{
-    connection::{Database, Session},
+    connection::{Database, MAX_LIFETIME, Session},
     error::{DatabaseCause, StoreError},
     execution::within,
     lenient::{Readable, UnusableRow},

@@ -64,6 +64,8 @@ pub enum Answer {
 #[derive(Debug)]
 struct Shared {
     state: watch::Sender<State>,
+    /// Why new connections are refused although the gate is open, if they are.
+    refusal: Mutex<Option<String>>,
     /// Notified when a connection led elsewhere.
     doubted: Notify,
     /// Notified when the database announced a change.
@@ -82,6 +84,7 @@ impl Default for TrustGate {
     fn default() -> Self {
         Self(Arc::new(Shared {
             state: watch::Sender::new(State::New),
+            refusal: Mutex::default(),
             doubted: Notify::new(),
             changed: Notify::new(),
             noted: Mutex::default(),
@@ -93,6 +96,7 @@ impl TrustGate {
     /// Opens the gate for connections on whose server `lock` is held.
     pub fn open(&self, lock: &TrustLock) {
         let trust = Trust { key: lock.0, since: Instant::now() };
+        self.note_refusal(None);
         self.0.state.send_replace(State::Open(trust));
     }
 
@@ -122,6 +126,18 @@ impl TrustGate {
             }
             _ => None,
         }
+    }
+
+    /// Records why new connections are refused while the gate is open; `None` if they are not.
+    pub fn note_refusal(&self, refusal: Option<String>) {
+        *self.0.refusal.lock() = refusal;
+    }
+
+    /// Returns why new connections are refused although the gate is open, if they are.
+    #[must_use]
+    pub fn refusal(&self) -> Option<String> {
+        let open = matches!(&*self.0.state.borrow(), State::Open(_));
+        self.0.refusal.lock().clone().filter(|_| open)
     }
 
     /// Waits until a connection led to another server than the verified one. Cancel safe; supports one waiter.
@@ -173,6 +189,14 @@ impl TrustGate {
         let mut states = self.0.state.subscribe();
         // The sender lives in `self`, so the wait cannot fail.
         let _ = states.wait_for(|state| matches!(state, State::Open(_))).await;
+    }
+
+    /// Waits until `trust` is not the present one any more. Cancel safe.
+    pub(super) async fn ended(&self, trust: Trust) {
+        let mut states = self.0.state.subscribe();
+        let ended = |state: &State| !matches!(state, State::Open(present) if *present == trust);
+        // The sender lives in `self`, so the wait cannot fail.
+        let _ = states.wait_for(ended).await;
     }
 
     /// Whether a connection that has this age at `now` was opened under the present trust.
@@ -263,11 +287,14 @@ mod tests {
         let first = gate.trust().unwrap();
         let later = first.since + 10 * second;
         assert!(gate.covers(9 * second, later) && !gate.covers(11 * second, later));
+        gate.note_refusal(Some("no free connection".into()));
+        assert_eq!(gate.refusal().as_deref(), Some("no free connection"));
         gate.close("it leads to a standby".into(), Answer::Elsewhere);
+        assert_eq!(gate.refusal(), None, "the reason why it is closed says more");
         assert_eq!(gate.problem().as_deref(), Some("it leads to a standby"));
         assert!(!gate.covers(Duration::ZERO, later) && gate.holds(first).is_err());
         gate.open(&TrustLock(2));
-        assert!(gate.problem().is_none() && gate.holds(first).is_err());
+        assert!(gate.problem().is_none() && gate.refusal().is_none() && gate.holds(first).is_err());
         let second_trust = gate.trust().unwrap();
         assert!(!gate.covers(2 * second, second_trust.since + second));
     }
@@ -282,5 +309,25 @@ mod tests {
         tokio::task::yield_now().await;
         gate.open(&TrustLock(1));
         waiting.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn whoever_relies_on_a_trust_is_woken_when_it_ends() {
+        for reopened in [false, true] {
+            let gate = TrustGate::default();
+            gate.open(&TrustLock(1));
+            let trust = gate.trust().unwrap();
+            let waiting = tokio::spawn({
+                let gate = gate.clone();
+                async move { gate.ended(trust).await }
+            });
+            tokio::task::yield_now().await;
+            assert!(!waiting.is_finished());
+            gate.close("it leads to a standby".into(), Answer::Elsewhere);
+            if reopened {
+                gate.open(&TrustLock(2));
+            }
+            waiting.await.unwrap();
+        }
     }
 }

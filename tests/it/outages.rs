@@ -16,6 +16,7 @@ use tonic_health::pb::{
 use tonic_types::StatusExt;
 
 use crate::harness::{
+    TEST_TIMEOUT,
     broker::{Fixture, TestBroker, code_and_reason},
     database_proxy::DatabaseProxy,
     eventually,
@@ -59,6 +60,45 @@ async fn a_database_that_stopped_answering_is_used_again_once_it_answers() {
     fixture.add_account("acme", "id-1", "SK.1").await;
     eventually("a token", async || client.get("acme").await.ok()).await;
     broker.stop().await;
+}
+
+/// Starts a broker whose connections fall silent while a statement of the start waits for a lock of the table `locked`.
+/// New connections work.
+async fn start_while_connections_fall_silent(locked: &str) {
+    let fixture = Fixture::new().await;
+    let proxy = DatabaseProxy::start(fixture.database.url()).await;
+    let mut lock = fixture.database.pool().begin().await.unwrap();
+    let statement = format!("lock table {locked} in access exclusive mode");
+    sqlx::raw_sql(sqlx::AssertSqlSafe(statement)).execute(&mut *lock).await.unwrap();
+    let silence = async {
+        eventually("a statement that waits", async || {
+            let waiting: i64 = sqlx::query_scalar(
+                "select count(*) from pg_locks l join pg_stat_activity a using (pid)
+                 where not l.granted and a.datname = current_database()",
+            )
+            .fetch_one(fixture.database.pool())
+            .await
+            .unwrap();
+            (waiting > 0).then_some(())
+        })
+        .await;
+        proxy.blackhole();
+        proxy.forward();
+        lock.rollback().await.unwrap();
+    };
+    let start = fixture.start_with(fixture.config_through(&proxy));
+    let both = Box::pin(async { tokio::join!(start, silence) });
+    let started = tokio::time::timeout(TEST_TIMEOUT, both).await;
+    started.unwrap_or_else(|_| panic!("{locked}: the start hangs")).0.stop().await;
+}
+
+/// A server that stops answering in the middle of a start delays the start, and does not hold it up for ever.
+#[tokio::test]
+async fn a_start_goes_on_over_new_connections_when_the_old_ones_fall_silent() {
+    tokio::join!(
+        start_while_connections_fall_silent("_sqlx_migrations"),
+        start_while_connections_fall_silent("accounts"),
+    );
 }
 
 /// Waits until the answer of `/readyz` contains `text`.

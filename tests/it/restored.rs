@@ -5,7 +5,7 @@ use token_broker::app::AppConfig;
 
 use crate::harness::{
     TEST_TIMEOUT,
-    broker::{Fixture, start_error},
+    broker::{Fixture, code_and_reason, start_error},
     database::TestDatabase,
     eventually,
 };
@@ -159,4 +159,75 @@ async fn a_broker_stops_when_a_change_that_it_has_seen_is_gone() {
     let error = start_error(fixture.config()).await;
     assert!(error.contains("lacks changes that were seen in it: "), "{error}");
     assert!(error.contains(" grants insert demo"), "{error}");
+}
+
+/// A failover lost the last token together with its issuer's record. A replica had loaded that token and delivered no
+/// record of its own since. It ends, and its next start must still know of the token: the older one was ended by it.
+#[tokio::test]
+async fn a_start_refuses_a_database_with_an_older_token_than_an_earlier_process_has_seen() {
+    let fixture = Fixture::new().await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let broker = fixture.start().await;
+    fixture.wait_for_state("acme", "fresh").await;
+    let status = async || fixture.account_status("acme", "generation").await;
+    let file = fixture.state.path().join("database");
+    let generation = status().await;
+    eventually("the token in the evidence", async || {
+        std::fs::read_to_string(&file).unwrap().contains(&generation).then_some(())
+    })
+    .await;
+    broker.stop().await;
+    fixture.start().await.stop().await;
+
+    // Changes and records are as they were; only the token is an older one.
+    fixture.database.sql("update tokens set generation = generation - 65536").await;
+    for _ in 0..2 {
+        let error = start_error(fixture.config()).await;
+        assert!(error.contains("to older tokens of 1 accounts"), "{error}");
+    }
+    let broker = fixture.start_with(AppConfig { accept_restored: true, ..fixture.config() }).await;
+    eventually("a new token", async || (fixture.upstream.issued("id-1") == 2).then_some(())).await;
+    broker.stop().await;
+    fixture.start().await.stop().await;
+}
+
+/// Somebody with the broker's login made the broker's own rows of `audit_chains` malformed. They prove nothing then, but
+/// the database is used: revocations are followed over a new session, and a start succeeds.
+#[tokio::test]
+async fn a_malformed_row_of_an_audit_chain_keeps_no_revocation_from_being_followed() {
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    fixture.start().await.stop().await;
+    let broker = fixture.start().await;
+    let client = broker.client(&bearer).await;
+    client.get("acme").await.unwrap();
+    eventually("a delivered record", async || {
+        (count(&fixture, "event = 'get_token'").await > 0).then_some(())
+    })
+    .await;
+    // The chain of the earlier process, and that of this one.
+    fixture
+        .database
+        .sql(
+            "update audit_chains set delivered_seq = -9223372036854775808
+             where started_at = (select min(started_at) from audit_chains);
+             update audit_chains set delivered_hash = '' where delivered_seq >= 0",
+        )
+        .await;
+    fixture
+        .database
+        .sql(
+            "select pg_terminate_backend(pid) from pg_stat_activity
+             where datname = current_database() and application_name <> 'test'",
+        )
+        .await;
+    fixture.database.sql("update accounts set enabled = false").await;
+    eventually("the revocation", async || {
+        let refused = client.get("acme").await.err()?;
+        code_and_reason(&refused).contains("ACCOUNT_DISABLED").then_some(())
+    })
+    .await;
+    broker.stop().await;
+    fixture.start().await.stop().await;
 }

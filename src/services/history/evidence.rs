@@ -4,6 +4,7 @@
 //! again. Rows that were seen in a verified database are there for ever, unless it went back.
 
 use std::{
+    cmp::Reverse,
     collections::{BTreeMap, BTreeSet},
     fs, io,
     path::Path,
@@ -23,6 +24,8 @@ use crate::{
 
 /// The most changes that are remembered: those that were committed last.
 const MAX_CHANGES: usize = 256;
+/// The most tokens that are remembered: those that were issued last.
+const MAX_TOKENS: usize = 256;
 /// By how many bytes the write-ahead log may be shorter after a crash: a record that was not complete is
 /// overwritten.
 const INCOMPLETE_RECORD: i64 = 1 << 20;
@@ -41,6 +44,9 @@ pub(super) struct Evidence {
     /// Changes in the order in which they were seen.
     #[serde(default)]
     pub(super) changes: Vec<SeenChange>,
+    /// Accounts with the generation of their stored token.
+    #[serde(default)]
+    pub(super) tokens: BTreeMap<i64, i64>,
 }
 
 /// The last delivered record of a chain.
@@ -97,7 +103,7 @@ pub(super) fn judge(
         differences.push(Difference::OtherUpstream { theirs, ours });
     }
     if !foreign {
-        let missing = missing_records(delivered, &found.delivered);
+        let missing = missing_records(delivered, found);
         if missing > 0 {
             differences.push(Difference::Older { records: missing });
         }
@@ -136,8 +142,8 @@ fn add_lost(remembered: &Evidence, found: &DatabaseHistory, differences: &mut Ve
     if !changes.is_empty() {
         differences.push(Difference::LostChanges { changes });
     }
-    if found.older_tokens > 0 {
-        differences.push(Difference::OlderTokens { accounts: found.older_tokens });
+    if let Some(accounts) = found.older_tokens.filter(|accounts| *accounts > 0) {
+        differences.push(Difference::OlderTokens { accounts });
     }
     let Some(seen) = remembered.server.as_ref().filter(|seen| seen.is_same_place(&found.server))
     else {
@@ -166,25 +172,33 @@ impl ServerPosition {
 }
 
 /// Returns how many delivered records the database lacks. `delivered` has the last sequence number that
-/// the journal delivered of each chain, and `found` the last record of each chain in the database.
-fn missing_records(delivered: &BTreeMap<String, i64>, found: &BTreeMap<String, ChainHead>) -> i64 {
-    let missing =
-        |(chain, seq): (&String, &i64)| (seq - found.get(chain).map_or(0, |head| head.seq)).max(0);
-    delivered.iter().map(missing).sum()
+/// the journal delivered of each chain. A chain whose row is malformed proves nothing.
+fn missing_records(delivered: &BTreeMap<String, i64>, found: &DatabaseHistory) -> i64 {
+    let missing = |(chain, seq): (&String, &i64)| {
+        seq.saturating_sub(found.delivered.get(chain).map_or(0, |head| head.seq)).max(0)
+    };
+    let readable = delivered.iter().filter(|(chain, _)| !found.malformed_chains.contains(*chain));
+    readable.map(missing).fold(0, i64::saturating_add)
 }
 
 impl Evidence {
     /// Returns the evidence after a database was found to continue `before`, or was accepted, which is `None`
     /// then.
     pub(super) fn after(before: Option<Self>, found: &DatabaseHistory) -> Self {
-        let delivered =
-            found.delivered.iter().map(|(chain, head)| (chain.clone(), (*head).into())).collect();
+        let (changes, tokens, mut delivered) = before
+            .map(|before| (before.changes, before.tokens, before.delivered))
+            .unwrap_or_default();
+        // What is known of a chain remains while its row is malformed.
+        delivered.retain(|chain, _| found.malformed_chains.contains(chain));
+        delivered
+            .extend(found.delivered.iter().map(|(chain, head)| (chain.clone(), (*head).into())));
         let mut after = Self {
             deployment: found.deployment.identity.id.clone(),
             epoch: found.deployment.identity.epoch,
             server: Some(found.server.clone()),
             delivered,
-            changes: before.map(|before| before.changes).unwrap_or_default(),
+            changes,
+            tokens,
         };
         after.add_changes(found.new_changes.iter().cloned());
         after
@@ -216,6 +230,20 @@ impl Evidence {
         })
     }
 
+    /// Adds accounts with the generation of the token that was seen in the database.
+    pub(super) fn note_tokens(&mut self, mut seen: Vec<(i64, i64)>) {
+        keep_latest(&mut seen);
+        for (account, generation) in seen {
+            let known = self.tokens.entry(account).or_insert(generation);
+            *known = generation.max(*known);
+        }
+        if self.tokens.len() > MAX_TOKENS {
+            let mut tokens = std::mem::take(&mut self.tokens).into_iter().collect();
+            keep_latest(&mut tokens);
+            self.tokens.extend(tokens);
+        }
+    }
+
     /// Whether the next start would judge differently if it had `other` instead of this. The position of the
     /// log, which moves all the time, does not count alone.
     pub(super) fn differs_from(&self, other: &Self) -> bool {
@@ -225,6 +253,7 @@ impl Evidence {
             || self.deployment != other.deployment
             || self.delivered != other.delivered
             || self.changes != other.changes
+            || self.tokens != other.tokens
     }
 
     /// Reads the file at `path`; returns `None` if there is none. Blocks on disk.
@@ -244,6 +273,14 @@ impl Evidence {
     /// disk.
     pub(super) fn write(&self, path: &Path) -> io::Result<()> {
         atomic::replace(path, &serde_json::to_vec(self)?)
+    }
+}
+
+/// Keeps the tokens that were issued last. A generation begins with the time of the issue.
+fn keep_latest(tokens: &mut Vec<(i64, i64)>) {
+    if tokens.len() > MAX_TOKENS {
+        tokens.select_nth_unstable_by_key(MAX_TOKENS, |(_, generation)| Reverse(*generation));
+        tokens.truncate(MAX_TOKENS);
     }
 }
 
@@ -287,7 +324,8 @@ mod tests {
             delivered: [("c".to_owned(), head(records))].into(),
             known_changes: (1..=changes).map(|id| (id, change(id).digest)).collect(),
             new_changes: (1..=changes).map(change).collect(),
-            older_tokens: 0,
+            malformed_chains: BTreeSet::new(),
+            older_tokens: Some(0),
             snapshot: String::new(),
         }
     }
@@ -347,7 +385,7 @@ mod tests {
         let mut other = database(2, 200 * MIB, 10, 3);
         other.known_changes.insert(3, "another".into());
         other.delivered.insert("c".into(), ChainHead { seq: 10, hash: Digest::ZERO });
-        other.older_tokens = 2;
+        other.older_tokens = Some(2);
         let chains = vec!["c".to_owned()];
         let expected = [
             Difference::OtherRecords { chains },
@@ -458,8 +496,45 @@ mod tests {
     fn missing_records_are_summed_over_all_chains() {
         let delivered =
             [("a", 10), ("b", 20), ("c", 5)].map(|(chain, seq)| (chain.to_owned(), seq));
-        let found = [("a", head(7)), ("b", head(25))].map(|(chain, it)| (chain.to_owned(), it));
-        assert_eq!(missing_records(&delivered.into(), &found.into()), 3 + 5);
+        let delivered = delivered.into();
+        let mut found = database(1, 1, 0, 0);
+        found.delivered =
+            [("a", head(7)), ("b", head(25))].map(|(chain, it)| (chain.to_owned(), it)).into();
+        assert_eq!(missing_records(&delivered, &found), 3 + 5);
+        found.malformed_chains = ["c".to_owned()].into();
+        assert_eq!(missing_records(&delivered, &found), 3, "a malformed row proves nothing");
+    }
+
+    #[test]
+    fn what_is_known_of_a_chain_remains_while_its_row_is_malformed() {
+        let seen = database(1, 100 * MIB, 10, 3);
+        let mut malformed = seen.clone();
+        malformed.delivered.clear();
+        malformed.malformed_chains = ["c".to_owned()].into();
+        assert_eq!(verdict(&seen, &malformed), Verdict::Continues);
+        let evidence = Evidence::after(Some(Evidence::after(None, &seen)), &malformed);
+        let mut altered = seen;
+        altered.delivered.insert("c".into(), ChainHead { seq: 10, hash: Digest::ZERO });
+        let delivered = [("c".to_owned(), 10)].into();
+        let chains = vec!["c".to_owned()];
+        let expected = Verdict::Differs(vec![Difference::OtherRecords { chains }]);
+        assert_eq!(judge(Some(&evidence), &delivered, &altered, STAGING), expected);
+    }
+
+    #[test]
+    fn the_tokens_that_were_issued_last_are_remembered_also_over_a_restart() {
+        let mut evidence = Evidence::after(None, &database(1, 1, 1, 0));
+        evidence.note_tokens((0..1_000).map(|account| (account, 5_000 - account)).collect());
+        assert_eq!(evidence.tokens, (0..256).map(|account| (account, 5_000 - account)).collect());
+        // An older state of the cache, a new token, and a token of another account.
+        evidence.note_tokens(vec![(0, 1), (1, 9_000), (7_000, 8_000)]);
+        let tokens = &evidence.tokens;
+        assert_eq!((tokens[&0], tokens[&1], tokens[&7_000]), (5_000, 9_000, 8_000));
+        assert_eq!((tokens.len(), tokens.get(&255)), (MAX_TOKENS, None));
+        let before = Evidence::after(None, &database(1, 1, 1, 0));
+        assert!(before.differs_from(&evidence), "it is written");
+        let next = Evidence::after(Some(evidence.clone()), &database(1, 1, 1, 0));
+        assert_eq!(next.tokens, evidence.tokens);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use super::{
     mismatch::is_old_primary,
     verification::{HistoryError, HistoryGuard, VerifiedSession},
 };
-use crate::store::{Answer, Database, StoreError};
+use crate::store::{Answer, Database, MAX_LIFETIME, StoreError};
 
 /// The pause between two readings. The notification of a change ends it early, so that a change that became
 /// effective here is remembered at once.
@@ -34,6 +34,9 @@ const PROBE_PAUSE: Duration = Duration::from_millis(200);
 /// How long the session is believed although no new connection can be opened, so that nobody knows where the
 /// address leads.
 const UNPROVEN_LIMIT: Duration = Duration::from_secs(30);
+/// How long the session is believed although its address refuses all new connections: perhaps another server is there
+/// by now. It is as long as the connections of the pools last, so that nothing works for longer.
+const REFUSED_LIMIT: Duration = MAX_LIFETIME;
 /// The pause between two attempts to verify the database again.
 const RETRY_PAUSE: Duration = Duration::from_millis(500);
 /// The pause between two reports of a database that cannot be used.
@@ -55,18 +58,20 @@ struct Probes {
     proven: Instant,
     /// How many connections in a row led elsewhere since.
     elsewhere: u32,
+    /// Why the last connection was refused, since a connection led to the verified server.
+    refusal: Option<String>,
     next: Instant,
 }
 
 impl Probes {
     fn new(now: Instant) -> Self {
-        Self { proven: now, elsewhere: 0, next: now + PROBE_INTERVAL }
+        Self { proven: now, elsewhere: 0, refusal: None, next: now + PROBE_INTERVAL }
     }
 
     /// Takes the result of a probe at `now`. Returns why the session's server is not believed any more, if so.
     ///
-    /// A server or a connection pooler that answers and refuses the login proves nothing: it has too many
-    /// connections, for example.
+    /// A server that answers and refuses the login, or a connection pooler that has no free connection, may be the
+    /// session's or the one that took over. That cannot be told, so the session is believed for a while.
     fn note(&mut self, result: Result<(), StoreError>, now: Instant) -> Option<StoreError> {
         self.next = now + PROBE_INTERVAL;
         match result {
@@ -76,10 +81,16 @@ impl Probes {
                 self.next = now + PROBE_PAUSE;
                 return (self.elsewhere >= PROBES_ELSEWHERE).then_some(error);
             }
-            Err(error) if error.is_silence() && now >= self.proven + UNPROVEN_LIMIT => {
-                return Some(error);
+            Err(error) => {
+                let silent = error.is_silence();
+                let limit = if silent { UNPROVEN_LIMIT } else { REFUSED_LIMIT };
+                if now >= self.proven + limit {
+                    return Some(error);
+                }
+                if !silent {
+                    self.refusal = Some(error.to_string());
+                }
             }
-            Err(_) => {}
         }
         None
     }
@@ -95,6 +106,7 @@ impl HistoryGuard {
                 error!("{why}");
             }
         }
+        self.remember_tokens().await;
     }
 
     /// Watches the database. Returns why the broker must stop.
@@ -130,7 +142,13 @@ impl HistoryGuard {
     /// Reads over the session and probes its address until either shows that the session is not enough.
     async fn follow(&self, session: &mut VerifiedSession, gated: &Database) -> Ended {
         let mut probes = Probes::new(Instant::now());
+        let mut tokens_due = Instant::now();
         loop {
+            // There can be very many accounts, and changes make the pauses short.
+            if Instant::now() >= tokens_due {
+                self.note_tokens();
+                tokens_due = Instant::now() + POLL_INTERVAL;
+            }
             if let Err(ended) = self.poll(session).await {
                 return ended;
             }
@@ -142,6 +160,7 @@ impl HistoryGuard {
                 if let Some(error) = probes.note(result, Instant::now()) {
                     return Ended::Untrusted(error);
                 }
+                self.note_refusal(&probes);
             }
             tokio::select! {
                 () = sleep_until(probes.next.min(polled + POLL_INTERVAL)) => {}
@@ -151,10 +170,19 @@ impl HistoryGuard {
         }
     }
 
+    /// Lets operators see why new connections are refused, if they are.
+    fn note_refusal(&self, probes: &Probes) {
+        if let Some(refusal) = probes.refusal.as_ref().filter(|_| self.gate.refusal().is_none()) {
+            warn!(refusal, "the database refuses new connections; those that are open are used");
+        }
+        self.gate.note_refusal(probes.refusal.clone());
+    }
+
     /// Reads once over the session, checks what is found, and remembers it.
     async fn poll(&self, session: &mut VerifiedSession) -> Result<(), Ended> {
         let snapshot = session.snapshot.clone();
-        let reading = match self.read(&mut session.session, snapshot).await {
+        let compare_tokens = !session.tokens_compared;
+        let reading = match self.read(&mut session.session, snapshot, compare_tokens).await {
             Ok(reading) => reading,
             Err(error) if is_refused(&error) => {
                 if !std::mem::replace(&mut session.refuses, true) {
@@ -165,9 +193,10 @@ impl HistoryGuard {
             Err(error) => return Err(Ended::Untrusted(error)),
         };
         match self.believe(&mut session.session, reading).await {
-            Ok(snapshot) => {
-                session.snapshot = Some(snapshot);
+            Ok(found) => {
+                session.snapshot = Some(found.snapshot);
                 session.refuses = false;
+                session.tokens_compared |= found.older_tokens.is_some();
                 Ok(())
             }
             // Only the row of the identity could not be written again.
@@ -211,9 +240,11 @@ impl HistoryGuard {
 }
 
 /// Whether a failed reading leaves the session as it is: the server answers, and has the tables, but refuses
-/// the statement, for example because somebody locked a table.
+/// the statement, for example because somebody locked a table. A session whose statements are lost would be refused
+/// for ever.
 fn is_refused(error: &StoreError) -> bool {
-    !error.may_be_outage() && !matches!(error, StoreError::UndefinedTable(_))
+    let spoiled = error.may_be_outage() || error.spoils_session();
+    !spoiled && !matches!(error, StoreError::UndefinedTable(_))
 }
 
 /// Whether the broker must stop because of a failed verification. An old primary is waited for to go away: an
@@ -258,10 +289,42 @@ mod tests {
         let mut probes = Probes::new(now);
         assert!(probes.note(silent(), now + UNPROVEN_LIMIT / 2).is_none());
         assert!(probes.note(silent(), now + UNPROVEN_LIMIT).is_some());
-        // A server that refuses the login answers.
-        let mut probes = Probes::new(now);
-        let refused = Err(StoreError::Schema("refused".into()));
-        assert!(probes.note(refused, now + 10 * UNPROVEN_LIMIT).is_none());
+    }
+
+    #[test]
+    fn a_session_is_believed_for_as_long_as_pooled_connections_while_new_ones_are_refused() {
+        type Refusal = fn() -> StoreError;
+        let refusals: [Refusal; 3] = [
+            || StoreError::UnusableSession("session_replication_role is replica".into()),
+            || StoreError::Schema("refused".into()),
+            || StoreError::NotFound("no such database".into()),
+        ];
+        for refused in refusals {
+            let now = Instant::now();
+            let almost = now + REFUSED_LIMIT - Duration::from_millis(1);
+            let mut probes = Probes::new(now);
+            assert!(probes.note(Err(refused()), now + 9 * UNPROVEN_LIMIT).is_none());
+            assert_eq!(probes.refusal, Some(refused().to_string()), "operators see it");
+            assert!(probes.note(Err(refused()), almost).is_none());
+            assert!(probes.note(Err(refused()), now + REFUSED_LIMIT).is_some());
+            // A connection that leads to the verified server is a new proof.
+            assert!(probes.note(Ok(()), almost).is_none());
+            assert_eq!(probes.refusal, None);
+            assert!(probes.note(Err(refused()), now + REFUSED_LIMIT).is_none());
+            // Silence in between does not prolong it, and counts by its own limit.
+            assert!(probes.note(silent(), almost + UNPROVEN_LIMIT).is_some());
+            // Nor does a server that is another one.
+            assert!(probes.note(elsewhere(), almost + UNPROVEN_LIMIT).is_none());
+            assert!(probes.note(Err(refused()), almost + REFUSED_LIMIT).is_some());
+        }
+    }
+
+    #[test]
+    fn a_refused_statement_leaves_the_session_as_it_is_unless_it_would_always_be_refused() {
+        assert!(is_refused(&StoreError::NotFound("no deployment".into())));
+        assert!(!is_refused(&StoreError::TimedOut { reason: "test" }));
+        let lost = "a prepared statement was lost".into();
+        assert!(!is_refused(&StoreError::UnusableSession(lost)), "a new session may work");
     }
 
     #[test]

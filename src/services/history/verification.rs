@@ -1,7 +1,13 @@
 //! The comparison of the database with what is known of it: when the broker starts, and again on each new
 //! session.
 
-use std::{collections::BTreeMap, io, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io, mem,
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 
 use parking_lot::Mutex;
 use thiserror::Error;
@@ -85,6 +91,8 @@ pub struct HistoryGuard {
     evidence: Mutex<Option<Evidence>>,
     /// What `file` holds.
     saved: Mutex<Option<Evidence>>,
+    /// The audit chains whose rows were malformed at the last reading.
+    malformed_chains: Mutex<BTreeSet<String>>,
 }
 
 /// The session over which the database was verified. The trust ends with it.
@@ -95,6 +103,8 @@ pub struct VerifiedSession {
     pub(super) snapshot: Option<String>,
     /// Whether the server refused the last reading.
     pub(super) refuses: bool,
+    /// Whether the tokens were compared with those that were seen before. They may have been locked.
+    pub(super) tokens_compared: bool,
 }
 
 /// A database that passed the check at the start.
@@ -117,6 +127,13 @@ pub(super) struct Reading {
     delivered: BTreeMap<String, i64>,
 }
 
+impl VerifiedSession {
+    fn new(session: Session, found: DatabaseHistory) -> Self {
+        let tokens_compared = found.older_tokens.is_some();
+        Self { session, snapshot: Some(found.snapshot), refuses: false, tokens_compared }
+    }
+}
+
 impl HistoryGuard {
     /// Returns a guard that opens and closes `gate`. `database` has the options for connections without the
     /// gate, and `file` is the state directory's file for the evidence.
@@ -129,8 +146,17 @@ impl HistoryGuard {
         file: PathBuf,
         clock: Clock,
     ) -> Self {
-        let (evidence, saved) = (Mutex::default(), Mutex::default());
-        Self { database, gate, settings, witnesses, file, clock, evidence, saved }
+        Self {
+            database,
+            gate,
+            settings,
+            witnesses,
+            file,
+            clock,
+            evidence: Mutex::default(),
+            saved: Mutex::default(),
+            malformed_chains: Mutex::default(),
+        }
     }
 
     /// Verifies the database at the start of the broker, and opens the gate. If the settings say so, a database
@@ -146,14 +172,14 @@ impl HistoryGuard {
         let remembered = Evidence::read(&self.file)?;
         self.saved.lock().clone_from(&remembered);
         self.evidence.lock().clone_from(&remembered);
-        let mut session = self.database.session().await?;
+        let mut session = within(self.database.session()).await?;
         let connection = session.connection()?;
         // A database that is known has an identity. If that was deleted, a new one would be another.
         if self.known_deployment().is_none() {
             within(deployment::assign(connection, &self.settings.upstream)).await?;
         }
-        let lock = TrustLock::take(connection).await?;
-        let mut reading = self.read(&mut session, None).await?;
+        let lock = within(TrustLock::take(connection)).await?;
+        let mut reading = self.read(&mut session, None, true).await?;
         let mut acceptance = None;
         match self.judge(&reading) {
             Verdict::Continues => self.restore_identity(&mut session, &reading).await?,
@@ -166,7 +192,7 @@ impl HistoryGuard {
                 within(deployment::assign(session.connection()?, upstream)).await?;
                 let accepted =
                     deployment::accept(session.connection()?, upstream, *new_token_ends_older);
-                reading.found.deployment.identity = accepted.await?;
+                reading.found.deployment.identity = within(accepted).await?;
                 acceptance = Some(self.accept(&reading, &differences).await);
             }
             Verdict::Differs(differences) => {
@@ -186,7 +212,7 @@ impl HistoryGuard {
         self.save().await?;
         within(session.limit(LOCK_TIMEOUT, STATEMENT_TIMEOUT)).await?;
         self.gate.open(&lock);
-        let session = VerifiedSession { session, snapshot: Some(found.snapshot), refuses: false };
+        let session = VerifiedSession::new(session, found);
         Ok(VerifiedDatabase { session, identity, acceptance })
     }
 
@@ -195,34 +221,39 @@ impl HistoryGuard {
     /// While somebody has locked a table that it reads, the server itself may prove that nothing was lost: if it
     /// has been running without a break since the database was last seen.
     pub(super) async fn verify_again(&self) -> Result<VerifiedSession, HistoryError> {
+        // If the database went back, this process ends, and the next one has to know it too.
+        self.remember_tokens().await;
         let mut session = within(self.database.session()).await?;
         within(session.limit(LOCK_TIMEOUT, STATEMENT_TIMEOUT)).await?;
         let lock = within(TrustLock::take(session.connection()?)).await?;
-        let (snapshot, refuses) = match self.read(&mut session, None).await {
-            Ok(reading) => (Some(self.believe(&mut session, reading).await?), false),
+        let session = match self.read(&mut session, None, true).await {
+            Ok(reading) => {
+                let found = self.believe(&mut session, reading).await?;
+                VerifiedSession::new(session, found)
+            }
             Err(error) if error.is_delayed() && self.is_same_run(&mut session).await? => {
                 warn!(%error, "the database cannot tell its history; its server has been running without a break");
-                (None, true)
+                VerifiedSession { session, snapshot: None, refuses: true, tokens_compared: false }
             }
             Err(error) => return Err(error.into()),
         };
         self.gate.open(&lock);
-        Ok(VerifiedSession { session, snapshot, refuses })
+        Ok(session)
     }
 
-    /// Checks what was read over `session`, and remembers it. Returns the snapshot to continue from.
+    /// Checks what was read over `session`, and remembers it. Returns what was found.
     pub(super) async fn believe(
         &self,
         session: &mut Session,
         reading: Reading,
-    ) -> Result<String, HistoryError> {
+    ) -> Result<DatabaseHistory, HistoryError> {
         self.check(&reading).await?;
         self.restore_identity(session, &reading).await?;
         self.remember(&reading.found);
         if let Err(error) = self.save().await {
             warn!(%error, "what was seen of the database cannot be saved for the next start");
         }
-        Ok(reading.found.snapshot)
+        Ok(reading.found)
     }
 
     /// Whether the server has been running without a break since the database was last seen in it.
@@ -254,19 +285,17 @@ impl HistoryGuard {
         Some(Deployment { identity, upstream, moved: false })
     }
 
-    /// Reads what the database says of its history. Without `snapshot`, the accounts' tokens are compared too,
-    /// since the session is a new one.
+    /// Reads what the database says of its history. The accounts' tokens are compared too if `compare_tokens`
+    /// says so, as on a new session.
     pub(super) async fn read(
         &self,
         session: &mut Session,
         snapshot: Option<String>,
+        compare_tokens: bool,
     ) -> Result<Reading, StoreError> {
         self.remember_noted();
         let delivered = self.delivered();
-        let tokens = match &snapshot {
-            Some(_) => Vec::new(),
-            None => self.stored_tokens(),
-        };
+        let tokens = if compare_tokens { self.seen_tokens() } else { Vec::new() };
         let deployment = self.known_deployment();
         let chains = delivered.keys().cloned();
         let journaled = self.witnesses.journal.chains().into_iter().map(|it| it.link.chain.clone());
@@ -283,7 +312,22 @@ impl HistoryGuard {
             deployment,
         };
         let found = within(history::read(session.connection()?, &expected)).await?;
+        let malformed = &found.malformed_chains;
+        if mem::replace(&mut *self.malformed_chains.lock(), malformed.clone()) != *malformed {
+            warn!(chains = ?malformed, "rows of audit_chains are malformed, so they prove nothing");
+        }
         Ok(Reading { found, delivered })
+    }
+
+    /// Returns the accounts whose stored token was seen, in this process or an earlier one, each with the latest
+    /// generation.
+    fn seen_tokens(&self) -> Vec<(i64, i64)> {
+        let mut seen: BTreeMap<_, _> = self.stored_tokens().into_iter().collect();
+        for (account, generation) in self.evidence.lock().iter().flat_map(|it| &it.tokens) {
+            let known = seen.entry(*account).or_insert(*generation);
+            *known = (*generation).max(*known);
+        }
+        seen.into_iter().collect()
     }
 
     /// Returns the accounts in the cache, with the generations of their stored tokens.
@@ -330,7 +374,9 @@ impl HistoryGuard {
 
     async fn lost(&self, Reading { found, delivered }: &Reading) -> LostRecords {
         let journal = self.witnesses.journal.clone();
-        lost_records(journal, delivered.clone(), found.delivered.clone()).await
+        let mut delivered = delivered.clone();
+        delivered.retain(|chain, _| !found.malformed_chains.contains(chain));
+        lost_records(journal, delivered, found.delivered.clone()).await
     }
 
     /// Takes over a database that differs, and returns the audit record about it.
@@ -368,6 +414,22 @@ impl HistoryGuard {
     pub(super) fn remember(&self, found: &DatabaseHistory) {
         let mut evidence = self.evidence.lock();
         *evidence = Some(Evidence::after(evidence.take(), found));
+    }
+
+    /// Adds the stored tokens of the accounts in the cache to the evidence.
+    pub(super) fn note_tokens(&self) {
+        let tokens = self.stored_tokens();
+        if let Some(evidence) = &mut *self.evidence.lock() {
+            evidence.note_tokens(tokens);
+        }
+    }
+
+    /// Like [`Self::note_tokens`], and saves the evidence.
+    pub(super) async fn remember_tokens(&self) {
+        self.note_tokens();
+        if let Err(error) = self.save().await {
+            warn!(%error, "what was seen of the database cannot be saved for the next start");
+        }
     }
 
     /// Writes the evidence into its file, if the next start would judge differently without that.

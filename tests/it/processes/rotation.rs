@@ -154,8 +154,12 @@ async fn rotate(rotation: &mut Rotation) {
     rotation.assert_recovers().await;
     // The password first. The sessions live, until they are cut.
     rotation.alter("third-word").await;
-    rotation.assert_recovers().await;
+    let words =
+        "answers, but takes no new connections: the database refuses the login (SQLSTATE 28P01)";
+    rotation.until_postgres(|detail| detail.starts_with(words)).await;
     rotation.cut_sessions().await;
+    let words = "is not used: the database refuses the login";
+    rotation.until_postgres(|detail| detail.starts_with(words)).await;
     rotation.assert_refused("28P01").await;
     rotation.write("third-word");
     rotation.assert_recovers().await;
