@@ -27,8 +27,8 @@ pub enum Connectivity {
 struct Knowledge {
     /// Until when it is known that there is no other replica; `None` if there is one, or nothing is known.
     alone_until: Option<Instant>,
-    /// Whether there may be a replica that does not know of this one.
-    unacknowledged: bool,
+    /// Until when every other replica certainly counts this one as alive; `None` if one may not know of it.
+    acknowledged_until: Option<Instant>,
 }
 
 /// The present [`Connectivity`], shared between the tasks. The change feed updates it; the refresher, the
@@ -56,7 +56,7 @@ impl DatabaseConnectivity {
             current: watch::Sender::new(Connectivity::Connected),
             answered: AtomicBool::new(false),
             problem: Mutex::new(None),
-            knowledge: Mutex::new(Knowledge { alone_until: None, unacknowledged: true }),
+            knowledge: Mutex::new(Knowledge { alone_until: None, acknowledged_until: None }),
             new_token_ends_older,
         }
     }
@@ -81,10 +81,14 @@ impl DatabaseConnectivity {
     }
 
     /// Records that a heartbeat was stored. `alone_until` is the time until which it proves that there is no
-    /// other replica, `None` if there is one; `unacknowledged` says whether one of the others may not know of
-    /// this replica.
-    pub fn heartbeat_stored(&self, alone_until: Option<Instant>, unacknowledged: bool) {
-        *self.knowledge.lock() = Knowledge { alone_until, unacknowledged };
+    /// other replica, `None` if there is one; `acknowledged_until` is the time until which every other one counts
+    /// this replica as alive, `None` if one may not know of it.
+    pub fn heartbeat_stored(
+        &self,
+        alone_until: Option<Instant>,
+        acknowledged_until: Option<Instant>,
+    ) {
+        *self.knowledge.lock() = Knowledge { alone_until, acknowledged_until };
     }
 
     /// Records that the database refuses this replica's heartbeat. The other replicas do not see this one
@@ -129,16 +133,18 @@ impl DatabaseConnectivity {
         }
     }
 
-    /// Returns the state if the database is lost at `now`. Being alone must be known from a recent heartbeat: a
-    /// replica that was paused for long may have been counted as stopped by others that started meanwhile.
+    /// Returns the state if the database is lost at `now`. Being alone must be known from a recent heartbeat, and
+    /// so must the knowledge of the others: a replica that stored none for long may have been counted as stopped by
+    /// others, which then take themselves for alone.
     fn after_loss(&self, now: Instant) -> Connectivity {
-        let Knowledge { alone_until, unacknowledged } = *self.knowledge.lock();
-        if !self.new_token_ends_older || alone_until.is_some_and(|until| now < until) {
+        let Knowledge { alone_until, acknowledged_until } = *self.knowledge.lock();
+        let holds = |until: Option<Instant>| until.is_some_and(|until| now < until);
+        if !self.new_token_ends_older || holds(alone_until) {
             Connectivity::SoleReplica
-        } else if unacknowledged {
-            Connectivity::Unacknowledged
-        } else {
+        } else if holds(acknowledged_until) {
             Connectivity::Partitioned
+        } else {
+            Connectivity::Unacknowledged
         }
     }
 
@@ -181,13 +187,16 @@ mod tests {
 
     /// Records a heartbeat that found no other replica.
     fn alone(connectivity: &DatabaseConnectivity) {
-        connectivity.heartbeat_stored(Some(Instant::now() + HOUR), false);
+        let until = Some(Instant::now() + HOUR);
+        connectivity.heartbeat_stored(until, until);
     }
 
     fn after_loss(new_token_ends_older: bool, knowledge: Option<(bool, bool)>) -> Connectivity {
         let connectivity = DatabaseConnectivity::new(new_token_ends_older);
         if let Some((alone, unacknowledged)) = knowledge {
-            connectivity.heartbeat_stored(alone.then(|| Instant::now() + HOUR), unacknowledged);
+            let until = Instant::now() + HOUR;
+            connectivity
+                .heartbeat_stored(alone.then_some(until), (!unacknowledged).then_some(until));
         }
         connectivity.mark_lost("test");
         connectivity.current()
@@ -204,13 +213,25 @@ mod tests {
     }
 
     #[test]
-    fn old_knowledge_of_being_alone_does_not_count() {
+    fn old_knowledge_does_not_count() {
         let connectivity = DatabaseConnectivity::new(true);
-        let until = Instant::now() + HOUR;
-        connectivity.heartbeat_stored(Some(until), false);
-        let before = until - Duration::from_millis(1);
-        assert_eq!(connectivity.after_loss(before), Connectivity::SoleReplica);
-        assert_eq!(connectivity.after_loss(until), Connectivity::Partitioned);
+        let (alone, acknowledged) = (Instant::now() + HOUR, Instant::now() + 2 * HOUR);
+        let before = |until| until - Duration::from_millis(1);
+        connectivity.heartbeat_stored(Some(alone), Some(acknowledged));
+        for (at, expected) in [
+            (before(alone), Connectivity::SoleReplica),
+            (alone, Connectivity::Partitioned),
+            (before(acknowledged), Connectivity::Partitioned),
+            // The others count this replica as stopped by now, whatever they knew of it.
+            (acknowledged, Connectivity::Unacknowledged),
+            (acknowledged + HOUR, Connectivity::Unacknowledged),
+        ] {
+            assert_eq!(connectivity.after_loss(at), expected);
+        }
+        // A refused heartbeat proves nothing new.
+        connectivity.heartbeat_refused();
+        assert_eq!(connectivity.after_loss(before(alone)), Connectivity::Partitioned);
+        assert_eq!(connectivity.after_loss(acknowledged), Connectivity::Unacknowledged);
     }
 
     #[test]
@@ -245,7 +266,7 @@ mod tests {
     #[test]
     fn a_partitioned_replica_remains_partitioned_until_the_database_answers() {
         let connectivity = DatabaseConnectivity::new(true);
-        connectivity.heartbeat_stored(None, false);
+        connectivity.heartbeat_stored(None, Some(Instant::now() + HOUR));
         connectivity.mark_lost("test");
         let mut changes = connectivity.changes();
         alone(&connectivity);

@@ -21,8 +21,8 @@ use tracing::{debug, error, info, warn};
 
 pub use self::presence::Standing;
 use self::presence::{
-    ALONE_FOR, HEARTBEAT_INTERVAL, Observed, Run, Takeover, free_number, may_be_restored, standing,
-    takeover,
+    ABSENT_AFTER, ALONE_FOR, HEARTBEAT_INTERVAL, Observed, Run, Takeover, free_number,
+    may_be_restored, standing, takeover,
 };
 use crate::{
     audit::journal::Journal,
@@ -181,7 +181,8 @@ impl HeartbeatTask {
     /// Takes another replica number if another replica has this one's.
     async fn choose_number(&mut self) -> Result<(), IdentityError> {
         let ReplicaIdentity { instance, start, replica, .. } = &self.replica;
-        let others = within(instances::others(&self.pool, instance, start, CONSIDERED)).await?;
+        let others = instances::others(&self.pool, instance, start, CONSIDERED, &[]);
+        let others = within(others).await?;
         let free = free_number(*replica, &others.iter().map(|other| other.replica).collect());
         if free != *replica {
             info!(
@@ -261,7 +262,9 @@ impl HeartbeatTask {
             return self.restore_row().await;
         }
         let ReplicaIdentity { instance, start, .. } = &self.replica;
-        let mut others = within(instances::others(&self.pool, instance, start, CONSIDERED)).await?;
+        let alive = self.observed.alive(began);
+        let others = instances::others(&self.pool, instance, start, CONSIDERED, &alive);
+        let mut others = within(others).await?;
         let now = Instant::now();
         if !self.run.lasts(now) {
             self.begin_run(now);
@@ -270,7 +273,8 @@ impl HeartbeatTask {
         self.observed.update(&mut others, now);
         let standing = standing(&others, self.announced.elapsed());
         let alone_until = self.run.proves_alone(standing, now).then_some(began + ALONE_FOR);
-        self.connectivity.heartbeat_stored(alone_until, standing.unaware > 0);
+        let acknowledged_until = (standing.unaware == 0).then_some(began + ABSENT_AFTER);
+        self.connectivity.heartbeat_stored(alone_until, acknowledged_until);
         let seen: Vec<_> = others.into_iter().filter_map(|other| other.start).collect();
         let unacknowledged = seen.iter().any(|start| !self.seen.contains(start));
         self.seen = seen;

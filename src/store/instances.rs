@@ -198,8 +198,8 @@ pub struct OtherReplica {
     pub knows_us: bool,
 }
 
-/// Returns the replicas other than `instance` that stored a heartbeat within the last `period` and have not
-/// stopped. `start` is the start of the process that asks. A heartbeat whose time cannot be read is none.
+/// Returns the replicas other than `instance` that stored a heartbeat within the last `period`, or are among
+/// `alive`, and have not stopped. `start` is the start of the process that asks. A heartbeat whose time cannot be read is none.
 ///
 /// A release without announcements counts the replicas right after each heartbeat. So it knows of this process
 /// once it has stored one after this process's announcement.
@@ -212,6 +212,7 @@ pub async fn others(
     instance: &str,
     start: &str,
     period: Duration,
+    alive: &[String],
 ) -> Result<Vec<OtherReplica>, StoreError> {
     let mut transaction = begin(pool).await?;
     let rows = sqlx::query!(
@@ -221,11 +222,13 @@ pub async fn others(
                 (select announced_at from instances where id = $1 and start_nonce = $2), 'infinity')
             else coalesce($2 = any (seen), false) end as "knows_us!"
         from instances
-        where id <> $1 and stopped_at is null and heartbeat_at > clock_timestamp() - $3::interval
+        where id <> $1 and stopped_at is null
+            and (heartbeat_at > clock_timestamp() - $3::interval or id = any($4))
             and heartbeat_at between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'"#,
         instance,
         start,
         interval(period),
+        alive,
     )
     .fetch_all(&mut *transaction)
     .await?;

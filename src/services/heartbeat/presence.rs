@@ -59,24 +59,48 @@ pub(super) fn standing(others: &[OtherReplica], observed: Duration) -> Standing 
 
 /// For how long this process has seen the last heartbeat of each other replica unchanged.
 ///
-/// If the database's clock was set back, a heartbeat is in the future, and does not grow old. But a replica that is
-/// alive replaces it within moments.
+/// The database's clock may be set. If it was set back, a heartbeat is in the future, and does not grow old; but a
+/// replica that is alive replaces it within moments. If it was set ahead, a heartbeat is old at once; but this process
+/// knows better if it saw the heartbeat change.
 #[derive(Debug, Default)]
-pub(super) struct Observed(BTreeMap<String, (Timestamp, Instant)>);
+pub(super) struct Observed(BTreeMap<String, Observation>);
+
+#[derive(Clone, Copy, Debug)]
+struct Observation {
+    heartbeat_at: Timestamp,
+    /// Since when it has not changed, as far as was seen.
+    since: Instant,
+    /// Whether that was seen, so that `since` is no earlier than the heartbeat.
+    changed: bool,
+}
 
 impl Observed {
-    /// Records what was read at `now`, and raises each replica's silence to the time for which its heartbeat has
-    /// not changed.
+    /// Records what was read at `now`, and corrects each replica's silence: to the time for which its heartbeat has
+    /// not changed, if it was seen to change, and else at least to that time.
     pub(super) fn update(&mut self, others: &mut [OtherReplica], now: Instant) {
         let before = mem::take(&mut self.0);
         for other in others {
-            let since = match before.get(&other.instance) {
-                Some((heartbeat_at, since)) if *heartbeat_at == other.heartbeat_at => *since,
-                _ => now,
+            let heartbeat_at = other.heartbeat_at;
+            let observation = match before.get(&other.instance) {
+                Some(before) if before.heartbeat_at == heartbeat_at => *before,
+                before => Observation { heartbeat_at, since: now, changed: before.is_some() },
             };
-            other.silent_for = other.silent_for.max(now.duration_since(since));
-            self.0.insert(other.instance.clone(), (other.heartbeat_at, since));
+            let unchanged_for = now.duration_since(observation.since);
+            other.silent_for = if observation.changed {
+                unchanged_for
+            } else {
+                other.silent_for.max(unchanged_for)
+            };
+            self.0.insert(other.instance.clone(), observation);
         }
+    }
+
+    /// Returns the instances that were seen to be alive, by the time of this process. Their rows must be read even
+    /// if their heartbeats seem to be very old.
+    pub(super) fn alive(&self, now: Instant) -> Vec<String> {
+        let alive = |it: &&Observation| now.duration_since(it.since) < ABSENT_AFTER;
+        let alive = self.0.iter().filter(|(_, it)| alive(it));
+        alive.map(|(instance, _)| instance.clone()).collect()
     }
 }
 
@@ -253,6 +277,27 @@ mod tests {
         assert_eq!(after(36, 101), (1, 1, 0));
         assert_eq!(after(37, 101), (0, 0, 0), "it counts as stopped");
         assert_eq!(after(38, 50), (1, 1, 1), "its next heartbeat is not in the future");
+    }
+
+    #[test]
+    fn a_replica_that_was_seen_alive_counts_for_half_a_minute_whatever_the_databases_clock_says() {
+        let began = Instant::now();
+        let at = |seconds| began + Duration::from_secs(seconds);
+        let mut observed = Observed::default();
+        let mut after = |seconds, heartbeat, silent_for| {
+            let mut others = [other(Some("a"), silent_for, true)];
+            others[0].heartbeat_at = DateTime::UNIX_EPOCH + TimeDelta::seconds(heartbeat);
+            observed.update(&mut others, at(seconds));
+            (standing(&others, PROMPT).others, observed.alive(at(seconds)).len())
+        };
+        assert_eq!(after(0, 100, 40), (0, 1), "its heartbeat is old, as far as is known");
+        assert_eq!(after(1, 101, 0), (1, 1));
+        for (leap, seconds) in [(30, 2), (3_600, 3), (86_400, 30)] {
+            assert_eq!(after(seconds, 101, leap), (1, 1), "the clock was set ahead by {leap} s");
+        }
+        assert_eq!(after(31, 101, 86_430), (0, 0), "it counts as stopped");
+        assert_eq!(after(32, 90_000, 0), (1, 1), "its next heartbeat");
+        assert_eq!(after(33, 90_001, 1), (1, 1));
     }
 
     #[test]
