@@ -1,4 +1,4 @@
--- version: 3 (raise it with each change of this file)
+-- version: 4 (raise it with each change of this file)
 --
 -- The view for admins: the state of each account, and a hint at what to do about it. `create or replace view`
 -- keeps the grants on it, but can only add columns at the end.
@@ -52,6 +52,10 @@ known as (
                 then 'refreshes.interval_exceptions_since'
             when r.answered_reissue not between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'
                 then 'refreshes.answered_reissue'
+            -- Nothing could follow on such a number.
+            when r.lease_id not between 0 and 4611686018427387903 then 'refreshes.lease_id'
+            when r.consecutive_failures not between 0 and 1073741823 then 'refreshes.consecutive_failures'
+            when t.generation not between 0 and 4611686018427387903 then 'tokens.generation'
             when t.issuer_expires_at
                 not between timestamptz '1970-01-01 00:00Z' and timestamptz '9999-12-31 00:00Z'
                 then 'tokens.issuer_expires_at'

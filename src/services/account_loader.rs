@@ -25,7 +25,7 @@ use crate::{
         feed_health::FeedHealth,
     },
     store::{
-        StoreError,
+        Session, StoreError,
         accounts::{self, AccountVersion, LoadedAccount, WithdrawnAccount},
         within,
     },
@@ -49,7 +49,7 @@ pub struct AccountLoader {
     /// Held while a page is read and put into the cache, so that an older read never overwrites a newer
     /// one. It is an async lock, since the read waits for the database.
     one_at_a_time: Mutex<()>,
-    /// When accounts were withdrawn from the cache. A read that began earlier does not put them back.
+    /// When accounts were withdrawn from the cache. A read over a connection from before does not put them back.
     withdrawn: parking_lot::Mutex<HashMap<i64, Instant>>,
     /// The version of each account that was read, whether it could be used or not.
     versions: parking_lot::Mutex<HashMap<i64, i64>>,
@@ -81,26 +81,26 @@ impl AccountLoader {
         }
     }
 
-    /// Loads every account over `connection`, and removes accounts from the cache that no longer exist.
+    /// Loads every account over `session`, and removes accounts from the cache that no longer exist.
     /// Returns the number of accounts.
     ///
     /// # Errors
     /// When the database cannot be read; the pages that were loaded before stay in the cache.
-    pub async fn load_all(&self, connection: &mut PgConnection) -> Result<usize, StoreError> {
+    pub async fn load_all(&self, session: &mut Session) -> Result<usize, StoreError> {
         let mut gone: BTreeSet<_> = self.versions.lock().keys().copied().collect();
         gone.extend(self.cache.all().iter().map(|account| account.id().0));
         let mut last = i64::MIN;
         loop {
-            let ids = within(accounts::ids_after(&mut *connection, last)).await?;
+            let ids = within(accounts::ids_after(session.connection()?, last)).await?;
             let Some(end) = ids.last() else { break };
             last = *end;
-            self.load_over(connection, &ids).await?;
+            self.load_over(session, &ids).await?;
             for id in ids {
                 gone.remove(&id);
             }
         }
         let gone: Vec<_> = gone.into_iter().collect();
-        self.load_over(connection, &gone).await?;
+        self.load_over(session, &gone).await?;
         Ok(self.cache.len())
     }
 
@@ -109,42 +109,47 @@ impl AccountLoader {
     /// # Errors
     /// When the database cannot be read; the pages that were loaded before stay in the cache.
     pub async fn load(&self, ids: &[i64]) -> Result<(), StoreError> {
-        let mut connection = self.pool.acquire().await?;
-        self.load_over(&mut connection, ids).await
-    }
-
-    /// Like [`Self::load`], over `connection`.
-    ///
-    /// # Errors
-    /// When the database cannot be read; the pages that were loaded before stay in the cache.
-    pub async fn load_over(
-        &self,
-        connection: &mut PgConnection,
-        ids: &[i64],
-    ) -> Result<(), StoreError> {
         for page in ids.chunks(PAGE) {
-            let mut again = self.load_page(connection, page).await?;
+            let mut again = page.to_vec();
             while !again.is_empty() {
-                again = self.load_page(connection, &again).await?;
+                let believed_at = Instant::now();
+                let mut connection = self.pool.acquire().await?;
+                again = self.load_page(&mut connection, &again, believed_at).await?;
             }
         }
         Ok(())
     }
 
-    /// Loads the accounts `ids`. Returns those that were withdrawn during the read, so that it may be older
-    /// than the withdrawal: they must be read again.
+    /// Like [`Self::load`], over `session`.
+    ///
+    /// # Errors
+    /// When the database cannot be read; the pages that were loaded before stay in the cache.
+    pub async fn load_over(&self, session: &mut Session, ids: &[i64]) -> Result<(), StoreError> {
+        for page in ids.chunks(PAGE) {
+            let mut again = page.to_vec();
+            while !again.is_empty() {
+                let believed_at = Instant::now();
+                again = self.load_page(session.connection()?, &again, believed_at).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Loads the accounts `ids` over `connection`, whose server was believed after `believed_at`. Returns those that
+    /// were withdrawn since, so that the read may be older than the withdrawal, or from a server that another one has
+    /// replaced: they must be read again.
     async fn load_page(
         &self,
         connection: &mut PgConnection,
         ids: &[i64],
+        believed_at: Instant,
     ) -> Result<Vec<i64>, StoreError> {
         let _guard = self.one_at_a_time.lock().await;
         let before = self.clock.local().now();
-        let began = Instant::now();
         let loaded = within(accounts::load(connection, ids)).await?;
         let found: BTreeSet<_> = loaded.rows.iter().map(|loaded| loaded.account.id.0).collect();
         let mut withdrawn = self.withdrawn.lock();
-        let is_older = |id: &i64| withdrawn.get(id).is_some_and(|at| *at >= began);
+        let is_older = |id: &i64| withdrawn.get(id).is_some_and(|at| *at >= believed_at);
         let (again, current): (Vec<i64>, Vec<i64>) =
             ids.iter().copied().partition(|id| found.contains(id) && is_older(id));
         {

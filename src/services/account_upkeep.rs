@@ -1,11 +1,11 @@
 //! Updates rows of accounts that other transactions may have locked, which no other duty may wait for.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use sqlx::PgPool;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use crate::{
     domain::clock::Timestamp,
@@ -45,9 +45,10 @@ impl AccountUpkeep {
         let mut rounds = interval(INTERVAL);
         rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut requests_due = Instant::now() + REQUESTS_INTERVAL;
+        let mut refused = BTreeSet::new();
         loop {
             rounds.tick().await;
-            let mut results = vec![self.drop_credentials().await];
+            let mut results = vec![self.drop_credentials(&mut refused).await];
             if Instant::now() >= requests_due {
                 requests_due = Instant::now() + REQUESTS_INTERVAL;
                 results.push(self.note_requests().await);
@@ -59,12 +60,40 @@ impl AccountUpkeep {
         }
     }
 
-    async fn drop_credentials(&self) -> Result<(), StoreError> {
-        let dropped = within(accounts::drop_replaced_credentials(&self.pool)).await?;
+    /// Drops previous secrets: all at once, or one by one if a row is refused. `refused` has the accounts whose rows
+    /// were refused.
+    async fn drop_credentials(&self, refused: &mut BTreeSet<i64>) -> Result<(), StoreError> {
+        let dropped = match within(accounts::drop_replaced_credentials(&self.pool, None)).await {
+            Err(StoreError::InvalidValue(_)) => self.drop_one_by_one(refused).await?,
+            dropped => {
+                let dropped = dropped?;
+                refused.clear();
+                dropped
+            }
+        };
         if dropped > 0 {
             info!(accounts = dropped, "previous secrets were dropped");
         }
         Ok(())
+    }
+
+    async fn drop_one_by_one(&self, refused: &mut BTreeSet<i64>) -> Result<u64, StoreError> {
+        let known: Vec<_> = refused.iter().copied().collect();
+        let mut dropped = 0;
+        for account in within(accounts::with_replaced_credential(&self.pool, &known)).await? {
+            let one = accounts::drop_replaced_credentials(&self.pool, Some(account));
+            match within(one).await {
+                Ok(one) => dropped += one,
+                Err(error @ StoreError::InvalidValue(_)) => {
+                    if refused.insert(account.0) {
+                        warn!(%account, %error, "an account's row is malformed, so that it cannot be written, \
+                            and its previous secret cannot be dropped");
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(dropped)
     }
 
     async fn note_requests(&self) -> Result<(), StoreError> {

@@ -209,6 +209,7 @@ impl ChangeFeed {
             loader: self.loader.clone(),
             refresh: self.refresh.clone(),
             took: Duration::ZERO,
+            waited: Duration::ZERO,
         }
     }
 

@@ -24,6 +24,11 @@ const VERSIONS_PAGE: i64 = 10_000;
 /// How many of the newest and of the oldest secrets are read for each sealing key, to check that the keyring opens
 /// them.
 const SAMPLES_PER_KEY: i64 = 3;
+/// The numbers of leases and tokens are less than this, which leaves room for those that follow. A generation of the
+/// year 4000 is less.
+const NUMBERS_END: i64 = 1 << 62;
+/// The failures in a row are fewer than this.
+const FAILURES_END: i32 = 1 << 30;
 
 /// An account with its refresh state and its token, all read by one statement.
 #[derive(Clone, Debug)]
@@ -63,6 +68,7 @@ struct Row {
     attempt_started_at: Option<LenientTime>,
     attempt_version: Option<i64>,
     attempt_open: Option<bool>,
+    lease_id: Option<i64>,
     lease_until: Option<LenientTime>,
     possibly_revoked: Option<bool>,
     consecutive_failures: Option<i32>,
@@ -129,7 +135,7 @@ pub async fn load<'e>(
             r.attempt_started_at as "attempt_started_at?: LenientTime",
             r.attempt_version as "attempt_version?",
             r.attempt_started_at is not null and r.attempt_ended_at is null as "attempt_open?",
-            r.lease_until as "lease_until?: LenientTime",
+            r.lease_id as "lease_id?", r.lease_until as "lease_until?: LenientTime",
             r.possibly_revoked as "possibly_revoked?", r.consecutive_failures as "consecutive_failures?",
             r.error_class as "error_class?: Lenient<String>",
             r.error_code as "error_code?: Lenient<String>",
@@ -206,6 +212,13 @@ impl Row {
         let time = |time: &mut Option<LenientTime>, problem| {
             time.take().map(|time| time.or(unusable(problem))).transpose()
         };
+        // The next one could not be stored, so every claim, failure or token would be refused.
+        if self.lease_id.is_some_and(|number| !(0..NUMBERS_END).contains(&number)) {
+            return Err(unusable("lease_id is not a number that a lease can have"));
+        }
+        if self.consecutive_failures.is_some_and(|number| !(0..FAILURES_END).contains(&number)) {
+            return Err(unusable("consecutive_failures is not a number of failures"));
+        }
         Ok(RefreshState {
             attempt_started_at: time(
                 &mut self.attempt_started_at,
@@ -272,6 +285,9 @@ impl Row {
         else {
             return Ok(None);
         };
+        if !(0..NUMBERS_END).contains(&generation) {
+            return Err(unusable("generation is not a number that a token can have"));
+        }
         let (Some(issued_at), Some(expires_at)) = (self.issued_at.take(), self.expires_at.take())
         else {
             return Ok(None);
@@ -486,15 +502,18 @@ pub async fn note_requests(
 }
 
 /// Drops previous credentials that are not needed any more: the current credential has issued the account's
-/// token, or the upstream refused the previous one. A row that another transaction has locked is skipped. Returns
-/// how many were dropped.
+/// token, or the upstream refused the previous one. With `only`, just this account's. A row that another
+/// transaction has locked is skipped. Returns how many were dropped.
 ///
 /// This is not part of storing a token or a failure, which must not wait for the account's row.
 ///
 /// # Errors
 /// When the database cannot be reached or refuses the statement.
 #[instrument(level = "debug", skip_all)]
-pub async fn drop_replaced_credentials(pool: &PgPool) -> Result<u64, StoreError> {
+pub async fn drop_replaced_credentials(
+    pool: &PgPool,
+    only: Option<AccountId>,
+) -> Result<u64, StoreError> {
     let mut transaction = begin(pool).await?;
     let dropped = sqlx::query!(
         "-- store::accounts::drop_replaced_credentials
@@ -503,16 +522,43 @@ pub async fn drop_replaced_credentials(pool: &PgPool) -> Result<u64, StoreError>
             from accounts a
             left join refreshes r on r.account_id = a.id
             left join tokens t on t.account_id = a.id
-            where a.previous_secret is not null
+            where a.previous_secret is not null and ($1::bigint is null or a.id = $1)
                 and (t.credential_version = a.credential_version
                     or r.refused_version = a.previous_version)
             for no key update of a skip locked
         )
         update accounts a set previous_secret = null, previous_version = null
         from free where a.id = free.id",
+        only.map(|account| account.0),
     )
     .execute(&mut *transaction)
     .await?;
     transaction.commit().await?;
     Ok(dropped.rows_affected())
+}
+
+/// Returns accounts whose previous credentials [`drop_replaced_credentials`] drops, at most a hundred; those in `last`
+/// come last.
+///
+/// # Errors
+/// When the database cannot be read.
+#[instrument(level = "debug", skip_all)]
+pub async fn with_replaced_credential(
+    pool: &PgPool,
+    last: &[i64],
+) -> Result<Vec<AccountId>, StoreError> {
+    let ids = sqlx::query_scalar!(
+        "-- store::accounts::with_replaced_credential
+        select a.id
+        from accounts a
+        left join refreshes r on r.account_id = a.id
+        left join tokens t on t.account_id = a.id
+        where a.previous_secret is not null
+            and (t.credential_version = a.credential_version or r.refused_version = a.previous_version)
+        order by a.id = any($1), a.id limit 100",
+        last,
+    )
+    .fetch_all(pool)
+    .await?;
+    Ok(ids.into_iter().map(AccountId).collect())
 }

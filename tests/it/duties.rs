@@ -180,6 +180,31 @@ const MALFORMED_ACCOUNTS: &[(&str, &str)] = &[
         "update refreshes set interval_exceptions_since = 'infinity',
         changed = pg_current_xact_id() where account_id = $account",
     ),
+    (
+        "refreshes.lease_id",
+        "update refreshes set lease_id = 9223372036854775807,
+        changed = pg_current_xact_id() where account_id = $account",
+    ),
+    (
+        "refreshes.lease_id",
+        "update refreshes set lease_id = -9223372036854775808,
+        changed = pg_current_xact_id() where account_id = $account",
+    ),
+    (
+        "refreshes.consecutive_failures",
+        "update refreshes set consecutive_failures = 2147483647,
+        changed = pg_current_xact_id() where account_id = $account",
+    ),
+    (
+        "refreshes.consecutive_failures",
+        "update refreshes set consecutive_failures = -1,
+        changed = pg_current_xact_id() where account_id = $account",
+    ),
+    (
+        "tokens.generation",
+        "update tokens set generation = 9223372036854775807 where account_id = $account",
+    ),
+    ("tokens.generation", "update tokens set generation = -1 where account_id = $account"),
     ("tokens.issued_at", "update tokens set issued_at = '-infinity' where account_id = $account"),
     ("tokens.expires_at", "update tokens set expires_at = 'infinity' where account_id = $account"),
     (
@@ -803,6 +828,76 @@ async fn a_change_that_was_claimed_before_a_restart_is_recorded_after_it() {
     let broker = fixture.start().await;
     eventually("the record of the grant", async || {
         (fixture.audit_events("event = 'grant_changed'").await.len() == 1).then_some(())
+    })
+    .await;
+    broker.stop().await;
+}
+
+/// Whatever keeps the comparison from inserting rows, an account that was disabled past the triggers is found.
+#[tokio::test]
+async fn a_comparison_that_cannot_insert_rows_still_finds_what_was_changed() {
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("bare", "id-1", "SK.1").await;
+    fixture.add_account("acme", "id-2", "SK.2").await;
+    let broker = fixture.start().await;
+    let client = broker.client(&bearer).await;
+    let delete =
+        "delete from refreshes using accounts a where a.id = account_id and a.name = 'bare'";
+    for (deleted, locked) in [
+        ("", "lock table upstream_pace in access exclusive mode"),
+        (delete, "lock table refreshes in share row exclusive mode"),
+    ] {
+        until_served(locked, &client, "acme").await;
+        past_the_triggers(&fixture.database, deleted).await;
+        let mut lock = fixture.database.pool().begin().await.unwrap();
+        sqlx::query(locked).execute(&mut *lock).await.unwrap();
+        let disable = "update accounts set enabled = false where name = 'acme'";
+        past_the_triggers(&fixture.database, disable).await;
+        until_refused(locked, &client, "acme", &[Code::FailedPrecondition]).await;
+        lock.rollback().await.unwrap();
+        fixture.database.sql("update accounts set enabled = true").await;
+    }
+    until_served("the row is inserted", &client, "bare").await;
+    broker.stop().await;
+}
+
+/// One account's row would be refused by the triggers, so it cannot be written. The previous secrets of the others are
+/// dropped all the same.
+#[tokio::test]
+async fn an_account_whose_row_cannot_be_written_keeps_no_other_previous_secret() {
+    let fixture = Fixture::new().await;
+    for n in 1..=3 {
+        fixture.add_account(&format!("acme-{n}"), &format!("id-{n}"), &format!("SK.{n}")).await;
+    }
+    let broker = fixture.start().await;
+    for n in 1..=3 {
+        fixture.wait_for_state(&format!("acme-{n}"), "fresh").await;
+    }
+    past_the_triggers(
+        &fixture.database,
+        "update accounts set previous_secret = sealed_secret, previous_version = 0;
+         update accounts set created_at = 'infinity' where name = 'acme-1'",
+    )
+    .await;
+    eventually("the previous secrets", async || {
+        let kept: Vec<String> = sqlx::query_scalar(
+            "select name from accounts where previous_secret is not null order by name",
+        )
+        .fetch_all(fixture.database.pool())
+        .await
+        .unwrap();
+        (kept == ["acme-1"]).then_some(())
+    })
+    .await;
+    past_the_triggers(&fixture.database, "update accounts set created_at = now()").await;
+    eventually("the last previous secret", async || {
+        let kept: i64 =
+            sqlx::query_scalar("select count(*) from accounts where previous_secret is not null")
+                .fetch_one(fixture.database.pool())
+                .await
+                .unwrap();
+        (kept == 0).then_some(())
     })
     .await;
     broker.stop().await;

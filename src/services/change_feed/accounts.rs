@@ -67,7 +67,7 @@ impl Duty for AccountFollower {
         }
         let touched: Vec<_> = touched.into_iter().collect();
         for batch in touched.chunks(BATCH) {
-            self.loader.load_over(session.connection()?, batch).await?;
+            self.loader.load_over(session, batch).await?;
             for id in batch {
                 self.refresh.wake(AccountId(*id));
             }
@@ -89,7 +89,7 @@ impl Duty for AccountFollower {
 impl AccountFollower {
     async fn load_all(&self, session: &mut Session) -> Result<Followed, StoreError> {
         let snapshot = within(changes::snapshot(session.connection()?)).await?;
-        self.loader.load_all(session.connection()?).await?;
+        self.loader.load_all(session).await?;
         for account in self.cache.all() {
             self.refresh.wake(account.id());
         }

@@ -9,7 +9,7 @@ use std::{
 
 use tracing::{debug, warn};
 
-use super::duty::{Duty, reload_pause};
+use super::duty::{Duty, keep_first, reload_pause};
 use crate::{
     domain::account::AccountId,
     services::{account_loader::AccountLoader, refresher::RefreshTrigger},
@@ -24,8 +24,10 @@ use crate::{
 pub(super) struct Comparison {
     pub(super) loader: Arc<AccountLoader>,
     pub(super) refresh: RefreshTrigger,
-    /// How long the last comparison took.
+    /// How long the last comparison took, without the time for which it waited for locks in vain.
     pub(super) took: Duration,
+    /// How long the last comparison waited for locks in vain.
+    pub(super) waited: Duration,
 }
 
 impl Duty for Comparison {
@@ -34,8 +36,9 @@ impl Duty for Comparison {
 
     async fn perform(&mut self, session: &mut Session) -> Result<(), StoreError> {
         let began = Instant::now();
+        self.waited = Duration::ZERO;
         let result = self.compare(session).await;
-        self.took = began.elapsed();
+        self.took = began.elapsed().saturating_sub(self.waited);
         result
     }
 
@@ -45,25 +48,51 @@ impl Duty for Comparison {
 }
 
 impl Comparison {
-    async fn compare(&self, session: &mut Session) -> Result<(), StoreError> {
-        if within(leases::insert_missing_pace(session.connection()?)).await? {
-            warn!("the row of the table `upstream_pace` was deleted; it is inserted again");
-        }
+    async fn compare(&mut self, session: &mut Session) -> Result<(), StoreError> {
+        // The steps that write may lack a privilege or wait for a lock. What was disabled is found all the same.
+        let mut outcome = Ok(());
+        let began = Instant::now();
+        let inserted = self.insert_missing_pace(session).await;
+        self.note_wait(began, &inserted);
+        keep_first(&mut outcome, inserted)?;
         let mut after = i64::MIN;
         loop {
             let page = within(accounts::versions_after(session.connection()?, after)).await?;
-            self.insert_missing_refreshes(session, &page).await?;
+            let began = Instant::now();
+            let inserted = self.insert_missing_refreshes(session, &page).await;
+            self.note_wait(began, &inserted);
+            keep_first(&mut outcome, inserted)?;
             let outdated = self.loader.outdated(after, &page);
             if !outdated.is_empty() {
                 debug!(accounts = outdated.len(), "accounts differ from what was loaded");
-                self.loader.load_over(session.connection()?, &outdated).await?;
-                for id in outdated {
-                    self.refresh.wake(AccountId(id));
-                }
+                let loaded = self.load(session, outdated).await;
+                keep_first(&mut outcome, loaded)?;
             }
-            let Some(last) = page.last() else { return Ok(()) };
+            let Some(last) = page.last() else { return outcome };
             after = last.id;
         }
+    }
+
+    /// Notes the time since `began` if the step waited for a lock that it did not get.
+    fn note_wait(&mut self, began: Instant, result: &Result<(), StoreError>) {
+        if result.as_ref().is_err_and(StoreError::is_delayed) {
+            self.waited += began.elapsed();
+        }
+    }
+
+    async fn load(&self, session: &mut Session, ids: Vec<i64>) -> Result<(), StoreError> {
+        self.loader.load_over(session, &ids).await?;
+        for id in ids {
+            self.refresh.wake(AccountId(id));
+        }
+        Ok(())
+    }
+
+    async fn insert_missing_pace(&self, session: &mut Session) -> Result<(), StoreError> {
+        if within(leases::insert_missing_pace(session.connection()?)).await? {
+            warn!("the row of the table `upstream_pace` was deleted; it is inserted again");
+        }
+        Ok(())
     }
 
     async fn insert_missing_refreshes(
@@ -79,10 +108,6 @@ impl Comparison {
         let inserted =
             within(accounts::insert_missing_refreshes(session.connection()?, &lacking)).await?;
         warn!(accounts = inserted, "accounts without a row in `refreshes` were given one");
-        self.loader.load_over(session.connection()?, &lacking).await?;
-        for id in lacking {
-            self.refresh.wake(AccountId(id));
-        }
-        Ok(())
+        self.load(session, lacking).await
     }
 }

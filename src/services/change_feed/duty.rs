@@ -20,6 +20,8 @@ use crate::{
 pub(super) const POLL_INTERVAL: Duration = Duration::from_millis(500);
 /// The shortest and the longest pause between two reads of everything, see [`reload_pause`].
 const RELOAD_PAUSES: (Duration, Duration) = (Duration::from_secs(5), Duration::from_mins(1));
+/// The shortest pause between two polls, since any login can send notifications, as many as it likes.
+const MIN_PAUSE: Duration = Duration::from_millis(50);
 /// How long a statement may take in all before the server cancels it. The client gives up a little later.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(8);
 /// The pause before a duty whose session is lost opens another one.
@@ -95,8 +97,9 @@ impl<D: Duty> RepeatedDuty<D> {
                 Err(_) if self.session.is_none() => self.duty.pause().max(RECONNECT_PAUSE),
                 Ok(()) | Err(_) => self.duty.pause(),
             };
+            tokio::time::sleep(MIN_PAUSE).await;
             tokio::select! {
-                () = tokio::time::sleep(pause) => {}
+                () = tokio::time::sleep(pause.saturating_sub(MIN_PAUSE)) => {}
                 // The sender is never dropped while the duties run.
                 _ = wake.changed(), if self.session.is_some() => {}
             }
