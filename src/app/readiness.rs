@@ -186,18 +186,18 @@ mod tests {
 
     #[test]
     fn a_database_that_answers_is_shown_with_what_it_refuses() {
-        let failing = [FailingDuty { duty: "intake", problem: "a".into() }];
+        let intake = || vec![FailingDuty { duty: "intake", problem: "a".into() }];
         for (failing, refusal, expected) in [
-            (&[][..], None, "answers"),
-            (&[], Some("b"), "answers, but takes no new connections: b"),
-            (&failing, None, "answers, but its changes cannot be followed: a (intake)"),
+            (vec![], None, "answers"),
+            (vec![], Some("b"), "answers, but takes no new connections: b"),
+            (intake(), None, "answers, but its changes cannot be followed: a (intake)"),
             (
-                &failing,
+                intake(),
                 Some("b"),
                 "answers, but takes no new connections: b; its changes cannot be followed: a (intake)",
             ),
         ] {
-            assert_eq!(answers_but(failing, refusal.map(Into::into)), expected);
+            assert_eq!(answers_but(&failing, refusal.map(Into::into)), expected);
         }
     }
 
