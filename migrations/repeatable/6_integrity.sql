@@ -75,7 +75,7 @@ declare
     version bigint := @schema@.token_broker_sealing();
     emptied boolean;
     sealing boolean;
-    refused boolean;
+    refused boolean := false;
 begin
     if tg_op = 'INSERT' then
         -- A row with the same values exists already: an upsert is going to find it.
@@ -102,9 +102,11 @@ begin
     sealing := emptied and case when version is null then not as_owner and old.sealed_secret is null
         else version = old.credential_version
             or version = old.credential_version + 1 and old.sealed_secret is not null end;
-    -- The failure is what admins see in account_status.
-    refused := sealing and exists (select from @schema@.refreshes where account_id = old.id
-        and error_class = 'intake' and error_version = coalesce(version, old.credential_version));
+    -- The failure is what admins see in account_status. Other statements do not wait for a lock of `refreshes`.
+    if sealing and new.sealed_secret is null then
+        refused := exists (select from @schema@.refreshes where account_id = old.id
+            and error_class = 'intake' and error_version = coalesce(version, old.credential_version));
+    end if;
     if emptied and not manages and not (sealing and new.sealed_secret is not null) and not refused then
         raise exception using errcode = 'insufficient_privilege',
             message = 'accounts.client_secret can only be emptied by sealing it, or with a recorded failure';
