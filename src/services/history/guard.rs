@@ -106,7 +106,7 @@ impl HistoryGuard {
                 error!("{why}");
             }
         }
-        self.remember_tokens().await;
+        self.remember_seen().await;
     }
 
     /// Watches the database. Returns why the broker must stop.

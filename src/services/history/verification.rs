@@ -222,7 +222,7 @@ impl HistoryGuard {
     /// has been running without a break since the database was last seen.
     pub(super) async fn verify_again(&self) -> Result<VerifiedSession, HistoryError> {
         // If the database went back, this process ends, and the next one has to know it too.
-        self.remember_tokens().await;
+        self.remember_seen().await;
         let mut session = within(self.database.session()).await?;
         within(session.limit(LOCK_TIMEOUT, STATEMENT_TIMEOUT)).await?;
         let lock = within(TrustLock::take(session.connection()?)).await?;
@@ -424,8 +424,9 @@ impl HistoryGuard {
         }
     }
 
-    /// Like [`Self::note_tokens`], and saves the evidence.
-    pub(super) async fn remember_tokens(&self) {
+    /// Adds the changes and tokens to the evidence that this process has seen, and saves it.
+    pub(super) async fn remember_seen(&self) {
+        self.remember_noted();
         self.note_tokens();
         if let Err(error) = self.save().await {
             warn!(%error, "what was seen of the database cannot be saved for the next start");
