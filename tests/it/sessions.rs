@@ -455,3 +455,43 @@ async fn a_pooler_without_a_free_connection_is_told_from_one_that_refuses_or_doe
     let gone = Database::new(&url, "test").unwrap();
     eventually("silence", async || gone.open().await.unwrap_err().is_silence().then_some(())).await;
 }
+
+/// A pooler without a free connection hinders no session that is open: what is revoked takes effect, and operators see
+/// why no more connections can be opened.
+#[tokio::test]
+async fn sessions_go_on_while_a_pooler_has_no_free_connection_and_readiness_says_so() {
+    let fixture = Fixture::new().await;
+    let settings = "pool_mode = session\ndefault_pool_size = 40\nmax_client_conn = 40";
+    let Some(bouncer) = PgBouncer::start(fixture.database.url(), settings).await else { return };
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    let mut config = fixture.config();
+    config.settings.database_url = DatabaseUrl::new(&bouncer.url()).unwrap();
+    let broker = fixture.start_with(config).await;
+    add_accounts(&fixture, 1).await;
+    let client = broker.client(&bearer).await;
+    eventually("a token", async || client.get("many-0").await.ok()).await;
+    // The broker's pools open and close connections, so all others are taken again and again.
+    let (database, stop) =
+        (Database::new(&bouncer.url(), "test").unwrap(), CancellationToken::new());
+    let others = tokio::spawn({
+        let stop = stop.clone();
+        async move {
+            let mut open = Vec::new();
+            while !stop.is_cancelled() {
+                match database.open().await {
+                    Ok(connection) => open.push(connection),
+                    Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+                }
+            }
+        }
+    });
+    let words = "answers, but takes no new connections: no more connections allowed";
+    until_readiness_says(&broker, words).await;
+    fixture.database.sql("update callers set enabled = false").await;
+    eventually("a refusal", async || client.get("many-0").await.err()).await;
+    until_readiness_says(&broker, words).await;
+    stop.cancel();
+    others.await.unwrap();
+    until_readiness_says(&broker, "\"answers\"").await;
+    broker.stop().await;
+}

@@ -88,7 +88,11 @@ impl Probes {
                     return Some(error);
                 }
                 if !silent {
-                    self.refusal = Some(error.to_string());
+                    self.refusal = Some(match error {
+                        // A pooler answers, though its database cannot be reached over it.
+                        StoreError::ConnectionLost { reason, .. } => reason,
+                        error => error.to_string(),
+                    });
                 }
             }
         }
