@@ -15,9 +15,9 @@ use crate::{
     domain::{
         account::AccountId,
         clock::Timestamp,
-        plausible_time::{AttemptTimeLimits, Moment, StoredLife, TOLERANCE},
+        plausible_time::{AttemptTimeLimits, LONGEST_LEASE, Moment, StoredLife, TOLERANCE},
         secret::AccessToken,
-        token::SealedToken,
+        token::{SealedToken, Token},
     },
     services::{
         account_cache::{AccountCache, AccountSnapshot},
@@ -237,7 +237,7 @@ impl AccountLoader {
             issuer_expires_at: stored.issuer_expires_at,
         };
         let stated = stated_life(opened).map(|(begin, end)| end - begin);
-        let life = life.bounded(stored.generation, stated, self.time_limits.lease_duration);
+        let life = life.bounded(stored.generation, stated, LONGEST_LEASE);
         let believed = life.believed(moment);
         (stored.issued_at, stored.expires_at) = (believed.issued_at, believed.expires_at);
         let cached = self.cache.by_id(account).and_then(|entry| entry.snapshot().token.clone());

@@ -117,21 +117,27 @@ pub(super) async fn faults_before_migration(
     find(connection, Trust::Session).await
 }
 
+/// Restricts the search path of the transaction to `pg_catalog`, and returns the schemas that it had.
+async fn leave_search_path(connection: &mut PgConnection) -> Result<Vec<String>, StoreError> {
+    let schemas = sqlx::query_scalar!(
+        r#"-- store::schema_trust::leave_search_path
+        select pg_catalog.current_schemas(false)::pg_catalog.text[] as "schemas!""#,
+    )
+    .fetch_one(&mut *connection)
+    .await?;
+    sqlx::query!(
+        "-- store::schema_trust::leave_search_path
+        select pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true)",
+    )
+    .fetch_one(connection)
+    .await?;
+    Ok(schemas)
+}
+
 async fn find(connection: &mut PgConnection, trust: Trust) -> Result<Vec<String>, StoreError> {
     // The transaction is rolled back, which restores the search path.
     let mut transaction = connection.begin().await?;
-    let schemas = sqlx::query_scalar!(
-        r#"-- store::schema_trust::faults
-        select pg_catalog.current_schemas(false)::pg_catalog.text[] as "schemas!""#,
-    )
-    .fetch_one(&mut *transaction)
-    .await?;
-    sqlx::query!(
-        "-- store::schema_trust::faults
-        select pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true)",
-    )
-    .fetch_one(&mut *transaction)
-    .await?;
+    let schemas = leave_search_path(&mut transaction).await?;
     let faults = sqlx::query_scalar!(
         r#"-- store::schema_trust::faults
         with path as (

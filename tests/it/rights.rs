@@ -940,7 +940,7 @@ fn statements_of_the_runtime_role() -> Vec<(String, String, bool)> {
     let audited = "do $$ begin update changes set audited_at = now();
         if exists (select from changes where audited_at is not null) then raise exception 'audited'; end if;
         end $$";
-    vec![
+    [
         ("", sealing(SEALED), true),
         ("", format!("update accounts set sealed_secret = {SEALED}"), false),
         ("", sealing("''"), false),

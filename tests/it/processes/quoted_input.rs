@@ -36,7 +36,7 @@ fn forms() -> Vec<String> {
             let joined = |separator: &str, form: fn(&u8) -> String| {
                 part.iter().map(form).collect::<Vec<_>>().join(separator)
             };
-            forms.extend([", ", ",", " "].map(|it| joined(it, |byte| byte.to_string())));
+            forms.extend([", ", ",", " "].map(|it| joined(it, ToString::to_string)));
             forms.extend(["", " ", ":"].map(|it| joined(it, |byte| format!("{byte:02x}"))));
             forms.extend(["", " ", ":"].map(|it| joined(it, |byte| format!("{byte:02X}"))));
         }
@@ -258,7 +258,10 @@ async fn the_files_of_the_databases_url_are_not_quoted_nor_the_password() {
     let caller = bench.ca.issue(&["caller.test"]);
     let (cert, key) = (bench.file("cert", caller.cert), bench.file("key", caller.key));
     let port = server_that_offers_tls();
-    let encoded = |text: &[u8]| -> String { text.iter().map(|b| format!("%{b:02X}")).collect() };
+    let encoded = |text: &[u8]| {
+        let bytes: Vec<_> = text.iter().map(|byte| format!("%{byte:02X}")).collect();
+        bytes.concat()
+    };
     for (form, malformed) in malformed_pem("CERTIFICATE") {
         let file = bench.file("malformed", &malformed);
         let inline = encoded(&malformed);
