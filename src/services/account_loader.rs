@@ -192,7 +192,8 @@ impl AccountLoader {
     }
 
     /// Takes accounts away from their callers at once: they were disabled or deleted. They are loaded later,
-    /// with everything else that has changed.
+    /// with everything else that has changed, or by the comparison: since their versions are forgotten, an account
+    /// that was enabled again and loaded meanwhile is read once more.
     pub fn withdraw(&self, accounts: &[WithdrawnAccount]) {
         if accounts.is_empty() {
             return;
@@ -209,6 +210,7 @@ impl AccountLoader {
                 self.cache.update(&entry, disabled);
             }
             withdrawn.insert(account.id, now);
+            self.versions.lock().remove(&account.id);
         }
     }
 

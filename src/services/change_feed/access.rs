@@ -315,15 +315,15 @@ impl AccessFollower {
     }
 
     async fn withdraw_changed_accounts(&mut self, session: &mut Session) -> Result<(), StoreError> {
+        // Before the accounts are read: between that and taking them away, nothing may be waited for.
+        if !self.state.changed_accounts.is_empty() {
+            self.note_changes(session).await?;
+        }
         while !self.state.changed_accounts.is_empty() {
             let batch: Vec<_> =
                 self.state.changed_accounts.iter().copied().take(ACCOUNTS_BATCH).collect();
             let withdrawn = within(accounts::withdrawn(session.connection()?, &batch)).await?;
-            if !withdrawn.is_empty() {
-                let noted = self.note_changes(session).await;
-                self.loader.withdraw(&withdrawn);
-                noted?;
-            }
+            self.loader.withdraw(&withdrawn);
             for id in batch {
                 self.state.changed_accounts.remove(&id);
             }
