@@ -306,8 +306,12 @@ impl RefreshPolicy {
         view: &IssueView<'_>,
         version: CredentialVersion,
     ) -> EarliestIssue {
-        let retry = view.refresh.next_attempt_at.filter(|_| !view.outage_ended_since_attempt());
-        self.not_before(view, version, view.due(), retry)
+        // A request for a new token is for the previous credential if the current one is not sealed.
+        let at_once = view.account.wants_reissue(view.refresh);
+        let due = if at_once { AT_ONCE } else { view.due() };
+        let pauses = !at_once && !view.outage_ended_since_attempt();
+        let retry = view.refresh.next_attempt_at.filter(|_| pauses);
+        self.not_before(view, version, due, retry)
     }
 
     /// The next attempt with the current credential after it failed, while the previous one issues.

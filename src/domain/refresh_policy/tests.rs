@@ -314,6 +314,12 @@ mod rotating {
         account.secret = None;
     }
 
+    fn unsealed_and_requested(account: &mut Account, refresh: &mut RefreshState) {
+        unsealed(account, refresh);
+        requested(account, refresh);
+        refresh.next_attempt_at = Some(at(9_000));
+    }
+
     fn rotated_again(account: &mut Account, _: &mut RefreshState) {
         account.credential_version = CredentialVersion(3);
     }
@@ -328,7 +334,7 @@ mod rotating {
     #[test]
     fn the_previous_secret_issues_on_its_schedule_and_the_new_one_is_tried_after_its_pauses() {
         use FailureClass::{EgressRejected, Intake, Malformed, RateLimited, Rejected, Unreachable};
-        let cases: [Case; 20] = [
+        let cases: [Case; 21] = [
             // A refused secret is not tried again, and any other one after its pause, if that ends first.
             (Rejected, None, nothing, (DUE, 1)),
             (Intake, None, nothing, (DUE, 1)),
@@ -353,6 +359,7 @@ mod rotating {
             (Rejected, None, requested, (1_030, 2)),
             (Malformed, Some(4_600), requested, (1_030, 2)),
             (Malformed, Some(1_300), unsealed, (DUE, 1)),
+            (Intake, None, unsealed_and_requested, (1_030, 1)),
             // The next secret is tried at once, and the failure of the one before it says nothing about it.
             (Malformed, Some(4_600), rotated_again, (0, 3)),
             // The previous secret was refused too, and is not kept any more.

@@ -260,18 +260,19 @@ async fn any_tampering_with_the_log_is_found_and_named() {
         );
     }
 
-    // Consistent tampering is found by checkpoints that were stored elsewhere.
+    // Consistent tampering, also with what the replicas reported, is found by checkpoints that were stored elsewhere.
     for (tampering, words) in [
         (
             format!("delete from audit_events where chain = '{last}' and seq > 5;
                 delete from audit_heads where chain = '{last}';
                 update audit_chains set delivered_seq = 5, delivered_hash = (select hash from audit_events
-                    where chain = '{last}' and seq = 5) where chain = '{last}'"),
+                    where chain = '{last}' and seq = 5) where chain = '{last}'; delete from instances"),
             "it ends with record 5, and a signed head is of record",
         ),
         (
             format!("delete from audit_events where chain = '{last}';
-                delete from audit_heads where chain = '{last}'; delete from audit_chains where chain = '{last}'"),
+                delete from audit_heads where chain = '{last}'; delete from audit_chains where chain = '{last}';
+                delete from instances"),
             "there is a signed head of it, and nothing else",
         ),
     ] {
