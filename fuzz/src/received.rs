@@ -73,7 +73,7 @@ pub fn upstream_answer(bytes: &[u8]) {
     }
     // Shortly after the time of the sample response in the API's documentation.
     let now = DateTime::<Utc>::from_timestamp_millis(1_717_135_002_000).unwrap();
-    match rcs::read(status, &headers, body, now) {
+    match rcs::read(status, &headers, body, now, now) {
         Ok(issued) => {
             assert!(status.is_success());
             assert!(issued.expires_at > now, "it has expired");

@@ -116,6 +116,7 @@ impl UpstreamClient {
         id: &ClientId,
         secret: &ClientSecret,
     ) -> Result<IssuedToken, IssueError> {
+        let sent = self.clock.now();
         let mut response = self
             .http
             .post(&self.token_url)
@@ -133,7 +134,7 @@ impl UpstreamClient {
         let now = self.clock.now();
         let (body, fault) = self.read_body(&mut response).await;
         let status = response.status();
-        let answer = rcs::read(status, response.headers(), &body, now);
+        let answer = rcs::read(status, response.headers(), &body, sent, now);
         match (answer, fault) {
             (Err(error), Some(fault))
                 if status.is_success() && error.class == FailureClass::Malformed =>

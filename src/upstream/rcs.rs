@@ -8,7 +8,6 @@ mod number;
 mod refused;
 
 pub use answer::MAX_BODY;
-use chrono::TimeDelta;
 use http::{HeaderMap, StatusCode, header};
 pub use issued::{LONGEST_LIFE, stated_life};
 use serde::Serialize;
@@ -39,7 +38,7 @@ pub(super) fn request_body(id: &ClientId, secret: &ClientSecret) -> Zeroizing<Ve
     body
 }
 
-/// Reads an answer that was received at `now`.
+/// Reads an answer that was received at `now`, to a request that was sent at `sent`.
 ///
 /// An `error` in the upstream's own format counts whatever the status. Such an answer is not a token, even if it
 /// has one: an upstream that says that something failed is believed, since a token can be issued again.
@@ -60,23 +59,17 @@ pub fn read(
     status: StatusCode,
     headers: &HeaderMap,
     body: &[u8],
+    sent: Timestamp,
     now: Timestamp,
 ) -> Result<IssuedToken, IssueError> {
     let answer = answer::read(headers, body);
     let error = answer.as_ref().ok().and_then(|answer| answer.error.as_ref());
     if status.is_success() && error.is_none() {
         let answer = answer.map_err(|unreadable| IssueError::malformed(unreadable.to_string()))?;
-        return issued::read(&answer, skew(headers, now), now);
+        return issued::read(&answer, http_date(headers, &header::DATE), sent, now);
     }
     let has_token = answer.as_ref().is_ok_and(|answer| answer.access_token.is_some());
     Err(refused::read(status, headers, error, has_token, now))
-}
-
-/// Returns how far the upstream's clock is ahead of this machine's, by the `Date` of an answer that was
-/// received at `now`. The result is accurate to a second or two: the header counts whole seconds and is
-/// older than `now` by the time that the answer travelled.
-fn skew(headers: &HeaderMap, now: Timestamp) -> Option<TimeDelta> {
-    Some(http_date(headers, &header::DATE)? - now)
 }
 
 #[cfg(test)]
@@ -111,7 +104,7 @@ mod tests {
         headers: &HeaderMap,
         body: &[u8],
     ) -> Result<IssuedToken, IssueError> {
-        read(StatusCode::OK, headers, body, at(ISSUED_MS))
+        read(StatusCode::OK, headers, body, at(ISSUED_MS), at(ISSUED_MS))
     }
 
     #[test]
@@ -144,7 +137,7 @@ mod tests {
                 }
             }
             let status = StatusCode::from_u16(status).unwrap();
-            let _ = read(status, &given, &body, at(ISSUED_MS));
+            let _ = read(status, &given, &body, at(ISSUED_MS), at(ISSUED_MS));
         }
     }
 }

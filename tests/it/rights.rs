@@ -486,8 +486,8 @@ async fn no_stored_time_makes_a_token_outlive_its_issue() {
         let served = broker.client(&bearer).await.get("acme").await;
         let served = served.unwrap_or_else(|error| panic!("{times}: {error}"));
         assert_eq!(served.generation, issued.generation, "{times}");
-        // The bound is that of the attempt's longest duration, half a minute.
-        assert!(end(&served) <= end(&issued) + 40, "{times}: {served:?}, {issued:?}");
+        // The bound is that of the longest attempt of any replica, 80 s.
+        assert!(end(&served) <= end(&issued) + 90, "{times}: {served:?}, {issued:?}");
         assert!(end(&served) >= end(&issued) - 10, "{times}: {served:?}, {issued:?}");
         broker.stop().await;
         database.sql("delete from tokens; insert into tokens select * from kept").await;

@@ -23,10 +23,11 @@ const CLAIMS_TOLERANCE: TimeDelta = TimeDelta::seconds(2);
 /// Korea time is nine hours ahead of UTC, without summer time.
 const KOREA: TimeDelta = TimeDelta::hours(9);
 
-/// Reads an answer that was received at `now` from an upstream whose clock is `skew` ahead.
+/// Reads an answer with the header `Date`, to a request that was sent at `sent`. The answer was received at `now`.
 pub(super) fn read(
     answer: &Answer,
-    skew: Option<TimeDelta>,
+    date: Option<Timestamp>,
+    sent: Timestamp,
     now: Timestamp,
 ) -> Result<IssuedToken, IssueError> {
     if answer.is_ambiguous {
@@ -43,55 +44,61 @@ pub(super) fn read(
     })?;
 
     let claims = Claims::of(&access_token);
-    let lead = believed_lead(skew, &claims, stated_end, now);
+    let lead = believed_lead(date, &claims, stated_end, sent, now);
     if stated_end - now > LONGEST_LIFE + lead {
         return Err(IssueError::malformed("the upstream's token ends further ahead than 48 hours"));
     }
     let expires_at =
-        end_by_our_clock(stated_end, &claims, lead, now).filter(|end| *end > now).ok_or_else(
+        end_by_our_clock(stated_end, &claims, lead, sent).filter(|end| *end > now).ok_or_else(
             || IssueError::malformed("the upstream's token has already ended by our clock"),
         )?;
     Ok(IssuedToken {
         access_token,
         expires_at,
         allowed_ip: claims.allowed_ip,
-        skew_ms: skew.map(|skew| skew.num_milliseconds()),
+        skew_ms: date.map(|date| (date - now).num_milliseconds()),
     })
 }
 
-/// Returns how far the upstream's clock is believed to be ahead of this machine's.
+/// Returns how far the upstream's clock is believed to be ahead of this machine's: zero if the clocks agree as far as
+/// can be told, and else the longest lead that is possible, so that no token seems to live longer than it does. The
+/// upstream wrote `Date`, which counts whole seconds, between `sent` and `now`; the answer may have travelled for long.
 ///
 /// A lag is believed only if everything that the answer states agrees: `expiresIn` with the claims' end, and
 /// `Date` with the claims' life. Then it is this machine's clock that is ahead, and without the lag each new
 /// token would seem to have ended. Otherwise `Date` may be a proxy's, and an early end is safe.
 fn believed_lead(
-    skew: Option<TimeDelta>,
+    date: Option<Timestamp>,
     claims: &Claims,
     stated_end: Timestamp,
+    sent: Timestamp,
     now: Timestamp,
 ) -> TimeDelta {
-    let Some(skew) = skew else { return TimeDelta::zero() };
+    let Some(date) = date else { return TimeDelta::zero() };
+    let (least, most) = (date - now, date + TimeDelta::seconds(1) - sent);
+    if least <= TimeDelta::zero() && most >= TimeDelta::zero() {
+        return TimeDelta::zero();
+    }
     let agree = claims.end.zip(claims.life).is_some_and(|(end, life)| {
-        let date = now + skew;
         (end - stated_end).abs() <= CLAIMS_TOLERANCE
             && date < end
             && end - date <= life + CLAIMS_TOLERANCE
     });
-    if agree { skew } else { skew.max(TimeDelta::zero()) }
+    if agree { most } else { most.max(TimeDelta::zero()) }
 }
 
 /// Returns the earliest end that the answer allows, by this machine's clock: `expiresIn` and the claims'
-/// `expireDate`, each less the lead of the upstream's clock; and `now` plus the life that the claims state,
+/// `expireDate`, each less the lead of the upstream's clock; and `sent` plus the life that the claims state,
 /// which holds whatever the clocks say.
 fn end_by_our_clock(
     stated_end: Timestamp,
     claims: &Claims,
     lead: TimeDelta,
-    now: Timestamp,
+    sent: Timestamp,
 ) -> Option<Timestamp> {
     let by_upstream =
         claims.end.map_or(stated_end, |end| end.min(stated_end)).checked_sub_signed(lead)?;
-    let by_life = claims.life.map(|life| now + life.clamp(-LONGEST_LIFE, LONGEST_LIFE));
+    let by_life = claims.life.map(|life| sent + life.clamp(-LONGEST_LIFE, LONGEST_LIFE));
     Some(by_life.map_or(by_upstream, |end| end.min(by_upstream)))
 }
 
@@ -298,7 +305,8 @@ mod tests {
         let ten_minutes_ahead = headers(&[(header::DATE, "Fri, 31 May 2024 06:06:41 GMT")]);
         let issued = ok(&ten_minutes_ahead, &body).unwrap();
         assert_eq!(issued.skew_ms, Some(599_056));
-        assert_eq!(issued.expires_at, at(1_717_138_601_944 - 599_056));
+        // `Date` may be up to a second older than it says.
+        assert_eq!(issued.expires_at, at(1_717_138_601_944 - 600_056));
         let ten_minutes_behind = headers(&[(header::DATE, "Fri, 31 May 2024 05:46:41 GMT")]);
         let issued = ok(&ten_minutes_behind, &body).unwrap();
         assert_eq!(issued.skew_ms, Some(-600_944));
@@ -313,12 +321,12 @@ mod tests {
         for hours in [-30, -2, 2, 30] {
             let now = at(ISSUED_MS) + TimeDelta::hours(hours);
             let dated = headers(&[(header::DATE, "Fri, 31 May 2024 05:56:41 GMT")]);
-            let issued = read(StatusCode::OK, &dated, &body, now).unwrap();
+            let issued = read(StatusCode::OK, &dated, &body, now, now).unwrap();
             assert!(issued.expires_at <= now + TimeDelta::hours(1), "{hours}");
             assert!(issued.expires_at > now + TimeDelta::minutes(59), "{hours}");
             // The token was issued before and is given out again, so it lives for less.
             let later = headers(&[(header::DATE, "Fri, 31 May 2024 06:26:41 GMT")]);
-            let issued = read(StatusCode::OK, &later, &body, now).unwrap();
+            let issued = read(StatusCode::OK, &later, &body, now, now).unwrap();
             assert!(issued.expires_at <= now + TimeDelta::minutes(30), "{hours}");
         }
         let now = at(ISSUED_MS) + TimeDelta::hours(2);
@@ -329,12 +337,29 @@ mod tests {
             "Fri, 31 May 2024 06:56:42 GMT",
         ] {
             let dated = headers(&[(header::DATE, disagreeing)]);
-            assert!(read(StatusCode::OK, &dated, &body, now).is_err(), "{disagreeing}");
+            assert!(read(StatusCode::OK, &dated, &body, now, now).is_err(), "{disagreeing}");
         }
         // `expiresIn` contradicts the claims.
         let dated = headers(&[(header::DATE, "Fri, 31 May 2024 05:56:41 GMT")]);
         let contradicting = answer("1717138611944", &jwt(SAMPLE));
-        assert!(read(StatusCode::OK, &dated, &contradicting, now).is_err());
+        assert!(read(StatusCode::OK, &dated, &contradicting, now, now).is_err());
+    }
+
+    #[test]
+    fn an_answer_that_travels_for_long_prolongs_no_token() {
+        let body = answer("1717138601944", &jwt(SAMPLE));
+        let dated = headers(&[(header::DATE, "Fri, 31 May 2024 05:56:41 GMT")]);
+        for ahead in [-7_200, -3, 0, 3, 7_200] {
+            // The upstream answers in the moment of the request.
+            let sent = at(ISSUED_MS) + TimeDelta::seconds(ahead);
+            for travelled in [0, 900, 2_500, 9_000] {
+                let now = sent + TimeDelta::milliseconds(travelled);
+                let issued = read(StatusCode::OK, &dated, &body, sent, now).unwrap();
+                assert!(issued.expires_at <= sent + TimeDelta::hours(1), "{ahead} {travelled}");
+                let early = sent + TimeDelta::hours(1) - issued.expires_at;
+                assert!(early < TimeDelta::seconds(5), "{ahead} {travelled}: {early}");
+            }
+        }
     }
 
     #[test]
@@ -342,7 +367,7 @@ mod tests {
         // Our clock is half an hour behind, and the answer has no `Date`. The token still ends after an hour.
         let now = at(ISSUED_MS - 1_800_000);
         let body = answer("1717138601944", &jwt(SAMPLE));
-        let issued = read(StatusCode::OK, &HeaderMap::new(), &body, now).unwrap();
+        let issued = read(StatusCode::OK, &HeaderMap::new(), &body, now, now).unwrap();
         assert_eq!(issued.expires_at, now + TimeDelta::hours(1));
     }
 
@@ -437,7 +462,7 @@ mod tests {
                 let date = format!("31 May {year:04} 05:56:41 GMT");
                 given.insert(header::DATE, date.parse().unwrap());
             }
-            if let Ok(issued) = read(StatusCode::OK, &given, &body, now) {
+            if let Ok(issued) = read(StatusCode::OK, &given, &body, now, now) {
                 prop_assert!(issued.expires_at > now);
                 prop_assert!(issued.expires_at <= now + LONGEST_LIFE);
             }

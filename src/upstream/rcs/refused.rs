@@ -117,7 +117,7 @@ mod tests {
 
     fn refused(status: u16, headers: &HeaderMap, body: &str) -> IssueError {
         let status = StatusCode::from_u16(status).unwrap();
-        read(status, headers, body.as_bytes(), at(ISSUED_MS)).unwrap_err()
+        read(status, headers, body.as_bytes(), at(ISSUED_MS), at(ISSUED_MS)).unwrap_err()
     }
 
     fn refused_with_code(status: u16, code: &str) -> IssueError {
@@ -241,7 +241,13 @@ mod tests {
             r#""error":{"code":"00000","message":"OK"}"#,
         ] {
             let body = format!("{{{token},{none}}}");
-            let issued = read(StatusCode::OK, &HeaderMap::new(), body.as_bytes(), at(ISSUED_MS));
+            let issued = read(
+                StatusCode::OK,
+                &HeaderMap::new(),
+                body.as_bytes(),
+                at(ISSUED_MS),
+                at(ISSUED_MS),
+            );
             assert!(issued.is_ok(), "{none}");
         }
     }
