@@ -1,7 +1,7 @@
 //! The only module that prints: results to standard output, everything else to standard error.
 //!
-//! Texts may come from the database, files, the upstream or callers. So [`line`], [`note`], [`json`] and tables escape
-//! what would move a terminal's cursor or begin another line. Only [`block`] and [`bytes`] print a text as it is.
+//! Texts may come from the database, files, the upstream or callers. So [`line()`], [`note`], [`json`] and tables escape
+//! what would move a terminal's cursor or begin another line. Only [`block`] and [`bytes()`] print a text as it is.
 
 use std::{
     fmt::{self, Display},
@@ -33,7 +33,7 @@ pub(super) fn line(text: impl Display) -> anyhow::Result<()> {
 /// Prints lines to standard output as they are: a text of ours.
 ///
 /// # Errors
-/// As [`line`].
+/// As [`line()`].
 pub(super) fn block(text: impl Display) -> anyhow::Result<()> {
     bytes(format!("{text}\n").as_bytes())
 }
