@@ -92,10 +92,7 @@ impl StateDir {
     pub fn reclaim(&self) -> Result<(), StateDirError> {
         let lock_path = self.path.join("lock");
         let mut locks = self.locks.lock();
-        let held = locks.last().and_then(|lock| lock.metadata().ok());
-        let there = fs::metadata(&lock_path).ok();
-        let identity = |it: &fs::Metadata| (it.dev(), it.ino());
-        let is_held = held.as_ref().map(identity) == there.as_ref().map(identity);
+        let is_held = locks.last().is_some_and(|lock| is_at(lock, &lock_path));
         if !is_held {
             tracing::error!(
                 directory = %self.path.display(),
@@ -118,7 +115,7 @@ impl StateDir {
         if is_held && starts_path.exists() {
             return Ok(());
         }
-        let lock = locks.last().expect("there is always a lock");
+        let lock = locks.last().expect("a lock is held, or was pushed above");
         let starts = self.ended_starts.iter().map(String::as_str).chain([&*self.start]);
         write_starts(&starts_path, lock, starts).map_err(failed(&starts_path))
     }
@@ -187,6 +184,13 @@ impl StateDir {
 fn failed(path: &Path) -> impl FnOnce(io::Error) -> StateDirError {
     let path = path.to_owned();
     move |error| StateDirError::Io { path, error }
+}
+
+/// Returns whether `path` leads to the open `file`. It does not if either cannot be examined.
+fn is_at(file: &File, path: &Path) -> bool {
+    let identity = |it: fs::Metadata| (it.dev(), it.ino());
+    let there = fs::metadata(path).map(identity);
+    file.metadata().map(identity).is_ok_and(|open| there.is_ok_and(|there| there == open))
 }
 
 /// Creates the directory `path` if it does not exist, and locks it.
