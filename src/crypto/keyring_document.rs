@@ -60,7 +60,7 @@ pub enum KeyringFault {
         nth: usize,
         /// The entry's id, or `unnamed` if the id is what is faulty.
         id: String,
-        /// The fault.
+        /// What is wrong with it, in words that quote nothing of it.
         what: &'static str,
     },
     /// The key to promote is not in the file.

@@ -32,7 +32,7 @@ const MAX_LEN: u64 = 1 << 20;
 pub struct KeyringError {
     /// The file's path.
     pub path: PathBuf,
-    /// The fault.
+    /// Why it was refused or not written.
     pub fault: KeyringFault,
 }
 

@@ -25,7 +25,7 @@ pub enum TlsError {
     Malformed {
         /// The file's path.
         file: PathBuf,
-        /// The fault.
+        /// What it lacks or holds instead, in words that quote nothing of it.
         why: String,
     },
     /// Certificate and key are each valid but do not belong together, or the TLS library refuses them.

@@ -62,7 +62,7 @@ pub struct AuditLayer {
     pub journal: Journal,
     /// Records refusals: many equal ones as one record with a count.
     pub refusals: RefusalAggregator,
-    /// The registered callers.
+    /// Callers with their credentials and grants, as last followed from the database.
     pub callers: Arc<CallerDirectory>,
     /// The trust domain whose SPIFFE IDs are accepted.
     pub trust_domain: Option<Arc<str>>,

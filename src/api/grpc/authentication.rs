@@ -58,7 +58,7 @@ pub struct PresentedCertificate<'a> {
 /// Authenticates callers at one moment.
 #[derive(Clone, Copy)]
 pub struct Authenticator<'a> {
-    /// The registered callers.
+    /// Callers with their credentials and grants, as last followed from the database.
     pub callers: &'a CallerDirectory,
     /// The trust domain whose SPIFFE IDs are accepted; without one, none is.
     pub trust_domain: Option<&'a str>,

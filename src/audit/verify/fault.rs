@@ -9,7 +9,7 @@ use crate::crypto::SignatureError;
 pub struct Finding {
     /// Name of the chain.
     pub chain: String,
-    /// The fault.
+    /// What is wrong there, with the numbers of the records.
     pub fault: Fault,
 }
 
