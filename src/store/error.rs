@@ -4,52 +4,17 @@
 //! quotes a row, a parameter or a URL. Neither `Display` nor `Debug` prints the server's detail, hint,
 //! context or statement.
 
-use std::{
-    error::Error,
-    fmt::{self, Display, Formatter},
-};
+mod cause;
+mod sqlstate;
 
-use sqlx::postgres::PgDatabaseError;
+use std::fmt::Display;
+
 use thiserror::Error;
 
+pub use self::cause::DatabaseCause;
+pub(super) use self::sqlstate::UNDEFINED_TABLE;
+use self::sqlstate::{Kind, LOCK_NOT_AVAILABLE, QUERY_CANCELED, TOO_MANY_CONNECTIONS};
 use super::distrust;
-
-/// The `SQLSTATE` of a relation that does not exist: the schema is missing or too old.
-pub(super) const UNDEFINED_TABLE: &str = "42P01";
-/// The `SQLSTATE` of a statement for which the login's role lacks a privilege.
-const INSUFFICIENT_PRIVILEGE: &str = "42501";
-/// The `SQLSTATE` of a value that a check constraint or a trigger refused.
-const CHECK_VIOLATION: &str = "23514";
-/// The `SQLSTATE` of a statement that waited too long for a lock.
-const LOCK_NOT_AVAILABLE: &str = "55P03";
-/// The `SQLSTATE` of a statement that was cancelled, in general by `statement_timeout`.
-const QUERY_CANCELED: &str = "57014";
-/// The `SQLSTATE` of a login that exceeds the server's `max_connections`.
-const TOO_MANY_CONNECTIONS: &str = "53300";
-/// The `SQLSTATE` with which `PgBouncer` refuses logins, for whatever reason, up to version 1.22 at least. It
-/// has the same one when it does not reach the server.
-const POOLER_ERROR: &str = "08P01";
-/// Parts of the messages with which `PgBouncer` refuses a login, or repeats that the server refused its own. Its
-/// own messages are never translated.
-const REFUSED_BY_POOLER: &[&str] = &[
-    "unsupported startup parameter",
-    "authentication failed",
-    "no such database",
-    "no such user",
-    "config error",
-    "does not exist",
-    "not permitted to log in",
-    "no pg_hba.conf entry",
-];
-
-/// Parts of the messages with which `PgBouncer` says that it, or the server behind it, has no free connection.
-const SATURATED_POOLER: &[&str] = &[
-    "no more connections allowed",
-    "client connections exceeded",
-    "too many clients",
-    "too many connections",
-    "connection slots are reserved",
-];
 
 /// An error of the database or of the driver that talks to it.
 ///
@@ -371,179 +336,11 @@ pub(super) fn unusable(reason: String) -> sqlx::Error {
     sqlx::Error::Configuration(Box::new(Unusable(reason)))
 }
 
-/// The kind of error that a `SQLSTATE` stands for.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum Kind {
-    ConnectionLost,
-    TransactionConflict,
-    Locked,
-    MissingPrivilege,
-    InvalidValue,
-    Conflict,
-    UndefinedTable,
-    LoginRefused,
-    StatementLost,
-    Refused,
-}
-
-impl Kind {
-    /// Classifies a `SQLSTATE`, as listed in appendix A of the manual of Postgres.
-    ///
-    /// An error that a running server reports is not a lost connection, even if the client can do nothing:
-    /// a wrong password (28P01), a missing database (3D000), a statement timeout (57014), no free
-    /// connection (53300).
-    fn of(sqlstate: &str) -> Self {
-        match sqlstate {
-            // The server shuts down, has crashed, starts up, or closed an idle session. Connection poolers
-            // report class 08 when they cannot reach the server.
-            "57P01" | "57P02" | "57P03" | "57P05" => Self::ConnectionLost,
-            _ if sqlstate.starts_with("08") => Self::ConnectionLost,
-            // Serialization failure; deadlock.
-            "40001" | "40P01" => Self::TransactionConflict,
-            // `nowait` or `lock_timeout`.
-            "55P03" => Self::Locked,
-            INSUFFICIENT_PRIVILEGE => Self::MissingPrivilege,
-            CHECK_VIOLATION => Self::InvalidValue,
-            // Unique and exclusion constraints.
-            "23505" | "23P01" => Self::Conflict,
-            UNDEFINED_TABLE => Self::UndefinedTable,
-            // Invalid authorization; a database that does not exist.
-            "28000" | "28P01" | "3D000" => Self::LoginRefused,
-            "26000" | "42P05" => Self::StatementLost,
-            _ => Self::Refused,
-        }
-    }
-}
-
-/// The error of the server or the driver from which a [`StoreError`] was made.
-///
-/// Its text is the `SQLSTATE`, or a description of what failed in the driver. The wrapped error is never
-/// printed and is not returned as a `source`, since its texts can quote rows.
-pub struct DatabaseCause(sqlx::Error);
-
-impl DatabaseCause {
-    fn server(&self) -> Option<&PgDatabaseError> {
-        self.0.as_database_error()?.try_downcast_ref()
-    }
-
-    /// Returns the `SQLSTATE`, if the server reported the error.
-    #[must_use]
-    pub fn sqlstate(&self) -> Option<&str> {
-        self.server().map(PgDatabaseError::code)
-    }
-
-    /// Returns whether a connection pooler refused the login, or says that the server did.
-    fn is_pooler_refusal(&self) -> bool {
-        let message = self.message();
-        self.sqlstate() == Some(POOLER_ERROR)
-            && REFUSED_BY_POOLER.iter().any(|part| message.contains(part))
-    }
-
-    /// Returns whether a connection pooler says that there is no free connection.
-    fn is_saturated_pooler(&self) -> bool {
-        let message = self.message();
-        self.sqlstate() == Some(POOLER_ERROR)
-            && SATURATED_POOLER.iter().any(|part| message.contains(part))
-    }
-
-    /// Returns the server's primary message, without its detail.
-    ///
-    /// Messages of class 22 (data exceptions) quote the value that was refused, so they are replaced.
-    fn message(&self) -> &str {
-        match self.server() {
-            Some(error) if error.code().starts_with("22") => "a value is malformed or out of range",
-            Some(error) => error.message(),
-            None => "the driver failed",
-        }
-    }
-}
-
-/// Describes a fault of TLS. The driver's own texts may quote the files of the URL, or their content.
-fn tls_fault(error: &(dyn Error + 'static)) -> String {
-    if error.is::<rustls::pki_types::pem::Error>() {
-        return "the file of sslcert or sslkey is not PEM".into();
-    }
-    let text = error.to_string();
-    if text.starts_with("Invalid certificate") && !error.is::<rustls::Error>() {
-        return "the file of sslrootcert is not PEM".into();
-    }
-    text
-}
-
-impl Display for DatabaseCause {
-    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        if let Some(sqlstate) = self.sqlstate() {
-            return write!(f, "SQLSTATE {sqlstate}");
-        }
-        match &self.0 {
-            sqlx::Error::Io(error) => write!(f, "{error}"),
-            sqlx::Error::Tls(error) => write!(f, "TLS: {}", tls_fault(&**error)),
-            sqlx::Error::Protocol(_) => f.write_str("the server's answer is malformed"),
-            sqlx::Error::PoolClosed => f.write_str("the pool is closed"),
-            sqlx::Error::PoolTimedOut => f.write_str("no connection became free in time"),
-            sqlx::Error::Configuration(_) => {
-                f.write_str("the settings of the connection cannot be used")
-            }
-            sqlx::Error::ColumnNotFound(column) => write!(f, "there is no column {column}"),
-            sqlx::Error::TypeNotFound { type_name } => write!(f, "there is no type {type_name}"),
-            sqlx::Error::ColumnDecode { .. } | sqlx::Error::Decode(_) => {
-                f.write_str("a value cannot be decoded")
-            }
-            sqlx::Error::Encode(_) => f.write_str("a parameter cannot be encoded"),
-            _ => f.write_str("an unexpected error of the driver"),
-        }
-    }
-}
-
-impl fmt::Debug for DatabaseCause {
-    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        write!(f, "DatabaseCause({self})")
-    }
-}
-
-impl Error for DatabaseCause {}
-
 #[cfg(test)]
 mod tests {
     use std::{error::Error, io};
 
     use super::*;
-
-    #[test]
-    fn each_sqlstate_has_its_kind() {
-        for (sqlstate, kind) in [
-            ("08006", Kind::ConnectionLost),
-            ("08P01", Kind::ConnectionLost),
-            ("57P01", Kind::ConnectionLost),
-            ("57P02", Kind::ConnectionLost),
-            ("57P03", Kind::ConnectionLost),
-            ("57P05", Kind::ConnectionLost),
-            ("40001", Kind::TransactionConflict),
-            ("40P01", Kind::TransactionConflict),
-            ("55P03", Kind::Locked),
-            ("42501", Kind::MissingPrivilege),
-            ("23514", Kind::InvalidValue),
-            ("23505", Kind::Conflict),
-            ("23P01", Kind::Conflict),
-            ("42P01", Kind::UndefinedTable),
-            // A server that answers with these is not lost.
-            ("22P02", Kind::Refused),
-            ("23503", Kind::Refused),
-            ("25006", Kind::Refused),
-            ("25P03", Kind::Refused),
-            ("26000", Kind::StatementLost),
-            ("28000", Kind::LoginRefused),
-            ("28P01", Kind::LoginRefused),
-            ("3D000", Kind::LoginRefused),
-            ("42P05", Kind::StatementLost),
-            ("53100", Kind::Refused),
-            ("53300", Kind::Refused),
-            ("57014", Kind::Refused),
-            ("XX001", Kind::Refused),
-        ] {
-            assert_eq!(Kind::of(sqlstate), kind, "{sqlstate}");
-        }
-    }
 
     #[test]
     fn only_lost_connections_and_timeouts_may_be_an_outage() {
