@@ -11,6 +11,7 @@
 //! | [`pgbouncer`] | a connection pooler before the database |
 //! | [`certificates`] | a certificate authority, and connections with TLS |
 //! | [`http`] | HTTP requests to brokers and simulators |
+//! | [`lease_holder`] | a replica that claims leases |
 //! | [`own_server`] | a database server for one test alone, which crashes, has standbys, and fails over |
 //! | [`raw_grpc`] | single calls with any headers and any body |
 //! | [`raw_http2`] | an HTTP/2 client that can violate the protocol |
@@ -26,6 +27,7 @@ pub(crate) mod certificates;
 pub(crate) mod database;
 pub(crate) mod database_proxy;
 pub(crate) mod http;
+pub(crate) mod lease_holder;
 #[cfg(feature = "embedded-postgres")]
 pub(crate) mod own_server;
 pub(crate) mod pgbouncer;

@@ -6,10 +6,10 @@ use tempfile::TempDir;
 use token_broker::{
     api::proto::{GetTokenRequest, ReportRejectedTokenRequest, WatchTokensRequest},
     dev::simulator::{Answer, Faults},
-    domain::{account::AccountId, clock::Clock, refresh_policy::RefreshPolicy},
+    domain::{account::AccountId, clock::Clock},
     store::{
         Database,
-        leases::{self, Claim, LeaseHolder},
+        leases::{self, Claim},
     },
 };
 use tonic::Code;
@@ -18,6 +18,7 @@ use crate::harness::{
     broker::{Fixture, code_and_reason},
     database::TestDatabase,
     eventually,
+    lease_holder::unlimited_holder,
 };
 
 impl Fixture {
@@ -200,15 +201,7 @@ async fn a_claim_does_not_wait_for_another_transaction_and_sees_what_it_committe
         .await
         .unwrap();
     let [acme, free] = ids[..] else { panic!("{ids:?}") };
-    let holder = LeaseHolder {
-        instance: "ours".into(),
-        start: "1".into(),
-        replica: 1,
-        lease_duration: Duration::from_mins(1),
-        policy: RefreshPolicy { refresh_at: 0.75, min_issue_interval: Duration::ZERO },
-        rate: 1_000_000.0,
-        concurrency: 8,
-    };
+    let holder = unlimited_holder("ours");
     let pool = Database::new(database.url(), "claims").unwrap().pool(1);
     let claim =
         async |id| leases::claim(&pool, AccountId(id), None, None, None, &holder).await.unwrap();

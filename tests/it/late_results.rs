@@ -8,7 +8,6 @@ use token_broker::{
     domain::{
         account::{AccountId, CredentialVersion},
         clock::{Clock, delta},
-        refresh_policy::RefreshPolicy,
         refresh_state::{FailureClass, IssueFailure},
         token::{Generation, SealedToken},
     },
@@ -19,7 +18,9 @@ use token_broker::{
     },
 };
 
-use crate::harness::{broker::Fixture, database::TestDatabase, eventually};
+use crate::harness::{
+    broker::Fixture, database::TestDatabase, eventually, lease_holder::unlimited_holder,
+};
 
 const LEASE: Duration = Duration::from_mins(5);
 
@@ -50,15 +51,7 @@ impl Account {
     }
 
     async fn claim(&self, instance: &str) -> Lease {
-        let holder = LeaseHolder {
-            instance: instance.into(),
-            start: instance.into(),
-            replica: 1,
-            lease_duration: LEASE,
-            policy: RefreshPolicy { refresh_at: 0.75, min_issue_interval: Duration::ZERO },
-            rate: f64::from(u32::MAX),
-            concurrency: usize::MAX,
-        };
+        let holder = LeaseHolder { lease_duration: LEASE, ..unlimited_holder(instance) };
         let replaces = self.load().await.refresh.stored_generation;
         let claim = async || match leases::claim(
             self.database.pool(),

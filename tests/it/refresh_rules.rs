@@ -28,7 +28,7 @@ use token_broker::{
     telemetry::Metrics,
 };
 
-use crate::harness::{database::TestDatabase, eventually};
+use crate::harness::{database::TestDatabase, eventually, lease_holder::unlimited_holder};
 
 /// Returns a VALUES list with a row for each of `values`, which have the SQL type `sql_type`.
 fn rows(values: &[&str], sql_type: &str) -> String {
@@ -229,15 +229,10 @@ impl Facts {
 #[tokio::test]
 async fn a_lease_of_a_replica_with_another_time_limit_is_believed() {
     let database = TestDatabase::new().await;
-    let policy = RefreshPolicy { refresh_at: 0.75, min_issue_interval: Duration::from_millis(100) };
     let holder = |instance: &str, timeout| LeaseHolder {
-        instance: instance.into(),
-        start: instance.into(),
-        replica: 1,
         lease_duration: timeout + LEASE_BEYOND_ATTEMPT,
-        policy,
-        rate: f64::from(u32::MAX),
         concurrency: 1,
+        ..unlimited_holder(instance)
     };
     let slow = holder("slow", LONGEST_UPSTREAM_TIMEOUT);
     let quick = holder("quick", Duration::from_millis(100));
@@ -295,15 +290,7 @@ async fn a_claim_and_the_schedule_decide_the_same_from_the_same_facts() {
     const CLAIMS: usize = 400;
     let database = TestDatabase::new().await;
     let policy = RefreshPolicy { refresh_at: 0.75, min_issue_interval: MIN_ISSUE_INTERVAL };
-    let holder = LeaseHolder {
-        instance: "ours".into(),
-        start: "1".into(),
-        replica: 1,
-        lease_duration: Duration::from_mins(1),
-        policy,
-        rate: f64::from(u32::MAX),
-        concurrency: usize::MAX,
-    };
+    let holder = LeaseHolder { policy, ..unlimited_holder("ours") };
     let (strategy, mut runner) = (facts(), TestRunner::new(Config::default()));
     let mut decisions = BTreeSet::new();
     for n in 0..CLAIMS {
@@ -369,13 +356,11 @@ async fn a_claim_and_the_schedule_decide_the_same_from_the_same_facts() {
 async fn a_claim_believes_no_stored_time_that_cannot_be_true() {
     let database = TestDatabase::new().await;
     let holder = LeaseHolder {
-        instance: "ours".into(),
-        start: "1".into(),
-        replica: 1,
         lease_duration: Duration::from_secs(30),
         policy: RefreshPolicy { refresh_at: 0.75, min_issue_interval: Duration::from_secs(30) },
         rate: 20.0,
         concurrency: 2,
+        ..unlimited_holder("ours")
     };
     let mut accounts = vec![];
     for name in ["new", "tried", "failed", "leased", "leased-too", "exceptions"] {

@@ -7,10 +7,10 @@ use sqlx::{AssertSqlSafe, PgPool};
 use tempfile::TempDir;
 use token_broker::{
     config::DatabaseUrl,
-    domain::{account::AccountId, refresh_policy::RefreshPolicy},
+    domain::account::AccountId,
     store::{
         Database, StoreError,
-        leases::{self, Claim, LeaseHolder},
+        leases::{self, Claim},
     },
 };
 use tokio_util::sync::CancellationToken;
@@ -20,6 +20,7 @@ use crate::{
         broker::{Fixture, TestBroker},
         database::TestDatabase,
         eventually,
+        lease_holder::unlimited_holder,
         pgbouncer::PgBouncer,
         process::BrokerSetup,
     },
@@ -169,15 +170,7 @@ async fn a_claim_that_waited_for_another_one_is_granted_whatever_the_databases_i
     test_database
         .sql_past_triggers("update accounts set client_secret = null, sealed_secret = 'x'")
         .await;
-    let holder = LeaseHolder {
-        instance: "ours".into(),
-        start: "1".into(),
-        replica: 1,
-        lease_duration: Duration::from_secs(30),
-        policy: RefreshPolicy { refresh_at: 0.75, min_issue_interval: Duration::from_millis(100) },
-        rate: 1_000_000.0,
-        concurrency: 8,
-    };
+    let holder = unlimited_holder("ours");
     let waits = "select exists (select from pg_stat_activity where datname = current_database()
         and wait_event_type = 'Lock')";
     for level in ["repeatable read", "serializable"] {
