@@ -35,12 +35,15 @@ impl Fixture {
             .await;
     }
 
-    /// Waits until `count` accounts have a token.
+    /// Waits until `count` accounts have a token, for as long as more of them get one.
     async fn until_tokens(&self, count: usize) {
-        eventually(&format!("{count} tokens"), async || {
-            (self.count("tokens").await == count).then_some(())
-        })
-        .await;
+        let mut tokens = 0;
+        while tokens < count {
+            tokens = eventually(&format!("more than {tokens} tokens of {count}"), async || {
+                Some(self.count("tokens").await).filter(|now| *now > tokens)
+            })
+            .await;
+        }
     }
 
     /// Counts the rows of a FROM clause.
