@@ -402,6 +402,11 @@ impl BrokerSetup {
         file
     }
 
+    /// Returns the names and values of all settings.
+    pub(crate) fn settings(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.settings.iter().map(|(name, value)| (name.as_str(), value.as_str()))
+    }
+
     pub(crate) fn endpoint(&self) -> String {
         format!("http://{}", self.grpc)
     }

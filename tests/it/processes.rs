@@ -21,6 +21,8 @@ mod drain;
 #[cfg(feature = "embedded-postgres")]
 mod failovers;
 mod floods;
+#[cfg(feature = "embedded-postgres")]
+mod grpcurl;
 mod live_token;
 mod pasted;
 mod quoted_input;
