@@ -16,6 +16,7 @@ mod simulate;
 mod sql;
 mod time;
 mod token;
+mod usage;
 
 use std::process::ExitCode;
 
@@ -91,6 +92,19 @@ impl Command {
     fn serves(&self) -> bool {
         matches!(self, Self::Serve(_) | Self::Dev(_))
     }
+}
+
+/// Parses the command line. Wrong usage ends the process with the exit code 2.
+#[must_use]
+pub fn parse() -> Cli {
+    Cli::try_parse().unwrap_or_else(|error| usage::without_values(error).exit())
+}
+
+/// Says that the process lacks what it needs to run any command, such as threads, and returns the exit code.
+#[must_use]
+pub fn failed_to_start(error: &std::io::Error) -> ExitCode {
+    output::note(format_args!("error: cannot start: {error}"));
+    ExitCode::FAILURE
 }
 
 /// Runs the command. Prints its error, if any, on standard error, and returns the exit code.
