@@ -1,10 +1,10 @@
 //! Signals of the process, and the run of a broker from its start to its stop.
 
-use std::{future::poll_fn, process::ExitCode, task::Poll};
+use std::{future::poll_fn, io, process::ExitCode, task::Poll};
 
 #[cfg(target_os = "linux")]
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::process::{Resource, Rlimit, Signal as Named, getrlimit, setrlimit};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
@@ -39,27 +39,49 @@ pub enum OnHangup {
     Stop,
 }
 
-/// SIGXFSZ: a write exceeded the process's limit of file sizes. The write fails too.
-const FILE_SIZE_EXCEEDED: i32 = 25;
+/// Signals that end a process which does not handle them, though nobody sends them to stop it, with their names.
+const STRAY: &[(&str, Named)] = &[
+    ("SIGUSR1", Named::USR1),
+    ("SIGUSR2", Named::USR2),
+    ("SIGALRM", Named::ALARM),
+    ("SIGIO", Named::IO),
+    ("SIGXFSZ", Named::XFSZ),
+    ("SIGXCPU", Named::XCPU),
+    ("SIGVTALRM", Named::VTALARM),
+    ("SIGPROF", Named::PROF),
+    #[cfg(target_os = "linux")]
+    ("SIGSTKFLT", Named::STKFLT),
+];
+
+/// The real-time signals that Linux leaves to programs, by the numbers of the C library. The last one, 64, cannot be
+/// handled by tokio.
+#[cfg(target_os = "linux")]
+const REAL_TIME: std::ops::RangeInclusive<i32> = 34..=63;
+
+/// Signals that mean a stop where a host or container manager sends them: SIGPWR, and SIGRTMIN+3, with which systemd
+/// asks a container to halt.
+#[cfg(target_os = "linux")]
+const HALT: [i32; 2] = [Named::POWER.as_raw(), *REAL_TIME.start() + 3];
+#[cfg(not(target_os = "linux"))]
+const HALT: [i32; 0] = [];
 
 /// The signals to this process.
 ///
 /// | signal | effect |
 /// |---|---|
-/// | SIGTERM, SIGINT, SIGQUIT | stop |
+/// | SIGTERM, SIGINT, SIGQUIT, SIGPWR, SIGRTMIN+3 | stop |
 /// | SIGHUP | see [`OnHangup`] |
-/// | SIGUSR1, SIGUSR2, SIGALRM, SIGIO, SIGXFSZ | a line in the log; they would end the process without a drain |
+/// | those of [`STRAY`], other real-time signals | a line in the log; they would end the process without a drain |
 /// | SIGPIPE | none: the write fails, since Rust's runtime ignores the signal |
 /// | others | as usual for a process |
 pub struct Signals {
-    interrupt: Signal,
-    terminate: Signal,
-    quit: Signal,
+    /// Signals that ask for a stop.
+    stop: Vec<Signal>,
     hangup: Signal,
     /// What SIGHUP means; `None` if it is ignored.
     on_hangup: Option<OnHangup>,
-    /// Signals that nobody sends to stop a process, with their names.
-    stray: [(&'static str, Signal); 5],
+    /// Signals without an effect, with their names.
+    stray: Vec<(String, Signal)>,
     /// Whether a signal arrived that [`Signals::next`] has not returned yet.
     pending: bool,
 }
@@ -75,23 +97,17 @@ impl Signals {
     ///
     /// # Errors
     /// When the system refuses to install a handler.
-    pub fn take(on_hangup: OnHangup) -> std::io::Result<Self> {
+    pub fn take(on_hangup: OnHangup) -> io::Result<Self> {
         // The handler replaces the setting of `nohup`, so that is read first.
         let is_ignored = on_hangup == OnHangup::Stop && ignores_hangup();
-        let stray = |name, kind| Ok::<_, std::io::Error>((name, signal(kind)?));
+        let stop = [Named::TERM, Named::INT, Named::QUIT].map(Named::as_raw);
         Ok(Self {
-            interrupt: signal(SignalKind::interrupt())?,
-            terminate: signal(SignalKind::terminate())?,
-            quit: signal(SignalKind::quit())?,
+            stop: stop.into_iter().chain(HALT).map(handled).collect::<io::Result<_>>()?,
             hangup: signal(SignalKind::hangup())?,
             on_hangup: (!is_ignored).then_some(on_hangup),
-            stray: [
-                stray("SIGUSR1", SignalKind::user_defined1())?,
-                stray("SIGUSR2", SignalKind::user_defined2())?,
-                stray("SIGALRM", SignalKind::alarm())?,
-                stray("SIGIO", SignalKind::io())?,
-                stray("SIGXFSZ", SignalKind::from_raw(FILE_SIZE_EXCEEDED))?,
-            ],
+            stray: stray()
+                .map(|(name, number)| Ok((name, handled(number)?)))
+                .collect::<io::Result<_>>()?,
             pending: false,
         })
     }
@@ -110,9 +126,7 @@ impl Signals {
     async fn request(&mut self) -> Request {
         loop {
             tokio::select! {
-                _ = self.interrupt.recv() => return Request::Stop,
-                _ = self.terminate.recv() => return Request::Stop,
-                _ = self.quit.recv() => return Request::Stop,
+                () = any_of(&mut self.stop) => return Request::Stop,
                 _ = self.hangup.recv() => match self.on_hangup {
                     Some(OnHangup::Reload) => return Request::Reload,
                     Some(OnHangup::Stop) => return Request::Stop,
@@ -141,12 +155,38 @@ impl Signals {
     }
 }
 
+/// Handles the signal `number` from now on.
+fn handled(number: i32) -> io::Result<Signal> {
+    signal(SignalKind::from_raw(number))
+}
+
+/// Returns the names and numbers of the signals without an effect.
+fn stray() -> impl Iterator<Item = (String, i32)> {
+    let named = STRAY.iter().map(|(name, signal)| ((*name).to_owned(), signal.as_raw()));
+    #[cfg(target_os = "linux")]
+    let named = named.chain(
+        REAL_TIME
+            .filter(|number| !HALT.contains(number))
+            .map(|number| (format!("SIGRTMIN+{}", number - REAL_TIME.start()), number)),
+    );
+    named
+}
+
+/// Waits for any of `signals`. Cancel safe.
+async fn any_of(signals: &mut [Signal]) {
+    poll_fn(|context| {
+        let is_ready = |signal: &mut Signal| signal.poll_recv(context).is_ready();
+        if signals.iter_mut().any(is_ready) { Poll::Ready(()) } else { Poll::Pending }
+    })
+    .await;
+}
+
 /// Waits for the next of `signals`, and returns its name. Cancel safe.
-async fn next_of(signals: &mut [(&'static str, Signal)]) -> &'static str {
+async fn next_of(signals: &mut [(String, Signal)]) -> String {
     poll_fn(|context| {
         for (name, signal) in &mut *signals {
             if signal.poll_recv(context).is_ready() {
-                return Poll::Ready(*name);
+                return Poll::Ready(name.clone());
             }
         }
         Poll::Pending

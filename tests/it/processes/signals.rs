@@ -9,16 +9,20 @@ use crate::harness::{
     broker::{Fixture, TestClient},
     certificates::{BROKER_DNS_NAME, TestCa, connect_tls, write_tls_files},
     eventually,
-    process::{BrokerProcess, BrokerSetup, free_address, hangup_is_ignored, program},
+    process::{BrokerProcess, BrokerSetup, free_address, hangup_is_ignored, program, sh},
 };
 
 /// Signals that tools send to programs of other kinds, and that would end a process which does not handle them.
-const WITHOUT_EFFECT: [(Signal, &str); 6] = [
+const WITHOUT_EFFECT: [(Signal, &str); 10] = [
     (Signal::SIGUSR1, "SIGUSR1"),
     (Signal::SIGUSR2, "SIGUSR2"),
     (Signal::SIGALRM, "SIGALRM"),
     (Signal::SIGIO, "SIGIO"),
     (Signal::SIGXFSZ, "SIGXFSZ"),
+    (Signal::SIGXCPU, "SIGXCPU"),
+    (Signal::SIGVTALRM, "SIGVTALRM"),
+    (Signal::SIGPROF, "SIGPROF"),
+    (Signal::SIGSTKFLT, "SIGSTKFLT"),
     // Ignored by the runtime, without a line.
     (Signal::SIGPIPE, ""),
 ];
@@ -29,6 +33,11 @@ async fn until_logged(process: &mut BrokerProcess, text: &str, times: usize) {
         (process.stderr().matches(text).count() >= times).then_some(())
     })
     .await;
+}
+
+/// Sends a real-time signal, which has no name of its own.
+async fn send_real_time(process: &BrokerProcess, number: i32) {
+    sh(&format!("kill -{number} {}", process.pid())).await.ok();
 }
 
 /// Promise: no signal but those that ask for it ends the broker, and SIGHUP reloads what can be reloaded.
@@ -52,6 +61,11 @@ async fn sighup_reloads_and_stray_signals_do_nothing_while_every_call_is_answere
         }
         client.get("acme").await.unwrap();
     }
+    for number in (34..=63).filter(|number| *number != 37) {
+        send_real_time(&serve, number).await;
+        until_logged(&mut serve, &format!("SIGRTMIN+{}", number - 34), 1).await;
+    }
+    client.get("acme").await.unwrap();
     serve.signal(Signal::SIGHUP);
     until_logged(&mut serve, "SIGHUP", 1).await;
     client.get("acme").await.unwrap();
@@ -100,12 +114,43 @@ async fn sighup_reloads_the_tls_files_also_those_that_have_not_changed_and_says_
 async fn each_signal_that_asks_for_it_stops_the_broker_with_a_record() {
     let fixture = Fixture::new().await;
     let setup = BrokerSetup::new(fixture.database.url(), &fixture.upstream.base_url()).await;
-    for (n, signal) in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGQUIT].into_iter().enumerate() {
+    let named = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGPWR];
+    for (n, signal) in named.into_iter().enumerate() {
         let mut serve = setup.serve().await;
         serve.signal(signal);
         assert_eq!(serve.wait().await.code(), Some(0), "{signal}: {}", serve.stderr());
         let stops = fixture.audit_events("event = 'stopped'").await.len();
         assert_eq!(stops, n + 1, "{signal}");
+    }
+    let mut serve = setup.serve().await;
+    send_real_time(&serve, 37).await;
+    assert_eq!(serve.wait().await.code(), Some(0), "SIGRTMIN+3: {}", serve.stderr());
+    assert_eq!(fixture.audit_events("event = 'stopped'").await.len(), named.len() + 1);
+}
+
+/// A thread that waits for a file which never answers, here a named pipe without a writer, does not keep the process:
+/// its successor could not take the state directory over.
+#[tokio::test]
+async fn a_file_that_never_answers_does_not_keep_a_broker_that_was_stopped() {
+    let fixture = Fixture::new().await;
+    let mut setup = BrokerSetup::new(fixture.database.url(), &fixture.upstream.base_url()).await;
+    let ca = TestCa::new("broker");
+    let directory = setup.directory.path().to_owned();
+    let files = write_tls_files(&directory, &ca.issue(&[BROKER_DNS_NAME]), &[]);
+    setup.set_tls(&files);
+    setup.set_from_file("DATABASE_URL", fixture.database.url());
+    for name in [files.cert.to_str().unwrap(), directory.join("DATABASE_URL").to_str().unwrap()] {
+        let mut serve = setup.serve().await;
+        let content = fs::read(name).unwrap();
+        fs::remove_file(name).unwrap();
+        sh(&format!("mkfifo {name}")).await.ok();
+        // SIGHUP reads the file now, and not within a second.
+        serve.signal(Signal::SIGHUP);
+        until_logged(&mut serve, "SIGHUP", 1).await;
+        serve.signal(Signal::SIGTERM);
+        assert_eq!(serve.wait().await.code(), Some(0), "{name}: {}", serve.stderr());
+        fs::remove_file(name).unwrap();
+        fs::write(name, content).unwrap();
     }
 }
 
