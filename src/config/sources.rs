@@ -10,7 +10,10 @@ use std::{
 use toml::{Table, Value};
 use zeroize::Zeroizing;
 
-use super::table::{self, CONFIG_ENV, ENV_PREFIX, Setting};
+use super::{
+    characters::odd_character,
+    table::{self, CONFIG_ENV, ENV_PREFIX, Setting},
+};
 use crate::files::text;
 
 /// Everything that is wrong with the settings, one line each. No line contains a value.
@@ -301,6 +304,8 @@ fn read_table(path: &Path) -> Result<Table, InvalidSettings> {
     text.parse().map_err(|error: toml::de::Error| {
         // The message of `error` quotes the line, which may contain a secret.
         let before = text.get(..error.span().map_or(0, |span| span.start)).unwrap_or_default();
-        wrong(format!("line {} is not TOML", 1 + before.matches('\n').count()))
+        let number = before.matches('\n').count();
+        let odd = text.lines().nth(number).map(odd_character).unwrap_or_default();
+        wrong(format!("line {} is not TOML{odd}", 1 + number))
     })
 }
