@@ -47,11 +47,15 @@ def genuine(keys, kind, names, it):
 
 # Read all lines: records, chains, pruning receipts (cuts) and signed checkpoints (heads).
 arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-arguments.add_argument("--keys"); arguments.add_argument("--heads"); arguments.add_argument("--part", action="store_true")
+arguments.add_argument("--keys", action="append", default=[]); arguments.add_argument("--heads", action="append", default=[])
+arguments.add_argument("--part", action="store_true")
 arguments.add_argument("files", nargs="+")
 given = arguments.parse_args()
-keys = dict(re.findall(r"# (\w+)\n(-----BEGIN[^#]*)", open(given.keys).read())) if given.keys else {}
-if given.keys and not keys: sys.exit("there is no key in %s: nothing was verified" % given.keys)
+keys = {}
+for file in given.keys:
+    found = dict(re.findall(r"# (\w+)\n(-----BEGIN[^#]*)", open(file).read()))
+    if not found: sys.exit("there is no key in %s: nothing was verified" % file)
+    keys.update(found)
 chains, cuts, heads, records, faults, ends, lost, whole, compared = {}, {}, [], {}, [], {}, [], False, 0
 
 def read(it):
@@ -91,7 +95,7 @@ def read(it):
         bytes.fromhex(head["signature"]); heads.append(head)
 
 CANNOT_READ = (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError)
-for file in given.files + ([given.heads] if given.heads else []):
+for file in given.files + given.heads:
     before, number, export, count, end = len(heads), 0, False, 0, None
     with open(file, "rb") as lines:
         for number, line in enumerate(iter(lambda: lines.readline(64 << 20), b""), 1):
@@ -102,12 +106,12 @@ for file in given.files + ([given.heads] if given.heads else []):
                 export, count, end = export or number == 1 and "audit_export" in it, count + ("event" in it), it.get("end")
             except CANNOT_READ as error:
                 # Checkpoints may be among other lines of a log.
-                if file != given.heads: faults.append(("", number, "of %s cannot be read: %s" % (file, type(error).__name__)))
+                if file not in given.heads: faults.append(("", number, "of %s cannot be read: %s" % (file, type(error).__name__)))
     # The last line of an export says how many records it has.
     said = end.get("records") if isinstance(end, dict) else None
     if export and said is None: faults.append(("", number, "of %s is its last one, and not `end`: the file is incomplete" % file))
     elif export and said != count: faults.append(("", number, "of %s says that it has %s records, and it has %d" % (file, said, count)))
-    if file == given.heads and len(heads) == before: sys.exit("there is no checkpoint in %s: nothing was verified" % file)
+    if file in given.heads and len(heads) == before: sys.exit("there is no checkpoint in %s: nothing was verified" % file)
 # Follow each chain from its first record to its last. A pruning receipt counts as one step.
 for chain in sorted({*records, *cuts, *chains, *(h["chain"] for h in heads)}):
     here, gone, claim = records.get(chain, {}), cuts.get(chain, {}), chains.get(chain, {})

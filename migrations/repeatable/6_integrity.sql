@@ -1,4 +1,4 @@
--- version: 3 (raise it with each change of this file)
+-- version: 4 (raise it with each change of this file)
 --
 -- What protects the rows themselves: which intake key is published, what the broker's own login may not do, and
 -- whether rows are still as their last recorded change left them.
@@ -312,7 +312,11 @@ where recorded.state is distinct from found.state;
 create or replace view @schema@.unaudited_changes as
 select * from (
     select c.id, c.at, c.table_name, c.operation, c.subject, case
-        when c.audited_at is null and c.at < now() - interval '10 minutes' then
+        -- A broker that ran ten minutes later should have recorded it. Without a broker, nobody does.
+        when c.audited_at is null and exists (
+            select from @schema@.instances i
+            where i.heartbeat_at > c.at + interval '10 minutes'
+                and i.started_at < i.heartbeat_at - interval '1 minute') then
             'waits for its audit record'
         when c.audited_at is null
             or to_regclass('@schema@.audit_events_' || to_char(c.at at time zone 'UTC', 'YYYYMMDD')) is null then

@@ -64,6 +64,34 @@ pub enum Event {
 }
 
 impl Event {
+    /// All events.
+    pub const ALL: [Self; 24] = [
+        Self::GetToken,
+        Self::WatchTokens,
+        Self::TokenPushed,
+        Self::ReportRejectedToken,
+        Self::ListAccounts,
+        Self::UnknownMethod,
+        Self::HandshakeRefused,
+        Self::TokenIssued,
+        Self::TokenRepeated,
+        Self::IssueFailed,
+        Self::AccountRegistered,
+        Self::AccountChanged,
+        Self::AccountRemoved,
+        Self::CallerChanged,
+        Self::GrantChanged,
+        Self::KeysChanged,
+        Self::OtherChanged,
+        Self::AuditGap,
+        Self::AuditPruned,
+        Self::RetentionChanged,
+        Self::ChainRetired,
+        Self::DatabaseAccepted,
+        Self::Started,
+        Self::Stopped,
+    ];
+
     /// Returns the name in the `event` column.
     #[must_use]
     pub fn as_str(self) -> &'static str {

@@ -74,6 +74,12 @@ impl Keyring {
         self.fingerprint.iter().map(|(id, key)| fingerprint_with(id, key, token)).collect()
     }
 
+    /// Returns the ids of the fingerprint keys, with which fingerprints begin.
+    #[must_use]
+    pub fn fingerprint_keys(&self) -> Vec<String> {
+        self.fingerprint.iter().map(|(id, _)| id.to_string()).collect()
+    }
+
     /// Signs `message` by Ed25519 with the primary signing key. Returns that key's id and the signature.
     #[must_use]
     pub fn sign(&self, message: &[u8]) -> (KeyId, Vec<u8>) {

@@ -432,6 +432,7 @@ async fn a_change_that_is_marked_as_audited_without_its_record_is_recorded_all_t
                  values ('grants', 'insert', 7, 'hidden', now());
              insert into changes (table_name, operation, row_id, subject, at, recorder)
                  values ('grants', 'insert', 8, 'waiting', now() - interval '1 hour', 'nobody');
+             update instances set started_at = started_at - interval '10 minutes';
              update changes set what = what || '{\"state\": \"other\"}' where table_name = 'callers';
              update changes set operation = 'delete' where table_name = 'caller_credentials';
              update changes set table_name = 'accounts' where table_name = 'grants' and subject = 'shop';

@@ -1,11 +1,13 @@
 //! The flags that select events.
 
-use clap::Args;
+use clap::{Args, builder::PossibleValuesParser};
 
 use super::super::time::Moment;
 use crate::{
+    audit::record::Event,
     domain::{account::AccountName, clock::Timestamp},
     store::audit::EventFilter,
+    telemetry::GRPC_CODE_NAMES,
 };
 
 /// The conditions that select events.
@@ -18,10 +20,12 @@ pub(super) struct FilterArgs {
     #[arg(long)]
     caller: Option<AccountName>,
     /// Only events of this kind, such as `get_token`
-    #[arg(long)]
+    #[arg(long, hide_possible_values = true,
+          value_parser = PossibleValuesParser::new(Event::ALL.map(Event::as_str)))]
     event: Option<String>,
     /// Only events with this outcome, such as `ok` or `permission_denied`
-    #[arg(long)]
+    #[arg(long, hide_possible_values = true,
+          value_parser = PossibleValuesParser::new(GRPC_CODE_NAMES))]
     outcome: Option<String>,
     /// Only events from this time on: an RFC 3339 time, or a duration before now, such as 24h
     #[arg(long, value_name = "T")]

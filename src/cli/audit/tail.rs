@@ -21,12 +21,16 @@ const OVERLAP: Duration = Duration::from_mins(2);
 /// Most events per query.
 const PAGE_SIZE: i64 = 1_000;
 
+/// How many events are printed unless the command says so, or says from when on.
+const DEFAULT_EVENTS: i64 = 20;
+/// The most events that are printed before following.
+const MAX_EVENTS: i64 = 1_000_000;
+
 #[derive(Args, Debug)]
 pub(super) struct TailArgs {
-    /// The number of events
-    #[arg(short, default_value_t = 20, value_name = "N",
-          value_parser = clap::value_parser!(i64).range(0..=1_000_000))]
-    n: i64,
+    /// The most events; default: 20, or 1,000,000 with --since
+    #[arg(short, value_name = "N", value_parser = clap::value_parser!(i64).range(0..=MAX_EVENTS))]
+    n: Option<i64>,
     /// Print later events as they arrive
     #[arg(long, short, conflicts_with = "until")]
     follow: bool,
@@ -41,7 +45,8 @@ pub(super) async fn run(global: &GlobalArgs, args: TailArgs) -> anyhow::Result<E
     let admin = global.auditor().await?;
     let now = Clock::System.wall();
     let filter = args.filter.into_filter(now);
-    let last = latest_events(admin.pool(), &filter, args.n).await?;
+    let most = args.n.unwrap_or(if filter.since.is_some() { MAX_EVENTS } else { DEFAULT_EVENTS });
+    let last = latest_events(admin.pool(), &filter, most).await?;
     if last.is_empty() && !args.follow {
         output::note("no events");
     }

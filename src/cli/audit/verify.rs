@@ -102,10 +102,7 @@ pub(super) async fn run(global: &GlobalArgs, args: VerifyArgs) -> anyhow::Result
     if args.json {
         output::json(&in_json(&report, &differences))?;
     } else {
-        print(&report)?;
-        for difference in &differences {
-            output::line(difference)?;
-        }
+        print(&report, &differences)?;
     }
     Ok(ExitCode::from(u8::from(!report.holds() || !differences.is_empty())))
 }

@@ -101,6 +101,19 @@ pub(super) async fn run(global: &GlobalArgs, args: WhoArgs) -> anyhow::Result<Ex
     }
     let found = !holders.is_empty();
     print(&holders, args.json)?;
+    if !found {
+        let other = snapshot.other_fingerprint_keys(&keyring.fingerprint_keys()).await?;
+        if !other.is_empty() {
+            output::note(format_args!(
+                "warning: the log also names tokens by keys that this keyring lacks ({}). Whether it names this token \
+                 by one of them cannot be told: use a keyring that has these keys",
+                other.join(", ")
+            ));
+        }
+        if stated_life(&token).is_none() {
+            output::note("note: the standard input does not look like a token of the upstream");
+        }
+    }
     Ok(ExitCode::from(u8::from(!found)))
 }
 

@@ -57,7 +57,10 @@ impl Comparison {
         keep_first(&mut outcome, inserted)?;
         let mut after = i64::MIN;
         loop {
-            let page = within(accounts::versions_after(session.connection()?, after)).await?;
+            let began = Instant::now();
+            let page = within(accounts::versions_after(session.connection()?, after)).await;
+            self.note_wait(began, &page);
+            let page = page?;
             let began = Instant::now();
             let inserted = self.insert_missing_refreshes(session, &page).await;
             self.note_wait(began, &inserted);
@@ -65,7 +68,9 @@ impl Comparison {
             let outdated = self.loader.outdated(after, &page);
             if !outdated.is_empty() {
                 debug!(accounts = outdated.len(), "accounts differ from what was loaded");
+                let began = Instant::now();
                 let loaded = self.load(session, outdated).await;
+                self.note_wait(began, &loaded);
                 keep_first(&mut outcome, loaded)?;
             }
             let Some(last) = page.last() else { return outcome };
@@ -74,7 +79,7 @@ impl Comparison {
     }
 
     /// Notes the time since `began` if the step waited for a lock that it did not get.
-    fn note_wait(&mut self, began: Instant, result: &Result<(), StoreError>) {
+    fn note_wait<T>(&mut self, began: Instant, result: &Result<T, StoreError>) {
         if result.as_ref().is_err_and(StoreError::is_delayed) {
             self.waited += began.elapsed();
         }

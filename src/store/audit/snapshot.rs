@@ -52,6 +52,29 @@ impl AuditSnapshot {
         Ok(Self(transaction))
     }
 
+    /// Returns the ids of the keys by which the log's fingerprints were computed, other than `known`. Reads all
+    /// records.
+    ///
+    /// # Errors
+    /// When the statement fails.
+    #[instrument(level = "debug", skip_all)]
+    pub async fn other_fingerprint_keys(
+        &mut self,
+        known: &[String],
+    ) -> Result<Vec<String>, StoreError> {
+        Ok(sqlx::query_scalar!(
+            r#"/* store::audit::snapshot::other_fingerprint_keys */
+            select distinct left(split_part(token_fingerprint, ':', 1), 64) as "key!"
+            from audit_events
+            where token_fingerprint is not null
+                and split_part(token_fingerprint, ':', 1) <> all ($1::text[])
+            order by 1 limit 10"#,
+            known
+        )
+        .fetch_all(&mut *self.0)
+        .await?)
+    }
+
     /// Returns what the database claims about each chain, by name.
     ///
     /// # Errors

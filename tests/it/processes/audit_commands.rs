@@ -452,8 +452,34 @@ async fn audit_who_lists_the_callers_that_were_given_a_token() {
     let unknown = who("eyJhbGciOiJIUzI1NiJ9.e30.c2ln", &[]).await;
     assert_eq!(unknown.code, Some(1), "{unknown:?}");
     assert!(unknown.stderr.contains("nobody was given it"), "{unknown:?}");
+    assert!(!unknown.stderr.contains("keys that this keyring lacks"), "{unknown:?}");
     let nothing = who("\n", &[]).await;
     assert!(nothing.failed().contains("standard input holds no token"));
+
+    // With another keyring it cannot be told.
+    let other = stopped.file("other", "");
+    std::fs::remove_file(&other).unwrap();
+    stopped.setup.run(&["keys", "generate", "--out", &other]).await.ok();
+    let untold = who(&stopped.token, &["--keyring-file", &other]).await;
+    assert_eq!(untold.code, Some(1), "{untold:?}");
+    assert!(untold.stderr.contains("keys that this keyring lacks"), "{untold:?}");
+    assert!(!untold.stderr.contains("does not look like a token"), "{untold:?}");
+}
+
+/// Whoever reads only the summary, or `holds` in JSON, must not take a log for sound whose tables were changed behind
+/// its back.
+#[tokio::test]
+async fn audit_verify_says_that_not_all_holds_if_a_table_is_not_as_it_was_recorded() {
+    let stopped = StoppedBroker::new().await;
+    let past_triggers = "update grants set pattern = '*'";
+    stopped.fixture.database.sql_past_triggers(past_triggers).await;
+    let ran = stopped.verify(&[]).await;
+    assert_eq!(ran.code, Some(1), "{ran:?}");
+    assert!(ran.stdout.contains("grant"), "{ran:?}");
+    assert!(ran.stderr.contains("NOT as they were recorded"), "{ran:?}");
+    let ran = stopped.verify(&["--json"]).await;
+    let report: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!(report["holds"], false, "{report}");
 }
 
 #[tokio::test]

@@ -10,7 +10,8 @@ use crate::{
     },
 };
 
-pub(super) fn print(report: &VerificationReport) -> anyhow::Result<()> {
+/// Prints the report, and then how rows differ from what was recorded of them.
+pub(super) fn print(report: &VerificationReport, differences: &[String]) -> anyhow::Result<()> {
     for finding in &report.findings {
         match finding.chain.as_str() {
             "" => output::line(&finding.fault)?,
@@ -36,12 +37,18 @@ pub(super) fn print(report: &VerificationReport) -> anyhow::Result<()> {
         ]);
     }
     table.print("there are no chains")?;
+    for difference in differences {
+        output::line(difference)?;
+    }
     for notice in &report.notices {
         output::note(format_args!("note: {notice}"));
     }
     let (records, chains) = (report.records(), report.chains.len());
     let holds = match (report.holds(), report.signatures_checked) {
         (false, _) => "it does NOT hold",
+        (true, _) if !differences.is_empty() => {
+            "the records hold, but the tables are NOT as they were recorded"
+        }
         (true, true) => "all of it holds",
         (true, false) => "it holds as far as can be checked without keys",
     };
@@ -57,7 +64,7 @@ pub(super) fn in_json(report: &VerificationReport, differences: &[String]) -> Va
         })
     });
     json!({
-        "holds": report.holds(), "signatures_checked": report.signatures_checked,
+        "holds": report.holds() && differences.is_empty(), "signatures_checked": report.signatures_checked,
         "records": report.records(), "faults": report.faults,
         "findings": findings.collect::<Vec<_>>(), "notices": report.notices,
         "chains": report.chains, "unrecorded_changes": differences,
