@@ -11,12 +11,14 @@ use token_broker::{
     config::DatabaseUrl,
     dev::simulator::Faults,
     domain::clock::{Clock, ManualClock},
+    store::instances::{self, EarlierProcess, Heartbeat},
 };
 use tonic_health::pb::health_check_response::ServingStatus;
 
 use crate::{
     harness::{
         broker::{Fixture, code_and_reason},
+        database::TestDatabase,
         database_proxy::DatabaseProxy,
         eventually,
         http::http,
@@ -128,6 +130,39 @@ async fn a_replica_does_not_serve_before_all_that_are_alive_know_of_it() {
     let (broker, ()) = tokio::join!(starting, acknowledging);
     broker.client(&bearer).await.get("acme").await.unwrap();
     broker.stop().await;
+}
+
+/// Part of the promise that two processes never act under one identity: of those that read the same row of an earlier
+/// process, one takes it over, and the others see that it has changed.
+#[tokio::test]
+async fn a_row_that_has_changed_since_it_was_read_is_not_taken_over() {
+    let database = TestDatabase::new().await;
+    let pool = database.pool();
+    let announce = async |start: &str, earlier: Option<&EarlierProcess>| {
+        let heartbeat = Heartbeat {
+            instance: "i-1",
+            start,
+            replica: 1,
+            version: "1",
+            key_ids: &[],
+            started_at: Clock::System.now(),
+            chain: "chain",
+            seq: 0,
+            seen: &[],
+        };
+        let taken = instances::announce(pool, &heartbeat, earlier).await.unwrap();
+        let now = instances::earlier_process(pool, "i-1").await.unwrap().unwrap();
+        assert_eq!(now.start.as_deref() == Some(start), taken, "{start}");
+        (taken, now)
+    };
+    let (taken, first) = announce("first", None).await;
+    assert!(taken);
+    assert!(!announce("also new", None).await.0, "another one was there first");
+    let (taken, second) = announce("second", Some(&first)).await;
+    assert!(taken);
+    assert!(!announce("as late", Some(&first)).await.0, "another one has taken it over");
+    database.sql("update instances set heartbeat_at = heartbeat_at + interval '1 second'").await;
+    assert!(!announce("third", Some(&second)).await.0, "it is alive");
 }
 
 #[tokio::test]
