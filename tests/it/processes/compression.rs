@@ -26,7 +26,11 @@ use crate::harness::{
 };
 
 const HEALTH: &str = "/grpc.health.v1.Health/Check";
-const REFLECTION: &str = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo";
+/// Both versions of reflection, whose messages are the same.
+const REFLECTION: [&str; 2] = [
+    "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+];
 /// Methods to which the messages that cannot be read are sent.
 const METHODS: [&str; 3] = ["GetToken", "WatchTokens", "ListAccounts"];
 /// The largest message, in bytes.
@@ -153,7 +157,8 @@ async fn assert_gzip_is_read(setup: &BrokerSetup, bearer: &Bearer) {
         (&path_of("ListAccounts"), compressed(&ListAccountsRequest::default())),
         (&path_of("ReportRejectedToken"), compressed(&report)),
         (HEALTH, compressed(&HealthCheckRequest::default())),
-        (REFLECTION, compressed(&list_services)),
+        (REFLECTION[0], compressed(&list_services)),
+        (REFLECTION[1], compressed(&list_services)),
     ] {
         let call = RawCall::new(path, body)
             .bearer(bearer)
@@ -185,9 +190,11 @@ async fn assert_others_are_refused(setup: &BrokerSetup, bearer: &Bearer) {
         assert_eq!(answer.code_and_reason(), refused, "health: {what}: {answer:?}");
         // A stream of requests may end at any time, and reflection does not say which rule a message violates.
         if !["part of a message", "no message"].contains(&what) {
-            let answer = row.call(REFLECTION).send(setup.grpc).await;
             let refused = if refused == UNSUPPORTED { refused } else { MALFORMED };
-            assert_eq!(answer.code_and_reason(), refused, "reflection: {what}: {answer:?}");
+            for path in REFLECTION {
+                let answer = row.call(path).send(setup.grpc).await;
+                assert_eq!(answer.code_and_reason(), refused, "{path}: {what}: {answer:?}");
+            }
         }
     }
     let unknown = RawCall::new(&path_of("Other"), vec![]).bearer(bearer).send(setup.grpc).await;
