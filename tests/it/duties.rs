@@ -350,6 +350,29 @@ async fn a_locked_table_does_not_delay_a_revocation() {
     broker.stop().await;
 }
 
+/// Each table that gives access is read for itself if they cannot be read together: while that of the bearers is
+/// locked, a new grant takes effect.
+#[tokio::test]
+async fn a_locked_table_of_bearers_does_not_delay_a_grant() {
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["acme"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    fixture.add_account("bank", "id-2", "SK.2").await;
+    let broker = fixture.start().await;
+    let client = broker.client(&bearer).await;
+    until_served("before", &client, "acme").await;
+    client.get("bank").await.unwrap_err();
+    let mut locking = fixture.database.pool().begin().await.unwrap();
+    let lock = "lock table caller_credentials in access exclusive mode";
+    sqlx::query(lock).execute(&mut *locking).await.unwrap();
+    let grant =
+        "insert into grants (caller_id, pattern, rights) select id, 'bank', '{get}' from callers";
+    fixture.database.sql(grant).await;
+    until_served("while the bearers are locked", &client, "bank").await;
+    locking.rollback().await.unwrap();
+    broker.stop().await;
+}
+
 /// What takes access away, the table that says so, and how `victim` is refused `acme`.
 const WITHDRAWALS: &[(&str, &str, Code)] = &[
     ("callers", "update callers set enabled = false where name = 'victim'", Code::Unauthenticated),
