@@ -56,6 +56,12 @@ const DISTURBANCES: &[Disturbance] = &[
             fs::write(file, vec![b'x'; usize::try_from(len).unwrap() + 1]).unwrap();
         });
     }),
+    ("files are moved, and overwritten by others as long", |state| {
+        each(state, |file| {
+            let len = fs::metadata(moved(file)).unwrap().len();
+            fs::write(file, vec![b'x'; usize::try_from(len).unwrap()]).unwrap();
+        });
+    }),
     ("files are appended to", |state| {
         each(state, |file| {
             let mut opened = OpenOptions::new().append(true).open(file).unwrap();
