@@ -9,7 +9,7 @@ use token_broker::{
     dev::simulator::Faults,
     domain::clock::{Clock, ManualClock},
 };
-use tonic::transport::Endpoint;
+use tonic::{Code, transport::Endpoint};
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
@@ -190,6 +190,42 @@ async fn a_partitioned_replica_serves_tokens_to_their_end_and_then_refuses_at_on
     let next = client.get("acme").await.unwrap();
     assert!(next.generation > token.generation);
     assert_eq!(fixture.upstream.requests(), 2);
+    broker.stop().await;
+}
+
+/// Nothing that was read over a lost session tells what happened after it, so all access is read anew before the
+/// database counts as connected. The triggers announce none of these changes, as none is announced whose transaction
+/// has a number that the broker has seen before a crash.
+#[tokio::test]
+async fn access_is_read_anew_before_a_database_that_was_lost_counts_as_connected() {
+    let fixture = Fixture::new().await;
+    let proxy = DatabaseProxy::start(fixture.database.url()).await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let broker = fixture.start_with(fixture.config_through(&proxy)).await;
+    let client = broker.client(&bearer).await;
+    // Everything is also read from time to time, which may hide once that it was not read anew.
+    for round in 0..4 {
+        for (what, restore, code) in [
+            ("callers set enabled = false", "callers set enabled = true", Code::Unauthenticated),
+            (
+                "accounts set enabled = false",
+                "accounts set enabled = true",
+                Code::FailedPrecondition,
+            ),
+            ("grants set pattern = 'other'", "grants set pattern = '*'", Code::PermissionDenied),
+        ] {
+            eventually("a token", async || client.get("acme").await.ok()).await;
+            proxy.disconnect();
+            until_readiness_says(&broker, "issuing goes on without it").await;
+            fixture.database.sql_past_triggers(&format!("update {what}")).await;
+            proxy.forward();
+            until_readiness_says(&broker, "\"answers\"").await;
+            let answer = client.get("acme").await.map_err(|refused| refused.code());
+            assert_eq!(answer.unwrap_err(), code, "{what}, round {round}");
+            fixture.database.sql(&format!("update {restore}")).await;
+        }
+    }
     broker.stop().await;
 }
 
