@@ -361,6 +361,45 @@ mod tests {
         fs::write(&files.key, signing_key.serialize_pem()).unwrap();
     }
 
+    fn utf16(text: &str, unit: fn(u16) -> [u8; 2]) -> Vec<u8> {
+        text.encode_utf16().flat_map(unit).collect()
+    }
+
+    #[test]
+    fn files_of_windows_tools_are_read_or_refused_by_name() {
+        let directory = tempfile::tempdir().unwrap();
+        let [cert, key, ca] = ["cert.pem", "key.pem", "ca.pem"].map(|it| directory.path().join(it));
+        let files = TlsFiles {
+            cert: cert.clone(),
+            key: key.clone(),
+            client_ca: Some(ca.clone()),
+            client_crl: None,
+        };
+        let encodings: [fn(&str) -> Vec<u8>; 3] = [
+            |text| format!("\u{feff}{}", text.replace('\n', "\r\n")).into_bytes(),
+            |text| utf16(&format!("\u{feff}{text}"), u16::to_le_bytes),
+            |text| utf16(&format!("\u{feff}{text}"), u16::to_be_bytes),
+        ];
+        let load = || Tls::load(files.clone(), Clock::System);
+        for encode in encodings {
+            write_certificate(&files);
+            fs::copy(&cert, &ca).unwrap();
+            for file in [&cert, &key, &ca] {
+                let text = fs::read_to_string(file).unwrap();
+                fs::write(file, encode(&text)).unwrap();
+                load().unwrap();
+            }
+        }
+        for file in [&cert, &key, &ca] {
+            let good = fs::read(file).unwrap();
+            fs::write(file, utf16("-----BEGIN", u16::to_le_bytes)).unwrap();
+            let error = load().err().unwrap().to_string();
+            assert!(error.contains(file.to_str().unwrap()), "{error}");
+            assert!(error.contains("UTF-16 without a byte order mark"), "{error}");
+            fs::write(file, good).unwrap();
+        }
+    }
+
     #[test]
     fn files_that_changed_before_the_first_poll_are_reloaded_once() {
         let directory = tempfile::tempdir().unwrap();
