@@ -235,7 +235,12 @@ pub async fn run(app: App, signals: &mut Signals, sources: Option<&Sources>) -> 
         tokio::select! {
             request = signals.request() => match request {
                 Request::Stop => break false,
-                Request::Reload => reload(&app, sources).await,
+                Request::Reload => tokio::select! {
+                    () = reload(&app, sources) => {}
+                    // A file that never answers must not keep the process from stopping.
+                    () = signals.next() => break false,
+                    () = app.failed() => break true,
+                },
             },
             () = app.failed() => break true,
         }

@@ -15,7 +15,7 @@ pub(super) fn without_values(mut error: Error) -> Error {
     }
     // An argument that no command takes is a flag with a wrong name, or a value.
     let is_value = |value: &ContextValue| match value {
-        ContextValue::String(text) => !text.starts_with("--") || text.contains('='),
+        ContextValue::String(text) => !text.strip_prefix("--").is_some_and(is_flag_name),
         _ => false,
     };
     if error.get(ContextKind::InvalidArg).is_some_and(is_value)
@@ -26,6 +26,11 @@ pub(super) fn without_values(mut error: Error) -> Error {
         error.remove(ContextKind::Suggested);
     }
     error
+}
+
+/// Whether `text` looks like the name of a flag.
+fn is_flag_name(text: &str) -> bool {
+    text.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')
 }
 
 #[cfg(test)]

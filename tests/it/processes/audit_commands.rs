@@ -458,7 +458,7 @@ async fn audit_who_lists_the_callers_that_were_given_a_token() {
 
     // With another keyring it cannot be told.
     let other = stopped.file("other", "");
-    std::fs::remove_file(&other).unwrap();
+    fs::remove_file(&other).unwrap();
     stopped.setup.run(&["keys", "generate", "--out", &other]).await.ok();
     let untold = who(&stopped.token, &["--keyring-file", &other]).await;
     assert_eq!(untold.code, Some(1), "{untold:?}");
@@ -471,7 +471,7 @@ async fn audit_who_lists_the_callers_that_were_given_a_token() {
 #[tokio::test]
 async fn audit_verify_says_that_not_all_holds_if_a_table_is_not_as_it_was_recorded() {
     let stopped = StoppedBroker::new().await;
-    let past_triggers = "update grants set pattern = '*'";
+    let past_triggers = "update grants set pattern = 'other-*'";
     stopped.fixture.database.sql_past_triggers(past_triggers).await;
     let ran = stopped.verify(&[]).await;
     assert_eq!(ran.code, Some(1), "{ran:?}");
