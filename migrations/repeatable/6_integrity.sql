@@ -78,17 +78,20 @@ declare
     refused boolean := false;
 begin
     if tg_op = 'INSERT' then
-        -- A row with the same values exists already: an upsert is going to find it.
-        if (new.sealed_secret, new.previous_secret, new.previous_version) is distinct from (null, null, null)
-           and not exists (select from @schema@.accounts it where it.name = new.name
-                and (it.sealed_secret, it.previous_secret, it.previous_version)
-                    is not distinct from (new.sealed_secret, new.previous_secret, new.previous_version)) then
-            raise exception using errcode = 'insufficient_privilege',
-                message = format('accounts.%s can only be set by sealing accounts.client_secret',
-                    case when new.sealed_secret is not null then 'sealed_secret'
-                        when new.previous_secret is not null then 'previous_secret'
-                        else 'previous_version' end),
-                hint = 'To restore a dump, restore its schema and its data together into an empty database.';
+        -- Nested, since Postgres checks the right to read all columns of an expression, even of a part that need not be
+        -- evaluated. Only who may write these columns gets to it, and admins may not read them.
+        if (new.sealed_secret, new.previous_secret, new.previous_version) is distinct from (null, null, null) then
+            -- A row with the same values exists already: an upsert is going to find it.
+            if not exists (select from @schema@.accounts it where it.name = new.name
+                    and (it.sealed_secret, it.previous_secret, it.previous_version)
+                        is not distinct from (new.sealed_secret, new.previous_secret, new.previous_version)) then
+                raise exception using errcode = 'insufficient_privilege',
+                    message = format('accounts.%s can only be set by sealing accounts.client_secret',
+                        case when new.sealed_secret is not null then 'sealed_secret'
+                            when new.previous_secret is not null then 'previous_secret'
+                            else 'previous_version' end),
+                    hint = 'To restore a dump, restore its schema and its data together into an empty database.';
+            end if;
         end if;
         return new;
     end if;
