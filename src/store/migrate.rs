@@ -25,6 +25,9 @@ const VERSION_PREFIX: &str = "-- version: ";
 /// schema that others may write, so they name their objects with it.
 const SCHEMA_PLACEHOLDER: &str = "@schema@";
 
+/// The encoding that the database must have.
+const ENCODING: &str = "UTF8";
+
 /// The schema that a release needs.
 pub struct Schema {
     numbered: Migrator,
@@ -50,20 +53,42 @@ impl Database {
     /// Applies the migrations that are missing or have changed: see [`Schema::apply`].
     ///
     /// # Errors
-    /// When the server cannot be reached or a migration fails.
+    /// When the server cannot be reached, the database has another encoding than UTF8, or a migration fails.
     pub async fn migrate(&self) -> Result<(), StoreError> {
         self.check_connection().await?;
+        self.check_encoding().await?;
         Schema::of_this_release()?.apply(self).await
     }
 
-    /// Checks that the database can be used (see [`Self::check_connection`]), and that the schema has every
-    /// migration of this release.
+    /// Checks that the database can be used (see [`Self::check_connection`]), and that it has the encoding UTF8 and
+    /// every migration of this release.
     ///
     /// # Errors
     /// [`StoreError::Schema`] names what is missing and the command that applies it.
     pub async fn check_schema(&self) -> Result<(), StoreError> {
         self.check_connection().await?;
+        self.check_encoding().await?;
         Schema::of_this_release()?.check(self).await
+    }
+
+    /// Checks that the database keeps text in UTF8. In other encodings a value of an admin can stop everything: what
+    /// is stored cannot be read as UTF8, or what is to be stored has no such character.
+    async fn check_encoding(&self) -> Result<(), StoreError> {
+        let mut connection = self.open().await?;
+        let encoding = sqlx::query_scalar!(
+            r#"-- store::migrate::check_encoding
+            select current_setting('server_encoding') as "encoding!""#,
+        )
+        .fetch_one(&mut connection)
+        .await?;
+        connection.close().await?;
+        if encoding == ENCODING {
+            return Ok(());
+        }
+        Err(StoreError::Schema(format!(
+            "the encoding of the database is {encoding}, and only {ENCODING} can be used: create another database \
+             with `create database … encoding '{ENCODING}' locale 'C' template template0`"
+        )))
     }
 }
 

@@ -49,6 +49,12 @@ impl TestDatabase {
         Self::from_template(SERVER.get_or_init(TestServer::start).await, "template0").await
     }
 
+    /// Creates a database of another encoding, without tables.
+    pub(crate) async fn with_encoding(encoding: &str) -> Self {
+        let template = format!("template0 encoding '{encoding}' lc_collate 'C' lc_ctype 'C'");
+        Self::from_template(SERVER.get_or_init(TestServer::start).await, &template).await
+    }
+
     /// Creates a copy of this database, as a restored dump would be. Closes the connections to this
     /// one, because a template must have none.
     pub(crate) async fn copy(&self) -> Self {

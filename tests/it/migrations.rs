@@ -9,7 +9,7 @@ use sqlx::{
 };
 use token_broker::store::{Database, StoreError, migrate::Schema};
 
-use crate::harness::database::TestDatabase;
+use crate::harness::{database::TestDatabase, process::BrokerSetup};
 
 const ROLES: &str = include_str!("../../deploy/roles.sql");
 
@@ -151,6 +151,23 @@ async fn functions_name_the_schema_that_was_migrated_and_no_other() {
     let changed = "select table_name || ' ' || subject from broker.changes order by id";
     assert_eq!(rows(&database, changed).await, ["accounts acme", "callers shop", "grants shop"]);
     assert_eq!(rows(&database, "select subject from broker.unrecorded_changes").await, [""; 0]);
+}
+
+/// In another encoding, a value of an admin can stop everything, for example a reason of 400 Korean letters.
+#[tokio::test]
+async fn a_database_of_another_encoding_than_utf8_is_refused_by_name() {
+    for encoding in ["SQL_ASCII", "WIN1252", "EUC_KR"] {
+        let database = TestDatabase::with_encoding(encoding).await;
+        let setup = BrokerSetup::new(database.url(), "http://127.0.0.1:9/api/1.1").await;
+        for command in [&["migrate"][..], &["serve"], &["serve", "--migrate"], &["check"]] {
+            let refused = setup.run(command).await.failed();
+            let says = format!("the encoding of the database is {encoding}, and only UTF8");
+            assert!(refused.contains(&says), "{command:?}: {refused}");
+            assert!(refused.contains("encoding 'UTF8' locale 'C' template template0"), "{refused}");
+        }
+        assert!(!exists(&database, "accounts").await);
+    }
+    store(&TestDatabase::with_encoding("UTF8").await).migrate().await.unwrap();
 }
 
 #[tokio::test]
