@@ -1,4 +1,4 @@
--- version: 4 (raise it with each change of this file)
+-- version: 5 (raise it with each change of this file)
 --
 -- What happens when a row of `accounts` is written: its values are checked, another secret begins a new
 -- credential version, and the change is recorded.
@@ -79,6 +79,10 @@ begin
         perform @schema@.token_broker_refuse(
             'accounts.credential_version is not to be set', 'credential_version');
     end if;
+    -- Of an upsert, the row that is not inserted passes here with the versions of the one that is there.
+    if tg_op = 'INSERT' and new.login_version <= new.credential_version is not true then
+        perform @schema@.token_broker_refuse('accounts.login_version is not to be set', 'login_version');
+    end if;
     if new.id is null then
         perform @schema@.token_broker_refuse('accounts.id is not to be set', 'id');
     end if;
@@ -123,6 +127,9 @@ begin
         perform @schema@.token_broker_refuse(
             'accounts.credential_version is not to be set', 'credential_version');
     end if;
+    if new.login_version is distinct from old.login_version then
+        perform @schema@.token_broker_refuse('accounts.login_version is not to be set', 'login_version');
+    end if;
     new_login := new.client_id <> old.client_id or new.provider <> old.provider;
     written := new.client_secret is not null and new.client_secret is distinct from old.client_secret;
     emptied := new.client_secret is null and old.client_secret is not null;
@@ -136,6 +143,10 @@ begin
         new.sealed_secret := null;
         new.previous_secret := null;
         new.previous_version := null;
+        if new_login then
+            -- The token belongs to the other login too: tokens of earlier versions are not served any more.
+            new.login_version := new.credential_version;
+        end if;
     elsif written and old.sealed_secret is null then
         -- Nothing is sealed to compare with. What is known of this version is about another secret.
         if exists (select from @schema@.refreshes where account_id = old.id

@@ -1,4 +1,4 @@
--- version: 4 (raise it with each change of this file)
+-- version: 5 (raise it with each change of this file)
 --
 -- The view for admins: the state of each account, and a hint at what to do about it. `create or replace view`
 -- keeps the grants on it, but can only add columns at the end.
@@ -68,7 +68,8 @@ known as (
         end as unusable
     from moment, @schema@.accounts a
     left join @schema@.refreshes r on r.account_id = a.id
-    left join @schema@.tokens t on t.account_id = a.id
+    -- A token of an earlier login is not the account's.
+    left join @schema@.tokens t on t.account_id = a.id and t.credential_version >= a.login_version
 )
 select
     name,

@@ -126,6 +126,8 @@ pub struct Account {
     pub enabled: bool,
     /// The version of the current credential.
     pub credential_version: CredentialVersion,
+    /// The version of the first credential of the present login. Tokens of earlier versions belong to another login.
+    pub login_version: CredentialVersion,
     /// The current credential's secret; `None` until it has been sealed.
     pub secret: Option<SealedSecret>,
     /// The credential before the last rotation, kept until the new one has issued a token.
@@ -143,6 +145,13 @@ impl Account {
             && self
                 .reissue_requested_at
                 .is_some_and(|at| refresh.attempt_started_at.is_none_or(|started| started < at))
+    }
+
+    /// Returns whether a token that was issued with the credential of `version` belongs to the present login. A token
+    /// of an earlier login may be ended by another account that has that login now, so it is not served.
+    #[must_use]
+    pub fn has_login_of(&self, version: CredentialVersion) -> bool {
+        version >= self.login_version
     }
 
     /// Returns the current credential's version if it may be tried: it is sealed, and not suspended unless an
@@ -204,6 +213,7 @@ impl Account {
             client_id: "acmeId".parse().unwrap(),
             enabled: true,
             credential_version: CredentialVersion(1),
+            login_version: CredentialVersion(1),
             secret: Some(vec![0].into()),
             previous: None,
             reissue_requested_at: None,

@@ -135,7 +135,7 @@ impl AccountCache {
     }
 
     /// Inserts an account that was read from the database, or updates its entry. A cached token of a later
-    /// generation is kept, since it was committed after the account was read.
+    /// generation is kept, since it was committed after the account was read, unless it is of an earlier login.
     ///
     /// Calls for one account must not overlap: [`AccountLoader`](super::account_loader::AccountLoader)
     /// ensures that.
@@ -154,7 +154,8 @@ impl AccountCache {
             let token = token.map(Arc::new);
             self.update(entry, |before| {
                 let is_newer = |cached: &Arc<Token>| {
-                    token.as_ref().is_none_or(|loaded| cached.generation > loaded.generation)
+                    account.has_login_of(cached.credential_version)
+                        && token.as_ref().is_none_or(|loaded| cached.generation > loaded.generation)
                 };
                 AccountSnapshot {
                     account: account.clone(),
@@ -243,6 +244,7 @@ impl AccountCache {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::account::CredentialVersion;
 
     fn account(id: i64, name: &str) -> Account {
         Account::example(id, name)
@@ -250,6 +252,11 @@ mod tests {
 
     fn token(generation: i64) -> Token {
         Token::example(generation, 3_600)
+    }
+
+    fn moved_to_another_login(id: i64, name: &str) -> Account {
+        let version = CredentialVersion(2);
+        Account { credential_version: version, login_version: version, ..account(id, name) }
     }
 
     fn generation(entry: &CachedAccount) -> Option<i64> {
@@ -268,6 +275,19 @@ mod tests {
         assert_eq!(generation(&entry), Some(2));
         cache.put(account(1, "acme"), RefreshState::default(), Some(token(3)));
         assert_eq!(generation(&entry), Some(3));
+    }
+
+    #[test]
+    fn a_load_takes_the_token_of_another_login_away_whatever_its_generation() {
+        for loaded in [None, Some(Token { credential_version: CredentialVersion(2), ..token(3) })] {
+            let cache = AccountCache::default();
+            let entry = cache.put(account(1, "acme"), RefreshState::default(), Some(token(7)));
+            let mut changes = cache.changes();
+            let expected = loaded.as_ref().map(|token| token.generation.0);
+            cache.put(moved_to_another_login(1, "acme"), RefreshState::default(), loaded);
+            assert_eq!(generation(&entry), expected);
+            assert_eq!(changes.try_recv().unwrap().id(), entry.id());
+        }
     }
 
     #[test]

@@ -29,7 +29,7 @@ use tracing::{instrument, warn};
 
 use crate::{
     domain::{
-        account::AccountName,
+        account::{AccountName, CredentialVersion},
         caller::{AccountPattern, Caller, CallerId, Right},
         clock::{Clock, Timestamp},
         refresh_policy::RefreshPolicy,
@@ -285,7 +285,7 @@ impl TokenProvider {
         admitted.map_err(|_| CallRefusal::CredentialRefused)
     }
 
-    /// Checks after a wait that the credential is still valid, and that its caller may still get tokens of
+    /// Checks after a wait that the credential is still valid, and that its caller may still get `token` of
     /// `account`.
     ///
     /// # Errors
@@ -294,9 +294,11 @@ impl TokenProvider {
         &self,
         credential: &CredentialKey,
         account: &CachedAccount,
+        token: &Token,
     ) -> Result<(), CallRefusal> {
         let caller = self.reauthenticate(credential)?;
-        check_still_served(&caller, account, self.database_clock.now())
+        let now = self.database_clock.now();
+        check_still_served(&caller, account, token.credential_version, now)
     }
 
     /// Returns how long a caller may reuse `token` before it asks again.
@@ -329,15 +331,17 @@ impl TokenProvider {
     }
 }
 
-/// Checks after a wait that `caller` may still get tokens of `account` at `now`, by the database's clock, and that
-/// the account still exists and is enabled. Another account may have its name by now.
+/// Checks after a wait that `caller` may still get the token of `account` that was issued with the credential of
+/// `version`, at `now`, by the database's clock: the account still exists, is enabled and has that login. Another
+/// account may have its name by now.
 ///
 /// # Errors
-/// [`CallRefusal::NotGranted`], and only with a grant [`CallRefusal::NoSuchAccount`] or
-/// [`CallRefusal::AccountDisabled`].
+/// [`CallRefusal::NotGranted`], and only with a grant [`CallRefusal::NoSuchAccount`],
+/// [`CallRefusal::AccountDisabled`] or [`CallRefusal::TokenEnded`].
 pub fn check_still_served(
     caller: &Caller,
     account: &CachedAccount,
+    version: CredentialVersion,
     now: Timestamp,
 ) -> Result<(), CallRefusal> {
     let snapshot = account.snapshot();
@@ -347,6 +351,8 @@ pub fn check_still_served(
         Err(CallRefusal::NoSuchAccount)
     } else if !snapshot.account.enabled {
         Err(CallRefusal::AccountDisabled)
+    } else if !snapshot.account.has_login_of(version) {
+        Err(CallRefusal::TokenEnded)
     } else {
         Ok(())
     }

@@ -37,7 +37,7 @@ pub struct LoadedAccount {
     pub account: Account,
     /// Its attempts to issue tokens.
     pub refresh: RefreshState,
-    /// Its token, live or ended.
+    /// Its token, live or ended, if it is of the present login.
     pub token: Option<SealedToken>,
     /// The database's time when the account was read. All other times are by this clock, except
     /// [`SealedToken::issuer_expires_at`].
@@ -61,6 +61,7 @@ struct Row {
     client_id: Lenient<String>,
     enabled: bool,
     credential_version: i64,
+    login_version: i64,
     sealed_secret: Option<Vec<u8>>,
     previous_secret: Option<Vec<u8>>,
     previous_version: Option<i64>,
@@ -129,7 +130,7 @@ pub async fn load<'e>(
         select a.id as "id!", a.name as "name!: Lenient<String>",
             a.client_id as "client_id!: Lenient<String>",
             a.enabled as "enabled!", a.credential_version as "credential_version!",
-            a.sealed_secret as "sealed_secret?", a.previous_secret as "previous_secret?",
+            a.login_version as "login_version!", a.sealed_secret as "sealed_secret?", a.previous_secret as "previous_secret?",
             a.previous_version as "previous_version?",
             a.reissue_requested_at as "reissue_requested_at?: LenientTime",
             r.attempt_started_at as "attempt_started_at?: LenientTime",
@@ -174,7 +175,9 @@ impl Row {
         let refresh = self.read_refresh()?;
         let token = self.read_token()?;
         let now = self.now;
-        Ok(LoadedAccount { account: self.read_account()?, refresh, token, now })
+        let account = self.read_account()?;
+        let token = token.filter(|token| account.has_login_of(token.credential_version));
+        Ok(LoadedAccount { account, refresh, token, now })
     }
 
     fn read_account(self) -> Result<Account, UnusableRow> {
@@ -189,6 +192,7 @@ impl Row {
                 .map_err(|_| malformed_login())?,
             enabled: self.enabled,
             credential_version: CredentialVersion(self.credential_version),
+            login_version: CredentialVersion(self.login_version),
             secret: self.sealed_secret.map(SealedSecret::from),
             // One that the upstream refused is about to be dropped.
             previous: self

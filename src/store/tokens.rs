@@ -380,7 +380,7 @@ async fn issuer(
 }
 
 /// Stores `token` as the account's token and returns `true`, unless the stored token has a later generation,
-/// or ends later and `replace_longer_lived` is not set.
+/// or ends later and `replace_longer_lived` is not set. A token of an earlier login is always replaced.
 ///
 /// The token's times are stored by the database's clock, which all replicas share. Its end by this machine's
 /// wall clock is stored beside them: the database's clock may be set, and then it is the second witness.
@@ -408,7 +408,8 @@ async fn put(
             fingerprint = excluded.fingerprint, changed = pg_current_xact_id()
         where excluded.generation >= tokens.generation
             and ($9 or excluded.expires_at >= tokens.expires_at - interval '5 seconds'
-                or tokens.issued_at > clock_timestamp() + interval '5 seconds')",
+                or tokens.issued_at > clock_timestamp() + interval '5 seconds'
+                or tokens.credential_version < (select login_version from accounts where id = $1))",
         account.0,
         token.credential_version.0,
         token.generation.0,

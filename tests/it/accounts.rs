@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use tempfile::TempDir;
 use token_broker::dev::simulator::Faults;
 
 use crate::harness::{
@@ -213,6 +214,56 @@ async fn disabling_and_deleting_take_effect_and_a_new_row_with_the_name_is_anoth
     .await;
     assert_eq!(fixture.upstream.live_token("id-2"), Some(other.access_token));
     broker.stop().await;
+}
+
+/// Another account may have the old login by now, and its issues end that login's tokens.
+#[tokio::test]
+async fn the_token_of_the_old_login_is_served_by_no_replica_once_an_account_was_moved() {
+    let fixture = Fixture::new().await;
+    fixture.upstream.add_account("id-moved", "SK.moved");
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let home = TempDir::new().unwrap();
+    let mut config = fixture.config();
+    config.settings.state_dir = home.path().to_owned();
+    let replicas = [fixture.start().await, fixture.start_with(config).await];
+    let clients = [replicas[0].client(&bearer).await, replicas[1].client(&bearer).await];
+    let first = clients[0].get("acme").await.unwrap();
+    for client in &clients {
+        let served = eventually("a token", async || client.get("acme").await.ok()).await;
+        assert_eq!(served.generation, first.generation);
+    }
+
+    fixture
+        .database
+        .sql("update accounts set client_id = 'id-moved', client_secret = 'SK.wrong' where name = 'acme'")
+        .await;
+    for client in &clients {
+        eventually("a refusal", async || {
+            let refused = client.get("acme").await.err()?;
+            (code_and_reason(&refused) == "FailedPrecondition CREDENTIAL_REJECTED").then_some(())
+        })
+        .await;
+    }
+    assert_eq!(fixture.account_status("acme", "time_left").await, "");
+    fixture.add_account("other", "id-1", "SK.1").await;
+    let theirs = eventually("a token", async || clients[0].get("other").await.ok()).await;
+    assert!(fixture.upstream.is_live(&theirs.access_token));
+    assert!(!fixture.upstream.is_live(&first.access_token));
+
+    fixture
+        .database
+        .sql("update accounts set client_secret = 'SK.moved' where name = 'acme'")
+        .await;
+    for client in &clients {
+        let token = eventually("a token", async || client.get("acme").await.ok()).await;
+        assert!(token.generation > first.generation);
+        assert!(fixture.upstream.is_live(&token.access_token));
+    }
+    fixture.wait_for_state("acme", "fresh").await;
+    for replica in replicas {
+        replica.stop().await;
+    }
 }
 
 #[tokio::test]

@@ -237,6 +237,7 @@ async fn assert_all_refused(pool: &PgPool) -> Vec<String> {
     let changes_of_ids = [
         ("update accounts set id = default, client_secret = '$CANARY'", "accounts.id "),
         ("update accounts set client_id = 'other'", "accounts.client_id "),
+        ("update accounts set login_version = 2", "accounts.login_version "),
         ("update callers set id = default", "callers.id "),
         ("update caller_credentials set id = default", "caller_credentials.id "),
         ("update caller_credentials set caller_id = 9", "caller_credentials.id "),

@@ -288,6 +288,65 @@ async fn a_stored_token_of_a_later_generation_counts_as_revoked_if_a_new_one_end
     }
 }
 
+/// A token belongs to the login that it was issued with. Whatever comes late of an earlier login is not the account's
+/// token, and the first token of the new login takes its place even if it ends earlier.
+#[tokio::test]
+async fn nothing_of_an_earlier_login_becomes_the_accounts_token() {
+    let account = Account::new().await;
+    let of_old_login = account.load().await.refresh.stored_generation;
+    let late = account.claim("ours").await;
+    let state = async || -> String {
+        sqlx::query_scalar("select state from account_status")
+            .fetch_one(account.database.pool())
+            .await
+            .unwrap()
+    };
+    account
+        .database
+        .sql("update accounts set client_id = 'moved', client_secret = 'SK.2' where name = 'acme'")
+        .await;
+    let loaded = account.load().await;
+    assert!(loaded.token.is_none() && loaded.refresh.stored_generation == of_old_login);
+    // The attempt is under way, and then it is not.
+    assert_eq!(state().await, "pending");
+
+    let token = issued_token(late.attempt.generation);
+    assert_eq!(account.commit(&late, &token, true).await, CommitOutcome::Fenced);
+    leases::release(account.database.pool(), &late).await.unwrap();
+    let context = ReconcileContext {
+        instance: "ours",
+        clock: &Clock::System,
+        lease_duration: LEASE,
+        possibly_revoked: false,
+        new_token_ends_older: true,
+    };
+    let pending = PendingToken { token, replaces: late.replaces, lease: Some(late.key()) };
+    assert_eq!(account.reconcile(&pending, context).await, ReconcileOutcome::Dropped);
+    assert!(account.load().await.token.is_none());
+    assert_eq!(state().await, "pending");
+
+    account
+        .database
+        .sql_past_triggers("update accounts set client_secret = null, sealed_secret = 'x'")
+        .await;
+    let lease = account.claim("ours").await;
+    let mut first = issued_token(lease.attempt.generation);
+    first.credential_version = lease.attempt.credential.version;
+    first.expires_at = first.issued_at + delta(Duration::from_mins(5));
+    assert_eq!(account.commit(&lease, &first, false).await, CommitOutcome::Stored);
+    assert_eq!(account.load().await.token.unwrap().generation, first.generation);
+    assert_eq!(state().await, "fresh");
+
+    // Another secret of the same login takes no token away.
+    account.database.sql("update accounts set client_secret = 'SK.3'").await;
+    assert!(account.load().await.token.is_some());
+    account
+        .database
+        .sql("set token_broker.purge_old = 'on'; update accounts set client_secret = 'SK.4'; reset token_broker.purge_old")
+        .await;
+    assert!(account.load().await.token.is_some());
+}
+
 /// A replica was paused during its call until another one had issued. Its call gets no answer, but the upstream may
 /// have answered it last, and ended the other replica's token.
 #[tokio::test]

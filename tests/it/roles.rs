@@ -226,6 +226,7 @@ async fn the_runtime_role_changes_neither_audit_records_nor_accounts_nor_access(
             "insert into accounts (name, client_id, client_secret) values ('b', 'b', 'b')",
             "update accounts set enabled = false",
             "update accounts set client_id = 'other'",
+            "update accounts set login_version = 2",
             "delete from accounts",
             "insert into callers (name) values ('b')",
             "update grants set pattern = '*'",

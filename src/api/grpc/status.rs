@@ -85,7 +85,7 @@ reasons! {
     UpstreamUnavailable = ("UPSTREAM_UNAVAILABLE", Unavailable),
     /// The database does not answer.
     DatabaseUnavailable = ("DATABASE_UNAVAILABLE", Unavailable),
-    /// The token expired before it could be sent.
+    /// The token ended before it could be sent.
     TokenEnded = ("TOKEN_ENDED", Unavailable),
     /// The audit record cannot be written.
     AuditUnavailable = ("AUDIT_UNAVAILABLE", Unavailable),

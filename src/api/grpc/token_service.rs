@@ -51,7 +51,7 @@ impl TokenService for TokenServiceHandler {
                 self.provider.get_token(caller, &name, wanted, *deadline).await?;
             // The call may have waited for the token, and credential, grant or account may have ended meanwhile.
             context.check_certificate()?;
-            self.provider.authorize_again(&context.credential, &account)?;
+            self.provider.authorize_again(&context.credential, &account, &token)?;
             Ok((name, account, token))
         })
         .await?;

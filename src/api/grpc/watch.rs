@@ -333,7 +333,8 @@ impl WatchStream {
             drop(slot);
             return self.end_account(account.id(), reason).await;
         }
-        if token.is_live(self.provider.clock.now()) {
+        let of_login = account.snapshot().account.has_login_of(token.credential_version);
+        if of_login && token.is_live(self.provider.clock.now()) {
             let response = token_response(&self.provider, &self.api_base_url, name, token);
             slot.send(Ok(watch_response(name, ProtoEvent::Token(response))));
         }

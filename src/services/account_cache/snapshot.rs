@@ -22,7 +22,7 @@ pub struct AccountSnapshot {
     pub account: Account,
     /// Its attempts to issue tokens.
     pub refresh: RefreshState,
-    /// Its last token, live or ended.
+    /// Its last token, live or ended; never one of an earlier login.
     pub token: Option<Arc<Token>>,
     /// Whether the account was deleted. No later snapshot follows then.
     pub removed: bool,
@@ -63,9 +63,12 @@ impl AccountSnapshot {
     }
 
     /// Returns the snapshot after an attempt that issued `token`; `stored` says whether the token is in the
-    /// database.
+    /// database. A token of an earlier login changes nothing.
     pub(in crate::services) fn with_token(&self, token: &Arc<Token>, stored: bool) -> Self {
         let mut snapshot = self.clone();
+        if !self.account.has_login_of(token.credential_version) {
+            return snapshot;
+        }
         // Another replica's later token may have been loaded during the attempt.
         if self.token.as_ref().is_none_or(|held| held.generation <= token.generation) {
             snapshot.token = Some(token.clone());
@@ -198,6 +201,19 @@ mod tests {
         let issued = snapshot.with_token(&Arc::new(Token::example(2, 3_600)), true);
         assert_eq!(issued.token.unwrap().generation, Generation(3));
         assert_eq!(issued.refresh.stored_generation, Some(Generation(3)));
+    }
+
+    #[test]
+    fn a_token_that_comes_after_the_account_was_moved_to_another_login_is_not_held() {
+        let (mut snapshot, _) = started(1);
+        snapshot.account.login_version = CredentialVersion(2);
+        snapshot.account.credential_version = CredentialVersion(2);
+        snapshot.token = None;
+        let late = snapshot.with_token(&Arc::new(Token::example(4, 3_600)), false);
+        assert!(late.token.is_none() && late.refresh.attempt_open);
+        let of_new_login =
+            Token { credential_version: CredentialVersion(2), ..Token::example(5, 3_600) };
+        assert!(snapshot.with_token(&Arc::new(of_new_login), true).token.is_some());
     }
 
     #[test]

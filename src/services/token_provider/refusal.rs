@@ -80,8 +80,9 @@ pub enum CallRefusal {
         /// How long the caller should wait before it tries again.
         retry_after: Duration,
     },
-    /// The token expired while the audit record of the call was being written.
-    #[error("the token expired before it could be sent")]
+    /// The token expired, or its account was moved to another login, while the audit record of the call was being
+    /// written.
+    #[error("the token ended before it could be sent")]
     TokenEnded,
     /// The audit record of the call cannot be written, so the call is not answered.
     #[error("the call cannot be recorded")]

@@ -48,7 +48,8 @@ impl CallContext {
     /// send the response if the token, the credential, the grant or the account ends while the record is written.
     pub fn set_token(self, account: Arc<CachedAccount>, token: &Token) {
         let Self { credential, certificate, draft, .. } = self;
-        draft.set_token(token, TokenAccess { credential, certificate, account });
+        let issued_with = token.credential_version;
+        draft.set_token(token, TokenAccess { credential, certificate, account, issued_with });
     }
 }
 

@@ -8,6 +8,7 @@ use crate::{
     audit::journal::JournalSettings,
     crypto::bearer::Bearer,
     domain::{
+        account::CredentialVersion,
         caller::{Caller, CallerId, Grant, Right},
         clock::ManualClock,
         refresh_state::{Account, RefreshState},
@@ -162,6 +163,7 @@ enum Meanwhile {
     AccountRemoved,
     AccountReplaced,
     AccountDisabled,
+    AccountMovedToAnotherLogin,
     AccountRenamed,
     RemovedWithoutGrant,
 }
@@ -181,6 +183,7 @@ async fn a_token_whose_caller_or_account_changes_while_its_record_is_written_is_
         (AccountRemoved, Code::NotFound),
         (AccountReplaced, Code::NotFound),
         (AccountDisabled, Code::FailedPrecondition),
+        (AccountMovedToAnotherLogin, Code::Unavailable),
         (AccountRenamed, Code::PermissionDenied),
         // Whether the account exists is not told to a caller without a grant.
         (RemovedWithoutGrant, Code::PermissionDenied),
@@ -211,6 +214,7 @@ async fn a_token_whose_caller_or_account_changes_while_its_record_is_written_is_
                     GrantEnded => caller.grants[0].ends_at = Some(chrono::DateTime::UNIX_EPOCH),
                     AccountRemoved | AccountReplaced => {}
                     AccountDisabled => account.enabled = false,
+                    AccountMovedToAnotherLogin => account.login_version = CredentialVersion(2),
                     AccountRenamed => account.name = "other".parse().unwrap(),
                 }
                 match meanwhile {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::{
-    domain::clock::Timestamp,
+    domain::{account::CredentialVersion, clock::Timestamp},
     services::{
         account_cache::CachedAccount,
         caller_directory::CallerDirectory,
@@ -18,11 +18,13 @@ pub(super) struct TokenAccess {
     pub(super) credential: CredentialKey,
     pub(super) certificate: Option<Arc<ClientCertificate>>,
     pub(super) account: Arc<CachedAccount>,
+    /// The credential of the account that the token was issued with.
+    pub(super) issued_with: CredentialVersion,
 }
 
 impl TokenAccess {
     /// Checks after the wait for the record that `callers` still has the credential, and a grant of the account,
-    /// that neither has ended at `now`, by the database's clock, and that the account is still served.
+    /// that neither has ended at `now`, by the database's clock, and that the account's token is still served.
     ///
     /// # Errors
     /// [`CallRefusal::CredentialRefused`], or as [`check_still_served`].
@@ -35,7 +37,7 @@ impl TokenAccess {
         let caller = callers
             .authenticate(&self.credential, now)
             .map_err(|_| CallRefusal::CredentialRefused)?;
-        check_still_served(&caller, &self.account, now)
+        check_still_served(&caller, &self.account, self.issued_with, now)
     }
 }
 
