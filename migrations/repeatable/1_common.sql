@@ -162,13 +162,46 @@ set search_path = pg_catalog, pg_temp as $$
     select pg_notify('token_broker_changes', '');
 $$;
 
--- Refuses a row whose number this session did not take from the sequence: it comes from a dump. Triggers record each
--- row as a change of their own, so the rows of a dump and its `changes` would contradict each other. A number that
--- exists passes, for Postgres to find the conflict.
+-- Remembers, before a statement inserts rows, the last number that was taken for rows of the table: those of the
+-- statement follow it. If the sequence was set back, as each dump of data does at its end, it first goes on behind the
+-- last number that exists or was recorded, so that no row gets the number of another one.
+create or replace function @schema@.token_broker_begin_ids() returns trigger
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp as $$
+declare
+    ids text := pg_get_serial_sequence(format('%I.%I', tg_table_schema, tg_table_name), 'id');
+    of_sequence text := format('select case when is_called then last_value else last_value - 1 end from %s', ids);
+    of_rows text := format('select greatest((select max(id) from %I.%I),
+        (select max(row_id) from @schema@.changes where table_name = $1))', tg_table_schema, tg_table_name);
+    taken bigint;
+    known bigint;
+begin
+    execute of_sequence into taken;
+    execute of_rows into known using tg_table_name;
+    if taken < known then
+        -- Of several sessions, one corrects the sequence, and the others wait for its rows.
+        perform pg_advisory_xact_lock(hashtextextended(ids, 0));
+        execute of_sequence into taken;
+        execute of_rows into known using tg_table_name;
+        if taken < known then
+            taken := setval(ids, known);
+        end if;
+    end if;
+    perform set_config('token_broker.taken_' || tg_table_name, taken::text, true);
+    return null;
+end
+$$;
+
+revoke execute on function @schema@.token_broker_begin_ids() from public;
+
+-- Refuses a row whose number this statement did not take from the sequence (token_broker_begin_ids): it comes from a
+-- dump. Triggers record each row as a change of their own, so the rows of a dump and its `changes` would contradict each
+-- other. A number that exists passes, for Postgres to find the conflict.
 create or replace function @schema@.token_broker_new_id() returns trigger
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp as $$
 declare
+    before bigint := nullif(current_setting('token_broker.taken_' || tg_table_name, true), '')::bigint;
     taken bigint;
     is_known boolean;
 begin
@@ -177,7 +210,8 @@ begin
     exception when object_not_in_prerequisite_state then
         null;
     end;
-    if new.id <= taken then
+    -- Whoever sets the sequence takes no number: the last one of this session is not later than the last one of all.
+    if new.id > before and new.id <= taken then
         return new;
     end if;
     execute format('select exists (select from %I.%I where id = $1)', tg_table_schema, tg_table_name)

@@ -1,4 +1,4 @@
--- version: 5 (raise it with each change of this file)
+-- version: 6 (raise it with each change of this file)
 --
 -- What happens when a row of `accounts` is written: its values are checked, another secret begins a new
 -- credential version, and the change is recorded.
@@ -183,6 +183,8 @@ revoke execute on function @schema@.accounts_validate() from public;
 
 create or replace trigger accounts_validate before insert or update on @schema@.accounts
     for each row execute function @schema@.accounts_validate();
+create or replace trigger accounts_begin_ids before insert on @schema@.accounts
+    for each statement execute function @schema@.token_broker_begin_ids();
 create or replace trigger accounts_new_id before insert on @schema@.accounts
     for each row execute function @schema@.token_broker_new_id();
 

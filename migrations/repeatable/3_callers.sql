@@ -1,4 +1,4 @@
--- version: 4 (raise it with each change of this file)
+-- version: 5 (raise it with each change of this file)
 --
 -- What happens when a row of `callers`, `caller_credentials` or `grants` is written: its values are checked and
 -- the change is recorded.
@@ -56,6 +56,8 @@ $$;
 
 create or replace trigger callers_validate before insert or update on @schema@.callers
     for each row execute function @schema@.callers_validate();
+create or replace trigger callers_begin_ids before insert on @schema@.callers
+    for each statement execute function @schema@.token_broker_begin_ids();
 create or replace trigger callers_new_id before insert on @schema@.callers
     for each row execute function @schema@.token_broker_new_id();
 
@@ -172,6 +174,8 @@ $$;
 
 create or replace trigger caller_credentials_validate before insert or update on @schema@.caller_credentials
     for each row execute function @schema@.caller_credentials_validate();
+create or replace trigger caller_credentials_begin_ids before insert on @schema@.caller_credentials
+    for each statement execute function @schema@.token_broker_begin_ids();
 create or replace trigger caller_credentials_new_id before insert on @schema@.caller_credentials
     for each row execute function @schema@.token_broker_new_id();
 
@@ -279,6 +283,8 @@ $$;
 
 create or replace trigger grants_validate before insert or update on @schema@.grants
     for each row execute function @schema@.grants_validate();
+create or replace trigger grants_begin_ids before insert on @schema@.grants
+    for each statement execute function @schema@.token_broker_begin_ids();
 create or replace trigger grants_new_id before insert on @schema@.grants
     for each row execute function @schema@.token_broker_new_id();
 

@@ -1,4 +1,4 @@
--- version: 4 (raise it with each change of this file)
+-- version: 5 (raise it with each change of this file)
 --
 -- What protects the rows themselves: which intake key is published, what the broker's own login may not do, and
 -- whether rows are still as their last recorded change left them.
@@ -187,6 +187,8 @@ $$;
 
 create or replace trigger changes_guard before update on @schema@.changes
     for each row execute function @schema@.changes_guard();
+create or replace trigger changes_begin_ids before insert on @schema@.changes
+    for each statement execute function @schema@.token_broker_begin_ids();
 create or replace trigger changes_new_id before insert on @schema@.changes
     for each row execute function @schema@.token_broker_new_id();
 
