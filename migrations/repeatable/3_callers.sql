@@ -1,4 +1,4 @@
--- version: 5 (raise it with each change of this file)
+-- version: 6 (raise it with each change of this file)
 --
 -- What happens when a row of `callers`, `caller_credentials` or `grants` is written: its values are checked and
 -- the change is recorded.
@@ -167,6 +167,11 @@ begin
     if tg_op = 'UPDATE' and (new.id, new.caller_id) is distinct from (old.id, old.caller_id) then
         perform @schema@.token_broker_refuse(
             'caller_credentials.id and caller_id cannot be changed', 'caller_id');
+    end if;
+    -- A program that saves a row as it read it earlier must not make a revoked credential valid again.
+    if tg_op = 'UPDATE' and old.revoked_at is not null and new.revoked_at is distinct from old.revoked_at then
+        perform @schema@.token_broker_refuse('caller_credentials.revoked_at cannot be changed once it is set: '
+            'a revoked credential stays so, add another one', 'revoked_at');
     end if;
     return new;
 end

@@ -202,6 +202,28 @@ async fn a_stale_save_of_a_whole_row_is_refused_by_the_name_of_the_sealed_column
     broker.stop().await;
 }
 
+/// A program of the role that manages callers saves a row as it read it before somebody else revoked the bearer.
+#[tokio::test]
+async fn a_stale_save_of_a_credential_does_not_take_its_revocation_back() {
+    let database = database_with_roles().await;
+    let save = |revoked_at: &str| {
+        format!(
+            "update caller_credentials set description = 'x', ends_at = null, revoked_at = {revoked_at}"
+        )
+    };
+    sql_as(&database, ACCESS, &save("null")).await;
+    sql_as(&database, ACCESS, &save("now()")).await;
+    for stale in ["null", "now() + interval '1 day'", "timestamptz '2026-01-01 00:00Z'"] {
+        let error = attempt(&database, ACCESS, &save(stale)).await.unwrap_err();
+        let error = error.as_database_error().unwrap();
+        assert_eq!(error.code().unwrap(), "23514");
+        assert!(error.message().contains("caller_credentials.revoked_at cannot be"), "{error}");
+    }
+    sql_as(&database, ACCESS, &save("revoked_at")).await;
+    let revoked = "select count(*)::text from caller_credentials where revoked_at is not null";
+    assert_eq!(text(&database, revoked).await, "1");
+}
+
 /// An upsert as the role of accounts' admins writes the value itself, since `excluded.client_secret` needs the right to
 /// read that column. `docs/operations.md` has the forms.
 #[tokio::test]
