@@ -87,7 +87,10 @@ fn journal_check(journal: &Journal) -> Check {
             "; {lost} records are lost, which another program removed from it before they were in Postgres"
         ),
     };
-    let detail = state + &lost;
+    let unreadable: String = (journal.unreadable().iter())
+        .map(|(chain, why)| format!("; chain {chain} cannot be read to its end ({why})"))
+        .collect();
+    let detail = state + &lost + &unreadable;
     Check { name: "journal", ok: has_room, required: true, detail }
 }
 

@@ -152,12 +152,16 @@ impl RunningServices {
         self.delivery.stop().await;
         self.history.stop_within(DISK_TIMEOUT).await;
         let stats = journal.stats();
-        let complete = stats.lost == 0 && (stats.undelivered == 0 || journal.problem().is_none());
+        let unreadable = journal.unreadable();
+        let complete = stats.lost == 0
+            && unreadable.is_empty()
+            && (stats.undelivered == 0 || journal.problem().is_none());
         if !complete {
             error!(
                 lost = stats.lost,
                 undelivered = stats.undelivered,
-                "audit records are lost, or could not be written to the state directory"
+                ?unreadable,
+                "audit records are lost, or could not be written to the state directory or read from it"
             );
         }
         let _ = tokio::task::spawn_blocking(move || journal.save_positions()).await;

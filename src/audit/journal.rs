@@ -63,6 +63,9 @@ use crate::{
     files::state_dir::StateDir,
 };
 
+/// How long a reader waits for the writer to restore a segment.
+const RESTORE_LIMIT: Duration = Duration::from_secs(5);
+
 /// A record that was appended and may not be durable yet. Dropping this does not cancel the write.
 #[must_use = "a call may be answered only after `durable` has returned"]
 #[derive(Debug)]
@@ -311,6 +314,46 @@ impl Journal {
     /// journal is closed; call this for positions that are noted later. Blocks on I/O.
     pub fn save_positions(&self) {
         self.0.shared.save_positions();
+    }
+
+    /// Asks the writer to check `segment`, whose records cannot be read back, and to write them again from memory.
+    /// Waits until it has, for 5 s at most; once the journal is closed, this does it itself. Returns whether that
+    /// was done, so that reading is worth a try: what was not in memory any more is then lost. Returns `false` at
+    /// once for a segment of an earlier start, of which nothing is in memory. Cancel safe.
+    pub async fn restore(&self, segment: &str) -> bool {
+        let Inner { shared, writer, .. } = &*self.0;
+        let (mut checked, mut ended) = (shared.checked.subscribe(), shared.ended.subscribe());
+        if !shared.catalog().distrust(&shared.link.chain, segment) {
+            return false;
+        }
+        shared.check_requested.store(true, Ordering::Release);
+        writer.unpark();
+        let has_ended = tokio::select! {
+            _ = checked.wait_for(|()| !shared.catalog().is_distrusted(segment)) => false,
+            _ = ended.wait_for(|ended| *ended) => true,
+            () = tokio::time::sleep(RESTORE_LIMIT) => false,
+        };
+        if has_ended {
+            let shared = Arc::clone(shared);
+            // A failure is shown by the segment, which is still distrusted then.
+            let _ = task::spawn_blocking(move || restore::restore(&shared)).await;
+        }
+        !shared.catalog().is_distrusted(segment)
+    }
+
+    /// Notes why `chain` cannot be read to its end, or that it can.
+    pub fn note_reading(&self, chain: &str, problem: Option<&str>) {
+        let mut unreadable = self.0.shared.unreadable();
+        match problem {
+            Some(problem) => drop(unreadable.insert(chain.to_owned(), problem.to_owned())),
+            None => drop(unreadable.remove(chain)),
+        }
+    }
+
+    /// Returns the chains that could not be read to their ends when that was last tried, and why.
+    #[must_use]
+    pub fn unreadable(&self) -> BTreeMap<String, String> {
+        self.0.shared.unreadable().clone()
     }
 
     /// Waits until records become durable; returns at once if some did since the last call returned.

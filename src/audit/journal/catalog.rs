@@ -28,6 +28,8 @@ pub(super) struct Segment {
     /// The state of the file when it was closed, which it should still have. `None` while it is open, and if
     /// somebody else has changed the file.
     pub(super) closed_state: Option<FileState>,
+    /// Whether the file may not hold what was written, so that its content has to be checked.
+    pub(super) distrusted: bool,
 }
 
 /// A chain that has segments in this journal.
@@ -78,16 +80,54 @@ impl Catalog {
         if let Some(segment) = self.segments.last_mut() {
             segment.closed_at = Some(at);
             segment.closed_state = state;
+            segment.distrusted |= state.is_none();
             if open_files > MAX_OPEN_FILES {
                 segment.file = None;
             }
         }
     }
 
-    /// The closed segments with records that are not known to be delivered.
-    pub(super) fn closed_undelivered(&self) -> Vec<Segment> {
+    /// The closed segments with records that are not known to be delivered, and those that are distrusted.
+    pub(super) fn closed_to_check(&self) -> Vec<Segment> {
         let closed = self.segments.iter().filter(|segment| segment.closed_at.is_some());
-        closed.filter(|segment| !self.is_deletable(segment)).cloned().collect()
+        let checked = closed.filter(|segment| segment.distrusted || !self.is_deletable(segment));
+        checked.cloned().collect()
+    }
+
+    /// Returns the segment that is being written.
+    pub(super) fn open(&self) -> Option<&Segment> {
+        self.segments.last().filter(|segment| segment.closed_at.is_none())
+    }
+
+    /// Notes that the content of a segment of `chain` has to be checked. Returns whether there is such a segment.
+    pub(super) fn distrust(&mut self, chain: &str, name: &str) -> bool {
+        let mut own = self.segments.iter_mut().filter(|segment| segment.link.chain == chain);
+        let Some(segment) = own.find(|segment| segment.name == name) else { return false };
+        segment.distrusted = true;
+        true
+    }
+
+    /// Notes that the contents of the open segment, and of those of `chain` with records after `seq`, have to be
+    /// checked.
+    pub(super) fn distrust_after(&mut self, chain: &str, seq: i64) {
+        for segment in self.segments.iter_mut().filter(|segment| segment.link.chain == chain) {
+            segment.distrusted |= segment.last_seq > seq || segment.closed_at.is_none();
+        }
+    }
+
+    /// Notes that a segment holds what was written. `state` is the state of its file, if that is open.
+    pub(super) fn trust(&mut self, name: &str, state: Option<FileState>) {
+        if let Some(segment) = self.segments.iter_mut().find(|segment| segment.name == name) {
+            segment.distrusted = false;
+            if segment.closed_at.is_some() {
+                segment.closed_state = state;
+            }
+        }
+    }
+
+    /// Whether the content of a segment has yet to be checked.
+    pub(super) fn is_distrusted(&self, name: &str) -> bool {
+        self.segments.iter().any(|segment| segment.name == name && segment.distrusted)
     }
 
     /// The closed segments whose records are all delivered.

@@ -70,13 +70,13 @@ impl ChainReader {
     fn next_position(&mut self) -> Result<Option<(Cursor, DurablePart)>, ReadError> {
         let (chain, next) = (&self.link.chain, self.head.seq + 1);
         let segment = self.segments.catalog().segment_for(chain, next).cloned();
-        let segment =
-            segment.ok_or_else(|| ReadError::Missing { chain: chain.clone(), seq: next })?;
-        if segment.last_seq < next {
+        let Some(segment) = segment.filter(|segment| segment.last_seq >= next) else {
+            // Without a later record none is missing. A chain has no segment any more when those were delivered and
+            // deleted.
             let lost = self.segments.catalog().after_gap(chain, next).is_some();
             let missing = ReadError::Missing { chain: chain.clone(), seq: next };
             return if lost { Err(missing) } else { Ok(None) };
-        }
+        };
         let (len, last_seq, file) = (segment.len, segment.last_seq, segment.file);
         let durable = DurablePart { len, last_seq, file };
         if let Some(cursor) = self.cursor.take_if(|cursor| cursor.name == segment.name) {

@@ -44,6 +44,11 @@ impl RecentBatches {
         }
     }
 
+    /// Returns the number before the first record that is remembered; `None` if there is none.
+    pub(super) fn begins_after(&self) -> Option<i64> {
+        self.batches.front().map(|batch| batch.before.seq)
+    }
+
     fn drop_oldest(&mut self) {
         if let Some(batch) = self.batches.pop_front() {
             self.bytes -= batch.lines.capacity();

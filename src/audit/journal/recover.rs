@@ -123,6 +123,7 @@ pub(super) fn recover(
             closed_at: Some(file.modified),
             file: None,
             closed_state: None,
+            distrusted: false,
         });
         last = Some((link, head));
     }

@@ -1,16 +1,16 @@
-//! Restores segments that somebody removed, moved, replaced or truncated while the broker was running.
+//! Restores segments that somebody removed, moved, replaced, truncated or overwritten while the broker was running.
 //!
 //! A file that was removed or moved can still be read, since the journal keeps it open until its records are
 //! delivered. Of a file whose content was changed, the records are kept that still follow each other; the others are
 //! taken from memory, as far as they are there. What is neither here nor there is lost.
 
-use std::io;
+use std::{io, sync::atomic::Ordering};
 
 use super::{
     catalog::Segment,
     segment::{Header, decode, name_of},
     shared::Shared,
-    storage::{JournalStorage, SegmentFile},
+    storage::{FileState, JournalStorage, SegmentFile},
 };
 use crate::audit::{chain::ChainHead, lost::LostRecords};
 
@@ -26,19 +26,22 @@ struct Piece {
 }
 
 /// Ensures that the undelivered records of all closed segments are in files that nobody else has changed. Returns
-/// those that are lost. Blocks on I/O.
+/// those that are lost, and counts them. Blocks on I/O. Only one thread at a time may call this.
 ///
 /// # Errors
 /// When a file cannot be written. Nothing is lost by that: it can be tried again.
 pub(super) fn restore(shared: &Shared) -> io::Result<Vec<LostRecords>> {
     let mut lost = Vec::new();
     // The catalog is not locked during the loop.
-    let segments = shared.catalog().closed_undelivered();
+    let segments = shared.catalog().closed_to_check();
     for segment in segments {
-        if !is_sound(&*shared.segments.storage, &segment) {
+        if !is_sound(&*shared.segments.storage, &segment)? {
             // Nothing is written to a directory that another process has taken.
             shared.segments.reclaim_state_dir()?;
             lost.extend(restore_segment(shared, &segment)?);
+        } else if segment.distrusted {
+            let state = segment.file.as_ref().and_then(|file| file.state().ok());
+            shared.catalog().trust(&segment.name, state);
         }
     }
     Ok(lost)
@@ -60,13 +63,23 @@ pub(super) fn forget_removed(shared: &Shared) {
 }
 
 /// Whether the name of a closed segment still leads to its file, unchanged.
-fn is_sound(storage: &dyn JournalStorage, segment: &Segment) -> bool {
-    let Ok(found) = storage.state_of(&segment.name) else { return false };
-    match segment.closed_state {
+fn is_sound(storage: &dyn JournalStorage, segment: &Segment) -> io::Result<bool> {
+    let Ok(found) = storage.state_of(&segment.name) else { return Ok(false) };
+    if segment.distrusted {
+        let own = segment.file.as_ref().map(|file| file.state()).transpose()?;
+        let in_place = own.is_none_or(|own| own == found) && found.len == segment.len;
+        return Ok(in_place && is_intact(storage, segment)?);
+    }
+    Ok(match segment.closed_state {
         Some(closed) => found == closed && found.len >= segment.len,
         // Of an earlier start's segments only some are kept open: the others can be judged by their length.
         None => segment.file.is_none() && found.len >= segment.len,
-    }
+    })
+}
+
+/// Whether a segment's file holds all its records. Reads the whole file.
+pub(super) fn is_intact(storage: &dyn JournalStorage, segment: &Segment) -> io::Result<bool> {
+    Ok(intact_piece(storage, segment)?.last_seq >= segment.last_seq)
 }
 
 fn restore_segment(shared: &Shared, segment: &Segment) -> io::Result<Option<LostRecords>> {
@@ -87,7 +100,8 @@ fn restore_segment(shared: &Shared, segment: &Segment) -> io::Result<Option<Lost
     );
     shared.catalog().replace(&segment.name, pieces);
     let lost = lost.map(|(first, last)| LostRecords { chain: link.chain.clone(), first, last });
-    if let Some(LostRecords { chain, first, last }) = &lost {
+    if let Some(records @ LostRecords { chain, first, last }) = &lost {
+        shared.counters.lost.fetch_add(records.count().unsigned_abs(), Ordering::Relaxed);
         tracing::error!(
             chain,
             first,
@@ -101,7 +115,7 @@ fn restore_segment(shared: &Shared, segment: &Segment) -> io::Result<Option<Lost
 /// Returns the durable part of a segment whose file was removed or moved and not changed; `None` if it was changed.
 fn whole(segment: &Segment) -> io::Result<Option<Vec<u8>>> {
     let (Some(file), Some(closed)) = (&segment.file, segment.closed_state) else { return Ok(None) };
-    if file.state()? != closed {
+    if segment.distrusted || file.state()? != closed {
         return Ok(None);
     }
     let len = usize::try_from(segment.len).unwrap_or(usize::MAX);
@@ -214,18 +228,20 @@ fn write(
     let keep = segment.file.is_some();
     let len = bytes.len() as u64;
     let file = keep.then_some(file);
-    Ok(Segment { name, before, last_seq, len, file, closed_state, ..segment.clone() })
+    let distrusted = false;
+    Ok(Segment { name, before, last_seq, len, file, closed_state, distrusted, ..segment.clone() })
 }
 
-/// Whether the name of the segment that is being written still leads to `file`, which is `len` bytes long.
-pub(super) fn is_in_place(
+/// Returns the state of `file`, the segment that is being written, if `name` still leads to it and it is `len` bytes
+/// long.
+pub(super) fn state_in_place(
     storage: &dyn JournalStorage,
     name: &str,
     file: &dyn SegmentFile,
     len: u64,
-) -> bool {
-    let (Ok(found), Ok(own)) = (storage.state_of(name), file.state()) else { return false };
-    found.identity == own.identity && found.len == len
+) -> Option<FileState> {
+    let (found, own) = (storage.state_of(name).ok()?, file.state().ok()?);
+    (found.identity == own.identity && found.len == len).then_some(own)
 }
 
 #[cfg(test)]

@@ -7,18 +7,18 @@ use thiserror::Error;
 
 use super::{
     catalog::Segment,
-    restore::{self, is_in_place},
+    restore::{self, state_in_place},
     segment::{Header, encode, name_of},
     settings::SyncMode,
     shared::Shared,
-    storage::SegmentFile,
+    storage::{FileState, SegmentFile},
 };
 use crate::audit::{
     chain::{ChainHead, StoredEvent},
     lost::LostRecords,
 };
 
-const NOT_IN_PLACE: &str = "its file was removed, moved, replaced or truncated by another program";
+const NOT_IN_PLACE: &str = "its file was removed, moved, replaced or changed by another program";
 
 /// Why a batch was not written.
 #[derive(Debug, Error)]
@@ -35,6 +35,8 @@ struct OpenSegment {
     file: Arc<dyn SegmentFile>,
     /// Length of its durable part in bytes.
     len: u64,
+    /// The state of the file after the last write. Another one shows that somebody else has changed the file.
+    state: FileState,
     /// Whether its durable part holds a record, and not only the header.
     holds_records: bool,
 }
@@ -60,7 +62,7 @@ impl SegmentWriter {
         Ok(writer)
     }
 
-    /// Numbers and hashes `events`, and makes them durable. If somebody removed, moved, replaced or truncated
+    /// Numbers and hashes `events`, and makes them durable. If somebody removed, moved, replaced or changed
     /// segments with undelivered records, these are restored before: see [`restore`].
     ///
     /// After an error, the segment is abandoned and the records are written to a new one: after a failed
@@ -92,21 +94,43 @@ impl SegmentWriter {
     }
 
     /// Checks that all files are where they should be, as [`SegmentWriter::write`] does, and that the state
-    /// directory is locked. Restores them if they are not.
-    pub(super) fn check_files(&mut self) -> Result<(), WriteError> {
+    /// directory is locked. Restores them if they are not. With `contents`, also reads back what memory could
+    /// restore: a change within the resolution of the file system's times leaves no other trace.
+    pub(super) fn check_files(&mut self, contents: bool) -> Result<(), WriteError> {
+        if contents {
+            let remembered = self.shared.recent().begins_after().unwrap_or(self.head.seq);
+            self.shared.catalog().distrust_after(&self.shared.link.chain, remembered);
+        }
         self.shared.segments.reclaim_state_dir()?;
         restore::forget_removed(&self.shared);
         self.restore()?;
         let Some(segment) = self.segment.take() else { return Ok(()) };
         let storage = &*self.shared.segments.storage;
-        if is_in_place(storage, &segment.name, &*segment.file, segment.len) {
+        // What cannot be read is restored from memory, or keeps the journal from being written.
+        let unchanged = self.is_unchanged(&segment).unwrap_or(false);
+        let in_place = state_in_place(storage, &segment.name, &*segment.file, segment.len);
+        if unchanged && in_place.is_some() {
             self.segment = Some(segment);
             return Ok(());
         }
-        self.abandon(&segment, segment.len);
+        self.abandon(&segment, unchanged.then_some(segment.len));
         self.restore_all()?;
         self.segment = Some(self.open_segment()?);
         Ok(())
+    }
+
+    /// Whether nobody else has changed the file of the open segment. Its content is read if it is distrusted.
+    fn is_unchanged(&self, segment: &OpenSegment) -> io::Result<bool> {
+        if segment.file.state()? != segment.state {
+            return Ok(false);
+        }
+        let listed = self.shared.catalog().open().filter(|open| open.distrusted).cloned();
+        let Some(listed) = listed else { return Ok(true) };
+        let intact = restore::is_intact(&*self.shared.segments.storage, &listed)?;
+        if intact {
+            self.shared.catalog().trust(&listed.name, None);
+        }
+        Ok(intact)
     }
 
     /// Returns the records that were found to be lost since the last call.
@@ -126,8 +150,9 @@ impl SegmentWriter {
         Ok(())
     }
 
-    /// Appends `lines`, which end at `head`, to `segment`, and syncs if necessary. Checks that the segment is
-    /// still in place. Abandons it on an error; otherwise takes `lines`.
+    /// Appends `lines`, which end at `head`, to `segment`, and syncs if necessary. Checks before that nobody else
+    /// has changed the segment, and after that it is still in place. Abandons it on an error; otherwise takes
+    /// `lines`.
     fn commit(
         &mut self,
         mut segment: OpenSegment,
@@ -137,17 +162,24 @@ impl SegmentWriter {
         let len = segment.len + lines.len() as u64;
         let full = segment.len + lines.len() as u64 >= self.shared.settings.segment_bytes;
         let sync = self.shared.settings.sync == SyncMode::Fsync || full;
+        if segment.file.state().ok() != Some(segment.state) {
+            self.abandon(&segment, None);
+            return Err(io::Error::other(NOT_IN_PLACE));
+        }
         let appended = segment.file.append(lines);
         let written = if sync { appended.and_then(|()| segment.file.sync()) } else { appended };
         let storage = &*self.shared.segments.storage;
         let in_place = written.and_then(|()| {
-            let in_place = is_in_place(storage, &segment.name, &*segment.file, len);
-            in_place.then_some(()).ok_or_else(|| io::Error::other(NOT_IN_PLACE))
+            let state = state_in_place(storage, &segment.name, &*segment.file, len);
+            state.ok_or_else(|| io::Error::other(NOT_IN_PLACE))
         });
-        if let Err(error) = in_place {
-            self.abandon(&segment, len);
-            return Err(error);
-        }
+        segment.state = match in_place {
+            Ok(state) => state,
+            Err(error) => {
+                self.abandon(&segment, Some(len));
+                return Err(error);
+            }
+        };
         segment.len = len;
         segment.holds_records = true;
         let before = mem::replace(&mut self.head, head);
@@ -168,13 +200,13 @@ impl SegmentWriter {
 
     /// Truncates a segment after its last durable record, or removes it if it has none. A failure is only
     /// logged, since the header of the next segment also says where this one ends. `written` is the length that
-    /// the file has if nobody else changed it and no write failed.
-    fn abandon(&self, segment: &OpenSegment, written: u64) {
-        let OpenSegment { name, file, len, holds_records } = segment;
+    /// the file has if nobody else changed it and no write failed; `None` if somebody else changed it.
+    fn abandon(&self, segment: &OpenSegment, written: Option<u64>) {
+        let OpenSegment { name, file, len, holds_records, .. } = segment;
         let truncated = if *holds_records {
             let found = file.state().map_or(0, |state| state.len);
             // A file that somebody else truncated is not what it seems, even if it has grown since.
-            let unchanged = (*len..=written).contains(&found);
+            let unchanged = written.is_some_and(|written| (*len..=written).contains(&found));
             let truncated = if unchanged { file.truncate(*len) } else { Ok(()) };
             let state = if unchanged { file.state().ok() } else { None };
             self.shared.catalog().close_open(self.shared.clock.now(), state);
@@ -204,7 +236,7 @@ impl SegmentWriter {
             }
             made => made?,
         };
-        let len = line.len() as u64;
+        let (len, state) = (line.len() as u64, file.state()?);
         self.shared.catalog().add(Segment {
             name: name.clone(),
             link: Arc::clone(&self.shared.link),
@@ -214,8 +246,9 @@ impl SegmentWriter {
             closed_at: None,
             file: Some(Arc::clone(&file)),
             closed_state: None,
+            distrusted: false,
         });
-        Ok(OpenSegment { name, file, len, holds_records: false })
+        Ok(OpenSegment { name, file, len, state, holds_records: false })
     }
 
     fn create_segment_file(&self, name: &str, header: &[u8]) -> io::Result<Arc<dyn SegmentFile>> {

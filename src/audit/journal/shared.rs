@@ -1,6 +1,7 @@
 //! State that callers, the writer thread and readers share.
 
 use std::{
+    collections::BTreeMap,
     io,
     sync::{
         Arc,
@@ -41,6 +42,8 @@ pub(super) struct Shared {
     recent: Mutex<RecentBatches>,
     /// Why the journal cannot be written, if it cannot.
     problem: Mutex<Option<String>>,
+    /// The chains that could not be read to their ends when that was last tried, and why.
+    unreadable: Mutex<BTreeMap<String, String>>,
     pub(super) dropped: DroppedRecords,
     pub(super) counters: Counters,
     pub(super) writable: AtomicBool,
@@ -59,6 +62,10 @@ pub(super) struct Shared {
     pub(super) positions_save_due: AtomicBool,
     /// A delivered position changed since the positions were saved.
     pub(super) positions_unsaved: AtomicBool,
+    /// Whether the writer should check its files without delay.
+    pub(super) check_requested: AtomicBool,
+    /// Notified after each check of the files.
+    pub(super) checked: watch::Sender<()>,
     pub(super) ended: watch::Sender<bool>,
 }
 
@@ -87,6 +94,7 @@ impl Shared {
             head: Mutex::new(link.root()),
             recent: Mutex::new(RecentBatches::new(settings.memory_bytes)),
             problem: Mutex::default(),
+            unreadable: Mutex::default(),
             link: Arc::new(link),
             queue: Queue::new(),
             dropped: DroppedRecords::default(),
@@ -100,6 +108,8 @@ impl Shared {
             committed: Notify::new(),
             positions_save_due: AtomicBool::new(false),
             positions_unsaved: AtomicBool::new(false),
+            check_requested: AtomicBool::new(false),
+            checked: watch::Sender::new(()),
             ended: watch::Sender::new(false),
         }
     }
@@ -121,6 +131,11 @@ impl Shared {
     /// Locks the reason why the journal cannot be written.
     pub(super) fn problem(&self) -> MutexGuard<'_, Option<String>> {
         self.problem.lock()
+    }
+
+    /// Locks the chains that cannot be read to their ends, with the reasons.
+    pub(super) fn unreadable(&self) -> MutexGuard<'_, BTreeMap<String, String>> {
+        self.unreadable.lock()
     }
 
     /// Checks how much space is left, and updates `has_space`.

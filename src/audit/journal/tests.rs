@@ -6,6 +6,7 @@ mod delivery;
 mod durable;
 mod failing;
 mod order;
+mod unreadable;
 mod vanished;
 
 use std::time::Instant;

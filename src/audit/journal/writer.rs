@@ -129,7 +129,9 @@ impl Writer {
     /// Checks the files, if that is due, and restores those that are missing. If they cannot be restored, the
     /// journal counts as not writable.
     fn check_files(&mut self, closing: bool) {
+        let requested = self.shared.check_requested.swap(false, Ordering::AcqRel);
         let due = match self.retry_at {
+            _ if requested => true,
             Some(at) => Instant::now() >= at,
             None => self.files_checked_at.elapsed() >= FILE_CHECK_INTERVAL,
         };
@@ -138,18 +140,18 @@ impl Writer {
             return;
         }
         self.files_checked_at = Instant::now();
-        let checked = self.shared.track_io(|| self.segments.check_files());
+        let checked = self.shared.track_io(|| self.segments.check_files(last));
         self.files_missing = checked.is_err();
         if let Err(error) = checked {
             self.mark_unwritable(&error);
         }
         self.record_lost();
+        self.shared.checked.send_replace(());
     }
 
     /// Records that durable records are lost.
     fn record_lost(&mut self) {
         for lost in self.segments.take_lost() {
-            self.shared.counters.lost.fetch_add(lost.count().unsigned_abs(), Ordering::Relaxed);
             let pending = self.pending(lost.record(self.shared.clock.wall()));
             self.retained.push(pending);
         }

@@ -120,15 +120,23 @@ impl<'a> DeliverySession<'a> {
         &mut self,
         delivery: &mut ChainDelivery,
     ) -> Result<bool, DeliveryError> {
-        let mut any = false;
+        let (mut any, mut restored) = (false, None);
         while delivery.blocked.is_none() {
             let events = match read(delivery).await? {
-                Ok(events) if events.is_empty() => break,
                 Ok(events) => events,
                 Err(ReadError::Missing { .. }) if self.skip_deleted(delivery) => continue,
                 Err(error) => {
+                    // Once for each position: the fault may lie elsewhere than in the segment.
+                    let at = delivery.reader.as_ref().map(|reader| reader.head().seq);
+                    if let ReadError::Damaged { file, .. } = &error
+                        && std::mem::replace(&mut restored, at) != at
+                        && self.source.restore(file).await
+                    {
+                        continue;
+                    }
                     let chain = &delivery.chain.link.chain;
                     let why = with_causes(&error);
+                    self.source.note_reading(chain, Some(&why));
                     tracing::error!(
                         chain,
                         error = why,
@@ -138,6 +146,10 @@ impl<'a> DeliverySession<'a> {
                     break;
                 }
             };
+            self.source.note_reading(&delivery.chain.link.chain, None);
+            if events.is_empty() {
+                break;
+            }
             for batch in events.chunks(MAX_ROWS_PER_TRANSACTION) {
                 self.deliver(delivery, batch).await?;
                 any = true;

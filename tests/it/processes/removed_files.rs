@@ -4,6 +4,7 @@
 use std::{
     fs::{self, File},
     io::ErrorKind::NotFound,
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -233,6 +234,92 @@ async fn undelivered_records_survive_a_stop_or_a_kill_after_their_files_were_rem
         assert_eq!(load.recorded().await, received, "{signal}");
         load.setup.run(&["audit", "verify"]).await.ok();
     }
+}
+
+/// What is done to the open files while nothing is delivered, without another trace than their contents.
+const OVERWRITINGS: &[Disturbance] = &[
+    ("the files are overwritten in place", |state| {
+        each(state, |file| {
+            let Ok(opened) = File::options().write(true).open(file) else { return };
+            let len = usize::try_from(opened.metadata().unwrap().len()).unwrap();
+            let _ = opened.write_all_at(&vec![b'x'; len], 0);
+        });
+    }),
+    ("the files are truncated and extended", |state| {
+        each(state, |file| {
+            let Ok(len) = fs::metadata(file).map(|it| it.len()) else { return };
+            let _ = File::create(file).and_then(|opened| opened.set_len(len));
+        });
+    }),
+    ("a record is edited in place", |state| {
+        each(state, |file| {
+            let Ok(text) = fs::read_to_string(file) else { return };
+            let Some(at) = text.rfind("get_token") else { return };
+            let Ok(opened) = File::options().write(true).open(file) else { return };
+            let _ = opened.write_all_at(b"got_token", at as u64);
+        });
+    }),
+];
+
+/// Promise 34, while a lock in Postgres holds delivery back: the broker delivers all the same, or keeps files that the
+/// next start can deliver.
+#[tokio::test]
+async fn files_that_are_overwritten_in_place_before_their_delivery_are_written_again_from_memory() {
+    let mut load = Load::start().await;
+    for ends_locked in [false, true] {
+        let mut lock = load.fixture.database.pool().begin().await.unwrap();
+        sqlx::query("lock table audit_events in exclusive mode").execute(&mut *lock).await.unwrap();
+        for (what, overwrite) in OVERWRITINGS {
+            load.until_more_received(50).await;
+            overwrite(&load.state());
+            load.until_more_received(50).await;
+            let ready = load.readyz().await;
+            assert!(!ready.contains("records are lost"), "{what}: {ready}");
+        }
+        if !ends_locked {
+            lock.rollback().await.unwrap();
+            let received = load.received.load(Relaxed);
+            eventually("delivery", async || (load.recorded().await >= received).then_some(()))
+                .await;
+            continue;
+        }
+        OVERWRITINGS[0].1(&load.state());
+        assert_eq!(load.end().await, Some(0), "{}", load.serve.stderr());
+        lock.rollback().await.unwrap();
+    }
+    let received = load.received.load(Relaxed);
+    let mut serve = load.setup.serve().await;
+    eventually("delivery", async || (load.recorded().await >= received).then_some(())).await;
+    serve.signal(Signal::SIGTERM);
+    assert_eq!(serve.wait().await.code(), Some(0), "{}", serve.stderr());
+    assert_eq!(load.recorded().await, received);
+    load.verify().await.ok();
+}
+
+#[tokio::test]
+async fn a_delivered_chain_whose_files_are_gone_is_no_error() {
+    let mut load = Load::start().await;
+    assert_eq!(load.end().await, Some(0));
+    let mut serve = load.setup.serve().await;
+    each(&load.state(), |file| {
+        if file.to_string_lossy().contains("c00000001-") {
+            fs::remove_file(file).unwrap();
+        }
+    });
+    eventually("the notice", async || {
+        serve.stderr().contains("was removed before its time").then_some(())
+    })
+    .await;
+    // A further record makes delivery look at all chains.
+    load.fixture.add_account("other", "id-2", "SK.2").await;
+    eventually("its record", async || {
+        let recorded = load.fixture.audit_events("event = 'token_issued'").await;
+        (recorded.len() == 2).then_some(())
+    })
+    .await;
+    serve.signal(Signal::SIGTERM);
+    assert_eq!(serve.wait().await.code(), Some(0), "{}", serve.stderr());
+    assert!(!serve.stderr().contains("cannot be read any further"), "{}", serve.stderr());
 }
 
 /// Promise 34: `audit verify` finds records that an instance claimed and Postgres lacks, also after the instance has

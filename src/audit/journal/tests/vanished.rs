@@ -3,6 +3,7 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::Write,
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
@@ -62,6 +63,21 @@ const DISTURBANCES: &[Disturbance] = &[
             fs::write(file, vec![b'x'; usize::try_from(len).unwrap()]).unwrap();
         });
     }),
+    ("files are overwritten in place with nothing else to show it", |state| {
+        each(state, |file| {
+            until_file_times_move_on(file);
+            let opened = OpenOptions::new().write(true).open(file).unwrap();
+            let len = usize::try_from(opened.metadata().unwrap().len()).unwrap();
+            opened.write_all_at(&vec![b'x'; len - len / 3], (len / 3) as u64).unwrap();
+        });
+    }),
+    ("files are truncated and extended to their lengths", |state| {
+        each(state, |file| {
+            until_file_times_move_on(file);
+            let len = fs::metadata(file).unwrap().len();
+            File::create(file).unwrap().set_len(len).unwrap();
+        });
+    }),
     ("files are appended to", |state| {
         each(state, |file| {
             let mut opened = OpenOptions::new().append(true).open(file).unwrap();
@@ -98,6 +114,15 @@ const DISTURBANCES: &[Disturbance] = &[
         fs::remove_file(state.join("lock")).unwrap();
     }),
 ];
+
+/// Waits until a change of `file` gives it another time: file systems do not distinguish times of a few milliseconds.
+fn until_file_times_move_on(file: &Path) {
+    let probe = tempfile::NamedTempFile::new_in(file.parent().unwrap()).unwrap();
+    let changed = |path: &Path| fs::metadata(path).unwrap().modified().unwrap();
+    while changed(probe.path()) <= changed(file) {
+        fs::write(probe.path(), "now").unwrap();
+    }
+}
 
 /// Removes a directory, into which the journal may write meanwhile.
 fn remove_dir(path: &Path) {
