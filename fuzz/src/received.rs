@@ -1,6 +1,6 @@
 //! Targets for data from outside: bearers, certificates, grant patterns, and the upstream's responses.
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 use rustls::pki_types::CertificateDer;
 use token_broker::{
@@ -73,7 +73,7 @@ pub fn upstream_answer(bytes: &[u8]) {
     }
     // Shortly after the time of the sample response in the API's documentation.
     let now = DateTime::<Utc>::from_timestamp_millis(1_717_135_002_000).unwrap();
-    match rcs::read(status, &headers, body, now, now) {
+    match rcs::read(status, &headers, body, now, now, TimeDelta::zero()) {
         Ok(issued) => {
             assert!(status.is_success());
             assert!(issued.expires_at > now, "it has expired");

@@ -1,10 +1,12 @@
 //! The only source of time that has a date. A clock returns the present time and also sleeps, so that a test
 //! which moves the clock wakes the sleepers too.
 //!
-//! There are two times, because a machine's wall clock can be set while the process runs:
+//! There are three times, because a machine's wall clock can be set while the process runs:
 //!
 //! - [`Clock::now`] never leaps. Whatever ends after a duration is measured by it: tokens, pauses, leases, the
 //!   confirmation of grants.
+//! - [`Clock::utc`] is the same, corrected once it is known that the wall clock was wrong when the process started.
+//!   Times that somebody outside has fixed, such as the end of a certificate, are compared with it.
 //! - [`Clock::wall`] is the machine's wall clock. It is written into records and shown to people, and it is one
 //!   of several witnesses where a time of another process is judged.
 
@@ -24,6 +26,9 @@ pub type Timestamp = DateTime<Utc>;
 
 /// The wall clock's time and the monotonic clock's when this process first asked for the time.
 static ANCHOR: LazyLock<(Timestamp, Duration)> = LazyLock::new(|| (wall_clock(), monotonic()));
+
+/// How far UTC is ahead of [`Clock::now`] of the machine's clock, in microseconds.
+static UTC_AHEAD_US: AtomicI64 = AtomicI64::new(0);
 
 /// A source of time.
 #[derive(Clone, Debug, Default)]
@@ -46,6 +51,32 @@ impl Clock {
                 wall + delta(monotonic().saturating_sub(monotonic_then))
             }
             Self::Manual(clock) => *clock.now.borrow(),
+        }
+    }
+
+    /// Returns the present time of the world, as far as it is known. It leaps only by [`Clock::correct`], so durations
+    /// must not be measured by it.
+    #[must_use]
+    pub fn utc(&self) -> Timestamp {
+        self.now() + self.utc_ahead()
+    }
+
+    /// Returns how far [`Clock::utc`] is ahead of [`Clock::now`].
+    #[must_use]
+    pub fn utc_ahead(&self) -> TimeDelta {
+        TimeDelta::microseconds(self.utc_ahead_us().load(Ordering::Relaxed))
+    }
+
+    /// Sets how far [`Clock::utc`] is ahead of [`Clock::now`], for the whole process.
+    pub fn correct(&self, ahead: TimeDelta) {
+        let ahead = ahead.num_microseconds().unwrap_or_default();
+        self.utc_ahead_us().store(ahead, Ordering::Relaxed);
+    }
+
+    fn utc_ahead_us(&self) -> &AtomicI64 {
+        match self {
+            Self::System => &UTC_AHEAD_US,
+            Self::Manual(clock) => &clock.utc_ahead_us,
         }
     }
 
@@ -114,13 +145,16 @@ pub struct ManualClock {
     now: Arc<watch::Sender<Timestamp>>,
     /// How far [`Clock::wall`] is ahead of [`Clock::now`], in milliseconds.
     wall_ahead_ms: Arc<AtomicI64>,
+    /// How far [`Clock::utc`] is ahead of [`Clock::now`], in microseconds.
+    utc_ahead_us: Arc<AtomicI64>,
 }
 
 impl ManualClock {
     /// Returns a clock whose present time is `now`.
     #[must_use]
     pub fn new(now: Timestamp) -> Self {
-        Self { now: Arc::new(watch::Sender::new(now)), wall_ahead_ms: Arc::default() }
+        let now = Arc::new(watch::Sender::new(now));
+        Self { now, wall_ahead_ms: Arc::default(), utc_ahead_us: Arc::default() }
     }
 
     /// Sets the wall clock to be `by` ahead of the time of the process, or behind if that is negative.

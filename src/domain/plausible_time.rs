@@ -209,6 +209,18 @@ impl ClockComparison {
     }
 }
 
+/// Returns by how much this process's UTC has to be corrected: zero, unless the wall clock and the database's clock
+/// agree with each other and not with it. Then the wall clock was wrong when the process started, and was set right
+/// since. Of the two, the earlier counts, as long as they agree.
+#[must_use]
+pub fn correction(utc: Timestamp, wall: Timestamp, database: Timestamp) -> TimeDelta {
+    let agree = |one: Timestamp, other: Timestamp| (one - other).abs() <= TOLERANCE;
+    if agree(utc, wall) || agree(utc, database) || !agree(wall, database) {
+        return TimeDelta::zero();
+    }
+    wall.min(database) - utc
+}
+
 /// Returns the most credible present time of three clocks: this process's, this machine's wall clock, and the
 /// database's.
 ///

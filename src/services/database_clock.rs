@@ -2,7 +2,8 @@
 //!
 //! Replicas agree on times by the database's clock. It is compared with the time of this process, which never
 //! leaps, each second and at each load of accounts, so a leap of it is noticed. Grants and bearers end by it,
-//! since admins write their ends in SQL.
+//! since admins write their ends in SQL. If the wall clock agrees with it and the time of this process does not, the
+//! wall clock was wrong when the process started: then the process's UTC is corrected.
 
 use std::{
     mem,
@@ -21,7 +22,7 @@ use tracing::{info, warn};
 use crate::{
     domain::{
         clock::{Clock, Timestamp},
-        plausible_time::{ClockComparison, Moment, most_credible},
+        plausible_time::{ClockComparison, Moment, correction, most_credible},
     },
     services::account_cache::AccountCache,
     store::{
@@ -78,8 +79,9 @@ impl DatabaseClock {
     /// known clocks.
     #[must_use]
     pub fn to_utc(&self, time: Timestamp) -> Timestamp {
-        let (process, wall) = (self.clock.now(), self.clock.wall());
-        time + (most_credible(process, wall, process - self.ahead()) - process)
+        let (process, ahead) = (self.clock.now(), self.clock.utc_ahead());
+        let credible = most_credible(process + ahead, self.clock.wall(), process - self.ahead());
+        time + (credible - process)
     }
 
     fn ahead(&self) -> TimeDelta {
@@ -101,8 +103,24 @@ impl DatabaseClock {
         if let Some(leap) = leap {
             *self.leaped.lock() += leap;
         }
+        self.correct_utc(after - next.middle());
         let even_since = next.even_since();
         Moment { process: before, wall: self.clock.wall(), database, even_since }
+    }
+
+    /// Corrects this process's UTC if the wall clock agrees with the database's clock, which says `database`, and both
+    /// contradict it. The time by which durations are measured stays as it is.
+    fn correct_utc(&self, database: Timestamp) {
+        let by = correction(self.clock.utc(), self.clock.wall(), database);
+        if by.is_zero() {
+            return;
+        }
+        self.clock.correct(self.clock.utc_ahead() + by);
+        warn!(
+            seconds = by.num_seconds(),
+            "the wall clock was wrong when this process started: it and the database's clock agree, and times of \
+             certificates and of the upstream are judged by them from now on"
+        );
     }
 
     /// Returns by how much the database's clock has leaped since the last call: zero if it ran evenly.
@@ -182,6 +200,24 @@ mod tests {
 
     use super::*;
     use crate::domain::clock::ManualClock;
+
+    #[test]
+    fn a_wall_clock_that_was_wrong_at_the_start_is_corrected_by_two_witnesses_for_utc_alone() {
+        let start = DateTime::UNIX_EPOCH + TimeDelta::days(9);
+        let right = start + TimeDelta::days(300);
+        let manual = ManualClock::new(start);
+        let clock = DatabaseClock::new(Clock::Manual(manual.clone()));
+        clock.observe(start, right);
+        assert_eq!(clock.local().utc(), start, "the database alone proves nothing");
+        manual.set_wall_ahead(right - start);
+        clock.observe(start, right);
+        assert_eq!((clock.local().utc(), clock.local().now()), (right, start));
+        assert_eq!(clock.to_utc(start), right);
+        // A later leap of the wall clock does not undo it.
+        manual.set_wall_ahead(TimeDelta::zero());
+        clock.observe(start, right);
+        assert_eq!((clock.local().utc(), clock.to_utc(start)), (right, right));
+    }
 
     #[test]
     fn the_databases_time_goes_on_between_two_looks_whatever_the_wall_clock_does() {

@@ -63,7 +63,7 @@ impl ClientCertificate {
     /// lists; `None` if it is. Usually costs a lock that only this connection takes.
     #[must_use]
     pub fn refusal(&self) -> Option<&'static str> {
-        let now = self.tls.clock.now();
+        let now = self.tls.clock.utc();
         let generation = self.tls.current.load().generation;
         let mut last = self.last.lock();
         match *last {

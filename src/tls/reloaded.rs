@@ -90,7 +90,7 @@ struct HandshakeTime(Clock);
 
 impl TimeProvider for HandshakeTime {
     fn current_time(&self) -> Option<UnixTime> {
-        Some(certificate::unix_time(self.0.now()))
+        Some(certificate::unix_time(self.0.utc()))
     }
 }
 

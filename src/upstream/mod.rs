@@ -134,7 +134,8 @@ impl UpstreamClient {
         let now = self.clock.now();
         let (body, fault) = self.read_body(&mut response).await;
         let status = response.status();
-        let answer = rcs::read(status, response.headers(), &body, sent, now);
+        let utc_ahead = self.clock.utc_ahead();
+        let answer = rcs::read(status, response.headers(), &body, sent, now, utc_ahead);
         match (answer, fault) {
             (Err(error), Some(fault))
                 if status.is_success() && error.class == FailureClass::Malformed =>

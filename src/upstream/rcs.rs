@@ -8,6 +8,7 @@ mod number;
 mod refused;
 
 pub use answer::MAX_BODY;
+use chrono::TimeDelta;
 use http::{HeaderMap, StatusCode, header};
 pub use issued::{LONGEST_LIFE, stated_life};
 use serde::Serialize;
@@ -38,7 +39,8 @@ pub(super) fn request_body(id: &ClientId, secret: &ClientSecret) -> Zeroizing<Ve
     body
 }
 
-/// Reads an answer that was received at `now`, to a request that was sent at `sent`.
+/// Reads an answer that was received at `now`, to a request that was sent at `sent`. These are times of the process, and
+/// `utc_ahead` is how far UTC is ahead of them.
 ///
 /// An `error` in the upstream's own format counts whatever the status. Such an answer is not a token, even if it
 /// has one: an upstream that says that something failed is believed, since a token can be issued again.
@@ -61,15 +63,17 @@ pub fn read(
     body: &[u8],
     sent: Timestamp,
     now: Timestamp,
+    utc_ahead: TimeDelta,
 ) -> Result<IssuedToken, IssueError> {
     let answer = answer::read(headers, body);
     let error = answer.as_ref().ok().and_then(|answer| answer.error.as_ref());
     if status.is_success() && error.is_none() {
         let answer = answer.map_err(|unreadable| IssueError::malformed(unreadable.to_string()))?;
-        return issued::read(&answer, http_date(headers, &header::DATE), sent, now);
+        let date = http_date(headers, &header::DATE);
+        return issued::read(&answer, date, sent, now, utc_ahead);
     }
     let has_token = answer.as_ref().is_ok_and(|answer| answer.access_token.is_some());
-    Err(refused::read(status, headers, error, has_token, now))
+    Err(refused::read(status, headers, error, has_token, now + utc_ahead))
 }
 
 #[cfg(test)]
@@ -104,7 +108,7 @@ mod tests {
         headers: &HeaderMap,
         body: &[u8],
     ) -> Result<IssuedToken, IssueError> {
-        read(StatusCode::OK, headers, body, at(ISSUED_MS), at(ISSUED_MS))
+        read(StatusCode::OK, headers, body, at(ISSUED_MS), at(ISSUED_MS), TimeDelta::zero())
     }
 
     #[test]
@@ -137,7 +141,7 @@ mod tests {
                 }
             }
             let status = StatusCode::from_u16(status).unwrap();
-            let _ = read(status, &given, &body, at(ISSUED_MS), at(ISSUED_MS));
+            let _ = read(status, &given, &body, at(ISSUED_MS), at(ISSUED_MS), TimeDelta::zero());
         }
     }
 }

@@ -223,3 +223,17 @@ fn a_stored_token_lives_no_longer_than_its_generation_and_its_claims_say() {
         let _ = stored.bounded(Generation(odd), hour, attempt);
     }
 }
+
+#[test]
+fn the_time_of_the_process_is_corrected_only_if_both_other_clocks_agree_against_it() {
+    let right = DateTime::UNIX_EPOCH + TimeDelta::days(20_000);
+    for wrong in [-7_200, -6, 6, 7_200].map(|seconds| right + TimeDelta::seconds(seconds)) {
+        assert_eq!(correction(right, right, right), TimeDelta::zero());
+        assert_eq!(correction(right, wrong, right), TimeDelta::zero());
+        assert_eq!(correction(right, right, wrong), TimeDelta::zero());
+        assert_eq!(correction(right, wrong, right + (right - wrong)), TimeDelta::zero());
+        assert_eq!(correction(wrong, right, right), right - wrong);
+    }
+    let almost = right + TimeDelta::seconds(1);
+    assert_eq!(correction(right - TimeDelta::hours(1), almost, right), TimeDelta::hours(1));
+}

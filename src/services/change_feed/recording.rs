@@ -96,7 +96,7 @@ impl ChangeRecorder {
             let claimed = changes::claim(connection, &self.instance, reclaim, CHANGES_BATCH);
             let claimed = within(claimed).await?;
             let more = claimed.len() >= usize::try_from(CHANGES_BATCH).unwrap_or(usize::MAX);
-            let now = self.clock.now();
+            let now = self.clock.wall();
             let records: Vec<_> = claimed
                 .into_iter()
                 .map(|change| self.journal.append(audit_record(&change, now)))

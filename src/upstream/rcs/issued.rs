@@ -14,7 +14,9 @@ use super::{
 };
 pub use crate::domain::token::LONGEST_LIFE;
 use crate::{
-    domain::{clock::Timestamp, secret::AccessToken, token::IssuedToken},
+    domain::{
+        clock::Timestamp, plausible_time::TOLERANCE, secret::AccessToken, token::IssuedToken,
+    },
     upstream::issue_error::IssueError,
 };
 
@@ -24,11 +26,13 @@ const CLAIMS_TOLERANCE: TimeDelta = TimeDelta::seconds(2);
 const KOREA: TimeDelta = TimeDelta::hours(9);
 
 /// Reads an answer with the header `Date`, to a request that was sent at `sent`. The answer was received at `now`.
+/// UTC is `utc_ahead` ahead of these times.
 pub(super) fn read(
     answer: &Answer,
     date: Option<Timestamp>,
     sent: Timestamp,
     now: Timestamp,
+    utc_ahead: TimeDelta,
 ) -> Result<IssuedToken, IssueError> {
     if answer.is_ambiguous {
         return Err(IssueError::malformed("the upstream's answer has a field twice"));
@@ -44,7 +48,7 @@ pub(super) fn read(
     })?;
 
     let claims = Claims::of(&access_token);
-    let lead = believed_lead(date, &claims, stated_end, sent, now);
+    let lead = believed_lead(date, &claims, stated_end, sent, now, utc_ahead);
     if stated_end - now > LONGEST_LIFE + lead {
         return Err(IssueError::malformed("the upstream's token ends further ahead than 48 hours"));
     }
@@ -56,7 +60,7 @@ pub(super) fn read(
         access_token,
         expires_at,
         allowed_ip: claims.allowed_ip,
-        skew_ms: date.map(|date| (date - now).num_milliseconds()),
+        skew_ms: date.map(|date| (date - now - utc_ahead).num_milliseconds()),
     })
 }
 
@@ -65,14 +69,16 @@ pub(super) fn read(
 /// upstream wrote `Date`, which counts whole seconds, between `sent` and `now`; the answer may have travelled for long.
 ///
 /// A lag is believed only if everything that the answer states agrees: `expiresIn` with the claims' end, and
-/// `Date` with the claims' life. Then it is this machine's clock that is ahead, and without the lag each new
-/// token would seem to have ended. Otherwise `Date` may be a proxy's, and an early end is safe.
+/// `Date` with the claims' life; or if this process's clock is known to be wrong (`utc_ahead`), and `Date` agrees with
+/// UTC. Then it is this process's clock that is ahead, and without the lag each new token would seem to have ended.
+/// Otherwise `Date` may be a proxy's, and an early end is safe.
 fn believed_lead(
     date: Option<Timestamp>,
     claims: &Claims,
     stated_end: Timestamp,
     sent: Timestamp,
     now: Timestamp,
+    utc_ahead: TimeDelta,
 ) -> TimeDelta {
     let Some(date) = date else { return TimeDelta::zero() };
     let (least, most) = (date - now, date + TimeDelta::seconds(1) - sent);
@@ -84,7 +90,9 @@ fn believed_lead(
             && date < end
             && end - date <= life + CLAIMS_TOLERANCE
     });
-    if agree { most } else { most.max(TimeDelta::zero()) }
+    // It is a third witness: the other two may be the clock of one machine.
+    let agrees_with_utc = !utc_ahead.is_zero() && (date - now - utc_ahead).abs() <= TOLERANCE;
+    if agree || agrees_with_utc { most } else { most.max(TimeDelta::zero()) }
 }
 
 /// Returns the earliest end that the answer allows, by this machine's clock: `expiresIn` and the claims'
@@ -321,12 +329,12 @@ mod tests {
         for hours in [-30, -2, 2, 30] {
             let now = at(ISSUED_MS) + TimeDelta::hours(hours);
             let dated = headers(&[(header::DATE, "Fri, 31 May 2024 05:56:41 GMT")]);
-            let issued = read(StatusCode::OK, &dated, &body, now, now).unwrap();
+            let issued = read(StatusCode::OK, &dated, &body, now, now, TimeDelta::zero()).unwrap();
             assert!(issued.expires_at <= now + TimeDelta::hours(1), "{hours}");
             assert!(issued.expires_at > now + TimeDelta::minutes(59), "{hours}");
             // The token was issued before and is given out again, so it lives for less.
             let later = headers(&[(header::DATE, "Fri, 31 May 2024 06:26:41 GMT")]);
-            let issued = read(StatusCode::OK, &later, &body, now, now).unwrap();
+            let issued = read(StatusCode::OK, &later, &body, now, now, TimeDelta::zero()).unwrap();
             assert!(issued.expires_at <= now + TimeDelta::minutes(30), "{hours}");
         }
         let now = at(ISSUED_MS) + TimeDelta::hours(2);
@@ -337,12 +345,32 @@ mod tests {
             "Fri, 31 May 2024 06:56:42 GMT",
         ] {
             let dated = headers(&[(header::DATE, disagreeing)]);
-            assert!(read(StatusCode::OK, &dated, &body, now, now).is_err(), "{disagreeing}");
+            assert!(
+                read(StatusCode::OK, &dated, &body, now, now, TimeDelta::zero()).is_err(),
+                "{disagreeing}"
+            );
         }
         // `expiresIn` contradicts the claims.
         let dated = headers(&[(header::DATE, "Fri, 31 May 2024 05:56:41 GMT")]);
         let contradicting = answer("1717138611944", &jwt(SAMPLE));
-        assert!(read(StatusCode::OK, &dated, &contradicting, now, now).is_err());
+        assert!(read(StatusCode::OK, &dated, &contradicting, now, now, TimeDelta::zero()).is_err());
+    }
+
+    #[test]
+    fn a_token_without_claims_is_kept_if_our_clock_is_known_to_be_ahead_and_date_agrees() {
+        let (body, issued) = (answer("1717138601944", "t"), at(ISSUED_MS));
+        let dated = headers(&[(header::DATE, "Fri, 31 May 2024 05:56:41 GMT")]);
+        for ahead in [TimeDelta::hours(2), TimeDelta::days(9)] {
+            let now = issued + ahead;
+            let read = |headers, ahead| read(StatusCode::OK, headers, &body, now, now, ahead);
+            let kept = read(&dated, -ahead).unwrap();
+            assert!(kept.expires_at <= now + TimeDelta::hours(1));
+            assert!(kept.expires_at > now + TimeDelta::minutes(59));
+            assert_eq!(kept.skew_ms, Some(-944));
+            assert!(read(&dated, TimeDelta::zero()).is_err());
+            assert!(read(&dated, -ahead - TimeDelta::minutes(1)).is_err(), "`Date` disagrees");
+            assert!(read(&HeaderMap::new(), -ahead).is_err(), "nothing proves the life");
+        }
     }
 
     #[test]
@@ -354,7 +382,8 @@ mod tests {
             let sent = at(ISSUED_MS) + TimeDelta::seconds(ahead);
             for travelled in [0, 900, 2_500, 9_000] {
                 let now = sent + TimeDelta::milliseconds(travelled);
-                let issued = read(StatusCode::OK, &dated, &body, sent, now).unwrap();
+                let issued =
+                    read(StatusCode::OK, &dated, &body, sent, now, TimeDelta::zero()).unwrap();
                 assert!(issued.expires_at <= sent + TimeDelta::hours(1), "{ahead} {travelled}");
                 let early = sent + TimeDelta::hours(1) - issued.expires_at;
                 assert!(early < TimeDelta::seconds(5), "{ahead} {travelled}: {early}");
@@ -367,7 +396,8 @@ mod tests {
         // Our clock is half an hour behind, and the answer has no `Date`. The token still ends after an hour.
         let now = at(ISSUED_MS - 1_800_000);
         let body = answer("1717138601944", &jwt(SAMPLE));
-        let issued = read(StatusCode::OK, &HeaderMap::new(), &body, now, now).unwrap();
+        let issued =
+            read(StatusCode::OK, &HeaderMap::new(), &body, now, now, TimeDelta::zero()).unwrap();
         assert_eq!(issued.expires_at, now + TimeDelta::hours(1));
     }
 
@@ -462,7 +492,7 @@ mod tests {
                 let date = format!("31 May {year:04} 05:56:41 GMT");
                 given.insert(header::DATE, date.parse().unwrap());
             }
-            if let Ok(issued) = read(StatusCode::OK, &given, &body, now, now) {
+            if let Ok(issued) = read(StatusCode::OK, &given, &body, now, now, TimeDelta::zero()) {
                 prop_assert!(issued.expires_at > now);
                 prop_assert!(issued.expires_at <= now + LONGEST_LIFE);
             }

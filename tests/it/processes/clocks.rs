@@ -9,17 +9,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-use chrono::DateTime;
+use chrono::{DateTime, Datelike};
 use token_broker::{
-    api::proto::GetTokenResponse,
+    api::proto::{GetTokenRequest, GetTokenResponse, token_service_client::TokenServiceClient},
     crypto::bearer::Bearer,
     dev::simulator::{Answer, Faults, Simulator, SimulatorOptions},
     domain::clock::Timestamp,
 };
-use tonic::Status;
+use tonic::{Code, Status};
 
 use crate::harness::{
     broker::TestClient,
+    certificates::{BROKER_DNS_NAME, PemIdentity, TestCa, connect_tls, write_tls_files},
     database::TestDatabase,
     eventually,
     process::{BrokerProcess, BrokerSetup},
@@ -206,6 +207,56 @@ async fn a_leap_of_the_brokers_clock_while_it_runs_neither_prolongs_a_token_nor_
 async fn a_clock_that_is_wrong_at_the_brokers_start_neither_prolongs_a_token_nor_stops_issuing() {
     let leaps = LEAPS.map(|leap| check_leap_of_the_brokers_clock(leap, true));
     futures_util::future::join_all(leaps).await;
+}
+
+/// Whether the broker accepts a caller with this certificate. There is no account, so an accepted call finds none.
+async fn accepts(setup: &BrokerSetup, ca: &TestCa, identity: &PemIdentity) -> bool {
+    let port = setup.endpoint().rsplit(':').next().unwrap().parse().unwrap();
+    let Ok(channel) = connect_tls(port, ca, Some(identity)).await else { return false };
+    let request = GetTokenRequest { account: "acme".into(), ..GetTokenRequest::default() };
+    let answer = TokenServiceClient::new(channel).get_token(request).await;
+    answer.is_err_and(|status| status.code() == Code::NotFound)
+}
+
+/// A host that boots before its clock is set. The broker starts with a clock that is wrong by `years`.
+async fn check_certificates_after_a_wrong_start(years: i32) {
+    const CALLER: &str = "spiffe://example.com/demo";
+    let Some(clock) = ShiftedClock::build() else { return };
+    let database = TestDatabase::new().await;
+    let mut deployment = Deployment::new(database.url()).await;
+    let insert = format!(
+        "insert into caller_credentials (caller_id, kind, identity) select id, 'spiffe', '{CALLER}' from callers"
+    );
+    database.sql(&insert).await;
+    let (ca, this_year) = (TestCa::new("ca"), deployment.upstream.now().year());
+    let ended = ca.issue_numbered(&[CALLER], this_year, None);
+    let valid = ca.issue_numbered(&[CALLER], this_year + 2, None);
+    let broker = ca.issue(&[BROKER_DNS_NAME]);
+    deployment.setup.set_tls(&write_tls_files(deployment.setup.directory.path(), &broker, &[&ca]));
+    deployment.shift(&clock);
+    clock.set_ahead(i64::from(years) * 365 * 86_400);
+    let serve = deployment.setup.serve().await;
+    let wrong = if years < 0 { &ended } else { &valid };
+    assert_eq!(accepts(&deployment.setup, &ca, wrong).await, years < 0, "the clock is wrong");
+
+    clock.set_ahead(0);
+    eventually("the correction", async || {
+        let (ended, valid) = (
+            accepts(&deployment.setup, &ca, &ended).await,
+            accepts(&deployment.setup, &ca, &valid).await,
+        );
+        (!ended && valid).then_some(())
+    })
+    .await;
+    assert!(serve.stderr().contains("the wall clock was wrong when this process started"));
+    serve.kill().await;
+}
+
+#[tokio::test]
+async fn certificates_are_judged_by_the_right_time_once_a_clock_is_set_that_was_wrong_at_the_start()
+{
+    check_certificates_after_a_wrong_start(-5).await;
+    check_certificates_after_a_wrong_start(10).await;
 }
 
 async fn check_leap_of_the_databases_clock(ahead: i64) {
