@@ -21,7 +21,10 @@ use tokio::{
     time::Instant,
 };
 
-use super::{StoreError, history::SeenChange};
+use super::{
+    StoreError,
+    history::{self, SeenChange, ServerPosition},
+};
 
 /// The most changes that wait for the guard to remember them. It remembers no more of them anyway.
 const MAX_NOTED: usize = 256;
@@ -66,6 +69,8 @@ struct Shared {
     state: watch::Sender<State>,
     /// Why new connections are refused although the gate is open, if they are.
     refusal: Mutex<Option<String>>,
+    /// The last other server that a connection led to, until the guard takes notice.
+    elsewhere: Mutex<Option<ServerPosition>>,
     /// Notified when a connection led elsewhere.
     doubted: Notify,
     /// Notified when the database announced a change.
@@ -85,6 +90,7 @@ impl Default for TrustGate {
         Self(Arc::new(Shared {
             state: watch::Sender::new(State::New),
             refusal: Mutex::default(),
+            elsewhere: Mutex::default(),
             doubted: Notify::new(),
             changed: Notify::new(),
             noted: Mutex::default(),
@@ -143,6 +149,12 @@ impl TrustGate {
     /// Waits until a connection led to another server than the verified one. Cancel safe; supports one waiter.
     pub async fn doubted(&self) {
         self.0.doubted.notified().await;
+    }
+
+    /// Returns the primary that a connection led to instead of the verified one, if that happened since the last call.
+    #[must_use]
+    pub fn take_elsewhere(&self) -> Option<ServerPosition> {
+        self.0.elsewhere.lock().take()
     }
 
     /// Waits until the database announced a change. Cancel safe; supports one waiter.
@@ -219,9 +231,13 @@ impl TrustGate {
             select pg_try_advisory_xact_lock_shared($1) as "unlocked!""#,
             trust.key,
         )
-        .fetch_one(connection)
+        .fetch_one(&mut *connection)
         .await?;
         if unlocked {
+            // The guard decides whether it has taken over. One that does not tell proves nothing.
+            if let Ok(position) = history::server_position(connection).await {
+                *self.0.elsewhere.lock() = Some(position);
+            }
             self.0.doubted.notify_one();
             return Err(StoreError::Unverified {
                 reason: "its address leads to another server than the one that was verified".into(),

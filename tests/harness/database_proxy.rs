@@ -25,7 +25,8 @@ enum ProxyMode {
 /// A proxy on a TCP port of 127.0.0.1. Dropping it stops the acceptance of connections.
 pub(crate) struct DatabaseProxy {
     mode: watch::Sender<ProxyMode>,
-    target: Arc<Mutex<DatabaseAddress>>,
+    /// New connections are forwarded to these by turns.
+    targets: Arc<Mutex<Vec<DatabaseAddress>>>,
     url: String,
     accepting: JoinHandle<()>,
 }
@@ -36,17 +37,18 @@ impl DatabaseProxy {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let (target, url) = (DatabaseAddress::of(url), replace_address(url, port));
-        let target = Arc::new(Mutex::new(target));
-        let targets = target.clone();
+        let targets = Arc::new(Mutex::new(vec![target]));
+        let addresses = targets.clone();
         let (mode, modes) = watch::channel(ProxyMode::Forward);
         let accepting = tokio::spawn(async move {
             loop {
                 let Ok((client, _)) = listener.accept().await else { return };
-                let (target, modes) = (targets.lock().clone(), modes.clone());
+                addresses.lock().rotate_left(1);
+                let (target, modes) = (addresses.lock()[0].clone(), modes.clone());
                 tokio::spawn(async move { target.serve(client, modes).await });
             }
         });
-        Self { mode, target, url, accepting }
+        Self { mode, targets, url, accepting }
     }
 
     /// Returns the URL of the database with the address of the proxy.
@@ -57,7 +59,12 @@ impl DatabaseProxy {
     /// Forwards new connections to the server of another URL, as an address does after a failover. Open
     /// connections stay where they are.
     pub(crate) fn lead_to(&self, url: &str) {
-        *self.target.lock() = DatabaseAddress::of(url);
+        self.lead_by_turns_to(&[url]);
+    }
+
+    /// Forwards new connections to the servers of several URLs by turns.
+    pub(crate) fn lead_by_turns_to(&self, urls: &[&str]) {
+        *self.targets.lock() = urls.iter().map(|url| DatabaseAddress::of(url)).collect();
     }
 
     /// Closes all connections, and goes on forwarding new ones.

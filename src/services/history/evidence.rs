@@ -230,6 +230,13 @@ impl Evidence {
         })
     }
 
+    /// Returns the timelines of the server in which the database was last seen, and of `found`, if `found` is a primary
+    /// that was promoted after that one: then the present server is an old primary.
+    pub(super) fn overtaken_by(&self, found: &ServerPosition) -> Option<(i64, i64)> {
+        let seen = self.server.as_ref().filter(|seen| seen.is_same_place(found))?;
+        seen.timeline.zip(found.timeline).filter(|(seen, found)| seen < found)
+    }
+
     /// Adds accounts with the generation of the token that was seen in the database.
     pub(super) fn note_tokens(&mut self, mut seen: Vec<(i64, i64)>) {
         keep_latest(&mut seen);
@@ -393,6 +400,18 @@ mod tests {
             Difference::OlderTokens { accounts: 2 },
         ];
         assert_eq!(differences(&seen, &other), expected);
+    }
+
+    #[test]
+    fn a_server_was_overtaken_by_one_of_the_same_origin_on_a_later_timeline_alone() {
+        let evidence = Evidence::after(None, &database(2, 100, 0, 0));
+        assert_eq!(evidence.overtaken_by(&server(3, 50)), Some((2, 3)));
+        assert_eq!(evidence.overtaken_by(&server(2, 200)), None);
+        assert_eq!(evidence.overtaken_by(&server(1, 200)), None, "an old primary");
+        let other = ServerPosition { system_identifier: 9, ..server(3, 50) };
+        assert_eq!(evidence.overtaken_by(&other), None);
+        let silent = ServerPosition { timeline: None, ..server(3, 50) };
+        assert_eq!(evidence.overtaken_by(&silent), None);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use super::{
     mismatch::is_old_primary,
     verification::{HistoryError, HistoryGuard, VerifiedSession},
 };
-use crate::store::{Answer, Database, MAX_LIFETIME, StoreError};
+use crate::store::{Answer, Database, MAX_LIFETIME, StoreError, history};
 
 /// The pause between two readings. The notification of a change ends it early, so that a change that became
 /// effective here is remembered at once.
@@ -29,6 +29,8 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How many probes in a row must lead elsewhere. Where a name leads to several servers by turns, one does not
 /// prove that the session's server was replaced.
 const PROBES_ELSEWHERE: u32 = 3;
+/// How many probes in a row must lead to the same server, after the address led to two primaries.
+const PROBES_OF_ONE_SERVER: u32 = 10;
 /// The pause between these probes.
 const PROBE_PAUSE: Duration = Duration::from_millis(200);
 /// How long the session is believed although no new connection can be opened, so that nobody knows where the
@@ -47,6 +49,9 @@ const REPORT_INTERVAL: Duration = Duration::from_mins(1);
 enum Ended {
     /// The database has to be verified again, for this reason.
     Untrusted(StoreError),
+    /// The address leads to this session's server and to one that took over. The database has to be verified again once
+    /// the address leads to one of them only.
+    Overtaken(StoreError),
     /// The broker has to stop.
     Fatal(HistoryError),
 }
@@ -117,7 +122,13 @@ impl HistoryGuard {
     async fn watch(&self, mut session: VerifiedSession) -> HistoryError {
         let gated = self.database.gated(self.gate.clone());
         loop {
+            let mut overtaken = false;
             match self.follow(&mut session, &gated).await {
+                Ended::Overtaken(error) => {
+                    self.gate.close_after(&error);
+                    error!(%error, "the database is not used until its address leads to one server");
+                    overtaken = true;
+                }
                 Ended::Untrusted(error) => {
                     match &error {
                         StoreError::Unverified { .. } => self.gate.close_after(&error),
@@ -130,6 +141,9 @@ impl HistoryGuard {
                 Ended::Fatal(error) => return self.close_for_good(error),
             }
             drop(session);
+            if overtaken {
+                self.until_one_server().await;
+            }
             session = match self.until_verified().await {
                 Ok(session) => session,
                 Err(error) => return self.close_for_good(error),
@@ -156,6 +170,9 @@ impl HistoryGuard {
             if let Err(ended) = self.poll(session).await {
                 return ended;
             }
+            if let Some(error) = self.overtaken() {
+                return Ended::Overtaken(error);
+            }
             let polled = Instant::now();
             if polled >= probes.next {
                 let probe = async { gated.open().await.map(drop) };
@@ -171,6 +188,35 @@ impl HistoryGuard {
                 () = self.gate.doubted() => probes.next = probes.next.min(polled + PROBE_PAUSE),
                 () = self.gate.changed() => sleep_until(polled + MIN_POLL_INTERVAL).await,
             }
+        }
+    }
+
+    /// Returns why the session's server is not the primary any more, if a connection of this broker has led to one that
+    /// took over. One is proof enough: a standby gets a later timeline only by a promotion.
+    fn overtaken(&self) -> Option<StoreError> {
+        let found = self.gate.take_elsewhere()?;
+        let (seen, found) = self.seen_by(|evidence| evidence.overtaken_by(&found))?;
+        let reason = format!(
+            "its connections lead to two writable servers: to the one that was verified, on timeline {seen}, and to \
+             one that took over, on timeline {found}"
+        );
+        Some(StoreError::Unverified { reason, primary_answers: false })
+    }
+
+    /// Waits until several new connections in a row lead to the same server. If none can be opened, the verification,
+    /// which follows, says why.
+    async fn until_one_server(&self) {
+        let (mut last, mut in_a_row, mut enough) = (None, 0, PROBES_OF_ONE_SERVER);
+        while in_a_row < enough {
+            sleep(PROBE_PAUSE).await;
+            let probe = async {
+                let position = history::server_position(&mut self.database.open().await?).await?;
+                Ok::<_, StoreError>((position.system_identifier, position.timeline))
+            };
+            let found = timeout(PROBE_TIMEOUT, probe).await.ok().and_then(Result::ok);
+            in_a_row = if last.as_ref() == Some(&found) { in_a_row + 1 } else { 1 };
+            enough = if found.is_some() { PROBES_OF_ONE_SERVER } else { PROBES_ELSEWHERE };
+            last = Some(found);
         }
     }
 

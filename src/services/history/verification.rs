@@ -256,6 +256,11 @@ impl HistoryGuard {
         Ok(reading.found)
     }
 
+    /// Returns what `question` answers by the evidence; `None` also if there is none yet.
+    pub(super) fn seen_by<T>(&self, question: impl FnOnce(&Evidence) -> Option<T>) -> Option<T> {
+        self.evidence.lock().as_ref().and_then(question)
+    }
+
     /// Whether the server has been running without a break since the database was last seen in it.
     async fn is_same_run(&self, session: &mut Session) -> Result<bool, StoreError> {
         let found = within(history::server_position(session.connection()?)).await?;

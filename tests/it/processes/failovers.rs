@@ -208,6 +208,30 @@ async fn a_failover_without_loss_is_followed_and_neither_a_standby_nor_an_old_pr
     primary.stop().await;
 }
 
+/// A name or a proxy may lead to the old primary and to the new one by turns, so that no three probes in a row lead
+/// elsewhere. One connection to a server that was promoted proves that the other one is an old primary.
+#[tokio::test]
+async fn an_address_that_leads_to_the_old_and_the_new_primary_by_turns_is_noticed_and_not_used() {
+    let (mut scene, mut primary) = Scene::start().await;
+    let standby = primary.standby(scene.directory.path().join("b")).await;
+    scene.until_delivered(&primary).await;
+    primary.until_followed_by(&standby).await;
+    standby.promote().await;
+    scene.proxy.lead_by_turns_to(&[&primary.url(), &standby.url()]);
+    scene.until_readiness_says("its connections lead to two writable servers").await;
+    let log = scene.serve.stderr();
+    assert!(log.contains("on timeline 1, and to one that took over, on timeline 2"), "{log}");
+
+    standby.sql(DISABLE).await;
+    scene.proxy.lead_to(&standby.url());
+    scene.until_refused().await;
+    scene.until_readiness_says("\"answers\"").await;
+    standby.sql(ENABLE).await;
+    scene.until_served().await;
+    scene.serve.assert_running();
+    primary.stop().await;
+}
+
 /// A standby that took over without a revocation that the broker knows is refused, while the broker runs and
 /// after a restart, until it is accepted. Nothing that proves the loss is erased before.
 #[tokio::test]
