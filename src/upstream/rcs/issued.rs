@@ -68,6 +68,10 @@ pub(super) fn read(
 /// can be told, and else the longest lead that is possible, so that no token seems to live longer than it does. The
 /// upstream wrote `Date`, which counts whole seconds, between `sent` and `now`; the answer may have travelled for long.
 ///
+/// A lead is not believed if `Date` contradicts what the upstream's own clock wrote into the answer: if the new token
+/// had already ended by `Date`, or if it was created, by claims that agree with `expiresIn`, between `sent` and `now`.
+/// Then `Date` is a proxy's, and with its lead a new token would seem to have ended, or nearly so.
+///
 /// A lag is believed only if everything that the answer states agrees: `expiresIn` with the claims' end, and
 /// `Date` with the claims' life; or if this process's clock is known to be wrong (`utc_ahead`), and `Date` agrees with
 /// UTC. Then it is this process's clock that is ahead, and without the lag each new token would seem to have ended.
@@ -85,11 +89,17 @@ fn believed_lead(
     if least <= TimeDelta::zero() && most >= TimeDelta::zero() {
         return TimeDelta::zero();
     }
-    let agree = claims.end.zip(claims.life).is_some_and(|(end, life)| {
-        (end - stated_end).abs() <= CLAIMS_TOLERANCE
-            && date < end
-            && end - date <= life + CLAIMS_TOLERANCE
-    });
+    let stated = claims.end.zip(claims.life);
+    let stated = stated.filter(|(end, _)| (*end - stated_end).abs() <= CLAIMS_TOLERANCE);
+    let created_now =
+        stated.and_then(|(end, life)| end.checked_sub_signed(life)).is_some_and(|created| {
+            created >= sent - CLAIMS_TOLERANCE && created <= now + CLAIMS_TOLERANCE
+        });
+    if most > TimeDelta::zero() && (date >= stated_end || created_now) {
+        return TimeDelta::zero();
+    }
+    let agree =
+        stated.is_some_and(|(end, life)| date < end && end - date <= life + CLAIMS_TOLERANCE);
     // It is a third witness: the other two may be the clock of one machine.
     let agrees_with_utc = !utc_ahead.is_zero() && (date - now - utc_ahead).abs() <= TOLERANCE;
     if agree || agrees_with_utc { most } else { most.max(TimeDelta::zero()) }
@@ -321,6 +331,34 @@ mod tests {
         assert_eq!(issued.expires_at, at(1_717_138_601_944));
         let unreadable = headers(&[(header::DATE, "yesterday")]);
         assert_eq!(ok(&unreadable, &body).unwrap().skew_ms, None);
+    }
+
+    #[test]
+    fn a_date_that_is_ahead_of_the_answers_own_times_is_not_believed() {
+        // The sample's token was created now, and lives for an hour.
+        for (date, created_now, opaque) in [
+            ("Fri, 31 May 2024 05:56:41 GMT", 3_599_056, 3_600_000),
+            ("Fri, 31 May 2024 06:46:41 GMT", 3_599_056, 3_600_000 - 3_000_056),
+            ("Fri, 31 May 2024 06:56:40 GMT", 3_599_056, 3_600_000 - 3_599_056),
+            ("Fri, 31 May 2024 06:56:42 GMT", 3_599_056, 3_600_000),
+            ("Fri, 31 May 2024 07:56:41 GMT", 3_599_056, 3_600_000),
+            ("Thu, 31 Dec 2099 23:59:59 GMT", 3_599_056, 3_600_000),
+        ] {
+            let dated = headers(&[(header::DATE, date)]);
+            for (token, life) in [(&*jwt(SAMPLE), created_now), ("opaque", opaque)] {
+                let issued = ok(&dated, &answer("1717138601944", token)).unwrap();
+                assert_eq!(issued.expires_at, at(ISSUED_MS + life), "{date} {token}");
+            }
+            // A token that was created before proves nothing, nor do claims that contradict `expiresIn`.
+            let now = at(ISSUED_MS) + TimeDelta::minutes(5);
+            let ahead = headers(&[(header::DATE, "Fri, 31 May 2024 06:46:41 GMT")]);
+            let again = answer("1717138601944", &jwt(SAMPLE));
+            let issued = read(StatusCode::OK, &ahead, &again, now, now, TimeDelta::zero()).unwrap();
+            assert!(issued.expires_at < now + TimeDelta::minutes(11), "{}", issued.expires_at);
+            let contradicting = answer("1717138611944", &jwt(SAMPLE));
+            let issued = ok(&ahead, &contradicting).unwrap();
+            assert!(issued.expires_at < at(ISSUED_MS) + TimeDelta::minutes(11));
+        }
     }
 
     #[test]
