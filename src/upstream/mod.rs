@@ -142,6 +142,11 @@ impl UpstreamClient {
             {
                 Err(fault)
             }
+            // What did not arrive might name another cause than the status does.
+            (Err(mut error), Some(fault)) if !status.is_success() && error.code.is_none() => {
+                error.message = rcs::with_unread_cause(&error.message, &fault);
+                Err(error)
+            }
             // A JSON object says itself where it ends, so one that is whole lacks nothing, whatever came of the
             // connection. And the status of a refusal is enough to classify it.
             (answer, _) => answer,

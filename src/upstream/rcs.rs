@@ -7,7 +7,10 @@ mod issued;
 mod number;
 mod refused;
 
+use std::fmt::Display;
+
 pub use answer::MAX_BODY;
+use answer::Unreadable;
 use chrono::TimeDelta;
 use http::{HeaderMap, StatusCode, header};
 pub use issued::{LONGEST_LIFE, stated_life};
@@ -73,7 +76,19 @@ pub fn read(
         return issued::read(&answer, date, sent, now, utc_ahead);
     }
     let has_token = answer.as_ref().is_ok_and(|answer| answer.access_token.is_some());
-    Err(refused::read(status, headers, error, has_token, now + utc_ahead))
+    let mut refused = refused::read(status, headers, error, has_token, now + utc_ahead);
+    // The body might name another cause than the status does.
+    if let Err(unreadable) = answer
+        && unreadable != Unreadable::NotJson
+    {
+        refused.message = with_unread_cause(&refused.message, &unreadable);
+    }
+    Err(refused)
+}
+
+/// Returns the message about a refusal whose body could not be read, because of `fault`.
+pub(super) fn with_unread_cause(message: &str, fault: &impl Display) -> String {
+    format!("{message}; its cause could not be read: {fault}")
 }
 
 #[cfg(test)]

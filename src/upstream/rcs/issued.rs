@@ -125,19 +125,21 @@ fn read_text(json: &str) -> Option<Zeroizing<String>> {
     serde_json::from_str(json).ok().map(Zeroizing::new)
 }
 
-/// Returns the token without white space and marks around it, quotation marks, and the name of the scheme with
-/// which it is used. No token can contain any of these at that place, and callers add the scheme themselves.
+/// Returns the token without white space and marks around it, quotation marks, and the name of the scheme or the
+/// header with which it is used. No token can contain any of these at that place, and callers add the scheme
+/// themselves.
 fn bare_token(text: &str) -> &str {
     let text = text.trim_matches(is_padding);
-    let unquoted = text.strip_prefix('"').and_then(|text| text.strip_suffix('"'));
+    let unquoted = ['"', '\'']
+        .iter()
+        .find_map(|quote| text.strip_prefix(*quote).and_then(|text| text.strip_suffix(*quote)));
     let text = unquoted.unwrap_or(text).trim_matches(is_padding);
-    match text.split_once(is_padding) {
-        Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => {
-            token.trim_start_matches(is_padding)
-        }
-        None if text.eq_ignore_ascii_case("bearer") => "",
-        _ => text,
+    let (name, token) = text.split_once(is_padding).unwrap_or((text, ""));
+    let name = name.strip_suffix(':').unwrap_or(name);
+    if ["authorization", "bearer", "jwt"].iter().any(|it| name.eq_ignore_ascii_case(it)) {
+        return bare_token(token);
     }
+    text
 }
 
 /// Reads `expiresIn`: despite its name, a time in milliseconds since 1970, as a number or as text with a number.
@@ -236,12 +238,12 @@ mod tests {
     }
 
     #[test]
-    fn unknown_fields_are_ignored_and_a_field_that_is_there_twice_is_refused() {
+    fn unknown_fields_are_ignored_and_a_field_with_two_values_is_refused() {
         let body = br#"{"a":{},"a":[],"expiresIn":"1717138601944","accessToken":"t"}"#;
         assert_eq!(ok(&HeaderMap::new(), body).unwrap().expires_at, at(1_717_138_601_944));
         for twice in [
             r#"{"expiresIn":"1","expiresIn":"1717138601944","accessToken":"canary"}"#,
-            r#"{"accessToken":"canary","expiresIn":"1717138601944","accessToken":"canary"}"#,
+            r#"{"accessToken":"canary","expiresIn":"1717138601944","accessToken":"canary2"}"#,
             r#"{"accessToken":"canary","expiresIn":1717138601944,"access\u0054oken":"canary2"}"#,
         ] {
             let error = ok(&HeaderMap::new(), twice.as_bytes()).unwrap_err();
@@ -278,6 +280,10 @@ mod tests {
             r" bearer \t t.o-k_e~n ",
             r#"\"t.o-k_e~n\""#,
             r#"\"Bearer t.o-k_e~n\""#,
+            "'t.o-k_e~n'",
+            "JWT t.o-k_e~n",
+            "Bearer: t.o-k_e~n",
+            "Authorization: Bearer t.o-k_e~n",
             r"t.o-k\u005fe~n",
         ] {
             let issued = ok(&HeaderMap::new(), &answer("1717138601944", given)).unwrap();

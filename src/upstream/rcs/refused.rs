@@ -188,6 +188,24 @@ mod tests {
     }
 
     #[test]
+    fn a_refusal_whose_body_cannot_be_read_says_so() {
+        for (coding, body) in [("br", "canary"), ("zstd", "canary"), ("gzip", "\u{1f}canary")] {
+            let named = headers(&[(header::CONTENT_ENCODING, coding)]);
+            let message = refused(401, &named, body).message;
+            let says = message.contains("its cause could not be read");
+            assert_eq!(says, coding != "gzip", "{message}");
+        }
+        let damaged = read(
+            StatusCode::UNAUTHORIZED,
+            &HeaderMap::new(),
+            b"\x1f\x8bcanary",
+            at(ISSUED_MS),
+            at(ISSUED_MS),
+        );
+        assert!(damaged.unwrap_err().message.ends_with("damaged or longer than 64 KiB"));
+    }
+
+    #[test]
     fn a_status_in_the_body_counts_where_that_of_the_answer_says_nothing() {
         use FailureClass::{EgressRejected, Malformed, RateLimited, Rejected, Unreachable};
         let retry = headers(&[(header::RETRY_AFTER, "7")]);

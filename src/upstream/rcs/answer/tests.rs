@@ -95,6 +95,16 @@ fn forms(text: &str) -> Vec<(&'static str, &'static str, Vec<u8>)> {
         ("gzip twice", "gzip, gzip", gzip(&gzip(bytes))),
         ("gzip in two members", "gzip", [gzip(&bytes[..9]), gzip(&bytes[9..])].concat()),
         ("gzip of UTF-16 with a mark", "gzip", gzip(&utf16(&marked, u16::to_le_bytes))),
+        ("gzip with a newline after it", "gzip", [&gzip(bytes)[..], b"\n"].concat()),
+        ("gzip with zeros after it", "gzip", [&gzip(bytes)[..], &[0; 9]].concat()),
+        ("UTF-16LE and a newline", "", [&utf16(text, u16::to_le_bytes)[..], b"\n"].concat()),
+        ("UTF-16BE and a newline", "", [&utf16(text, u16::to_be_bytes)[..], b"\r\n"].concat()),
+        ("UTF-16LE and CR LF", "", [&utf16(text, u16::to_le_bytes)[..], b"\r\n"].concat()),
+        (
+            "a newline, then UTF-16",
+            "",
+            [&b"\n"[..], &utf16(&marked, u16::to_le_bytes)[..]].concat(),
+        ),
         ("deflate", "deflate", zlib(bytes)),
         ("deflate without a header", "deflate", raw_deflate(bytes)),
         ("deflate, then gzip", "deflate, gzip", gzip(&zlib(bytes))),
@@ -128,6 +138,64 @@ fn the_fields_are_read_although_a_message_is_in_another_encoding() {
     ] {
         let body = [br#"{"error":{"message":""#, message, br#"","code":"61006"}}"#].concat();
         assert_eq!(read_as("", &body), "61006", "{encoding}");
+    }
+}
+
+#[test]
+fn the_code_of_a_refusal_is_found_wherever_writers_and_gateways_put_it() {
+    for body in [
+        r#"{"error":{"code":"61006","message":"cut \ud83d"}}"#,
+        r#"{"error":{"message":"\udc00\ud83d\ud83d\\\ud83d","code":"61006","n":1e400}}"#,
+        r#""{\"error\":{\"message\":\"\\ud83d\",\"code\":61006}}""#,
+        r#"{"error":{"code":"61006"},"error":null}"#,
+        r#"{"error":{},"error":{"code":"61006"}}"#,
+        r#"{"code":"61006","message":"canary"}"#,
+        r#"{"code":61006,"error":"Unauthorized"}"#,
+        r#"{"error":{"error":{"code":"61006"}}}"#,
+        r#"{"error":[{"code":"61006"}]}"#,
+        r#"{"errors":[{"code":"61006"}]}"#,
+        r#"{"error":"61006"}"#,
+        r#"{"error":61006}"#,
+        r#"{"error":"{\"error\":{\"code\":\"61006\"}}"}"#,
+        r#"{"error":{"code":["61006"]}}"#,
+        r#"{"error":{"code":"0061006"}}"#,
+        r#"{"error":{"code":"61006 Invalid secret"}}"#,
+        r#"{"error":{"code":"61006:INVALID"}}"#,
+        r#"{"error":{"code":"6.1006e4"}}"#,
+        r#"{"error":{"code":"61006.0"}}"#,
+        r#"[{"error":{"code":"61006"}}]"#,
+        // A token beside it does not count.
+        r#"{"code":"61006","accessToken":"t.o.k","expiresIn":"1717138601944"}"#,
+    ] {
+        assert_eq!(read_as("", body.as_bytes()), "61006", "{body}");
+    }
+    for without_code in [
+        r#"{"error":[{"code":"61006"},{"code":"61005"}]}"#,
+        r#"{"error":"canary 61006"}"#,
+        r#"{"error":{"message":"61006"}}"#,
+    ] {
+        assert_eq!(read_as("", without_code.as_bytes()), "", "{without_code}");
+    }
+    let deep = format!("{}61006{}", r#"{"error":"#.repeat(9), "}".repeat(9));
+    assert_eq!(read_as("", deep.as_bytes()), "");
+}
+
+#[test]
+fn what_states_no_error_loses_no_token() {
+    for beside in [
+        r#""error":"None""#,
+        r#""error":" none ""#,
+        r#""error":"false""#,
+        r#""error": "" "#,
+        r#""errors":[]"#,
+        r#""error":{"code":200,"message":"success"}"#,
+        r#""code":200,"message":"success""#,
+        r#""code":"20000""#,
+        r#""code":"OK""#,
+        r#""accessToken":"t.o.k""#,
+    ] {
+        let body = format!(r#"{{"expiresIn":"1717138601944","accessToken":"t.o.k",{beside}}}"#);
+        assert_eq!(read_as("", body.as_bytes()), "token", "{beside}");
     }
 }
 
@@ -206,7 +274,7 @@ proptest! {
     fn no_bytes_under_any_coding_make_the_reader_panic(
         coding in "(gzip|deflate|br|identity|, ){0,6}",
         body in proptest::collection::vec(any::<u8>(), 0..60),
-        form in 0_usize..36,
+        form in 0_usize..42,
     ) {
         let _ = read_as(&coding, &body);
         // A form that is cut or changed at a place is read as what it is, or not at all.
