@@ -392,7 +392,8 @@ impl RefreshPolicy {
     /// attempt may be made until the credential changes.
     ///
     /// `retry_after` is the pause that the upstream asked for, and `cap` an upper bound of the broker's
-    /// own pause. `live_for` is how long the account's token is still live; `None` without a live token. No
+    /// own pause. `live_for` is how long the account's token is still live; `None` without a live token. Then a
+    /// longer `retry_after` counts as five minutes, since callers wait and other accounts may be answered. No
     /// pause outlasts a live token while an attempt could still replace it in time: it is then at most half
     /// of the time that is left. So there are several attempts before the end, and few, since the time that
     /// is left halves with each.
@@ -411,9 +412,12 @@ impl RefreshPolicy {
         }
         let backoff = backoff(account, class, failures);
         let backoff = cap.map_or(backoff, |cap| backoff.min(cap)).max(self.min_issue_interval);
-        let pause = retry_after.map_or(backoff, |asked| asked.max(backoff));
+        let asked = retry_after.unwrap_or_default();
         let longest = live_for.and_then(|left| self.longest_pause_before_end(left));
-        Some(longest.map_or(pause, |longest| pause.min(longest)))
+        Some(match longest {
+            Some(longest) => asked.max(backoff).min(longest),
+            None => asked.min(LONGEST_RETRY).max(backoff),
+        })
     }
 
     /// Returns how long to wait before a new secret is tried again, after its `failures`-th failure in a row

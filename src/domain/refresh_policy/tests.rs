@@ -505,6 +505,9 @@ fn pauses_after_failures_double_up_to_five_minutes_and_keep_the_minimum_interval
     assert_eq!(pause(POLICY, 1, None, None), seconds(30));
     assert_eq!(pause(free, u32::MAX, None, Some(seconds(30))), seconds(30));
     assert_eq!(pause(free, 1, Some(seconds(120)), Some(seconds(30))), seconds(120));
+    assert_eq!(pause(free, 1, Some(seconds(3_600)), None), seconds(300));
+    let rare = RefreshPolicy { min_issue_interval: seconds(900), ..POLICY };
+    assert_eq!(pause(rare, 1, Some(seconds(3_600)), None), seconds(900));
 }
 
 #[test]
@@ -536,7 +539,7 @@ fn a_pause_leaves_time_for_an_attempt_before_a_live_token_ends() {
     };
     assert_eq!(pause(900), seconds(450), "half of the time that is left");
     assert_eq!(pause(50), seconds(30), "but not less than the minimum interval");
-    assert_eq!(pause(30), seconds(3_600), "nothing can save the token");
+    assert_eq!(pause(30), seconds(300), "nothing can save the token");
 }
 
 /// Generated facts that a decision depends on.
