@@ -49,6 +49,11 @@ const FIRST_NEW_SECRET_RETRY_AFTER_ANSWER: Duration = Duration::from_mins(5);
 /// The upper bound of these pauses.
 const LONGEST_NEW_SECRET_RETRY: Duration = Duration::from_hours(1);
 
+/// How long after the end of a token that the upstream repeats it may give it again, which counts as ended then.
+const LATE_REPEATS: Duration = Duration::from_secs(8);
+/// The pause between attempts during this time. So there are at most five for one such token.
+const LATE_REPEAT_PAUSE: Duration = Duration::from_secs(2);
+
 /// A time in the past, for "at once".
 const AT_ONCE: Timestamp = DateTime::UNIX_EPOCH;
 
@@ -145,11 +150,16 @@ impl<'a> IssueView<'a> {
     }
 
     /// Returns when the minimum issue interval ends. It does not outlast a token that the upstream repeats: an
-    /// attempt that got the same token again was no issue. So it is shortened once for each such token.
+    /// attempt that got the same token again was no issue. Since some upstreams repeat a token for a little longer
+    /// than it lives, a few attempts just after its end are permitted too.
     fn interval_ends(&self, interval: Duration) -> Timestamp {
         let Some(started) = self.refresh.attempt_started_at else { return AT_ONCE };
         let ends = started + delta(interval);
-        self.repeats_until.filter(|until| started < *until).map_or(ends, |until| ends.min(until))
+        match self.repeats_until {
+            Some(until) if started < until => ends.min(until),
+            until if is_late_repeat(started, until) => ends.min(started + delta(LATE_REPEAT_PAUSE)),
+            _ => ends,
+        }
     }
 
     /// Returns the priority class of an attempt with the credential of this version. A failure in an outage
@@ -420,6 +430,22 @@ impl RefreshPolicy {
         })
     }
 
+    /// Returns how long to wait after a failure just after the end of a token that the upstream repeated, in an
+    /// attempt that began at `started`: an upstream that is a little late with the new token gives the old one,
+    /// which has ended. `None` if the failure is another one.
+    #[must_use]
+    pub fn pause_after_late_repeat(
+        class: FailureClass,
+        retry_after: Option<Duration>,
+        repeats_until: Option<Timestamp>,
+        started: Option<Timestamp>,
+    ) -> Option<Duration> {
+        let may_be_late = matches!(class, FailureClass::Malformed | FailureClass::Unreachable)
+            && retry_after.is_none()
+            && started.is_some_and(|started| is_late_repeat(started, repeats_until));
+        may_be_late.then_some(LATE_REPEAT_PAUSE)
+    }
+
     /// Returns how long to wait before a new secret is tried again, after its `failures`-th failure in a row
     /// while the previous one goes on issuing. The arguments are those of
     /// [`RefreshPolicy::pause_after_failure`].
@@ -454,6 +480,11 @@ impl RefreshPolicy {
         let shortest = self.min_issue_interval.max(FIRST_RETRY);
         (left > shortest).then(|| (left / 2).max(shortest))
     }
+}
+
+/// Returns whether an attempt that began at `started` may get a token again that has just ended.
+fn is_late_repeat(started: Timestamp, repeats_until: Option<Timestamp>) -> bool {
+    repeats_until.is_some_and(|until| (until..until + delta(LATE_REPEATS)).contains(&started))
 }
 
 /// Returns a pause that doubles with each failure: from one second to five minutes, or from half a minute to

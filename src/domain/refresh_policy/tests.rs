@@ -255,13 +255,35 @@ mod repeating {
     }
 
     #[test]
-    fn the_interval_is_not_skipped_twice_for_one_token() {
-        for second in [121, 122, 150] {
-            assert_eq!(
-                decided(&attempted(121), second),
-                [IssueDecision::WaitUntil(at(151)); 2],
-                "{second}"
-            );
+    fn a_few_attempts_just_after_the_end_need_not_keep_the_interval() {
+        for (started, next) in [(121, 123), (123, 125), (127, 129), (128, 130), (129, 159)] {
+            let wait = [IssueDecision::WaitUntil(at(next)); 2];
+            assert_eq!(decided(&attempted(started), started + 1), wait, "{started}");
+            assert_eq!(decided(&attempted(started), next), [issue(1, false); 2], "{started}");
+        }
+    }
+
+    #[test]
+    fn a_failure_just_after_the_end_has_a_short_pause_unless_the_upstream_refuses() {
+        use FailureClass::{EgressRejected, Malformed, RateLimited, Rejected, Unreachable};
+        let pause = |class, retry_after, until: Option<i64>, started| {
+            let (until, started) = (until.map(at), Some(at(started)));
+            RefreshPolicy::pause_after_late_repeat(class, retry_after, until, started)
+        };
+        let short = Some(Duration::from_secs(2));
+        for class in [Malformed, Unreachable] {
+            for (until, started, expected) in [
+                (None, 121, None),
+                (Some(121), 120, None),
+                (Some(121), 121, short),
+                (Some(121), 129, None),
+            ] {
+                assert_eq!(pause(class, None, until, started), expected, "{until:?} {started}");
+            }
+            assert_eq!(pause(class, Some(Duration::from_secs(60)), Some(121), 121), None);
+        }
+        for class in [EgressRejected, RateLimited, Rejected] {
+            assert_eq!(pause(class, None, Some(121), 121), None, "{class}");
         }
     }
 
@@ -758,7 +780,11 @@ proptest! {
         let Facts { account, refresh, .. } = &facts;
         // The interval does not outlast a token that the upstream repeated at the last attempt.
         let repeated_until_now = |started| {
-            facts.repeats_until.is_some_and(|until| started < until && until <= now)
+            facts.repeats_until.is_some_and(|until| {
+                let just_after = until <= started && started < until + delta(LATE_REPEATS);
+                started < until && until <= now
+                    || just_after && started + delta(LATE_REPEAT_PAUSE) <= now
+            })
         };
         let early = refresh.attempt_started_at.is_some_and(|started| {
             now < started + delta(POLICY.min_issue_interval) && !repeated_until_now(started)

@@ -6,7 +6,11 @@ use tracing::warn;
 
 use super::{AttemptOutcome, Permission, TokenIssuer};
 use crate::{
-    domain::refresh_state::{IssueAttempt, IssueFailure},
+    domain::{
+        refresh_policy::RefreshPolicy,
+        refresh_state::{IssueAttempt, IssueFailure},
+        token::Token,
+    },
     services::{
         account_cache::{AccountSnapshot, CachedAccount},
         refresher::records,
@@ -99,6 +103,16 @@ impl TokenIssuer {
         if attempt.has_fallback {
             let failures = refresh.new_secret_failures(attempt.credential.version) + 1;
             return policy.pause_of_new_secret(name, error.class, failures, error.retry_after);
+        }
+        let repeats_until = snapshot.token.as_deref().and_then(Token::repeats_until);
+        let late = RefreshPolicy::pause_after_late_repeat(
+            error.class,
+            error.retry_after,
+            repeats_until,
+            refresh.attempt_started_at,
+        );
+        if late.is_some() {
+            return late;
         }
         policy.pause_after_failure(
             name,
