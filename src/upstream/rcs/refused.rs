@@ -109,6 +109,8 @@ fn retry_after(headers: &HeaderMap, now: Timestamp) -> Option<Duration> {
 
 #[cfg(test)]
 mod tests {
+    use chrono::TimeDelta;
+
     use super::*;
     use crate::upstream::rcs::{
         read,
@@ -117,7 +119,8 @@ mod tests {
 
     fn refused(status: u16, headers: &HeaderMap, body: &str) -> IssueError {
         let status = StatusCode::from_u16(status).unwrap();
-        read(status, headers, body.as_bytes(), at(ISSUED_MS), at(ISSUED_MS)).unwrap_err()
+        read(status, headers, body.as_bytes(), at(ISSUED_MS), at(ISSUED_MS), TimeDelta::zero())
+            .unwrap_err()
     }
 
     fn refused_with_code(status: u16, code: &str) -> IssueError {
@@ -201,6 +204,7 @@ mod tests {
             b"\x1f\x8bcanary",
             at(ISSUED_MS),
             at(ISSUED_MS),
+            TimeDelta::zero(),
         );
         assert!(damaged.unwrap_err().message.ends_with("damaged or longer than 64 KiB"));
     }
@@ -265,6 +269,7 @@ mod tests {
                 body.as_bytes(),
                 at(ISSUED_MS),
                 at(ISSUED_MS),
+                TimeDelta::zero(),
             );
             assert!(issued.is_ok(), "{none}");
         }
