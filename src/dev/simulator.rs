@@ -5,7 +5,7 @@
 //! | path | purpose |
 //! |---|---|
 //! | `POST /api/1.1/token` | issues a token, as the API's documentation specifies |
-//! | `GET /api/1.1/whoami` | a call that requires a token, to try whether a token works |
+//! | `GET` and `POST /api/1.1/whoami` | a call that requires a token, to try whether a token works |
 //! | `/simulator/…` | reads and changes accounts, faults and counters while the simulator runs |
 //!
 //! Its tokens have one claim that real ones do not have, `simulatedSerial`, because two real tokens
@@ -48,7 +48,7 @@ use self::{
     upstream_state::UpstreamState,
 };
 pub use self::{
-    faults::{Answer, FaultError, Faults},
+    faults::{Answer, ApiAnswer, FaultError, Faults},
     options::{SimulatedAccount, SimulatorOptions},
 };
 use crate::domain::clock::Timestamp;

@@ -41,8 +41,8 @@ impl TestCa {
         self.0.pem()
     }
 
-    /// Issues a certificate with these alternative names. A name that contains `://` is a URI, any
-    /// other is a DNS name.
+    /// Issues a certificate with these alternative names. A name that contains `://` is a URI, and any other
+    /// that is not an IP address is a DNS name.
     pub(crate) fn issue(&self, names: &[&str]) -> PemIdentity {
         self.issue_until(names, 4096)
     }
@@ -80,6 +80,9 @@ impl TestCa {
         params.not_before = date_time_ymd(2000, 1, 1);
         params.not_after = date_time_ymd(year, 1, 1);
         let name = |name: &&str| {
+            if let Ok(address) = name.parse() {
+                return SanType::IpAddress(address);
+            }
             let text = Ia5String::try_from(*name).unwrap();
             if name.contains("://") { SanType::URI(text) } else { SanType::DnsName(text) }
         };

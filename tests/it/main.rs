@@ -38,6 +38,7 @@ mod retries;
 mod rights;
 mod roles;
 mod saves;
+mod scenarios;
 mod serving;
 mod sessions;
 mod spreading;

@@ -649,6 +649,29 @@ async fn a_token_works_until_it_expires_or_is_replaced() {
 }
 
 #[tokio::test]
+async fn protected_calls_answer_with_their_body_and_can_be_refused_or_redirected() {
+    let simulator = simulator().await;
+    let token = issue(&client(&simulator.base_url())).await.unwrap();
+    let head = format!("authorization: Bearer {}\r\n", token.access_token.expose());
+    let post = async || call(&simulator, "POST /api/1.1/whoami", &head, "text").await;
+    let set = async |answer: &str| {
+        let faults = format!(r#"{{"api_answer":{answer}}}"#);
+        call(&simulator, "PATCH /simulator/faults", "", &faults).await;
+    };
+    assert_eq!(post().await, (200, format!(r#"{{"body":"text","userId":"{ID}"}}"#)));
+
+    set(r#"{"refuse":{"status":403,"code":"63001"}}"#).await;
+    let (status, body) = post().await;
+    assert!(status == 403 && body.contains(r#""code":"63001""#), "{body}");
+
+    set(r#"{"redirect":{"to":"http://127.0.0.1:9/"}}"#).await;
+    assert_eq!(post().await.0, 307);
+
+    set("null").await;
+    assert_eq!(post().await.0, 200);
+}
+
+#[tokio::test]
 async fn accounts_and_faults_can_be_changed_over_http() {
     let simulator = simulator().await;
     let client = client(&simulator.base_url());

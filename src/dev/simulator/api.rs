@@ -1,4 +1,4 @@
-//! The simulated API: `POST /token`, and `GET /whoami`, which requires a token.
+//! The simulated API: `POST /token`, and `/whoami`, which requires a token.
 
 use std::{convert::Infallible, net::IpAddr, sync::Arc, time::Duration};
 
@@ -18,7 +18,7 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use super::{
     connection::{ClientConnection, ResetHandle},
-    faults::{Answer, status},
+    faults::{Answer, ApiAnswer, status},
     upstream_state::{ApiError, SimulatedToken, UpstreamState},
 };
 use crate::domain::{account::MAX_CLIENT_ID, clock::Timestamp, secret::MAX_CLIENT_SECRET};
@@ -31,7 +31,7 @@ const PADDING: usize = 1 << 20;
 const PROXY_PAGE: &str = "<html><body><h1>Service unavailable</h1></body></html>";
 
 pub(super) fn routes() -> Router<Arc<UpstreamState>> {
-    Router::new().route("/token", post(token)).route("/whoami", get(whoami))
+    Router::new().route("/token", post(token)).route("/whoami", get(whoami).post(whoami))
 }
 
 /// Sets the header `Date` of a response to the upstream's time.
@@ -132,10 +132,7 @@ async fn respond(
         Answer::Refuse { status, code } => ApiError::new(status, &code, "Scripted").into_response(),
         Answer::Body { status: number, body } => (status(number), body).into_response(),
         Answer::RateLimited { retry_after } => rate_limited(retry_after.as_deref()),
-        Answer::Redirect { to } => {
-            let headers = header_map(&header::LOCATION, Some(&to));
-            (StatusCode::TEMPORARY_REDIRECT, headers).into_response()
-        }
+        Answer::Redirect { to } => redirect(&to),
         Answer::Hang | Answer::IssueThenHang => {
             state.shutdown.cancelled().await;
             reset(connection)
@@ -152,6 +149,11 @@ async fn respond(
 fn reset(connection: &ResetHandle) -> Response {
     connection.reset();
     StatusCode::OK.into_response()
+}
+
+fn redirect(to: &str) -> Response {
+    let headers = header_map(&header::LOCATION, Some(to));
+    (StatusCode::TEMPORARY_REDIRECT, headers).into_response()
 }
 
 fn rate_limited(retry_after: Option<&str>) -> Response {
@@ -224,18 +226,33 @@ fn slow_body(bytes: Vec<u8>) -> Body {
     Body::from_stream(ReceiverStream::new(body))
 }
 
-async fn whoami(State(state): State<Arc<UpstreamState>>, headers: HeaderMap) -> Response {
-    let Some(authorization) = headers.get(header::AUTHORIZATION) else {
-        return ApiError::new(401, "61001", "Missing authorization header").into_response();
-    };
+/// Answers whose token the request has. If the request has a body, it is part of the answer.
+async fn whoami(
+    State(state): State<Arc<UpstreamState>>,
+    headers: HeaderMap,
+    body: String,
+) -> Result<Response, ApiError> {
+    let authorization = headers
+        .get(header::AUTHORIZATION)
+        .ok_or_else(|| ApiError::new(401, "61001", "Missing authorization header"))?;
     let token = authorization.to_str().ok().and_then(|value| value.strip_prefix("Bearer "));
-    let Some(token) = token.map(str::trim).filter(|token| !token.is_empty()) else {
-        return ApiError::new(401, "61002", "Missing token").into_response();
-    };
-    match state.look_up(token) {
-        Ok((user_id, _)) => Json(json!({"userId": user_id})).into_response(),
-        Err(error) => error.into_response(),
+    let token = token
+        .map(str::trim)
+        .filter(|token| !token.is_empty())
+        .ok_or_else(|| ApiError::new(401, "61002", "Missing token"))?;
+    let (user_id, _) = state.look_up(token)?;
+    match state.faults().api_answer {
+        Some(ApiAnswer::Refuse { status, code }) => {
+            return Err(ApiError::new(status, &code, "Scripted"));
+        }
+        Some(ApiAnswer::Redirect { to }) => return Ok(redirect(&to)),
+        None => {}
     }
+    let mut answer = json!({"userId": user_id});
+    if !body.is_empty() {
+        answer["body"] = body.into();
+    }
+    Ok(Json(answer).into_response())
 }
 
 #[cfg(test)]

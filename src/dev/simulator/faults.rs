@@ -38,8 +38,42 @@ pub struct Faults {
     /// How far the upstream's clock is ahead of the simulator's clock, in seconds; at most a year in
     /// either direction. It affects the header `Date` and the times of tokens.
     pub clock_skew_seconds: i64,
+    /// The answer to each protected call with a live token, instead of the right one.
+    pub api_answer: Option<ApiAnswer>,
     /// The answer to all requests for which there is no script.
     pub answer: Answer,
+}
+
+/// An answer to a protected call.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum ApiAnswer {
+    /// A JSON error as the API sends it.
+    Refuse {
+        /// The HTTP status, 400 to 599.
+        status: u16,
+        /// The error code in the body.
+        code: String,
+    },
+    /// Status 307, a redirect.
+    Redirect {
+        /// The value of the header `Location`.
+        to: String,
+    },
+}
+
+impl ApiAnswer {
+    fn check(&self) -> Result<(), FaultError> {
+        match self {
+            Self::Refuse { status, .. } if !(400..=599).contains(status) => {
+                Err(FaultError::OutOfRange("api_answer.status", "400 to 599"))
+            }
+            Self::Redirect { to } if !is_header_value(to) => {
+                Err(FaultError::OutOfRange("api_answer.to", "visible ASCII characters"))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 impl Default for Faults {
@@ -56,6 +90,7 @@ impl Default for Faults {
             error_rate: 0.0,
             seed: 0,
             clock_skew_seconds: 0,
+            api_answer: None,
             answer: Answer::Issue,
         }
     }
@@ -89,6 +124,7 @@ impl Faults {
         if !(400..=599).contains(&self.unregistered_status) {
             return Err(FaultError::OutOfRange("unregistered_status", "400 to 599"));
         }
+        self.api_answer.as_ref().map_or(Ok(()), ApiAnswer::check)?;
         self.answer.check()
     }
 
@@ -296,6 +332,8 @@ mod tests {
             (json!({"unregistered_status": 200}), "unregistered_status"),
             (json!({"clock_skew_seconds": i64::MAX}), "clock_skew_seconds"),
             (json!({"answer": "explode"}), "explode"),
+            (json!({"api_answer": {"refuse": {"status": 200, "code": "x"}}}), "api_answer.status"),
+            (json!({"api_answer": {"redirect": {"to": "a\r\nb"}}}), "api_answer.to"),
             (json!({"answer": {"redirect": {"to": "a\r\nb"}}}), "to must be"),
             (json!({"answer": {"refuse": {"status": 99, "code": "x"}}}), "status"),
         ] {
