@@ -87,8 +87,11 @@ pub struct Signals {
 }
 
 /// What a signal asks for.
-enum Request {
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Request {
+    /// The process stops.
     Stop,
+    /// The process reads again what can change while it runs.
     Reload,
 }
 
@@ -123,7 +126,7 @@ impl Signals {
     }
 
     /// Waits for the next signal that asks for something. Cancel safe.
-    async fn request(&mut self) -> Request {
+    pub async fn request(&mut self) -> Request {
         loop {
             tokio::select! {
                 () = any_of(&mut self.stop) => return Request::Stop,

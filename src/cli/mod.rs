@@ -2,9 +2,11 @@
 //! failure, and 2 for wrong usage or invalid settings.
 
 mod account;
+mod agent;
 mod audit;
 mod caller;
 mod check;
+mod client;
 mod dev;
 mod global;
 mod health;
@@ -66,6 +68,7 @@ enum Command {
     Account(account::AccountArgs),
     Caller(caller::CallerArgs),
     Token(token::TokenArgs),
+    Agent(agent::AgentArgs),
     Audit(audit::AuditArgs),
     Keys(keys::KeysArgs),
     Simulate(simulate::SimulateArgs),
@@ -87,10 +90,10 @@ Example:
 }
 
 impl Command {
-    /// Returns whether the command runs a broker. Such a process must never wait for the reader of its
+    /// Returns whether the command runs a service. Such a process must never wait for the reader of its
     /// standard error; for the others, that is the ordinary thing to do.
     fn serves(&self) -> bool {
-        matches!(self, Self::Serve(_) | Self::Dev(_))
+        matches!(self, Self::Serve(_) | Self::Dev(_) | Self::Agent(_))
     }
 }
 
@@ -148,6 +151,7 @@ async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Account(args) => account::run(&global, args).await,
         Command::Caller(args) => caller::run(&global, args).await,
         Command::Token(args) => token::run(&global, args).await,
+        Command::Agent(args) => agent::run(&global, args).await,
         Command::Audit(args) => audit::run(&global, args).await,
         Command::Keys(args) => keys::run(&global, args).await,
         Command::Simulate(args) => simulate::run(args).await,
@@ -215,6 +219,8 @@ mod tests {
             "token-broker caller bearer revoke 3",
             "token-broker token get acme --min-ttl 60s --json",
             "token-broker token get acme-* --watch",
+            "token-broker agent --accounts acme,shop-* --token-dir /run/tokens -- systemctl reload shop",
+            "token-broker agent --once --timeout 1m",
             "token-broker audit tail -n 5 --follow --account acme --since 1h",
             "token-broker keys generate --out /keyring",
             "token-broker dev --state-dir /d --token-life 60s",
@@ -236,6 +242,9 @@ mod tests {
             "token-broker caller grant billing acme --rights write",
             "token-broker caller limit billing",
             "token-broker token get acme --bearer tbk_x",
+            "token-broker agent acme",
+            "token-broker agent --timeout 1m",
+            "token-broker agent --once -- true",
             "token-broker simulate --error-rate 2",
             "token-broker simulate --token-life 0s",
             "token-broker dev --token-life 0s",

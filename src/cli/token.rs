@@ -1,21 +1,22 @@
 //! The command `token`: a client of a broker.
 
-mod client;
+use std::{
+    process::ExitCode,
+    time::{Duration, SystemTime},
+};
 
-use std::{process::ExitCode, time::Duration};
-
-use anyhow::{Context, bail};
-use chrono::DateTime;
+use anyhow::bail;
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
+use token_broker_client::{AskOptions, Error, Token, TokenClient, TokenEvent};
 
-use self::client::BrokerClient;
-use super::{global::GlobalArgs, output, time::LocalTime};
+use super::{
+    client::{CallError, client},
+    global::GlobalArgs,
+    output,
+    time::LocalTime,
+};
 use crate::{
-    api::proto::{
-        AccountEnded, GetTokenRequest, GetTokenResponse, WatchTokensRequest, account_ended::Reason,
-        watch_tokens_response::Event,
-    },
     config::{ClientFlags, ClientSettings, Flags},
     domain::{
         caller::AccountPattern,
@@ -67,73 +68,69 @@ struct GetArgs {
 pub(super) async fn run(global: &GlobalArgs, args: TokenArgs) -> anyhow::Result<ExitCode> {
     let Command::Get(args) = args.command;
     let settings = ClientSettings::resolve(&global.sources(args.settings.given.clone())?)?;
-    let client = BrokerClient::new(&settings)?;
-    if args.watch { watch(client, &args).await } else { get(client, &args).await }
+    let client = client(&settings)?;
+    let fail = |error: Error| CallError::new(&error, &settings);
+    if args.watch { watch(&client, &args, fail).await } else { get(&client, &args, fail).await }
 }
 
-async fn get(mut client: BrokerClient, args: &GetArgs) -> anyhow::Result<ExitCode> {
+/// Asks once, so that the user hears at once what is wrong.
+async fn get(
+    client: &TokenClient,
+    args: &GetArgs,
+    fail: impl Fn(Error) -> CallError,
+) -> anyhow::Result<ExitCode> {
     let Some(account) = args.account.as_name() else {
         bail!("a pattern stands for many accounts: use --watch");
     };
-    let min_ttl = args.min_ttl.map(prost_types::Duration::try_from).transpose();
-    let request = GetTokenRequest {
-        account: account.to_string(),
-        min_ttl: min_ttl.context("--min-ttl is too long")?,
-        newer_than_generation: 0,
-    };
-    let token = client.get_token(request, args.timeout).await?;
+    let mut options = AskOptions::default().timeout(args.timeout);
+    if let Some(min_ttl) = args.min_ttl {
+        options = options.min_ttl(min_ttl);
+    }
+    let token = client.ask(account.as_str(), options).await.map_err(fail)?;
     if args.json {
-        let token = as_json(account.as_str(), &token);
-        output::secret_line(printable_json(&serde_json::to_string_pretty(&token)?))?;
+        output::secret_line(printable_json(&serde_json::to_string_pretty(&as_json(&token))?))?;
     } else {
-        output::secret_line(printable(&token.access_token))?;
+        output::secret_line(printable(token.access_token()))?;
     }
     Ok(ExitCode::SUCCESS)
 }
 
-async fn watch(mut client: BrokerClient, args: &GetArgs) -> anyhow::Result<ExitCode> {
-    let request = WatchTokensRequest { accounts: vec![args.account.to_string()] };
-    let mut stream = client.watch_tokens(request).await?;
-    while let Some(message) = client.next(&mut stream).await? {
-        let account = &message.account;
-        match message.event {
-            Some(Event::Token(token)) if args.json => {
-                output::secret_line(printable_json(&as_json(account, &token).to_string()))?;
+async fn watch(
+    client: &TokenClient,
+    args: &GetArgs,
+    fail: impl Fn(Error) -> CallError,
+) -> anyhow::Result<ExitCode> {
+    let mut stream = client.watch([args.account.to_string()]).await.map_err(&fail)?;
+    while let Some(event) = stream.next().await.map_err(&fail)? {
+        match event {
+            TokenEvent::Token(token) if args.json => {
+                output::secret_line(printable_json(&as_json(&token).to_string()))?;
             }
-            Some(Event::Token(token)) => output::secret_line(printable(&token.access_token))?,
-            Some(Event::Ended(AccountEnded { reason })) => {
-                let reason = Reason::try_from(reason).unwrap_or_default().as_str_name();
-                let reason = reason.trim_start_matches("REASON_").to_lowercase();
-                if args.json {
-                    output::json_line(&json!({ "account": account, "ended": reason }))?;
-                } else {
-                    output::note(format_args!("{account} ended: {reason}"));
-                }
+            TokenEvent::Token(token) => output::secret_line(printable(token.access_token()))?,
+            TokenEvent::Ended { account, reason } if args.json => {
+                output::json_line(&json!({ "account": account, "ended": reason.to_string() }))?;
             }
-            None => {}
+            TokenEvent::Ended { account, reason } => {
+                output::note(format_args!("{account} ended: {reason}"));
+            }
+            _ => {}
         }
     }
     bail!("the broker ended the stream")
 }
 
-fn as_json(account: &str, token: &GetTokenResponse) -> Value {
-    let time = |at: Option<prost_types::Timestamp>| {
-        let at = at?;
-        DateTime::from_timestamp(at.seconds, u32::try_from(at.nanos).ok()?).map(LocalTime)
-    };
-    let seconds = |span: Option<prost_types::Duration>| {
-        span.and_then(|span| Duration::try_from(span).ok()).map(|span| span.as_secs_f64())
-    };
+fn as_json(token: &Token) -> Value {
+    let time = |at: Option<SystemTime>| at.map(|at| LocalTime(at.into()));
     json!({
-        "account": account,
-        "access_token": token.access_token,
-        "expires_at": time(token.expires_at),
-        "issued_at": time(token.issued_at),
+        "account": token.account(),
+        "access_token": token.access_token(),
+        "expires_at": time(token.expires_at()),
+        "issued_at": time(token.issued_at()),
         // A string, as in protobuf's JSON: many parsers round numbers beyond 2^53.
-        "generation": token.generation.to_string(),
-        "reuse_for_seconds": seconds(token.reuse_for),
-        "expires_in_seconds": seconds(token.expires_in),
-        "allowed_ip": token.allowed_ip,
-        "api_base_url": token.api_base_url,
+        "generation": token.generation().to_string(),
+        "reuse_for_seconds": token.reuse_for().as_secs_f64(),
+        "expires_in_seconds": token.expires_in().as_secs_f64(),
+        "allowed_ip": token.allowed_ip(),
+        "api_base_url": token.api_base_url(),
     })
 }

@@ -2,6 +2,7 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
+use rustix::process::Signal;
 use url::Url;
 
 use super::{
@@ -9,20 +10,28 @@ use super::{
     reader::{Reader, read},
     sources::{InvalidSettings, Sources},
     table::{
-        BEARER, CA_FILE, CLIENT_CERT, CLIENT_KEY, DATABASE_URL, ENDPOINT, INTAKE_KEY, KEYRING_FILE,
-        KNOWN_KEYS_FILE, LISTEN, MIGRATE_DATABASE_URL, OPS_LISTEN, TLS_CERT,
+        ACCOUNTS, BEARER, CA_FILE, CLIENT_CERT, CLIENT_KEY, DATABASE_URL, ENDPOINT, INTAKE_KEY,
+        KEYRING_FILE, KNOWN_KEYS_FILE, LISTEN, LOG_FORMAT, MIGRATE_DATABASE_URL, OPS_LISTEN,
+        SIGNAL, SIGNAL_PID_FILE, TLS_CERT, TOKEN_DIR, TOKEN_GROUP, TOKEN_MODE,
     },
     urls::DatabaseUrl,
 };
-use crate::crypto::{IntakePublicKey, bearer::Bearer};
+use crate::{
+    crypto::{IntakePublicKey, bearer::Bearer},
+    domain::caller::AccountPattern,
+    files::atomic::Access,
+    telemetry::LogFormat,
+};
 
-/// The settings of `token get`: where the broker is, and how the caller identifies itself.
+/// The settings of `token get` and `agent`: where the broker is, and how the caller identifies itself.
 #[derive(Clone, Debug)]
 pub struct ClientSettings {
-    /// The broker's URL: a scheme, a host and a port, without a path.
-    pub endpoint: Url,
+    /// The broker's URLs, at least one: a scheme, a host and a port, without a path.
+    pub endpoints: Vec<Url>,
     /// The caller's bearer, if it has one.
     pub bearer: Option<Bearer>,
+    /// The file from which the bearer came, if it came from one. It may be replaced while a command runs.
+    pub bearer_file: Option<PathBuf>,
     /// The file of the CA of the broker's certificate, PEM. Without it, the system's CAs are trusted.
     pub ca_file: Option<PathBuf>,
     /// The files of the caller's certificate chain and of its key, PEM, if it has a certificate.
@@ -35,24 +44,67 @@ impl ClientSettings {
     /// # Errors
     /// Lists everything that is wrong.
     pub fn resolve(sources: &Sources) -> Result<Self, InvalidSettings> {
+        read(sources, Self::read)
+    }
+
+    fn read(reader: &mut Reader<'_>) -> Self {
+        let cert = reader.optional(&CLIENT_CERT, parse::path);
+        let key = reader.optional(&CLIENT_KEY, parse::path);
+        match (&cert, &key) {
+            (Some(_), None) => {
+                reader.contradiction(&CLIENT_CERT, &CLIENT_KEY, "set without its key");
+            }
+            (None, Some(_)) => {
+                reader.contradiction(&CLIENT_KEY, &CLIENT_CERT, "set without its certificate");
+            }
+            _ => {}
+        }
+        Self {
+            endpoints: reader.or_default(&ENDPOINT, parse::endpoints),
+            bearer: reader.optional(&BEARER, parse::bearer),
+            bearer_file: reader.sources().file_of(&BEARER),
+            ca_file: reader.optional(&CA_FILE, parse::path),
+            identity: cert.zip(key),
+        }
+    }
+}
+
+/// The settings of `agent`, in addition to [`ClientSettings`].
+#[derive(Clone, Debug)]
+pub struct AgentSettings {
+    /// The names and patterns of the accounts, at least one.
+    pub accounts: Vec<AccountPattern>,
+    /// The directory of the files.
+    pub token_dir: PathBuf,
+    /// Who may read the files.
+    pub access: Access,
+    /// The file with the number of the process that gets a signal after each replacement, and the signal.
+    pub signal: Option<(PathBuf, Signal)>,
+    /// The format of the log; `None` stands for the one that fits standard error.
+    pub log_format: Option<LogFormat>,
+}
+
+impl AgentSettings {
+    /// Reads the settings from `sources`.
+    ///
+    /// # Errors
+    /// Lists everything that is wrong, also with the settings of the client.
+    pub fn resolve(sources: &Sources) -> Result<(Self, ClientSettings), InvalidSettings> {
         read(sources, |reader| {
-            let cert = reader.optional(&CLIENT_CERT, parse::path);
-            let key = reader.optional(&CLIENT_KEY, parse::path);
-            match (&cert, &key) {
-                (Some(_), None) => {
-                    reader.contradiction(&CLIENT_CERT, &CLIENT_KEY, "set without its key");
-                }
-                (None, Some(_)) => {
-                    reader.contradiction(&CLIENT_KEY, &CLIENT_CERT, "set without its certificate");
-                }
-                _ => {}
-            }
-            Self {
-                endpoint: reader.or_default(&ENDPOINT, parse::endpoint),
-                bearer: reader.optional(&BEARER, parse::bearer),
-                ca_file: reader.optional(&CA_FILE, parse::path),
-                identity: cert.zip(key),
-            }
+            let signal = reader.or_default(&SIGNAL, parse::signal);
+            let settings = Self {
+                accounts: reader.required(&ACCOUNTS, parse::accounts),
+                token_dir: reader.required(&TOKEN_DIR, parse::path),
+                access: Access {
+                    mode: reader.or_default(&TOKEN_MODE, parse::secret_mode),
+                    group: reader.optional(&TOKEN_GROUP, parse::group),
+                },
+                signal: reader
+                    .optional(&SIGNAL_PID_FILE, parse::path)
+                    .map(|pid_file| (pid_file, signal)),
+                log_format: reader.optional(&LOG_FORMAT, parse::log_format),
+            };
+            (settings, ClientSettings::read(reader))
         })
     }
 }

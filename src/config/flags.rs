@@ -24,12 +24,28 @@ impl FlagGroup for BrokerFlags {
     const SETTINGS: &'static [&'static Setting] = table::BROKER;
 }
 
-/// The flags of `token get`.
+/// The flags of `token get` and `agent`.
 #[derive(Clone, Copy, Debug)]
 pub struct ClientFlags;
 
 impl FlagGroup for ClientFlags {
     const SETTINGS: &'static [&'static Setting] = table::CLIENT;
+}
+
+/// The flags of `agent`, in addition to [`ClientFlags`].
+#[derive(Clone, Copy, Debug)]
+pub struct AgentFlags;
+
+impl FlagGroup for AgentFlags {
+    const SETTINGS: &'static [&'static Setting] = &[
+        &table::ACCOUNTS,
+        &table::TOKEN_DIR,
+        &table::TOKEN_MODE,
+        &table::TOKEN_GROUP,
+        &table::SIGNAL_PID_FILE,
+        &table::SIGNAL,
+        &table::LOG_FORMAT,
+    ];
 }
 
 /// The flag for the public key that secrets are sealed to.

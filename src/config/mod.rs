@@ -24,12 +24,12 @@ mod urls;
 
 pub use self::{
     commands::{
-        ClientSettings, HealthEndpoint, database_url, health_endpoint, intake_key, keyring_file,
-        known_keyring_file, known_keys_file, migrate_database_url,
+        AgentSettings, ClientSettings, HealthEndpoint, database_url, health_endpoint, intake_key,
+        keyring_file, known_keyring_file, known_keys_file, migrate_database_url,
     },
     flags::{
-        BrokerFlags, ClientFlags, FlagGroup, Flags, IntakeKeyFlag, KeyringFlag, KnownKeyFlags,
-        ListenFlag, MigrateFlag,
+        AgentFlags, BrokerFlags, ClientFlags, FlagGroup, Flags, IntakeKeyFlag, KeyringFlag,
+        KnownKeyFlags, ListenFlag, MigrateFlag,
     },
     settings::Settings,
     sources::{InvalidSettings, Sources},

@@ -2,18 +2,21 @@
 //! secret.
 
 use std::{
+    fs,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
     time::Duration,
 };
 
 use ipnet::IpNet;
+use rustix::process::Signal;
 use url::Url;
 
 use super::urls::ProxyUrl;
 use crate::{
     audit::journal::SyncMode,
     crypto::{IntakeError, IntakePublicKey, bearer::Bearer},
+    domain::caller::AccountPattern,
     telemetry::LogFormat,
     upstream::{Target, TargetError},
 };
@@ -50,6 +53,15 @@ pub(super) fn endpoint(text: &str) -> Result<Url, Fault> {
         return Err("must be a scheme, a host and a port, and nothing else".into());
     }
     Ok(url)
+}
+
+/// Parses one or more endpoints, separated by commas, all with the same scheme.
+pub(super) fn endpoints(text: &str) -> Result<Vec<Url>, Fault> {
+    let urls = text.split(',').map(|url| endpoint(url.trim())).collect::<Result<Vec<_>, _>>()?;
+    if urls.iter().any(|url| url.scheme() != urls[0].scheme()) {
+        return Err("must all be http, or all be https".into());
+    }
+    Ok(urls)
 }
 
 fn http_url(text: &str) -> Result<Url, Fault> {
@@ -175,6 +187,50 @@ pub(super) fn audit_sync(text: &str) -> Result<SyncMode, Fault> {
     }
 }
 
+/// Parses names and patterns of accounts, separated by commas or white space.
+pub(super) fn accounts(text: &str) -> Result<Vec<AccountPattern>, Fault> {
+    let parts = text.split([',', ' ', '\t', '\r', '\n']).filter(|part| !part.is_empty());
+    let accounts = parts.map(str::parse).collect::<Result<Vec<_>, _>>();
+    accounts
+        .ok()
+        .filter(|accounts| !accounts.is_empty())
+        .ok_or_else(|| "must be names or patterns of accounts such as acme,shop-*".into())
+}
+
+/// Parses permissions of a file with a secret: an octal number that allows nothing to others, and nobody to run it.
+pub(super) fn secret_mode(text: &str) -> Result<u32, Fault> {
+    u32::from_str_radix(text, 8)
+        .ok()
+        .filter(|mode| mode & !0o660 == 0 && mode & 0o400 != 0)
+        .ok_or_else(|| {
+            "must be an octal number such as 0600 or 0640, without rights for others".into()
+        })
+}
+
+/// Parses a group: its number, or a name that is in `/etc/group`.
+pub(super) fn group(text: &str) -> Result<u32, Fault> {
+    if let Ok(number) = text.parse() {
+        return Ok(number);
+    }
+    let groups = fs::read_to_string("/etc/group").unwrap_or_default();
+    let named = groups.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        (fields.next() == Some(text)).then(|| fields.nth(1)?.parse().ok()).flatten()
+    });
+    named.ok_or_else(|| "no group has this name".into())
+}
+
+pub(super) fn signal(text: &str) -> Result<Signal, Fault> {
+    match text.strip_prefix("SIG").unwrap_or(text) {
+        "HUP" => Ok(Signal::HUP),
+        "INT" => Ok(Signal::INT),
+        "TERM" => Ok(Signal::TERM),
+        "USR1" => Ok(Signal::USR1),
+        "USR2" => Ok(Signal::USR2),
+        _ => Err("must be HUP, INT, TERM, USR1 or USR2".into()),
+    }
+}
+
 pub(super) fn log_format(text: &str) -> Result<LogFormat, Fault> {
     match text {
         "pretty" => Ok(LogFormat::Pretty),
@@ -196,6 +252,34 @@ mod tests {
         assert_eq!(bytes("2 MiB"), Ok(2 << 20));
         for wrong in ["", "8", "8GB", "-1GiB", "1.5GiB", "99999999TiB", "1MiB1", "GiB"] {
             assert!(bytes(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn files_with_secrets_allow_nothing_to_others() {
+        assert_eq!((secret_mode("0600"), secret_mode("640")), (Ok(0o600), Ok(0o640)));
+        for wrong in ["", "0644", "0700", "0200", "-600", "rw-------", "0o600", "10600"] {
+            assert!(secret_mode(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_group_is_a_number_or_a_name_of_this_machine() {
+        assert_eq!((group("7"), group("root")), (Ok(7), Ok(0)));
+        assert!(group("no-such-group").is_err() && group("").is_err());
+    }
+
+    #[test]
+    fn accounts_are_names_and_patterns() {
+        assert_eq!(accounts("acme, shop-*").unwrap().len(), 2);
+        assert!(accounts(",").is_err() && accounts("Acme").is_err());
+    }
+
+    #[test]
+    fn endpoints_have_one_scheme() {
+        assert_eq!(endpoints("https://a:1, https://b:2").unwrap().len(), 2);
+        for wrong in ["http://a,https://b", "http://a,", "a:1", ""] {
+            assert!(endpoints(wrong).is_err(), "{wrong}");
         }
     }
 

@@ -145,6 +145,20 @@ impl Sources {
         Ok(None)
     }
 
+    /// Returns the path of the file that has the value of `setting`, if the first source that has one names a file.
+    pub(super) fn file_of(&self, setting: &Setting) -> Option<PathBuf> {
+        for source in [Source::Flags, Source::Environment, Source::File] {
+            let given = |form| self.get(source, setting, form).ok().flatten();
+            if given(Form::Inline).is_some() {
+                return None;
+            }
+            if let Some(path) = given(Form::Path) {
+                return Some(PathBuf::from(path.value.as_str()));
+            }
+        }
+        None
+    }
+
     /// Returns the values of `settings` alone, for [`Self::find_again`].
     pub(super) fn only(&self, settings: &[&Setting]) -> Self {
         let mut only = Self { file: self.file.clone(), read_file: self.read_file, ..Self::empty() };

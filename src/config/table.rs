@@ -244,7 +244,7 @@ pub const KNOWN_KEYS_FILE: Setting = Setting::new(
      $XDG_CONFIG_HOME/token-broker or ~/.config/token-broker",
 );
 pub const ENDPOINT: Setting =
-    Setting::new("endpoint", "The URL of the broker, http:// or https://")
+    Setting::new("endpoint", "The URLs of the brokers, http:// or https://, joined by commas")
         .or_default("http://127.0.0.1:50051");
 pub const BEARER: Setting = Setting::new("bearer", "The caller's bearer, tbk_…").secret();
 pub const CA_FILE: Setting = Setting::new(
@@ -254,6 +254,28 @@ pub const CA_FILE: Setting = Setting::new(
 pub const CLIENT_CERT: Setting = Setting::new("client_cert", "The caller's certificate chain, PEM");
 pub const CLIENT_KEY: Setting =
     Setting::new("client_key", "The private key of the caller's certificate, PEM");
+
+pub const ACCOUNTS: Setting = Setting::new(
+    "accounts",
+    "The accounts whose tokens are kept in files: names or patterns such as acme-*, joined by commas",
+)
+.required("acme");
+pub const TOKEN_DIR: Setting = Setting::new(
+    "token_dir",
+    "The directory for the files: for each account NAME.token and NAME.json",
+)
+.required("/run/token-broker-agent");
+pub const TOKEN_MODE: Setting =
+    Setting::new("token_mode", "The permissions of the files; others than the group get none")
+        .or_default("0600");
+pub const TOKEN_GROUP: Setting =
+    Setting::new("token_group", "The group of the files, a name or a number");
+pub const SIGNAL_PID_FILE: Setting = Setting::new(
+    "signal_pid_file",
+    "A file with the number of a process, which gets a signal after each replacement",
+);
+pub const SIGNAL: Setting =
+    Setting::new("signal", "That signal: HUP, INT, TERM, USR1 or USR2").or_default("HUP");
 
 /// The setting that every command which uses the database reads.
 pub const DATABASE: &[&Setting] = &[&DATABASE_URL];
@@ -293,13 +315,17 @@ pub const BROKER: &[&Setting] = &[
     &PROXY_PROTOCOL_FROM,
 ];
 
-/// The settings of `token get`.
+/// The settings of `token get` and `agent`.
 pub const CLIENT: &[&Setting] = &[&ENDPOINT, &BEARER, &CA_FILE, &CLIENT_CERT, &CLIENT_KEY];
+
+/// The settings of `agent`, in addition to [`CLIENT`].
+pub const AGENT: &[&Setting] =
+    &[&ACCOUNTS, &TOKEN_DIR, &TOKEN_MODE, &TOKEN_GROUP, &SIGNAL_PID_FILE, &SIGNAL];
 
 /// The settings of single admin commands, in addition to [`DATABASE`].
 pub const ADMIN: &[&Setting] = &[&MIGRATE_DATABASE_URL, &INTAKE_KEY, &KNOWN_KEYS_FILE];
 
 /// Returns every setting.
 pub fn all() -> impl Iterator<Item = &'static Setting> {
-    [DATABASE, BROKER, CLIENT, ADMIN].into_iter().flatten().copied()
+    [DATABASE, BROKER, CLIENT, AGENT, ADMIN].into_iter().flatten().copied()
 }

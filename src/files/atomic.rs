@@ -7,9 +7,9 @@
 
 use std::{
     ffi::OsString,
-    fs::{self, File, OpenOptions},
+    fs::{self, File, OpenOptions, Permissions},
     io::{self, Write},
-    os::unix::fs::OpenOptionsExt,
+    os::unix::fs::{OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
 };
 
@@ -25,6 +25,31 @@ use std::{
 pub fn replace(target: &Path, contents: &[u8]) -> io::Result<()> {
     let mut replacement = Replacement::create(target, OpenOptions::new().truncate(true))?;
     replacement.file().write_all(contents)?;
+    replacement.commit()
+}
+
+/// Who may use a file.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Access {
+    /// The permissions, such as 0o600.
+    pub mode: u32,
+    /// The number of the group; the process's own if this is `None`.
+    pub group: Option<u32>,
+}
+
+/// Like [`replace`], but gives the file to a group and sets its permissions, before it has its name.
+///
+/// # Errors
+/// Those of the file system, for example because the process is not a member of the group.
+pub fn replace_with_access(target: &Path, contents: &[u8], access: Access) -> io::Result<()> {
+    let mut replacement = Replacement::create(target, OpenOptions::new().truncate(true))?;
+    // A file that a crash left behind may have other permissions than a new one.
+    replacement.file().set_permissions(Permissions::from_mode(0o600))?;
+    replacement.file().write_all(contents)?;
+    if let Some(group) = access.group {
+        std::os::unix::fs::fchown(replacement.file(), None, Some(group))?;
+    }
+    replacement.file().set_permissions(Permissions::from_mode(access.mode))?;
     replacement.commit()
 }
 
@@ -105,8 +130,6 @@ pub fn sync_parent(path: &Path) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
-
     use super::*;
 
     fn names(directory: &Path) -> Vec<String> {
@@ -127,6 +150,18 @@ mod tests {
         assert_eq!(fs::read(&target).unwrap(), b"second");
         assert_eq!(fs::metadata(&target).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(names(directory.path()), ["state"]);
+    }
+
+    #[test]
+    fn a_replaced_file_has_the_permissions_that_are_asked_for_whatever_was_left_behind() {
+        let directory = tempfile::tempdir().unwrap();
+        let target = directory.path().join("state");
+        fs::write(temporary_path(&target), "half").unwrap();
+        for mode in [0o640, 0o600, 0o444] {
+            replace_with_access(&target, b"whole", Access { mode, group: None }).unwrap();
+            assert_eq!(fs::metadata(&target).unwrap().permissions().mode() & 0o777, mode);
+            assert_eq!(fs::read(&target).unwrap(), b"whole");
+        }
     }
 
     #[test]

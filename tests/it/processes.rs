@@ -1,6 +1,7 @@
 //! Tests that run the program as a process, because they need signals, crashes, environment variables or a
 //! shell.
 
+mod agent;
 mod audit_commands;
 #[cfg(feature = "embedded-postgres")]
 mod canaries;

@@ -20,6 +20,9 @@ use crate::error::Error;
 /// How long the content of a file counts without being read again.
 pub(crate) const FILE_AGE: Duration = Duration::from_secs(1);
 
+/// What editors on Windows put before the text.
+const BYTE_ORDER_MARK: &str = "\u{feff}";
+
 /// The value of the metadata `authorization`. Its text forms do not contain the bearer.
 type Authorization = MetadataValue<Ascii>;
 
@@ -46,7 +49,8 @@ impl Bearer {
 
     /// Reads the bearer from `file`. Blocks on disk.
     pub(crate) fn from_file(file: PathBuf) -> Result<Self, Error> {
-        let read = std::fs::read_to_string(&file).map_err(|error| unreadable(&error));
+        let read =
+            std::fs::read_to_string(&file).map_err(|error| format!("it {}", unreadable(&error)));
         let authorization = read
             .and_then(|bearer| authorization(&bearer))
             .map_err(|why| Error::settings(format!("{}: {why}", file.display())))?;
@@ -105,7 +109,7 @@ impl fmt::Debug for Bearer {
 
 /// Returns the metadata for `bearer`, marked so that HTTP libraries do not print it.
 fn authorization(bearer: &str) -> Result<Authorization, String> {
-    let bearer = bearer.trim();
+    let bearer = bearer.trim_start_matches(BYTE_ORDER_MARK).trim();
     if bearer.is_empty() {
         return Err("it holds no bearer".into());
     }
@@ -143,14 +147,13 @@ impl TlsFiles {
     /// # Errors
     /// A text that names the file.
     pub(crate) fn read(&self) -> Result<TlsContents, String> {
-        let read = |file: &Path| {
-            std::fs::read(file)
-                .map_err(|error| format!("{}: {}", file.display(), unreadable(&error)))
-        };
+        let certificates = |file: &Path| read_pem(file, "CERTIFICATE-----", "certificate");
         Ok(TlsContents {
-            ca: self.ca.as_deref().map(read).transpose()?,
+            ca: self.ca.as_deref().map(certificates).transpose()?,
             identity: match &self.identity {
-                Some((cert, key)) => Some((read(cert)?, read(key)?)),
+                Some((cert, key)) => {
+                    Some((certificates(cert)?, read_pem(key, "PRIVATE KEY-----", "private key")?))
+                }
                 None => None,
             },
         })
@@ -169,6 +172,24 @@ impl TlsContents {
             None => config,
         }
     }
+}
+
+/// Reads a PEM file that must have a section whose label ends in `label`. tonic ignores what is no PEM, and would
+/// then trust no CA, or have no certificate.
+fn read_pem(file: &Path, label: &str, what: &str) -> Result<Vec<u8>, String> {
+    let content = std::fs::read(file)
+        .map_err(|error| format!("{}: it {}", file.display(), unreadable(&error)))?;
+    let is_section = |line: &[u8]| {
+        let line = line.trim_ascii();
+        let line = line.strip_prefix(BYTE_ORDER_MARK.as_bytes()).unwrap_or(line);
+        line.starts_with(b"-----BEGIN ") && line.ends_with(label.as_bytes())
+    };
+    if !content.split(|byte| *byte == b'\n').any(is_section) {
+        return Err(format!("{}: it holds no {what} in PEM", file.display()));
+    }
+    // Editors on Windows put it before the first section, which would not be found then.
+    let text = content.strip_prefix(BYTE_ORDER_MARK.as_bytes()).unwrap_or(&content);
+    Ok(text.to_vec())
 }
 
 fn unreadable(error: &io::Error) -> String {

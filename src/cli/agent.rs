@@ -1,0 +1,305 @@
+//! The command `agent`: keeps files with the tokens of accounts, for programs that speak no gRPC.
+
+mod files;
+mod notifier;
+mod watcher;
+
+use std::{collections::BTreeMap, process::ExitCode, sync::Arc, time::Duration};
+
+use anyhow::{Context, bail};
+use clap::Args;
+use token_broker_client::{AskOptions, Error, Token, TokenClient, TokenEvent};
+use tokio::{
+    sync::mpsc,
+    task::{JoinSet, spawn_blocking},
+    time::{Instant, sleep_until},
+};
+use tracing::{debug, error, info, warn};
+
+use self::{
+    files::{Kept, TokenFiles},
+    notifier::Notifier,
+    watcher::{Watched, watch},
+};
+use super::{
+    client::{CallError, client},
+    global::GlobalArgs,
+    output,
+    time::positive_duration,
+};
+use crate::{
+    config::{AgentFlags, AgentSettings, ClientFlags, ClientSettings, Flags},
+    domain::clock::Clock,
+    lifecycle::{OnHangup, Request, Signals},
+    telemetry,
+};
+
+/// A file is removed so long before the end of its token, because a request needs time to reach the API.
+const END_MARGIN: Duration = Duration::from_secs(1);
+/// How long until a file that could not be written is tried again.
+const WRITE_RETRY: Duration = Duration::from_secs(1);
+/// How long the agent waits for a token when one has ended without a replacement.
+const ASK_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Keeps the tokens of accounts in files, for programs that speak no gRPC
+#[derive(Args, Debug)]
+#[command(after_help = "\
+For each account, NAME.token holds the token, and NAME.json its end, its generation, the allowed address and
+the API's base URL. A file is removed when its token ends, when the account ends for the caller, and when the
+agent stops.
+
+The command after -- runs after each replacement, with the account in TOKEN_BROKER_ACCOUNT and the path of
+its file in TOKEN_BROKER_TOKEN_FILE. No shell is involved.
+
+Examples:
+  token-broker agent --accounts 'acme,shop-*' --token-dir /run/tokens
+  token-broker agent --accounts acme --token-dir /run/tokens -- systemctl reload shop
+  token-broker agent --accounts acme --token-dir /run/tokens --once --timeout 1m")]
+pub(super) struct AgentArgs {
+    /// Write the files once, and exit: with code 0 when all of them are there, and otherwise with 1 and the
+    /// reason
+    #[arg(long)]
+    once: bool,
+    /// The longest time to wait for the tokens, with --once
+    #[arg(long, value_name = "DURATION", default_value = "30s", requires = "once",
+          value_parser = positive_duration)]
+    timeout: Duration,
+    /// The command that runs after each replacement, and its arguments
+    #[arg(last = true, value_name = "COMMAND", conflicts_with = "once")]
+    command: Vec<String>,
+    #[command(flatten)]
+    settings: Flags<AgentFlags>,
+    #[command(flatten)]
+    client: Flags<ClientFlags>,
+}
+
+pub(super) async fn run(global: &GlobalArgs, args: AgentArgs) -> anyhow::Result<ExitCode> {
+    let mut given = args.settings.given;
+    given.extend(args.client.given);
+    let sources = global.sources(given)?;
+    let (settings, client_settings) = AgentSettings::resolve(&sources)?;
+    telemetry::init_logs(settings.log_format)?;
+    for warning in sources.warnings() {
+        warn!("{warning}");
+    }
+    let client = client(&client_settings)?;
+    let files = TokenFiles::new(settings.token_dir.clone(), settings.access);
+    let files =
+        Arc::new(files.with_context(|| {
+            format!("cannot use the directory {}", settings.token_dir.display())
+        })?);
+    if args.once {
+        return write_once(&client, &client_settings, &settings, &files, args.timeout).await;
+    }
+    let signals = Signals::take(OnHangup::Reload)?;
+    let notifier = Notifier::start(args.command, settings.signal.clone());
+    let agent = Agent {
+        client,
+        client_settings,
+        files,
+        notifier,
+        kept: BTreeMap::new(),
+        unwritten: BTreeMap::new(),
+        retry_at: None,
+        settings,
+    };
+    agent.run(signals).await
+}
+
+/// Writes the file of each account, and returns when all are there or one cannot be had.
+async fn write_once(
+    client: &TokenClient,
+    client_settings: &ClientSettings,
+    settings: &AgentSettings,
+    files: &Arc<TokenFiles>,
+    timeout: Duration,
+) -> anyhow::Result<ExitCode> {
+    let names: Option<Vec<_>> = settings.accounts.iter().map(|it| it.as_name()).collect();
+    let Some(names) = names else {
+        bail!("with --once, each account must be named: a pattern never has all of its accounts");
+    };
+    let mut tokens = JoinSet::new();
+    for name in names {
+        let client = client.clone();
+        tokens.spawn(async move { client.token_within(name.as_str(), timeout).await });
+    }
+    let mut failures = 0;
+    for token in tokens.join_all().await {
+        match token {
+            Ok(token) => {
+                let files = Arc::clone(files);
+                spawn_blocking(move || files.write(&token)).await??;
+            }
+            Err(error) => {
+                failures += 1;
+                let reason = CallError::new(&error, client_settings);
+                output::note(format_args!("error: {}: {reason}", error.account()));
+            }
+        }
+    }
+    Ok(if failures == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+struct Agent {
+    client: TokenClient,
+    client_settings: ClientSettings,
+    settings: AgentSettings,
+    files: Arc<TokenFiles>,
+    notifier: Notifier,
+    /// The files that exist, by account.
+    kept: BTreeMap<String, Held>,
+    /// Tokens whose files could not be written.
+    unwritten: BTreeMap<String, Token>,
+    /// When to try that again.
+    retry_at: Option<Instant>,
+}
+
+/// A file with a token.
+struct Held {
+    generation: u64,
+    /// When the file is removed.
+    removed_at: Instant,
+}
+
+impl Agent {
+    async fn run(mut self, mut signals: Signals) -> anyhow::Result<ExitCode> {
+        self.take_over().await?;
+        let (sender, mut events) = mpsc::channel(64);
+        let mut watchers = self.watch(&sender);
+        loop {
+            let due = self.kept.values().map(|held| held.removed_at).min();
+            tokio::select! {
+                event = events.recv() => match event {
+                    Some(Watched::Event(TokenEvent::Token(token))) => self.keep(token).await,
+                    Some(Watched::Event(TokenEvent::Ended { account, reason })) => {
+                        warn!(account, %reason, "the account ended");
+                        self.remove(&account).await;
+                    }
+                    Some(Watched::Event(_)) | None => {}
+                    Some(Watched::Refused { target, error }) => {
+                        let reason = CallError::new(&error, &self.client_settings);
+                        error!(accounts = %target, %reason, "the broker refuses the tokens");
+                        let refused = self.kept.keys().filter(|name| target.matches(name));
+                        for account in refused.cloned().collect::<Vec<_>>() {
+                            self.remove(&account).await;
+                        }
+                    }
+                },
+                () = at(due) => self.remove_ended(&sender).await,
+                () = at(self.retry_at) => {
+                    self.retry_at = None;
+                    for token in std::mem::take(&mut self.unwritten).into_values() {
+                        self.keep(token).await;
+                    }
+                }
+                request = signals.request() => match request {
+                    Request::Stop => break,
+                    Request::Reload => {
+                        info!("SIGHUP: getting all tokens again");
+                        watchers = self.watch(&sender);
+                    }
+                },
+            }
+        }
+        info!("stopping; the files are removed");
+        watchers.abort_all();
+        for account in self.kept.keys().cloned().collect::<Vec<_>>() {
+            self.remove(&account).await;
+        }
+        self.client.close().await;
+        Ok(ExitCode::SUCCESS)
+    }
+
+    /// Takes over the files that an earlier agent left, and removes those whose tokens have ended.
+    async fn take_over(&mut self) -> anyhow::Result<()> {
+        let (files, patterns) = (Arc::clone(&self.files), self.settings.accounts.clone());
+        let now = Clock::System.wall();
+        let kept = spawn_blocking(move || files.take_over(&patterns, now)).await??;
+        for Kept { account, generation, expires_in } in kept {
+            let removed_at = Instant::now() + expires_in.saturating_sub(END_MARGIN);
+            self.kept.insert(account, Held { generation, removed_at });
+        }
+        Ok(())
+    }
+
+    /// Starts a watcher for each name and pattern. The watchers end when the returned value is dropped.
+    fn watch(&self, sender: &mpsc::Sender<Watched>) -> JoinSet<()> {
+        let mut watchers = JoinSet::new();
+        for target in &self.settings.accounts {
+            watchers.spawn(watch(self.client.clone(), target.clone(), sender.clone()));
+        }
+        watchers
+    }
+
+    /// Writes the file of a token, unless a newer one is there.
+    async fn keep(&mut self, token: Token) {
+        let (account, generation) = (token.account().to_owned(), token.generation());
+        let left = token.expires_in().saturating_sub(END_MARGIN);
+        let held = self.kept.get(&account);
+        if held.is_some_and(|held| held.generation > generation) || left.is_zero() {
+            return;
+        }
+        let is_replacement = held.is_none_or(|held| held.generation != generation);
+        let removed_at = Instant::now() + left;
+        let (files, written) = (Arc::clone(&self.files), token.clone());
+        let result = spawn_blocking(move || files.write(&written)).await;
+        match result.map_err(std::io::Error::other).flatten() {
+            Ok(()) => {
+                debug!(account, generation, "the token's file was written");
+                self.unwritten.remove(&account);
+                if is_replacement {
+                    info!(account, generation, "a new token is in its file");
+                    self.notifier.notify(&account, self.files.token_path(&account));
+                }
+                self.kept.insert(account, Held { generation, removed_at });
+            }
+            Err(error) => {
+                error!(account, %error, "the token's file cannot be written; it is tried again");
+                self.unwritten.insert(account, token);
+                self.retry_at = Some(Instant::now() + WRITE_RETRY);
+            }
+        }
+    }
+
+    async fn remove(&mut self, account: &str) {
+        self.kept.remove(account);
+        self.unwritten.remove(account);
+        let (files, name) = (Arc::clone(&self.files), account.to_owned());
+        let removed = spawn_blocking(move || files.remove(&name)).await;
+        if let Err(error) = removed.map_err(std::io::Error::other).flatten() {
+            error!(account, %error, "the token's file cannot be removed");
+        }
+    }
+
+    /// Removes the files whose tokens have ended, and asks why they were not replaced.
+    async fn remove_ended(&mut self, sender: &mpsc::Sender<Watched>) {
+        let now = Instant::now();
+        let ended = self.kept.iter().filter(|(_, held)| held.removed_at <= now);
+        for account in ended.map(|(account, _)| account.clone()).collect::<Vec<_>>() {
+            self.remove(&account).await;
+            let (client, sender) = (self.client.clone(), sender.clone());
+            tokio::spawn(async move {
+                let options = AskOptions::default().timeout(ASK_TIMEOUT);
+                match client.ask(&account, options).await {
+                    Ok(token) => {
+                        // The agent is gone if nobody receives it.
+                        let _ = sender.send(Watched::Event(TokenEvent::Token(token))).await;
+                    }
+                    Err(error) => report_end(&account, &error),
+                }
+            });
+        }
+    }
+}
+
+fn report_end(account: &str, error: &Error) {
+    error!(account, %error, "the token ended, and there is no other one; its file was removed");
+}
+
+/// Waits until `time`; for ever if there is none.
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => sleep_until(time).await,
+        None => std::future::pending().await,
+    }
+}
