@@ -4,9 +4,9 @@ use std::{collections::BTreeMap, time::Duration};
 
 use tokio::time::Instant;
 
-#[cfg(feature = "adapters")]
-use crate::client::ReportOutcome;
 use crate::{ask::SharedAsk, error::Error, time::Backoff, token::Token};
+#[cfg(feature = "adapters")]
+use crate::{client::ReportOutcome, time::later};
 
 /// How long a refusal is answered without another call.
 const REFUSAL_MEMORY: Duration = Duration::from_secs(1);
@@ -70,6 +70,9 @@ impl Report {
         let is_fresh = match self.outcome.get() {
             None => true,
             Some((None, _)) => false,
+            Some((Some(ReportOutcome::TooSoon { retry_after }), at)) => {
+                now < later(*at, *retry_after)
+            }
             Some((Some(_), at)) => now < *at + REPORT_MEMORY,
         };
         self.generation == generation && is_fresh

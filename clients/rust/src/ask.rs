@@ -124,7 +124,11 @@ async fn run(
             newer_than_generation: wanted.newer_than,
         };
         let error = match shared.broker.get_token(request, wanted.deadline).await {
-            Ok(token) => return Ok(token),
+            Ok(token) if token.is_usable(Instant::now()) => return Ok(token),
+            // Its successor will come soon.
+            Ok(_) => {
+                Error::local(ErrorKind::Unavailable, &wanted.account, "the token has just ended")
+            }
             Err(error) => more_telling(last_error.take(), error),
         };
         let pause = retry_pause(&error, failures, fastrand::f64());

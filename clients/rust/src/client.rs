@@ -253,28 +253,34 @@ impl TokenClient {
             let kept = accounts.get(account)?.usable(Instant::now())?;
             (kept.generation() > refused).then(|| kept.clone())
         };
-        if let Some(token) = kept(&self.shared) {
-            return Some(token);
-        }
-        let report = self.shared.report_of(account, refused);
-        let timeout = deadline.saturating_duration_since(Instant::now());
-        let reported = report.outcome.get_or_init(async || {
-            let outcome = self.report_within(account, refused, upstream_code, timeout).await;
-            if let Err(error) = &outcome {
-                warn!(account, generation = refused, %error, "a refused token could not be reported");
+        loop {
+            if let Some(token) = kept(&self.shared) {
+                return Some(token);
             }
-            (outcome.ok(), Instant::now())
-        });
-        match *reported.await {
-            (Some(ReportOutcome::Reissuing | ReportOutcome::AlreadyReplaced), _) => {}
-            (Some(ReportOutcome::TooSoon { retry_after }), at) => {
-                let until = later(at, retry_after);
-                if until >= deadline {
-                    return None;
+            let report = self.shared.report_of(account, refused);
+            let timeout = deadline.saturating_duration_since(Instant::now());
+            let reported = report.outcome.get_or_init(async || {
+                let outcome = self.report_within(account, refused, upstream_code, timeout).await;
+                if let Err(error) = &outcome {
+                    warn!(account, generation = refused, %error, "a refused token could not be reported");
                 }
-                self.shared.unless_closed(account, tokio::time::sleep_until(until)).await.ok()?;
+                (outcome.ok(), Instant::now())
+            });
+            match *reported.await {
+                (Some(ReportOutcome::Reissuing | ReportOutcome::AlreadyReplaced), _) => break,
+                // The broker does not keep such a report, so it is made again.
+                (Some(ReportOutcome::TooSoon { retry_after }), at) => {
+                    let until = later(at, retry_after);
+                    if until >= deadline {
+                        return None;
+                    }
+                    self.shared
+                        .unless_closed(account, tokio::time::sleep_until(until))
+                        .await
+                        .ok()?;
+                }
+                (Some(ReportOutcome::NotATokenFault) | None, _) => return None,
             }
-            (Some(ReportOutcome::NotATokenFault) | None, _) => return None,
         }
         let token = self.shared.token(account, refused, deadline).await;
         token.inspect_err(|error| warn!(account, %error, "a refused token was not replaced")).ok()

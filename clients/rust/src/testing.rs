@@ -61,8 +61,8 @@ struct State {
     answers: VecDeque<Answer>,
     /// How long an answer takes.
     delay: Duration,
-    outcome: Outcome,
-    retry_after: Option<prost_types::Duration>,
+    /// The answers to reports, with the pause. The last one is repeated.
+    outcomes: VecDeque<(Outcome, Duration)>,
     /// The last stream that a client opened.
     stream: Option<StreamSender>,
     calls: Vec<String>,
@@ -86,10 +86,9 @@ impl FakeBroker {
         self.state().delay = delay;
     }
 
-    pub(crate) fn report_outcome(&self, outcome: Outcome, retry_after: Duration) {
-        let mut state = self.state();
-        state.outcome = outcome;
-        state.retry_after = Some(retry_after.try_into().unwrap());
+    /// Sets the answers to reports, with the pause. The last one is repeated.
+    pub(crate) fn report_outcomes(&self, outcomes: impl IntoIterator<Item = (Outcome, Duration)>) {
+        self.state().outcomes = outcomes.into_iter().collect();
     }
 
     /// Makes the broker refuse connections, and end those that it has streams on.
@@ -234,10 +233,15 @@ impl TokenService for FakeBroker {
     ) -> Result<Response<ReportRejectedTokenResponse>, Status> {
         let ReportRejectedTokenRequest { account, generation, upstream_code } = request.get_ref();
         self.log(&request, format!("report {account} {generation} {upstream_code}"));
-        let state = self.state();
+        let mut state = self.state();
+        let (outcome, retry_after) = match state.outcomes.len() {
+            0 | 1 => state.outcomes.front().copied(),
+            _ => state.outcomes.pop_front(),
+        }
+        .expect("the test has an outcome");
         Ok(Response::new(ReportRejectedTokenResponse {
-            outcome: state.outcome.into(),
-            retry_after: state.retry_after,
+            outcome: outcome.into(),
+            retry_after: Some(retry_after.try_into().unwrap()),
         }))
     }
 

@@ -229,7 +229,7 @@ mod tests {
     fn broker() -> FakeBroker {
         let token = |generation| Ok(answer(generation, 10 * SECOND, 20 * SECOND));
         let broker = FakeBroker::new([token(1), token(2)]);
-        broker.report_outcome(Outcome::Reissuing, Duration::ZERO);
+        broker.report_outcomes([(Outcome::Reissuing, Duration::ZERO)]);
         broker
     }
 
@@ -289,20 +289,24 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn after_a_recent_issue_the_adapter_waits_if_it_has_the_time() {
-        for (retry_after, status) in [(2, 200), (7, 401)] {
+    async fn after_a_recent_issue_the_adapter_waits_and_reports_again_if_it_has_the_time() {
+        for (retry_after, status, calls) in [(2, 200, 4), (7, 401, 2)] {
             let (broker, api) = (broker(), Api::new(2, "61003"));
-            broker.report_outcome(Outcome::TooSoon, retry_after * SECOND);
+            broker.report_outcomes([
+                (Outcome::TooSoon, retry_after * SECOND),
+                (Outcome::Reissuing, Duration::ZERO),
+            ]);
             let start = tokio::time::Instant::now();
             assert_eq!(api.send(&broker, URL, String::new()).await.0, status);
             assert_eq!(start.elapsed() >= 2 * SECOND, status == 200);
+            assert_eq!(broker.calls().len(), calls, "{:?}", broker.calls());
         }
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_fault_that_is_not_the_tokens_leads_to_the_apis_answer() {
         let (broker, api) = (broker(), Api::new(2, "61003"));
-        broker.report_outcome(Outcome::NotATokenFault, Duration::ZERO);
+        broker.report_outcomes([(Outcome::NotATokenFault, Duration::ZERO)]);
         assert_eq!(api.send(&broker, URL, String::new()).await.0, 401);
         assert_eq!(broker.calls().len(), 2);
     }

@@ -78,8 +78,10 @@ impl Bench {
     }
 
     async fn until_the_file_is_gone(&self) {
-        eventually("the removal of the file", async || self.token().is_none().then_some(())).await;
-        assert_eq!(names(self.tokens.path()), [""; 0]);
+        eventually("the removal of the files", async || {
+            names(self.tokens.path()).is_empty().then_some(())
+        })
+        .await;
     }
 
     async fn reissue(&self) {
@@ -240,8 +242,11 @@ async fn an_agent_takes_over_what_a_killed_one_left_and_removes_what_has_ended()
     fs::write(bench.file("gone.token"), "an ended token").unwrap();
 
     let agent = BrokerProcess::start(bench.command(&[]));
-    eventually("the removal", async || (!bench.file("gone.token").exists()).then_some(())).await;
-    assert_eq!(names(bench.tokens.path()), ["acme.json", "acme.token"]);
+    // The agent may be writing the other ones again, so there may be temporary files for a moment.
+    eventually("the removal", async || {
+        (names(bench.tokens.path()) == ["acme.json", "acme.token"]).then_some(())
+    })
+    .await;
     assert_eq!(bench.token(), Some(token));
     stop(agent).await;
 }

@@ -139,6 +139,12 @@ async fn a_caller_with_more_time_than_the_shared_call_causes_another() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_token_that_ends_on_its_way_is_not_returned() {
+    let broker = FakeBroker::new([Ok(answer(1, MS(1), MS(900))), token(2)]);
+    assert_eq!(outcome(broker.client().token("acme").await), "2");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_refusal_is_remembered_for_a_second() {
     let broker = FakeBroker::new([Err(Status::permission_denied("no")), token(1)]);
     let client = broker.client();
