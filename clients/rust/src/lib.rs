@@ -48,6 +48,11 @@ mod tower;
 #[cfg(test)]
 mod testing;
 
+/// Compiles the example in the README.
+#[cfg(all(doctest, feature = "reqwest"))]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 pub use self::{
     client::{AskOptions, ReportOutcome, TokenClient},
     error::{Error, ErrorKind},
