@@ -5,13 +5,13 @@ use std::{collections::BTreeMap, time::Duration};
 use tokio::time::Instant;
 
 use crate::{ask::SharedAsk, error::Error, time::Backoff, token::Token};
-#[cfg(feature = "adapters")]
+#[cfg(feature = "_adapters")]
 use crate::{client::ReportOutcome, time::later};
 
 /// How long a refusal is answered without another call.
 const REFUSAL_MEMORY: Duration = Duration::from_secs(1);
 /// How long callers share a report of the same generation after it was answered.
-#[cfg(feature = "adapters")]
+#[cfg(feature = "_adapters")]
 const REPORT_MEMORY: Duration = Duration::from_secs(5);
 /// The pauses after failed attempts to replace a kept token that is still usable.
 const REPLACEMENT_BACKOFF: Backoff =
@@ -29,7 +29,7 @@ pub(crate) struct Account {
     /// The asks in flight, by the generation than which they want a newer one; 0 for any.
     pub(crate) asks: BTreeMap<u64, SharedAsk>,
     /// The last report that the API refused a token.
-    #[cfg(feature = "adapters")]
+    #[cfg(feature = "_adapters")]
     pub(crate) report: Option<std::sync::Arc<Report>>,
     /// Whether the account belongs to the watch.
     pub(crate) is_watched: bool,
@@ -51,7 +51,7 @@ struct Refusal {
 }
 
 /// A report that the API refused a token.
-#[cfg(feature = "adapters")]
+#[cfg(feature = "_adapters")]
 #[derive(Debug)]
 pub(crate) struct Report {
     generation: u64,
@@ -59,7 +59,7 @@ pub(crate) struct Report {
     pub(crate) outcome: tokio::sync::OnceCell<(Option<ReportOutcome>, Instant)>,
 }
 
-#[cfg(feature = "adapters")]
+#[cfg(feature = "_adapters")]
 impl Report {
     pub(crate) fn new(generation: u64) -> Self {
         Self { generation, outcome: tokio::sync::OnceCell::new() }
@@ -100,7 +100,7 @@ impl Account {
             failures: 0,
             paused_until: None,
             asks: BTreeMap::new(),
-            #[cfg(feature = "adapters")]
+            #[cfg(feature = "_adapters")]
             report: None,
             is_watched: false,
             last_used: now,

@@ -20,7 +20,7 @@ use tokio_util::{
 };
 use tracing::{debug, warn};
 
-#[cfg(feature = "adapters")]
+#[cfg(feature = "_adapters")]
 use crate::account::Report;
 use crate::{
     account::{Account, Decision},
@@ -237,7 +237,7 @@ impl TokenClient {
     }
 }
 
-#[cfg(feature = "adapters")]
+#[cfg(feature = "_adapters")]
 impl TokenClient {
     /// Returns a token to use instead of the one of generation `refused`, which the API refused with
     /// `upstream_code`, after a report. `None` if there is none before `deadline`.
@@ -523,7 +523,7 @@ impl Shared {
     }
 
     /// Returns the report of a refused token, which all callers share that hold the same generation.
-    #[cfg(feature = "adapters")]
+    #[cfg(feature = "_adapters")]
     fn report_of(&self, account: &str, generation: u64) -> Arc<Report> {
         let now = Instant::now();
         let mut accounts = self.accounts();

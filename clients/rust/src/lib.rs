@@ -36,9 +36,9 @@ mod time;
 mod token;
 mod watch;
 
-#[cfg(feature = "adapters")]
+#[cfg(feature = "_adapters")]
 mod authorizer;
-#[cfg(feature = "adapters")]
+#[cfg(feature = "_adapters")]
 mod peeked;
 #[cfg(feature = "reqwest")]
 mod reqwest;
@@ -61,12 +61,9 @@ pub use self::{
     token::Token,
 };
 
-#[cfg(feature = "adapters")]
-pub use self::authorizer::SendError;
 #[cfg(feature = "reqwest")]
 pub use self::reqwest::AuthorizedClient;
 #[cfg(feature = "tower")]
-pub use self::{
-    peeked::PeekedBody,
-    tower::{Authorization, AuthorizationLayer, TryCloneBody},
-};
+pub use self::tower::{Authorization, AuthorizationLayer, TryCloneBody};
+#[cfg(feature = "_adapters")]
+pub use self::{authorizer::SendError, peeked::PeekedBody};

@@ -101,7 +101,34 @@ where
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::Chunks;
+
+    /// A body that consists of these chunks.
+    #[derive(Debug)]
+    struct Chunks(VecDeque<Result<Frame<Bytes>, &'static str>>);
+
+    impl Chunks {
+        fn new(chunks: impl IntoIterator<Item = Result<&'static str, &'static str>>) -> Self {
+            let frame = |text: &'static str| Frame::data(Bytes::from_static(text.as_bytes()));
+            Self(chunks.into_iter().map(|chunk| chunk.map(frame)).collect())
+        }
+
+        fn with_trailers(mut self) -> Self {
+            self.0.push_back(Ok(Frame::trailers(http::HeaderMap::new())));
+            self
+        }
+    }
+
+    impl Body for Chunks {
+        type Data = Bytes;
+        type Error = &'static str;
+
+        fn poll_frame(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, &'static str>>> {
+            Poll::Ready(self.0.pop_front())
+        }
+    }
 
     async fn read(mut body: impl Body<Data = Bytes, Error = &'static str> + Unpin) -> Vec<String> {
         let mut frames = vec![];

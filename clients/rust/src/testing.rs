@@ -4,14 +4,10 @@
 use std::{
     collections::VecDeque,
     io,
-    pin::Pin,
     sync::{Arc, Mutex, MutexGuard},
-    task::{Context, Poll},
     time::Duration,
 };
 
-use bytes::Bytes;
-use http_body::{Body, Frame};
 use hyper_util::rt::TokioIo;
 use tokio::{
     sync::mpsc,
@@ -87,6 +83,7 @@ impl FakeBroker {
     }
 
     /// Sets the answers to reports, with the pause. The last one is repeated.
+    #[cfg(feature = "tower")]
     pub(crate) fn report_outcomes(&self, outcomes: impl IntoIterator<Item = (Outcome, Duration)>) {
         self.state().outcomes = outcomes.into_iter().collect();
     }
@@ -259,35 +256,5 @@ pub(crate) async fn until(what: &str, done: impl Fn() -> bool) {
     while !done() {
         assert!(start.elapsed() < Duration::from_secs(60), "{what}");
         sleep(Duration::from_millis(1)).await;
-    }
-}
-
-/// A body that consists of these chunks.
-#[derive(Debug)]
-pub(crate) struct Chunks(VecDeque<Result<Frame<Bytes>, &'static str>>);
-
-impl Chunks {
-    pub(crate) fn new(
-        chunks: impl IntoIterator<Item = Result<&'static str, &'static str>>,
-    ) -> Self {
-        let frame = |text: &'static str| Frame::data(Bytes::from_static(text.as_bytes()));
-        Self(chunks.into_iter().map(|chunk| chunk.map(frame)).collect())
-    }
-
-    pub(crate) fn with_trailers(mut self) -> Self {
-        self.0.push_back(Ok(Frame::trailers(http::HeaderMap::new())));
-        self
-    }
-}
-
-impl Body for Chunks {
-    type Data = Bytes;
-    type Error = &'static str;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        _: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, &'static str>>> {
-        Poll::Ready(self.0.pop_front())
     }
 }
