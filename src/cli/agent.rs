@@ -29,7 +29,7 @@ use super::{
 };
 use crate::{
     config::{AgentFlags, AgentSettings, ClientFlags, ClientSettings, Flags},
-    domain::clock::Clock,
+    domain::{caller::AccountPattern, clock::Clock},
     lifecycle::{OnHangup, Request, Signals},
     telemetry,
 };
@@ -114,7 +114,7 @@ async fn write_once(
     files: &Arc<TokenFiles>,
     timeout: Duration,
 ) -> anyhow::Result<ExitCode> {
-    let names: Option<Vec<_>> = settings.accounts.iter().map(|it| it.as_name()).collect();
+    let names: Option<Vec<_>> = settings.accounts.iter().map(AccountPattern::as_name).collect();
     let Some(names) = names else {
         bail!("with --once, each account must be named: a pattern never has all of its accounts");
     };

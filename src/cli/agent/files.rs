@@ -197,7 +197,7 @@ mod tests {
         let patterns = ["live*", "ended"].map(|it| it.parse().unwrap());
         let kept = files.take_over(&patterns, now).unwrap();
 
-        let expires_in = Duration::from_secs(60);
+        let expires_in = Duration::from_mins(1);
         assert_eq!(kept, [Kept { account: "live".into(), generation: 7, expires_in }]);
         assert_eq!(
             names(directory.path()),

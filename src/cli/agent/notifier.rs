@@ -1,6 +1,11 @@
 //! Tells other programs that a token was replaced: by a command, or by a signal.
 
-use std::{collections::BTreeMap, path::PathBuf, process::Stdio, time::Duration};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::Duration,
+};
 
 use anyhow::{Context, bail};
 use rustix::process::{Pid, Signal, kill_process};
@@ -10,7 +15,7 @@ use tracing::{info, warn};
 use crate::{config::table::ENV_PREFIX, files::text};
 
 /// A command that runs longer is killed.
-const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
+const COMMAND_TIMEOUT: Duration = Duration::from_mins(1);
 
 /// Accounts whose tokens were replaced, with their files.
 type Replaced = BTreeMap<String, PathBuf>;
@@ -55,7 +60,7 @@ impl Notifier {
 }
 
 /// Runs the command to its end. Its output goes to the agent's standard error.
-async fn run(program: &str, arguments: &[String], account: &str, file: &PathBuf) {
+async fn run(program: &str, arguments: &[String], account: &str, file: &Path) {
     let mut command = Command::new(program);
     command
         .args(arguments)
@@ -71,14 +76,14 @@ async fn run(program: &str, arguments: &[String], account: &str, file: &PathBuf)
         Ok(Ok(status)) => warn!(account, %status, "the command failed"),
         Ok(Err(error)) => warn!(account, %error, "the command cannot be run"),
         Err(_) => {
-            warn!(account, timeout = ?COMMAND_TIMEOUT, "the command took too long; it was killed")
+            warn!(account, timeout = ?COMMAND_TIMEOUT, "the command took too long; it was killed");
         }
     }
 }
 
 /// Sends the signal to the process whose number is in the file.
-async fn send(pid_file: &PathBuf, signal: Signal) -> anyhow::Result<()> {
-    let path = pid_file.clone();
+async fn send(pid_file: &Path, signal: Signal) -> anyhow::Result<()> {
+    let path = pid_file.to_path_buf();
     let text = tokio::task::spawn_blocking(move || text::read(&path)).await??;
     // 0, 1 and negative numbers would mean something else than a program that uses tokens.
     let pid = text.trim().parse().ok().filter(|pid| *pid > 1).and_then(Pid::from_raw);
