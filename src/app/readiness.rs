@@ -87,10 +87,10 @@ fn journal_check(journal: &Journal) -> Check {
             "; {lost} records are lost, which another program removed from it before they were in Postgres"
         ),
     };
-    let mut detail = state + &lost;
-    for (chain, why) in journal.unreadable() {
-        detail += &format!("; chain {chain} cannot be read to its end ({why})");
-    }
+    let unreadable: Vec<_> = (journal.unreadable().iter())
+        .map(|(chain, why)| format!("; chain {chain} cannot be read to its end ({why})"))
+        .collect();
+    let detail = state + &lost + &unreadable.concat();
     Check { name: "journal", ok: has_room, required: true, detail }
 }
 

@@ -280,7 +280,7 @@ mod repeating {
             ] {
                 assert_eq!(pause(class, None, until, started), expected, "{until:?} {started}");
             }
-            assert_eq!(pause(class, Some(Duration::from_secs(60)), Some(121), 121), None);
+            assert_eq!(pause(class, Some(Duration::from_mins(1)), Some(121), 121), None);
         }
         for class in [EgressRejected, RateLimited, Rejected] {
             assert_eq!(pause(class, None, Some(121), 121), None, "{class}");
