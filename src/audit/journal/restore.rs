@@ -67,7 +67,8 @@ fn is_sound(storage: &dyn JournalStorage, segment: &Segment) -> io::Result<bool>
     let Ok(found) = storage.state_of(&segment.name) else { return Ok(false) };
     if segment.distrusted {
         let own = segment.file.as_ref().map(|file| file.state()).transpose()?;
-        let in_place = own.is_none_or(|own| own == found) && found.len == segment.len;
+        // What could not be truncated from an abandoned segment does no harm.
+        let in_place = own.is_none_or(|own| own == found) && found.len >= segment.len;
         return Ok(in_place && is_intact(storage, segment)?);
     }
     Ok(match segment.closed_state {
