@@ -194,6 +194,32 @@ $$;
 
 revoke execute on function @schema@.token_broker_begin_ids() from public;
 
+-- Does the same for `changes`, into which each changed row of another table inserts one, so that statements which need
+-- no planning matter.
+create or replace function @schema@.token_broker_begin_change_ids() returns trigger
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp as $$
+declare
+    taken bigint;
+    known bigint;
+begin
+    select case when is_called then last_value else last_value - 1 end into taken from @schema@.changes_id_seq;
+    select max(id) into known from @schema@.changes;
+    if taken < known then
+        perform pg_advisory_xact_lock(hashtextextended('changes_id_seq', 0));
+        select case when is_called then last_value else last_value - 1 end into taken from @schema@.changes_id_seq;
+        select max(id) into known from @schema@.changes;
+        if taken < known then
+            taken := setval('@schema@.changes_id_seq', known);
+        end if;
+    end if;
+    perform set_config('token_broker.taken_changes', taken::text, true);
+    return null;
+end
+$$;
+
+revoke execute on function @schema@.token_broker_begin_change_ids() from public;
+
 -- Refuses a row whose number this statement did not take from the sequence (token_broker_begin_ids): it comes from a
 -- dump. Triggers record each row as a change of their own, so the rows of a dump and its `changes` would contradict each
 -- other. A number that exists passes, for Postgres to find the conflict.

@@ -188,7 +188,7 @@ $$;
 create or replace trigger changes_guard before update on @schema@.changes
     for each row execute function @schema@.changes_guard();
 create or replace trigger changes_begin_ids before insert on @schema@.changes
-    for each statement execute function @schema@.token_broker_begin_ids();
+    for each statement execute function @schema@.token_broker_begin_change_ids();
 create or replace trigger changes_new_id before insert on @schema@.changes
     for each row execute function @schema@.token_broker_new_id();
 

@@ -233,6 +233,7 @@ async fn check_certificates_after_a_wrong_start(years: i32) {
     let valid = ca.issue_numbered(&[CALLER], this_year + 2, None);
     let broker = ca.issue(&[BROKER_DNS_NAME]);
     deployment.setup.set_tls(&write_tls_files(deployment.setup.directory.path(), &broker, &[&ca]));
+    deployment.setup.set("TOKEN_BROKER_TRUST_DOMAIN", "example.com");
     deployment.shift(&clock);
     clock.set_ahead(i64::from(years) * 365 * 86_400);
     let serve = deployment.setup.serve().await;
