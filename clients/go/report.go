@@ -1,0 +1,144 @@
+package tokenbroker
+
+import (
+	"context"
+	"math/rand/v2"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc"
+
+	pb "github.com/token-broker/token-broker/clients/go/tokenbrokerv1"
+)
+
+// reportLife is how long the outcome of a report stands for those who hold the same generation.
+const reportLife = time.Second
+
+// sharedReport is one report that all share who hold the same generation.
+type sharedReport struct {
+	generation uint64
+	done       chan struct{}
+
+	// Set before done is closed.
+	report Report
+	err    *Error
+	end    time.Time // until then, it stands for further ones
+}
+
+// report tells the broker that a token was refused, and repeats that a few times if the broker is away.
+func (c *core) report(ctx context.Context, account string, generation uint64, upstreamCode string) (Report, *Error) {
+	var last *Error
+	for attempt := 0; ; attempt++ {
+		answer, err := c.reportOnce(ctx, account, generation, upstreamCode)
+		if err == nil {
+			return Report{
+				Outcome:    Outcome(strings.TrimPrefix(answer.GetOutcome().String(), "OUTCOME_")),
+				RetryAfter: max(0, answer.GetRetryAfter().AsDuration()),
+			}, nil
+		}
+		last = lastError(last, err)
+		pause := pauseAfter(err, attempt, rand.Float64())
+		deadline, _ := ctx.Deadline()
+		if !err.Temporary() || err.noRetries || attempt+1 == mostReports || time.Now().Add(pause).After(deadline) {
+			return Report{}, last
+		}
+		if c.wait(ctx, pause, nil, nil) == waitEnded {
+			return Report{}, lastError(last, errorFromContext(account, ctx.Err()))
+		}
+	}
+}
+
+func (c *core) reportOnce(ctx context.Context, account string, generation uint64, upstreamCode string) (*pb.ReportRejectedTokenResponse, *Error) {
+	var answer *pb.ReportRejectedTokenResponse
+	_, err := c.call(ctx, account, func(ctx context.Context, service pb.TokenServiceClient, option grpc.CallOption) (err error) {
+		request := &pb.ReportRejectedTokenRequest{Account: account, Generation: generation, UpstreamCode: upstreamCode}
+		answer, err = service.ReportRejectedToken(ctx, request, option)
+		return err
+	})
+	return answer, err
+}
+
+// reportShared is like report, but callers who hold the same generation share one report, also with those who come
+// shortly after it.
+func (c *core) reportShared(ctx context.Context, name string, generation uint64, upstreamCode string) (Report, *Error) {
+	c.mu.Lock()
+	a := c.account(name)
+	shared := a.sharedReport
+	if shared == nil || shared.generation != generation || shared.expired(time.Now()) {
+		shared = &sharedReport{generation: generation, done: make(chan struct{})}
+		a.sharedReport = shared
+		deadline, _ := ctx.Deadline()
+		if !c.closed {
+			c.tasks.Go(func() {
+				ctx, cancel := context.WithDeadline(c.ctx, deadline)
+				defer cancel()
+				shared.report, shared.err = c.report(ctx, name, generation, upstreamCode)
+				if shared.err == nil {
+					shared.end = time.Now().Add(max(reportLife, shared.report.RetryAfter))
+				}
+				close(shared.done)
+			})
+		}
+	}
+	c.mu.Unlock()
+
+	select {
+	case <-shared.done:
+		return shared.report, shared.err
+	case <-c.ctx.Done():
+		return Report{}, errClosed(name)
+	case <-ctx.Done():
+		return Report{}, errorFromContext(name, ctx.Err())
+	}
+}
+
+// expired reports whether the report is finished and no longer stands for others.
+func (s *sharedReport) expired(now time.Time) bool {
+	select {
+	case <-s.done:
+		return !now.Before(s.end)
+	default:
+		return false
+	}
+}
+
+// replacement reports a refused token, and returns a newer one, or nil if there will be none within the caller's time.
+func (c *core) replacement(ctx context.Context, refused *Token, upstreamCode string) *Token {
+	c.mu.Lock()
+	account := c.account(refused.account)
+	if account.usable(time.Now(), refused.generation) {
+		kept := account.kept
+		c.mu.Unlock()
+		return kept
+	}
+	c.mu.Unlock()
+
+	report, err := c.reportShared(ctx, refused.account, refused.generation, upstreamCode)
+	if err != nil {
+		c.logger.Warn("reporting a refused token failed", "account", refused.account,
+			"generation", refused.generation, "kind", string(err.Kind), "message", err.Message)
+		return nil
+	}
+	c.logger.Debug("a refused token was reported", "account", refused.account, "generation", refused.generation,
+		"code", upstreamCode, "outcome", string(report.Outcome))
+	switch report.Outcome {
+	case Reissuing, AlreadyReplaced:
+	case TooSoon:
+		deadline, _ := ctx.Deadline()
+		if time.Now().Add(report.RetryAfter).After(deadline) {
+			return nil
+		}
+		if c.wait(ctx, report.RetryAfter, nil, nil) != waitElapsed {
+			return nil
+		}
+	default:
+		return nil
+	}
+	token, err := c.token(ctx, refused.account, refused.generation)
+	if err != nil {
+		c.logger.Warn("no newer token could be had", "account", refused.account, "generation", refused.generation,
+			"kind", string(err.Kind), "message", err.Message)
+		return nil
+	}
+	return token
+}
