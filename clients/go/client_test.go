@@ -13,6 +13,7 @@ import (
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	pb "github.com/token-broker/token-broker/clients/go/tokenbrokerv1"
 )
@@ -291,6 +292,20 @@ func TestAnUnusableAnswerIsAnInternalError(t *testing.T) {
 		if _, err := newClient(t, broker).Token(t.Context(), "acme"); !errors.Is(err, ErrInternal) {
 			t.Fatalf("%v", err)
 		}
+	})
+}
+
+func TestATokenThatHasEndedOnArrivalIsNotReturned(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		broker := &fakeBroker{}
+		broker.get = func(context.Context, *pb.GetTokenRequest) (*pb.GetTokenResponse, error) {
+			next := answer(uint64(broker.asked()))
+			if broker.asked() == 1 {
+				next.ExpiresIn = durationpb.New(endMargin)
+			}
+			return next, nil
+		}
+		wantGeneration(t, mustToken(t, newClient(t, broker), "acme"), 2)
 	})
 }
 

@@ -43,7 +43,6 @@ type server struct {
 	mu     sync.Mutex
 	asked  int
 	names  []string // the common names of the certificates that were shown by those who asked
-	token  string
 	bearer []string
 }
 

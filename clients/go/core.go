@@ -260,6 +260,8 @@ func (c *core) run(account *account, a *ask) {
 		switch {
 		case token == nil:
 			err = &Error{Kind: ErrInternal, Account: account.name, Message: "the broker's answer has no usable token"}
+		case token.ended(time.Now()):
+			err = &Error{Kind: ErrInternal, Account: account.name, Message: "the broker's token is about to end"}
 		case token.generation <= a.newerThan:
 			err = &Error{Kind: ErrInternal, Account: account.name, Message: "the broker's answer has an older token"}
 		}

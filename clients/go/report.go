@@ -11,8 +11,10 @@ import (
 	pb "github.com/token-broker/token-broker/clients/go/tokenbrokerv1"
 )
 
-// reportLife is how long the outcome of a report stands for those who hold the same generation.
-const reportLife = time.Second
+const (
+	reportLife      = time.Second            // how long an outcome stands for those who hold the same generation
+	shortestTooSoon = 100 * time.Millisecond // the shortest wait before a report is repeated that came too soon
+)
 
 // sharedReport is one report that all share who hold the same generation.
 type sharedReport struct {
@@ -58,9 +60,17 @@ func (c *core) reportOnce(ctx context.Context, account string, generation uint64
 	return answer, err
 }
 
+// lifeOf returns how long an outcome stands. One that came too soon stands until the broker accepts another report.
+func lifeOf(report Report) time.Duration {
+	if report.Outcome == TooSoon {
+		return max(shortestTooSoon, report.RetryAfter)
+	}
+	return reportLife
+}
+
 // reportShared is like report, but callers who hold the same generation share one report, also with those who come
 // shortly after it.
-func (c *core) reportShared(ctx context.Context, name string, generation uint64, upstreamCode string) (Report, *Error) {
+func (c *core) reportShared(ctx context.Context, name string, generation uint64, upstreamCode string) (*sharedReport, *Error) {
 	c.mu.Lock()
 	a := c.account(name)
 	shared := a.sharedReport
@@ -74,7 +84,7 @@ func (c *core) reportShared(ctx context.Context, name string, generation uint64,
 				defer cancel()
 				shared.report, shared.err = c.report(ctx, name, generation, upstreamCode)
 				if shared.err == nil {
-					shared.end = time.Now().Add(max(reportLife, shared.report.RetryAfter))
+					shared.end = time.Now().Add(lifeOf(shared.report))
 				}
 				close(shared.done)
 			})
@@ -84,11 +94,11 @@ func (c *core) reportShared(ctx context.Context, name string, generation uint64,
 
 	select {
 	case <-shared.done:
-		return shared.report, shared.err
+		return shared, shared.err
 	case <-c.ctx.Done():
-		return Report{}, errClosed(name)
+		return nil, errClosed(name)
 	case <-ctx.Done():
-		return Report{}, errorFromContext(name, ctx.Err())
+		return nil, errorFromContext(name, ctx.Err())
 	}
 }
 
@@ -104,41 +114,42 @@ func (s *sharedReport) expired(now time.Time) bool {
 
 // replacement reports a refused token, and returns a newer one, or nil if there will be none within the caller's time.
 func (c *core) replacement(ctx context.Context, refused *Token, upstreamCode string) *Token {
-	c.mu.Lock()
-	account := c.account(refused.account)
-	if account.usable(time.Now(), refused.generation) {
-		kept := account.kept
+	deadline, _ := ctx.Deadline()
+	for {
+		c.mu.Lock()
+		account := c.account(refused.account)
+		kept, changed := account.kept, account.changed
+		usable := account.usable(time.Now(), refused.generation)
 		c.mu.Unlock()
-		return kept
+		if usable {
+			return kept
+		}
+		shared, err := c.reportShared(ctx, refused.account, refused.generation, upstreamCode)
+		if err != nil {
+			c.noReplacement(ctx, refused, "a refused token could not be reported", err)
+			return nil
+		}
+		c.logger.Debug("a refused token was reported", "account", refused.account, "generation", refused.generation,
+			"code", upstreamCode, "outcome", string(shared.report.Outcome))
+		switch shared.report.Outcome {
+		case Reissuing, AlreadyReplaced:
+			token, err := c.token(ctx, refused.account, refused.generation)
+			if err != nil {
+				c.noReplacement(ctx, refused, "no newer token could be had", err)
+			}
+			return token
+		case TooSoon:
+			// The broker does not keep such a report, so it is repeated.
+			if shared.end.After(deadline) || c.wait(ctx, time.Until(shared.end), nil, changed) == waitEnded {
+				return nil
+			}
+		default:
+			return nil
+		}
 	}
-	c.mu.Unlock()
+}
 
-	report, err := c.reportShared(ctx, refused.account, refused.generation, upstreamCode)
-	if err != nil {
-		c.logger.Warn("reporting a refused token failed", "account", refused.account,
-			"generation", refused.generation, "kind", string(err.Kind), "message", err.Message)
-		return nil
-	}
-	c.logger.Debug("a refused token was reported", "account", refused.account, "generation", refused.generation,
-		"code", upstreamCode, "outcome", string(report.Outcome))
-	switch report.Outcome {
-	case Reissuing, AlreadyReplaced:
-	case TooSoon:
-		deadline, _ := ctx.Deadline()
-		if time.Now().Add(report.RetryAfter).After(deadline) {
-			return nil
-		}
-		if c.wait(ctx, report.RetryAfter, nil, nil) != waitElapsed {
-			return nil
-		}
-	default:
-		return nil
-	}
-	token, err := c.token(ctx, refused.account, refused.generation)
-	if err != nil {
-		c.logger.Warn("no newer token could be had", "account", refused.account, "generation", refused.generation,
-			"kind", string(err.Kind), "message", err.Message)
-		return nil
-	}
-	return token
+func (c *core) noReplacement(ctx context.Context, refused *Token, text string, err *Error) {
+	c.logger.WarnContext(ctx, text, "account", refused.account, "generation", refused.generation,
+		"kind", string(err.Kind), "message", err.Message)
 }

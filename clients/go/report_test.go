@@ -171,14 +171,31 @@ func TestTheProgramGetsTheAnswerOfTheAPIWhereNoNewTokenCanBeHad(t *testing.T) {
 	}
 }
 
-func TestAReportThatCameTooSoonIsWaitedFor(t *testing.T) {
+func TestAReportThatCameTooSoonIsRepeatedOnceForAll(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		broker := &fakeBroker{get: issuing, report: reporting(pb.ReportRejectedTokenResponse_OUTCOME_TOO_SOON, 2*time.Second)}
+		broker := &fakeBroker{get: issuing}
+		broker.report = func(ctx context.Context, r *pb.ReportRejectedTokenRequest) (*pb.ReportRejectedTokenResponse, error) {
+			if len(broker.reports) == 1 {
+				return reporting(pb.ReportRejectedTokenResponse_OUTCOME_TOO_SOON, 2*time.Second)(ctx, r)
+			}
+			return reporting(pb.ReportRejectedTokenResponse_OUTCOME_REISSUING, 0)(ctx, r)
+		}
+		client := newClient(t, broker)
 		base := &api{accepts: "token2", status: 401, body: `{"code":"61003"}`}
 		start := time.Now()
-		status, _, err := send(t, newClient(t, broker), base, "https://api.example", nil)
-		if err != nil || status != 200 || time.Since(start) != 3*time.Second {
-			t.Fatalf("%d %v after %s", status, err, time.Since(start))
+		var requests sync.WaitGroup
+		for i := range 10 {
+			requests.Go(func() {
+				time.Sleep(time.Duration(i) * 100 * time.Millisecond)
+				status, _, err := send(t, client, base, "https://api.example", nil)
+				if err != nil || status != 200 || time.Since(start) != 3*time.Second {
+					t.Errorf("%d %v after %s", status, err, time.Since(start))
+				}
+			})
+		}
+		requests.Wait()
+		if len(broker.reports) != 2 {
+			t.Fatalf("%d reports", len(broker.reports))
 		}
 	})
 }
