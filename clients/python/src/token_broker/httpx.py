@@ -1,0 +1,150 @@
+"""Tokens for the requests of httpx. Install `token-broker-client[httpx]`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
+
+import httpx
+
+from ._aio import AsyncTokenClient
+from ._http import LONGEST_REFUSAL, check_origin, may_be_refusal, peek, refusal_code
+from ._sync import TokenClient
+from ._token import Token
+
+
+class TokenAuth(httpx.Auth):
+    """Puts the token of an account on each request of an `httpx.Client`.
+
+    If the API answers that it refuses the token, this is reported to the broker, and the request is sent again, once,
+    with the next token. A token is sent to its API only; for any other host, `WrongHost` is raised.
+
+        httpx.Client(auth=TokenAuth(client, "acme"))
+    """
+
+    def __init__(self, client: TokenClient, account: str, *, timeout: float | None = None) -> None:
+        self._client = client
+        self._account = account
+        self._timeout = timeout
+
+    def sync_auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        token = self._client.token(self._account, timeout=self._timeout)
+        _authorize(request, token)
+        response = yield request
+        check_origin(token, str(response.url))
+        code = _refusal_code(response) if _worth_reading(response) else None
+        if code is None:
+            return
+        newer = self._client._replacement(token, code, self._timeout)
+        if newer is not None and _can_be_sent_again(request):
+            _authorize(request, newer)
+            yield request
+
+    async def async_auth_flow(self, request: httpx.Request) -> AsyncGenerator[httpx.Request, httpx.Response]:
+        raise TypeError("an httpx.AsyncClient needs an AsyncTokenAuth")
+        yield request
+
+
+class AsyncTokenAuth(httpx.Auth):
+    """Puts the token of an account on each request of an `httpx.AsyncClient`, like `TokenAuth`.
+
+    httpx.AsyncClient(auth=AsyncTokenAuth(client, "acme"))
+    """
+
+    def __init__(self, client: AsyncTokenClient, account: str, *, timeout: float | None = None) -> None:
+        self._client = client
+        self._account = account
+        self._timeout = timeout
+
+    def sync_auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        raise TypeError("an httpx.Client needs a TokenAuth")
+        yield request
+
+    async def async_auth_flow(self, request: httpx.Request) -> AsyncGenerator[httpx.Request, httpx.Response]:
+        token = await self._client.token(self._account, timeout=self._timeout)
+        _authorize(request, token)
+        response = yield request
+        check_origin(token, str(response.url))
+        code = await _async_refusal_code(response) if _worth_reading(response) else None
+        if code is None:
+            return
+        newer = await self._client._replacement(token, code, self._timeout)
+        if newer is not None and _can_be_sent_again(request):
+            _authorize(request, newer)
+            yield request
+
+
+def _authorize(request: httpx.Request, token: Token) -> None:
+    check_origin(token, str(request.url))
+    request.headers["Authorization"] = f"Bearer {token.access_token}"
+
+
+def _can_be_sent_again(request: httpx.Request) -> bool:
+    """Whether the body is in memory. A stream has been used up by the first request."""
+    return isinstance(request.stream, httpx.ByteStream)
+
+
+def _worth_reading(response: httpx.Response) -> bool:
+    return may_be_refusal(response.status_code, response.headers.get("content-length"))
+
+
+def _refusal_code(response: httpx.Response) -> str | None:
+    stream = response.stream
+    assert isinstance(stream, httpx.SyncByteStream)  # noqa: S101
+    body, again = peek(iter(stream))
+    response.stream = _Replayed(stream, again)
+    return None if body is None else refusal_code(response.read())
+
+
+class _Replayed(httpx.SyncByteStream):
+    """A body of which some has been read."""
+
+    def __init__(self, stream: httpx.SyncByteStream, chunks: Iterator[bytes]) -> None:
+        self._stream = stream
+        self._chunks = chunks
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self._chunks
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+async def _async_refusal_code(response: httpx.Response) -> str | None:
+    stream = response.stream
+    assert isinstance(stream, httpx.AsyncByteStream)  # noqa: S101
+    head: list[bytes] = []
+    rest = stream.__aiter__()
+    ended = False
+    problem: Exception | None = None
+    while not ended and problem is None and sum(map(len, head)) <= LONGEST_REFUSAL:
+        try:
+            head.append(await rest.__anext__())
+        except StopAsyncIteration:
+            ended = True
+        except Exception as error:  # noqa: BLE001  # the program gets it when it reads the body
+            problem = error
+    response.stream = _AsyncReplayed(stream, head, rest, problem)
+    return refusal_code(await response.aread()) if ended else None
+
+
+class _AsyncReplayed(httpx.AsyncByteStream):
+    """A body of which some has been read."""
+
+    def __init__(
+        self, stream: httpx.AsyncByteStream, head: list[bytes], rest: AsyncIterator[bytes], problem: Exception | None
+    ) -> None:
+        self._stream = stream
+        self._head = head
+        self._rest = rest
+        self._problem = problem
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for chunk in self._head:
+            yield chunk
+        if self._problem is not None:
+            raise self._problem
+        async for chunk in self._rest:
+            yield chunk
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()

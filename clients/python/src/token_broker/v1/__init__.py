@@ -1,0 +1,1 @@
+"""The generated stubs of the interface of Token Broker."""
