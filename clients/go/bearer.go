@@ -39,39 +39,41 @@ func newBearerFile(path string, logger *slog.Logger) (*bearerFile, *Error) {
 // current returns the bearer, or "" if the client has none.
 func (f *bearerFile) current() string {
 	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.path != "" && time.Since(f.readAt) > lookInterval {
+	due := f.path != "" && time.Since(f.readAt) > lookInterval
+	f.mu.Unlock()
+	if due {
 		f.read()
 	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	return f.bearer
 }
 
 // changedFrom reads the file at once, and reports whether it has another bearer than the given one.
 func (f *bearerFile) changedFrom(used string) bool {
-	f.mu.Lock()
-	defer f.mu.Unlock()
 	if f.path == "" {
 		return false
 	}
 	f.read()
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	return f.bearer != used
 }
 
 // read keeps the old bearer if the file cannot be used, such as in the middle of a replacement.
 func (f *bearerFile) read() {
+	f.mu.Lock()
 	f.readAt = time.Now()
 	bearer, problem := readBearer(f.path)
-	if problem != "" {
-		if problem != f.problem {
-			f.logger.Warn("the bearer's file cannot be used, so the bearer read before stays in use", "problem", problem)
-		}
-		f.problem = problem
-		return
+	known := problem == f.problem
+	f.problem = problem
+	if problem == "" {
+		f.bearer = bearer
 	}
-	if bearer != f.bearer {
-		f.logger.Debug("the bearer's file has changed", "file", f.path)
+	f.mu.Unlock()
+	if problem != "" && !known {
+		f.logger.Warn("the bearer's file cannot be used, so the bearer read before stays in use", "problem", problem)
 	}
-	f.bearer, f.problem = bearer, ""
 }
 
 // readBearer returns the bearer, or what is wrong with the file. The text never quotes the file's content.

@@ -3,6 +3,8 @@ package tokenbroker
 import (
 	"context"
 	"errors"
+	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -448,4 +450,36 @@ func TestTheEnvironmentHasTheSettings(t *testing.T) {
 		c.ClientCertFile != "d" || c.ClientKeyFile != "e" {
 		t.Fatalf("%+v", c)
 	}
+}
+
+// reentrant is a handler of logs that uses the client, as one that sends logs to an API with a token does.
+type reentrant struct {
+	slog.Handler
+	client **Client
+}
+
+func (h reentrant) Handle(ctx context.Context, record slog.Record) error {
+	if *h.client != nil {
+		_ = (*h.client).String()
+	}
+	return h.Handler.Handle(ctx, record)
+}
+
+func TestAHandlerOfLogsMayUseTheClient(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		broker := &fakeBroker{get: always(1)}
+		client := newClient(t, broker)
+		client.core.logger = slog.New(reentrant{slog.NewTextHandler(io.Discard, &slog.HandlerOptions{Level: slog.LevelDebug}), &client})
+		mustToken(t, client, "acme")
+		time.Sleep(additionsDelay)
+		synctest.Wait()
+		stream := wantStream(t, broker, 1, "acme")
+		stream.push("acme", answer(2))
+		broker.get = hanging
+		time.Sleep(time.Minute)
+		mustToken(t, client, "acme")
+		stream.endAccount("acme")
+		stream.end <- refusal(codes.PermissionDenied, "NOT_GRANTED", 0)
+		synctest.Wait()
+	})
 }

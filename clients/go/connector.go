@@ -101,42 +101,47 @@ func (k *connector) release(c *connection) {
 
 // look reads the files again if that is due, and makes calls use a new connection if they have changed.
 func (k *connector) look() {
-	if k.renewed() {
+	changed, problem := k.renew()
+	if problem != "" {
+		k.logger.Warn("the certificates cannot be used, so those read before stay in use", "problem", problem)
+	}
+	if changed {
 		k.logger.Debug("the files of the certificates have changed, so a new connection is made")
 		k.changed()
 	}
 }
 
-func (k *connector) renewed() bool {
+// renew reports whether a new connection takes the place of one, and a problem that it has not returned before.
+func (k *connector) renew() (changed bool, problem string) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if !k.files.any() || time.Since(k.readAt) < lookInterval {
-		return false
+		return false, ""
 	}
 	k.readAt = time.Now()
 	config, digest, err := k.files.read()
 	if err != nil {
-		if problem := err.Error(); problem != k.problem {
-			k.problem = problem
-			k.logger.Warn("the certificates cannot be used, so those read before stay in use", "problem", problem)
+		if err.Error() == k.problem {
+			return false, ""
 		}
-		return false
+		k.problem = err.Error()
+		return false, k.problem
 	}
 	k.problem = ""
 	if digest == k.digest {
-		return false
+		return false, ""
 	}
 	k.config, k.digest = config, digest
 	retired := k.current
 	k.current = nil
 	if retired == nil {
-		return false
+		return false, ""
 	}
 	retired.retired = true
 	if retired.users == 0 {
 		retired.close()
 	}
-	return true
+	return true, ""
 }
 
 // close closes the current connection. Those that were retired are closed by the calls that use them, which end when

@@ -219,8 +219,9 @@ func (c *core) wait(ctx context.Context, limit time.Duration, done, changed <-ch
 // tookTooLong counts an ask that is not answered in time as failed, for callers who have a usable token.
 func (c *core) tookTooLong(a *account) {
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	if a.failed(time.Now(), rand.Float64()) {
+	begun := a.failed(time.Now(), rand.Float64())
+	c.mu.Unlock()
+	if begun {
 		c.logger.Warn("the broker is slow, so the kept token is used", "account", a.name)
 	}
 }
@@ -267,6 +268,11 @@ func (c *core) run(account *account, a *ask) {
 		}
 	}
 
+	c.log(c.finish(account, a, token, err))
+}
+
+// finish draws the conclusions of the outcome of an ask.
+func (c *core) finish(account *account, a *ask, token *Token, err *Error) *logLine {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	defer close(a.done)
@@ -274,14 +280,14 @@ func (c *core) run(account *account, a *ask) {
 	if err == nil {
 		a.token = account.offer(token, now)
 		c.watch(account.name, now)
-		c.logger.Debug("the broker answered with a token", "account", account.name, "generation", token.generation)
-		return
+		return &logLine{slog.LevelDebug, "the broker answered with a token",
+			[]any{"account", account.name, "generation", token.generation}}
 	}
 	a.err = err
 	level := slog.LevelDebug // the callers get the error
 	switch {
 	case err.Kind == ErrClosed:
-		return
+		return nil
 	case !err.Temporary():
 		account.refused(err, now)
 	default:
@@ -291,8 +297,22 @@ func (c *core) run(account *account, a *ask) {
 			level = slog.LevelWarn // the callers get the kept token
 		}
 	}
-	c.logger.Log(ctx, level, "asking for a token failed", "account", account.name, "kind", string(err.Kind),
-		"reason", err.Reason, "message", err.Message)
+	return &logLine{level, "asking for a token failed", []any{"account", account.name,
+		"kind", string(err.Kind), "reason", err.Reason, "message", err.Message}}
+}
+
+// logLine is a line to be logged when the mutex is free, because a handler of logs may use the client.
+type logLine struct {
+	level slog.Level
+	text  string
+	args  []any
+}
+
+// log logs the line, if there is one.
+func (c *core) log(line *logLine) {
+	if line != nil {
+		c.logger.Log(context.Background(), line.level, line.text, line.args...)
+	}
 }
 
 // call makes one call, and returns when it was sent. If the broker does not know the bearer, and the file has another

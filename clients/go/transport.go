@@ -6,6 +6,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"runtime"
 	"strings"
 )
 
@@ -27,19 +28,17 @@ type Transport struct {
 	Base http.RoundTripper
 }
 
-// RoundTrip sends a request with the account's token. It waits for tokens until the request's context ends; if that has
-// no deadline, for at most [Config.Timeout].
+// RoundTrip sends a request with the account's token. It waits for the token, and for its replacement, until the
+// request's context ends; if that has no deadline, for at most [Config.Timeout] each.
 func (t *Transport) RoundTrip(request *http.Request) (*http.Response, error) {
+	defer runtime.KeepAlive(t.Client)
 	sent := false // the base closes the body of a request that it gets
 	defer func() {
 		if !sent && request.Body != nil {
 			_ = request.Body.Close()
 		}
 	}()
-	core := t.Client.core
-	ctx, cancel := core.withTimeout(request.Context())
-	defer cancel()
-	token, err := core.token(ctx, t.Account, 0)
+	token, err := t.Client.Token(request.Context(), t.Account)
 	if err != nil {
 		return nil, err
 	}
@@ -56,7 +55,9 @@ func (t *Transport) RoundTrip(request *http.Request) (*http.Response, error) {
 	if code == "" {
 		return response, nil
 	}
-	next := core.replacement(ctx, token, code)
+	ctx, cancel := t.Client.core.withTimeout(request.Context())
+	defer cancel()
+	next := t.Client.core.replacement(ctx, token, code)
 	if next == nil || checkOrigin(next, request.URL) != nil {
 		return response, nil
 	}

@@ -2,6 +2,7 @@ package tokenbroker
 
 import (
 	"context"
+	"log/slog"
 	"math/rand/v2"
 	"time"
 
@@ -97,13 +98,7 @@ func (c *core) runStream(s *stream) {
 	e := errorFromStatus("", err, nil)
 	changed := e.Kind == ErrUnauthenticated && c.bearer.changedFrom(bearer)
 
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if !c.plan.ended(s) {
-		return
-	}
-	c.afterStream(s, e, changed)
-	c.lookAtPlan()
+	c.log(c.streamEnded(s, e, changed))
 }
 
 // readStream keeps what the stream brings. It returns an error always, io.EOF if the broker ended the stream.
@@ -126,7 +121,7 @@ func (c *core) readStream(ctx context.Context, s *stream) error {
 		if err != nil {
 			return err
 		}
-		c.keep(s, message, time.Now())
+		c.log(c.keep(s, message, time.Now()))
 	}
 }
 
@@ -141,56 +136,65 @@ func (c *core) streamAnswered(s *stream) {
 }
 
 // keep does what a message of a stream says.
-func (c *core) keep(s *stream, message *pb.WatchTokensResponse, arrival time.Time) {
+func (c *core) keep(s *stream, message *pb.WatchTokensResponse, arrival time.Time) *logLine {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.plan.message(s)
 	account := c.accounts[message.GetAccount()]
 	if account == nil {
-		return
+		return nil
 	}
 	switch event := message.GetEvent().(type) {
 	case *pb.WatchTokensResponse_Token:
 		token := newToken(account.name, event.Token, arrival)
 		if token == nil {
-			c.logger.Warn("the watch brought an unusable token", "account", account.name)
-			return
+			return &logLine{slog.LevelWarn, "the watch brought an unusable token", []any{"account", account.name}}
 		}
 		account.offer(token, arrival)
-		c.logger.Debug("the watch brought a token", "account", account.name, "generation", token.generation)
+		return &logLine{slog.LevelDebug, "the watch brought a token",
+			[]any{"account", account.name, "generation", token.generation}}
 	case *pb.WatchTokensResponse_Ended:
 		account.forget()
 		c.plan.remove(account.name)
-		c.logger.Warn("the account has ended for this caller", "account", account.name,
-			"reason", event.Ended.GetReason().String())
+		return &logLine{slog.LevelWarn, "the account has ended for this caller",
+			[]any{"account", account.name, "reason", event.Ended.GetReason().String()}}
+	default:
+		return nil
 	}
 }
 
-// afterStream draws the conclusions of the end of a stream. The caller holds the mutex.
-func (c *core) afterStream(s *stream, err *Error, bearerChanged bool) {
+// streamEnded draws the conclusions of the end of a stream.
+func (c *core) streamEnded(s *stream, err *Error, bearerChanged bool) *logLine {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	defer c.lookAtPlan()
+	if !c.plan.ended(s) {
+		return nil
+	}
 	now := time.Now()
 	switch err.Code {
 	case codes.Unauthenticated:
 		if bearerChanged {
 			c.plan.reopen(now)
-			return
+			return nil
 		}
-		c.logger.Warn("the broker no longer knows this caller, so all tokens are forgotten", "message", err.Message)
 		for _, a := range c.accounts {
 			a.forget()
 		}
 		c.plan.reopen(now.Add(pauseUnauthenticated))
+		return &logLine{slog.LevelWarn, "the broker no longer knows this caller, so all tokens are forgotten",
+			[]any{"message", err.Message}}
 	case codes.PermissionDenied, codes.NotFound, codes.InvalidArgument, codes.FailedPrecondition:
 		// The refusal does not say which account it is about. The asks will.
-		c.logger.Warn("the watch was refused", "reason", err.Reason, "message", err.Message)
 		for _, name := range s.accounts {
 			c.plan.remove(name)
 			c.accounts[name].askSoon(now)
 		}
 		c.plan.reopen(now) // for accounts that joined since
+		return &logLine{slog.LevelWarn, "the watch was refused", []any{"reason", err.Reason, "message", err.Message}}
 	default:
-		c.logger.Debug("the watch ended", "message", err.Message)
 		c.plan.afterEnd(s, err, now, rand.Float64())
+		return &logLine{slog.LevelDebug, "the watch ended", []any{"message", err.Message}}
 	}
 }
 
