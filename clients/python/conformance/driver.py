@@ -296,8 +296,11 @@ async def main() -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.DEBUG)
     lines: asyncio.Queue[str | None] = asyncio.Queue()
     threading.Thread(target=read_lines, args=(asyncio.get_running_loop(), lines), daemon=True).start()
-    kind: type[Threads | Tasks] = Tasks if os.environ.get("TOKEN_BROKER_DRIVER") == "asyncio" else Threads
-    await Driver(kind, kind.adapters).serve(lines)
+    if os.environ.get("TOKEN_BROKER_DRIVER") == "asyncio":
+        driver = Driver(Tasks, Tasks.adapters)
+    else:
+        driver = Driver(Threads, Threads.adapters)
+    await driver.serve(lines)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ class _Runner:
         self._pid = os.getpid()
         self._tasks: set[asyncio.Task[None]] = set()
         self._waiters: set[asyncio.Future[None]] = set()
+        self._closing: asyncio.Task[None] | None = None
         self._abandoned: list[object] = []  # belong to another loop, or to the parent of a fork
 
     def bind(self) -> None:
@@ -54,7 +55,6 @@ class _Runner:
             self._abandoned.append(
                 (self._connector.drop(), self.core.plan.current, self.core.plan.next, self._tasks, self._waiters)
             )
-            self._bearer.reset_lock()
             self._files.reset_lock()
             self._tasks, self._waiters = set(), set()
             self.core.start_again()
@@ -215,7 +215,7 @@ class _Runner:
             return
 
         def end() -> None:
-            self.start_closing = loop.create_task(self.close())
+            self._closing = loop.create_task(self.close())
 
         loop.call_soon_threadsafe(end)
 

@@ -25,7 +25,6 @@ class BearerFile:
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
         self._path = path
-        self._lock = threading.Lock()
         self._bearer = ""
         self._problem = ""  # why the file could not be used when it was last read; logged once
         self._read_at = time.monotonic()
@@ -37,31 +36,26 @@ class BearerFile:
 
     def current(self) -> str:
         """Returns the bearer, or an empty text if the client has none."""
-        with self._lock:
-            if self._path is not None and time.monotonic() - self._read_at > LOOK_INTERVAL:
-                self._read(self._path)
-            return self._bearer
+        if self._path is not None and time.monotonic() - self._read_at > LOOK_INTERVAL:
+            self._read(self._path)
+        return self._bearer
 
     def changed_from(self, used: str) -> bool:
         """Reads the file at once. Returns whether it has another bearer than the given one."""
-        with self._lock:
-            if self._path is None:
-                return False
-            self._read(self._path)
-            return self._bearer != used
-
-    def reset_lock(self) -> None:
-        """Makes a new lock, in the child of a fork, because the old one may be held by a thread of the parent."""
-        self._lock = threading.Lock()
+        if self._path is None:
+            return False
+        self._read(self._path)
+        return self._bearer != used
 
     def _read(self, path: str | os.PathLike[str]) -> None:
         """Keeps the old bearer if the file cannot be used, such as in the middle of a replacement."""
         self._read_at = time.monotonic()
         try:
             self._bearer, self._problem = read_bearer(path), ""
-        except Unusable as problem:
-            if str(problem) != self._problem:
-                self._problem = str(problem)
+        except Unusable as error:
+            problem, known = str(error), self._problem
+            self._problem = problem
+            if problem != known:
                 logger.warning("the bearer's file cannot be used, so the bearer read before is: %s", problem)
 
 
@@ -111,21 +105,21 @@ class CertificateFiles:
 
     def changed(self) -> bool:
         """Reads the files again if that is due. Returns whether they have changed and can be used."""
+        problem = ""
         with self._lock:
             if not self.any or time.monotonic() - self._read_at < LOOK_INTERVAL:
                 return False
             self._read_at = time.monotonic()
+            before, known = self.current, self._problem
             try:
-                certificates = read_certificates(self._config)
-            except Unusable as problem:
-                if str(problem) != self._problem:
-                    self._problem = str(problem)
-                    logger.warning("the certificates cannot be used, so those read before are: %s", problem)
-                return False
-            self._problem = ""
-            changed = certificates != self.current
-            self.current = certificates
-            return changed
+                self.current = read_certificates(self._config)
+            except Unusable as error:
+                problem = str(error)
+            self._problem = problem
+            changed = self.current != before
+        if problem and problem != known:
+            logger.warning("the certificates cannot be used, so those read before are: %s", problem)
+        return changed
 
 
 def read_certificates(config: Config) -> Certificates:

@@ -231,7 +231,6 @@ class _Runner:
         """Keeps the tokens. The threads and connections of the parent do not exist in the child."""
         self._condition = threading.Condition(threading.Lock())
         self._threads = set()
-        self._bearer.reset_lock()
         self._files.reset_lock()
         # They are kept, because their destructors would wait for threads that do not exist.
         self._abandoned.append((self._connector.drop(), self.core.plan.current, self.core.plan.next))
