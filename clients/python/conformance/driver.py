@@ -32,9 +32,6 @@ Object = dict[str, Any]
 class Driven(Protocol):
     """A client, as the driver uses both kinds."""
 
-    adapters: tuple[str, ...]
-    config: Config
-
     async def token(self, account: str, timeout: float | None) -> Token: ...
 
     async def report(self, account: str, generation: int, code: str, timeout: float | None) -> Report: ...

@@ -17,7 +17,7 @@ from .simulation import answer
 LIMIT = 30  # how many seconds the tests wait for what takes no time
 
 
-class Broker(TokenServiceServicer):  # type: ignore[misc]
+class Broker(TokenServiceServicer):
     """Answers as the functions say that a test sets, and notes who asked."""
 
     def __init__(self, credentials: grpc.ServerCredentials | None = None) -> None:
@@ -60,7 +60,7 @@ class Broker(TokenServiceServicer):  # type: ignore[misc]
         metadata = dict(context.invocation_metadata())
         self.bearers.append(str(metadata.get("authorization", "")))
         names = context.auth_context().get("x509_common_name", [b""])
-        self.names.append(names[0].decode())
+        self.names.append(bytes(names[0]).decode())
 
     def GetToken(self, request: pb.GetTokenRequest, context: grpc.ServicerContext) -> Any:  # noqa: N802
         with self.lock:
@@ -86,7 +86,8 @@ class Broker(TokenServiceServicer):  # type: ignore[misc]
             sent = len(self.pushed)
         while context.is_active():
             with self.lock:
-                self.changed.wait_for(lambda: self.stopped or len(self.pushed) > sent or not context.is_active(), LIMIT)
+                while not (self.stopped or len(self.pushed) > sent or not context.is_active()):
+                    self.changed.wait(LIMIT)
                 messages, sent = self.pushed[sent:], len(self.pushed)
                 if self.stopped:
                     break

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from typing import Any, Callable, Optional, TypeVar, Union
+from typing import Any, Callable, TypeVar, Union
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -25,7 +25,7 @@ from token_broker._plan import Stream
 from token_broker._token import Token
 from token_broker.v1 import token_broker_pb2 as pb
 
-SECRET = "eyJ-this-is-the-secret"
+SECRET = "eyJ-this-is-the-secret"  # noqa: S105
 T = TypeVar("T")
 Answer = Union[Any, TokenBrokerError]
 Handler = Callable[[Call], "tuple[float, Answer]"]
@@ -76,7 +76,7 @@ class Simulation:
     def __init__(self, handler: Handler | None = None, endpoints: int = 1) -> None:
         self.now = 1000.0
         self.handler: Handler = handler or (lambda call: (0.0, answer(1)))
-        self.refuse: Callable[[tuple[str, ...]], Optional[TokenBrokerError]] = lambda accounts: None
+        self.refuse: Callable[[tuple[str, ...]], TokenBrokerError | None] = lambda accounts: None
         self.bearer_changed = False
         self.calls: list[Call] = []
         self.streams: list[SimulatedStream] = []

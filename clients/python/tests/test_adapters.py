@@ -44,7 +44,7 @@ class Api:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
-            def do_GET(self) -> None:  # noqa: N802
+            def do_GET(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 if self.headers.get("Transfer-Encoding") == "chunked":
                     while size := int(self.rfile.readline(), 16):
@@ -251,9 +251,9 @@ def test_each_kind_of_httpx_client_needs_its_kind_of_auth(issuing: Broker, api: 
 
         with pytest.raises(TypeError, match="AsyncTokenAuth"):
             asyncio.run(wrong())
-    with httpx.Client(auth=AsyncTokenAuth(AsyncTokenClient(Config([issuing.endpoint])), "acme")) as http:
-        with pytest.raises(TypeError, match="TokenAuth"):
-            http.get(api.url)
+    auth = AsyncTokenAuth(AsyncTokenClient(Config([issuing.endpoint])), "acme")
+    with httpx.Client(auth=auth) as http, pytest.raises(TypeError, match="TokenAuth"):
+        http.get(api.url)
 
 
 @pytest.mark.parametrize(

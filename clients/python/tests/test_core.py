@@ -16,9 +16,9 @@ from token_broker import (
     Unauthenticated,
     Unavailable,
 )
-from token_broker._core import Account, Call, Decision, growing_pause, pause_after
+from token_broker._core import Account, Call, Decision, pause_after
 from token_broker._errors import class_of
-from token_broker._plan import MOST_WATCHED, Plan
+from token_broker._plan import MOST_WATCHED, Plan, growing_pause
 from token_broker._token import Token, token_of
 from token_broker.v1 import token_broker_pb2 as pb
 
@@ -72,7 +72,7 @@ def test_the_newest_token_wins() -> None:
 @pytest.mark.parametrize("field", ["access_token", "reuse_for", "expires_in"])
 def test_an_answer_that_lacks_something_is_no_token(field: str) -> None:
     incomplete = answer(1)
-    incomplete.ClearField(field)  # type: ignore[arg-type]
+    incomplete.ClearField(field)
     assert token_of("acme", incomplete, 0) is None
 
 
@@ -181,7 +181,8 @@ def test_the_kept_token_is_used_while_the_broker_is_away_and_the_pauses_grow() -
     s.token()
     s.advance(60)
     s.handler = failing(refusal("UNAVAILABLE"))
-    start, asked, asks = s.now, s.asks(), []
+    start, asked = s.now, s.asks()
+    asks: list[int] = []
     while s.now < start + 58.9:
         assert s.token().generation == 1
         if s.asks() > asked:
@@ -459,8 +460,7 @@ def test_after_a_fork_the_tokens_are_kept_and_a_watch_is_started_at_the_next_use
 
 
 def reporting(outcome: str, retry_after: float = 0.0) -> pb.ReportRejectedTokenResponse:
-    value = pb.ReportRejectedTokenResponse.Outcome.Value(f"OUTCOME_{outcome}")
-    return pb.ReportRejectedTokenResponse(outcome=value, retry_after=duration(retry_after))
+    return pb.ReportRejectedTokenResponse(outcome=f"OUTCOME_{outcome}", retry_after=duration(retry_after))
 
 
 def issuing(outcome: Answer) -> Simulation:
