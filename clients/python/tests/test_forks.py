@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -17,6 +17,8 @@ from .broker import LIMIT, Broker
 from .simulation import answer
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks")
+
+Run = Callable[[str], None]
 
 COMMON = """
     import asyncio, os, sys, threading, time, warnings
@@ -47,7 +49,7 @@ COMMON = """
 
 
 @pytest.fixture
-def run(broker: Broker) -> Iterator[object]:
+def run(broker: Broker) -> Run:
     def run_program(program: str) -> None:
         source = textwrap.dedent(COMMON) + textwrap.dedent(program)
         result = subprocess.run(  # noqa: S603
@@ -63,11 +65,10 @@ def run(broker: Broker) -> Iterator[object]:
         return answer(broker.asked)
 
     broker.get = get
-    yield run_program
+    return run_program
 
 
-def test_a_child_keeps_the_tokens_and_makes_connections_and_a_watch_of_its_own(run: object, broker: Broker) -> None:
-    assert callable(run)
+def test_a_child_keeps_the_tokens_and_makes_connections_and_a_watch_of_its_own(run: Run, broker: Broker) -> None:
     run(
         """
         client = TokenClient(config)
@@ -91,8 +92,7 @@ def test_a_child_keeps_the_tokens_and_makes_connections_and_a_watch_of_its_own(r
     broker.wait_for(lambda: broker.watching == [])
 
 
-def test_a_fork_while_threads_use_the_client_leaves_no_lock_held(run: object, broker: Broker) -> None:
-    assert callable(run)
+def test_a_fork_while_threads_use_the_client_leaves_no_lock_held(run: Run, broker: Broker) -> None:
     run(
         """
         client = TokenClient(config)
@@ -122,8 +122,7 @@ def test_a_fork_while_threads_use_the_client_leaves_no_lock_held(run: object, br
     )
 
 
-def test_a_child_has_no_threads_of_the_parent_to_wait_for_in_close(run: object) -> None:
-    assert callable(run)
+def test_a_child_has_no_threads_of_the_parent_to_wait_for_in_close(run: Run) -> None:
     run(
         """
         client = TokenClient(config)
@@ -136,8 +135,7 @@ def test_a_child_has_no_threads_of_the_parent_to_wait_for_in_close(run: object) 
     )
 
 
-def test_another_loop_and_a_child_have_the_tokens_of_an_asyncio_client(run: object, broker: Broker) -> None:
-    assert callable(run)
+def test_another_loop_and_a_child_have_the_tokens_of_an_asyncio_client(run: Run, broker: Broker) -> None:
     run(
         """
         client = AsyncTokenClient(config)

@@ -56,7 +56,6 @@ class Connection:
         self.channel = channel
         self.stub: Any = TokenServiceStub(channel)  # type: ignore[no-untyped-call]
         self.users = 0
-        self.retired = False  # another one has taken its place: it is closed when nobody uses it
         self.avoid_until = 0.0
 
 
@@ -78,6 +77,7 @@ class Connector:
         self._changed = changed  # is called after other connections have taken the place of some
         self._lock = threading.Lock()
         self._connections: list[Connection] = []
+        self._retired: list[Connection] = []
         self._next = 0
         self._closed = False
 
@@ -105,7 +105,9 @@ class Connector:
             connection.users -= 1
             if error is not None and not error.reason and error.code in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
                 connection.avoid_until = time.monotonic() + AVOID_FOR
-            dispose = connection.retired and connection.users == 0
+            dispose = connection in self._retired and connection.users == 0
+            if dispose:
+                self._retired.remove(connection)
         if dispose:
             self._dispose(connection.channel)
 
@@ -115,9 +117,9 @@ class Connector:
             return
         with self._lock:
             retired, self._connections = self._connections, []
-            for connection in retired:
-                connection.retired = True
             unused = [connection for connection in retired if connection.users == 0]
+            # Others are closed when the last call on them has ended.
+            self._retired += [connection for connection in retired if connection.users > 0]
         for connection in unused:
             self._dispose(connection.channel)
         if retired:
@@ -130,10 +132,18 @@ class Connector:
         for connection in connections:
             self._dispose(connection.channel)
 
+    def before_fork(self) -> None:
+        """Lets no connection be made until the fork is over."""
+        self._lock.acquire()
+
+    def after_fork_in_parent(self) -> None:
+        self._lock.release()
+
     def drop(self) -> list[Connection]:
         """Forgets the connections without closing them, and returns them."""
         self._lock = threading.Lock()
-        connections, self._connections = self._connections, []
+        connections = self._connections + self._retired
+        self._connections, self._retired = [], []
         return connections
 
 

@@ -28,7 +28,8 @@ class Stream:
     def __init__(self, accounts: tuple[str, ...]) -> None:
         self.accounts = accounts
         self.delivered = False  # a message has arrived
-        self.call: Any = None  # belongs to the part that does I/O
+        self.call: Any = None  # this and the next one belong to the part that does I/O
+        self.connection: Any = None
 
 
 class Plan:

@@ -64,6 +64,7 @@ class _Runner:
         endpoints = check(config)
         self._files = CertificateFiles(config)
         self._condition = threading.Condition(threading.Lock())
+        self._starting = threading.Lock()  # is held while a call is started or ended; taken after the condition
         self._bearer = BearerFile(config.bearer_file)
         self._connector = Connector(grpc, endpoints, self._files, _close_channel, self._connection_changed)
         self.core = Core(self, endpoints=len(endpoints.hosts), certificates=self._files.any)
@@ -82,7 +83,8 @@ class _Runner:
         self._condition.notify_all()
 
     def end_stream(self, stream: Stream) -> None:
-        stream.call.cancel()
+        with self._starting:
+            stream.call.cancel()
 
     # Running
 
@@ -157,10 +159,13 @@ class _Runner:
             call.bearer = self._bearer.current()
             sent = time.monotonic()
             method = getattr(connection.stub, call.method)
-            answer = method(call.request, timeout=max(0.0, call.deadline - sent), metadata=metadata_of(call.bearer))
+            timeout = max(0.0, call.deadline - sent)
+            with self._starting:
+                future = method.future(call.request, timeout=timeout, metadata=metadata_of(call.bearer))
+            answer = future.result()
         except grpc.RpcError as problem:
             error = self._error_of(problem, call.account)
-        except ValueError:  # raised by a channel that has just been closed
+        except (ValueError, grpc.FutureCancelledError):  # raised by a channel that has just been closed
             error = Closed("the client was closed", account=call.account)
         finally:
             self._connector.release(connection, error)
@@ -169,20 +174,18 @@ class _Runner:
         return answer, sent
 
     def _open(self, stream: Stream, request: pb.WatchTokensRequest) -> str:
-        connection = self._connector.acquire()
-        error: TokenBrokerError | None = None
+        stream.connection = connection = self._connector.acquire()
         bearer = self._bearer.current()
         try:
-            call: Any = connection.stub.WatchTokens(request, metadata=metadata_of(bearer))
-            stream.call = call
-            call.add_done_callback(lambda _: self._connector.release(connection))
-            call.initial_metadata()
-            if not call.is_active() and call.code() is not grpc.StatusCode.OK:
-                error = self._error_of(call, "")
-        except ValueError:
+            with self._starting:
+                stream.call = connection.stub.WatchTokens(request, metadata=metadata_of(bearer))
+        except ValueError:  # raised by a channel that has just been closed
             self._connector.release(connection)
-            error = Closed("the client was closed")
-        if error is not None:
+            raise Closed("the client was closed") from None
+        stream.call.initial_metadata()
+        if not stream.call.is_active():
+            error = self._error_of(stream.call, "")
+            self._connector.release(connection, error)
             raise error
         return bearer
 
@@ -193,6 +196,7 @@ class _Runner:
             error = ended_stream()
         except grpc.RpcError as problem:
             error = self._error_of(problem, "")
+        self._connector.release(stream.connection, error)
         raise error
 
     def _error_of(self, problem: Any, account: str) -> TokenBrokerError:
@@ -212,7 +216,7 @@ class _Runner:
             threads = list(self._threads)
         for stream in streams:
             if stream.call is not None:
-                stream.call.cancel()
+                self.end_stream(stream)
         self._connector.close()
         deadline = time.monotonic() + CLOSE_TIMEOUT
         for thread in threads:
@@ -222,14 +226,21 @@ class _Runner:
     # Forks
 
     def before_fork(self) -> None:
+        """Takes the locks, so that the child finds nothing half done: neither here, nor in gRPC, whose own locks are
+        held for a moment when a call is started or cancelled."""
         self._condition.acquire()
+        self._starting.acquire()
+        self._connector.before_fork()
 
     def after_fork_in_parent(self) -> None:
+        self._connector.after_fork_in_parent()
+        self._starting.release()
         self._condition.release()
 
     def after_fork_in_child(self) -> None:
         """Keeps the tokens. The threads and connections of the parent do not exist in the child."""
         self._condition = threading.Condition(threading.Lock())
+        self._starting = threading.Lock()
         self._threads = set()
         self._files.reset_lock()
         # They are kept, because their destructors would wait for threads that do not exist.
