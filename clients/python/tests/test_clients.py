@@ -196,6 +196,23 @@ def test_a_certificate_identifies_the_caller_and_a_rotated_one_is_used_afterward
         broker.stop()
 
 
+def test_without_a_ca_those_of_the_system_are_trusted(
+    open_client: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority = trustme.CA()
+    roots = tmp_path / "roots"
+    roots.write_bytes(authority.cert_pem.bytes())
+    monkeypatch.setenv("SSL_CERT_FILE", str(roots))
+    server = authority.issue_cert("localhost")
+    broker = Broker(grpc.ssl_server_credentials([(server.private_key_pem.bytes(), server.cert_chain_pems[0].bytes())]))
+    try:
+        client = open_client(broker)
+        client.token()
+        client.close()
+    finally:
+        broker.stop()
+
+
 def test_a_broker_of_another_authority_is_not_trusted(open_client: Open, tmp_path: Path) -> None:
     server = trustme.CA().issue_cert("localhost")
     broker = Broker(grpc.ssl_server_credentials([(server.private_key_pem.bytes(), server.cert_chain_pems[0].bytes())]))

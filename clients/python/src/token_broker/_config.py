@@ -23,7 +23,7 @@ class Config:
     bearer_file: str | os.PathLike[str] | None = None
     """Has the bearer of this caller. It is read again when it changes."""
     ca_file: str | os.PathLike[str] | None = None
-    """Has the certificates that sign the broker's. Without it, those of gRPC are used."""
+    """Has the certificates that sign the broker's. Without it, the system's are used."""
     client_cert: str | os.PathLike[str] | None = None
     """Has the certificate that identifies this caller. It is read again when it changes."""
     client_key: str | os.PathLike[str] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
+import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ from ._files import CertificateFiles, Certificates
 from .v1.token_broker_pb2_grpc import TokenServiceStub
 
 VERSION = "0.1.0"
+# Where Debian, Red Hat, and Alpine and macOS keep the certificates that they trust.
+_ROOTS = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem")
 AVOID_FOR = 1.0  # how long an endpoint that could not be reached is used only where there is no other
 
 
@@ -45,8 +48,23 @@ def make_channel(module: Any, host: str, tls: bool, certificates: Certificates) 
     """Makes a channel to an endpoint, with `grpc` or `grpc.aio` as the module."""
     if not tls:
         return module.insecure_channel(f"dns:///{host}", options=_options())
-    credentials = grpc.ssl_channel_credentials(certificates.ca, certificates.key, certificates.cert)
+    roots = certificates.ca if certificates.ca is not None else system_roots()
+    credentials = grpc.ssl_channel_credentials(roots, certificates.key, certificates.cert)
     return module.secure_channel(f"dns:///{host}", credentials, options=_options())
+
+
+def system_roots() -> bytes | None:
+    """Returns the certificates that the system trusts, or None if it keeps them in no usual place: then gRPC uses its
+    own ones."""
+    default = ssl.get_default_verify_paths().cafile
+    for path in (default, *_ROOTS):
+        if path is not None:
+            try:
+                with open(path, "rb") as file:
+                    return file.read()
+            except OSError:
+                continue
+    return None
 
 
 class Connection:
