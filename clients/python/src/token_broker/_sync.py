@@ -310,7 +310,11 @@ class TokenClient:
         It returns the kept one without a call if that is not due for replacement, and otherwise asks the broker, for at
         most `timeout` seconds, by default those of the settings. Raises `TokenBrokerError`.
         """
-        return self._runner.run(self._runner.core.token(account, self._deadline(timeout)), cancellation)
+        try:
+            return self._runner.run(self._runner.core.token(account, self._deadline(timeout)), cancellation)
+        except Cancelled as error:
+            error.account = account
+            raise
 
     def report(self, account: str, generation: int, upstream_code: str, *, timeout: float | None = None) -> Report:
         """Tells the broker that the API refused the token of the generation with the code, such as `61003`. The
