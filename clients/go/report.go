@@ -12,7 +12,7 @@ import (
 )
 
 const (
-	reportLife      = time.Second            // how long an outcome stands for those who hold the same generation
+	reportLife      = 5 * time.Second        // how long an outcome stands for those who hold the same generation
 	shortestTooSoon = 100 * time.Millisecond // the shortest wait before a report is repeated that came too soon
 )
 
