@@ -25,6 +25,7 @@ from token_broker import (
     Config,
     CredentialRejected,
     DeadlineExceeded,
+    Internal,
     InvalidArgument,
     NotGranted,
     Outcome,
@@ -96,6 +97,41 @@ def test_the_details_of_a_refusal_are_in_the_error(open_client: Open, broker: Br
     assert (error.account, error.code, error.reason) == ("acme", "FAILED_PRECONDITION", "CREDENTIAL_REJECTED")
     assert (error.upstream_code, error.retry_after, error.temporary) == ("61001", 2.5, False)
     assert str(error) == "account acme: CREDENTIAL_REJECTED: rejected (upstream code 61001)"
+
+
+def test_details_that_cannot_be_read_are_left_out(open_client: Open, broker: Broker) -> None:
+    def get(_: pb.GetTokenRequest, context: grpc.ServicerContext) -> pb.GetTokenResponse:
+        context.set_trailing_metadata((("grpc-status-details-bin", b"\xff\xff"),))
+        context.abort(grpc.StatusCode.PERMISSION_DENIED, "no grant")
+        raise AssertionError
+
+    broker.get = get
+    with pytest.raises(NotGranted, match="no grant"):
+        open_client(broker, timeout=LIMIT).token()
+
+
+def test_an_exception_that_nobody_foresaw_reaches_all_who_wait(
+    open_client: Open, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def current() -> str:
+        raise RuntimeError(BEARER)
+
+    client = open_client(broker, timeout=0.5)
+    monkeypatch.setattr(client.inner._runner._bearer, "current", current)
+    with pytest.raises(Internal, match="RuntimeError") as raised:
+        client.token()
+    assert BEARER not in str(raised.value)
+
+
+def test_arguments_that_no_request_can_have_are_refused(open_client: Open, broker: Broker) -> None:
+    client = open_client(broker)
+    with pytest.raises(InvalidArgument):
+        client.token(123)  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgument):
+        client.token("\ud800")
+    with pytest.raises(InvalidArgument):
+        client.report("acme", -1, "61003")
+    assert client.token().generation == 1
 
 
 def test_making_a_client_needs_no_broker_and_asking_says_that_there_is_none(open_client: Open) -> None:

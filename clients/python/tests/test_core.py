@@ -16,9 +16,9 @@ from token_broker import (
     Unauthenticated,
     Unavailable,
 )
-from token_broker._core import Account, Call, Decision, pause_after
+from token_broker._core import Account, BearerChanged, Call, Decision, OpenStream, pause_after
 from token_broker._errors import class_of
-from token_broker._plan import MOST_WATCHED, Plan, growing_pause
+from token_broker._plan import MOST_WATCHED, Plan, Stream, growing_pause
 from token_broker._token import Token, token_of
 from token_broker.v1 import token_broker_pb2 as pb
 
@@ -351,6 +351,31 @@ def test_an_ended_account_is_forgotten_and_the_next_caller_hears_why() -> None:
     s.stream(2, "acme")
 
 
+def test_an_end_for_an_unknown_reason_is_an_end() -> None:
+    s = watched()
+    s.push(s.streams[0], pb.WatchTokensResponse(account="acme", ended=pb.AccountEnded(reason=99)))  # type: ignore[arg-type]
+    assert s.warnings == ["the account acme has ended for this caller: 99"]
+    s.token()
+    assert s.asks() == 2
+
+
+def test_a_message_that_nobody_foresaw_ends_the_stream_and_another_is_opened() -> None:
+    s = watched()
+    s.push(s.streams[0], "no message")
+    assert s.streams[0].ended
+    s.advance(0.1)
+    s.stream(2, "acme")
+
+
+def test_what_is_to_be_done_never_shows_the_bearer() -> None:
+    texts = [
+        repr(Call("GetToken", None, 0, "acme", "secret")),
+        repr(BearerChanged("secret")),
+        repr(OpenStream(Stream(()), pb.WatchTokensRequest(), "secret")),
+    ]
+    assert "secret" not in "".join(texts)
+
+
 def test_an_added_account_brings_a_new_stream_and_the_old_one_ends_when_that_has_answered() -> None:
     s = watched()
     s.token("zebra")
@@ -518,6 +543,12 @@ def test_a_report_that_came_too_soon_is_repeated_once_for_all() -> None:
     assert s.now - start == pytest.approx(3)
     assert all(caller.result.generation == 2 for caller in callers)
     assert s.reports() == 2
+
+
+def test_an_unknown_outcome_is_an_internal_error() -> None:
+    s = issuing(pb.ReportRejectedTokenResponse(outcome=99))  # type: ignore[arg-type]
+    with pytest.raises(Internal):
+        s.run(s.core.report("acme", 1, "61003", s.now + 5))
 
 
 @pytest.mark.parametrize(

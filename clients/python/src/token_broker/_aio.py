@@ -16,12 +16,11 @@ import grpc.aio
 from ._config import Config, check
 from ._connection import Connector, ended_stream, error_of, metadata_of
 from ._core import BearerChanged, Call, Core, Effect, Flow, Log, Look, NextMessage, OpenStream, Report, Wait
-from ._errors import Closed, TokenBrokerError
+from ._errors import Closed, TokenBrokerError, unexpected
 from ._files import BearerFile, CertificateFiles
 from ._plan import Stream
 from ._sync import deadline_of
 from ._token import Token
-from .v1 import token_broker_pb2 as pb
 
 logger = logging.getLogger("token_broker")
 T = TypeVar("T")
@@ -73,7 +72,8 @@ class _Runner:
                 waiter.set_result(None)
 
     def end_stream(self, stream: Stream) -> None:
-        stream.call.cancel()
+        if stream.call is not None:
+            stream.call.cancel()
 
     # Running
 
@@ -93,6 +93,8 @@ class _Runner:
                     result = await self._do(effect)
                 except TokenBrokerError as problem:
                     error = problem
+                except Exception as problem:  # noqa: BLE001  # the flow has to tell those who wait for it
+                    error = unexpected(problem)
         finally:
             flow.close()
 
@@ -104,7 +106,7 @@ class _Runner:
         if isinstance(effect, NextMessage):
             return await self._next_message(effect.stream)
         if isinstance(effect, OpenStream):
-            return await self._open(effect.stream, effect.request)
+            return await self._open(effect)
         if isinstance(effect, BearerChanged):
             return self._bearer.changed_from(effect.used)
         if isinstance(effect, Look):
@@ -149,11 +151,12 @@ class _Runner:
             raise error
         return answer, sent
 
-    async def _open(self, stream: Stream, request: pb.WatchTokensRequest) -> str:
+    async def _open(self, effect: OpenStream) -> None:
+        stream = effect.stream
         connection = self._connector.acquire()
-        bearer = self._bearer.current()
+        effect.bearer = self._bearer.current()
         try:
-            stream.call = connection.stub.WatchTokens(request, metadata=metadata_of(bearer))
+            stream.call = connection.stub.WatchTokens(effect.request, metadata=metadata_of(effect.bearer))
             stream.call.add_done_callback(lambda _: self._connector.release(connection))
         except grpc.aio.UsageError:
             self._connector.release(connection)
@@ -161,7 +164,6 @@ class _Runner:
         await stream.call.initial_metadata()
         if stream.call.done():
             await self._next_message(stream)  # raises what the broker said
-        return bearer
 
     async def _next_message(self, stream: Stream) -> Any:
         try:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 from ._config import Endpoints
@@ -172,21 +173,16 @@ def metadata_of(bearer: str) -> tuple[tuple[str, str], ...]:
 def error_of(error: grpc.RpcError, account: str) -> TokenBrokerError:
     """Makes an error of a failed call."""
     call: Any = error  # both `grpc` and `grpc.aio` raise errors with these methods
-    reason = upstream_code = ""
-    retry_after = None
+    info = retry = None
     retriable = True
     for key, value in call.trailing_metadata() or ():
         if key == "grpc-retry-pushback-ms":
             retriable = not str(value).startswith("-")
         elif key == "grpc-status-details-bin":
-            status = status_pb2.Status.FromString(value)
-            info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
-            for detail in status.details:
-                if detail.Unpack(info):
-                    reason = info.reason
-                    upstream_code = info.metadata.get("upstream_code", "")
-                elif detail.Unpack(retry):
-                    retry_after = max(0.0, retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9)
+            info, retry = details_of(value)
+    reason = "" if info is None else info.reason
+    upstream_code = "" if info is None else info.metadata.get("upstream_code", "")
+    retry_after = None if retry is None else max(0.0, retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9)
     code: str = call.code().name
     # The RpcError is not kept as the cause: its text has the metadata of the call.
     return class_of(code, reason)(
@@ -198,6 +194,21 @@ def error_of(error: grpc.RpcError, account: str) -> TokenBrokerError:
         retry_after=retry_after,
         retriable=retriable,
     )
+
+
+def details_of(status: bytes) -> tuple[error_details_pb2.ErrorInfo | None, error_details_pb2.RetryInfo | None]:
+    """Returns the details of an error. What cannot be read, such as from a proxy, is left out."""
+    found: tuple[error_details_pb2.ErrorInfo | None, error_details_pb2.RetryInfo | None] = (None, None)
+    try:
+        for detail in status_pb2.Status.FromString(status).details:
+            info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+            if detail.Unpack(info):
+                found = (info, found[1])
+            elif detail.Unpack(retry):
+                found = (found[0], retry)
+    except DecodeError:
+        pass
+    return found
 
 
 def ended_stream() -> TokenBrokerError:

@@ -14,7 +14,16 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, Union
 
-from ._errors import Closed, DeadlineExceeded, Internal, TokenBrokerError, Unauthenticated, Unavailable
+from ._errors import (
+    Closed,
+    DeadlineExceeded,
+    Internal,
+    InvalidArgument,
+    TokenBrokerError,
+    Unauthenticated,
+    Unavailable,
+    unexpected,
+)
 from ._plan import PAUSE_UNAUTHENTICATED, UNUSED_AFTER, Plan, Stream, growing_pause
 from ._token import Token, token_of
 from .v1 import token_broker_pb2 as pb
@@ -70,22 +79,23 @@ class Call:
     request: Any
     deadline: float
     account: str
-    bearer: str = ""  # the one that was sent
+    bearer: str = field(default="", repr=False)  # the one that was sent
 
 
 @dataclass
 class BearerChanged:
     """Read the bearer's file. The result is whether it has another one than was used."""
 
-    used: str
+    used: str = field(repr=False)
 
 
 @dataclass
 class OpenStream:
-    """Open a stream, and wait for its headers. The result is the bearer that was sent."""
+    """Open a stream, and wait for its headers."""
 
     stream: Stream
     request: pb.WatchTokensRequest
+    bearer: str = field(default="", repr=False)  # the one that was sent
 
 
 @dataclass
@@ -325,18 +335,17 @@ class Core:
         joinable = newest is not None and newest is not failed and newest.newer_than >= newer_than
         if newest is not None and joinable and (not newest.done or (failed is not None and newest.error is not None)):
             return newest
+        request = _request(pb.GetTokenRequest, account=account.name, newer_than_generation=newer_than)
         ask = Ask(newer_than, attempts, deadline)
-        self.runner.start(self._run_ask(account, ask))
+        self.runner.start(self._run_ask(account, ask, request))
         if newer_than:
             account.newer_ask = ask
         else:
             account.ask = ask
         return ask
 
-    def _run_ask(self, account: Account, ask: Ask) -> Flow[None]:
-        log = None
+    def _run_ask(self, account: Account, ask: Ask, request: pb.GetTokenRequest) -> Flow[None]:
         try:
-            request = pb.GetTokenRequest(account=account.name, newer_than_generation=ask.newer_than)
             answer, sent = yield from self._call("GetToken", request, ask.deadline, account.name)
             now = self.clock()
             token = token_of(account.name, answer, sent)
@@ -351,6 +360,8 @@ class Core:
             log = Log(logging.DEBUG, "the broker answered with generation %d of %s", (token.generation, account.name))
         except TokenBrokerError as error:
             log = self._ask_failed(account, ask, error)
+        except Exception as problem:  # noqa: BLE001  # whatever it is, nobody may wait for this ask forever
+            log = self._ask_failed(account, ask, unexpected(problem, account.name))
         finally:
             if ask.token is None and ask.error is None:
                 ask.error = Closed("the client was closed", account=account.name)
@@ -444,10 +455,10 @@ class Core:
 
     def _run_stream(self, stream: Stream) -> Flow[None]:
         """Reads a stream to its end."""
-        bearer = ""
+        opening = OpenStream(stream, pb.WatchTokensRequest(accounts=stream.accounts))
         try:
             try:
-                bearer = yield OpenStream(stream, pb.WatchTokensRequest(accounts=stream.accounts))
+                yield opening
                 replaced = self.plan.answered(stream)
                 if replaced is not None:
                     self.runner.end_stream(replaced)
@@ -458,10 +469,13 @@ class Core:
                     if log is not None:
                         yield log
             except Unauthenticated as error:
-                changed = yield BearerChanged(bearer)
+                changed = yield BearerChanged(opening.bearer)
                 log = self._stream_ended(stream, error, changed)
             except TokenBrokerError as error:
                 log = self._stream_ended(stream, error, False)
+            except Exception as problem:  # noqa: BLE001  # whatever it is, the watch goes on
+                self.runner.end_stream(stream)
+                log = self._stream_ended(stream, unexpected(problem), False)
         finally:
             self._look_at_plan()
         if log is not None:
@@ -484,7 +498,7 @@ class Core:
         if message.HasField("ended"):
             account.kept = None
             self.plan.members.discard(account.name)
-            reason = pb.AccountEnded.Reason.Name(message.ended.reason)
+            reason = _name_of(pb.AccountEnded.Reason, message.ended.reason)
             return Log(logging.WARNING, "the account %s has ended for this caller: %s", (account.name, reason))
         return None
 
@@ -515,7 +529,9 @@ class Core:
 
     def report(self, account: str, generation: int, upstream_code: str, deadline: float) -> Flow[Report]:
         """Reports a refused token, and repeats that a few times if the broker is away."""
-        request = pb.ReportRejectedTokenRequest(account=account, generation=generation, upstream_code=upstream_code)
+        request = _request(
+            pb.ReportRejectedTokenRequest, account=account, generation=generation, upstream_code=upstream_code
+        )
         last: TokenBrokerError | None = None
         attempt = 0
         while True:
@@ -532,7 +548,7 @@ class Core:
                     raise last from last.__cause__
                 yield Wait(_never, again_at)
             else:
-                name = pb.ReportRejectedTokenResponse.Outcome.Name(answer.outcome)
+                name = _name_of(pb.ReportRejectedTokenResponse.Outcome, answer.outcome)
                 retry_after = answer.retry_after.seconds + answer.retry_after.nanos / 1e9
                 try:
                     outcome = Outcome(name[len("OUTCOME_") :])
@@ -546,6 +562,8 @@ class Core:
             shared.end = self.clock() + life_of(shared.report)
         except TokenBrokerError as error:
             shared.error = error
+        except Exception as problem:  # noqa: BLE001  # whatever it is, nobody may wait for this report forever
+            shared.error = unexpected(problem, account)
         finally:
             shared.done = True
             self.runner.changed()
@@ -587,6 +605,21 @@ class Core:
                 return None
             # The broker does not keep such a report, so it is repeated.
             yield Wait(_done_or_changed(None, account, account.version), shared.end)
+
+
+def _request(kind: Callable[..., T], **fields: object) -> T:
+    """Makes a request of what the program gave."""
+    try:
+        return kind(**fields)
+    except (TypeError, ValueError):
+        names = ", ".join(fields)
+        raise InvalidArgument(f"one of these is of the wrong type or out of range: {names}") from None
+
+
+def _name_of(values: Any, number: int) -> str:
+    """Returns the name of an enum's value. A newer broker may send one that this client does not know."""
+    name: str = values.Name(number) if number in values.values() else str(number)
+    return name
 
 
 def _done_or_changed(ask: Ask | None, account: Account, version: int) -> Callable[[], bool]:

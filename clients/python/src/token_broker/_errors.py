@@ -194,6 +194,11 @@ _BY_REASON: dict[str, type[TokenBrokerError]] = {
 }
 
 
+def unexpected(problem: Exception, account: str = "") -> Internal:
+    """Makes an error of an exception that nobody foresaw. Its text is left out: it may quote a secret."""
+    return Internal(f"an unexpected {type(problem).__name__} was raised", account=account)
+
+
 def class_of(code: str, reason: str) -> type[TokenBrokerError]:
     """Returns the class of a status. `CANCELLED` is internal: calls of this client are ended by nobody else."""
     if code == "FAILED_PRECONDITION":

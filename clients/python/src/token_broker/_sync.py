@@ -15,11 +15,10 @@ import grpc
 from ._config import Config, check
 from ._connection import Connector, ended_stream, error_of, metadata_of
 from ._core import BearerChanged, Call, Core, Effect, Flow, Log, Look, NextMessage, OpenStream, Report, Wait
-from ._errors import Cancelled, Closed, InvalidArgument, TokenBrokerError
+from ._errors import Cancelled, Closed, InvalidArgument, TokenBrokerError, unexpected
 from ._files import BearerFile, CertificateFiles
 from ._plan import Stream
 from ._token import Token
-from .v1 import token_broker_pb2 as pb
 
 logger = logging.getLogger("token_broker")
 T = TypeVar("T")
@@ -84,7 +83,8 @@ class _Runner:
 
     def end_stream(self, stream: Stream) -> None:
         with self._starting:
-            stream.call.cancel()
+            if stream.call is not None:
+                stream.call.cancel()
 
     # Running
 
@@ -104,10 +104,19 @@ class _Runner:
             try:
                 result = self._do(effect, cancellation)
             except Cancelled:
-                flow.close()
+                self._end(flow)
                 raise
             except TokenBrokerError as problem:
                 error = problem
+            except Exception as problem:  # noqa: BLE001  # the flow has to tell those who wait for it
+                error = unexpected(problem)
+            except BaseException:  # such as KeyboardInterrupt
+                self._end(flow)
+                raise
+
+    def _end(self, flow: Flow[Any]) -> None:
+        with self._condition:
+            flow.close()
 
     def _run_alone(self, flow: Flow[None]) -> None:
         try:
@@ -124,7 +133,7 @@ class _Runner:
         if isinstance(effect, NextMessage):
             return self._next_message(effect.stream)
         if isinstance(effect, OpenStream):
-            return self._open(effect.stream, effect.request)
+            return self._open(effect)
         if isinstance(effect, BearerChanged):
             return self._bearer.changed_from(effect.used)
         if isinstance(effect, Look):
@@ -173,12 +182,13 @@ class _Runner:
             raise error
         return answer, sent
 
-    def _open(self, stream: Stream, request: pb.WatchTokensRequest) -> str:
+    def _open(self, effect: OpenStream) -> None:
+        stream = effect.stream
         stream.connection = connection = self._connector.acquire()
-        bearer = self._bearer.current()
+        effect.bearer = self._bearer.current()
         try:
             with self._starting:
-                stream.call = connection.stub.WatchTokens(request, metadata=metadata_of(bearer))
+                stream.call = connection.stub.WatchTokens(effect.request, metadata=metadata_of(effect.bearer))
         except ValueError:  # raised by a channel that has just been closed
             self._connector.release(connection)
             raise Closed("the client was closed") from None
@@ -187,7 +197,6 @@ class _Runner:
             error = self._error_of(stream.call, "")
             self._connector.release(connection, error)
             raise error
-        return bearer
 
     def _next_message(self, stream: Stream) -> Any:
         try:
