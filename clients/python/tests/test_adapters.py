@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import io
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from token_broker.requests import TokenAuth as RequestsAuth
 from token_broker.v1 import token_broker_pb2 as pb
 
 from .broker import Broker
-from .simulation import answer
+from .simulation import SECRET, answer
 
 REFUSED = b'{"error":{"code":"61003","message":"expired"}}'
 
@@ -197,6 +198,72 @@ def test_other_answers_are_given_to_the_program_as_they_are(
     api.accepts, api.status, api.body, api.chunked = "none", status, body, chunked
     assert send(api.url, stream=stream) == (status, body.decode())
     assert (len(api.requests), issuing.reported) == (1, 0)
+
+
+def test_the_raw_body_of_an_error_can_be_read(api: Api, issuing: Broker) -> None:
+    api.status, api.gzipped, api.body = 500, True, b'{"error":{"code":"63001"}}'
+    with TokenClient(Config([issuing.endpoint])) as client, httpx.Client(auth=HttpxAuth(client, "acme")) as http:
+        with http.stream("GET", api.url) as response:
+            assert gzip.decompress(b"".join(response.iter_raw())) == api.body
+        with http.stream("GET", api.url) as response:
+            assert b"".join(response.iter_bytes()) == api.body
+
+    async def main() -> bytes:
+        async with (
+            AsyncTokenClient(Config([issuing.endpoint])) as client,
+            httpx.AsyncClient(auth=AsyncTokenAuth(client, "acme")) as http,
+            http.stream("GET", api.url) as response,
+        ):
+            return b"".join([part async for part in response.aiter_raw()])
+
+    assert gzip.decompress(asyncio.run(main())) == api.body
+
+
+def test_a_broken_body_is_no_error_before_it_is_read(api: Api, issuing: Broker) -> None:
+    def respond(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(500, headers={"Content-Encoding": "gzip"}, stream=httpx.ByteStream(b"no gzip"))
+
+    with (
+        TokenClient(Config([issuing.endpoint])) as client,
+        httpx.Client(auth=HttpxAuth(client, "acme"), transport=httpx.MockTransport(respond)) as http,
+        http.stream("GET", api.url) as response,
+    ):
+        assert response.status_code == 500
+        with pytest.raises(httpx.DecodingError):
+            response.read()
+
+
+class Redirect(requests.adapters.BaseAdapter):
+    """Answers each request with a redirect from http to https, and notes the headers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str | None, str | None]] = []
+
+    def send(self, request: requests.PreparedRequest, *_: Any, **__: Any) -> requests.Response:
+        self.seen.append((request.url, request.headers.get("Authorization")))
+        response = requests.Response()
+        response.request, response.url = request, request.url or ""
+        response.raw = io.BytesIO()
+        response.status_code = 307 if len(self.seen) == 1 else 200
+        response.headers["Location"] = "https://api.example/"
+        return response
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_token_for_http_is_not_sent_to_https_on_the_same_host(broker: Broker) -> None:
+    token = answer(1)
+    token.api_base_url = "http://api.example"
+    broker.get = lambda _, __: token
+    redirect = Redirect()
+    with TokenClient(Config([broker.endpoint])) as client, requests.Session() as session:
+        session.mount("http://", redirect)
+        session.mount("https://", redirect)
+        with pytest.raises(WrongHost):
+            session.get("http://api.example/", auth=RequestsAuth(client, "acme"))
+    assert redirect.seen == [("http://api.example/", f"Bearer {SECRET}"), ("https://api.example/", None)]
 
 
 def test_a_body_that_cannot_be_sent_again_is_answered_as_the_api_did(send: Send, api: Api, issuing: Broker) -> None:

@@ -11,6 +11,8 @@ from ._http import LONGEST_REFUSAL, check_origin, may_be_refusal, peek, refusal_
 from ._sync import TokenClient
 from ._token import Token
 
+_PIECE = 1024  # how much of a body is decoded at a time, because a little can become a lot
+
 
 class TokenAuth(httpx.Auth):
     """Puts the token of an account on each request of an `httpx.Client`.
@@ -92,7 +94,24 @@ def _refusal_code(response: httpx.Response) -> str | None:
     assert isinstance(stream, httpx.SyncByteStream)  # noqa: S101
     body, again = peek(iter(stream))
     response.stream = _Replayed(stream, again)
-    return None if body is None else refusal_code(response.read())
+    return None if body is None else _code_in(response, body)
+
+
+def _code_in(response: httpx.Response, body: bytes) -> str | None:
+    """Searches a copy of the body, so that the program reads the answer itself, and hears if that is broken."""
+    pieces = (body[start : start + _PIECE] for start in range(0, len(body), _PIECE))
+    encoding = {"Content-Encoding": response.headers.get("Content-Encoding", "")}
+    copy = httpx.Response(response.status_code, headers=encoding, stream=_Pieces(pieces))
+    decoded, _ = peek(copy.iter_bytes())
+    return None if decoded is None else refusal_code(decoded)
+
+
+class _Pieces(httpx.SyncByteStream):
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self._pieces
 
 
 class _Replayed(httpx.SyncByteStream):
@@ -124,7 +143,7 @@ async def _async_refusal_code(response: httpx.Response) -> str | None:
         except Exception as error:  # noqa: BLE001  # the program gets it when it reads the body
             problem = error
     response.stream = _AsyncReplayed(stream, head, rest, problem)
-    return refusal_code(await response.aread()) if ended else None
+    return _code_in(response, b"".join(head)) if ended else None
 
 
 class _AsyncReplayed(httpx.AsyncByteStream):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urljoin
 
 import requests
 import requests.auth
 import requests.utils
 
+from ._errors import WrongHost
 from ._http import check_origin, may_be_refusal, peek, refusal_code
 from ._sync import TokenClient
 from ._token import Token
@@ -40,6 +42,7 @@ class TokenAuth(requests.auth.AuthBase):
     def _answered(self, response: requests.Response, *, token: Token, **options: Any) -> requests.Response:
         request = response.request
         check_origin(token, request.url or "")
+        _keep_from_redirect(response, token)
         code = _refusal_code(response)
         if code is None:
             return response
@@ -59,6 +62,17 @@ class TokenAuth(requests.auth.AuthBase):
 def _authorize(request: requests.PreparedRequest, token: Token) -> None:
     check_origin(token, request.url or "")
     request.headers["Authorization"] = f"Bearer {token.access_token}"
+
+
+def _keep_from_redirect(response: requests.Response, token: Token) -> None:
+    """Takes the token off the request that follows a redirect away from the API, because requests itself leaves it on
+    if only the scheme changes. The session copies that request from this one after its hooks."""
+    if not response.is_redirect:
+        return
+    try:
+        check_origin(token, urljoin(response.request.url or "", response.headers["location"]))
+    except (WrongHost, ValueError):
+        response.request.headers.pop("Authorization", None)
 
 
 def _rewind(request: requests.PreparedRequest) -> bool:
