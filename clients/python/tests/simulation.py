@@ -78,6 +78,7 @@ class Simulation:
         self.handler: Handler = handler or (lambda call: (0.0, answer(1)))
         self.refuse: Callable[[tuple[str, ...]], TokenBrokerError | None] = lambda accounts: None
         self.bearer_changed = False
+        self.opening_takes = 0.0
         self.calls: list[Call] = []
         self.streams: list[SimulatedStream] = []
         self.logs: list[str] = []
@@ -202,6 +203,7 @@ class Simulation:
             )
         elif isinstance(effect, OpenStream):
             self.streams.append(SimulatedStream(effect.stream, self.now))
+            running.wake_at = self.now + self.opening_takes
             running.outcome = self.refuse(tuple(effect.request.accounts)) or "bearer"
         elif isinstance(effect, BearerChanged):
             running.outcome = self.bearer_changed

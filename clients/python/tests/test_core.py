@@ -389,6 +389,7 @@ def test_an_added_account_brings_a_new_stream_and_the_old_one_ends_when_that_has
 def test_a_stream_that_ends_is_opened_again_and_the_tokens_stay() -> None:
     s = watched()
     s.push(s.streams[0], token_message(2))
+    s.advance(1)
     s.push(s.streams[0], refusal("UNAVAILABLE"))
     s.stream(2, "acme")
     assert s.token().generation == 2
@@ -401,6 +402,61 @@ def test_a_stream_that_ends_is_opened_again_and_the_tokens_stay() -> None:
         opened.append(s.streams[-1].opened_at - start)
     assert opened == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10, 10])
     assert s.asks() == 1
+
+
+def test_a_stream_that_ends_at_once_counts_as_failed_whatever_it_delivered() -> None:
+    s = watched()
+    for number, pause in ((2, 0.1), (3, 0.2), (4, 0.4)):
+        s.push(s.streams[-1], token_message(number))
+        s.push(s.streams[-1], refusal("UNAVAILABLE"))
+        s.advance(pause - 0.01)
+        s.stream(number - 1, "acme")
+        s.advance(0.01)
+        s.stream(number, "acme")
+
+
+@pytest.mark.parametrize(("asked", "pause"), [(3, 3), (3600, 30)])
+def test_the_pause_that_the_broker_asks_for_is_kept_before_a_stream_up_to_half_a_minute(
+    asked: float, pause: float
+) -> None:
+    s = watched()
+    s.push(s.streams[0], token_message(2))
+    s.advance(1)
+    s.push(s.streams[0], refusal("RESOURCE_EXHAUSTED", retry_after=asked))
+    s.advance(pause - 0.1)
+    s.stream(1, "acme")
+    s.advance(0.1)
+    s.stream(2, "acme")
+
+
+def test_a_stream_that_is_not_answered_is_given_up_after_twenty_seconds() -> None:
+    s = Simulation()
+    s.opening_takes = 60.0
+    s.token()
+    s.advance(0.1)
+    hung = s.stream(1, "acme")
+    s.opening_takes = 0.0
+    s.advance(19.9)
+    assert not hung.ended
+    s.advance(0.2)
+    assert hung.ended
+    s.stream(2, "acme")
+    s.advance(60)
+    assert not s.stream(2, "acme").ended
+
+
+def test_accounts_about_which_nothing_need_be_known_are_forgotten() -> None:
+    s = Simulation()
+    s.token("kept")
+    usual, s.handler = s.handler, failing(refusal("NOT_FOUND", "NO_SUCH_ACCOUNT"))
+    for number in range(1000):
+        with pytest.raises(NoSuchAccount):
+            s.token(f"guess-{number}")
+        s.advance(0.1)
+    s.handler = usual
+    assert len(s.core.accounts) <= 101
+    s.token("kept")
+    assert s.asks() == 1002
 
 
 def test_a_stream_of_an_unknown_bearer_forgets_all_tokens_and_is_opened_again_after_ten_seconds() -> None:
@@ -467,7 +523,7 @@ def test_the_end_of_a_stream_whose_successor_is_being_opened_says_nothing() -> N
     plan.reopen(0)
     second = plan.open(0)
     assert not plan.ended(first)
-    assert plan.answered(second) is None
+    assert plan.answered(second) == []
 
 
 def test_after_a_fork_the_tokens_are_kept_and_a_watch_is_started_at_the_next_use() -> None:

@@ -36,6 +36,7 @@ REPORT_LIFE = 5.0  # how long an outcome stands for those who hold the same gene
 SHORTEST_TOO_SOON = 0.1  # the shortest wait before a report is repeated that came too soon
 MOST_REPORTS = 4  # attempts to deliver a report, as many as the service config has
 LOOK_INTERVAL = 1.0  # how often files are looked at
+MOST_UNUSED = 100  # so many accounts are known before those are looked for about which nothing need be known
 
 
 class Outcome(str, enum.Enum):
@@ -191,6 +192,15 @@ class Account:
         kept = self.kept
         return kept if kept is not None and kept.generation > newer_than and not kept.ended(now) else None
 
+    def unused(self, now: float) -> bool:
+        """Whether nothing need be known about the account: no token, no recent refusal, and nothing under way."""
+        return (
+            self.usable(now, 0) is None
+            and now >= max(self.used_at + REFUSAL_LIFE, self.refusal_end)
+            and all(ask is None or ask.done for ask in (self.ask, self.newer_ask))
+            and (self.shared_report is None or (self.shared_report.done and now >= self.shared_report.end))
+        )
+
     def decide(self, now: float, newer_than: int) -> Decision:
         """Returns what a caller does who wants a token of a later generation than the given one."""
         usable = self.usable(now, newer_than)
@@ -227,6 +237,7 @@ class Account:
         """Makes the next caller ask, without dropping the kept token."""
         if self.kept is not None:
             self.kept = self.kept.to_be_renewed(now)
+        self.pause_end = 0.0
 
 
 def pause_after(error: TokenBrokerError, attempt: int, random_number: float) -> float:
@@ -256,13 +267,28 @@ class Core:
     clock: Callable[[], float] = time.monotonic
     random: Callable[[], float] = random.random
     accounts: dict[str, Account] = field(default_factory=dict)
+    prune_at: int = MOST_UNUSED  # how many accounts are known when unused ones are looked for
     plan: Plan = field(default_factory=Plan)
     plan_version: int = 0  # grows whenever the watch should look at the plan
     watching: bool = False
     closed: bool = False
 
     def account(self, name: str) -> Account:
-        return self.accounts.setdefault(name, Account(name))
+        account = self.accounts.get(name)
+        if account is None:
+            if len(self.accounts) >= self.prune_at:
+                self._prune()
+            account = self.accounts[name] = Account(name)
+        return account
+
+    def _prune(self) -> None:
+        """Forgets accounts about which nothing need be known, because names may come from the program's users. Twice
+        as many as are left may be known before it is done again, so that it costs little per account."""
+        now = self.clock()
+        for name, account in list(self.accounts.items()):
+            if name not in self.plan.members and account.unused(now):
+                del self.accounts[name]
+        self.prune_at = max(MOST_UNUSED, 2 * len(self.accounts))
 
     def start_again(self) -> None:
         """Keeps the tokens, and nothing that belongs to threads, tasks or connections that no longer exist."""
@@ -430,6 +456,9 @@ class Core:
         while not self.closed:
             now = self.clock()
             due = self.plan.due()
+            if due is not None and due <= now and self.plan.next is not None:
+                yield from self._give_up(self.plan.next)
+                continue
             if due is not None and due <= now:
                 stream = self._next_stream(now)
                 if stream is not None:
@@ -440,6 +469,13 @@ class Core:
             version = self.plan_version
             until = now + LOOK_INTERVAL if self.certificates else float("inf")
             yield Wait(self._plan_changed(version), min(until, due if due is not None else until))
+
+    def _give_up(self, stream: Stream) -> Flow[None]:
+        """Ends a stream that is not answered, and plans another one."""
+        self.runner.end_stream(stream)
+        log = self._stream_ended(stream, DeadlineExceeded("the broker did not answer the watch in time"), False)
+        if log is not None:
+            yield log
 
     def _plan_changed(self, version: int) -> Callable[[], bool]:
         return lambda: self.plan_version != version
@@ -459,9 +495,8 @@ class Core:
         try:
             try:
                 yield opening
-                replaced = self.plan.answered(stream)
-                if replaced is not None:
-                    self.runner.end_stream(replaced)
+                for ended in self.plan.answered(stream):
+                    self.runner.end_stream(ended)
                 self._look_at_plan()
                 while True:
                     message = yield NextMessage(stream)
@@ -519,7 +554,8 @@ class Core:
             # The refusal does not say which account it is about. The asks will.
             for name in stream.accounts:
                 self.plan.members.discard(name)
-                self.accounts[name].ask_soon(now)
+                if name in self.accounts:
+                    self.accounts[name].ask_soon(now)
             self.plan.reopen(now)  # for accounts that joined since
             return Log(logging.WARNING, "the watch was refused: %s", (error,))
         self.plan.after_end(stream, error, now, self.random())

@@ -12,6 +12,9 @@ ADDITIONS_INTERVAL = 5.0
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 10.0
 PAUSE_UNAUTHENTICATED = 10.0
+LONGEST_OPENING = 20.0  # how long a stream may take to answer
+SHORTEST_LIFE = 1.0  # a stream that ends earlier counts as failed, whatever it delivered
+LONGEST_RETRY_INFO = 30.0
 UNUSED_AFTER = 3600.0
 
 
@@ -25,8 +28,9 @@ def growing_pause(first: float, limit: float, failures: int, random: float) -> f
 class Stream:
     """One call of WatchTokens."""
 
-    def __init__(self, accounts: tuple[str, ...]) -> None:
+    def __init__(self, accounts: tuple[str, ...], opened_at: float = 0.0) -> None:
         self.accounts = accounts
+        self.opened_at = opened_at
         self.delivered = False  # a message has arrived
         self.call: Any = None  # this and the next one belong to the part that does I/O
         self.connection: Any = None
@@ -46,7 +50,7 @@ class Plan:
         self.first_addition: float | None = None  # of those that no stream has
         self.last_addition: float | None = None  # when a stream was last opened for additions
         self.reopen_at: float | None = None  # when to open a stream for another reason
-        self.failures = 0  # streams in a row that brought no message
+        self.failures = 0  # streams in a row that brought no message, or ended at once
 
     def add(self, account: str, now: float) -> bool:
         """Puts an account on the watch, if there is room. Returns whether it was not there before."""
@@ -58,8 +62,10 @@ class Plan:
         return True
 
     def due(self) -> float | None:
-        """Returns when to open a stream. None means that none is to be opened now or later."""
-        if not self.members or self.next is not None:
+        """Returns when to open a stream or, if there is a next one, when to give that up. None means never."""
+        if self.next is not None:
+            return self.next.opened_at + LONGEST_OPENING
+        if not self.members:
             return None
         if self.reopen_at is not None:
             return self.reopen_at
@@ -75,20 +81,20 @@ class Plan:
         if self.first_addition is not None:
             self.last_addition = now
         self.first_addition = self.reopen_at = None
-        self.next = Stream(tuple(sorted(self.members)))
+        self.next = Stream(tuple(sorted(self.members)), now)
         return self.next
 
-    def answered(self, stream: Stream) -> Stream | None:
-        """Makes the stream the current one. Returns the one that it replaces."""
+    def answered(self, stream: Stream) -> list[Stream]:
+        """Makes the stream the current one. Returns those to be ended: the one that it replaces, or itself, if it was
+        given up before."""
         if stream is not self.next:
-            return None
+            return [stream]
         replaced, self.current, self.next = self.current, stream, None
-        return replaced
+        return [] if replaced is None else [replaced]
 
     def message(self, stream: Stream) -> None:
         """Notes that the stream works."""
         stream.delivered = True
-        self.failures = 0
 
     def reopen(self, at: float) -> None:
         """Plans a stream for the given time, if none is planned earlier and there is something to watch."""
@@ -108,12 +114,12 @@ class Plan:
 
     def after_end(self, stream: Stream, error: TokenBrokerError, now: float, random: float) -> None:
         """Plans the stream that follows one which ended for no reason that concerns its accounts."""
-        if stream.delivered:
-            self.reopen(now)
-            return
-        pause = growing_pause(FIRST_PAUSE, LONGEST_PAUSE, self.failures, random)
-        self.failures += 1
-        self.reopen(now + max(pause, error.retry_after or 0.0))
+        if stream.delivered and now - stream.opened_at >= SHORTEST_LIFE:
+            self.failures, pause = 0, 0.0
+        else:
+            pause = growing_pause(FIRST_PAUSE, LONGEST_PAUSE, self.failures, random)
+            self.failures += 1
+        self.reopen(now + max(pause, min(error.retry_after or 0.0, LONGEST_RETRY_INFO)))
 
     def start_again(self, now: float) -> None:
         """Forgets the streams, because nothing is left of them after a fork."""
