@@ -99,6 +99,15 @@ func (a *account) askSoon(now time.Time) {
 		aged.reuseEnd = now
 		a.kept = &aged
 	}
+	a.pauseEnd = time.Time{}
+}
+
+// unused reports whether nothing need be known about the account: it has no token, no recent refusal, and nothing is
+// under way.
+func (a *account) unused(now time.Time) bool {
+	return !a.usable(now, 0) && now.Sub(a.usedAt) >= refusalLife && !now.Before(a.refusalEnd) &&
+		(a.ask == nil || a.ask.finished()) && (a.newerAsk == nil || a.newerAsk.finished()) &&
+		(a.sharedReport == nil || a.sharedReport.expired(now))
 }
 
 // refused forgets the kept token and remembers the error.

@@ -3,6 +3,7 @@ package tokenbroker
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"os"
@@ -272,6 +273,26 @@ func TestARefusalForgetsTheTokenAndIsRememberedForASecond(t *testing.T) {
 		broker.get = always(2)
 		time.Sleep(time.Second)
 		wantGeneration(t, mustToken(t, client, "acme"), 2)
+	})
+}
+
+func TestAccountsAboutWhichNothingNeedBeKnownAreForgotten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		broker := &fakeBroker{get: always(1)}
+		client := newClient(t, broker)
+		mustToken(t, client, "kept")
+		broker.get = failing(refusal(codes.NotFound, "NO_SUCH_ACCOUNT", 0))
+		for i := range 1000 {
+			if _, err := client.Token(t.Context(), fmt.Sprint(i)); !errors.Is(err, ErrNoSuchAccount) {
+				t.Fatal(err)
+			}
+			time.Sleep(50 * time.Millisecond)
+		}
+		if known := len(client.core.accounts); known > mostUnused+1 {
+			t.Fatalf("%d accounts are known", known)
+		}
+		mustToken(t, client, "kept")
+		wantAsked(t, broker, 1001)
 	})
 }
 

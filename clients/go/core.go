@@ -18,6 +18,7 @@ import (
 
 const (
 	mostReports  = 4                      // attempts to deliver a report, as many as the service config has
+	mostUnused   = 100                    // so many accounts are known before unused ones are looked for
 	longestClose = 900 * time.Millisecond // how long a close waits for goroutines
 )
 
@@ -36,6 +37,7 @@ type core struct {
 
 	mu       sync.Mutex
 	accounts map[string]*account
+	pruneAt  int // how many accounts are known when unused ones are looked for
 	plan     plan
 	watching bool // the goroutine of the watch was started
 	closed   bool
@@ -67,6 +69,7 @@ func newCore(config Config) (*core, *Error) {
 		logger:    logger,
 		wake:      make(chan struct{}, 1),
 		accounts:  make(map[string]*account),
+		pruneAt:   mostUnused,
 		plan:      newPlan(),
 	}
 	if c.timeout == 0 {
@@ -88,10 +91,24 @@ func (c *core) withTimeout(ctx context.Context) (context.Context, context.Cancel
 func (c *core) account(name string) *account {
 	a := c.accounts[name]
 	if a == nil {
+		if len(c.accounts) >= c.pruneAt {
+			c.prune(time.Now())
+		}
 		a = &account{name: name, changed: make(chan struct{})}
 		c.accounts[name] = a
 	}
 	return a
+}
+
+// prune forgets accounts about which nothing need be known, because names may come from the program's users. Twice as
+// many as are left may be known before it is done again, so that it costs little per account. The caller holds the mutex.
+func (c *core) prune(now time.Time) {
+	for name, a := range c.accounts {
+		if _, watched := c.plan.members[name]; !watched && a.unused(now) {
+			delete(c.accounts, name)
+		}
+	}
+	c.pruneAt = max(mostUnused, 2*len(c.accounts))
 }
 
 // token returns a token of a later generation than the given one. The context has a deadline.

@@ -36,6 +36,7 @@ type fakeBroker struct {
 	gets    []*pb.GetTokenRequest
 	reports []*pb.ReportRejectedTokenRequest
 	streams []*fakeStream
+	hanging int // so many streams are never answered
 	bearers []string
 }
 
@@ -63,6 +64,7 @@ func (b *fakeBroker) WatchTokens(ctx context.Context, request *pb.WatchTokensReq
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	s.hangs = len(b.streams) < b.hanging
 	b.streams = append(b.streams, s)
 	return s, nil
 }
@@ -108,9 +110,14 @@ type fakeStream struct {
 	messages chan *pb.WatchTokensResponse
 	end      chan error
 	openedAt time.Time
+	hangs    bool // it is never answered
 }
 
 func (s *fakeStream) Header() (metadata.MD, error) {
+	if s.hangs {
+		<-s.ctx.Done()
+		return nil, s.ctx.Err()
+	}
 	if s.refusal != nil {
 		return nil, nil
 	}

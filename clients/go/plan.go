@@ -12,6 +12,9 @@ const (
 	firstPauseOfWatch    = 100 * time.Millisecond
 	longestPauseOfWatch  = 10 * time.Second
 	pauseUnauthenticated = 10 * time.Second
+	longestOpening       = 20 * time.Second // how long a stream may take to answer
+	shortestLife         = time.Second      // a stream that ends earlier counts as failed, whatever it delivered
+	longestRetryInfo     = 30 * time.Second
 	unusedAfter          = time.Hour
 )
 
@@ -27,14 +30,15 @@ type plan struct {
 	firstAddition time.Time // of those that no stream has; zero if there is none
 	lastAddition  time.Time // when a stream was last opened for additions
 	reopenAt      time.Time // when to open a stream for another reason; zero if there is none
-	failures      int       // streams in a row that brought no message
+	failures      int       // streams in a row that brought no message, or ended at once
 }
 
 // stream is one call of WatchTokens.
 type stream struct {
 	accounts  []string
-	cancel    func()
-	delivered bool // a message has arrived
+	openedAt  time.Time
+	cancel    func() // nil before the stream is being opened
+	delivered bool   // a message has arrived
 }
 
 func newPlan() plan { return plan{members: make(map[string]struct{})} }
@@ -53,10 +57,13 @@ func (p *plan) add(account string, now time.Time) bool {
 
 func (p *plan) remove(account string) { delete(p.members, account) }
 
-// due returns when to open a stream, and false if none is to be opened now or later.
+// due returns when to open a stream or, if there is a next one, when to give that up. It returns false if there is
+// nothing to do.
 func (p *plan) due() (time.Time, bool) {
 	switch {
-	case len(p.members) == 0 || p.next != nil:
+	case p.next != nil:
+		return p.next.openedAt.Add(longestOpening), true
+	case len(p.members) == 0:
 		return time.Time{}, false
 	case !p.reopenAt.IsZero():
 		return p.reopenAt, true
@@ -77,7 +84,7 @@ func (p *plan) open(now time.Time) *stream {
 		p.lastAddition = now
 	}
 	p.firstAddition, p.reopenAt = time.Time{}, time.Time{}
-	s := &stream{accounts: make([]string, 0, len(p.members))}
+	s := &stream{accounts: make([]string, 0, len(p.members)), openedAt: now}
 	for name := range p.members {
 		s.accounts = append(s.accounts, name)
 	}
@@ -86,19 +93,19 @@ func (p *plan) open(now time.Time) *stream {
 	return s
 }
 
-// answered makes the stream the current one, and returns the one that it replaces, which is nil if there is none.
+// answered makes the stream the current one, and returns the one to be ended, or nil: the one that it replaces, or
+// itself, if it was given up before.
 func (p *plan) answered(s *stream) (replaced *stream) {
 	if s != p.next {
-		return nil
+		return s
 	}
 	replaced, p.current, p.next = p.current, s, nil
 	return replaced
 }
 
 // message notes that the stream works.
-func (p *plan) message(s *stream) {
+func (*plan) message(s *stream) {
 	s.delivered = true
-	p.failures = 0
 }
 
 // reopen plans a stream for the given time, if none is planned earlier and there is something to watch.
@@ -128,15 +135,16 @@ func (p *plan) ended(s *stream) bool {
 
 // afterEnd plans the stream that follows one which ended for no reason that concerns its accounts.
 func (p *plan) afterEnd(s *stream, err *Error, now time.Time, random float64) {
-	if s.delivered {
-		p.reopen(now)
-		return
+	var pause time.Duration
+	if s.delivered && now.Sub(s.openedAt) >= shortestLife {
+		p.failures = 0
+	} else {
+		pause = growingPause(firstPauseOfWatch, longestPauseOfWatch, p.failures, random)
+		p.failures++
 	}
-	pause := growingPause(firstPauseOfWatch, longestPauseOfWatch, p.failures, random)
 	if err != nil {
-		pause = max(pause, err.RetryAfter)
+		pause = max(pause, min(err.RetryAfter, longestRetryInfo))
 	}
-	p.failures++
 	p.reopen(now.Add(pause))
 }
 

@@ -32,6 +32,7 @@ func TestTheFirstStreamCollectsTheAdditionsOfATenthOfASecond(t *testing.T) {
 	if s := p.open(now.Add(100 * time.Millisecond)); !slices.Equal(s.accounts, []string{"a", "b"}) {
 		t.Fatal(s.accounts)
 	}
+	p.answered(p.next)
 	notDue(t, &p)
 }
 
@@ -76,6 +77,7 @@ func TestAStreamThatBroughtAMessageIsOpenedAgainAtOnceAndOthersAfterGrowingPause
 	p.answered(s)
 	p.message(s)
 	p.ended(s)
+	now = now.Add(time.Second)
 	p.afterEnd(s, nil, now, 0)
 	dueAfter(t, &p, now, 0)
 	for _, pause := range []time.Duration{100, 200, 400, 800, 1600, 3200, 6400, 10000, 10000} {
@@ -86,6 +88,53 @@ func TestAStreamThatBroughtAMessageIsOpenedAgainAtOnceAndOthersAfterGrowingPause
 		p.afterEnd(s, nil, now, 0)
 		dueAfter(t, &p, now, pause*time.Millisecond)
 	}
+}
+
+func TestAStreamThatEndsAtOnceCountsAsFailedWhateverItDelivered(t *testing.T) {
+	now := time.Now()
+	p := newPlan()
+	p.add("a", now)
+	for _, pause := range []time.Duration{100, 200, 400} {
+		s := p.open(now)
+		p.answered(s)
+		p.message(s)
+		p.ended(s)
+		p.afterEnd(s, nil, now, 0)
+		dueAfter(t, &p, now, pause*time.Millisecond)
+	}
+}
+
+func TestAStreamThatIsNotAnsweredIsGivenUpAfterTwentySeconds(t *testing.T) {
+	now := time.Now()
+	p := newPlan()
+	p.add("a", now)
+	hung := p.open(now)
+	dueAfter(t, &p, now, 20*time.Second)
+	now = now.Add(20 * time.Second)
+	if !p.ended(hung) {
+		t.Fatal("its end does not count")
+	}
+	p.afterEnd(hung, nil, now, 0)
+	dueAfter(t, &p, now, 100*time.Millisecond)
+	next := p.open(now)
+	if p.answered(hung) != hung {
+		t.Fatal("an answer that came too late keeps the stream")
+	}
+	if p.answered(next) != nil || p.current != next {
+		t.Fatal("the next stream is not used")
+	}
+}
+
+func TestThePauseOfAStreamIsTheBrokersUpToHalfAMinute(t *testing.T) {
+	now := time.Now()
+	p := newPlan()
+	p.add("a", now)
+	s := p.open(now.Add(-time.Minute))
+	p.answered(s)
+	p.message(s)
+	p.ended(s)
+	p.afterEnd(s, &Error{RetryAfter: time.Hour}, now, 0)
+	dueAfter(t, &p, now, 30*time.Second)
 }
 
 func TestThePauseOfAShedStreamIsAtLeastTheBrokers(t *testing.T) {

@@ -53,18 +53,33 @@ func (c *core) runWatch() {
 		c.mu.Lock()
 		now := time.Now()
 		due, planned := c.plan.due()
+		var line *logLine
+		if next := c.plan.next; planned && next != nil && !now.Before(due) {
+			line = c.giveUp(next)
+			due, planned = c.plan.due()
+		}
 		if planned && !now.Before(due) {
 			if s := c.openStream(now); s != nil {
 				c.tasks.Go(func() { c.runStream(s) })
 			}
-			planned = false
+			due, planned = c.plan.due()
 		}
 		c.mu.Unlock()
+		c.log(line)
 		timer.Stop()
 		if planned {
 			timer.Reset(due.Sub(now))
 		}
 	}
+}
+
+// giveUp ends a stream that is not answered, and plans another one. The caller holds the mutex.
+func (c *core) giveUp(s *stream) *logLine {
+	if s.cancel != nil {
+		s.cancel()
+	}
+	err := &Error{Kind: ErrDeadlineExceeded, Message: "the broker did not answer the watch in time"}
+	return c.concludeEnd(s, err, false)
 }
 
 // openStream drops the accounts that the program no longer uses, and returns a stream of the others, or nil if there
@@ -129,7 +144,7 @@ func (c *core) readStream(ctx context.Context, s *stream) error {
 func (c *core) streamAnswered(s *stream) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if replaced := c.plan.answered(s); replaced != nil {
+	if replaced := c.plan.answered(s); replaced != nil && replaced.cancel != nil {
 		replaced.cancel()
 	}
 	c.lookAtPlan()
@@ -168,6 +183,11 @@ func (c *core) streamEnded(s *stream, err *Error, bearerChanged bool) *logLine {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	defer c.lookAtPlan()
+	return c.concludeEnd(s, err, bearerChanged)
+}
+
+// concludeEnd is streamEnded for a caller who holds the mutex.
+func (c *core) concludeEnd(s *stream, err *Error, bearerChanged bool) *logLine {
 	if !c.plan.ended(s) {
 		return nil
 	}
@@ -188,7 +208,9 @@ func (c *core) streamEnded(s *stream, err *Error, bearerChanged bool) *logLine {
 		// The refusal does not say which account it is about. The asks will.
 		for _, name := range s.accounts {
 			c.plan.remove(name)
-			c.accounts[name].askSoon(now)
+			if a := c.accounts[name]; a != nil {
+				a.askSoon(now)
+			}
 		}
 		c.plan.reopen(now) // for accounts that joined since
 		return &logLine{slog.LevelWarn, "the watch was refused", []any{"reason", err.Reason, "message", err.Message}}

@@ -94,6 +94,7 @@ func TestAStreamThatEndsIsOpenedAgainAndTheTokensStay(t *testing.T) {
 				broker := &fakeBroker{get: always(1)}
 				client, stream := watched(t, broker)
 				stream.push("acme", answer(2))
+				time.Sleep(shortestLife)
 				stream.end <- end
 				synctest.Wait()
 				again := wantStream(t, broker, 2, "acme")
@@ -108,6 +109,25 @@ func TestAStreamThatEndsIsOpenedAgainAndTheTokensStay(t *testing.T) {
 			})
 		})
 	}
+}
+
+func TestAStreamThatHangsIsReplaced(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		broker := &fakeBroker{get: always(1), hanging: 1}
+		client := newClient(t, broker)
+		mustToken(t, client, "acme")
+		time.Sleep(additionsDelay)
+		synctest.Wait()
+		hung := wantStream(t, broker, 1, "acme")
+		time.Sleep(longestOpening + firstPauseOfWatch)
+		synctest.Wait()
+		if hung.ctx.Err() == nil {
+			t.Fatal("the stream goes on")
+		}
+		wantStream(t, broker, 2, "acme").push("acme", answer(2))
+		synctest.Wait()
+		wantGeneration(t, mustToken(t, client, "acme"), 2)
+	})
 }
 
 func TestAStreamOfAnUnknownBearerForgetsAllTokensAndIsOpenedAgainAfterTenSeconds(t *testing.T) {
