@@ -112,7 +112,7 @@ class CertificateFiles:
             self._read_at = time.monotonic()
             before, known = self.current, self._problem
             try:
-                self.current = read_certificates(self._config)
+                self.current = read_certificates(self._config, before)
             except Unusable as error:
                 problem = str(error)
             self._problem = problem
@@ -122,8 +122,9 @@ class CertificateFiles:
         return changed
 
 
-def read_certificates(config: Config) -> Certificates:
-    """Returns the content of the files. They must be usable and fit together."""
+def read_certificates(config: Config, known: Certificates | None = None) -> Certificates:
+    """Returns the content of the files. They must be usable and fit together, which is not examined again if they are
+    as they are known: that would take much of the processor each second."""
 
     def read(path: str | os.PathLike[str] | None) -> bytes | None:
         if not path:
@@ -135,6 +136,8 @@ def read_certificates(config: Config) -> Certificates:
             raise Unusable(str(error)) from None
 
     certificates = Certificates(read(config.ca_file), read(config.client_cert), read(config.client_key))
+    if certificates == known:
+        return certificates
     if certificates.ca is not None:
         try:
             ssl.create_default_context(cadata=certificates.ca.decode("ascii"))
