@@ -6,8 +6,10 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 
 	pb "github.com/token-broker/token-broker/clients/go/tokenbrokerv1"
 )
@@ -151,6 +153,16 @@ func TestEachStatusHasItsKind(t *testing.T) {
 		if e.Kind != c.kind || e.Reason != c.reason || e.RetryAfter != time.Second || e.Temporary() != temporary[c.kind] {
 			t.Errorf("%s %s: %#v", c.code, c.reason, e)
 		}
+	}
+}
+
+func TestAReasonOfAnotherDomainIsLeftOut(t *testing.T) {
+	s, err := status.New(codes.FailedPrecondition, "").WithDetails(&errdetails.ErrorInfo{Domain: "proxy.example", Reason: "ACCOUNT_DISABLED"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if e := errorFromStatus("a", s.Err(), nil); e.Reason != "" || e.Kind != ErrInternal {
+		t.Errorf("%#v", e)
 	}
 }
 

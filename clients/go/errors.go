@@ -103,6 +103,9 @@ func (e *Error) Unwrap() error { return e.cause }
 // Temporary reports whether the same call may succeed later without anybody changing anything.
 func (e *Error) Temporary() bool { return e.Kind.Temporary() }
 
+// errorDomain is that of the broker's reasons.
+const errorDomain = "token-broker"
+
 // errorFromStatus makes an Error of what a gRPC call returned. The trailer is that of the call.
 func errorFromStatus(account string, err error, trailer metadata.MD) *Error {
 	s := status.Convert(err)
@@ -110,6 +113,9 @@ func errorFromStatus(account string, err error, trailer metadata.MD) *Error {
 	for _, detail := range s.Details() {
 		switch d := detail.(type) {
 		case *errdetails.ErrorInfo:
+			if d.GetDomain() != errorDomain {
+				continue // it is from something in between
+			}
 			e.Reason = d.GetReason()
 			e.UpstreamCode = d.GetMetadata()["upstream_code"]
 		case *errdetails.RetryInfo:

@@ -33,10 +33,7 @@ func (c *core) report(ctx context.Context, account string, generation uint64, up
 	for attempt := 0; ; attempt++ {
 		answer, err := c.reportOnce(ctx, account, generation, upstreamCode)
 		if err == nil {
-			return Report{
-				Outcome:    Outcome(strings.TrimPrefix(answer.GetOutcome().String(), "OUTCOME_")),
-				RetryAfter: max(0, answer.GetRetryAfter().AsDuration()),
-			}, nil
+			return newReport(account, answer)
 		}
 		last = lastError(last, err)
 		pause := pauseAfter(err, attempt, rand.Float64())
@@ -47,6 +44,17 @@ func (c *core) report(ctx context.Context, account string, generation uint64, up
 		if c.wait(ctx, pause, nil, nil) == waitEnded {
 			return Report{}, lastError(last, errorFromContext(account, ctx.Err()))
 		}
+	}
+}
+
+// newReport returns what the broker answered.
+func newReport(account string, answer *pb.ReportRejectedTokenResponse) (Report, *Error) {
+	outcome := Outcome(strings.TrimPrefix(answer.GetOutcome().String(), "OUTCOME_"))
+	switch outcome {
+	case Reissuing, AlreadyReplaced, TooSoon, NotATokenFault:
+		return Report{Outcome: outcome, RetryAfter: max(0, answer.GetRetryAfter().AsDuration())}, nil
+	default:
+		return Report{}, &Error{Kind: ErrInternal, Account: account, Message: "the broker's answer has no known outcome"}
 	}
 }
 

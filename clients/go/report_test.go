@@ -301,3 +301,11 @@ func TestTheOutcomeOfAReportIsReturned(t *testing.T) {
 		}
 	})
 }
+
+func TestAnUnknownOutcomeIsAnInternalError(t *testing.T) {
+	for _, o := range []outcome{pb.ReportRejectedTokenResponse_OUTCOME_UNSPECIFIED, 99} {
+		if _, err := newReport("acme", &pb.ReportRejectedTokenResponse{Outcome: o}); err == nil || err.Kind != ErrInternal {
+			t.Errorf("%s: %v", o, err)
+		}
+	}
+}

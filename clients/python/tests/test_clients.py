@@ -34,6 +34,7 @@ from token_broker import (
     Unauthenticated,
     Unavailable,
 )
+from token_broker._connection import details_of
 from token_broker.v1 import token_broker_pb2 as pb
 
 from .broker import LIMIT, Broker
@@ -82,7 +83,9 @@ def test_the_bearer_is_sent_and_read_again_when_the_broker_does_not_know_it(
 def test_the_details_of_a_refusal_are_in_the_error(open_client: Open, broker: Broker) -> None:
     def get(_: pb.GetTokenRequest, context: grpc.ServicerContext) -> pb.GetTokenResponse:
         details = [any_pb2.Any(), any_pb2.Any()]
-        info = error_details_pb2.ErrorInfo(reason="CREDENTIAL_REJECTED", metadata={"upstream_code": "61001"})
+        info = error_details_pb2.ErrorInfo(
+            domain="token-broker", reason="CREDENTIAL_REJECTED", metadata={"upstream_code": "61001"}
+        )
         details[0].Pack(info)
         details[1].Pack(error_details_pb2.RetryInfo(retry_delay=duration(2.5)))
         status = status_pb2.Status(code=code_pb2.FAILED_PRECONDITION, message="rejected", details=details)
@@ -97,6 +100,19 @@ def test_the_details_of_a_refusal_are_in_the_error(open_client: Open, broker: Br
     assert (error.account, error.code, error.reason) == ("acme", "FAILED_PRECONDITION", "CREDENTIAL_REJECTED")
     assert (error.upstream_code, error.retry_after, error.temporary) == ("61001", 2.5, False)
     assert str(error) == "account acme: CREDENTIAL_REJECTED: rejected (upstream code 61001)"
+
+
+def test_a_reason_of_another_domain_is_left_out() -> None:
+    def status_of(domain: str) -> bytes:
+        detail = any_pb2.Any()
+        detail.Pack(error_details_pb2.ErrorInfo(domain=domain, reason="ACCOUNT_DISABLED"))
+        content: bytes = status_pb2.Status(details=[detail]).SerializeToString()
+        return content
+
+    info, _ = details_of(status_of("token-broker"))
+    assert info is not None
+    assert info.reason == "ACCOUNT_DISABLED"
+    assert details_of(status_of("proxy.example")) == (None, None)
 
 
 def test_details_that_cannot_be_read_are_left_out(open_client: Open, broker: Broker) -> None:

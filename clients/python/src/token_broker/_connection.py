@@ -19,6 +19,7 @@ from ._files import CertificateFiles, Certificates
 from .v1.token_broker_pb2_grpc import TokenServiceStub
 
 VERSION = "0.1.0"
+ERROR_DOMAIN = "token-broker"  # that of the broker's reasons
 # Where Debian, Red Hat, and Alpine and macOS keep the certificates that they trust.
 _ROOTS = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem")
 AVOID_FOR = 1.0  # how long an endpoint that could not be reached is used only where there is no other
@@ -203,7 +204,8 @@ def details_of(status: bytes) -> tuple[error_details_pb2.ErrorInfo | None, error
         for detail in status_pb2.Status.FromString(status).details:
             info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
             if detail.Unpack(info):
-                found = (info, found[1])
+                if info.domain == ERROR_DOMAIN:  # others are from something in between
+                    found = (info, found[1])
             elif detail.Unpack(retry):
                 found = (found[0], retry)
     except DecodeError:
