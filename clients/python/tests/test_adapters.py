@@ -219,6 +219,17 @@ def test_the_raw_body_of_an_error_can_be_read(api: Api, issuing: Broker) -> None
     assert gzip.decompress(asyncio.run(main())) == api.body
 
 
+@pytest.mark.parametrize("chunked", [False, True])
+def test_the_raw_body_of_an_error_can_be_read_with_requests(api: Api, issuing: Broker, chunked: bool) -> None:
+    api.status, api.gzipped, api.chunked, api.body = 500, True, chunked, b"one\ntwo\n" * 50_000
+    with TokenClient(Config([issuing.endpoint])) as client, requests.Session() as session:
+        session.auth = RequestsAuth(client, "acme")
+        assert gzip.decompress(session.get(api.url, stream=True).raw.read()) == api.body
+        assert session.get(api.url, stream=True).raw.read(decode_content=True) == api.body
+        assert b"".join(session.get(api.url, stream=True).raw) == api.body  # urllib3 decodes lines
+        assert session.get(api.url).content == api.body
+
+
 def test_a_broken_body_is_no_error_before_it_is_read(api: Api, issuing: Broker) -> None:
     def respond(request: httpx.Request) -> httpx.Response:
         return httpx.Response(500, headers={"Content-Encoding": "gzip"}, stream=httpx.ByteStream(b"no gzip"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urljoin
@@ -10,11 +11,14 @@ from urllib.parse import urljoin
 import requests
 import requests.auth
 import requests.utils
+import urllib3
 
 from ._errors import WrongHost
 from ._http import check_origin, may_be_refusal, peek, refusal_code
 from ._sync import TokenClient
 from ._token import Token
+
+_PIECE = 8192  # how much of a body is read at a time
 
 
 class TokenAuth(requests.auth.AuthBase):
@@ -89,30 +93,55 @@ def _rewind(request: requests.PreparedRequest) -> bool:
 def _refusal_code(response: requests.Response) -> str | None:
     if not may_be_refusal(response.status_code, response.headers.get("content-length")):
         return None
-    body, again = peek(response.raw.stream(8192, decode_content=True))
-    response.raw = _Replayed(response.raw, again)
-    return None if body is None else refusal_code(body)
+    raw = response.raw
+    body, again = peek(raw.stream(_PIECE, decode_content=False))
+    response.raw = _response_like(raw, _Body(again, raw), response.request.method)
+    if body is None:
+        return None
+    # A copy is decoded, so that the program reads the answer itself, and hears if that is broken.
+    copy = _response_like(raw, io.BytesIO(body), response.request.method)
+    decoded, _ = peek(copy.stream(_PIECE, decode_content=True))
+    return None if decoded is None else refusal_code(decoded)
 
 
-class _Replayed:
-    """A body of which some has been read, in place of the response of urllib3."""
+def _response_like(raw: Any, body: Any, method: str | None) -> urllib3.HTTPResponse:
+    """Returns the same answer with another source of its body."""
+    return urllib3.HTTPResponse(
+        body,
+        headers=raw.headers,
+        status=raw.status,
+        version=raw.version,
+        reason=raw.reason,
+        preload_content=False,
+        decode_content=raw.decode_content,
+        original_response=raw._original_response,
+        request_method=method,
+    )
 
-    def __init__(self, raw: Any, chunks: Iterator[bytes]) -> None:
-        self._raw = raw
+
+class _Body(io.RawIOBase):
+    """A body of which some has been read. To close it closes the answer that it belongs to."""
+
+    def __init__(self, chunks: Iterator[bytes], raw: Any) -> None:
         self._chunks = chunks
+        self._raw = raw
         self._left = b""
 
-    def stream(self, amt: int | None = None, decode_content: bool | None = None) -> Iterator[bytes]:  # noqa: ARG002
-        return self._chunks
+    def readable(self) -> bool:
+        return True
 
-    def read(self, amt: int | None = None, decode_content: bool | None = None) -> bytes:  # noqa: ARG002
-        for chunk in self._chunks:
-            self._left += chunk
-            if amt is not None and len(self._left) >= amt:
-                break
-        end = len(self._left) if amt is None else amt
-        read, self._left = self._left[:end], self._left[end:]
-        return read
+    def readinto(self, buffer: Any) -> int:
+        while not self._left:
+            try:
+                self._left = next(self._chunks)
+            except StopIteration:
+                return 0
+        size = min(len(buffer), len(self._left))
+        buffer[:size], self._left = self._left[:size], self._left[size:]
+        return size
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._raw, name)
+    def close(self) -> None:
+        if not self.closed:
+            self._raw.close()
+            self._raw.release_conn()
+        super().close()
