@@ -1,0 +1,395 @@
+import { setMaxListeners } from 'node:events';
+import { inspect } from 'node:util';
+
+import { Ask } from './ask.js';
+import { type Clock, systemClock } from './clock.js';
+import {
+  decide,
+  isUsable,
+  type Knowledge,
+  renewalPause,
+  RENEWAL_WAIT_MS,
+  REFUSAL_MS,
+  replaces,
+} from './decisions.js';
+import { TokenBrokerError } from './errors.js';
+import {
+  type ReportRejectedTokenResponse,
+  ReportRejectedTokenResponse_Outcome,
+} from './gen/token_broker/v1/token_broker_pb.js';
+import { GrpcTransport } from './grpc.js';
+import { optionsFromEnvironment, type Settings, settingsFrom, type TokenClientOptions } from './settings.js';
+import { type Kept, keptFrom, milliseconds, type Token } from './token.js';
+import type { Transport } from './transport.js';
+import { type Limits, pause, waitForShared } from './waiting.js';
+import { Watch } from './watch.js';
+
+/** How long one call waits. */
+export interface CallOptions {
+  /** The timeout in milliseconds; the client's, if it is absent. */
+  timeoutMs?: number | undefined;
+  /** Ends the wait of this call. What it waits for goes on for other callers. */
+  signal?: AbortSignal | undefined;
+}
+
+/** What the broker does after a report, and what the caller should do next. */
+export type ReportOutcome = 'REISSUING' | 'ALREADY_REPLACED' | 'TOO_SOON' | 'NOT_A_TOKEN_FAULT';
+
+/** The answer to a report. */
+export interface Report {
+  outcome: ReportOutcome;
+  /** How long to wait before another report, in milliseconds. */
+  retryAfterMs: number | undefined;
+}
+
+/** What the client knows of an account, and what it does for it at present. */
+class AccountState implements Knowledge {
+  kept: Kept | undefined;
+  refusal: { error: TokenBrokerError; until: number } | undefined;
+  pausedUntil = 0;
+  /** How many asks in a row have failed while a kept token lived. */
+  failedRenewals = 0;
+  lastUsed = 0;
+  /** The asks in flight, by the generation that their answer must exceed. */
+  readonly asks = new Map<bigint, Ask>();
+  /** The reports of refused tokens, by generation, as long as somebody replaces that token. */
+  readonly reports = new Map<bigint, { answer: Promise<Report>; users: number }>();
+
+  constructor(readonly name: string) {}
+}
+
+/**
+ * Gives a program the live tokens of accounts. A program makes one client, and shares it.
+ *
+ * The client keeps each token for as long as the broker says, and hears of replacements at once. It opens
+ * connections with the first call, and does not keep the program running.
+ */
+export class TokenClient {
+  readonly #settings: Settings;
+  readonly #clock: Clock;
+  readonly #transport: Transport;
+  readonly #watch: Watch;
+  readonly #accounts = new Map<string, AccountState>();
+  readonly #closing = new AbortController();
+  #isStarted = false;
+
+  /** Throws an `INVALID_ARGUMENT` error if the options cannot be used. */
+  constructor(options: TokenClientOptions);
+  /** @internal */
+  constructor(options: TokenClientOptions, clock?: Clock, makeTransport?: (settings: Settings) => Transport);
+  constructor(
+    options: TokenClientOptions,
+    clock: Clock = systemClock,
+    makeTransport: (settings: Settings) => Transport = (settings) => new GrpcTransport(settings, clock),
+  ) {
+    this.#settings = settingsFrom(options);
+    this.#clock = clock;
+    this.#transport = makeTransport(this.#settings);
+    // Each waiting call listens.
+    setMaxListeners(0, this.#closing.signal);
+    this.#watch = new Watch(
+      clock,
+      this.#transport,
+      {
+        token: (account, answer) => {
+          this.#pushed(account, () => keptFrom(account, answer, clock.now(), clock.now));
+        },
+        ended: (account) => {
+          this.#account(account).kept = undefined;
+        },
+        refused: (accounts) => {
+          this.#expire(accounts);
+        },
+        unauthenticated: () => {
+          for (const state of this.#accounts.values()) {
+            state.kept = undefined;
+          }
+        },
+        lastUsed: (account) => this.#account(account).lastUsed,
+      },
+      this.#settings.logger,
+    );
+  }
+
+  /**
+   * Makes a client with the settings of `TOKEN_BROKER_ENDPOINT`, `TOKEN_BROKER_BEARER_FILE`,
+   * `TOKEN_BROKER_CA_FILE`, `TOKEN_BROKER_CLIENT_CERT` and `TOKEN_BROKER_CLIENT_KEY`, and the given ones.
+   */
+  static fromEnvironment(others: Partial<TokenClientOptions> = {}): TokenClient {
+    return new TokenClient(optionsFromEnvironment(process.env, others));
+  }
+
+  /** Returns a live token of the account: the kept one if it may be used, otherwise the broker's. */
+  async token(account: string, options: CallOptions = {}): Promise<Token> {
+    const limits = this.#limits(account, options);
+    const state = this.#account(account);
+    state.lastUsed = this.#clock.now();
+    for (;;) {
+      limits.closing.throwIfAborted();
+      const now = this.#clock.now();
+      switch (decide(state, now)) {
+        case 'use':
+          return (state.kept as Kept).token;
+        case 'refuse':
+          throw (state.refusal as { error: TokenBrokerError }).error;
+        case 'ask':
+          return await this.#ask(state, 0n, limits).wait(limits);
+        case 'renew': {
+          const renewed = await this.#renew(state, limits);
+          if (renewed) {
+            return renewed;
+          }
+        }
+      }
+    }
+  }
+
+  /** Tells the broker that the API refused the token of this generation, with the API's code. */
+  async report(
+    account: string,
+    generation: bigint,
+    upstreamCode: string,
+    options: CallOptions = {},
+  ): Promise<Report> {
+    const limits = this.#limits(account, options);
+    return await this.#shareReport(this.#account(account), generation, upstreamCode, limits, (answer) =>
+      waitForShared(this.#clock, limits, answer),
+    );
+  }
+
+  /**
+   * Reports a token that the API refused, and returns a newer one. Returns `undefined` if there is none within
+   * the timeout, or if the broker says that the token was not at fault; the API's answer is then final.
+   *
+   * `createFetch` and the interceptor for axios do this on their own.
+   */
+  async replace(refused: Token, upstreamCode: string, options: CallOptions = {}): Promise<Token | undefined> {
+    const { account, generation } = refused;
+    const limits = this.#limits(account, options);
+    const state = this.#account(account);
+    try {
+      const newer = this.#newerThan(state, generation);
+      if (newer) {
+        return newer;
+      }
+      return await this.#shareReport(state, generation, upstreamCode, limits, async (answer) => {
+        const { outcome, retryAfterMs = 0 } = await waitForShared(this.#clock, limits, answer);
+        if (outcome === 'NOT_A_TOKEN_FAULT') {
+          return undefined;
+        }
+        if (outcome === 'TOO_SOON') {
+          if (this.#clock.now() + retryAfterMs >= limits.deadline) {
+            return undefined;
+          }
+          await pause(this.#clock, limits, retryAfterMs);
+        }
+        return (
+          this.#newerThan(state, generation) ?? (await this.#ask(state, generation, limits).wait(limits))
+        );
+      });
+    } catch (error) {
+      if (isKind(error, 'CANCELLED') || isKind(error, 'CLOSED')) {
+        throw error;
+      }
+      this.#settings.logger.warn(`account ${account}: a refused token was not replaced: ${String(error)}`);
+      return undefined;
+    }
+  }
+
+  /** Ends the stream and the connections. Calls that wait, and later ones, fail with `CLOSED`. */
+  close(): void {
+    if (!this.#closing.signal.aborted) {
+      this.#closing.abort(new TokenBrokerError('CLOSED', 'the client is closed'));
+      this.#watch.close();
+      this.#transport.close();
+    }
+  }
+
+  toString(): string {
+    return `TokenClient(${this.#settings.endpoints.map(({ url }) => url).join(',')})`;
+  }
+
+  toJSON(): object {
+    const { endpoints, secure: _secure, logger: _logger, ...others } = this.#settings;
+    return { endpoints: endpoints.map(({ url }) => url), ...others };
+  }
+
+  [inspect.custom](_depth: number, options: object): string {
+    return `TokenClient ${inspect(this.toJSON(), options)}`;
+  }
+
+  #limits(account: string, { timeoutMs = this.#settings.timeoutMs, signal }: CallOptions): Limits {
+    this.#closing.signal.throwIfAborted();
+    if (!this.#isStarted) {
+      this.#isStarted = true;
+      this.#transport.start(() => {
+        this.#watch.reopen();
+      });
+    }
+    return { account, deadline: this.#clock.now() + timeoutMs, signal, closing: this.#closing.signal };
+  }
+
+  #account(name: string): AccountState {
+    let state = this.#accounts.get(name);
+    if (state === undefined) {
+      state = new AccountState(name);
+      this.#accounts.set(name, state);
+    }
+    return state;
+  }
+
+  /** Asks although the kept token still lives. Returns nothing if what to do is to be decided again. */
+  async #renew(state: AccountState, limits: Limits): Promise<Token | undefined> {
+    const deadline = Math.min(limits.deadline, this.#clock.now() + RENEWAL_WAIT_MS);
+    const ask = this.#ask(state, 0n, limits);
+    try {
+      return await ask.wait({ ...limits, deadline });
+    } catch (error) {
+      if (!(error instanceof TokenBrokerError) || !error.temporary) {
+        throw error;
+      }
+      this.#countFailedRenewal(state, ask);
+      if (isUsable(state.kept, this.#clock.now())) {
+        return state.kept.token;
+      }
+      if (this.#clock.now() >= limits.deadline) {
+        throw error;
+      }
+      return undefined;
+    }
+  }
+
+  #countFailedRenewal(state: AccountState, ask: Ask): void {
+    if (!ask.countsAsFailed) {
+      ask.countsAsFailed = true;
+      state.failedRenewals++;
+      state.pausedUntil = this.#clock.now() + renewalPause(state.failedRenewals, this.#clock.random());
+    }
+  }
+
+  /** Returns the ask in flight for a token of a later generation, or starts one. */
+  #ask(state: AccountState, newerThan: bigint, { deadline }: Limits): Ask {
+    const present = state.asks.get(newerThan);
+    if (present) {
+      return present;
+    }
+    const ask = new Ask(this.#clock, {
+      attempt: (timeoutMs) => this.#attempt(state, newerThan, timeoutMs),
+      isFinal: (error) => !error.temporary || (newerThan === 0n && isUsable(state.kept, this.#clock.now())),
+      onEnd: () => {
+        if (state.asks.get(newerThan) === ask) {
+          state.asks.delete(newerThan);
+        }
+      },
+    });
+    state.asks.set(newerThan, ask);
+    void ask.run(deadline);
+    return ask;
+  }
+
+  async #attempt(state: AccountState, newerThan: bigint, timeoutMs: number): Promise<Token> {
+    const sent = this.#clock.now();
+    try {
+      const answer = await this.#transport.getToken(state.name, newerThan, timeoutMs);
+      const kept = this.#keep(state, keptFrom(state.name, answer, sent, this.#clock.now));
+      this.#watch.add(state.name);
+      return kept.token;
+    } catch (error) {
+      if (error instanceof TokenBrokerError && !error.temporary && error.kind !== 'CLOSED') {
+        state.kept = undefined;
+        state.refusal = { error, until: this.#clock.now() + REFUSAL_MS };
+        this.#settings.logger.warn(error.message);
+      }
+      throw error;
+    }
+  }
+
+  /** Keeps a token if it is newer than the kept one. Returns the one that is kept then. */
+  #keep(state: AccountState, next: Kept): Kept {
+    if (state.kept && !replaces(next, state.kept)) {
+      return state.kept;
+    }
+    const known = state.kept?.token.generation;
+    state.kept = next;
+    state.refusal = undefined;
+    state.failedRenewals = 0;
+    state.pausedUntil = 0;
+    if (next.token.generation !== known) {
+      this.#settings.logger.debug(`account ${state.name}: generation ${next.token.generation.toString()} is kept`);
+    }
+    for (const [newerThan, ask] of state.asks) {
+      if (next.token.generation > newerThan) {
+        ask.settle(next.token);
+      }
+    }
+    return next;
+  }
+
+  #pushed(account: string, make: () => Kept): void {
+    try {
+      this.#keep(this.#account(account), make());
+    } catch (error) {
+      this.#settings.logger.warn(String(error));
+    }
+  }
+
+  /** Makes the kept tokens of these accounts be asked for again. */
+  #expire(accounts: Iterable<string>): void {
+    const now = this.#clock.now();
+    for (const name of accounts) {
+      const { kept } = this.#account(name);
+      if (kept) {
+        kept.reuseEnd = Math.min(kept.reuseEnd, now);
+      }
+    }
+  }
+
+  #newerThan({ kept }: AccountState, generation: bigint): Token | undefined {
+    return isUsable(kept, this.#clock.now()) && kept.token.generation > generation ? kept.token : undefined;
+  }
+
+  /** Reports a token once for all who call this for its generation before the last of them has finished. */
+  async #shareReport<T>(
+    state: AccountState,
+    generation: bigint,
+    upstreamCode: string,
+    { deadline }: Limits,
+    use: (answer: Promise<Report>) => Promise<T>,
+  ): Promise<T> {
+    let report = state.reports.get(generation);
+    if (report === undefined) {
+      const timeoutMs = deadline - this.#clock.now();
+      const answer = this.#transport.report(state.name, generation, upstreamCode, timeoutMs).then(reportFrom);
+      report = { answer, users: 0 };
+      state.reports.set(generation, report);
+    }
+    report.users++;
+    try {
+      return await use(report.answer);
+    } finally {
+      report.users--;
+      if (report.users === 0) {
+        state.reports.delete(generation);
+      }
+    }
+  }
+}
+
+function reportFrom(answer: ReportRejectedTokenResponse): Report {
+  const outcome = OUTCOMES[answer.outcome];
+  if (outcome === undefined) {
+    throw new TokenBrokerError('INTERNAL', 'the answer to the report has an unknown outcome');
+  }
+  return { outcome, retryAfterMs: answer.retryAfter && milliseconds(answer.retryAfter) };
+}
+
+const OUTCOMES: Partial<Record<ReportRejectedTokenResponse_Outcome, ReportOutcome>> = {
+  [ReportRejectedTokenResponse_Outcome.REISSUING]: 'REISSUING',
+  [ReportRejectedTokenResponse_Outcome.ALREADY_REPLACED]: 'ALREADY_REPLACED',
+  [ReportRejectedTokenResponse_Outcome.TOO_SOON]: 'TOO_SOON',
+  [ReportRejectedTokenResponse_Outcome.NOT_A_TOKEN_FAULT]: 'NOT_A_TOKEN_FAULT',
+};
+
+function isKind(error: unknown, kind: string): boolean {
+  return error instanceof TokenBrokerError && error.kind === kind;
+}

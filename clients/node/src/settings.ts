@@ -1,0 +1,128 @@
+import { TokenBrokerError } from './errors.js';
+import { defaultLogger, type Logger } from './log.js';
+
+/** How a client reaches the broker, and as whom. */
+export interface TokenClientOptions {
+  /** One or more URLs, `http://host:port` or `https://host:port`, all with the same scheme. */
+  endpoints: string | readonly string[];
+  /** The file with the bearer. It is read again when it has changed. */
+  bearerFile?: string | undefined;
+  /** The file with the certificates to trust, instead of Node's. It is read again when it has changed. */
+  caFile?: string | undefined;
+  /** The file with the client's certificate. It is read again when it has changed. */
+  clientCertFile?: string | undefined;
+  /** The file with the key of the client's certificate. */
+  clientKeyFile?: string | undefined;
+  /** How long a call waits that has no timeout of its own, in milliseconds. The default is 5,000. */
+  timeoutMs?: number | undefined;
+  /** Sends the bearer unencrypted, also to other hosts than loopback. */
+  allowPlaintextBearer?: boolean | undefined;
+  /** Where the client writes what it does. */
+  logger?: Logger | undefined;
+}
+
+/** Options that were checked, with the defaults filled in. */
+export interface Settings {
+  endpoints: readonly Endpoint[];
+  secure: boolean;
+  bearerFile: string | undefined;
+  caFile: string | undefined;
+  clientCertFile: string | undefined;
+  clientKeyFile: string | undefined;
+  timeoutMs: number;
+  allowPlaintextBearer: boolean;
+  logger: Logger;
+}
+
+export interface Endpoint {
+  url: string;
+  /** Host and port. */
+  address: string;
+  isLoopback: boolean;
+}
+
+const DEFAULT_TIMEOUT_MS = 5000;
+
+/** Returns the options that the environment sets; those of `others` take precedence. */
+export function optionsFromEnvironment(
+  environment: NodeJS.ProcessEnv,
+  others: Partial<TokenClientOptions>,
+): TokenClientOptions {
+  const endpoints = (environment.TOKEN_BROKER_ENDPOINT ?? '').split(',').map((url) => url.trim());
+  const fromEnvironment: TokenClientOptions = {
+    endpoints: endpoints.filter((url) => url !== ''),
+    bearerFile: environment.TOKEN_BROKER_BEARER_FILE,
+    caFile: environment.TOKEN_BROKER_CA_FILE,
+    clientCertFile: environment.TOKEN_BROKER_CLIENT_CERT,
+    clientKeyFile: environment.TOKEN_BROKER_CLIENT_KEY,
+  };
+  return { ...fromEnvironment, ...others };
+}
+
+/** Checks options. Throws an `INVALID_ARGUMENT` error if they contradict each other. */
+export function settingsFrom(options: TokenClientOptions): Settings {
+  const urls = typeof options.endpoints === 'string' ? [options.endpoints] : options.endpoints;
+  const [first, ...others] = urls.map(parseEndpoint);
+  if (first === undefined) {
+    throw invalid('no endpoint is set');
+  }
+  const secure = first.secure;
+  if (others.some((other) => other.secure !== secure)) {
+    throw invalid('all endpoints must have the same scheme');
+  }
+  const endpoints = [first, ...others].map(({ endpoint }) => endpoint);
+  const { bearerFile, caFile, clientCertFile, clientKeyFile } = options;
+  if ((clientCertFile === undefined) !== (clientKeyFile === undefined)) {
+    throw invalid("the client's certificate and its key must be set together");
+  }
+  if (!secure && (caFile !== undefined || clientCertFile !== undefined)) {
+    throw invalid('certificates are set, but the endpoints are not https');
+  }
+  const allowPlaintextBearer = options.allowPlaintextBearer ?? false;
+  const exposed = endpoints.find((endpoint) => !secure && !endpoint.isLoopback);
+  if (bearerFile !== undefined && exposed !== undefined && !allowPlaintextBearer) {
+    throw invalid(
+      `the bearer would be sent unencrypted to ${exposed.address}: use https, or set allowPlaintextBearer`,
+    );
+  }
+  const timeoutMs = options.timeoutMs ?? DEFAULT_TIMEOUT_MS;
+  if (!(timeoutMs > 0)) {
+    throw invalid('the timeout must be above zero');
+  }
+  const logger = options.logger ?? defaultLogger;
+  return {
+    endpoints,
+    secure,
+    bearerFile,
+    caFile,
+    clientCertFile,
+    clientKeyFile,
+    timeoutMs,
+    allowPlaintextBearer,
+    logger,
+  };
+}
+
+function parseEndpoint(text: string): { endpoint: Endpoint; secure: boolean } {
+  const url = URL.canParse(text) ? new URL(text) : undefined;
+  if (
+    url === undefined ||
+    !/^https?:$/.test(url.protocol) ||
+    url.pathname !== '/' ||
+    url.search ||
+    url.hash
+  ) {
+    throw invalid('an endpoint must have the form http://host:port or https://host:port');
+  }
+  if (url.username !== '' || url.password !== '') {
+    throw invalid('an endpoint must not contain a user name or a password');
+  }
+  const secure = url.protocol === 'https:';
+  const address = `${url.hostname}:${url.port || (secure ? '443' : '80')}`;
+  const isLoopback = /^(localhost|127(\.\d+){3}|\[::1\])$/.test(url.hostname);
+  return { endpoint: { url: url.origin, address, isLoopback }, secure };
+}
+
+export function invalid(text: string, cause?: unknown): TokenBrokerError {
+  return new TokenBrokerError('INVALID_ARGUMENT', text, { cause });
+}
