@@ -11,6 +11,10 @@ export default tseslint.config(
     rules: {
       // Numbers in messages are times and counts.
       '@typescript-eslint/restrict-template-expressions': ['error', { allowNumber: true }],
+      // Names of properties that are left out of a copy.
+      '@typescript-eslint/no-unused-vars': ['error', { ignoreRestSiblings: true }],
+      // Where a value cannot be missing, the cast names its type.
+      '@typescript-eslint/non-nullable-type-assertion-style': 'off',
     },
   },
   {
@@ -18,5 +22,5 @@ export default tseslint.config(
     files: ['test/**/*.ts'],
     rules: { '@typescript-eslint/no-floating-promises': 'off' },
   },
-  { files: ['**/*.js'], languageOptions: { globals: { process: 'readonly' } } },
+  { files: ['**/*.js'], languageOptions: { globals: { URL: 'readonly' } } },
 );

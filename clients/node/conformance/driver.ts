@@ -82,7 +82,10 @@ const operations: Record<string, (request: Request) => unknown> = {
       const response = await instance.request<string>({ method, url, data: body });
       return { status: response.status, body: response.data };
     }
-    const response = await createFetch(client, account, { timeoutMs })(url, { method, ...(body !== undefined && { body }) });
+    const response = await createFetch(client, account, { timeoutMs })(url, {
+      method,
+      ...(body !== undefined && { body }),
+    });
     return { status: response.status, body: await response.text() };
   },
 

@@ -76,6 +76,7 @@ export class TokenClient {
   /** Throws an `INVALID_ARGUMENT` error if the options cannot be used. */
   constructor(options: TokenClientOptions);
   /** @internal */
+  // eslint-disable-next-line @typescript-eslint/unified-signatures -- this one is not published
   constructor(options: TokenClientOptions, clock?: Clock, makeTransport?: (settings: Settings) => Transport);
   constructor(
     options: TokenClientOptions,
@@ -210,7 +211,7 @@ export class TokenClient {
   }
 
   toJSON(): object {
-    const { endpoints, secure: _secure, logger: _logger, ...others } = this.#settings;
+    const { endpoints, secure, logger, ...others } = this.#settings;
     return { endpoints: endpoints.map(({ url }) => url), ...others };
   }
 
@@ -315,7 +316,9 @@ export class TokenClient {
     state.failedRenewals = 0;
     state.pausedUntil = 0;
     if (next.token.generation !== known) {
-      this.#settings.logger.debug(`account ${state.name}: generation ${next.token.generation.toString()} is kept`);
+      this.#settings.logger.debug(
+        `account ${state.name}: generation ${next.token.generation.toString()} is kept`,
+      );
     }
     for (const [newerThan, ask] of state.asks) {
       if (next.token.generation > newerThan) {

@@ -1,7 +1,7 @@
 /** The time and chance that a client depends on. Tests have their own. */
 export interface Clock {
   /** Returns the monotonic time in milliseconds. */
-  now(): number;
+  now: () => number;
   /** Calls `action` after `ms`, unless the returned function is called before. */
   after(ms: number, action: () => void, options?: TimerOptions): () => void;
   /** Returns a number from 0 to below 1. */

@@ -111,7 +111,7 @@ function redirected(init: RequestInit, status: number): RequestInit {
   if (!becomesGet) {
     return init;
   }
-  const { body: _body, ...others } = init;
+  const { body, ...others } = init;
   const headers = new Headers(init.headers);
   for (const name of [
     'content-encoding',

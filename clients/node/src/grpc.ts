@@ -39,7 +39,7 @@ export class GrpcTransport implements Transport {
   readonly #certificates: Certificates | undefined;
   readonly #calls = new Set<{ cancel(): void }>();
   #channels: Channels;
-  #stopLooking = () => undefined as void;
+  #stopLooking: (() => void) | undefined;
   #isClosed = false;
 
   /** Throws an `INVALID_ARGUMENT` error if the files of the settings cannot be used. */
@@ -103,7 +103,7 @@ export class GrpcTransport implements Transport {
 
   close(): void {
     this.#isClosed = true;
-    this.#stopLooking();
+    this.#stopLooking?.();
     for (const call of this.#calls) {
       call.cancel();
     }

@@ -28,11 +28,11 @@ export interface Stream {
 
 export interface StreamEvents {
   /** The broker has accepted the stream. */
-  opened(): void;
-  message(message: WatchTokensResponse): void;
+  opened: () => void;
+  message: (message: WatchTokensResponse) => void;
   /**
    * The stream ended, with an error or properly. `bearerChanged` says that the file of the bearer has another
    * one now than the one that the stream was opened with.
    */
-  ended(error: TokenBrokerError | undefined, bearerChanged: boolean): void;
+  ended: (error: TokenBrokerError | undefined, bearerChanged: boolean) => void;
 }

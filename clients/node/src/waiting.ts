@@ -13,8 +13,8 @@ export interface Limits {
 }
 
 export interface Outcome<T> {
-  resolve(value: T): void;
-  reject(error: TokenBrokerError): void;
+  resolve: (value: T) => void;
+  reject: (error: TokenBrokerError) => void;
 }
 
 /**
@@ -33,7 +33,7 @@ export async function waitFor<T>(
   if (signal?.aborted) {
     throw cancelled(account, signal);
   }
-  let release = () => undefined as void;
+  let release: (() => void) | undefined;
   try {
     return await new Promise<T>((resolve, reject) => {
       const onTimeout = () => {
@@ -62,7 +62,7 @@ export async function waitFor<T>(
       };
     });
   } finally {
-    release();
+    release?.();
   }
 }
 
