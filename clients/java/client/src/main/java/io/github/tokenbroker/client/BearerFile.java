@@ -1,0 +1,67 @@
+package io.github.tokenbroker.client;
+
+import java.io.IOException;
+import java.lang.System.Logger;
+import java.lang.System.Logger.Level;
+import java.nio.charset.StandardCharsets;
+import java.nio.file.Files;
+import java.nio.file.Path;
+import java.util.concurrent.TimeUnit;
+
+/** The bearer in a file, which is read again from time to time. */
+final class BearerFile {
+  /** For how long the file is not read again. */
+  private static final long FRESH = TimeUnit.SECONDS.toNanos(1);
+
+  private final Path file;
+  private final Loop loop;
+  private final Logger log;
+  private String bearer;
+  private long readAt;
+  private String lastFailure = "";
+
+  /** Reads the file. */
+  BearerFile(Path file, Loop loop, Logger log) {
+    this.file = file;
+    this.loop = loop;
+    this.log = log;
+    try {
+      this.bearer = parse();
+    } catch (IOException unreadable) {
+      throw Errors.invalid("the file of the bearer cannot be used: " + unreadable);
+    }
+    this.readAt = loop.now();
+  }
+
+  /** Returns the bearer, after reading the file again if it was last read over a second ago. */
+  synchronized String current() {
+    return loop.now() - readAt > FRESH ? read() : bearer;
+  }
+
+  /** Reads the file again. Returns the last bearer if the file cannot be used. */
+  synchronized String read() {
+    readAt = loop.now();
+    try {
+      bearer = parse();
+      lastFailure = "";
+    } catch (IOException unusable) {
+      if (!unusable.toString().equals(lastFailure)) {
+        lastFailure = unusable.toString();
+        log.log(
+            Level.WARNING,
+            "the file of the bearer cannot be used, the last one is kept: {0}",
+            lastFailure);
+      }
+    }
+    return bearer;
+  }
+
+  /** Returns the bearer in the file. The texts of exceptions do not quote the file. */
+  private String parse() throws IOException {
+    String text = new String(Files.readAllBytes(file), StandardCharsets.ISO_8859_1).strip();
+    if (text.isEmpty() || !text.chars().allMatch(character -> character > ' ' && character < 127)) {
+      throw new IOException(file + " must contain one bearer, and nothing else");
+    }
+    return text;
+  }
+}

@@ -1,0 +1,478 @@
+package io.github.tokenbroker.client;
+
+import io.github.tokenbroker.client.Decisions.Knowledge;
+import io.github.tokenbroker.client.Report.Outcome;
+import java.lang.System.Logger;
+import java.lang.System.Logger.Level;
+import java.util.HashMap;
+import java.util.HashSet;
+import java.util.List;
+import java.util.Map;
+import java.util.Set;
+import java.util.concurrent.CompletableFuture;
+import java.util.concurrent.ConcurrentHashMap;
+import java.util.concurrent.TimeUnit;
+import token_broker.v1.GetTokenResponse;
+import token_broker.v1.ReportRejectedTokenResponse;
+
+/**
+ * What a client knows and does. Its public face is {@link TokenClient}, which nothing in here
+ * refers to, so that a client that the program has dropped can be collected.
+ *
+ * <p>Everything but the knowledge of an account is used on the loop only.
+ */
+final class Core {
+  /** How often the files for TLS are looked at. */
+  private static final long LOOK = TimeUnit.SECONDS.toNanos(1);
+
+  /** How long is waited at least before a report that came too soon is repeated. */
+  private static final long SHORTEST_REPORT_PAUSE = TimeUnit.MILLISECONDS.toNanos(100);
+
+  private final Loop loop;
+  private final Transport transport;
+  private final Logger log;
+  private final Watch watch;
+  private final Map<String, Account> accounts = new ConcurrentHashMap<>();
+  private final Set<Waiter<?>> waiters = new HashSet<>();
+  private boolean started;
+  private volatile boolean closed;
+
+  Core(Loop loop, Transport transport, Logger log) {
+    this.loop = loop;
+    this.transport = transport;
+    this.log = log;
+    this.watch = new Watch(loop, transport, new Pushes(), log);
+  }
+
+  /** What the client knows of an account, and what it does for it at present. */
+  private static final class Account {
+    final String name;
+    volatile Knowledge known = Knowledge.NOTHING;
+    volatile long lastUsed;
+    int failedRenewals;
+
+    /** The asks in flight, by the generation that their answer must exceed. */
+    final Map<Long, Ask> asks = new HashMap<>();
+
+    /**
+     * The reports of refused tokens, by generation, as long as somebody waits for what they bring.
+     */
+    final Map<Long, SharedReport> reports = new HashMap<>();
+
+    Account(String name) {
+      this.name = name;
+    }
+  }
+
+  /** The report of one refused token, for all who had it. */
+  private static final class SharedReport {
+    CompletableFuture<Report> answer;
+    int users;
+  }
+
+  /** Returns a token within {@code timeout} nanoseconds. */
+  CompletableFuture<Token> token(String name, long timeout) {
+    if (closed) {
+      return CompletableFuture.failedFuture(Errors.closed());
+    }
+    Account account = account(name);
+    long now = loop.now();
+    account.lastUsed = now;
+    Knowledge known = account.known;
+    return switch (Decisions.decide(known, now)) {
+      case USE -> CompletableFuture.completedFuture(known.kept().token());
+      case REFUSE -> CompletableFuture.failedFuture(known.refusal());
+      default -> waiting(name, timeout, (Waiter<Token> waiter) -> provide(account, waiter));
+    };
+  }
+
+  /** Reports a refused token. */
+  CompletableFuture<Report> report(String name, long generation, String code, long timeout) {
+    return waiting(
+        name,
+        timeout,
+        waiter -> waiter.follow(shareReport(account(name), generation, code, waiter).answer));
+  }
+
+  /** Reports a refused token, and returns a newer one, or null if the API's answer is final. */
+  CompletableFuture<Token> replace(String name, long generation, String code, long timeout) {
+    return waiting(
+        name,
+        timeout,
+        waiter -> {
+          Account account = account(name);
+          Token newer = newerThan(account, generation);
+          if (newer != null) {
+            waiter.complete(newer);
+          } else {
+            SharedReport report = shareReport(account, generation, code, waiter);
+            succeed(account, generation, code, report, waiter);
+          }
+        });
+  }
+
+  /** Ends everything. Can be called on any thread, and more than once. */
+  void close() {
+    if (closed) {
+      return;
+    }
+    closed = true;
+    loop.execute(
+        () -> {
+          watch.close();
+          transport.close();
+          List.copyOf(waiters).forEach(waiter -> waiter.fail(Errors.closed()));
+          loop.close();
+        });
+  }
+
+  private interface Start<T> {
+    void run(Waiter<T> waiter);
+  }
+
+  /** Starts something on the loop that somebody waits for. */
+  private <T> CompletableFuture<T> waiting(String account, long timeout, Start<T> start) {
+    CompletableFuture<T> result = new CompletableFuture<>();
+    long deadline = loop.now() + timeout;
+    loop.execute(
+        () -> {
+          if (closed) {
+            result.completeExceptionally(Errors.closed());
+            return;
+          }
+          startLooking();
+          Waiter<T> waiter = new Waiter<>(loop, account, deadline);
+          waiters.add(waiter);
+          waiter.onDone(() -> waiters.remove(waiter));
+          // What the program does with the result must not hold up the loop.
+          waiter
+              .future()
+              .whenCompleteAsync(
+                  (value, error) -> {
+                    if (error == null) {
+                      result.complete(value);
+                    } else {
+                      result.completeExceptionally(error);
+                    }
+                  });
+          result.whenComplete(
+              (value, error) -> {
+                if (result.isCancelled()) {
+                  waiter.future().cancel(false);
+                }
+              });
+          start.run(waiter);
+        });
+    if (closed) {
+      // The loop may have ended before it took the action.
+      result.completeExceptionally(Errors.closed());
+    }
+    return result;
+  }
+
+  private Account account(String name) {
+    return accounts.computeIfAbsent(name, Account::new);
+  }
+
+  private void startLooking() {
+    if (!started) {
+      started = true;
+      loop.schedule(LOOK, this::look);
+    }
+  }
+
+  private void look() {
+    loop.schedule(LOOK, this::look);
+    if (transport.refresh()) {
+      watch.reopen();
+    }
+  }
+
+  private void provide(Account account, Waiter<Token> waiter) {
+    Knowledge known = account.known;
+    switch (Decisions.decide(known, loop.now())) {
+      case USE -> waiter.complete(known.kept().token());
+      case REFUSE -> waiter.fail(known.refusal());
+      case ASK -> ask(account, 0, waiter.deadline()).add(waiter);
+      case RENEW -> renew(account, waiter);
+    }
+  }
+
+  /**
+   * Asks although the kept token still lives, which the caller gets if that fails or takes long.
+   */
+  private void renew(Account account, Waiter<Token> waiter) {
+    Ask ask = ask(account, 0, waiter.deadline());
+    long deadline = Math.min(waiter.deadline(), loop.now() + Decisions.RENEWAL_WAIT);
+    Waiter<Token> renewal = new Waiter<>(loop, account.name, deadline);
+    renewal
+        .future()
+        .whenComplete(
+            (token, thrown) -> {
+              if (thrown == null) {
+                waiter.complete(token);
+                return;
+              }
+              TokenBrokerException error = Errors.from(thrown);
+              if (!error.kind().isTemporary()) {
+                waiter.fail(error);
+                return;
+              }
+              countFailedRenewal(account, ask);
+              long now = loop.now();
+              if (Decisions.isUsable(account.known.kept(), now)) {
+                waiter.complete(account.known.kept().token());
+              } else if (now >= waiter.deadline()) {
+                waiter.fail(error);
+              } else {
+                loop.execute(() -> provide(account, waiter));
+              }
+            });
+    ask.add(renewal);
+  }
+
+  private void countFailedRenewal(Account account, Ask ask) {
+    if (ask.countAsFailed()) {
+      account.failedRenewals++;
+      long pause = Decisions.renewalPause(account.failedRenewals, loop.random());
+      account.known = account.known.pausedUntil(loop.now() + pause);
+    }
+  }
+
+  /** Returns the ask in flight for a token of a later generation, or starts one. */
+  private Ask ask(Account account, long newerThan, long deadline) {
+    Ask present = account.asks.get(newerThan);
+    if (present != null) {
+      return present;
+    }
+    Ask ask =
+        new Ask(
+            loop,
+            timeout -> attempt(account, newerThan, timeout),
+            error -> {
+              boolean canUseKept =
+                  newerThan == 0 && Decisions.isUsable(account.known.kept(), loop.now());
+              return !error.kind().isTemporary() || canUseKept;
+            },
+            () -> account.asks.remove(newerThan));
+    account.asks.put(newerThan, ask);
+    ask.run(deadline);
+    return ask;
+  }
+
+  private CompletableFuture<Token> attempt(Account account, long newerThan, long timeout) {
+    long sent = loop.now();
+    CompletableFuture<Token> result = new CompletableFuture<>();
+    transport
+        .getToken(account.name, newerThan, timeout)
+        .whenComplete(
+            (answer, thrown) ->
+                loop.execute(
+                    () -> {
+                      try {
+                        if (thrown != null) {
+                          throw Errors.from(thrown);
+                        }
+                        result.complete(answered(account, answer, sent));
+                      } catch (TokenBrokerException error) {
+                        refused(account, error);
+                        result.completeExceptionally(error);
+                      }
+                    }));
+    return result;
+  }
+
+  private Token answered(Account account, GetTokenResponse answer, long sent) {
+    Kept kept = keep(account, Kept.from(account.name, answer, sent, loop::now));
+    watch.add(account.name);
+    if (!Decisions.isUsable(kept, loop.now())) {
+      throw TokenBrokerException.of(
+              ErrorKind.UNAVAILABLE, "the broker's token has ended, or is about to")
+          .account(account.name)
+          .build();
+    }
+    return kept.token();
+  }
+
+  private void refused(Account account, TokenBrokerException error) {
+    if (!error.kind().isTemporary()) {
+      account.known = Knowledge.refused(error, loop.now() + Decisions.REFUSAL);
+      log.log(Level.WARNING, error.getMessage());
+    }
+  }
+
+  /** Keeps a token if it is newer than the kept one. Returns the one that is kept then. */
+  private Kept keep(Account account, Kept next) {
+    Kept kept = account.known.kept();
+    if (!Decisions.replaces(next, kept)) {
+      return kept;
+    }
+    account.known = Knowledge.of(next);
+    account.failedRenewals = 0;
+    if (kept == null || next.token().generation() != kept.token().generation()) {
+      log.log(Level.DEBUG, "kept: {0}", next.token());
+    }
+    Map.copyOf(account.asks)
+        .forEach(
+            (newerThan, ask) -> {
+              Token token = newerThan(account, newerThan);
+              if (token != null) {
+                ask.settle(token);
+              }
+            });
+    return next;
+  }
+
+  /** Returns the kept token if it may be used and has a later generation, or null. */
+  private Token newerThan(Account account, long generation) {
+    Kept kept = account.known.kept();
+    return Decisions.isUsable(kept, loop.now()) && kept.token().isNewerThan(generation)
+        ? kept.token()
+        : null;
+  }
+
+  /**
+   * Reports a token once for all who call this for its generation before the last of them is done.
+   */
+  private SharedReport shareReport(
+      Account account, long generation, String code, Waiter<?> waiter) {
+    SharedReport report = account.reports.get(generation);
+    if (report == null) {
+      report = new SharedReport();
+      report.answer = sendReport(account, generation, code, waiter);
+      account.reports.put(generation, report);
+    }
+    SharedReport shared = report;
+    shared.users++;
+    waiter.onDone(
+        () -> {
+          shared.users--;
+          if (shared.users == 0) {
+            account.reports.remove(generation);
+          }
+        });
+    return shared;
+  }
+
+  private CompletableFuture<Report> sendReport(
+      Account account, long generation, String code, Waiter<?> waiter) {
+    return transport
+        .report(account.name, generation, code, waiter.deadline() - loop.now())
+        .thenApply(Core::reportOf);
+  }
+
+  /** Completes a waiter with what a report brings. */
+  private void succeed(
+      Account account, long generation, String code, SharedReport report, Waiter<Token> waiter) {
+    CompletableFuture<Report> answer = report.answer;
+    answer.whenComplete(
+        (value, thrown) ->
+            loop.execute(
+                () -> {
+                  Token newer = newerThan(account, generation);
+                  if (thrown != null) {
+                    notReplaced(waiter, Errors.from(thrown));
+                  } else if (value.outcome() == Outcome.NOT_A_TOKEN_FAULT) {
+                    waiter.complete(null);
+                  } else if (newer != null) {
+                    waiter.complete(newer);
+                  } else if (value.outcome() != Outcome.TOO_SOON) {
+                    askForSuccessor(account, generation, waiter);
+                  } else {
+                    long pause = Math.max(value.retryAfter().toNanos(), SHORTEST_REPORT_PAUSE);
+                    if (loop.now() + pause >= waiter.deadline()) {
+                      waiter.complete(null);
+                      return;
+                    }
+                    loop.schedule(
+                        pause,
+                        () -> {
+                          // The broker forgets a report that came too soon. The first who has
+                          // waited reports
+                          // again for all.
+                          if (report.answer == answer && !waiter.future().isDone()) {
+                            report.answer = sendReport(account, generation, code, waiter);
+                          }
+                          succeed(account, generation, code, report, waiter);
+                        });
+                  }
+                }));
+  }
+
+  private void askForSuccessor(Account account, long generation, Waiter<Token> waiter) {
+    Waiter<Token> asking = new Waiter<>(loop, account.name, waiter.deadline());
+    asking
+        .future()
+        .whenComplete(
+            (token, thrown) -> {
+              if (thrown == null) {
+                waiter.complete(token);
+              } else {
+                notReplaced(waiter, Errors.from(thrown));
+              }
+            });
+    waiter.onDone(() -> asking.future().cancel(false));
+    ask(account, generation, waiter.deadline()).add(asking);
+  }
+
+  private void notReplaced(Waiter<Token> waiter, TokenBrokerException error) {
+    if (!waiter.future().isDone()) {
+      log.log(Level.WARNING, "a refused token was not replaced: {0}", error.getMessage());
+      waiter.complete(null);
+    }
+  }
+
+  private static Report reportOf(ReportRejectedTokenResponse answer) {
+    Outcome outcome =
+        switch (answer.getOutcome()) {
+          case OUTCOME_REISSUING -> Outcome.REISSUING;
+          case OUTCOME_ALREADY_REPLACED -> Outcome.ALREADY_REPLACED;
+          case OUTCOME_TOO_SOON -> Outcome.TOO_SOON;
+          case OUTCOME_NOT_A_TOKEN_FAULT -> Outcome.NOT_A_TOKEN_FAULT;
+          case OUTCOME_UNSPECIFIED, UNRECOGNIZED ->
+              throw TokenBrokerException.of(
+                      ErrorKind.INTERNAL, "the answer to the report has an unknown outcome")
+                  .build();
+        };
+    return new Report(outcome, java.time.Duration.ofNanos(Kept.nanos(answer.getRetryAfter())));
+  }
+
+  /** What the stream brings. */
+  private final class Pushes implements Watch.Events {
+    @Override
+    public void token(String name, GetTokenResponse answer) {
+      try {
+        keep(account(name), Kept.from(name, answer, loop.now(), loop::now));
+      } catch (TokenBrokerException unusable) {
+        log.log(Level.WARNING, unusable.getMessage());
+      }
+    }
+
+    @Override
+    public void ended(String name) {
+      account(name).known = Knowledge.NOTHING;
+    }
+
+    @Override
+    public void refused(Set<String> names) {
+      long now = loop.now();
+      for (String name : names) {
+        Account account = account(name);
+        Kept kept = account.known.kept();
+        if (kept != null && kept.reuseEnd() > now) {
+          account.known = Knowledge.of(kept.withReuseEnd(now));
+        }
+      }
+    }
+
+    @Override
+    public void unauthenticated() {
+      accounts.values().forEach(account -> account.known = Knowledge.NOTHING);
+    }
+
+    @Override
+    public long lastUsed(String name) {
+      return account(name).lastUsed;
+    }
+  }
+}

@@ -1,0 +1,266 @@
+package io.github.tokenbroker.client;
+
+import static java.util.concurrent.TimeUnit.HOURS;
+import static java.util.concurrent.TimeUnit.MILLISECONDS;
+import static java.util.concurrent.TimeUnit.SECONDS;
+
+import java.lang.System.Logger;
+import java.lang.System.Logger.Level;
+import java.util.LinkedHashSet;
+import java.util.List;
+import java.util.Set;
+import token_broker.v1.GetTokenResponse;
+import token_broker.v1.WatchTokensResponse;
+
+/** Keeps a stream open that has all watched accounts. All methods are called on the loop. */
+final class Watch {
+  /** The most accounts of one stream. The broker takes no more. */
+  private static final int MOST_ACCOUNTS = 1000;
+
+  /** How long further additions are waited for before a stream is opened for the first. */
+  private static final long ADDITION_DELAY = MILLISECONDS.toNanos(100);
+
+  /** The shortest time between two streams that are opened for additions. */
+  private static final long ADDITION_INTERVAL = SECONDS.toNanos(5);
+
+  /** How long an account is watched for which nobody asks. */
+  private static final long UNUSED = HOURS.toNanos(1);
+
+  /** When a stream is opened again whose bearer was refused. */
+  private static final long UNAUTHENTICATED_PAUSE = SECONDS.toNanos(10);
+
+  private final Loop loop;
+  private final Transport transport;
+  private final Events events;
+  private final Logger log;
+  private final Set<String> accounts = new LinkedHashSet<>();
+
+  /** The stream that the broker has accepted last, or null. */
+  private Stream current;
+
+  /** The stream that takes its place once the broker has accepted it, or null. */
+  private Stream opening;
+
+  private int failures;
+  private long nextAddition;
+  private Plan plan;
+  private boolean closed;
+
+  Watch(Loop loop, Transport transport, Events events, Logger log) {
+    this.loop = loop;
+    this.transport = transport;
+    this.events = events;
+    this.log = log;
+  }
+
+  /** What a watch tells its client, on the loop. */
+  interface Events {
+    /** The broker has another token of the account. */
+    void token(String account, GetTokenResponse answer);
+
+    /** The caller can no longer use the account. */
+    void ended(String account);
+
+    /** The broker refuses a stream of these accounts, and does not say because of which. */
+    void refused(Set<String> accounts);
+
+    /** The broker refuses the caller. */
+    void unauthenticated();
+
+    /** Returns when the program last asked for the account. */
+    long lastUsed(String account);
+  }
+
+  /** When a stream is opened next, and what cancels that. */
+  private record Plan(long time, Runnable cancel) {}
+
+  /** Adds an account, if there is room. */
+  void add(String account) {
+    if (closed || accounts.contains(account) || accounts.size() >= MOST_ACCOUNTS) {
+      return;
+    }
+    accounts.add(account);
+    // A stream that is opened anyway, soon or after a pause, has the account too.
+    if (plan == null) {
+      planAddition();
+    }
+  }
+
+  /**
+   * Opens a stream anew, for example on another connection. The present one ends when that works.
+   */
+  void reopen() {
+    if (!accounts.isEmpty()) {
+      planOpening(loop.now(), () -> {});
+    }
+  }
+
+  void close() {
+    closed = true;
+    if (plan != null) {
+      plan.cancel().run();
+    }
+    cancel(current);
+    cancel(opening);
+  }
+
+  private void planAddition() {
+    planOpening(
+        Math.max(loop.now() + ADDITION_DELAY, nextAddition),
+        () -> nextAddition = loop.now() + ADDITION_INTERVAL);
+  }
+
+  /** Opens a stream at {@code time}, unless one is opened before. */
+  private void planOpening(long time, Runnable before) {
+    if (closed || (plan != null && plan.time() <= time)) {
+      return;
+    }
+    if (plan != null) {
+      plan.cancel().run();
+    }
+    Runnable cancel =
+        loop.schedule(
+            time - loop.now(),
+            () -> {
+              plan = null;
+              before.run();
+              open();
+            });
+    plan = new Plan(time, cancel);
+  }
+
+  private void open() {
+    cancel(opening);
+    opening = null;
+    long unusedSince = loop.now() - UNUSED;
+    accounts.removeIf(account -> events.lastUsed(account) < unusedSince);
+    if (closed || accounts.isEmpty()) {
+      cancel(current);
+      current = null;
+      return;
+    }
+    log.log(Level.DEBUG, "a stream of {0} accounts is opened", accounts.size());
+    opening = new Stream(Set.copyOf(accounts));
+    opening.cancel = transport.watch(List.copyOf(accounts), opening);
+  }
+
+  private static void cancel(Stream stream) {
+    if (stream != null) {
+      stream.cancel.run();
+    }
+  }
+
+  private void refused(Stream stream, TokenBrokerException error) {
+    log.log(
+        Level.WARNING,
+        "the broker refuses a stream of {0} accounts: {1}",
+        stream.accounts.size(),
+        error.getMessage());
+    accounts.removeAll(stream.accounts);
+    cancel(current);
+    current = null;
+    events.refused(stream.accounts);
+    if (!accounts.isEmpty()) {
+      planAddition();
+    }
+  }
+
+  private long pauseAfter(Stream stream, TokenBrokerException error) {
+    if (stream.hasDelivered) {
+      return 0;
+    }
+    failures++;
+    long pause = Decisions.reopeningPause(failures, loop.random());
+    return error == null
+        ? pause
+        : Math.max(pause, error.retryAfter().map(java.time.Duration::toNanos).orElse(0L));
+  }
+
+  /** One stream. gRPC calls it on threads of its own. */
+  private final class Stream implements Transport.StreamEvents {
+    private final Set<String> accounts;
+    private boolean hasDelivered;
+    private Runnable cancel = () -> {};
+
+    Stream(Set<String> accounts) {
+      this.accounts = accounts;
+    }
+
+    @Override
+    public void opened() {
+      loop.execute(this::accepted);
+    }
+
+    @Override
+    public void message(WatchTokensResponse message) {
+      loop.execute(() -> received(message));
+    }
+
+    @Override
+    public void ended(TokenBrokerException error, boolean bearerChanged) {
+      loop.execute(() -> onEnd(error, bearerChanged));
+    }
+
+    private void accepted() {
+      if (opening == this) {
+        Watch.cancel(current);
+        current = this;
+        opening = null;
+      }
+    }
+
+    private void received(WatchTokensResponse message) {
+      accepted();
+      if (current != this) {
+        return;
+      }
+      hasDelivered = true;
+      failures = 0;
+      String account = message.getAccount();
+      switch (message.getEventCase()) {
+        case TOKEN -> events.token(account, message.getToken());
+        case ENDED -> {
+          log.log(
+              Level.WARNING,
+              "account {0}: no longer available ({1})",
+              account,
+              message.getEnded().getReason());
+          Watch.this.accounts.remove(account);
+          events.ended(account);
+        }
+        case EVENT_NOT_SET -> {}
+      }
+    }
+
+    private void onEnd(TokenBrokerException error, boolean bearerChanged) {
+      if (current == this) {
+        current = null;
+      } else if (opening == this) {
+        opening = null;
+      } else {
+        return;
+      }
+      log.log(Level.DEBUG, "a stream ended: {0}", error == null ? "OK" : error.getMessage());
+      long now = loop.now();
+      switch (error == null ? ErrorKind.INTERNAL : error.kind()) {
+        case UNAUTHENTICATED -> {
+          if (bearerChanged) {
+            planOpening(now, () -> {});
+          } else {
+            log.log(Level.WARNING, "the broker refuses the caller: {0}", error.getMessage());
+            events.unauthenticated();
+            planOpening(now + UNAUTHENTICATED_PAUSE, () -> {});
+          }
+        }
+        case NOT_GRANTED,
+            NO_SUCH_ACCOUNT,
+            INVALID_ARGUMENT,
+            ACCOUNT_DISABLED,
+            CREDENTIAL_REJECTED,
+            EGRESS_REJECTED ->
+            refused(this, error);
+        default -> planOpening(now + pauseAfter(this, error), () -> {});
+      }
+    }
+  }
+}

@@ -1,0 +1,2 @@
+/** Puts tokens on the requests of OkHttp. */
+package io.github.tokenbroker.client.okhttp;
