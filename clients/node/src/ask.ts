@@ -77,6 +77,10 @@ export class Ask {
       }
       const pause = this.#pauseAfter(error, failures);
       const now = this.#clock.now();
+      if (error.kind === 'DEADLINE_EXCEEDED' && this.#lastError) {
+        // The error before says why there was no answer.
+        error = this.#lastError;
+      }
       this.#lastError = error;
       this.#nextAttempt = now + pause;
       const leaving = [...this.#waiters].filter((waiter) => waiter.deadline < now + pause);

@@ -4,7 +4,7 @@ import { serviceConfig } from './service-config.js';
 import type { Endpoint } from './settings.js';
 
 const OPTIONS = {
-  'grpc.service_config': JSON.stringify(serviceConfig),
+  'grpc.service_config': JSON.stringify(withoutRetries('GetToken')),
   'grpc.service_config_disable_resolution': 1,
   'grpc.keepalive_time_ms': 20_000,
   'grpc.keepalive_timeout_ms': 10_000,
@@ -102,4 +102,16 @@ export function choose(states: readonly State[], last: number, isLate: boolean):
   }
   const mayConnect = states.some((state) => state === State.IDLE || state === State.CONNECTING);
   return states.length > 1 && mayConnect && !isLate ? undefined : inTurn[0];
+}
+
+/**
+ * Returns the service config without gRPC's retries of one method. A client repeats an ask itself, on another
+ * endpoint if there is one, and knows why the attempts failed when its time is up.
+ */
+function withoutRetries(method: string): object {
+  const named = serviceConfig.methodConfig.map((config) => ({
+    ...config,
+    name: config.name.filter((name) => name.method !== method),
+  }));
+  return { ...serviceConfig, methodConfig: named };
 }

@@ -42,6 +42,26 @@ export interface Report {
   retryAfterMs: number | undefined;
 }
 
+/** How long is waited at least before a report that came too soon is repeated. */
+const SHORTEST_REPORT_PAUSE_MS = 100;
+
+/** The report of one refused token, for all who had it. */
+class SharedReport {
+  users = 0;
+  answer: Promise<Report>;
+
+  constructor(
+    private readonly call: (timeoutMs: number) => Promise<Report>,
+    timeoutMs: number,
+  ) {
+    this.answer = call(timeoutMs);
+  }
+
+  send(timeoutMs: number): void {
+    this.answer = this.call(timeoutMs);
+  }
+}
+
 /** What the client knows of an account, and what it does for it at present. */
 class AccountState implements Knowledge {
   kept: Kept | undefined;
@@ -53,7 +73,7 @@ class AccountState implements Knowledge {
   /** The asks in flight, by the generation that their answer must exceed. */
   readonly asks = new Map<bigint, Ask>();
   /** The reports of refused tokens, by generation, as long as somebody replaces that token. */
-  readonly reports = new Map<bigint, { answer: Promise<Report>; users: number }>();
+  readonly reports = new Map<bigint, SharedReport>();
 
   constructor(readonly name: string) {}
 }
@@ -153,8 +173,9 @@ export class TokenClient {
     options: CallOptions = {},
   ): Promise<Report> {
     const limits = this.#limits(account, options);
-    return await this.#shareReport(this.#account(account), generation, upstreamCode, limits, (answer) =>
-      waitForShared(this.#clock, limits, answer),
+    const state = this.#account(account);
+    return await this.#withReport(state, generation, upstreamCode, limits, (report) =>
+      waitForShared(this.#clock, limits, report.answer),
     );
   }
 
@@ -173,21 +194,9 @@ export class TokenClient {
       if (newer) {
         return newer;
       }
-      return await this.#shareReport(state, generation, upstreamCode, limits, async (answer) => {
-        const { outcome, retryAfterMs = 0 } = await waitForShared(this.#clock, limits, answer);
-        if (outcome === 'NOT_A_TOKEN_FAULT') {
-          return undefined;
-        }
-        if (outcome === 'TOO_SOON') {
-          if (this.#clock.now() + retryAfterMs >= limits.deadline) {
-            return undefined;
-          }
-          await pause(this.#clock, limits, retryAfterMs);
-        }
-        return (
-          this.#newerThan(state, generation) ?? (await this.#ask(state, generation, limits).wait(limits))
-        );
-      });
+      return await this.#withReport(state, generation, upstreamCode, limits, (report) =>
+        this.#successor(state, generation, report, limits),
+      );
     } catch (error) {
       if (isKind(error, 'CANCELLED') || isKind(error, 'CLOSED')) {
         throw error;
@@ -294,6 +303,11 @@ export class TokenClient {
       const answer = await this.#transport.getToken(state.name, newerThan, timeoutMs);
       const kept = this.#keep(state, keptFrom(state.name, answer, sent, this.#clock.now));
       this.#watch.add(state.name);
+      if (!isUsable(kept, this.#clock.now())) {
+        throw new TokenBrokerError('UNAVAILABLE', "the broker's token has ended, or is about to", {
+          account: state.name,
+        });
+      }
       return kept.token;
     } catch (error) {
       if (error instanceof TokenBrokerError && !error.temporary && error.kind !== 'CLOSED') {
@@ -321,8 +335,9 @@ export class TokenClient {
       );
     }
     for (const [newerThan, ask] of state.asks) {
-      if (next.token.generation > newerThan) {
-        ask.settle(next.token);
+      const token = this.#newerThan(state, newerThan);
+      if (token) {
+        ask.settle(token);
       }
     }
     return next;
@@ -351,24 +366,58 @@ export class TokenClient {
     return isUsable(kept, this.#clock.now()) && kept.token.generation > generation ? kept.token : undefined;
   }
 
+  /** Waits for what a report brings. */
+  async #successor(
+    state: AccountState,
+    generation: bigint,
+    report: SharedReport,
+    limits: Limits,
+  ): Promise<Token | undefined> {
+    for (;;) {
+      const { answer } = report;
+      const { outcome, retryAfterMs = 0 } = await waitForShared(this.#clock, limits, answer);
+      if (outcome === 'NOT_A_TOKEN_FAULT') {
+        return undefined;
+      }
+      const newer = this.#newerThan(state, generation);
+      if (newer) {
+        return newer;
+      }
+      if (outcome !== 'TOO_SOON') {
+        return await this.#ask(state, generation, limits).wait(limits);
+      }
+      const wait = Math.max(retryAfterMs, SHORTEST_REPORT_PAUSE_MS);
+      if (this.#clock.now() + wait >= limits.deadline) {
+        return undefined;
+      }
+      await pause(this.#clock, limits, wait);
+      // The broker forgets a report that came too soon. The first who has waited reports again for all.
+      if (report.answer === answer) {
+        report.send(limits.deadline - this.#clock.now());
+      }
+    }
+  }
+
   /** Reports a token once for all who call this for its generation before the last of them has finished. */
-  async #shareReport<T>(
+  async #withReport<T>(
     state: AccountState,
     generation: bigint,
     upstreamCode: string,
     { deadline }: Limits,
-    use: (answer: Promise<Report>) => Promise<T>,
+    use: (report: SharedReport) => Promise<T>,
   ): Promise<T> {
     let report = state.reports.get(generation);
     if (report === undefined) {
-      const timeoutMs = deadline - this.#clock.now();
-      const answer = this.#transport.report(state.name, generation, upstreamCode, timeoutMs).then(reportFrom);
-      report = { answer, users: 0 };
+      report = new SharedReport(
+        (timeoutMs) =>
+          this.#transport.report(state.name, generation, upstreamCode, timeoutMs).then(reportFrom),
+        deadline - this.#clock.now(),
+      );
       state.reports.set(generation, report);
     }
     report.users++;
     try {
-      return await use(report.answer);
+      return await use(report);
     } finally {
       report.users--;
       if (report.users === 0) {
