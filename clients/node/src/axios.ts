@@ -34,7 +34,6 @@ export function addTokens(
     const beforeRedirect = config.beforeRedirect;
     config.beforeRedirect = (options, ...others) => {
       checkHost(String(options.href), token);
-      // The library removes the header at some redirects, and only the host was checked now.
       beforeRedirect?.(options, ...others);
     };
     sent.set(config, token);
@@ -61,10 +60,7 @@ export function addTokens(
     async (response) => (await onAnswer(response)) ?? response,
     async (error: unknown) => {
       if (error instanceof AxiosError) {
-        if (error.cause instanceof TokenBrokerError) {
-          // A redirect to another host was refused.
-          throw error.cause;
-        }
+        throwCauseOfOurs(error);
         const second = error.response && (await onAnswer(error.response));
         if (second) {
           return second;
@@ -77,6 +73,15 @@ export function addTokens(
     instance.interceptors.request.eject(requests);
     instance.interceptors.response.eject(responses);
   };
+}
+
+/** Throws what `beforeRedirect` has thrown, which the libraries below wrap. */
+function throwCauseOfOurs(error: Error): void {
+  for (let cause = error.cause; cause instanceof Error; cause = cause.cause) {
+    if (cause instanceof TokenBrokerError) {
+      throw cause;
+    }
+  }
 }
 
 /** Returns the code with which the API refused the token. Bodies that are streams are not read. */
