@@ -117,9 +117,12 @@ public final class TokenExchangeFilter implements ExchangeFilterFunction {
     return bytes;
   }
 
+  /** Returns the same answer with a body that was read already. */
   private static ClientResponse withBody(ClientResponse response, byte[] body) {
-    return response
-        .mutate()
+    return ClientResponse.create(response.statusCode(), response.strategies())
+        .headers(headers -> headers.addAll(response.headers().asHttpHeaders()))
+        .cookies(cookies -> cookies.addAll(response.cookies()))
+        .request(response.request())
         .body(Flux.defer(() -> Flux.just(DefaultDataBufferFactory.sharedInstance.wrap(body))))
         .build();
   }

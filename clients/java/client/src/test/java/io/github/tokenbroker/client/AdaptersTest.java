@@ -1,0 +1,228 @@
+package io.github.tokenbroker.client;
+
+import static org.junit.jupiter.api.Assertions.assertEquals;
+import static org.junit.jupiter.api.Assertions.assertThrows;
+import static org.junit.jupiter.api.Assertions.assertTrue;
+
+import com.sun.net.httpserver.HttpExchange;
+import com.sun.net.httpserver.HttpServer;
+import io.github.tokenbroker.client.okhttp.TokenInterceptor;
+import io.github.tokenbroker.client.spring.TokenExchangeFilter;
+import io.github.tokenbroker.client.spring.TokenRequestInterceptor;
+import java.io.IOException;
+import java.net.InetSocketAddress;
+import java.net.http.HttpClient;
+import java.nio.charset.StandardCharsets;
+import java.nio.file.Files;
+import java.nio.file.Path;
+import java.time.Duration;
+import java.util.List;
+import java.util.concurrent.CopyOnWriteArrayList;
+import okhttp3.OkHttpClient;
+import okhttp3.Request;
+import okhttp3.RequestBody;
+import okhttp3.Response;
+import org.junit.jupiter.api.AfterEach;
+import org.junit.jupiter.api.BeforeEach;
+import org.junit.jupiter.api.DisplayNameGeneration;
+import org.junit.jupiter.api.DisplayNameGenerator.ReplaceUnderscores;
+import org.junit.jupiter.api.io.TempDir;
+import org.junit.jupiter.params.ParameterizedTest;
+import org.junit.jupiter.params.provider.EnumSource;
+import org.springframework.http.client.JdkClientHttpRequestFactory;
+import org.springframework.http.client.reactive.JdkClientHttpConnector;
+import org.springframework.web.client.RestClient;
+import org.springframework.web.reactive.function.client.WebClient;
+
+@DisplayNameGeneration(ReplaceUnderscores.class)
+class AdaptersTest {
+  private static final String REFUSED = "{\"error\":{\"code\":\"61003\"}}";
+
+  @TempDir Path folder;
+
+  private final List<String> received = new CopyOnWriteArrayList<>();
+  private final List<String> stranger = new CopyOnWriteArrayList<>();
+  private WireBroker broker;
+  private HttpServer api;
+  private HttpServer other;
+  private TokenClient client;
+
+  /** What the API answers to each token: a body, or a target of a redirect. */
+  private volatile String first = "fine";
+
+  private volatile String second = "fine";
+
+  @BeforeEach
+  void start() throws IOException {
+    api = serve(this::answer);
+    other =
+        serve(
+            exchange -> {
+              stranger.add("a request");
+              respond(exchange, 200, "stranger");
+            });
+    broker = new WireBroker();
+    broker.apiBaseUrl = url(api) + "/api";
+    Path bearer = Files.writeString(folder.resolve("bearer"), "tbk_first");
+    client =
+        TokenClient.builder(broker.endpoint())
+            .bearerFile(bearer)
+            .timeout(Duration.ofSeconds(60))
+            .build();
+  }
+
+  @AfterEach
+  void stop() {
+    client.close();
+    broker.close();
+    api.stop(0);
+    other.stop(0);
+  }
+
+  private static HttpServer serve(com.sun.net.httpserver.HttpHandler handler) throws IOException {
+    HttpServer server = HttpServer.create(new InetSocketAddress("127.0.0.1", 0), 0);
+    server.createContext("/", handler);
+    server.start();
+    return server;
+  }
+
+  private static String url(HttpServer server) {
+    return "http://127.0.0.1:" + server.getAddress().getPort();
+  }
+
+  private void answer(HttpExchange exchange) throws IOException {
+    String body = new String(exchange.getRequestBody().readAllBytes(), StandardCharsets.UTF_8);
+    String authorization = exchange.getRequestHeaders().getFirst("Authorization");
+    received.add(authorization + " " + body);
+    String answer = "Bearer secret-1".equals(authorization) ? first : second;
+    if (answer.startsWith("http://")) {
+      exchange.getResponseHeaders().set("Location", answer);
+      respond(exchange, 302, "");
+    } else if (answer.equals("fine")) {
+      respond(exchange, 200, "fine " + body);
+    } else {
+      respond(exchange, 401, answer);
+    }
+  }
+
+  private static void respond(HttpExchange exchange, int status, String body) throws IOException {
+    byte[] bytes = body.getBytes(StandardCharsets.UTF_8);
+    exchange.sendResponseHeaders(status, bytes.length == 0 ? -1 : bytes.length);
+    exchange.getResponseBody().write(bytes);
+    exchange.close();
+  }
+
+  private record Answer(int status, String body) {}
+
+  /** The libraries for which there is an adapter. */
+  private enum Adapter {
+    OKHTTP {
+      @Override
+      Answer post(TokenClient client, String url, String body) throws IOException {
+        OkHttpClient http =
+            TokenInterceptor.addTo(new OkHttpClient.Builder(), client, "acme").build();
+        RequestBody content = RequestBody.create(body, null);
+        try (Response response =
+            http.newCall(new Request.Builder().url(url).post(content).build()).execute()) {
+          return new Answer(response.code(), response.body().string());
+        } finally {
+          http.connectionPool().evictAll();
+          http.dispatcher().executorService().shutdown();
+        }
+      }
+    },
+    REST_CLIENT {
+      @Override
+      Answer post(TokenClient client, String url, String body) {
+        return RestClient.builder()
+            .requestFactory(new JdkClientHttpRequestFactory(HttpClient.newHttpClient()))
+            .requestInterceptor(new TokenRequestInterceptor(client, "acme"))
+            .build()
+            .post()
+            .uri(url)
+            .body(body)
+            .exchange(
+                (request, response) ->
+                    new Answer(
+                        response.getStatusCode().value(),
+                        new String(response.getBody().readAllBytes(), StandardCharsets.UTF_8)));
+      }
+    },
+    WEB_CLIENT {
+      @Override
+      Answer post(TokenClient client, String url, String body) {
+        return WebClient.builder()
+            .clientConnector(new JdkClientHttpConnector(HttpClient.newHttpClient()))
+            .filter(new TokenExchangeFilter(client, "acme"))
+            .build()
+            .post()
+            .uri(url)
+            .bodyValue(body)
+            .exchangeToMono(
+                response ->
+                    response
+                        .bodyToMono(String.class)
+                        .defaultIfEmpty("")
+                        .map(text -> new Answer(response.statusCode().value(), text)))
+            .block();
+      }
+    };
+
+    abstract Answer post(TokenClient client, String url, String body) throws IOException;
+  }
+
+  private TokenBrokerException failure(Adapter adapter, String url) {
+    Throwable thrown = assertThrows(Exception.class, () -> adapter.post(client, url, "a body"));
+    while (!(thrown instanceof TokenBrokerException) && thrown.getCause() != null) {
+      thrown = thrown.getCause();
+    }
+    return (TokenBrokerException) thrown;
+  }
+
+  @ParameterizedTest
+  @EnumSource
+  void a_request_has_the_token(Adapter adapter) throws IOException {
+    assertEquals(new Answer(200, "fine a body"), adapter.post(client, url(api), "a body"));
+    assertEquals(List.of("Bearer secret-1 a body"), received);
+  }
+
+  @ParameterizedTest
+  @EnumSource
+  void a_refused_token_is_reported_and_the_request_is_sent_again_with_the_next_one(Adapter adapter)
+      throws IOException {
+    first = REFUSED;
+    assertEquals(new Answer(200, "fine a body"), adapter.post(client, url(api), "a body"));
+    assertEquals(List.of("Bearer secret-1 a body", "Bearer secret-2 a body"), received);
+    assertEquals(1, broker.reports.get());
+  }
+
+  @ParameterizedTest
+  @EnumSource
+  void a_request_is_sent_again_only_once(Adapter adapter) throws IOException {
+    first = REFUSED;
+    second = REFUSED;
+    assertEquals(new Answer(401, REFUSED), adapter.post(client, url(api), "a body"));
+    assertEquals(2, received.size());
+    assertEquals(1, broker.reports.get());
+  }
+
+  @ParameterizedTest
+  @EnumSource
+  void the_program_gets_other_answers_as_they_are(Adapter adapter) throws IOException {
+    for (String body :
+        List.of("{\"error\":{\"code\":\"63001\"}}", "no JSON", "", "x".repeat(100_000))) {
+      first = body;
+      assertEquals(new Answer(401, body), adapter.post(client, url(api), "a body"));
+    }
+    assertEquals(0, broker.reports.get());
+  }
+
+  @ParameterizedTest
+  @EnumSource
+  void no_other_host_gets_the_token(Adapter adapter) {
+    assertEquals(ErrorKind.WRONG_HOST, failure(adapter, url(other)).kind());
+    first = url(other);
+    assertEquals(ErrorKind.WRONG_HOST, failure(adapter, url(api)).kind());
+    assertTrue(stranger.isEmpty());
+  }
+}

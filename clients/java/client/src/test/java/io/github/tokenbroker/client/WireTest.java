@@ -1,0 +1,151 @@
+package io.github.tokenbroker.client;
+
+import static org.junit.jupiter.api.Assertions.assertEquals;
+import static org.junit.jupiter.api.Assertions.assertFalse;
+import static org.junit.jupiter.api.Assertions.assertThrows;
+import static org.junit.jupiter.api.Assertions.assertTrue;
+
+import java.io.IOException;
+import java.nio.file.Files;
+import java.nio.file.Path;
+import java.time.Duration;
+import java.util.Optional;
+import org.junit.jupiter.api.AfterEach;
+import org.junit.jupiter.api.BeforeEach;
+import org.junit.jupiter.api.DisplayNameGeneration;
+import org.junit.jupiter.api.DisplayNameGenerator.ReplaceUnderscores;
+import org.junit.jupiter.api.Test;
+import org.junit.jupiter.api.io.TempDir;
+
+@DisplayNameGeneration(ReplaceUnderscores.class)
+class WireTest {
+  /** Is long enough for a busy machine. */
+  private static final Duration GENEROUS = Duration.ofSeconds(60);
+
+  @TempDir Path folder;
+
+  private WireBroker broker;
+  private Path bearer;
+
+  @BeforeEach
+  void start() throws IOException {
+    broker = new WireBroker();
+    bearer = Files.writeString(folder.resolve("bearer"), " tbk_first\n");
+  }
+
+  @AfterEach
+  void stop() {
+    broker.close();
+  }
+
+  private TokenClient client(String... endpoints) {
+    return TokenClient.builder(endpoints).bearerFile(bearer).timeout(GENEROUS).build();
+  }
+
+  private static String endpointOfNobody() throws IOException {
+    try (WireBroker away = new WireBroker()) {
+      return away.endpoint();
+    }
+  }
+
+  private static TokenBrokerException failure(TokenClient client, Duration timeout) {
+    return assertThrows(TokenBrokerException.class, () -> client.token("acme", timeout));
+  }
+
+  @Test
+  void a_token_comes_from_the_broker() {
+    try (TokenClient client = client(broker.endpoint())) {
+      assertEquals("secret-1", client.token("acme").value());
+    }
+  }
+
+  @Test
+  void a_refusal_has_what_the_broker_says_about_it() {
+    broker.failures.add(WireBroker.refusal(9, "CREDENTIAL_REJECTED"));
+    try (TokenClient client = client(broker.endpoint())) {
+      TokenBrokerException error = failure(client, GENEROUS);
+      assertEquals(ErrorKind.CREDENTIAL_REJECTED, error.kind());
+      assertEquals(Optional.of("acme"), error.account());
+      assertEquals(Optional.of("FAILED_PRECONDITION"), error.code());
+      assertEquals(Optional.of("CREDENTIAL_REJECTED"), error.reason());
+      assertEquals(Optional.of("61006"), error.upstreamCode());
+      assertEquals(Optional.of(Duration.ofSeconds(7)), error.retryAfter());
+    }
+  }
+
+  @Test
+  void a_bearer_that_was_replaced_in_its_file_is_used_after_the_old_one_was_refused()
+      throws IOException {
+    try (TokenClient client = client(broker.endpoint())) {
+      broker.bearer = "tbk_second";
+      Files.writeString(bearer, "tbk_second");
+      client.token("acme");
+    }
+  }
+
+  @Test
+  void a_bearer_that_is_still_the_old_one_is_refused() {
+    broker.bearer = "tbk_second";
+    try (TokenClient client = client(broker.endpoint())) {
+      assertEquals(ErrorKind.UNAUTHENTICATED, failure(client, GENEROUS).kind());
+    }
+    assertEquals(1, broker.asks.get());
+  }
+
+  @Test
+  void an_endpoint_that_is_away_costs_no_error_while_another_one_answers() throws Exception {
+    try (TokenClient client = client(endpointOfNobody(), broker.endpoint())) {
+      client.token("acme");
+    }
+  }
+
+  @Test
+  void a_client_of_a_broker_that_is_away_can_be_made_and_says_what_is_wrong() throws Exception {
+    try (TokenClient client = client(endpointOfNobody())) {
+      // The first attempt loads classes, which can take long.
+      failure(client, Duration.ofSeconds(3));
+      assertEquals(ErrorKind.UNAVAILABLE, failure(client, Duration.ofSeconds(3)).kind());
+    }
+  }
+
+  @Test
+  void a_client_without_a_usable_bearer_cannot_be_made_and_does_not_quote_the_file()
+      throws IOException {
+    Files.writeString(bearer, "two words");
+    TokenBrokerException error =
+        assertThrows(TokenBrokerException.class, () -> client(broker.endpoint()));
+    assertEquals(ErrorKind.INVALID_ARGUMENT, error.kind());
+    assertFalse(error.getMessage().contains("two words"));
+  }
+
+  @Test
+  void files_for_tls_that_cannot_be_used_are_refused() {
+    TokenBrokerException error =
+        assertThrows(
+            TokenBrokerException.class,
+            () -> TokenClient.builder("https://127.0.0.1:1").caFile(bearer).build());
+    assertEquals(ErrorKind.INVALID_ARGUMENT, error.kind());
+    assertFalse(error.getMessage().contains("tbk_first"));
+  }
+
+  @Test
+  void an_interrupted_thread_gets_an_error_and_stays_interrupted() {
+    try (TokenClient client = client(broker.endpoint())) {
+      Thread.currentThread().interrupt();
+      TokenBrokerException error = failure(client, GENEROUS);
+      assertTrue(Thread.interrupted());
+      assertEquals(ErrorKind.CANCELLED, error.kind());
+    }
+  }
+
+  @Test
+  void no_thread_is_left_that_keeps_a_program_alive() {
+    try (TokenClient client = client(broker.endpoint())) {
+      client.token("acme");
+      assertTrue(
+          Thread.getAllStackTraces().keySet().stream()
+              .filter(thread -> thread.getName().startsWith("token-broker"))
+              .allMatch(Thread::isDaemon));
+    }
+  }
+}
