@@ -9,6 +9,7 @@ import io.grpc.StatusOr;
 import java.net.InetAddress;
 import java.net.InetSocketAddress;
 import java.net.URI;
+import java.net.URISyntaxException;
 import java.net.UnknownHostException;
 import java.util.ArrayList;
 import java.util.List;
@@ -32,9 +33,13 @@ final class EndpointResolver extends NameResolver {
 
   /** Returns the target of a channel to these endpoints. */
   static String target(List<URI> endpoints) {
-    return endpoints.stream()
-        .map(URI::getAuthority)
-        .collect(Collectors.joining(",", Provider.SCHEME + ":///", ""));
+    String authorities = endpoints.stream().map(URI::getAuthority).collect(Collectors.joining(","));
+    try {
+      // This constructor escapes the brackets of IPv6 addresses.
+      return new URI(Provider.SCHEME, "", "/" + authorities, null).toString();
+    } catch (URISyntaxException impossible) {
+      throw new IllegalArgumentException(impossible);
+    }
   }
 
   @Override

@@ -9,12 +9,25 @@ import java.util.Optional;
 public final class TokenBrokerException extends RuntimeException {
   private static final long serialVersionUID = 1;
 
+  /** What went wrong. */
   private final ErrorKind kind;
+
+  /** The account, or null if the error is about none. */
   private final String account;
+
+  /** The name of the gRPC status, or null if there was none. */
   private final String code;
+
+  /** The broker's reason, or null if it gave none. */
   private final String reason;
+
+  /** The upstream's own code, or null if it gave none. */
   private final String upstreamCode;
+
+  /** The pause before another call, or null if the broker gave none. */
   private final Duration retryAfter;
+
+  /** Whether the broker asked for no other call before the deadline. */
   private final boolean pushedBack;
 
   private TokenBrokerException(Builder from) {

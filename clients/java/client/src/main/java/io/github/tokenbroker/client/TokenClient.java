@@ -2,6 +2,7 @@ package io.github.tokenbroker.client;
 
 import java.lang.System.Logger;
 import java.lang.ref.Cleaner;
+import java.lang.ref.Reference;
 import java.nio.file.Path;
 import java.time.Duration;
 import java.util.Arrays;
@@ -122,7 +123,7 @@ public final class TokenClient implements AutoCloseable {
    * @return a future of the token
    */
   public CompletableFuture<Token> tokenAsync(String account, Duration timeout) {
-    return core.token(account, timeout.toNanos());
+    return untilDone(core.token(account, timeout.toNanos()));
   }
 
   /**
@@ -150,7 +151,7 @@ public final class TokenClient implements AutoCloseable {
    */
   public CompletableFuture<Report> reportAsync(
       String account, long generation, String upstreamCode, Duration timeout) {
-    return core.report(account, generation, upstreamCode, timeout.toNanos());
+    return untilDone(core.report(account, generation, upstreamCode, timeout.toNanos()));
   }
 
   /**
@@ -190,7 +191,8 @@ public final class TokenClient implements AutoCloseable {
    */
   public CompletableFuture<Optional<Token>> replaceAsync(
       Token refused, String upstreamCode, Duration timeout) {
-    return core.replace(refused.account(), refused.generation(), upstreamCode, timeout.toNanos())
+    return untilDone(
+            core.replace(refused.account(), refused.generation(), upstreamCode, timeout.toNanos()))
         .thenApply(Optional::ofNullable);
   }
 
@@ -212,6 +214,12 @@ public final class TokenClient implements AutoCloseable {
   @Override
   public String toString() {
     return "TokenClient" + settings.toString().substring("Settings".length());
+  }
+
+  /** Makes a future refer to this client, which is not collected while somebody waits. */
+  private <T> CompletableFuture<T> untilDone(CompletableFuture<T> future) {
+    future.whenComplete((result, error) -> Reference.reachabilityFence(this));
+    return future;
   }
 
   private static <T> T await(CompletableFuture<T> future, String account) {

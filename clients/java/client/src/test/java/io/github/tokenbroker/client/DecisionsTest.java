@@ -146,6 +146,13 @@ class DecisionsTest {
   }
 
   @Test
+  void a_target_has_all_endpoints() {
+    List<URI> endpoints = List.of(URI.create("https://a:1"), URI.create("https://[::1]:2"));
+    URI target = URI.create(EndpointResolver.target(endpoints));
+    assertEquals("/a:1,[::1]:2", target.getPath());
+  }
+
+  @Test
   void the_text_of_a_token_does_not_contain_it() {
     Kept kept = kept(7, 0, 0);
     assertFalse((kept + " " + kept.token() + Knowledge.of(kept)).contains("secret"));
