@@ -34,7 +34,7 @@ export interface ErrorDetails {
   upstreamCode?: string | undefined;
   /** How long to wait before another call, in milliseconds. */
   retryAfterMs?: number | undefined;
-  /** Whether the broker asked for no other call before the deadline (`grpc-retry-pushback-ms: -1`). */
+  /** @internal Whether the broker asked for no other call before the deadline (`grpc-retry-pushback-ms: -1`). */
   noRetry?: boolean | undefined;
   /** What caused the error, if it was not the broker. */
   cause?: unknown;

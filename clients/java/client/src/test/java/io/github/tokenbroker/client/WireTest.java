@@ -10,6 +10,7 @@ import java.nio.file.Files;
 import java.nio.file.Path;
 import java.time.Duration;
 import java.util.Optional;
+import java.util.Set;
 import org.junit.jupiter.api.AfterEach;
 import org.junit.jupiter.api.BeforeEach;
 import org.junit.jupiter.api.DisplayNameGeneration;
@@ -136,6 +137,27 @@ class WireTest {
       assertTrue(Thread.interrupted());
       assertEquals(ErrorKind.CANCELLED, error.kind());
     }
+  }
+
+  @Test
+  void a_client_that_the_program_has_dropped_leaves_no_thread() throws InterruptedException {
+    Thread thread = threadOfDroppedClient();
+    for (int tries = 0; tries < 600 && thread.isAlive(); tries++) {
+      System.gc();
+      thread.join(100);
+    }
+    assertFalse(thread.isAlive());
+  }
+
+  /** Uses a client that is unreachable afterwards, and returns its thread. */
+  @SuppressWarnings("resource")
+  private Thread threadOfDroppedClient() {
+    Set<Thread> before = Thread.getAllStackTraces().keySet();
+    client(broker.endpoint()).token("acme");
+    return Thread.getAllStackTraces().keySet().stream()
+        .filter(thread -> thread.getName().equals("token-broker") && !before.contains(thread))
+        .findFirst()
+        .orElseThrow();
   }
 
   @Test
