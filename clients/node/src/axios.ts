@@ -1,4 +1,12 @@
-import { AxiosError, type AxiosInstance, type AxiosResponse, type InternalAxiosRequestConfig } from 'axios';
+import {
+  Axios,
+  type AxiosAdapter,
+  type AxiosInstance,
+  type AxiosResponse,
+  getAdapter,
+  type InternalAxiosRequestConfig,
+  isAxiosError,
+} from 'axios';
 
 import type { TokenClient } from './client.js';
 import { TokenBrokerError } from './errors.js';
@@ -11,7 +19,10 @@ export interface AddTokensOptions {
   timeoutMs?: number | undefined;
 }
 
-type Config = InternalAxiosRequestConfig & { tokenBroker?: { newer: Token } };
+type Config = InternalAxiosRequestConfig<unknown>;
+
+/** Builds the URL of a request from nothing but its own configuration, as what sends it does. */
+const urls = new Axios({});
 
 /**
  * Makes an instance of axios send the account's token with each request to the API, and send a request again,
@@ -24,55 +35,89 @@ export function addTokens(
   account: string,
   { timeoutMs }: AddTokensOptions = {},
 ): () => void {
-  const sent = new WeakMap<object, Token>();
-
-  const onRequest = async (config: Config) => {
+  const send = async (config: Config, adapter: AxiosAdapter): Promise<AxiosResponse> => {
     const signal = config.signal as AbortSignal | undefined;
-    const token = config.tokenBroker?.newer ?? (await client.token(account, { timeoutMs, signal }));
-    checkHost(instance.getUri(config), token);
-    config.headers.set('Authorization', `Bearer ${token.value}`);
-    const beforeRedirect = config.beforeRedirect;
-    config.beforeRedirect = (options, ...others) => {
-      checkHost(String(options.href), token);
-      beforeRedirect?.(options, ...others);
-    };
-    sent.set(config, token);
-    return config;
-  };
-
-  /** Returns the answer of a second attempt, or nothing if the first answer is final. */
-  const onAnswer = async (response: AxiosResponse): Promise<AxiosResponse | undefined> => {
-    const config = response.config as Config;
-    const token = sent.get(config);
-    const code = refusalOf(response);
-    if (code === undefined || token === undefined || config.tokenBroker) {
-      return undefined;
+    const token = await client.token(account, { timeoutMs, signal });
+    const first = await outcomeOf(sendWith(token, config, adapter));
+    const code = first.response && refusalOf(first.response);
+    const newer = code === undefined ? undefined : await client.replace(token, code, { timeoutMs, signal });
+    if (newer === undefined || !canRepeat(config)) {
+      return first.result();
     }
-    const signal = config.signal as AbortSignal | undefined;
-    const newer = await client.replace(token, code, { timeoutMs, signal });
-    return newer && canRepeat(config)
-      ? await instance.request({ ...config, tokenBroker: { newer } } as Config)
-      : undefined;
+    return await sendWith(newer, config, adapter);
   };
 
-  const requests = instance.interceptors.request.use(onRequest);
-  const responses = instance.interceptors.response.use(
-    async (response) => (await onAnswer(response)) ?? response,
-    async (error: unknown) => {
-      if (error instanceof AxiosError) {
-        throwCauseOfOurs(error);
-        const second = error.response && (await onAnswer(error.response));
-        if (second) {
-          return second;
-        }
-      }
-      throw error;
-    },
-  );
+  const requests = instance.interceptors.request.use((config) => {
+    // Other interceptors may still change where the request goes, so the token is added behind them.
+    const { adapter } = config;
+    config.adapter = (last) => {
+      // Whoever sends the configuration of an answer again gets one adapter around this, not two.
+      last.adapter = adapter as AxiosAdapter;
+      return send(last, getAdapter(adapter));
+    };
+    return config;
+  });
   return () => {
     instance.interceptors.request.eject(requests);
-    instance.interceptors.response.eject(responses);
   };
+}
+
+interface Outcome {
+  response: AxiosResponse | undefined;
+  /** Returns the response, or throws if axios did. */
+  result: () => AxiosResponse;
+}
+
+async function outcomeOf(sending: Promise<AxiosResponse>): Promise<Outcome> {
+  try {
+    const response = await sending;
+    return { response, result: () => response };
+  } catch (error) {
+    return {
+      response: isAxiosError(error) ? error.response : undefined,
+      result: () => {
+        throw error;
+      },
+    };
+  }
+}
+
+/** Sends a request with the token, which neither its configuration nor the text of the outcome contains. */
+async function sendWith(token: Token, config: Config, adapter: AxiosAdapter): Promise<AxiosResponse> {
+  checkHost(urls.getUri(config), token);
+  const { beforeRedirect } = config;
+  const authorized: Config = {
+    ...config,
+    headers: config.headers.concat({ Authorization: `Bearer ${token.value}` }),
+    beforeRedirect: (options, ...others) => {
+      checkHost(String(options.href), token);
+      beforeRedirect?.(options, ...others);
+    },
+  };
+  try {
+    return withoutToken(await adapter(authorized), config);
+  } catch (error) {
+    if (isAxiosError(error)) {
+      throwCauseOfOurs(error);
+      withoutToken(error, config);
+      if (error.response) {
+        withoutToken(error.response, config);
+      }
+    }
+    throw error;
+  }
+}
+
+/** Gives a part of the outcome the program's configuration, and hides Node's request, which has all headers. */
+function withoutToken<T extends { config?: Config; request?: unknown }>(part: T, config: Config): T {
+  part.config = config;
+  Object.defineProperty(part, 'request', {
+    value: part.request,
+    enumerable: false,
+    writable: true,
+    configurable: true,
+  });
+  return part;
 }
 
 /** Throws what `beforeRedirect` has thrown, which the libraries below wrap. */
@@ -92,6 +137,6 @@ function refusalOf({ status, data }: AxiosResponse<unknown>): string | undefined
   return data instanceof ArrayBuffer ? refusalIn(status, new Uint8Array(data)) : refusalCode(status, data);
 }
 
-function canRepeat({ data }: InternalAxiosRequestConfig<unknown>): boolean {
+function canRepeat({ data }: Config): boolean {
   return !(typeof data === 'object' && data !== null && ('pipe' in data || data instanceof ReadableStream));
 }

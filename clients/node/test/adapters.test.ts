@@ -4,6 +4,7 @@ import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, beforeEach, describe, test } from 'node:test';
+import { inspect } from 'node:util';
 
 import axios from 'axios';
 
@@ -169,6 +170,37 @@ test('fetch: who cancels gets the reason back', async () => {
   const signal = AbortSignal.abort(new RangeError('enough'));
   await assert.rejects(createFetch(client, 'acme')(api.url, { signal }), RangeError);
   client.close();
+});
+
+test('axios: an interceptor that runs later cannot send the token to another host', async () => {
+  const instance = axios.create({ baseURL: api.url });
+  instance.interceptors.request.use((config) => {
+    config.baseURL = stranger.url;
+    return config;
+  });
+  addTokens(instance, client, 'acme');
+  stranger.received.length = 0;
+  await assert.rejects(instance.get('/x'), { kind: 'WRONG_HOST' });
+  client.close();
+  assert.equal(stranger.received.length, 0);
+});
+
+test('axios: no answer and no error contains the token', async () => {
+  answers[0] = failing('{}');
+  const instance = axios.create();
+  addTokens(instance, client, 'acme');
+  const withAnswer: unknown = await instance.get(`${api.url}/x`).catch((error: unknown) => error);
+  const answer = await instance.get(`${api.url}/x`, { validateStatus: () => true });
+  answers[0] = (response) => response.destroy();
+  const withoutAnswer: unknown = await instance.get(`${api.url}/x`).catch((error: unknown) => error);
+  client.close();
+  assert.equal((withAnswer as { response: { status: number } }).response.status, 401);
+  assert.equal(answer.status, 401);
+  assert.ok(withoutAnswer instanceof Error);
+  for (const outcome of [withAnswer, answer, withoutAnswer]) {
+    assert.doesNotMatch(inspect(outcome, { depth: Infinity }), /secret-1/);
+  }
+  assert.doesNotMatch(JSON.stringify([withAnswer, withoutAnswer, answer.config]), /secret-1/);
 });
 
 test('axios: the interceptors can be removed', async () => {
