@@ -21,7 +21,7 @@ import { GrpcTransport } from './grpc.js';
 import { optionsFromEnvironment, type Settings, settingsFrom, type TokenClientOptions } from './settings.js';
 import { type Kept, keptFrom, milliseconds, type Token } from './token.js';
 import type { Transport } from './transport.js';
-import { type Limits, pause, waitForShared } from './waiting.js';
+import { type Limits, pause, throwIfOver, waitForShared } from './waiting.js';
 import { Watch } from './watch.js';
 
 /** How long one call waits. */
@@ -54,11 +54,14 @@ class SharedReport {
     private readonly call: (timeoutMs: number) => Promise<Report>,
     timeoutMs: number,
   ) {
-    this.answer = call(timeoutMs);
+    this.answer = this.send(timeoutMs);
   }
 
-  send(timeoutMs: number): void {
+  send(timeoutMs: number): Promise<Report> {
     this.answer = this.call(timeoutMs);
+    // All who waited may have given up, and a rejection that nobody handles ends the program.
+    this.answer.catch(() => undefined);
+    return this.answer;
   }
 }
 
@@ -393,7 +396,7 @@ export class TokenClient {
       await pause(this.#clock, limits, wait);
       // The broker forgets a report that came too soon. The first who has waited reports again for all.
       if (report.answer === answer) {
-        report.send(limits.deadline - this.#clock.now());
+        void report.send(limits.deadline - this.#clock.now());
       }
     }
   }
@@ -403,15 +406,16 @@ export class TokenClient {
     state: AccountState,
     generation: bigint,
     upstreamCode: string,
-    { deadline }: Limits,
+    limits: Limits,
     use: (report: SharedReport) => Promise<T>,
   ): Promise<T> {
+    throwIfOver(limits);
     let report = state.reports.get(generation);
     if (report === undefined) {
       report = new SharedReport(
         (timeoutMs) =>
           this.#transport.report(state.name, generation, upstreamCode, timeoutMs).then(reportFrom),
-        deadline - this.#clock.now(),
+        limits.deadline - this.#clock.now(),
       );
       state.reports.set(generation, report);
     }

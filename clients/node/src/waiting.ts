@@ -29,10 +29,7 @@ export async function waitFor<T>(
   lastError?: () => TokenBrokerError | undefined,
 ): Promise<T> {
   const { account, deadline, signal, closing } = limits;
-  closing.throwIfAborted();
-  if (signal?.aborted) {
-    throw cancelled(account, signal);
-  }
+  throwIfOver(limits);
   let release: (() => void) | undefined;
   try {
     return await new Promise<T>((resolve, reject) => {
@@ -63,6 +60,14 @@ export async function waitFor<T>(
     });
   } finally {
     release?.();
+  }
+}
+
+/** Throws if the caller has cancelled already, or the client was closed. */
+export function throwIfOver({ account, signal, closing }: Limits): void {
+  closing.throwIfAborted();
+  if (signal?.aborted) {
+    throw cancelled(account, signal);
   }
 }
 

@@ -313,3 +313,23 @@ test('no text form and no message contains a token', async () => {
   assert.ok(messages.length > 12);
   assert.doesNotMatch(messages.join('\n'), /secret/);
 });
+
+test('a report whose caller has cancelled already is not sent', async () => {
+  const { client, broker, token } = await withToken();
+  const signal = AbortSignal.abort();
+  await assert.rejects(client.report('acme', 1n, '61003', { signal }), kind('CANCELLED'));
+  await assert.rejects(client.replace(token, '61003', { signal }), kind('CANCELLED'));
+  assert.equal(broker.reports.length, 0);
+});
+
+test('a report that fails after its caller has cancelled does not end the program', async () => {
+  const { client, broker } = await withToken();
+  const cancellation = new AbortController();
+  const { signal } = cancellation;
+  const call = assert.rejects(client.report('acme', 1n, '61003', { signal }), kind('CANCELLED'));
+  await settle();
+  cancellation.abort();
+  await call;
+  broker.lastReport.fail(errorOf('UNAVAILABLE'));
+  await settle();
+});
