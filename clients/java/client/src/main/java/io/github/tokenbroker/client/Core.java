@@ -274,9 +274,14 @@ final class Core {
                           throw Errors.from(thrown);
                         }
                         result.complete(answered(account, answer, sent));
-                      } catch (TokenBrokerException error) {
-                        refused(account, error);
-                        result.completeExceptionally(error);
+                      } catch (RuntimeException failure) {
+                        TokenBrokerException error = Errors.from(failure);
+                        try {
+                          refused(account, error);
+                        } finally {
+                          // Whatever fails in here, those who wait are told.
+                          result.completeExceptionally(error);
+                        }
                       }
                     }));
     return result;
@@ -417,8 +422,8 @@ final class Core {
 
   private void notReplaced(Waiter<Token> waiter, TokenBrokerException error) {
     if (!waiter.future().isDone()) {
-      log.log(Level.WARNING, "a refused token was not replaced: {0}", error.getMessage());
       waiter.complete(null);
+      log.log(Level.WARNING, "a refused token was not replaced: {0}", error.getMessage());
     }
   }
 

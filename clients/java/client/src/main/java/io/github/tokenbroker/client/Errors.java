@@ -8,6 +8,7 @@ import io.grpc.Metadata;
 import io.grpc.Status;
 import io.grpc.protobuf.StatusProto;
 import java.time.Duration;
+import java.util.List;
 import java.util.concurrent.CompletionException;
 import java.util.concurrent.ExecutionException;
 
@@ -45,7 +46,7 @@ final class Errors {
     String reason = null;
     String upstreamCode = null;
     Duration retryAfter = null;
-    for (Any detail : StatusProto.fromStatusAndTrailers(status, trailers).getDetailsList()) {
+    for (Any detail : details(status, trailers)) {
       try {
         if (detail.is(ErrorInfo.class)) {
           ErrorInfo info = detail.unpack(ErrorInfo.class);
@@ -66,6 +67,15 @@ final class Errors {
         .retryAfter(retryAfter)
         .pushedBack(isPushedBack(trailers))
         .build();
+  }
+
+  /** Returns the details of a status; none if they are malformed, or of another status. */
+  private static List<Any> details(Status status, Metadata trailers) {
+    try {
+      return StatusProto.fromStatusAndTrailers(status, trailers).getDetailsList();
+    } catch (IllegalArgumentException unreadable) {
+      return List.of();
+    }
   }
 
   static ErrorKind kindOf(Status.Code code, String reason) {

@@ -1,6 +1,7 @@
 package io.github.tokenbroker.client;
 
 import com.google.protobuf.Duration;
+import java.util.concurrent.TimeUnit;
 import java.util.function.LongSupplier;
 import token_broker.v1.GetTokenResponse;
 
@@ -12,6 +13,9 @@ import token_broker.v1.GetTokenResponse;
  * @param end when the token ends
  */
 record Kept(Token token, long reuseEnd, long end) {
+  /** A number of seconds whose sum with any time of a loop does not overflow. */
+  private static final long LONGEST = TimeUnit.DAYS.toSeconds(30 * 365);
+
   /**
    * Returns the token of an answer that counts as arrived at {@code arrival}.
    *
@@ -42,7 +46,9 @@ record Kept(Token token, long reuseEnd, long end) {
     return new Kept(token, time, end);
   }
 
+  /** Returns a duration in nanoseconds, of thirty years at most. */
   static long nanos(Duration duration) {
-    return java.time.Duration.ofSeconds(duration.getSeconds(), duration.getNanos()).toNanos();
+    long seconds = Math.max(-LONGEST, Math.min(duration.getSeconds(), LONGEST));
+    return TimeUnit.SECONDS.toNanos(seconds) + duration.getNanos();
   }
 }

@@ -79,6 +79,26 @@ class CoreTest {
   }
 
   @Test
+  void a_token_that_lives_for_millennia_is_used() {
+    CompletableFuture<Token> call = ask();
+    com.google.protobuf.Duration millennia =
+        com.google.protobuf.Duration.newBuilder().setSeconds(315_576_000_000L).build();
+    broker
+        .ask()
+        .answer()
+        .complete(token(1).toBuilder().setReuseFor(millennia).setExpiresIn(millennia).build());
+    assertEquals(1, result(call).generation());
+  }
+
+  @Test
+  void a_call_that_fails_in_an_unexpected_way_is_an_internal_error() {
+    CompletableFuture<Token> call = ask(1000);
+    broker.ask().answer().complete(null);
+    loop.advance(1000);
+    assertEquals(ErrorKind.INTERNAL, errorOf(call));
+  }
+
+  @Test
   void a_hundred_callers_cause_one_ask() {
     List<CompletableFuture<Token>> calls = Stream.generate(this::ask).limit(100).toList();
     assertEquals(1, broker.asks.size());

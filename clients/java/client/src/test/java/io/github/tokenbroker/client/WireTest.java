@@ -5,6 +5,8 @@ import static org.junit.jupiter.api.Assertions.assertFalse;
 import static org.junit.jupiter.api.Assertions.assertThrows;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
+import io.grpc.Metadata;
+import io.grpc.Status;
 import java.io.IOException;
 import java.nio.file.Files;
 import java.nio.file.Path;
@@ -71,6 +73,18 @@ class WireTest {
       assertEquals(Optional.of("CREDENTIAL_REJECTED"), error.reason());
       assertEquals(Optional.of("61006"), error.upstreamCode());
       assertEquals(Optional.of(Duration.ofSeconds(7)), error.retryAfter());
+    }
+  }
+
+  @Test
+  void a_refusal_whose_details_cannot_be_read_is_an_error_all_the_same() {
+    Metadata trailers = new Metadata();
+    trailers.put(
+        Metadata.Key.of("grpc-status-details-bin", Metadata.BINARY_BYTE_MARSHALLER),
+        new byte[] {(byte) 0xff});
+    broker.failures.add(Status.PERMISSION_DENIED.asRuntimeException(trailers));
+    try (TokenClient client = client(broker.endpoint())) {
+      assertEquals(ErrorKind.NOT_GRANTED, failure(client, GENEROUS).kind());
     }
   }
 
