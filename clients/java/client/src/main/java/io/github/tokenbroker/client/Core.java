@@ -11,6 +11,7 @@ import java.util.Map;
 import java.util.Set;
 import java.util.concurrent.CompletableFuture;
 import java.util.concurrent.ConcurrentHashMap;
+import java.util.concurrent.Executor;
 import java.util.concurrent.TimeUnit;
 import token_broker.v1.GetTokenResponse;
 import token_broker.v1.ReportRejectedTokenResponse;
@@ -70,8 +71,12 @@ final class Core {
     int users;
   }
 
-  /** Returns a token within {@code timeout} nanoseconds. */
-  CompletableFuture<Token> token(String name, long timeout) {
+  /**
+   * Returns a token within {@code timeout} nanoseconds.
+   *
+   * @param completer runs what the program does with the result, which must not hold up the loop
+   */
+  CompletableFuture<Token> token(String name, long timeout, Executor completer) {
     if (closed) {
       return CompletableFuture.failedFuture(Errors.closed());
     }
@@ -82,23 +87,28 @@ final class Core {
     return switch (Decisions.decide(known, now)) {
       case USE -> CompletableFuture.completedFuture(known.kept().token());
       case REFUSE -> CompletableFuture.failedFuture(known.refusal());
-      default -> waiting(name, timeout, (Waiter<Token> waiter) -> provide(account, waiter));
+      default ->
+          waiting(name, timeout, completer, (Waiter<Token> waiter) -> provide(account, waiter));
     };
   }
 
   /** Reports a refused token. */
-  CompletableFuture<Report> report(String name, long generation, String code, long timeout) {
+  CompletableFuture<Report> report(
+      String name, long generation, String code, long timeout, Executor completer) {
     return waiting(
         name,
         timeout,
+        completer,
         waiter -> waiter.follow(shareReport(account(name), generation, code, waiter).answer));
   }
 
   /** Reports a refused token, and returns a newer one, or null if the API's answer is final. */
-  CompletableFuture<Token> replace(String name, long generation, String code, long timeout) {
+  CompletableFuture<Token> replace(
+      String name, long generation, String code, long timeout, Executor completer) {
     return waiting(
         name,
         timeout,
+        completer,
         waiter -> {
           Account account = account(name);
           Token newer = newerThan(account, generation);
@@ -131,7 +141,8 @@ final class Core {
   }
 
   /** Starts something on the loop that somebody waits for. */
-  private <T> CompletableFuture<T> waiting(String account, long timeout, Start<T> start) {
+  private <T> CompletableFuture<T> waiting(
+      String account, long timeout, Executor completer, Start<T> start) {
     CompletableFuture<T> result = new CompletableFuture<>();
     long deadline = loop.now() + timeout;
     loop.execute(
@@ -144,7 +155,6 @@ final class Core {
           Waiter<T> waiter = new Waiter<>(loop, account, deadline);
           waiters.add(waiter);
           waiter.onDone(() -> waiters.remove(waiter));
-          // What the program does with the result must not hold up the loop.
           waiter
               .future()
               .whenCompleteAsync(
@@ -154,7 +164,8 @@ final class Core {
                     } else {
                       result.completeExceptionally(error);
                     }
-                  });
+                  },
+                  completer);
           result.whenComplete(
               (value, error) -> {
                 if (result.isCancelled()) {

@@ -12,6 +12,11 @@ import java.util.Optional;
 import java.util.concurrent.CancellationException;
 import java.util.concurrent.CompletableFuture;
 import java.util.concurrent.ExecutionException;
+import java.util.concurrent.Executor;
+import java.util.concurrent.SynchronousQueue;
+import java.util.concurrent.ThreadPoolExecutor;
+import java.util.concurrent.TimeUnit;
+import java.util.function.LongFunction;
 
 /**
  * Gives a program the live tokens of accounts. A program makes one client, which all of its threads
@@ -24,6 +29,29 @@ import java.util.concurrent.ExecutionException;
  */
 public final class TokenClient implements AutoCloseable {
   private static final Cleaner CLEANER = Cleaner.create();
+
+  /** A timeout whose sum with any time of a loop does not overflow. */
+  private static final Duration LONGEST = Duration.ofDays(30 * 365);
+
+  /** Completes what a thread of the program waits for, which does nothing else with it. */
+  private static final Executor DIRECTLY = Runnable::run;
+
+  /**
+   * Completes the futures of the program, which may block in what it does then. The common pool is
+   * not used, because other parts of the program can keep it busy.
+   */
+  private static final Executor COMPLETER =
+      new ThreadPoolExecutor(
+          0,
+          Integer.MAX_VALUE,
+          1,
+          TimeUnit.SECONDS,
+          new SynchronousQueue<>(),
+          action -> {
+            Thread thread = new Thread(action, "token-broker-results");
+            thread.setDaemon(true);
+            return thread;
+          });
 
   private final Settings settings;
   private final Core core;
@@ -102,7 +130,7 @@ public final class TokenClient implements AutoCloseable {
    *     interrupted
    */
   public Token token(String account, Duration timeout) {
-    return await(tokenAsync(account, timeout), account);
+    return await(token(account, timeout, DIRECTLY), account);
   }
 
   /**
@@ -123,7 +151,11 @@ public final class TokenClient implements AutoCloseable {
    * @return a future of the token
    */
   public CompletableFuture<Token> tokenAsync(String account, Duration timeout) {
-    return untilDone(core.token(account, timeout.toNanos()));
+    return token(account, timeout, COMPLETER);
+  }
+
+  private CompletableFuture<Token> token(String account, Duration timeout, Executor completer) {
+    return within(account, timeout, nanos -> core.token(account, nanos, completer));
   }
 
   /**
@@ -137,7 +169,7 @@ public final class TokenClient implements AutoCloseable {
    *     interrupted
    */
   public Report report(String account, long generation, String upstreamCode) {
-    return await(reportAsync(account, generation, upstreamCode, settings.timeout()), account);
+    return await(report(account, generation, upstreamCode, settings.timeout(), DIRECTLY), account);
   }
 
   /**
@@ -151,7 +183,15 @@ public final class TokenClient implements AutoCloseable {
    */
   public CompletableFuture<Report> reportAsync(
       String account, long generation, String upstreamCode, Duration timeout) {
-    return untilDone(core.report(account, generation, upstreamCode, timeout.toNanos()));
+    return report(account, generation, upstreamCode, timeout, COMPLETER);
+  }
+
+  private CompletableFuture<Report> report(
+      String account, long generation, String upstreamCode, Duration timeout, Executor completer) {
+    return within(
+        account,
+        timeout,
+        nanos -> core.report(account, generation, upstreamCode, nanos, completer));
   }
 
   /**
@@ -165,7 +205,7 @@ public final class TokenClient implements AutoCloseable {
    * @throws TokenBrokerException with the kind CLOSED or CANCELLED
    */
   public Optional<Token> replace(Token refused, String upstreamCode) {
-    return await(replaceAsync(refused, upstreamCode, settings.timeout()), refused.account());
+    return replace(refused, upstreamCode, settings.timeout());
   }
 
   /**
@@ -178,7 +218,8 @@ public final class TokenClient implements AutoCloseable {
    * @throws TokenBrokerException with the kind CLOSED or CANCELLED
    */
   public Optional<Token> replace(Token refused, String upstreamCode, Duration timeout) {
-    return await(replaceAsync(refused, upstreamCode, timeout), refused.account());
+    return Optional.ofNullable(
+        await(replace(refused, upstreamCode, timeout, DIRECTLY), refused.account()));
   }
 
   /**
@@ -191,9 +232,24 @@ public final class TokenClient implements AutoCloseable {
    */
   public CompletableFuture<Optional<Token>> replaceAsync(
       Token refused, String upstreamCode, Duration timeout) {
-    return untilDone(
-            core.replace(refused.account(), refused.generation(), upstreamCode, timeout.toNanos()))
-        .thenApply(Optional::ofNullable);
+    CompletableFuture<Token> newer = replace(refused, upstreamCode, timeout, COMPLETER);
+    CompletableFuture<Optional<Token>> result = newer.thenApply(Optional::ofNullable);
+    result.whenComplete(
+        (value, error) -> {
+          if (result.isCancelled()) {
+            newer.cancel(false);
+          }
+        });
+    return result;
+  }
+
+  private CompletableFuture<Token> replace(
+      Token refused, String upstreamCode, Duration timeout, Executor completer) {
+    String account = refused.account();
+    return within(
+        account,
+        timeout,
+        nanos -> core.replace(account, refused.generation(), upstreamCode, nanos, completer));
   }
 
   /**
@@ -216,8 +272,20 @@ public final class TokenClient implements AutoCloseable {
     return "TokenClient" + settings.toString().substring("Settings".length());
   }
 
-  /** Makes a future refer to this client, which is not collected while somebody waits. */
-  private <T> CompletableFuture<T> untilDone(CompletableFuture<T> future) {
+  /**
+   * Makes a call with a timeout in nanoseconds. Its future refers to this client, which is not
+   * collected while somebody waits.
+   */
+  private <T> CompletableFuture<T> within(
+      String account, Duration timeout, LongFunction<CompletableFuture<T>> call) {
+    if (timeout.isNegative() || timeout.isZero()) {
+      return CompletableFuture.failedFuture(
+          TokenBrokerException.of(ErrorKind.INVALID_ARGUMENT, "the timeout must be above zero")
+              .account(account)
+              .build());
+    }
+    CompletableFuture<T> future =
+        call.apply(timeout.compareTo(LONGEST) < 0 ? timeout.toNanos() : LONGEST.toNanos());
     future.whenComplete((result, error) -> Reference.reachabilityFence(this));
     return future;
   }

@@ -34,14 +34,16 @@ class CoreTest {
   }
 
   private CompletableFuture<Token> ask(long timeoutMs) {
-    CompletableFuture<Token> result = core.token("acme", TimeUnit.MILLISECONDS.toNanos(timeoutMs));
+    CompletableFuture<Token> result =
+        core.token("acme", TimeUnit.MILLISECONDS.toNanos(timeoutMs), Runnable::run);
     loop.settle();
     return result;
   }
 
   private CompletableFuture<Token> replace(Token refused) {
     CompletableFuture<Token> result =
-        core.replace("acme", refused.generation(), "61003", TimeUnit.SECONDS.toNanos(5));
+        core.replace(
+            "acme", refused.generation(), "61003", TimeUnit.SECONDS.toNanos(5), Runnable::run);
     loop.settle();
     return result;
   }
@@ -56,7 +58,6 @@ class CoreTest {
   private <T> T result(CompletableFuture<T> call) {
     loop.settle();
     try {
-      // Results are handed over on another thread, but nothing is left to wait for.
       return call.get(20, TimeUnit.SECONDS);
     } catch (Exception failed) {
       throw new AssertionError(failed);
@@ -379,7 +380,7 @@ class CoreTest {
     loop.advance(100);
     FakeBroker.Stream old = broker.stream();
     old.events.opened();
-    core.token("other", TimeUnit.SECONDS.toNanos(5));
+    core.token("other", TimeUnit.SECONDS.toNanos(5), Runnable::run);
     loop.settle();
     broker.ask().answer().complete(token(1));
     loop.advance(4999);
@@ -398,7 +399,7 @@ class CoreTest {
     loop.advance(100);
     broker.stream().events.opened();
     loop.advance(3_600_001);
-    core.token("other", TimeUnit.SECONDS.toNanos(5));
+    core.token("other", TimeUnit.SECONDS.toNanos(5), Runnable::run);
     loop.settle();
     broker.ask().answer().complete(token(1));
     loop.advance(100);

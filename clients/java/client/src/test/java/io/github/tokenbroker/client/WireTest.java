@@ -13,6 +13,9 @@ import java.nio.file.Path;
 import java.time.Duration;
 import java.util.Optional;
 import java.util.Set;
+import java.util.concurrent.CountDownLatch;
+import java.util.concurrent.ForkJoinPool;
+import java.util.concurrent.TimeUnit;
 import org.junit.jupiter.api.AfterEach;
 import org.junit.jupiter.api.BeforeEach;
 import org.junit.jupiter.api.DisplayNameGeneration;
@@ -85,6 +88,36 @@ class WireTest {
     broker.failures.add(Status.PERMISSION_DENIED.asRuntimeException(trailers));
     try (TokenClient client = client(broker.endpoint())) {
       assertEquals(ErrorKind.NOT_GRANTED, failure(client, GENEROUS).kind());
+    }
+  }
+
+  @Test
+  void results_do_not_wait_for_the_common_pool() throws Exception {
+    CountDownLatch end = new CountDownLatch(1);
+    ForkJoinPool pool = ForkJoinPool.commonPool();
+    for (int busy = 0; busy <= ForkJoinPool.getCommonPoolParallelism(); busy++) {
+      pool.execute(
+          () -> {
+            try {
+              end.await();
+            } catch (InterruptedException interrupted) {
+              Thread.currentThread().interrupt();
+            }
+          });
+    }
+    try (TokenClient client = client(broker.endpoint())) {
+      client.token("acme");
+      client.tokenAsync("other").get(60, TimeUnit.SECONDS);
+    } finally {
+      end.countDown();
+    }
+  }
+
+  @Test
+  void a_timeout_must_be_above_zero_and_can_be_very_long() {
+    try (TokenClient client = client(broker.endpoint())) {
+      assertEquals(ErrorKind.INVALID_ARGUMENT, failure(client, Duration.ZERO).kind());
+      client.token("acme", Duration.ofSeconds(Long.MAX_VALUE));
     }
   }
 
