@@ -20,7 +20,7 @@ const REDIRECTS: ReadonlySet<number> = new Set([301, 302, 303, 307, 308]);
  * Returns a `fetch` that sends the account's token with each request to the API, and sends a request again, once,
  * if the API refused the token. A request or a redirect to another host fails with `WRONG_HOST`.
  *
- * A body that is a stream is not sent again. Other bodies are held in memory until the answer has come.
+ * A body that is a stream, as that of a `Request` is, is not sent again. Other bodies are held in memory until the answer has come.
  */
 export function createFetch(client: TokenClient, account: string, options: FetchOptions = {}): typeof fetch {
   const send = options.fetch ?? fetch;
@@ -29,7 +29,8 @@ export function createFetch(client: TokenClient, account: string, options: Fetch
   return async (input, init) => {
     const request = new Request(input, init);
     const { signal } = request;
-    const message = await messageOf(request, init);
+    const isStream = request.body !== null && isSingleUse(init?.body ?? input);
+    const message = await messageOf(request, init, isStream);
     try {
       const token = await client.token(account, { timeoutMs, signal });
       const response = await sendWith(token, message, send);
@@ -58,22 +59,28 @@ interface Message {
   canRepeat: boolean;
 }
 
-async function messageOf(request: Request, given: RequestInit | undefined): Promise<Message> {
+async function messageOf(
+  request: Request,
+  given: RequestInit | undefined,
+  isStream: boolean,
+): Promise<Message> {
   const { url, method, headers, signal, redirect } = request;
   const init: RequestInit = { ...given, method, headers, signal, redirect: 'manual' };
-  const isStream = request.body !== null && isSingleUse(given?.body);
-  if (request.body !== null) {
-    init.body = isStream ? request.body : await request.arrayBuffer();
+  if (isStream) {
+    init.body = request.body;
+    init.duplex = 'half';
+  } else if (request.body !== null) {
+    init.body = await request.arrayBuffer();
   }
   return { url, init, redirect, canRepeat: !isStream };
 }
 
-/** Says whether a body is a stream or another source that is read once. */
+/** Says whether a body, or a request with one, is a stream or another source that is read once. */
 function isSingleUse(body: unknown): boolean {
   return (
     typeof body === 'object' &&
     body !== null &&
-    (body instanceof ReadableStream || Symbol.asyncIterator in body)
+    (body instanceof Request || body instanceof ReadableStream || Symbol.asyncIterator in body)
   );
 }
 
@@ -130,8 +137,13 @@ async function refusalOf(response: Response): Promise<string | undefined> {
   if (response.status < 400 || response.body === null) {
     return undefined;
   }
-  const body = await start(response.clone());
-  return body && refusalIn(response.status, body);
+  try {
+    const body = await start(response.clone());
+    return body && refusalIn(response.status, body);
+  } catch {
+    // The program has the status, and hears what is wrong with the body when it reads it.
+    return undefined;
+  }
 }
 
 /** Returns the body, or nothing if it is too long. */

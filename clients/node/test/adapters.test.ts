@@ -166,6 +166,23 @@ test('fetch: a stream is not sent again, but its token is reported', async () =>
   );
 });
 
+test('fetch: the body of a Request is sent as a stream', async () => {
+  const send = createFetch(client, 'acme');
+  const response = await send(new Request(`${api.url}/x`, { method: 'POST', body: 'a body' }));
+  client.close();
+  assert.equal(await response.text(), 'fine a body');
+});
+
+test('fetch: an answer whose body breaks off keeps its status', async () => {
+  answers[0] = (response) => {
+    response.writeHead(502, { 'content-length': 10 }).write('x', () => response.destroy());
+  };
+  const response = await createFetch(client, 'acme')(`${api.url}/x`);
+  client.close();
+  assert.equal(response.status, 502);
+  await assert.rejects(response.text());
+});
+
 test('fetch: who cancels gets the reason back', async () => {
   const signal = AbortSignal.abort(new RangeError('enough'));
   await assert.rejects(createFetch(client, 'acme')(api.url, { signal }), RangeError);
