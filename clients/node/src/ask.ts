@@ -106,7 +106,9 @@ export class Ask {
     if (error.noRetry || this.#owner.isFinal(error)) {
       return Infinity;
     }
-    return error.retryAfterMs ?? retryPause(failures, this.#clock.random());
+    // A pause of zero, which a broker may send, would make this a loop without pauses.
+    const { retryAfterMs = 0 } = error;
+    return retryAfterMs > 0 ? retryAfterMs : retryPause(failures, this.#clock.random());
   }
 }
 

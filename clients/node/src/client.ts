@@ -45,6 +45,9 @@ export interface Report {
 /** How long is waited at least before a report that came too soon is repeated. */
 const SHORTEST_REPORT_PAUSE_MS = 100;
 
+/** Up to how many accounts are never forgotten. */
+const MOST_UNPRUNED = 1000;
+
 /** The report of one refused token, for all who had it. */
 class SharedReport {
   users = 0;
@@ -95,6 +98,8 @@ export class TokenClient {
   readonly #accounts = new Map<string, AccountState>();
   readonly #closing = new AbortController();
   #isStarted = false;
+  /** How many accounts are known when those are forgotten next of which there is nothing to know. */
+  #pruneAt = MOST_UNPRUNED;
 
   /** Throws an `INVALID_ARGUMENT` error if the options cannot be used. */
   constructor(options: TokenClientOptions);
@@ -146,9 +151,9 @@ export class TokenClient {
   /** Returns a live token of the account: the kept one if it may be used, otherwise the broker's. */
   async token(account: string, options: CallOptions = {}): Promise<Token> {
     const limits = this.#limits(account, options);
-    const state = this.#account(account);
-    state.lastUsed = this.#clock.now();
     for (;;) {
+      const state = this.#account(account);
+      state.lastUsed = this.#clock.now();
       limits.closing.throwIfAborted();
       const now = this.#clock.now();
       switch (decide(state, now)) {
@@ -218,6 +223,11 @@ export class TokenClient {
     }
   }
 
+  /** @internal */
+  get knownAccounts(): number {
+    return this.#accounts.size;
+  }
+
   toString(): string {
     return `TokenClient(${this.#settings.endpoints.map(({ url }) => url).join(',')})`;
   }
@@ -245,10 +255,24 @@ export class TokenClient {
   #account(name: string): AccountState {
     let state = this.#accounts.get(name);
     if (state === undefined) {
+      if (this.#accounts.size >= this.#pruneAt) {
+        this.#prune();
+      }
       state = new AccountState(name);
       this.#accounts.set(name, state);
     }
     return state;
+  }
+
+  /** Forgets the accounts of which there is nothing to know, so that names that users type fill no memory. */
+  #prune(): void {
+    const now = this.#clock.now();
+    for (const [name, state] of this.#accounts) {
+      if (isIdle(state, now) && !this.#watch.has(name)) {
+        this.#accounts.delete(name);
+      }
+    }
+    this.#pruneAt = Math.max(MOST_UNPRUNED, 2 * this.#accounts.size);
   }
 
   /** Asks although the kept token still lives. Returns nothing if what to do is to be decided again. */
@@ -306,6 +330,9 @@ export class TokenClient {
       const answer = await this.#transport.getToken(state.name, newerThan, timeoutMs);
       const kept = this.#keep(state, keptFrom(state.name, answer, sent, this.#clock.now));
       this.#watch.add(state.name);
+      if (newerThan > 0n && kept.token.generation <= newerThan) {
+        throw new TokenBrokerError('INTERNAL', 'the answer has no newer token', { account: state.name });
+      }
       if (!isUsable(kept, this.#clock.now())) {
         throw new TokenBrokerError('UNAVAILABLE', "the broker's token has ended, or is about to", {
           account: state.name,
@@ -324,7 +351,7 @@ export class TokenClient {
 
   /** Keeps a token if it is newer than the kept one. Returns the one that is kept then. */
   #keep(state: AccountState, next: Kept): Kept {
-    if (state.kept && !replaces(next, state.kept)) {
+    if (state.kept && !replaces(next, state.kept, this.#clock.now())) {
       return state.kept;
     }
     const known = state.kept?.token.generation;
@@ -358,9 +385,11 @@ export class TokenClient {
   #expire(accounts: Iterable<string>): void {
     const now = this.#clock.now();
     for (const name of accounts) {
-      const { kept } = this.#account(name);
+      const state = this.#account(name);
+      const { kept } = state;
       if (kept) {
         kept.reuseEnd = Math.min(kept.reuseEnd, now);
+        state.pausedUntil = now;
       }
     }
   }
@@ -394,6 +423,10 @@ export class TokenClient {
         return undefined;
       }
       await pause(this.#clock, limits, wait);
+      const meanwhile = this.#newerThan(state, generation);
+      if (meanwhile) {
+        return meanwhile;
+      }
       // The broker forgets a report that came too soon. The first who has waited reports again for all.
       if (report.answer === answer) {
         void report.send(limits.deadline - this.#clock.now());
@@ -445,6 +478,15 @@ const OUTCOMES: Partial<Record<ReportRejectedTokenResponse_Outcome, ReportOutcom
   [ReportRejectedTokenResponse_Outcome.TOO_SOON]: 'TOO_SOON',
   [ReportRejectedTokenResponse_Outcome.NOT_A_TOKEN_FAULT]: 'NOT_A_TOKEN_FAULT',
 };
+
+function isIdle({ kept, refusal, asks, reports }: AccountState, now: number): boolean {
+  return (
+    !isUsable(kept, now) &&
+    (refusal === undefined || refusal.until <= now) &&
+    asks.size === 0 &&
+    reports.size === 0
+  );
+}
 
 function isKind(error: unknown, kind: string): boolean {
   return error instanceof TokenBrokerError && error.kind === kind;

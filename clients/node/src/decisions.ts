@@ -37,10 +37,13 @@ export function isUsable(kept: Kept | undefined, now: number): kept is Kept {
   return kept !== undefined && now < kept.end - END_MARGIN_MS;
 }
 
-/** Returns whether `next` takes the place of the kept token. */
-export function replaces(next: Kept, kept: Kept | undefined): boolean {
+/**
+ * Returns whether `next` takes the place of the kept token. Anything takes the place of one that has ended,
+ * because generations start again at a lower number when the broker's database was restored.
+ */
+export function replaces(next: Kept, kept: Kept | undefined, now: number): boolean {
   return (
-    kept === undefined ||
+    !isUsable(kept, now) ||
     next.token.generation > kept.token.generation ||
     (next.token.generation === kept.token.generation && next.reuseEnd > kept.reuseEnd)
   );
@@ -56,7 +59,7 @@ export function renewalPause(failures: number, random: number): number {
   return growing(failures, 1000, 30_000, random);
 }
 
-/** Returns the pause before a stream is opened again that had delivered nothing, after so many in a row. */
+/** Returns the pause before a stream is opened again, after so many in a row that failed. */
 export function reopeningPause(failures: number, random: number): number {
   return growing(failures, 100, 10_000, random);
 }

@@ -20,6 +20,11 @@ const UNUSED_MS = 3_600_000;
 /** When a stream is opened again whose bearer was refused. */
 const UNAUTHENTICATED_PAUSE_MS = 10_000;
 
+/** A stream that ended sooner counts as failed, so that one that always breaks is not opened in a loop. */
+const BRIEF_MS = 1000;
+/** The longest pause that a broker can ask for before a stream is opened again. */
+const LONGEST_PAUSE_MS = 30_000;
+
 /** What a watch tells its client. */
 export interface WatchEvents {
   /** The broker has another token of the account. */
@@ -36,6 +41,7 @@ export interface WatchEvents {
 
 interface OpenStream {
   accounts: ReadonlySet<string>;
+  openedAt: number;
   hasDelivered: boolean;
   handle: Stream | undefined;
 }
@@ -78,6 +84,10 @@ export class Watch {
         this.#nextAddition = this.#clock.now() + ADDITION_INTERVAL_MS;
       });
     }
+  }
+
+  has(account: string): boolean {
+    return this.#accounts.has(account);
   }
 
   /** Opens a stream anew, for example on another connection. The present one ends when that works. */
@@ -126,6 +136,7 @@ export class Watch {
     }
     const stream: OpenStream = {
       accounts: new Set(this.#accounts),
+      openedAt: this.#clock.now(),
       hasDelivered: false,
       handle: undefined,
     };
@@ -158,7 +169,6 @@ export class Watch {
       return;
     }
     stream.hasDelivered = true;
-    this.#failures = 0;
     switch (event.case) {
       case 'token':
         this.#events.token(account, event.value);
@@ -221,10 +231,12 @@ export class Watch {
   }
 
   #pauseAfter(stream: OpenStream, error: TokenBrokerError | undefined): number {
-    if (stream.hasDelivered) {
-      return 0;
+    const wanted = Math.min(error?.retryAfterMs ?? 0, LONGEST_PAUSE_MS);
+    if (stream.hasDelivered && this.#clock.now() - stream.openedAt >= BRIEF_MS) {
+      this.#failures = 0;
+      return wanted;
     }
     this.#failures++;
-    return Math.max(reopeningPause(this.#failures, this.#clock.random()), error?.retryAfterMs ?? 0);
+    return Math.max(reopeningPause(this.#failures, this.#clock.random()), wanted);
   }
 }

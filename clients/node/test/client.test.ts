@@ -333,3 +333,41 @@ test('a report that fails after its caller has cancelled does not end the progra
   broker.lastReport.fail(errorOf('UNAVAILABLE'));
   await settle();
 });
+
+test('a pause of zero that the broker asks for does not make a loop without pauses', async () => {
+  const { client, broker, clock } = setUp();
+  const call = client.token('acme');
+  await settle();
+  broker.ask.fail(errorOf('UNAVAILABLE', { retryAfterMs: 0 }));
+  await clock.advance(99);
+  assert.equal(broker.asks.length, 1);
+  await clock.advance(1);
+  broker.ask.answer(tokenAnswer());
+  await call;
+});
+
+test('an answer that is not newer than the refused token does not replace it', async () => {
+  const { client, broker, clock, token } = await withToken();
+  const call = client.replace(token, '61003', { timeoutMs: 1000 });
+  await settle();
+  broker.lastReport.answer(reportAnswer('REISSUING'));
+  await settle();
+  broker.ask.answer(tokenAnswer());
+  await clock.advance(1000);
+  assert.equal(await call, undefined);
+});
+
+test('accounts of which there is nothing to know are forgotten', async () => {
+  const { client, broker, clock, token } = await withToken();
+  for (let index = 0; index < 2000; index++) {
+    const call = assert.rejects(client.token(`name-${index.toString()}`), kind('NO_SUCH_ACCOUNT'));
+    await Promise.resolve();
+    broker.ask.fail(errorOf('NO_SUCH_ACCOUNT'));
+    await call;
+    if (index === 1500) {
+      await clock.advance(1000);
+    }
+  }
+  assert.equal(client.knownAccounts, 499 + 1);
+  assert.equal(await client.token('acme'), token);
+});

@@ -29,11 +29,15 @@ test('what to do follows from the kept token and the last error', () => {
 });
 
 test('a token replaces an older one, and itself if it may be kept for longer', () => {
-  assert.ok(replaces(kept(2n, 1, 2), undefined));
-  assert.ok(replaces(kept(2n, 1, 2), kept(1n, 5, 6)));
-  assert.ok(replaces(kept(2n, 6, 7), kept(2n, 5, 7)));
-  assert.ok(!replaces(kept(2n, 5, 7), kept(2n, 5, 7)));
-  assert.ok(!replaces(kept(1n, 9, 9), kept(2n, 5, 7)));
+  assert.ok(replaces(kept(2n, 1, 2000), undefined, 0));
+  assert.ok(replaces(kept(2n, 1, 2000), kept(1n, 5, 6000), 0));
+  assert.ok(replaces(kept(2n, 6, 7000), kept(2n, 5, 7000), 0));
+  assert.ok(!replaces(kept(2n, 5, 7000), kept(2n, 5, 7000), 0));
+  assert.ok(!replaces(kept(1n, 9, 9000), kept(2n, 5, 7000), 5999));
+});
+
+test('any token replaces one that has ended', () => {
+  assert.ok(replaces(kept(1n, 9, 9000), kept(2n, 5, 7000), 6000));
 });
 
 test('pauses double up to a limit, and are shortened by up to half', () => {

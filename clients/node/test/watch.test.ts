@@ -63,6 +63,7 @@ test('the end of an account makes the client forget its token', async () => {
 
 test('a stream that had delivered something is opened again at once', async () => {
   const { client, broker, clock } = await watching();
+  await clock.advance(1000);
   broker.stream.events.ended(errorOf('UNAVAILABLE'), false);
   await clock.advance(0);
   assert.equal(broker.streams.length, 2);
@@ -132,4 +133,27 @@ test('a closed client has no stream', async () => {
   assert.ok(broker.stream.isCancelled);
   await clock.advance(100_000);
   assert.equal(broker.streams.length, 1);
+});
+
+test('streams that end soon after they were opened are not opened again in a loop', async () => {
+  const { broker, clock } = await watching();
+  for (const pause of [100, 200, 400]) {
+    const count = broker.streams.length;
+    broker.stream.events.ended(undefined, false);
+    await clock.advance(pause - 1);
+    assert.equal(broker.streams.length, count);
+    await clock.advance(1);
+    assert.equal(broker.streams.length, count + 1);
+    broker.stream.push('acme', {});
+  }
+});
+
+test('the broker can ask for a pause before a stream is opened again, of 30 s at most', async () => {
+  const { broker, clock } = await watching();
+  await clock.advance(1000);
+  broker.stream.events.ended(errorOf('UNAVAILABLE', { retryAfterMs: 3_600_000 }), false);
+  await clock.advance(29_999);
+  assert.equal(broker.streams.length, 1);
+  await clock.advance(1);
+  assert.equal(broker.streams.length, 2);
 });
