@@ -40,6 +40,7 @@ export class Certificates {
       }
       this.#seen = seen;
       this.#context = contextFrom(files);
+      this.#lastFailure = '';
       this.#log.debug('the files for TLS have changed');
       return true;
     } catch (error) {

@@ -243,6 +243,9 @@ export class TokenClient {
 
   #limits(account: string, { timeoutMs = this.#settings.timeoutMs, signal }: CallOptions): Limits {
     this.#closing.signal.throwIfAborted();
+    if (!(timeoutMs > 0)) {
+      throw new TokenBrokerError('INVALID_ARGUMENT', 'the timeout must be above zero', { account });
+    }
     if (!this.#isStarted) {
       this.#isStarted = true;
       this.#transport.start(() => {

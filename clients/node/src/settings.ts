@@ -51,12 +51,17 @@ export function optionsFromEnvironment(
   const endpoints = (environment.TOKEN_BROKER_ENDPOINT ?? '').split(',').map((url) => url.trim());
   const fromEnvironment: TokenClientOptions = {
     endpoints: endpoints.filter((url) => url !== ''),
-    bearerFile: environment.TOKEN_BROKER_BEARER_FILE,
-    caFile: environment.TOKEN_BROKER_CA_FILE,
-    clientCertFile: environment.TOKEN_BROKER_CLIENT_CERT,
-    clientKeyFile: environment.TOKEN_BROKER_CLIENT_KEY,
+    bearerFile: file(environment.TOKEN_BROKER_BEARER_FILE),
+    caFile: file(environment.TOKEN_BROKER_CA_FILE),
+    clientCertFile: file(environment.TOKEN_BROKER_CLIENT_CERT),
+    clientKeyFile: file(environment.TOKEN_BROKER_CLIENT_KEY),
   };
   return { ...fromEnvironment, ...others };
+}
+
+/** An empty variable is one that is not set. */
+function file(variable: string | undefined): string | undefined {
+  return variable === '' ? undefined : variable;
 }
 
 /** Checks options. Throws an `INVALID_ARGUMENT` error if they contradict each other. */

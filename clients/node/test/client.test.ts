@@ -371,3 +371,10 @@ test('accounts of which there is nothing to know are forgotten', async () => {
   assert.equal(client.knownAccounts, 499 + 1);
   assert.equal(await client.token('acme'), token);
 });
+
+test('a timeout must be above zero', async () => {
+  const { client } = setUp();
+  for (const timeoutMs of [0, -1, NaN]) {
+    await assert.rejects(client.token('acme', { timeoutMs }), kind('INVALID_ARGUMENT'));
+  }
+});

@@ -123,3 +123,8 @@ test('settings come from the environment', () => {
   );
   assert.deepEqual([caFile, timeoutMs], ['ca', 7]);
 });
+
+test('an empty variable is one that is not set', () => {
+  const environment = { TOKEN_BROKER_ENDPOINT: 'https://broker:443', TOKEN_BROKER_CA_FILE: '' };
+  assert.equal(optionsFromEnvironment(environment, {}).caFile, undefined);
+});
