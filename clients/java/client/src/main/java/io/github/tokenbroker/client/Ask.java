@@ -119,6 +119,8 @@ final class Ask {
     return error
         .retryAfter()
         .map(java.time.Duration::toNanos)
+        // A pause of zero, which a broker may send, would make this a loop without pauses.
+        .filter(pause -> pause > 0)
         .orElseGet(() -> Decisions.retryPause(failures, loop.random()));
   }
 }

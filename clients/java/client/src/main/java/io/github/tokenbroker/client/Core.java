@@ -87,8 +87,7 @@ final class Core {
     return switch (Decisions.decide(known, now)) {
       case USE -> CompletableFuture.completedFuture(known.kept().token());
       case REFUSE -> CompletableFuture.failedFuture(known.refusal());
-      default ->
-          waiting(name, timeout, completer, (Waiter<Token> waiter) -> provide(account, waiter));
+      default -> waiting(name, timeout, completer, (Waiter<Token> waiter) -> provide(name, waiter));
     };
   }
 
@@ -110,6 +109,8 @@ final class Core {
         timeout,
         completer,
         waiter -> {
+          // The API's answer is final then.
+          waiter.setAtDeadline(error -> notReplaced(waiter, error));
           Account account = account(name);
           Token newer = newerThan(account, generation);
           if (newer != null) {
@@ -194,12 +195,32 @@ final class Core {
 
   private void look() {
     loop.schedule(LOOK, this::look);
+    // Names that users type must not fill the memory.
+    accounts.values().removeIf(this::isIdle);
     if (transport.refresh()) {
       watch.reopen();
     }
   }
 
-  private void provide(Account account, Waiter<Token> waiter) {
+  /** Returns whether there is nothing to know of an account. */
+  private boolean isIdle(Account account) {
+    Knowledge known = account.known;
+    long now = loop.now();
+    return !Decisions.isUsable(known.kept(), now)
+        && (known.refusal() == null || known.refusedUntil() <= now)
+        && account.asks.isEmpty()
+        && account.reports.isEmpty()
+        && !watch.has(account.name);
+  }
+
+  int knownAccounts() {
+    return accounts.size();
+  }
+
+  private void provide(String name, Waiter<Token> waiter) {
+    // The loop may have forgotten the account since the call was made.
+    Account account = account(name);
+    account.lastUsed = loop.now();
     Knowledge known = account.known;
     switch (Decisions.decide(known, loop.now())) {
       case USE -> waiter.complete(known.kept().token());
@@ -236,7 +257,7 @@ final class Core {
               } else if (now >= waiter.deadline()) {
                 waiter.fail(error);
               } else {
-                loop.execute(() -> provide(account, waiter));
+                loop.execute(() -> provide(account.name, waiter));
               }
             });
     ask.add(renewal);
@@ -284,7 +305,7 @@ final class Core {
                         if (thrown != null) {
                           throw Errors.from(thrown);
                         }
-                        result.complete(answered(account, answer, sent));
+                        result.complete(answered(account, newerThan, answer, sent));
                       } catch (RuntimeException failure) {
                         TokenBrokerException error = Errors.from(failure);
                         try {
@@ -298,9 +319,14 @@ final class Core {
     return result;
   }
 
-  private Token answered(Account account, GetTokenResponse answer, long sent) {
+  private Token answered(Account account, long newerThan, GetTokenResponse answer, long sent) {
     Kept kept = keep(account, Kept.from(account.name, answer, sent, loop::now));
     watch.add(account.name);
+    if (newerThan != 0 && !kept.token().isNewerThan(newerThan)) {
+      throw TokenBrokerException.of(ErrorKind.INTERNAL, "the answer has no newer token")
+          .account(account.name)
+          .build();
+    }
     if (!Decisions.isUsable(kept, loop.now())) {
       throw TokenBrokerException.of(
               ErrorKind.UNAVAILABLE, "the broker's token has ended, or is about to")
@@ -320,7 +346,7 @@ final class Core {
   /** Keeps a token if it is newer than the kept one. Returns the one that is kept then. */
   private Kept keep(Account account, Kept next) {
     Kept kept = account.known.kept();
-    if (!Decisions.replaces(next, kept)) {
+    if (!Decisions.replaces(next, kept, loop.now())) {
       return kept;
     }
     account.known = Knowledge.of(next);

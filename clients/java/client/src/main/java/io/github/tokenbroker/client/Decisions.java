@@ -71,9 +71,13 @@ final class Decisions {
     return kept != null && now < kept.end() - END_MARGIN;
   }
 
-  /** Returns whether {@code next} takes the place of the kept token, which may be null. */
-  static boolean replaces(Kept next, Kept kept) {
-    if (kept == null) {
+  /**
+   * Returns whether {@code next} takes the place of the kept token, which may be null. Anything
+   * takes the place of one that has ended, because generations start again at a lower number when
+   * the broker's database was restored.
+   */
+  static boolean replaces(Kept next, Kept kept, long now) {
+    if (!isUsable(kept, now)) {
       return true;
     }
     int order = Long.compareUnsigned(next.token().generation(), kept.token().generation());
@@ -95,7 +99,7 @@ final class Decisions {
     return growing(failures, SECONDS.toNanos(1), SECONDS.toNanos(30), random);
   }
 
-  /** Returns the pause before a stream is opened again that had delivered nothing. */
+  /** Returns the pause before a stream is opened again that has failed. */
   static long reopeningPause(int failures, double random) {
     return growing(failures, MILLISECONDS.toNanos(100), SECONDS.toNanos(10), random);
   }

@@ -1,6 +1,7 @@
 package io.github.tokenbroker.client;
 
 import java.util.concurrent.CompletableFuture;
+import java.util.function.Consumer;
 import java.util.function.Supplier;
 
 /**
@@ -12,6 +13,7 @@ final class Waiter<T> {
   private final long deadline;
   private final CompletableFuture<T> future = new CompletableFuture<>();
   private Supplier<TokenBrokerException> lastError = () -> null;
+  private Consumer<TokenBrokerException> atDeadline = this::fail;
 
   /** Starts to wait, on the loop. */
   Waiter(Loop loop, String account, long deadline) {
@@ -22,7 +24,7 @@ final class Waiter<T> {
             deadline - loop.now(),
             () -> {
               TokenBrokerException reason = lastError.get();
-              fail(reason != null ? reason : timedOut(account));
+              atDeadline.accept(reason != null ? reason : timedOut(account));
             });
     future.whenComplete((result, error) -> stopTimer.run());
   }
@@ -38,6 +40,11 @@ final class Waiter<T> {
   /** Sets where the error comes from that says, at the deadline, why there is no result. */
   void setLastError(Supplier<TokenBrokerException> source) {
     lastError = source;
+  }
+
+  /** Sets what is done with the error at the deadline, instead of failing with it. */
+  void setAtDeadline(Consumer<TokenBrokerException> action) {
+    atDeadline = action;
   }
 
   void complete(T result) {

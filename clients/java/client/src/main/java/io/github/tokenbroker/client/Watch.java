@@ -29,6 +29,15 @@ final class Watch {
   /** When a stream is opened again whose bearer was refused. */
   private static final long UNAUTHENTICATED_PAUSE = SECONDS.toNanos(10);
 
+  /**
+   * A stream that ended sooner counts as failed, so that one that always breaks is not opened in a
+   * loop.
+   */
+  private static final long BRIEF = SECONDS.toNanos(1);
+
+  /** The longest pause that a broker can ask for before a stream is opened again. */
+  private static final long LONGEST_PAUSE = SECONDS.toNanos(30);
+
   private final Loop loop;
   private final Transport transport;
   private final Events events;
@@ -84,6 +93,10 @@ final class Watch {
     if (plan == null) {
       planAddition();
     }
+  }
+
+  boolean has(String account) {
+    return accounts.contains(account);
   }
 
   /**
@@ -166,19 +179,21 @@ final class Watch {
   }
 
   private long pauseAfter(Stream stream, TokenBrokerException error) {
-    if (stream.hasDelivered) {
-      return 0;
+    long wanted =
+        error == null ? 0 : error.retryAfter().map(java.time.Duration::toNanos).orElse(0L);
+    wanted = Math.min(wanted, LONGEST_PAUSE);
+    if (stream.hasDelivered && loop.now() - stream.openedAt >= BRIEF) {
+      failures = 0;
+      return wanted;
     }
     failures++;
-    long pause = Decisions.reopeningPause(failures, loop.random());
-    return error == null
-        ? pause
-        : Math.max(pause, error.retryAfter().map(java.time.Duration::toNanos).orElse(0L));
+    return Math.max(Decisions.reopeningPause(failures, loop.random()), wanted);
   }
 
   /** One stream. gRPC calls it on threads of its own. */
   private final class Stream implements Transport.StreamEvents {
     private final Set<String> accounts;
+    private final long openedAt = loop.now();
     private boolean hasDelivered;
     private Runnable cancel = () -> {};
 
@@ -215,7 +230,6 @@ final class Watch {
         return;
       }
       hasDelivered = true;
-      failures = 0;
       String account = message.getAccount();
       switch (message.getEventCase()) {
         case TOKEN -> events.token(account, message.getToken());

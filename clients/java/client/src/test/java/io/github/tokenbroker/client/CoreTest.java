@@ -100,6 +100,52 @@ class CoreTest {
   }
 
   @Test
+  void a_pause_of_zero_that_the_broker_asks_for_does_not_make_a_loop_without_pauses() {
+    CompletableFuture<Token> call = ask();
+    broker
+        .ask()
+        .answer()
+        .completeExceptionally(error(ErrorKind.UNAVAILABLE).retryAfter(Duration.ZERO).build());
+    loop.advance(99);
+    assertEquals(1, broker.asks.size());
+    loop.advance(1);
+    broker.ask().answer().complete(token(1));
+    result(call);
+  }
+
+  @Test
+  void an_answer_that_is_not_newer_than_the_refused_token_does_not_replace_it() {
+    CompletableFuture<Token> call = replace(firstToken());
+    broker.report().answer().complete(outcome(Outcome.OUTCOME_REISSUING, 0));
+    loop.settle();
+    broker.ask().answer().complete(token(1));
+    loop.advance(5000);
+    assertNull(result(call));
+  }
+
+  @Test
+  void an_account_of_which_there_is_nothing_to_know_is_forgotten() {
+    CompletableFuture<Token> call = ask();
+    broker.ask().fail(ErrorKind.NO_SUCH_ACCOUNT);
+    assertEquals(ErrorKind.NO_SUCH_ACCOUNT, errorOf(call));
+    assertEquals(1, core.knownAccounts());
+    loop.advance(2000);
+    assertEquals(0, core.knownAccounts());
+  }
+
+  @Test
+  void a_stream_that_ends_soon_after_it_was_opened_is_not_opened_again_at_once() {
+    firstToken();
+    loop.advance(100);
+    broker.stream().push("acme", token(1));
+    broker.stream().events.ended(null, false);
+    loop.advance(99);
+    assertEquals(1, broker.streams.size());
+    loop.advance(1);
+    assertEquals(2, broker.streams.size());
+  }
+
+  @Test
   void a_hundred_callers_cause_one_ask() {
     List<CompletableFuture<Token>> calls = Stream.generate(this::ask).limit(100).toList();
     assertEquals(1, broker.asks.size());
@@ -315,6 +361,7 @@ class CoreTest {
     firstToken();
     loop.advance(100);
     broker.stream().push("acme", token(1));
+    loop.advance(1000);
     broker.stream().events.ended(error(ErrorKind.UNAVAILABLE).build(), false);
     loop.advance(0);
     assertEquals(2, broker.streams.size());

@@ -43,12 +43,19 @@ class DecisionsTest {
 
   @Test
   void a_token_replaces_an_older_one_and_itself_if_it_may_be_kept_for_longer() {
-    assertTrue(Decisions.replaces(kept(2, 1, 2), null));
-    assertTrue(Decisions.replaces(kept(2, 1, 2), kept(1, 5, 6)));
-    assertTrue(Decisions.replaces(kept(2, 6, 7), kept(2, 5, 7)));
-    assertFalse(Decisions.replaces(kept(2, 5, 7), kept(2, 5, 7)));
-    assertFalse(Decisions.replaces(kept(1, 9, 9), kept(2, 5, 7)));
-    assertTrue(Decisions.replaces(kept(-1, 1, 2), kept(1, 5, 6)), "generations are unsigned");
+    assertTrue(Decisions.replaces(kept(2, 1, 2 * SECOND), null, 0));
+    assertTrue(Decisions.replaces(kept(2, 1, 2 * SECOND), kept(1, 5, 6 * SECOND), 0));
+    assertTrue(Decisions.replaces(kept(2, 6, 7 * SECOND), kept(2, 5, 7 * SECOND), 0));
+    assertFalse(Decisions.replaces(kept(2, 5, 7 * SECOND), kept(2, 5, 7 * SECOND), 0));
+    assertFalse(Decisions.replaces(kept(1, 9, 9 * SECOND), kept(2, 5, 7 * SECOND), 0));
+    assertTrue(
+        Decisions.replaces(kept(-1, 1, 2 * SECOND), kept(1, 5, 6 * SECOND), 0),
+        "generations are unsigned");
+  }
+
+  @Test
+  void any_token_replaces_one_that_has_ended() {
+    assertTrue(Decisions.replaces(kept(1, 9, 9 * SECOND), kept(2, 5, 7 * SECOND), 6 * SECOND));
   }
 
   @Test

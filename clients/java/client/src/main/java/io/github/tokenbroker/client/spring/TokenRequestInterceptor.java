@@ -24,6 +24,8 @@ import org.springframework.http.client.ClientHttpResponse;
  *
  * <p>An interceptor does not see redirects that the request factory follows itself. Use a factory
  * that follows none, such as {@code JdkClientHttpRequestFactory} with {@code Redirect.NEVER}.
+ *
+ * <p>Add this interceptor as the last one: those behind it would not see the second attempt.
  */
 public final class TokenRequestInterceptor implements ClientHttpRequestInterceptor {
   private final TokenClient client;
