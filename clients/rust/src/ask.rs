@@ -152,7 +152,9 @@ fn retry_pause(error: &Error, failures: u32, random: f64) -> Option<Duration> {
     if !error.is_temporary() || !error.may_retry() {
         return None;
     }
-    Some(error.retry_after().unwrap_or_else(|| RETRY_BACKOFF.pause(failures, random)))
+    // A pause of zero would repeat the call without end.
+    let told = error.retry_after().filter(|pause| !pause.is_zero());
+    Some(told.unwrap_or_else(|| RETRY_BACKOFF.pause(failures, random)))
 }
 
 /// Returns the error of the call before, if the last call only ran out of time.
@@ -184,6 +186,7 @@ mod tests {
     #[test]
     fn the_pause_is_the_brokers_or_doubles_up_to_a_second() {
         assert_eq!(retry_pause(&overloaded(MS(7_000)), 3, 0.5), Some(MS(7_000)));
+        assert_eq!(retry_pause(&overloaded(MS(0)), 0, 0.0), Some(MS(100)));
         let away = error(&Status::unavailable("away"));
         assert_eq!(retry_pause(&away, 0, 0.0), Some(MS(100)));
         assert_eq!(retry_pause(&away, 1, 1.0), Some(MS(100)));

@@ -43,6 +43,8 @@ const LONGEST_WATCH: usize = 1_000;
 const UNUSED: Duration = Duration::from_secs(60 * 60);
 /// How long closing may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+/// The shortest pause before a report that came too soon is made again, whatever the broker says.
+const SHORTEST_REPORT_PAUSE: Duration = Duration::from_millis(100);
 
 /// A client for one caller of one deployment of the broker. Make one in a program, and clone it.
 ///
@@ -270,7 +272,7 @@ impl TokenClient {
                 (Some(ReportOutcome::Reissuing | ReportOutcome::AlreadyReplaced), _) => break,
                 // The broker does not keep such a report, so it is made again.
                 (Some(ReportOutcome::TooSoon { retry_after }), at) => {
-                    let until = later(at, retry_after);
+                    let until = later(at, retry_after.max(SHORTEST_REPORT_PAUSE));
                     if until >= deadline {
                         return None;
                     }

@@ -2,7 +2,7 @@
 
 use std::{error::Error as StdError, fmt, sync::Arc, time::Duration};
 
-use tonic::{Code, Status};
+use tonic::{Code, Status, TimeoutExpired};
 use tonic_types::StatusExt;
 
 /// The domain of the broker's reasons.
@@ -138,6 +138,7 @@ impl Error {
     pub(crate) fn from_status(account: &str, status: &Status) -> Self {
         let is_local = is_local(status);
         let (code, message) = match status.code() {
+            _ if has_timed_out(status) => (Code::DeadlineExceeded, "no answer in time".to_owned()),
             code if !is_local => (code, status.message().to_owned()),
             Code::DeadlineExceeded => (Code::DeadlineExceeded, status.message().to_owned()),
             // The connection failed: tonic has several codes for that.
@@ -247,7 +248,19 @@ impl StdError for Error {}
 
 /// Whether this machine made `status`, because the connection failed or the time was over, and not the broker.
 pub(crate) fn is_local(status: &Status) -> bool {
-    status.source().is_some()
+    status.source().is_some() && !has_timed_out(status)
+}
+
+/// Whether tonic ended the call, since it took longer than its timeout. That says nothing about the connection.
+fn has_timed_out(status: &Status) -> bool {
+    let mut cause = status.source();
+    while let Some(error) = cause {
+        if error.is::<TimeoutExpired>() {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
 }
 
 /// Returns the texts of `status` and of its causes, each once, without tonic's own text, which says nothing.
@@ -296,6 +309,15 @@ mod tests {
         let mut details = ErrorDetails::new();
         details.set_error_info(reason, domain, [("upstream_code".into(), "61006".into())]);
         Error::from_status("acme", &Status::with_error_details(code, "why", details))
+    }
+
+    #[test]
+    fn a_call_that_took_too_long_says_nothing_about_the_connection() {
+        let status = Status::from_error(Box::new(TimeoutExpired(())));
+        assert!(!is_local(&status));
+        let error = Error::from_status("acme", &status);
+        assert_eq!(error.kind(), ErrorKind::DeadlineExceeded);
+        assert!(is_local(&Status::from_error("refused".into())));
     }
 
     #[test]
