@@ -32,7 +32,7 @@ const SATURATED_POOLER: &[&str] = &[
     "connection slots are reserved",
 ];
 
-/// The error of the server or the driver from which a [`StoreError`] was made.
+/// The error of the server or the driver from which a [`StoreError`](super::StoreError) was made.
 ///
 /// Its text is the `SQLSTATE`, or a description of what failed in the driver. The wrapped error is never
 /// printed and is not returned as a `source`, since its texts can quote rows.
