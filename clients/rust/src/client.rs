@@ -44,7 +44,7 @@ const UNUSED: Duration = Duration::from_secs(60 * 60);
 /// How long closing may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 /// The shortest pause before a report that came too soon is made again, whatever the broker says.
-#[cfg(feature = "adapters")]
+#[cfg(feature = "_adapters")]
 const SHORTEST_REPORT_PAUSE: Duration = Duration::from_millis(100);
 
 /// A client for one caller of one deployment of the broker. Make one in a program, and clone it.

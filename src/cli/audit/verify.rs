@@ -1,13 +1,13 @@
 //! `audit verify`: verifies the log in the database, in a journal, or in an export.
 
 mod evidence;
+mod head_argument;
 mod report;
 mod undelivered;
 
 use std::{
     path::{Path, PathBuf},
     process::ExitCode,
-    str::FromStr,
 };
 
 use anyhow::{Context, anyhow};
@@ -16,11 +16,11 @@ use tokio::task;
 
 use self::{
     evidence::Evidence,
+    head_argument::HeadArgument,
     report::{in_json, print},
     undelivered::undelivered,
 };
 use crate::{
-    audit::chain::{ChainHead, Digest},
     cli::{global::GlobalArgs, output},
     config::{self, Flags, KeyringFlag},
     crypto::{Keyring, VerifyingKeys},
@@ -55,30 +55,6 @@ pub(super) struct VerifyArgs {
     /// Print JSON
     #[arg(long)]
     json: bool,
-}
-
-/// A value of `--head`: a head, or a file of signed heads.
-#[derive(Clone, Debug, PartialEq)]
-enum HeadArgument {
-    Head { chain: String, head: ChainHead },
-    File(PathBuf),
-}
-
-impl FromStr for HeadArgument {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let Some((position, hash)) = text.rsplit_once(':').filter(|(_, hash)| hash.len() == 64)
-        else {
-            return Ok(Self::File(text.into()));
-        };
-        let malformed = || "neither a file nor CHAIN:SEQ:HASH".to_owned();
-        let (chain, seq) = position.rsplit_once(':').ok_or_else(malformed)?;
-        let mut bytes = [0; 32];
-        hex::decode_to_slice(hash, &mut bytes).map_err(|_| malformed())?;
-        let head = ChainHead { seq: seq.parse().map_err(|_| malformed())?, hash: Digest(bytes) };
-        Ok(Self::Head { chain: chain.to_owned(), head })
-    }
 }
 
 pub(super) async fn run(global: &GlobalArgs, args: VerifyArgs) -> anyhow::Result<ExitCode> {
@@ -131,24 +107,4 @@ fn keys(
     }
     let file = config::known_keyring_file(&global.sources(settings.given)?)?;
     Ok(file.map(|file| Keyring::load(&file)).transpose()?.as_ref().map(VerifyingKeys::from))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_head_is_a_position_with_a_hash_or_a_file() {
-        let hash = "ab".repeat(32);
-        let parse = |text: &str| text.parse::<HeadArgument>();
-        let head = ChainHead { seq: 12, hash: Digest([0xab; 32]) };
-        let expected = HeadArgument::Head { chain: "c00000001-0123456789abcdef".into(), head };
-        assert_eq!(parse(&format!("c00000001-0123456789abcdef:12:{hash}")), Ok(expected));
-        assert_eq!(parse("/a:b/heads"), Ok(HeadArgument::File("/a:b/heads".into())));
-        for wrong in
-            [format!("c1:x:{hash}"), format!("c1:{hash}"), format!("c1:1:{}", "x".repeat(64))]
-        {
-            assert!(parse(&wrong).is_err(), "{wrong}");
-        }
-    }
 }

@@ -12,7 +12,7 @@
 //! decision is made from the cache and the start of the attempt is stored in the state directory, and the
 //! token is pending from the start.
 
-mod failure;
+mod failed_attempt;
 mod repeated;
 mod storing;
 

@@ -9,7 +9,7 @@ use tokio::{sync::mpsc, task};
 
 use super::{
     super::export_reader::{ExportReader, UnreadableLine, read_checkpoints},
-    HeadArgument,
+    head_argument::HeadArgument,
 };
 use crate::{
     audit::{
