@@ -162,9 +162,9 @@ impl Refresher {
         let Some(id) = self.accounts.remove(&task) else { return };
         debug!(account = %id, ?outcome, "an attempt ended");
         self.queue.attempt_ended(id);
-        let outage_ended_at = self.issuer.state().outage.last_end();
+        let outage_ended_at = self.issuer.state().outage.ended_at();
         if mem::replace(&mut self.outage_ended_at, outage_ended_at) != outage_ended_at {
-            // Accounts that failed in the outage are due now.
+            // The accounts that failed in the outage are due now.
             self.plan_all();
         }
         let not_before = match outcome {

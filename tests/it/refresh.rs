@@ -280,33 +280,3 @@ async fn in_an_outage_one_account_at_a_time_is_tried_and_after_it_all_accounts_a
     );
     broker.stop().await;
 }
-
-/// Accounts that fail for causes of their own keep their pauses although others get tokens, and do not come before
-/// accounts that were never tried.
-#[tokio::test]
-async fn accounts_that_fail_beside_others_that_get_tokens_leave_the_rate_to_these() {
-    let fixture = Fixture::new().await;
-    let (mut good, mut failing) = (vec![], vec![]);
-    for n in 0..60 {
-        let id = format!("id-{n}");
-        fixture.add_account(&format!("acme-{n}"), &id, "SK.1").await;
-        if n % 3 == 0 {
-            fixture.upstream.script(&id, vec![Answer::Html; 1_000]);
-            failing.push(id);
-        } else {
-            good.push(id);
-        }
-    }
-    let mut config = fixture.config();
-    config.settings.upstream_rate = 20.0;
-    config.settings.min_issue_interval = Duration::from_secs(1);
-    let broker = fixture.start_with(config).await;
-    eventually("a token for each account that can have one", async || {
-        good.iter().all(|id| fixture.upstream.issued(id) == 1).then_some(())
-    })
-    .await;
-    // Each is tried once as a new account. After that, they have one of four attempts while others wait.
-    let wasted: u64 = failing.iter().map(|id| fixture.upstream.attempts(id)).sum();
-    assert!(wasted <= 50, "{wasted} attempts for {} failing accounts", failing.len());
-    broker.stop().await;
-}

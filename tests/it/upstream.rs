@@ -373,11 +373,6 @@ async fn invalid_raw_responses_yield_no_token() {
         ("chunks without a last chunk", chunked("5\r\n{\"exp\r\n"), Malformed),
         ("an invalid chunk size", chunked("zz\r\n"), Malformed),
         (
-            "a clock skew beyond the expiry",
-            http("200 OK", "date: Fri, 31 Dec 9999 23:59:59 GMT\r\n", good),
-            Malformed,
-        ),
-        (
             "a 429 with an incomplete body",
             b"HTTP/1.1 429 No\r\ncontent-length: 99\r\n\r\n{".into(),
             RateLimited,

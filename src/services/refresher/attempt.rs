@@ -161,10 +161,8 @@ impl TokenIssuer {
         let (accounts, now) = (self.state.cache.all(), self.clock().now());
         let failing: Vec<_> = accounts
             .iter()
-            .filter_map(|entry| {
-                let class = entry.snapshot().refresh.failure.as_ref()?.class;
-                class.is_transient().then_some((entry.id(), class))
-            })
+            .filter_map(|entry| entry.snapshot().refresh.failure.as_ref().map(|it| it.class))
+            .filter(|class| class.is_transient())
             .collect();
         self.state.outage.resume(&failing, accounts.len(), now);
     }
@@ -173,7 +171,7 @@ impl TokenIssuer {
         let AccountSnapshot { account, refresh, token, .. } = snapshot;
         let scheduled_at =
             self.settings.holder.policy.scheduled_at(&account.name, token.as_deref());
-        IssueView::cached(account, refresh, scheduled_at, self.state.outage.ended_at(account.id))
+        IssueView::cached(account, refresh, scheduled_at, self.state.outage.ended_at())
             .repeating_until(token.as_deref().and_then(Token::repeats_until))
     }
 
@@ -287,7 +285,7 @@ impl TokenIssuer {
         // cache keeps the newer token beside the older refresh state, by which the account may seem due.
         let replaces = snapshot.refresh.stored_generation;
         let outage_ended =
-            self.state.outage.ended_at(entry.id()).map(|at| until_from(at, self.clock().now()));
+            self.state.outage.ended_at().map(|at| until_from(at, self.clock().now()));
         let pool = &self.infrastructure.pool;
         let credential = Some(version);
         let claim =

@@ -3,12 +3,8 @@
 //!
 //! Only an account that did not fail before is evidence of an outage. Accounts that go on failing say
 //! nothing about others. For the same reason, an outage delays only accounts that failed: of them, one at a
-//! time is tried, as a canary. Others are tried when they are due.
-//!
-//! Any answer ends the outage. When an account that had failed is answered, all others that failed are due at
-//! once, whatever their own pauses are. An answer to an account that had not failed says nothing about those
-//! that had: they may fail for causes of their own, among accounts for which the upstream works. Then only one of
-//! them is due at once, the witness, and the others follow once it is answered.
+//! time is tried, as a canary. Others are tried when they are due. When the upstream answers again, all
+//! accounts that failed in the outage are due at once, whatever their own pauses are.
 
 use std::time::Duration;
 
@@ -41,18 +37,12 @@ struct State {
     failed: Vec<AccountId>,
     /// The next canary; `None` if there is no outage.
     canary: Option<Canary>,
-    /// Whether an outage began, and no account that had failed was answered since.
-    awaits_recovery: bool,
-    /// The account that is due at once although others that failed are not, and since when.
-    witness: Option<(AccountId, Timestamp)>,
-    /// When an account that had failed in an outage was last answered.
-    recovered_at: Option<Timestamp>,
+    /// When the last outage ended.
+    ended_at: Option<Timestamp>,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Canary {
-    /// The account that failed last.
-    failed: AccountId,
     /// When the next canary may be tried.
     not_before: Timestamp,
     /// The pause that follows if this canary fails.
@@ -63,8 +53,8 @@ struct Canary {
 
 impl Canary {
     /// Returns the first canary of an outage.
-    fn first(failed: AccountId, class: FailureClass, not_before: Timestamp) -> Self {
-        Self { failed, not_before, pause: 2 * FIRST_PAUSE, longest_pause: longest_pause(class) }
+    fn first(class: FailureClass, not_before: Timestamp) -> Self {
+        Self { not_before, pause: 2 * FIRST_PAUSE, longest_pause: longest_pause(class) }
     }
 }
 
@@ -96,18 +86,10 @@ impl Outage {
     }
 
     /// Begins with the outage that an earlier process left, if most accounts fail at the start. `failing` has
-    /// each account with a transient failure, and `accounts` is the number of all accounts.
-    pub(super) fn resume(
-        &self,
-        failing: &[(AccountId, FailureClass)],
-        accounts: usize,
-        now: Timestamp,
-    ) {
-        if let [(account, class), ..] = failing
-            && failing.len() >= THRESHOLD
-            && failing.len() * 2 > accounts
-        {
-            self.0.lock().begin(Canary::first(*account, *class, now));
+    /// the class of each transient failure, and `accounts` is the number of all accounts.
+    pub(super) fn resume(&self, failing: &[FailureClass], accounts: usize, now: Timestamp) {
+        if failing.len() >= THRESHOLD && failing.len() * 2 > accounts {
+            self.0.lock().canary = failing.first().map(|class| Canary::first(*class, now));
         }
     }
 
@@ -125,21 +107,13 @@ impl Outage {
             // The upstream was not called.
             Some(FailureClass::Intake) => OutageChange::None,
             Some(class) if class.is_transient() => state.failed(account, priority, class, now),
-            _ => state.answered(account, priority, now),
+            _ => state.answered(now),
         }
     }
 
-    /// Returns when the last outage ended for the account: the pause after an earlier failure is skipped.
-    pub(super) fn ended_at(&self, account: AccountId) -> Option<Timestamp> {
-        let state = self.0.lock();
-        let witness = state.witness.filter(|(witness, _)| *witness == account);
-        witness.map(|(_, at)| at).max(state.recovered_at)
-    }
-
-    /// Returns when [`Outage::ended_at`] last changed for an account.
-    pub(super) fn last_end(&self) -> Option<Timestamp> {
-        let state = self.0.lock();
-        state.witness.map(|(_, at)| at).max(state.recovered_at)
+    /// Returns when the last outage ended.
+    pub(super) fn ended_at(&self) -> Option<Timestamp> {
+        self.0.lock().ended_at
     }
 }
 
@@ -153,7 +127,6 @@ impl State {
     ) -> OutageChange {
         let failed_before = priority == PriorityClass::Failing;
         if let Some(canary) = self.canary.as_mut().filter(|_| failed_before) {
-            canary.failed = account;
             canary.not_before = now + delta(canary.pause);
             canary.longest_pause = longest_pause(class);
             canary.pause = (canary.pause * 2).min(canary.longest_pause);
@@ -167,32 +140,17 @@ impl State {
         if self.failed.len() < THRESHOLD {
             return OutageChange::None;
         }
-        self.begin(Canary::first(account, class, now + delta(FIRST_PAUSE)));
+        self.canary = Some(Canary::first(class, now + delta(FIRST_PAUSE)));
         OutageChange::Began
     }
 
-    fn begin(&mut self, canary: Canary) {
-        self.canary = Some(canary);
-        self.awaits_recovery = true;
-    }
-
-    fn answered(
-        &mut self,
-        account: AccountId,
-        priority: PriorityClass,
-        now: Timestamp,
-    ) -> OutageChange {
+    fn answered(&mut self, now: Timestamp) -> OutageChange {
         self.failed.clear();
-        let canary = self.canary.take();
-        let is_witness = self.witness.is_some_and(|(witness, _)| witness == account);
-        if self.awaits_recovery && (is_witness || priority == PriorityClass::Failing) {
-            self.awaits_recovery = false;
-            self.witness = None;
-            self.recovered_at = Some(now);
-        } else if let Some(canary) = canary {
-            self.witness = Some((canary.failed, now));
+        if self.canary.take().is_none() {
+            return OutageChange::None;
         }
-        canary.map_or(OutageChange::None, |_| OutageChange::Ended)
+        self.ended_at = Some(now);
+        OutageChange::Ended
     }
 }
 
@@ -289,34 +247,10 @@ mod tests {
             assert_eq!(outage.ended(1, failing, answer, 2), OutageChange::Ended);
             assert!(!outage.is_on());
             assert_eq!(outage.next_canary(), None);
-            assert_eq!(outage.ended_at(AccountId(2)), Some(at(2)));
+            assert_eq!(outage.ended_at(), Some(at(2)));
             assert_eq!(outage.ended(1, failing, UNREACHABLE, 3), OutageChange::None);
             assert_eq!(outage.ended(1, failing, None, 20), OutageChange::None);
-            assert_eq!(outage.ended_at(AccountId(2)), Some(at(2)));
-        }
-    }
-
-    #[test]
-    fn an_answer_to_an_account_that_had_not_failed_makes_one_of_those_that_had_due() {
-        for other in [PriorityClass::Untried, PriorityClass::Proven] {
-            let ended = |outage: &Outage| [1, 2, 3].map(|id| outage.ended_at(AccountId(id)));
-            let outage = outage(FailureClass::Unreachable);
-            assert_eq!(outage.ended(9, other, None, 1), OutageChange::Ended);
-            assert!(!outage.is_on());
-            assert_eq!(ended(&outage), [None, None, Some(at(1))]);
-            // It fails again, and others are answered: the failing ones keep their pauses.
-            assert_eq!(outage.ended(3, other, UNREACHABLE, 2), OutageChange::None);
-            assert_eq!(outage.ended(9, other, None, 3), OutageChange::None);
-            assert_eq!(ended(&outage), [None, None, Some(at(1))]);
-            // One that had failed is answered.
-            let (account, priority) = if other == PriorityClass::Proven {
-                (3, other)
-            } else {
-                (2, PriorityClass::Failing)
-            };
-            assert_eq!(outage.ended(account, priority, None, 4), OutageChange::None);
-            assert_eq!(ended(&outage), [Some(at(4)); 3]);
-            assert_eq!(outage.last_end(), Some(at(4)));
+            assert_eq!(outage.ended_at(), Some(at(2)));
         }
     }
 
@@ -326,8 +260,7 @@ mod tests {
             [(2, 2, false), (3, 5, true), (3, 6, false), (0, 0, false)]
         {
             let outage = Outage::default();
-            let failed = (AccountId(1), FailureClass::Unreachable);
-            outage.resume(&vec![failed; failing], accounts, at(9));
+            outage.resume(&vec![FailureClass::Unreachable; failing], accounts, at(9));
             assert_eq!(outage.is_on(), expected, "{failing} of {accounts}");
             assert_eq!(outage.next_canary(), expected.then_some(at(9)));
         }
