@@ -409,9 +409,8 @@ impl Shared {
         let mut accounts = self.accounts();
         if !accounts.contains_key(account) {
             remove_useless(&mut accounts, now);
-            accounts.insert(account.to_owned(), Account::new(now));
         }
-        let state = accounts.get_mut(account).expect("it was inserted");
+        let state = accounts.entry(account.to_owned()).or_insert_with(|| Account::new(now));
         state.last_used = now;
         let fallback = match state.decide(newer_than, now) {
             Decision::Use(token) => return Next::Return(Ok(token)),
