@@ -192,6 +192,9 @@ impl<'a> IssueView<'a> {
     pub fn failures(&self, version: CredentialVersion) -> u32 {
         let Self { account, refresh, .. } = self;
         let is_current = version == account.credential_version;
+        if self.is_untried(version) {
+            return 0;
+        }
         if is_current && account.fallback_version(refresh).is_some() {
             return refresh.new_secret_failures(version);
         }

@@ -106,6 +106,63 @@ async fn accounts_that_fail_for_ever_delay_no_others() {
     broker.stop().await;
 }
 
+/// Accounts that fail for causes of their own keep their pauses, and come after accounts that were never tried, although
+/// each token that another account gets shows that the upstream answers.
+#[tokio::test]
+async fn accounts_that_fail_beside_others_that_get_tokens_leave_the_rate_to_these() {
+    const GOOD: usize = 40;
+    const FAILING: usize = 20;
+    let fixture = Fixture::new().await;
+    for n in 1..=FAILING / 2 {
+        for name in ["older", "newer"] {
+            fixture.upstream.script(&format!("{name}-{n}"), vec![Answer::Html; ALWAYS]);
+        }
+    }
+    fixture.add_accounts("older", FAILING / 2).await;
+    fixture.add_accounts("good", GOOD).await;
+    fixture.add_accounts("newer", FAILING / 2).await;
+    let mut config = fixture.config();
+    config.settings.upstream_rate = 20.0;
+    config.settings.min_issue_interval = Duration::from_secs(1);
+    let broker = fixture.start_with(config).await;
+    eventually("a token for each account that can have one", async || {
+        let with_token = "account_status where name like 'good-%' and state = 'fresh'";
+        (fixture.count_of(with_token).await == GOOD).then_some(())
+    })
+    .await;
+    let began = Instant::now();
+    let wasted = eventually("the records", async || {
+        let issued = "audit_events where event = 'token_issued'";
+        if fixture.count_of(issued).await < GOOD {
+            return None;
+        }
+        let last = "(select max(seq) from audit_events where event = 'token_issued')";
+        let before = format!("audit_events where event = 'issue_failed' and seq < {last}");
+        Some(fixture.count_of(&before).await)
+    })
+    .await;
+    // Each is tried once as a new account, and later ones get at most one of four attempts.
+    assert!(
+        wasted <= FAILING + (GOOD + FAILING) / 3 + 3,
+        "{wasted} attempts before the last token"
+    );
+
+    let mut further = 0;
+    while began.elapsed() < Duration::from_secs(8) {
+        further += 1;
+        let name = format!("further-{further}");
+        fixture.upstream.add_account(&name, "SK.1");
+        fixture.add_account(&name, &name, "SK.1").await;
+        fixture.wait_for_state(&name, "fresh").await;
+    }
+    // The pauses double, and the first is half a second at least. Once, the end of an outage shortens one.
+    let rushed = "(select count(*) as attempts, max(at) - min(at) as time
+        from audit_events where event = 'issue_failed' group by account) of_account
+        where attempts > 2 + log(2, 1 + 2 * extract(epoch from time))";
+    assert_eq!(fixture.count_of(rushed).await, 0, "accounts that were tried too often");
+    broker.stop().await;
+}
+
 /// One refusal of all accounts when they are to be refreshed is one state of the upstream. Once it is over, each
 /// token is replaced before it ends.
 #[tokio::test]

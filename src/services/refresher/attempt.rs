@@ -27,7 +27,7 @@ use tracing::{debug, error, info, instrument, warn};
 use super::{
     dependencies::{IssueInfrastructure, IssueSettings, IssueState},
     notify::notify_replicas,
-    outage::OutageChange,
+    outage::{FailingAccounts, OutageChange, Standing},
     reconcile::Reconciler,
     records,
 };
@@ -35,7 +35,6 @@ use crate::{
     audit::record::Event,
     domain::{
         account::CredentialVersion,
-        attempt_priority::PriorityClass,
         clock::{Clock, Timestamp, until_from},
         refresh_policy::{IssueDecision, IssueView, RefreshPolicy},
         refresh_state::{FailureClass, IssueAttempt},
@@ -158,13 +157,17 @@ impl TokenIssuer {
 
     /// Begins with the outage that an earlier process left, if most accounts fail at the start.
     pub(super) fn resume_outage(&self) {
-        let (accounts, now) = (self.state.cache.all(), self.clock().now());
-        let failing: Vec<_> = accounts
+        self.state.outage.resume(&self.failing_accounts(), self.clock().now());
+    }
+
+    fn failing_accounts(&self) -> FailingAccounts {
+        let accounts = self.state.cache.all();
+        let classes = accounts
             .iter()
             .filter_map(|entry| entry.snapshot().refresh.failure.as_ref().map(|it| it.class))
             .filter(|class| class.is_transient())
             .collect();
-        self.state.outage.resume(&failing, accounts.len(), now);
+        FailingAccounts { classes, of: accounts.len() }
     }
 
     pub(super) fn view<'a>(&self, snapshot: &'a AccountSnapshot) -> IssueView<'a> {
@@ -201,8 +204,9 @@ impl TokenIssuer {
         {
             return self.give_up(entry, lease).await;
         }
-        let priority = self.view(&snapshot).priority_class(version);
-        let issued = match self.call_upstream(permission.attempt(), priority).await {
+        let view = self.view(&snapshot);
+        let standing = Standing::of(view.priority_class(version), view.failures(version));
+        let issued = match self.call_upstream(permission.attempt(), standing).await {
             Ok(issued) => issued,
             Err(error) => return self.fail(entry, &permission, error).await,
         };
@@ -349,11 +353,11 @@ impl TokenIssuer {
     // 2. Call.
 
     /// Calls the upstream with the attempt's credential, and updates whether the upstream is in an outage.
-    /// `priority` is the account's class before the attempt.
+    /// `standing` is the account's before the attempt.
     async fn call_upstream(
         &self,
         attempt: &IssueAttempt,
-        priority: PriorityClass,
+        standing: Standing,
     ) -> Result<IssuedToken, IssueError> {
         let credential = &attempt.credential;
         let opened = self.infrastructure.keyring.open_secret(
@@ -373,7 +377,8 @@ impl TokenIssuer {
         };
         let failure = issued.as_ref().err().map(|error| error.class);
         let (outage, now) = (&self.state.outage, self.clock().now());
-        match outage.attempt_ended(attempt.account, priority, failure, now) {
+        let failing = || self.failing_accounts();
+        match outage.attempt_ended(attempt.account, standing, failure, failing, now) {
             OutageChange::None => {}
             OutageChange::Began => {
                 warn!("an outage of the upstream began: it failed for several accounts in a row");

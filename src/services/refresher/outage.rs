@@ -5,6 +5,10 @@
 //! nothing about others. For the same reason, an outage delays only accounts that failed: of them, one at a
 //! time is tried, as a canary. Others are tried when they are due. When the upstream answers again, all
 //! accounts that failed in the outage are due at once, whatever their own pauses are.
+//!
+//! Those that then fail again may fail for causes of their own, among accounts for which the upstream works. If
+//! they were evidence too, each answer to another account would end an outage that they made, and make them due
+//! again. So they are evidence only while most accounts fail.
 
 use std::time::Duration;
 
@@ -27,13 +31,50 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 /// attempt may count towards a lock of the account.
 const LONGEST_REFUSAL_PAUSE: Duration = Duration::from_mins(5);
 
+/// What an account's earlier attempts say about the cause of a failure.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Standing {
+    /// The last attempt succeeded, or the account or its credential is new.
+    Sound,
+    /// The last attempts failed in an outage that has ended, which does not count.
+    Forgiven,
+    /// The account goes on failing.
+    Failing,
+}
+
+impl Standing {
+    /// Returns the standing of an account before an attempt of this class, after `failures` in a row.
+    pub(super) fn of(priority: PriorityClass, failures: u32) -> Self {
+        match (priority, failures) {
+            (PriorityClass::Failing, _) => Self::Failing,
+            (_, 0) => Self::Sound,
+            _ => Self::Forgiven,
+        }
+    }
+}
+
+/// The accounts that fail, among all.
+#[derive(Clone, Debug)]
+pub(super) struct FailingAccounts {
+    /// The class of each transient failure.
+    pub(super) classes: Vec<FailureClass>,
+    /// The number of all accounts.
+    pub(super) of: usize,
+}
+
+impl FailingAccounts {
+    fn are_most(&self) -> bool {
+        self.classes.len() * 2 > self.of
+    }
+}
+
 /// Whether the upstream is in an outage, judged by the attempts of this replica.
 #[derive(Debug, Default)]
 pub struct Outage(Mutex<State>);
 
 #[derive(Clone, Debug, Default)]
 struct State {
-    /// The accounts that failed for the first time since the upstream last answered, up to [`THRESHOLD`].
+    /// The accounts whose failures since the upstream last answered are evidence, up to [`THRESHOLD`].
     failed: Vec<AccountId>,
     /// The next canary; `None` if there is no outage.
     canary: Option<Canary>,
@@ -85,28 +126,39 @@ impl Outage {
         self.0.lock().canary.map(|canary| canary.not_before)
     }
 
-    /// Begins with the outage that an earlier process left, if most accounts fail at the start. `failing` has
-    /// the class of each transient failure, and `accounts` is the number of all accounts.
-    pub(super) fn resume(&self, failing: &[FailureClass], accounts: usize, now: Timestamp) {
-        if failing.len() >= THRESHOLD && failing.len() * 2 > accounts {
-            self.0.lock().canary = failing.first().map(|class| Canary::first(*class, now));
+    /// Begins with the outage that an earlier process left, if most accounts fail at the start.
+    pub(super) fn resume(&self, failing: &FailingAccounts, now: Timestamp) {
+        if failing.classes.len() >= THRESHOLD && failing.are_most() {
+            self.0.lock().canary = failing.classes.first().map(|class| Canary::first(*class, now));
         }
     }
 
-    /// Records how an attempt for the account ended at `now`. `priority` is the account's class before the
-    /// attempt, and `failure` is `None` after a success.
+    /// Records how an attempt for the account ended at `now`. `standing` is that before the attempt, and
+    /// `failure` is `None` after a success. `failing` counts the accounts that fail.
     pub(super) fn attempt_ended(
         &self,
         account: AccountId,
-        priority: PriorityClass,
+        standing: Standing,
         failure: Option<FailureClass>,
+        failing: impl FnOnce() -> FailingAccounts,
         now: Timestamp,
     ) -> OutageChange {
+        // Counted without the lock, since it takes a while with many accounts.
+        let is_evidence = match standing {
+            Standing::Sound => true,
+            Standing::Forgiven => failure.is_some() && !self.is_on() && failing().are_most(),
+            Standing::Failing => false,
+        };
         let mut state = self.0.lock();
         match failure {
             // The upstream was not called.
             Some(FailureClass::Intake) => OutageChange::None,
-            Some(class) if class.is_transient() => state.failed(account, priority, class, now),
+            Some(class) if class.is_transient() => {
+                if standing == Standing::Failing {
+                    state.canary_failed(class, now);
+                }
+                if is_evidence { state.failed(account, class, now) } else { OutageChange::None }
+            }
             _ => state.answered(now),
         }
     }
@@ -118,20 +170,16 @@ impl Outage {
 }
 
 impl State {
-    fn failed(
-        &mut self,
-        account: AccountId,
-        priority: PriorityClass,
-        class: FailureClass,
-        now: Timestamp,
-    ) -> OutageChange {
-        let failed_before = priority == PriorityClass::Failing;
-        if let Some(canary) = self.canary.as_mut().filter(|_| failed_before) {
-            canary.not_before = now + delta(canary.pause);
-            canary.longest_pause = longest_pause(class);
-            canary.pause = (canary.pause * 2).min(canary.longest_pause);
-        }
-        if self.canary.is_some() || failed_before {
+    fn canary_failed(&mut self, class: FailureClass, now: Timestamp) {
+        let Some(canary) = &mut self.canary else { return };
+        canary.not_before = now + delta(canary.pause);
+        canary.longest_pause = longest_pause(class);
+        canary.pause = (canary.pause * 2).min(canary.longest_pause);
+    }
+
+    /// Records a failure that is evidence of an outage.
+    fn failed(&mut self, account: AccountId, class: FailureClass, now: Timestamp) -> OutageChange {
+        if self.canary.is_some() {
             return OutageChange::None;
         }
         if !self.failed.contains(&account) {
@@ -179,25 +227,41 @@ mod tests {
     }
 
     impl Outage {
+        /// Ends an attempt while few accounts fail.
         fn ended(
             &self,
             account: i64,
-            priority: PriorityClass,
+            standing: Standing,
             failure: Option<FailureClass>,
             second: i64,
         ) -> OutageChange {
-            self.attempt_ended(AccountId(account), priority, failure, at(second))
+            self.ended_beside(failing(1, 10), account, standing, failure, second)
         }
+
+        fn ended_beside(
+            &self,
+            failing: FailingAccounts,
+            account: i64,
+            standing: Standing,
+            failure: Option<FailureClass>,
+            second: i64,
+        ) -> OutageChange {
+            self.attempt_ended(AccountId(account), standing, failure, || failing, at(second))
+        }
+    }
+
+    fn failing(number: usize, of: usize) -> FailingAccounts {
+        FailingAccounts { classes: vec![FailureClass::Unreachable; number], of }
     }
 
     /// Returns an outage that began at second 0, when the third account failed.
     fn outage(class: FailureClass) -> Outage {
         let outage = Outage::default();
-        for (account, priority) in [(1, PriorityClass::Proven), (2, PriorityClass::Untried)] {
-            assert_eq!(outage.ended(account, priority, Some(class), 0), OutageChange::None);
+        for account in [1, 2] {
+            assert_eq!(outage.ended(account, Standing::Sound, Some(class), 0), OutageChange::None);
         }
         assert!(!outage.is_on());
-        let third = outage.ended(3, PriorityClass::Proven, Some(class), 0);
+        let third = outage.ended(3, Standing::Sound, Some(class), 0);
         assert_eq!(third, OutageChange::Began);
         outage
     }
@@ -210,10 +274,10 @@ mod tests {
         let one = Outage::default();
         for (account, failure) in [(1, UNREACHABLE), (1, UNREACHABLE), (2, UNREACHABLE), (4, None)]
         {
-            let change = one.ended(account, PriorityClass::Proven, failure, 0);
+            let change = one.ended(account, Standing::Sound, failure, 0);
             assert_eq!(change, OutageChange::None);
         }
-        assert_eq!(one.ended(3, PriorityClass::Proven, UNREACHABLE, 1), OutageChange::None);
+        assert_eq!(one.ended(3, Standing::Sound, UNREACHABLE, 1), OutageChange::None);
         assert!(!one.is_on());
     }
 
@@ -230,8 +294,8 @@ mod tests {
                 let next = outage.next_canary().unwrap();
                 pauses.push((next - now).num_seconds());
                 now = next;
-                let id = AccountId(account);
-                outage.attempt_ended(id, PriorityClass::Failing, Some(class), now);
+                let second = now.timestamp();
+                let _ = outage.ended(account, Standing::Failing, Some(class), second);
             }
             assert_eq!(pauses, expected);
         }
@@ -241,7 +305,7 @@ mod tests {
     fn an_outage_ends_with_a_token_or_a_judgement_of_a_credential() {
         for answer in [None, Some(FailureClass::Rejected)] {
             let outage = outage(FailureClass::Unreachable);
-            let failing = PriorityClass::Failing;
+            let failing = Standing::Failing;
             let intake = outage.ended(1, failing, Some(FailureClass::Intake), 1);
             assert_eq!(intake, OutageChange::None);
             assert_eq!(outage.ended(1, failing, answer, 2), OutageChange::Ended);
@@ -256,13 +320,42 @@ mod tests {
 
     #[test]
     fn a_start_continues_an_outage_if_most_accounts_fail() {
-        for (failing, accounts, expected) in
+        for (number, accounts, expected) in
             [(2, 2, false), (3, 5, true), (3, 6, false), (0, 0, false)]
         {
             let outage = Outage::default();
-            outage.resume(&vec![FailureClass::Unreachable; failing], accounts, at(9));
-            assert_eq!(outage.is_on(), expected, "{failing} of {accounts}");
+            outage.resume(&failing(number, accounts), at(9));
+            assert_eq!(outage.is_on(), expected, "{number} of {accounts}");
             assert_eq!(outage.next_canary(), expected.then_some(at(9)));
+        }
+    }
+
+    #[test]
+    fn accounts_that_fail_again_after_an_outage_make_another_one_only_if_most_accounts_fail() {
+        for (fails, of, expected) in [(5, 10, OutageChange::None), (6, 10, OutageChange::Began)] {
+            let outage = outage(FailureClass::Unreachable);
+            assert_eq!(outage.ended(9, Standing::Sound, None, 1), OutageChange::Ended);
+            let again = |account| {
+                let beside = failing(fails, of);
+                outage.ended_beside(beside, account, Standing::Forgiven, UNREACHABLE, 2)
+            };
+            assert_eq!([again(1), again(2)], [OutageChange::None; 2]);
+            assert_eq!(again(3), expected, "{fails} of {of} fail");
+        }
+    }
+
+    #[test]
+    fn an_account_is_sound_until_it_fails_and_forgiven_until_it_fails_after_the_outage() {
+        use PriorityClass::{Failing, Proven, Untried};
+        for (priority, failures, expected) in [
+            (Proven, 0, Standing::Sound),
+            (Untried, 0, Standing::Sound),
+            (Proven, 1, Standing::Forgiven),
+            (Untried, 7, Standing::Forgiven),
+            (Failing, 0, Standing::Failing),
+            (Failing, 1, Standing::Failing),
+        ] {
+            assert_eq!(Standing::of(priority, failures), expected);
         }
     }
 
@@ -274,7 +367,7 @@ mod tests {
         ) {
             let outage = Outage::default();
             for (account, class) in attempts {
-                let change = outage.ended(account, PriorityClass::Failing, Some(class), account);
+                let change = outage.ended(account, Standing::Failing, Some(class), account);
                 prop_assert_eq!(change, OutageChange::None);
                 prop_assert!(!outage.is_on());
             }

@@ -40,7 +40,8 @@ pub(super) struct TokenTimes {
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
 enum Lane {
     /// Accounts that were never tried, or not with their present credential. The newest is first: if many
-    /// of them get no answer, a further one does not wait for all of them.
+    /// of them get no answer, a further one does not wait for all of them. After them come those that never had
+    /// a token and failed in an outage that has ended.
     First,
     /// Accounts whose last attempt succeeded. The one whose token ends first is first.
     Refresh,
@@ -234,7 +235,7 @@ impl RefreshQueue {
         let arrival = Reverse(self.arrivals);
         let (lane, rank) = match (priority, live) {
             (PriorityClass::Untried, _) => {
-                (Lane::First, (false, 0, Timestamp::UNIX_EPOCH, arrival))
+                (Lane::First, (false, failures, Timestamp::UNIX_EPOCH, arrival))
             }
             (PriorityClass::Proven, live) => {
                 let ends = live.map_or(now + delta(NO_TOKEN_RANK), |token| token.ends);

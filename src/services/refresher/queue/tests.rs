@@ -98,6 +98,16 @@ fn accounts_that_get_no_answer_leave_places_for_others_and_a_new_account_precede
 }
 
 #[test]
+fn accounts_that_failed_in_an_outage_follow_those_that_were_never_tried() {
+    let mut queue = RefreshQueue::default();
+    queue.add(1, 0, PriorityClass::Untried, None);
+    let failed = Schedule { failures: 2, ..schedule(0, PriorityClass::Untried, None) };
+    queue.plan(AccountId(2), Some(failed));
+    queue.plan(AccountId(3), Some(Schedule { failures: 1, ..failed }));
+    assert_eq!(queue.order(1), [1, 3, 2]);
+}
+
+#[test]
 fn failing_accounts_get_a_share_and_the_rate_goes_to_others_first() {
     let mut queue = RefreshQueue::default();
     for id in 0..100 {
