@@ -180,18 +180,12 @@ impl Callers {
     pub(crate) async fn register(&self, pool: &PgPool, grants: &[String]) -> anyhow::Result<()> {
         insert_caller(pool, RUNNER).await?;
         insert_bearer(pool, RUNNER, &self.runner).await?;
+        insert_grant(pool, RUNNER, "*").await?;
         for caller in &self.drivers {
             insert_caller(pool, &caller.name).await?;
             caller.insert_newest(pool).await?;
             for pattern in grants {
-                sqlx::query(
-                    "insert into grants (caller_id, pattern)
-                     select id, $2 from callers where name = $1",
-                )
-                .bind(&caller.name)
-                .bind(pattern)
-                .execute(pool)
-                .await?;
+                insert_grant(pool, &caller.name, pattern).await?;
             }
         }
         Ok(())
@@ -230,8 +224,8 @@ impl Callers {
         Ok(())
     }
 
-    /// Calls the broker on this port without asking for a token.
-    pub(crate) async fn call_as_runner(&self, port: u16) -> anyhow::Result<()> {
+    /// Returns how many accounts the broker on this port knows, up to a thousand.
+    pub(crate) async fn count_accounts(&self, port: u16) -> anyhow::Result<usize> {
         let channel = self.connect(port, None).await?;
         Ok(list_accounts(channel, Some(&self.runner)).await?)
     }
@@ -295,6 +289,17 @@ async fn insert_caller(pool: &PgPool, name: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
+async fn insert_grant(pool: &PgPool, caller: &str, pattern: &str) -> anyhow::Result<()> {
+    sqlx::query(
+        "insert into grants (caller_id, pattern) select id, $2 from callers where name = $1",
+    )
+    .bind(caller)
+    .bind(pattern)
+    .execute(pool)
+    .await?;
+    Ok(())
+}
+
 async fn insert_bearer(pool: &PgPool, caller: &str, bearer: &Bearer) -> anyhow::Result<()> {
     sqlx::query(
         "insert into caller_credentials (caller_id, kind, bearer_sha256)
@@ -307,13 +312,15 @@ async fn insert_bearer(pool: &PgPool, caller: &str, bearer: &Bearer) -> anyhow::
     Ok(())
 }
 
-/// Lists accounts, as the cheapest call that says whether a credential is accepted.
-async fn list_accounts(channel: Channel, bearer: Option<&Bearer>) -> Result<(), Status> {
-    let mut request = Request::new(ListAccountsRequest { page_size: 1, ..Default::default() });
+/// Lists accounts, and returns how many there are, up to a thousand. It is the cheapest call that says whether a
+/// credential is accepted.
+async fn list_accounts(channel: Channel, bearer: Option<&Bearer>) -> Result<usize, Status> {
+    let mut request = Request::new(ListAccountsRequest { page_size: 1_000, ..Default::default() });
     if let Some(bearer) = bearer {
         let value = format!("Bearer {}", bearer.expose()).parse();
         let value = value.map_err(|_| Status::internal("a bearer is no header"))?;
         request.metadata_mut().insert("authorization", value);
     }
-    TokenServiceClient::new(channel).list_accounts(request).await.map(drop)
+    let listed = TokenServiceClient::new(channel).list_accounts(request).await?;
+    Ok(listed.into_inner().accounts.len())
 }

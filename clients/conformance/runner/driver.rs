@@ -42,9 +42,10 @@ pub(crate) type Keys = Map<String, Value>;
 /// What has been asked and not answered, by the `id`.
 type Waiting = Arc<Mutex<Option<HashMap<u64, oneshot::Sender<(Value, Instant)>>>>>;
 
-/// A driver to start: its language, and its executable.
+/// A driver to start, and its executable.
 #[derive(Clone, Debug)]
 pub(crate) struct Language {
+    /// The language. If it has several drivers, `-` and what distinguishes this one follow.
     pub(crate) name: String,
     pub(crate) executable: PathBuf,
 }
@@ -107,7 +108,8 @@ impl Driver {
         let hello = driver.send("hello", Keys::new()).await?;
         let hello = timeout(START, hello.answer()).await.context("no answer to `hello`")??;
         let hello = hello.result.map_err(|error| anyhow::anyhow!("`hello`: {error}"))?;
-        ensure!(hello["language"] == language.name.as_str(), "`language` is {}", hello["language"]);
+        let expected = language.name.split('-').next().unwrap_or_default();
+        ensure!(hello["language"] == expected, "`language` is {}", hello["language"]);
         driver.adapters =
             serde_json::from_value(hello["adapters"].clone()).context("`adapters`")?;
         Ok(driver)

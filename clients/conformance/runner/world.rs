@@ -104,9 +104,10 @@ impl World {
         Ok(world)
     }
 
-    /// Registers the accounts, whose tokens live from now on, and begins to count.
+    /// Registers the accounts, whose tokens live from now on, waits until the brokers know them, and begins to count.
     pub(crate) async fn begin(&mut self, given: &Given) -> anyhow::Result<()> {
         self.register_accounts(given).await?;
+        self.until_accounts_known(given.accounts).await?;
         self.mark().await
     }
 
@@ -266,14 +267,34 @@ impl World {
     /// Waits until the audit log in the database has all calls that the running brokers have answered. The records
     /// of a broker are delivered in order, so it calls each broker and waits for the record of that call.
     async fn flush_audit(&mut self) -> anyhow::Result<()> {
-        for port in self.brokers.ports() {
-            self.callers.call_as_runner(port).await?;
-            self.flushes += 1;
+        let ports: Vec<_> = self.brokers.ports().collect();
+        for port in ports {
+            self.call_as_runner(port).await?;
         }
         let query = format!(
             "select count(*) from audit_events where caller = '{RUNNER}' and event = 'list_accounts'"
         );
         self.until("audit record of the runner", &query, |calls| calls >= self.flushes).await
+    }
+
+    /// Waits until each running broker knows this number of accounts.
+    async fn until_accounts_known(&mut self, number: usize) -> anyhow::Result<()> {
+        let begun = Instant::now();
+        let ports: Vec<_> = self.brokers.ports().collect();
+        for port in ports {
+            while self.call_as_runner(port).await? < number {
+                ensure!(begun.elapsed() < SOON, "a broker does not know all accounts");
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        }
+        Ok(())
+    }
+
+    /// Calls the broker on this port without asking for a token. Returns how many accounts it knows.
+    async fn call_as_runner(&mut self, port: u16) -> anyhow::Result<usize> {
+        let accounts = self.callers.count_accounts(port).await?;
+        self.flushes += 1;
+        Ok(accounts)
     }
 
     /// Adds a credential for each driver's caller, and waits until the brokers know it. Then replaces the drivers'
