@@ -204,9 +204,20 @@ def test_a_closed_client_fails_and_may_be_closed_again(open_client: Open, broker
     client.close()
     client.close()
     assert time.monotonic() - start < 5
-    with pytest.raises(Closed):
+    with pytest.raises(Closed) as raised:
         client.token()
+    assert raised.value.account == "acme"
     broker.wait_for(lambda: broker.watching == [])
+
+
+def test_an_ask_that_finds_the_connections_closed_fails_with_an_error_that_names_the_account(
+    open_client: Open, broker: Broker
+) -> None:
+    client = open_client(broker)
+    client.inner._runner._connector.close()
+    with pytest.raises(Closed) as raised:
+        client.token()
+    assert raised.value.account == "acme"
 
 
 def test_a_certificate_identifies_the_caller_and_a_rotated_one_is_used_afterwards(
