@@ -382,6 +382,9 @@ class CoreTest {
         errorOf(core.report("acme", 1, "61003", TimeUnit.SECONDS.toNanos(5), Runnable::run)));
     broker.broken = null;
     firstToken();
+    assertEquals(
+        ErrorKind.INTERNAL,
+        errorOf(core.report(null, 1, "61003", TimeUnit.SECONDS.toNanos(5), Runnable::run)));
   }
 
   @Test
@@ -413,9 +416,24 @@ class CoreTest {
 
   @Test
   void a_call_that_was_cancelled_before_it_began_asks_nobody() {
-    core.token("acme", TimeUnit.SECONDS.toNanos(5), Runnable::run).cancel(false);
+    long timeout = TimeUnit.SECONDS.toNanos(5);
+    core.token("acme", timeout, Runnable::run).cancel(false);
+    core.report("acme", 1, "61003", timeout, Runnable::run).cancel(false);
     loop.settle();
     assertTrue(broker.asks.isEmpty());
+    assertTrue(broker.reports.isEmpty());
+  }
+
+  @Test
+  void a_cancelled_caller_does_not_count_as_a_failure_of_the_broker() {
+    firstToken();
+    loop.advance(40_000);
+    ask().cancel(false);
+    loop.settle();
+    CompletableFuture<Token> other = ask();
+    assertFalse(other.isDone());
+    broker.ask().answer().complete(token(2));
+    assertEquals(2, result(other).generation());
   }
 
   @Test
