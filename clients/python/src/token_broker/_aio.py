@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import time
 import weakref
@@ -18,11 +17,11 @@ from ._connection import Connection, Connector, ended_stream, error_of, metadata
 from ._core import BearerChanged, Call, Core, Effect, Flow, Log, Look, NextMessage, OpenStream, Report, Wait
 from ._errors import Closed, TokenBrokerError, Unavailable, unexpected
 from ._files import BearerFile, CertificateFiles
+from ._log import log
 from ._plan import Stream
 from ._sync import deadline_of
 from ._token import Token
 
-logger = logging.getLogger("token_broker")
 T = TypeVar("T")
 CLOSE_TIMEOUT = 0.9
 _users: dict[str, int] = {}  # has the process that was the first to make calls
@@ -113,7 +112,7 @@ class _Runner:
         if isinstance(effect, Look):
             return self._connector.look()
         assert isinstance(effect, Log)  # noqa: S101
-        return logger.log(effect.level, effect.text, *effect.arguments)
+        return log(effect.level, effect.text, *effect.arguments)
 
     async def _wait(self, wait: Wait) -> None:
         loop = asyncio.get_running_loop()

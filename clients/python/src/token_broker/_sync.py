@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import threading
 import time
@@ -18,10 +17,10 @@ from ._connection import Connection, Connector, ended_stream, error_of, metadata
 from ._core import BearerChanged, Call, Core, Effect, Flow, Log, Look, NextMessage, OpenStream, Report, Wait
 from ._errors import Cancelled, Closed, InvalidArgument, TokenBrokerError, unexpected
 from ._files import BearerFile, CertificateFiles
+from ._log import log
 from ._plan import Stream
 from ._token import Token
 
-logger = logging.getLogger("token_broker")
 T = TypeVar("T")
 LONGEST_WAIT = 3600.0  # the longest wait at a time, because a lock cannot wait forever
 CLOSE_TIMEOUT = 0.9
@@ -138,7 +137,7 @@ class _Runner:
         if isinstance(effect, Look):
             return self._connector.look()
         assert isinstance(effect, Log)  # noqa: S101
-        return logger.log(effect.level, effect.text, *effect.arguments)
+        return log(effect.level, effect.text, *effect.arguments)
 
     def _wait(self, wait: Wait, cancellation: Cancellation | None) -> None:
         if cancellation is not None:
