@@ -369,9 +369,14 @@ def test_a_redirect_of_the_second_attempt_is_not_followed_elsewhere(send: Send, 
 def test_the_program_may_trace_its_requests_and_send_them_again(api: Api, issuing: Broker) -> None:
     events: list[str] = []
     with TokenClient(Config([issuing.endpoint])) as client, httpx.Client(auth=HttpxAuth(client, "acme")) as http:
-        request = http.build_request("GET", api.url, extensions={"trace": lambda event, _: events.append(event)})
+
+        def trace(event: str, _: object) -> None:
+            events.append(event)
+
+        request = http.build_request("GET", api.url, extensions={"trace": trace})
         for _ in range(2):
             assert http.send(request).status_code == 200
+            assert request.extensions["trace"].other is trace
     assert events.count("http11.send_request_headers.started") == 3
 
 
