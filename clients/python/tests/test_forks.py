@@ -136,6 +136,22 @@ def test_a_child_has_no_threads_of_the_parent_to_wait_for_in_close(run: Run) -> 
     )
 
 
+def test_a_child_that_ends_as_programs_do_is_not_held_up(run: Run) -> None:
+    run(
+        """
+        client = TokenClient(config)
+        client.token("acme")
+        wait_for(lambda: client._runner.core.plan.current is not None)
+        pid = os.fork()
+        if pid == 0:
+            client.token("of the child")
+            sys.exit(0)
+        assert os.waitpid(pid, 0)[1] == 0, "the child failed"
+        client.token("parent")
+        """
+    )
+
+
 def test_another_loop_and_a_child_have_the_tokens_of_an_asyncio_client(run: Run, broker: Broker) -> None:
     run(
         """
