@@ -427,6 +427,9 @@ func TestSettingsThatCannotBeUsedAreRefused(t *testing.T) {
 		"no scheme":                  {Endpoints: one("broker:50051")},
 		"another scheme":             {Endpoints: one("dns:///broker:50051")},
 		"no port":                    {Endpoints: one("https://broker")},
+		"an empty port":              {Endpoints: one("https://broker:")},
+		"port 0":                     {Endpoints: one("https://broker:0")},
+		"a port that is too large":   {Endpoints: one("https://broker:65536")},
 		"a path":                     {Endpoints: one("https://broker:50051/v1")},
 		"a password":                 {Endpoints: one("https://user:password@broker:50051")},
 		"two schemes":                {Endpoints: []string{"http://127.0.0.1:1", "https://127.0.0.1:2"}},
@@ -450,6 +453,8 @@ func TestSettingsThatCannotBeUsedAreRefused(t *testing.T) {
 		"loopback of IPv6":       {Endpoints: one("http://[::1]:1"), BearerFile: bearer},
 		"plaintext on request":   {Endpoints: one("http://broker:1"), BearerFile: bearer, AllowPlaintextBearer: true},
 		"the system's roots":     {Endpoints: one("https://broker:1/"), BearerFile: bearer},
+		"a scheme in capitals":   {Endpoints: one("HTTPS://Broker:1")},
+		"a host with underscore": {Endpoints: one("https://a_broker:1")},
 		"nothing to identify by": {Endpoints: one("https://broker:1")},
 	} {
 		client, err := New(config)

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -71,7 +72,7 @@ func (c *Config) check() (*endpoints, *Error) {
 	parsed := &endpoints{}
 	for i, text := range c.Endpoints {
 		u, err := url.Parse(text)
-		if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "" || u.Port() == "" ||
+		if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "" || !isPort(u.Port()) ||
 			u.User != nil || strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.Fragment != "" {
 			return nil, invalid("endpoint %d is not of the form http://host:port or https://host:port", i+1)
 		}
@@ -95,6 +96,11 @@ func (c *Config) check() (*endpoints, *Error) {
 		return nil, invalid("the timeout is negative")
 	}
 	return parsed, nil
+}
+
+func isPort(text string) bool {
+	port, err := strconv.ParseUint(text, 10, 16)
+	return err == nil && port != 0
 }
 
 func isLoopback(host string) bool {

@@ -22,16 +22,19 @@ import (
 
 // The README shows the body of this function.
 func Example() {
-	apiURL, stop := startBrokerAndAPI()
-	defer stop()
+	defer startBrokerAndAPI()()
 
 	client, err := tokenbroker.New(tokenbroker.ConfigFromEnv())
 	if err != nil {
 		panic(err)
 	}
 	defer client.Close()
+	token, err := client.Token(context.Background(), "acme")
+	if err != nil {
+		panic(err)
+	}
 	api := &http.Client{Transport: &tokenbroker.Transport{Client: client, Account: "acme"}}
-	response, err := api.Get(apiURL + "/messages")
+	response, err := api.Get(token.APIBaseURL() + "/whoami")
 
 	if err != nil {
 		panic(err)
@@ -54,7 +57,7 @@ func (s exampleServer) GetToken(context.Context, *pb.GetTokenRequest) (*pb.GetTo
 }
 
 // startBrokerAndAPI starts an API and a broker with tokens for it, and sets the environment for that.
-func startBrokerAndAPI() (apiURL string, stop func()) {
+func startBrokerAndAPI() (stop func()) {
 	api := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Header.Get("Authorization") != "Bearer secret" {
 			w.WriteHeader(http.StatusUnauthorized)
@@ -85,7 +88,7 @@ func startBrokerAndAPI() (apiURL string, stop func()) {
 			panic(problem)
 		}
 	}
-	return api.URL, func() {
+	return func() {
 		_ = os.Unsetenv("TOKEN_BROKER_ENDPOINT")
 		_ = os.Unsetenv("TOKEN_BROKER_BEARER_FILE")
 		_ = os.RemoveAll(directory)

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/iotest"
 	"testing/synctest"
 	"time"
 
@@ -144,6 +145,20 @@ func TestOtherAnswersAreGivenToTheProgramAsTheyAre(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+func TestABodyThatBreaksOffKeepsTheStatusAndTheProgramGetsTheFailure(t *testing.T) {
+	const start = `{"code":"61003"}`
+	// This one fails once, and says afterwards that it has ended.
+	body := iotest.TimeoutReader(strings.NewReader(start))
+	response := &http.Response{StatusCode: 401, ContentLength: -1, Body: io.NopCloser(body)}
+	if code := refusalCode(response); code != "" {
+		t.Fatalf("found %s in a body that is not complete", code)
+	}
+	read, err := io.ReadAll(response.Body)
+	if string(read) != start || !errors.Is(err, iotest.ErrTimeout) {
+		t.Fatalf("%s %v", read, err)
 	}
 }
 

@@ -134,12 +134,15 @@ func refusalCode(response *http.Response) string {
 	if response.StatusCode < 400 || response.Body == nil || response.ContentLength > longestRefusal {
 		return ""
 	}
-	// A failure to read the rest shows itself again to the program.
 	head, err := io.ReadAll(io.LimitReader(response.Body, longestRefusal+1))
+	rest := io.Reader(response.Body)
+	if err != nil {
+		rest = failingReader{err} // the program gets it when it reads the body
+	}
 	response.Body = struct {
 		io.Reader
 		io.Closer
-	}{io.MultiReader(bytes.NewReader(head), response.Body), response.Body}
+	}{io.MultiReader(bytes.NewReader(head), rest), response.Body}
 	if err != nil || len(head) > longestRefusal {
 		return ""
 	}
@@ -168,3 +171,8 @@ func upstreamCode(body []byte) string {
 	}
 	return strings.Trim(string(answer.Code), `"`)
 }
+
+// failingReader is the rest of a body that could not be read.
+type failingReader struct{ err error }
+
+func (r failingReader) Read([]byte) (int, error) { return 0, r.err }

@@ -29,6 +29,7 @@ class Broker(TokenServiceServicer):
         self.bearers: list[str] = []
         self.names: list[str] = []
         self.watching: list[list[str]] = []
+        self.peers: dict[str, set[str]] = {}  # by account, the connections on which it was asked for
         self.changed = threading.Condition(self.lock)
         self.pushed: list[pb.WatchTokensResponse] = []
         self.stopped = False
@@ -52,6 +53,9 @@ class Broker(TokenServiceServicer):
             self.pushed.append(message)
             self.changed.notify_all()
 
+    def asked_for(self, account: str) -> int:
+        return len(self.peers.get(account, ()))
+
     def wait_for(self, condition: Callable[[], bool]) -> None:
         with self.lock:
             assert self.changed.wait_for(condition, LIMIT)
@@ -66,6 +70,7 @@ class Broker(TokenServiceServicer):
         with self.lock:
             self.asked += 1
             self._note(context)
+            self.peers.setdefault(request.account, set()).add(context.peer())
             self.changed.notify_all()
         return self.get(request, context)
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import gzip
-import io
+import socket
+import ssl
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, Callable
 
+import httpcore
 import httpx
 import pytest
 import requests
+import trustme
 
 from token_broker import AsyncTokenClient, Config, TokenClient, WrongHost
 from token_broker._http import check_origin, refusal_code
@@ -32,13 +36,14 @@ REFUSED = b'{"error":{"code":"61003","message":"expired"}}'
 class Api:
     """An API that refuses all tokens but one."""
 
-    def __init__(self) -> None:
+    def __init__(self, certificate: trustme.LeafCert | None = None) -> None:
         self.accepts = "token2"
         self.status = 401
         self.body = REFUSED
         self.chunked = False
         self.gzipped = False
-        self.location = ""
+        self.location = ""  # where it redirects to
+        self.redirected = ""  # only requests with this authorization, if it is set
         self.requests: list[tuple[str, bytes]] = []
         api = self
 
@@ -54,7 +59,7 @@ class Api:
                     self.rfile.readline()
                 authorization = self.headers.get("Authorization", "")
                 api.requests.append((authorization, body))
-                if api.location:
+                if api.location and self.path != "/there" and api.redirected in ("", authorization):
                     self.answer(307, b"", api.location)
                 elif authorization == f"Bearer {api.accepts}":
                     self.answer(200, b"done")
@@ -86,7 +91,12 @@ class Api:
                 pass
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            certificate.configure_cert(context)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+        self.port = self._server.server_port
+        self.url = f"http://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
         self._thread.start()
 
@@ -244,37 +254,145 @@ def test_a_broken_body_is_no_error_before_it_is_read(api: Api, issuing: Broker) 
             response.read()
 
 
-class Redirect(requests.adapters.BaseAdapter):
-    """Answers each request with a redirect from http to https, and notes the headers."""
+def mapped(ports: dict[int, int], library: str, authority: str) -> tuple[Any, Any]:
+    """Returns a session of requests or transports of httpx that reach api.example at ports of this machine."""
+    if library == "requests":
+        session = requests.Session()
+        session.verify, session.trust_env = authority, False  # or an environment's CA would count instead
+        return session, None
+    context = ssl.create_default_context(cafile=authority)
+    if library == "httpx":
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str | None, str | None]] = []
+        class Backend(httpcore.SyncBackend):
+            def connect_tcp(self, host: str, port: int, *rest: Any, **more: Any) -> Any:
+                assert host == "api.example"
+                return super().connect_tcp("127.0.0.1", ports[port], *rest, **more)
 
-    def send(self, request: requests.PreparedRequest, *_: Any, **__: Any) -> requests.Response:
-        self.seen.append((request.url, request.headers.get("Authorization")))
-        response = requests.Response()
-        response.request, response.url = request, request.url or ""
-        response.raw = io.BytesIO()
-        response.status_code = 307 if len(self.seen) == 1 else 200
-        response.headers["Location"] = "https://api.example/"
-        return response
+        transport = httpx.HTTPTransport(verify=context)
+        transport._pool._network_backend = Backend()
+        return None, transport
 
-    def close(self) -> None:
-        pass
+    class AsyncBackend(httpcore.AnyIOBackend):
+        async def connect_tcp(self, host: str, port: int, *rest: Any, **more: Any) -> Any:
+            assert host == "api.example"
+            return await super().connect_tcp("127.0.0.1", ports[port], *rest, **more)
+
+    async_transport = httpx.AsyncHTTPTransport(verify=context)
+    async_transport._pool._network_backend = AsyncBackend()
+    return None, async_transport
 
 
-def test_a_token_for_http_is_not_sent_to_https_on_the_same_host(broker: Broker) -> None:
+def get_mapped(
+    library: str, ports: dict[int, int], authority: str, broker: Broker | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sends a request to http://api.example, with the adapter if there is a broker, and otherwise without."""
+    url, headers = "http://api.example/", {} if broker else {"Authorization": "Bearer mine"}
+    config = Config([broker.endpoint if broker else "http://127.0.0.1:1"])
+    session, transport = mapped(ports, library, authority)
+    if library == "httpx-async":
+
+        async def main() -> None:
+            async with AsyncTokenClient(config) as client:
+                auth = AsyncTokenAuth(client, "acme") if broker else None
+                async with httpx.AsyncClient(transport=transport, auth=auth, follow_redirects=True) as http:
+                    await http.get(url, headers=headers)
+
+        asyncio.run(main())
+        return
+    with TokenClient(config) as client:
+        if library == "httpx":
+            auth = HttpxAuth(client, "acme") if broker else None
+            with httpx.Client(transport=transport, auth=auth, follow_redirects=True) as http:
+                http.get(url, headers=headers)
+            return
+        resolve = socket.getaddrinfo
+        with session, monkeypatch.context() as patch:
+            patch.setattr(
+                socket,
+                "getaddrinfo",
+                lambda host, port, *rest, **more: resolve(
+                    *(("127.0.0.1", ports[port]) if host == "api.example" else (host, port)), *rest, **more
+                ),
+            )
+            session.auth = RequestsAuth(client, "acme") if broker else None
+            session.get(url, headers=headers)
+
+
+@pytest.mark.parametrize("library", ["httpx", "httpx-async", "requests"])
+def test_nothing_follows_a_redirect_from_http_to_https_on_the_same_host(
+    library: str, broker: Broker, api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     token = answer(1)
     token.api_base_url = "http://api.example"
     broker.get = lambda _, __: token
-    redirect = Redirect()
-    with TokenClient(Config([broker.endpoint])) as client, requests.Session() as session:
-        session.mount("http://", redirect)
-        session.mount("https://", redirect)
+    authority = trustme.CA()
+    file = tmp_path / "ca"
+    file.write_bytes(authority.cert_pem.bytes())
+    secure = Api(authority.issue_cert("api.example"))
+    api.location = "https://api.example/there"
+    ports = {80: api.port, 443: secure.port}
+    try:
+        # The libraries themselves keep the header.
+        get_mapped(library, ports, str(file), None, monkeypatch)
+        assert [authorization for authorization, _ in secure.requests] == ["Bearer mine"]
         with pytest.raises(WrongHost):
-            session.get("http://api.example/", auth=RequestsAuth(client, "acme"))
-    assert redirect.seen == [("http://api.example/", f"Bearer {SECRET}"), ("https://api.example/", None)]
+            get_mapped(library, ports, str(file), broker, monkeypatch)
+        assert [authorization for authorization, _ in api.requests] == ["Bearer mine", f"Bearer {SECRET}"]
+        assert len(secure.requests) == 1
+    finally:
+        secure.stop()
+
+
+def test_a_redirect_within_the_api_keeps_the_token(send: Send, api: Api) -> None:
+    api.location, api.accepts = "/there", "token1"
+    assert send(api.url) == (200, "done")
+    assert [authorization for authorization, _ in api.requests] == ["Bearer token1"] * 2
+
+
+def test_a_redirect_of_the_second_attempt_has_the_next_token(send: Send, api: Api) -> None:
+    api.location, api.redirected = "/there", "Bearer token2"
+    assert send(api.url) == (200, "done")
+    assert [authorization for authorization, _ in api.requests] == ["Bearer token1"] + ["Bearer token2"] * 2
+
+
+def test_a_redirect_of_the_second_attempt_is_not_followed_elsewhere(send: Send, api: Api) -> None:
+    stranger = Api()
+    try:
+        api.location, api.redirected = stranger.url, "Bearer token2"
+        with pytest.raises(WrongHost):
+            send(api.url)
+        assert stranger.requests == []
+    finally:
+        stranger.stop()
+
+
+def test_the_program_may_trace_its_requests_and_send_them_again(api: Api, issuing: Broker) -> None:
+    events: list[str] = []
+    with TokenClient(Config([issuing.endpoint])) as client, httpx.Client(auth=HttpxAuth(client, "acme")) as http:
+
+        def trace(event: str, _: object) -> None:
+            events.append(event)
+
+        request = http.build_request("GET", api.url, extensions={"trace": trace})
+        for _ in range(2):
+            assert http.send(request).status_code == 200
+            assert request.extensions["trace"].other is trace
+    assert events.count("http11.send_request_headers.started") == 3
+
+
+def test_a_token_goes_to_its_api_through_a_proxy(api: Api, issuing: Broker) -> None:
+    """A proxy that is asked for the API's URL is simulated by the API itself."""
+    proxy = Api()
+    proxy.accepts = "token1"
+    try:
+        with (
+            TokenClient(Config([issuing.endpoint])) as client,
+            httpx.Client(auth=HttpxAuth(client, "acme"), proxy=proxy.url) as http,
+        ):
+            assert http.get(api.url).status_code == 200
+        assert [authorization for authorization, _ in proxy.requests] == ["Bearer token1"]
+    finally:
+        proxy.stop()
 
 
 def test_a_body_that_cannot_be_sent_again_is_answered_as_the_api_did(send: Send, api: Api, issuing: Broker) -> None:
@@ -302,7 +420,7 @@ def test_a_token_is_not_sent_after_a_redirect(send: Send, api: Api, issuing: Bro
         api.location = stranger.url
         with pytest.raises(WrongHost):
             send(api.url)
-        assert [authorization for authorization, _ in stranger.requests] in ([], [""])
+        assert stranger.requests == []
     finally:
         stranger.stop()
 

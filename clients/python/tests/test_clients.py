@@ -204,9 +204,20 @@ def test_a_closed_client_fails_and_may_be_closed_again(open_client: Open, broker
     client.close()
     client.close()
     assert time.monotonic() - start < 5
-    with pytest.raises(Closed):
+    with pytest.raises(Closed) as raised:
         client.token()
+    assert raised.value.account == "acme"
     broker.wait_for(lambda: broker.watching == [])
+
+
+def test_an_ask_that_finds_the_connections_closed_fails_with_an_error_that_names_the_account(
+    open_client: Open, broker: Broker
+) -> None:
+    client = open_client(broker)
+    client.inner._runner._connector.close()
+    with pytest.raises(Closed) as raised:
+        client.token()
+    assert raised.value.account == "acme"
 
 
 def test_a_certificate_identifies_the_caller_and_a_rotated_one_is_used_afterwards(
@@ -344,6 +355,39 @@ def test_a_handler_of_logs_may_use_the_client(open_client: Open, broker: Broker)
         logger.removeHandler(handler)
 
 
+def test_a_handler_of_logs_may_fail(open_client: Open, broker: Broker, bearer_file: Path) -> None:
+    class Handler(logging.Handler):
+        handled = 0
+
+        def handle(self, record: logging.LogRecord) -> bool:
+            Handler.handled += 1
+            raise RuntimeError("as the test says")
+
+    client = open_client(broker, bearer_file=bearer_file)
+    handler, logger = Handler(), logging.getLogger("token_broker")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        client.token()
+        client.until(lambda: broker.watching == [["acme"]])
+        core = client.inner._runner.core
+        client.until(lambda: core.plan.current is not None)
+        stream = core.plan.current
+        for generation in (2, 3):
+            broker.push(pb.WatchTokensResponse(account="acme", token=answer(generation)))
+            client.until(lambda: core.accounts["acme"].kept.generation == generation)  # noqa: B023
+        assert core.plan.current is stream
+        handled = Handler.handled
+        bearer_file.unlink()
+        client.inner._runner._bearer._read_at = float("-inf")  # instead of waiting for a second
+        client.token("other")
+        assert Handler.handled > handled
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+
+
 def test_a_cancelled_call_ends_and_the_others_go_on(broker: Broker) -> None:
     released = threading.Event()
 
@@ -405,6 +449,8 @@ ONE = "https://broker:50051"
         ("no scheme", {"endpoints": ["broker:50051"]}),
         ("another scheme", {"endpoints": ["dns:///broker:50051"]}),
         ("no port", {"endpoints": ["https://broker"]}),
+        ("port 0", {"endpoints": ["https://broker:0"]}),
+        ("a port that is too large", {"endpoints": ["https://broker:65536"]}),
         ("a port that is none", {"endpoints": ["https://broker:port"]}),
         ("a path", {"endpoints": [ONE + "/v1"]}),
         ("a password", {"endpoints": ["https://user:password@broker:50051"]}),
@@ -432,7 +478,10 @@ def test_settings_that_cannot_be_used_are_refused(
     assert "password" not in str(raised.value), name
 
 
-@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:1", "http://localhost:1", "http://[::1]:1", ONE + "/"])
+@pytest.mark.parametrize(
+    "endpoint",
+    ["http://127.0.0.1:1", "http://localhost:1", "http://[::1]:1", "HTTPS://Broker:1", "https://a_broker:1", ONE + "/"],
+)
 def test_a_bearer_may_go_over_loopback_or_tls(bearer_file: Path, endpoint: str) -> None:
     TokenClient(Config([endpoint], bearer_file=bearer_file)).close()
 

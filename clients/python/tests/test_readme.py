@@ -19,10 +19,11 @@ from .test_adapters import Api, api
 __all__ = ["api"]
 
 
-def example(api_url: str) -> httpx.Response:
+def example() -> httpx.Response:
     client = TokenClient.from_env()
+    api_url = client.token("acme").api_base_url
     api = httpx.Client(auth=TokenAuth(client, "acme"))
-    response = api.get(api_url + "/messages")
+    response = api.get(api_url + "/whoami")
 
     api.close()
     client.close()
@@ -41,7 +42,7 @@ def test_the_example_of_the_readme_works(
     api.accepts = SECRET
     monkeypatch.setenv("TOKEN_BROKER_ENDPOINT", broker.endpoint)
     monkeypatch.setenv("TOKEN_BROKER_BEARER_FILE", str(bearer_file))
-    assert example(api.url).text == "done"
+    assert example().text == "done"
 
 
 def test_the_readme_shows_the_tested_example() -> None:

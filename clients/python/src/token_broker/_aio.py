@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import time
 import weakref
@@ -14,17 +13,18 @@ import grpc
 import grpc.aio
 
 from ._config import Config, check
-from ._connection import Connector, ended_stream, error_of, metadata_of
+from ._connection import Connection, Connector, ended_stream, error_of, metadata_of
 from ._core import BearerChanged, Call, Core, Effect, Flow, Log, Look, NextMessage, OpenStream, Report, Wait
-from ._errors import Closed, TokenBrokerError, unexpected
+from ._errors import Closed, TokenBrokerError, Unavailable, unexpected
 from ._files import BearerFile, CertificateFiles
+from ._log import log
 from ._plan import Stream
 from ._sync import deadline_of
 from ._token import Token
 
-logger = logging.getLogger("token_broker")
 T = TypeVar("T")
 CLOSE_TIMEOUT = 0.9
+_users: dict[str, int] = {}  # has the process that was the first to make calls
 
 
 class _Runner:
@@ -112,7 +112,7 @@ class _Runner:
         if isinstance(effect, Look):
             return self._connector.look()
         assert isinstance(effect, Log)  # noqa: S101
-        return logger.log(effect.level, effect.text, *effect.arguments)
+        return log(effect.level, effect.text, *effect.arguments)
 
     async def _wait(self, wait: Wait) -> None:
         loop = asyncio.get_running_loop()
@@ -127,8 +127,17 @@ class _Runner:
             finally:
                 self._waiters.discard(waiter)
 
+    def _acquire(self) -> Connection:
+        if _users.setdefault("process", os.getpid()) != os.getpid():
+            # Its thread does not exist here, so calls would never end.
+            raise Unavailable(
+                "gRPC for asyncio cannot be used in a child whose parent has used it: fork before the first call",
+                retriable=False,
+            )
+        return self._connector.acquire()
+
     async def _call(self, call: Call) -> tuple[Any, float]:
-        connection = self._connector.acquire()
+        connection = self._acquire()
         error: TokenBrokerError | None = None
         try:
             call.bearer = self._bearer.current()
@@ -153,7 +162,7 @@ class _Runner:
 
     async def _open(self, effect: OpenStream) -> None:
         stream = effect.stream
-        connection = self._connector.acquire()
+        connection = self._acquire()
         effect.bearer = self._bearer.current()
         try:
             stream.call = connection.stub.WatchTokens(effect.request, metadata=metadata_of(effect.bearer))
@@ -226,8 +235,9 @@ class AsyncTokenClient:
     """Keeps the tokens of accounts. A program makes one, and all of its tasks share it.
 
     Making a client opens no connection, so it does not fail when the broker is away. It raises `InvalidArgument` when
-    the settings cannot be used. It belongs to the event loop that uses it; another loop, or the child of a fork, gets
-    the tokens that are kept, and connections of its own.
+    the settings cannot be used. It belongs to the event loop that uses it; another loop gets the tokens that are kept,
+    and connections of its own. The child of a fork gets the tokens too, but can make calls only if its parent had made
+    none: gRPC for asyncio does not survive a fork.
     """
 
     def __init__(self, config: Config) -> None:
@@ -247,7 +257,7 @@ class AsyncTokenClient:
         most `timeout` seconds, by default those of the settings. Raises `TokenBrokerError`.
         """
         self._runner.bind()
-        return await self._runner.run(self._runner.core.token(account, self._deadline(timeout)))
+        return await self._runner.run(self._runner.core.token(account, self._deadline(account, timeout)))
 
     async def report(
         self,
@@ -261,7 +271,7 @@ class AsyncTokenClient:
         adapters do this by themselves. Raises `TokenBrokerError`."""
         self._runner.bind()
         core = self._runner.core
-        return await self._runner.run(core.report(account, generation, upstream_code, self._deadline(timeout)))
+        return await self._runner.run(core.report(account, generation, upstream_code, self._deadline(account, timeout)))
 
     async def close(self) -> None:
         """Ends the watch and the connections. Calls that are waiting, and later ones, raise `Closed`. It may be called
@@ -279,10 +289,12 @@ class AsyncTokenClient:
     def __repr__(self) -> str:
         return f"<AsyncTokenClient of {', '.join(self.config.endpoints)}>"
 
-    def _deadline(self, timeout: float | None) -> float:
-        return deadline_of(self.config, timeout)
+    def _deadline(self, account: str, timeout: float | None) -> float:
+        return deadline_of(self.config, account, timeout)
 
     async def _replacement(self, refused: Token, upstream_code: str, timeout: float | None) -> Token | None:
         """For the adapters: reports a refused token and returns a newer one."""
         self._runner.bind()
-        return await self._runner.run(self._runner.core.replacement(refused, upstream_code, self._deadline(timeout)))
+        return await self._runner.run(
+            self._runner.core.replacement(refused, upstream_code, self._deadline(refused.account, timeout))
+        )

@@ -418,7 +418,8 @@ class Core:
                 result: tuple[Any, float] = yield call
             except Unavailable as error:
                 # With a reason, it is the broker who says so.
-                if error.reason or tried >= self.endpoints or self.clock() >= deadline:
+                if error.reason or not error._retriable or tried >= self.endpoints or self.clock() >= deadline:
+                    error.account = account
                     raise
                 tried += 1
             except Unauthenticated:
@@ -426,6 +427,9 @@ class Core:
                 if not changed:
                     raise
                 repeated = True
+            except TokenBrokerError as error:
+                error.account = account  # not all that fails knows it, such as a client that is closed
+                raise
             else:
                 return result
 

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from ._config import Config
 from ._core import LOOK_INTERVAL
 from ._errors import InvalidArgument
-
-logger = logging.getLogger("token_broker")
+from ._log import log
 
 
 class Unusable(Exception):
@@ -56,7 +55,7 @@ class BearerFile:
             problem, known = str(error), self._problem
             self._problem = problem
             if problem != known:
-                logger.warning("the bearer's file cannot be used, so the bearer read before is: %s", problem)
+                log(logging.WARNING, "the bearer's file cannot be used, so the bearer read before is: %s", problem)
 
 
 def read_bearer(path: str | os.PathLike[str]) -> str:
@@ -118,7 +117,7 @@ class CertificateFiles:
             self._problem = problem
             changed = self.current != before
         if problem and problem != known:
-            logger.warning("the certificates cannot be used, so those read before are: %s", problem)
+            log(logging.WARNING, "the certificates cannot be used, so those read before are: %s", problem)
         return changed
 
 

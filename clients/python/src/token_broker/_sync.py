@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import functools
 import os
 import threading
 import time
@@ -13,14 +13,14 @@ from typing import Any, Callable, TypeVar
 import grpc
 
 from ._config import Config, check
-from ._connection import Connector, ended_stream, error_of, metadata_of
+from ._connection import Connection, Connector, ended_stream, error_of, metadata_of
 from ._core import BearerChanged, Call, Core, Effect, Flow, Log, Look, NextMessage, OpenStream, Report, Wait
 from ._errors import Cancelled, Closed, InvalidArgument, TokenBrokerError, unexpected
 from ._files import BearerFile, CertificateFiles
+from ._log import log
 from ._plan import Stream
 from ._token import Token
 
-logger = logging.getLogger("token_broker")
 T = TypeVar("T")
 LONGEST_WAIT = 3600.0  # the longest wait at a time, because a lock cannot wait forever
 CLOSE_TIMEOUT = 0.9
@@ -30,16 +30,14 @@ class Cancellation:
     """Cancels calls of a `TokenClient`. Give one to a call, and call `cancel` in another thread."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # There is no lock, which a thread could hold when another one forks: each use of the set is one operation.
         self._cancelled = False
         self._wake: set[Callable[[], None]] = set()
 
     def cancel(self) -> None:
         """Makes the calls raise `Cancelled`. It may be called again."""
-        with self._lock:
-            self._cancelled = True
-            wake = list(self._wake)
-        for function in wake:
+        self._cancelled = True
+        for function in tuple(self._wake):
             function()
 
     @property
@@ -47,12 +45,10 @@ class Cancellation:
         return self._cancelled
 
     def _subscribe(self, wake: Callable[[], None]) -> None:
-        with self._lock:
-            self._wake.add(wake)
+        self._wake.add(wake)
 
     def _unsubscribe(self, wake: Callable[[], None]) -> None:
-        with self._lock:
-            self._wake.discard(wake)
+        self._wake.discard(wake)
 
 
 class _Runner:
@@ -63,13 +59,15 @@ class _Runner:
         endpoints = check(config)
         self._files = CertificateFiles(config)
         self._condition = threading.Condition(threading.Lock())
-        self._starting = threading.Lock()  # is held while a call is started or ended; taken after the condition
+        # Is held while a call is started or ended, and a channel made or closed; taken after the condition.
+        self._starting = threading.Lock()
         self._bearer = BearerFile(config.bearer_file)
-        self._connector = Connector(grpc, endpoints, self._files, _close_channel, self._connection_changed)
+        self._connector = Connector(grpc, endpoints, self._files, self._close_channel, self._connection_changed)
         self.core = Core(self, endpoints=len(endpoints.hosts), certificates=self._files.any)
         self._threads: set[threading.Thread] = set()
         self._abandoned: list[object] = []  # belong to the parent of a fork
-        _runners.add(self)
+        with _fork_lock:
+            _runners.add(self)
 
     # What the core calls, with the lock held
 
@@ -139,7 +137,7 @@ class _Runner:
         if isinstance(effect, Look):
             return self._connector.look()
         assert isinstance(effect, Log)  # noqa: S101
-        return logger.log(effect.level, effect.text, *effect.arguments)
+        return log(effect.level, effect.text, *effect.arguments)
 
     def _wait(self, wait: Wait, cancellation: Cancellation | None) -> None:
         if cancellation is not None:
@@ -161,8 +159,13 @@ class _Runner:
         with self._condition:
             self._condition.notify_all()
 
-    def _call(self, call: Call) -> tuple[Any, float]:
+    def _acquire(self) -> Connection:
         connection = self._connector.acquire()
+        _register_for_forks_again()
+        return connection
+
+    def _call(self, call: Call) -> tuple[Any, float]:
+        connection = self._acquire()
         error: TokenBrokerError | None = None
         try:
             call.bearer = self._bearer.current()
@@ -184,7 +187,7 @@ class _Runner:
 
     def _open(self, effect: OpenStream) -> None:
         stream = effect.stream
-        stream.connection = connection = self._connector.acquire()
+        stream.connection = connection = self._acquire()
         effect.bearer = self._bearer.current()
         try:
             with self._starting:
@@ -232,11 +235,15 @@ class _Runner:
             if wait and thread is not threading.current_thread():
                 thread.join(max(0.0, deadline - time.monotonic()))
 
+    def _close_channel(self, channel: Any) -> None:
+        with self._starting:
+            channel.close()
+
     # Forks
 
     def before_fork(self) -> None:
         """Takes the locks, so that the child finds nothing half done: neither here, nor in gRPC, whose own locks are
-        held for a moment when a call is started or cancelled."""
+        held for a moment when a call is started or ended, or a channel is closed."""
         self._condition.acquire()
         self._starting.acquire()
         self._connector.before_fork()
@@ -259,32 +266,47 @@ class _Runner:
 
 _runners: weakref.WeakSet[_Runner] = weakref.WeakSet()
 _forking: list[_Runner] = []  # those whose locks are held during a fork
+_fork_lock = threading.RLock()  # is held during a fork, because several threads may fork at once
 
 
 def _before_fork() -> None:
-    _forking.extend(_runners)
-    for runner in _forking:
-        runner.before_fork()
+    _fork_lock.acquire()
+    if not _forking:  # otherwise this is the second registration of this function
+        _forking.extend(_runners)
+        for runner in _forking:
+            runner.before_fork()
 
 
 def _after_fork_in_parent() -> None:
     for runner in _forking:
         runner.after_fork_in_parent()
     _forking.clear()
+    _fork_lock.release()
 
 
 def _after_fork_in_child() -> None:
     for runner in _forking:
         runner.after_fork_in_child()
     _forking.clear()
+    _fork_lock.release()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+def _register_for_forks() -> None:
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(
+            before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
+        )
 
 
-def _close_channel(channel: Any) -> None:
-    channel.close()
+_register_for_forks()
+
+
+@functools.cache
+def _register_for_forks_again() -> None:
+    """Makes the locks be taken before gRPC stops its threads. gRPC registers itself when the first channel is made,
+    and who registers last comes first before a fork. Otherwise a call that another thread starts in between has a
+    thread of gRPC that is not stopped, and may hold a lock on which the child waits for ever."""
+    _register_for_forks()
 
 
 def _abandon(runner: _Runner) -> None:
@@ -320,7 +342,7 @@ class TokenClient:
         most `timeout` seconds, by default those of the settings. Raises `TokenBrokerError`.
         """
         try:
-            return self._runner.run(self._runner.core.token(account, self._deadline(timeout)), cancellation)
+            return self._runner.run(self._runner.core.token(account, self._deadline(account, timeout)), cancellation)
         except Cancelled as error:
             error.account = account
             raise
@@ -329,7 +351,7 @@ class TokenClient:
         """Tells the broker that the API refused the token of the generation with the code, such as `61003`. The
         adapters do this by themselves. Raises `TokenBrokerError`."""
         core = self._runner.core
-        return self._runner.run(core.report(account, generation, upstream_code, self._deadline(timeout)))
+        return self._runner.run(core.report(account, generation, upstream_code, self._deadline(account, timeout)))
 
     def close(self) -> None:
         """Ends the watch and the connections. Calls that are waiting, and later ones, raise `Closed`. It may be called
@@ -347,18 +369,20 @@ class TokenClient:
     def __repr__(self) -> str:
         return f"<TokenClient of {', '.join(self.config.endpoints)}>"
 
-    def _deadline(self, timeout: float | None) -> float:
-        return deadline_of(self.config, timeout)
+    def _deadline(self, account: str, timeout: float | None) -> float:
+        return deadline_of(self.config, account, timeout)
 
     def _replacement(self, refused: Token, upstream_code: str, timeout: float | None) -> Token | None:
         """For the adapters: reports a refused token and returns a newer one."""
-        return self._runner.run(self._runner.core.replacement(refused, upstream_code, self._deadline(timeout)))
+        return self._runner.run(
+            self._runner.core.replacement(refused, upstream_code, self._deadline(refused.account, timeout))
+        )
 
 
-def deadline_of(config: Config, timeout: float | None) -> float:
+def deadline_of(config: Config, account: str, timeout: float | None) -> float:
     """Returns the end of a call on the monotonic clock."""
     if timeout is None:
         timeout = config.timeout
     elif not timeout > 0:
-        raise InvalidArgument("the timeout is not positive")
+        raise InvalidArgument("the timeout is not positive", account=account)
     return time.monotonic() + timeout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
+from typing import Any, Callable
 
 import httpx
 
@@ -18,7 +19,9 @@ class TokenAuth(httpx.Auth):
     """Puts the token of an account on each request of an `httpx.Client`.
 
     If the API answers that it refuses the token, this is reported to the broker, and the request is sent again, once,
-    with the next token. A token is sent to its API only; for any other host, `WrongHost` is raised.
+    with the next token. A token is sent to its API only; for any other host, `WrongHost` is raised. A redirect away
+    from the API is refused before anything is sent there, unless the client has a transport that does not use httpcore:
+    that is refused afterwards.
 
         httpx.Client(auth=TokenAuth(client, "acme"))
     """
@@ -31,6 +34,7 @@ class TokenAuth(httpx.Auth):
     def sync_auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
         token = self._client.token(self._account, timeout=self._timeout)
         _authorize(request, token)
+        _guard(request, _Guard, token)
         response = yield request
         check_origin(token, str(response.url))
         code = _refusal_code(response) if _worth_reading(response) else None
@@ -64,6 +68,7 @@ class AsyncTokenAuth(httpx.Auth):
     async def async_auth_flow(self, request: httpx.Request) -> AsyncGenerator[httpx.Request, httpx.Response]:
         token = await self._client.token(self._account, timeout=self._timeout)
         _authorize(request, token)
+        _guard(request, _AsyncGuard, token)
         response = yield request
         check_origin(token, str(response.url))
         code = await _async_refusal_code(response) if _worth_reading(response) else None
@@ -78,6 +83,48 @@ class AsyncTokenAuth(httpx.Auth):
 def _authorize(request: httpx.Request, token: Token) -> None:
     check_origin(token, str(request.url))
     request.headers["Authorization"] = f"Bearer {token.access_token}"
+
+
+class _Guard:
+    """Is called for each event of a request and of those that follow its redirects, and refuses to send one elsewhere.
+    httpx would send it without the token, or with it from http to https on the same host."""
+
+    def __init__(self, token: Token, other: Callable[..., Any] | None) -> None:
+        self._token = token
+        self.other = other  # the one that the program has set
+
+    def __call__(self, event: str, info: dict[str, Any]) -> None:
+        self.check(event, info)
+        if self.other is not None:
+            self.other(event, info)
+
+    def check(self, event: str, info: dict[str, Any]) -> None:
+        if event.endswith(".send_request_headers.started") and info["request"].method != b"CONNECT":
+            check_origin(self._token, _target(info["request"].url))
+
+
+class _AsyncGuard(_Guard):
+    async def __call__(self, event: str, info: dict[str, Any]) -> None:  # type: ignore[override]
+        self.check(event, info)
+        if self.other is not None:
+            await self.other(event, info)
+
+
+def _guard(request: httpx.Request, kind: type[_Guard], token: Token) -> None:
+    other = request.extensions.get("trace")
+    if isinstance(other, _Guard):  # the program sends the request again
+        other = other.other
+    # The requests that follow redirects have the extensions too.
+    request.extensions = {**request.extensions, "trace": kind(token, other)}
+
+
+def _target(url: Any) -> str:
+    """Returns where a request of httpcore goes. Through a proxy, the whole URL is the target."""
+    target: str = url.target.decode("ascii", "replace")
+    if not target.startswith("/"):
+        return target
+    host = url.host.decode("ascii", "replace")
+    return f"{url.scheme.decode()}://{f'[{host}]' if ':' in host else host}:{url.port or ''}"
 
 
 def _can_be_sent_again(request: httpx.Request) -> bool:

@@ -25,7 +25,8 @@ class TokenAuth(requests.auth.AuthBase):
     """Puts the token of an account on each request of a `requests.Session`.
 
     If the API answers that it refuses the token, this is reported to the broker, and the request is sent again, once,
-    with the next token. A token is sent to its API only; for any other host, `WrongHost` is raised.
+    with the next token. A token is sent to its API only; for any other host, `WrongHost` is raised, and for an answer
+    that is a redirect to another host, too.
 
         session.auth = TokenAuth(client, "acme")
     """
@@ -46,20 +47,21 @@ class TokenAuth(requests.auth.AuthBase):
     def _answered(self, response: requests.Response, *, token: Token, **options: Any) -> requests.Response:
         request = response.request
         check_origin(token, request.url or "")
-        _keep_from_redirect(response, token)
+        _check_redirect(response, token)
         code = _refusal_code(response)
         if code is None:
             return response
         newer = self._client._replacement(token, code, self._timeout)
         if newer is None or not _rewind(request):
             return response
+        _authorize(request, newer)  # the session copies it to follow redirects
         again = request.copy()
         again.hooks = {}
-        _authorize(again, newer)
         response.close()
         connection: requests.adapters.BaseAdapter = response.connection
         answer = connection.send(again, **options)
         answer.history.append(response)
+        _check_redirect(answer, newer)
         return answer
 
 
@@ -68,15 +70,20 @@ def _authorize(request: requests.PreparedRequest, token: Token) -> None:
     request.headers["Authorization"] = f"Bearer {token.access_token}"
 
 
-def _keep_from_redirect(response: requests.Response, token: Token) -> None:
-    """Takes the token off the request that follows a redirect away from the API, because requests itself leaves it on
-    if only the scheme changes. The session copies that request from this one after its hooks."""
+def _check_redirect(response: requests.Response, token: Token) -> None:
+    """Raises `WrongHost` if the answer leads away from the API. requests would send the token there if only the scheme
+    changes."""
     if not response.is_redirect:
         return
     try:
-        check_origin(token, urljoin(response.request.url or "", response.headers["location"]))
-    except (WrongHost, ValueError):
-        response.request.headers.pop("Authorization", None)
+        target = urljoin(response.request.url or "", response.headers["location"])
+    except ValueError:
+        target = ""
+    try:
+        check_origin(token, target)
+    except WrongHost:
+        response.close()
+        raise
 
 
 def _rewind(request: requests.PreparedRequest) -> bool:

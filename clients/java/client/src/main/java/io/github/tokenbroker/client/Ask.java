@@ -16,6 +16,7 @@ import java.util.function.Predicate;
  */
 final class Ask {
   private final Loop loop;
+  private final String account;
   private final LongFunction<CompletableFuture<Token>> call;
   private final Predicate<TokenBrokerException> isFinal;
   private final Runnable onEnd;
@@ -34,10 +35,12 @@ final class Ask {
    */
   Ask(
       Loop loop,
+      String account,
       LongFunction<CompletableFuture<Token>> call,
       Predicate<TokenBrokerException> isFinal,
       Runnable onEnd) {
     this.loop = loop;
+    this.account = account;
     this.call = call;
     this.isFinal = isFinal;
     this.onEnd = onEnd;
@@ -81,7 +84,7 @@ final class Ask {
       settle(token);
       return;
     }
-    TokenBrokerException error = Errors.from(thrown);
+    TokenBrokerException error = Errors.from(thrown, account);
     failures++;
     long now = loop.now();
     long pause = pauseAfter(error);

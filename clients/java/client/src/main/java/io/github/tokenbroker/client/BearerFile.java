@@ -1,8 +1,6 @@
 package io.github.tokenbroker.client;
 
 import java.io.IOException;
-import java.lang.System.Logger;
-import java.lang.System.Logger.Level;
 import java.nio.charset.StandardCharsets;
 import java.nio.file.Files;
 import java.nio.file.Path;
@@ -15,13 +13,13 @@ final class BearerFile {
 
   private final Path file;
   private final Loop loop;
-  private final Logger log;
+  private final Log log;
   private String bearer;
   private long readAt;
   private String lastFailure = "";
 
   /** Reads the file. */
-  BearerFile(Path file, Loop loop, Logger log) {
+  BearerFile(Path file, Loop loop, Log log) {
     this.file = file;
     this.loop = loop;
     this.log = log;
@@ -47,10 +45,8 @@ final class BearerFile {
     } catch (IOException unusable) {
       if (!unusable.toString().equals(lastFailure)) {
         lastFailure = unusable.toString();
-        log.log(
-            Level.WARNING,
-            "the file of the bearer cannot be used, the last one is kept: {0}",
-            lastFailure);
+        log.warning(
+            "the file of the bearer cannot be used, the last one is kept: {0}", lastFailure);
       }
     }
     return bearer;

@@ -2,8 +2,6 @@ package io.github.tokenbroker.client;
 
 import io.github.tokenbroker.client.Decisions.Knowledge;
 import io.github.tokenbroker.client.Report.Outcome;
-import java.lang.System.Logger;
-import java.lang.System.Logger.Level;
 import java.util.HashMap;
 import java.util.HashSet;
 import java.util.List;
@@ -12,7 +10,9 @@ import java.util.Set;
 import java.util.concurrent.CompletableFuture;
 import java.util.concurrent.ConcurrentHashMap;
 import java.util.concurrent.Executor;
+import java.util.concurrent.RejectedExecutionException;
 import java.util.concurrent.TimeUnit;
+import java.util.function.Supplier;
 import token_broker.v1.GetTokenResponse;
 import token_broker.v1.ReportRejectedTokenResponse;
 
@@ -31,14 +31,14 @@ final class Core {
 
   private final Loop loop;
   private final Transport transport;
-  private final Logger log;
+  private final Log log;
   private final Watch watch;
   private final Map<String, Account> accounts = new ConcurrentHashMap<>();
   private final Set<Waiter<?>> waiters = new HashSet<>();
   private boolean started;
   private volatile boolean closed;
 
-  Core(Loop loop, Transport transport, Logger log) {
+  Core(Loop loop, Transport transport, Log log) {
     this.loop = loop;
     this.transport = transport;
     this.log = log;
@@ -78,7 +78,7 @@ final class Core {
    */
   CompletableFuture<Token> token(String name, long timeout, Executor completer) {
     if (closed) {
-      return CompletableFuture.failedFuture(Errors.closed());
+      return CompletableFuture.failedFuture(Errors.closed(name));
     }
     Account account = account(name);
     long now = loop.now();
@@ -132,7 +132,7 @@ final class Core {
         () -> {
           watch.close();
           transport.close();
-          List.copyOf(waiters).forEach(waiter -> waiter.fail(Errors.closed()));
+          List.copyOf(waiters).forEach(waiter -> waiter.fail(Errors.closed(waiter.account())));
           loop.close();
         });
   }
@@ -149,37 +149,49 @@ final class Core {
     loop.execute(
         () -> {
           if (closed) {
-            result.completeExceptionally(Errors.closed());
+            result.completeExceptionally(Errors.closed(account));
             return;
           }
           startLooking();
           Waiter<T> waiter = new Waiter<>(loop, account, deadline);
           waiters.add(waiter);
           waiter.onDone(() -> waiters.remove(waiter));
-          waiter
-              .future()
-              .whenCompleteAsync(
-                  (value, error) -> {
-                    if (error == null) {
-                      result.complete(value);
-                    } else {
-                      result.completeExceptionally(error);
-                    }
-                  },
-                  completer);
-          result.whenComplete(
-              (value, error) -> {
-                if (result.isCancelled()) {
-                  waiter.future().cancel(false);
-                }
-              });
-          start.run(waiter);
+          waiter.future().whenComplete((value, error) -> pass(value, error, result, completer));
+          // The program may have cancelled the result, or completed it in another way.
+          result.whenComplete((value, error) -> waiter.future().cancel(false));
+          if (waiter.isDone()) {
+            return;
+          }
+          try {
+            start.run(waiter);
+          } catch (RuntimeException failure) {
+            waiter.fail(Errors.from(failure, account));
+          }
         });
     if (closed) {
       // The loop may have ended before it took the action.
-      result.completeExceptionally(Errors.closed());
+      result.completeExceptionally(Errors.closed(account));
     }
     return result;
+  }
+
+  /** Gives a result to the program, on a thread that the program may hold up. */
+  private static <T> void pass(
+      T value, Throwable error, CompletableFuture<T> result, Executor completer) {
+    Runnable action =
+        () -> {
+          if (error == null) {
+            result.complete(value);
+          } else {
+            result.completeExceptionally(error);
+          }
+        };
+    try {
+      completer.execute(action);
+    } catch (RejectedExecutionException | OutOfMemoryError noThread) {
+      // Better here than never.
+      action.run();
+    }
   }
 
   private Account account(String name) {
@@ -218,6 +230,9 @@ final class Core {
   }
 
   private void provide(String name, Waiter<Token> waiter) {
+    if (waiter.isDone()) {
+      return;
+    }
     // The loop may have forgotten the account since the call was made.
     Account account = account(name);
     account.lastUsed = loop.now();
@@ -245,7 +260,10 @@ final class Core {
                 waiter.complete(token);
                 return;
               }
-              TokenBrokerException error = Errors.from(thrown);
+              if (waiter.isDone()) {
+                return;
+              }
+              TokenBrokerException error = Errors.from(thrown, account.name);
               if (!error.kind().isTemporary()) {
                 waiter.fail(error);
                 return;
@@ -260,6 +278,16 @@ final class Core {
                 loop.execute(() -> provide(account.name, waiter));
               }
             });
+    waiter.onDone(() -> renewal.future().cancel(false));
+    // A caller with little time has its own deadline before the renewal has.
+    waiter.setAtDeadline(
+        error -> {
+          if (Decisions.isUsable(account.known.kept(), loop.now())) {
+            waiter.complete(account.known.kept().token());
+          } else {
+            waiter.fail(error);
+          }
+        });
     ask.add(renewal);
   }
 
@@ -280,6 +308,7 @@ final class Core {
     Ask ask =
         new Ask(
             loop,
+            account.name,
             timeout -> attempt(account, newerThan, timeout),
             error -> {
               boolean canUseKept =
@@ -295,19 +324,18 @@ final class Core {
   private CompletableFuture<Token> attempt(Account account, long newerThan, long timeout) {
     long sent = loop.now();
     CompletableFuture<Token> result = new CompletableFuture<>();
-    transport
-        .getToken(account.name, newerThan, timeout)
+    call(account, () -> transport.getToken(account.name, newerThan, timeout))
         .whenComplete(
             (answer, thrown) ->
                 loop.execute(
                     () -> {
                       try {
                         if (thrown != null) {
-                          throw Errors.from(thrown);
+                          throw Errors.from(thrown, account.name);
                         }
                         result.complete(answered(account, newerThan, answer, sent));
                       } catch (RuntimeException failure) {
-                        TokenBrokerException error = Errors.from(failure);
+                        TokenBrokerException error = Errors.from(failure, account.name);
                         try {
                           refused(account, error);
                         } finally {
@@ -317,6 +345,16 @@ final class Core {
                       }
                     }));
     return result;
+  }
+
+  /** Makes a call whose future fails also if it cannot be made. */
+  private static <T> CompletableFuture<T> call(
+      Account account, Supplier<CompletableFuture<T>> call) {
+    try {
+      return call.get();
+    } catch (RuntimeException failure) {
+      return CompletableFuture.failedFuture(Errors.from(failure, account.name));
+    }
   }
 
   private Token answered(Account account, long newerThan, GetTokenResponse answer, long sent) {
@@ -339,7 +377,7 @@ final class Core {
   private void refused(Account account, TokenBrokerException error) {
     if (!error.kind().isTemporary()) {
       account.known = Knowledge.refused(error, loop.now() + Decisions.REFUSAL);
-      log.log(Level.WARNING, error.getMessage());
+      log.warning("{0}", error.getMessage());
     }
   }
 
@@ -352,7 +390,7 @@ final class Core {
     account.known = Knowledge.of(next);
     account.failedRenewals = 0;
     if (kept == null || next.token().generation() != kept.token().generation()) {
-      log.log(Level.DEBUG, "kept: {0}", next.token());
+      log.debug("kept: {0}", next.token());
     }
     Map.copyOf(account.asks)
         .forEach(
@@ -398,9 +436,10 @@ final class Core {
 
   private CompletableFuture<Report> sendReport(
       Account account, long generation, String code, Waiter<?> waiter) {
-    return transport
-        .report(account.name, generation, code, waiter.deadline() - loop.now())
-        .thenApply(Core::reportOf);
+    return call(
+            account,
+            () -> transport.report(account.name, generation, code, waiter.deadline() - loop.now()))
+        .thenApply(answer -> reportOf(account.name, answer));
   }
 
   /** Completes a waiter with what a report brings. */
@@ -411,9 +450,12 @@ final class Core {
         (value, thrown) ->
             loop.execute(
                 () -> {
+                  if (waiter.isDone()) {
+                    return;
+                  }
                   Token newer = newerThan(account, generation);
                   if (thrown != null) {
-                    notReplaced(waiter, Errors.from(thrown));
+                    notReplaced(waiter, Errors.from(thrown, account.name));
                   } else if (value.outcome() == Outcome.NOT_A_TOKEN_FAULT) {
                     waiter.complete(null);
                   } else if (newer != null) {
@@ -430,9 +472,8 @@ final class Core {
                         pause,
                         () -> {
                           // The broker forgets a report that came too soon. The first who has
-                          // waited reports
-                          // again for all.
-                          if (report.answer == answer && !waiter.future().isDone()) {
+                          // waited reports again for all.
+                          if (report.answer == answer && !waiter.isDone()) {
                             report.answer = sendReport(account, generation, code, waiter);
                           }
                           succeed(account, generation, code, report, waiter);
@@ -450,7 +491,7 @@ final class Core {
               if (thrown == null) {
                 waiter.complete(token);
               } else {
-                notReplaced(waiter, Errors.from(thrown));
+                notReplaced(waiter, Errors.from(thrown, account.name));
               }
             });
     waiter.onDone(() -> asking.future().cancel(false));
@@ -458,13 +499,13 @@ final class Core {
   }
 
   private void notReplaced(Waiter<Token> waiter, TokenBrokerException error) {
-    if (!waiter.future().isDone()) {
+    if (!waiter.isDone()) {
       waiter.complete(null);
-      log.log(Level.WARNING, "a refused token was not replaced: {0}", error.getMessage());
+      log.warning("a refused token was not replaced: {0}", error.getMessage());
     }
   }
 
-  private static Report reportOf(ReportRejectedTokenResponse answer) {
+  private static Report reportOf(String account, ReportRejectedTokenResponse answer) {
     Outcome outcome =
         switch (answer.getOutcome()) {
           case OUTCOME_REISSUING -> Outcome.REISSUING;
@@ -474,6 +515,7 @@ final class Core {
           case OUTCOME_UNSPECIFIED, UNRECOGNIZED ->
               throw TokenBrokerException.of(
                       ErrorKind.INTERNAL, "the answer to the report has an unknown outcome")
+                  .account(account)
                   .build();
         };
     return new Report(outcome, java.time.Duration.ofNanos(Kept.nanos(answer.getRetryAfter())));
@@ -486,7 +528,7 @@ final class Core {
       try {
         keep(account(name), Kept.from(name, answer, loop.now(), loop::now));
       } catch (TokenBrokerException unusable) {
-        log.log(Level.WARNING, unusable.getMessage());
+        log.warning("{0}", unusable.getMessage());
       }
     }
 
@@ -496,13 +538,13 @@ final class Core {
     }
 
     @Override
-    public void refused(Set<String> names) {
+    public void left(Set<String> names) {
       long now = loop.now();
       for (String name : names) {
         Account account = account(name);
         Kept kept = account.known.kept();
-        if (kept != null && kept.reuseEnd() > now) {
-          account.known = Knowledge.of(kept.withReuseEnd(now));
+        if (kept != null) {
+          account.known = Knowledge.of(kept.withReuseEnd(Math.min(now, kept.reuseEnd())));
         }
       }
     }

@@ -21,19 +21,19 @@ import java.util.stream.Collectors;
  * them. Each address keeps the name of its endpoint, against which the certificate is checked.
  */
 final class EndpointResolver extends NameResolver {
-  private final List<URI> endpoints;
+  private final List<Origin> endpoints;
   private final Executor executor;
   private Listener2 listener;
   private volatile boolean isShutDown;
 
-  private EndpointResolver(List<URI> endpoints, Executor executor) {
+  private EndpointResolver(List<Origin> endpoints, Executor executor) {
     this.endpoints = endpoints;
     this.executor = executor;
   }
 
   /** Returns the target of a channel to these endpoints. */
-  static String target(List<URI> endpoints) {
-    String authorities = endpoints.stream().map(URI::getAuthority).collect(Collectors.joining(","));
+  static String target(List<Origin> endpoints) {
+    String authorities = endpoints.stream().map(Origin::authority).collect(Collectors.joining(","));
     try {
       // This constructor escapes the brackets of IPv6 addresses.
       return new URI(Provider.SCHEME, "", "/" + authorities, null).toString();
@@ -44,7 +44,7 @@ final class EndpointResolver extends NameResolver {
 
   @Override
   public String getServiceAuthority() {
-    return endpoints.get(0).getAuthority();
+    return endpoints.get(0).authority();
   }
 
   @Override
@@ -66,19 +66,19 @@ final class EndpointResolver extends NameResolver {
   private void resolve() {
     List<EquivalentAddressGroup> groups = new ArrayList<>();
     List<String> unknown = new ArrayList<>();
-    for (URI endpoint : endpoints) {
+    for (Origin endpoint : endpoints) {
       Attributes attributes =
           Attributes.newBuilder()
-              .set(EquivalentAddressGroup.ATTR_AUTHORITY_OVERRIDE, endpoint.getAuthority())
+              .set(EquivalentAddressGroup.ATTR_AUTHORITY_OVERRIDE, endpoint.authority())
               .build();
       try {
-        for (InetAddress address : InetAddress.getAllByName(endpoint.getHost())) {
+        for (InetAddress address : InetAddress.getAllByName(endpoint.host())) {
           groups.add(
               new EquivalentAddressGroup(
-                  new InetSocketAddress(address, endpoint.getPort()), attributes));
+                  new InetSocketAddress(address, endpoint.port()), attributes));
         }
       } catch (UnknownHostException notFound) {
-        unknown.add(endpoint.getHost());
+        unknown.add(endpoint.host());
       }
     }
     if (isShutDown) {
@@ -101,9 +101,10 @@ final class EndpointResolver extends NameResolver {
       if (!SCHEME.equals(target.getScheme())) {
         return null;
       }
-      List<URI> endpoints =
+      // The scheme does not matter for addresses.
+      List<Origin> endpoints =
           List.of(target.getPath().substring(1).split(",")).stream()
-              .map(authority -> URI.create("//" + authority))
+              .map(authority -> Origin.of(URI.create("http://" + authority)))
               .toList();
       return new EndpointResolver(endpoints, arguments.getOffloadExecutor());
     }

@@ -17,18 +17,23 @@ final class Errors {
   private static final Metadata.Key<String> PUSHBACK =
       Metadata.Key.of("grpc-retry-pushback-ms", Metadata.ASCII_STRING_MARSHALLER);
 
+  /** That of the broker's reasons. Others are from something in between. */
+  private static final String DOMAIN = "token-broker";
+
   private Errors() {}
 
   static TokenBrokerException invalid(String text) {
     return TokenBrokerException.of(ErrorKind.INVALID_ARGUMENT, text).build();
   }
 
-  static TokenBrokerException closed() {
-    return TokenBrokerException.of(ErrorKind.CLOSED, "the client is closed").build();
+  static TokenBrokerException closed(String account) {
+    return TokenBrokerException.of(ErrorKind.CLOSED, "the client is closed")
+        .account(account)
+        .build();
   }
 
-  /** Returns the exception behind what a future failed with. */
-  static TokenBrokerException from(Throwable thrown) {
+  /** Returns the exception behind what a future failed with. The account may be null. */
+  static TokenBrokerException from(Throwable thrown, String account) {
     Throwable cause = thrown;
     while ((cause instanceof CompletionException || cause instanceof ExecutionException)
         && cause.getCause() != null) {
@@ -37,6 +42,7 @@ final class Errors {
     return cause instanceof TokenBrokerException known
         ? known
         : TokenBrokerException.of(ErrorKind.INTERNAL, "the call failed unexpectedly")
+            .account(account)
             .cause(cause)
             .build();
   }
@@ -50,8 +56,10 @@ final class Errors {
       try {
         if (detail.is(ErrorInfo.class)) {
           ErrorInfo info = detail.unpack(ErrorInfo.class);
-          reason = info.getReason();
-          upstreamCode = info.getMetadataMap().get("upstream_code");
+          if (info.getDomain().equals(DOMAIN)) {
+            reason = info.getReason();
+            upstreamCode = info.getMetadataMap().get("upstream_code");
+          }
         } else if (detail.is(RetryInfo.class)) {
           retryAfter = Duration.ofNanos(Kept.nanos(detail.unpack(RetryInfo.class).getRetryDelay()));
         }

@@ -22,8 +22,6 @@ import java.io.IOException;
 import java.io.InputStream;
 import java.io.InputStreamReader;
 import java.io.UncheckedIOException;
-import java.lang.System.Logger;
-import java.lang.System.Logger.Level;
 import java.nio.charset.StandardCharsets;
 import java.security.GeneralSecurityException;
 import java.util.ArrayList;
@@ -53,13 +51,13 @@ final class GrpcTransport implements Transport {
 
   private final Settings settings;
   private final Loop loop;
-  private final Logger log;
+  private final Log log;
   private final BearerFile bearer;
   private TlsFiles files;
   private String lastFailure = "";
   private ManagedChannel channel;
 
-  GrpcTransport(Settings settings, Loop loop, Logger log) {
+  GrpcTransport(Settings settings, Loop loop, Log log) {
     this.settings = settings;
     this.loop = loop;
     this.log = log;
@@ -142,20 +140,21 @@ final class GrpcTransport implements Transport {
     try {
       TlsFiles found = TlsFiles.read(settings);
       if (found.equals(files)) {
+        lastFailure = "";
         return false;
       }
-      files = found;
       ManagedChannel old = channel;
       channel = connect(found.credentials());
-      log.log(Level.DEBUG, "the files for TLS have changed");
+      files = found;
+      lastFailure = "";
+      log.debug("the files for TLS have changed");
       // Calls that are in flight are completed.
       old.shutdown();
       return true;
     } catch (IOException | GeneralSecurityException | IllegalArgumentException unusable) {
       if (!unusable.toString().equals(lastFailure)) {
         lastFailure = unusable.toString();
-        log.log(
-            Level.WARNING,
+        log.warning(
             "the files for TLS have changed and cannot be used, the last ones are kept: {0}",
             lastFailure);
       }
@@ -202,7 +201,7 @@ final class GrpcTransport implements Transport {
                 result.complete(answer);
                 return;
               }
-              TokenBrokerException error = Errors.from(thrown);
+              TokenBrokerException error = Errors.from(thrown, account);
               String other = error.kind() == ErrorKind.UNAUTHENTICATED ? rereadBearer() : used;
               if (Objects.equals(other, used)) {
                 result.completeExceptionally(error);
@@ -229,11 +228,11 @@ final class GrpcTransport implements Transport {
     Channel authorized =
         ClientInterceptors.intercept(
             channel(), MetadataUtils.newAttachHeadersInterceptor(headers(used)));
-    ClientCalls.asyncUnaryCall(
+    ClientCall<Q, S> call =
         authorized.newCall(
-            method, CallOptions.DEFAULT.withDeadlineAfter(timeout, TimeUnit.NANOSECONDS)),
-        request,
-        new StreamObserver<S>() {
+            method, CallOptions.DEFAULT.withDeadlineAfter(timeout, TimeUnit.NANOSECONDS));
+    StreamObserver<S> observer =
+        new StreamObserver<>() {
           @Override
           public void onNext(S answer) {
             result.complete(answer);
@@ -250,7 +249,12 @@ final class GrpcTransport implements Transport {
           public void onCompleted() {
             // A call without an answer ends with `onError`.
           }
-        });
+        };
+    try {
+      ClientCalls.asyncUnaryCall(call, request, observer);
+    } catch (RuntimeException failure) {
+      result.completeExceptionally(Errors.from(failure, account));
+    }
     return result;
   }
 

@@ -6,7 +6,6 @@ import com.google.gson.JsonParseException;
 import com.google.gson.JsonParser;
 import java.net.URI;
 import java.nio.charset.StandardCharsets;
-import java.util.Locale;
 import java.util.Optional;
 import java.util.Set;
 
@@ -31,8 +30,8 @@ public final class RefusedToken {
    *     those of the token's API
    */
   public static void checkHost(Token token, URI target) {
-    String expected = origin(token.apiBaseUrl());
-    String actual = origin(target);
+    Origin expected = origin(token.apiBaseUrl());
+    Origin actual = Origin.of(target);
     if (expected == null || !expected.equals(actual)) {
       throw TokenBrokerException.of(
               ErrorKind.WRONG_HOST,
@@ -73,20 +72,11 @@ public final class RefusedToken {
     return json instanceof JsonObject object ? object.get(name) : null;
   }
 
-  private static String origin(String url) {
+  private static Origin origin(String url) {
     try {
-      return origin(URI.create(url));
+      return Origin.of(URI.create(url));
     } catch (IllegalArgumentException malformed) {
       return null;
     }
-  }
-
-  private static String origin(URI url) {
-    if (url.getScheme() == null || url.getHost() == null) {
-      return null;
-    }
-    String scheme = url.getScheme().toLowerCase(Locale.ROOT);
-    int port = url.getPort() >= 0 ? url.getPort() : scheme.equals("https") ? 443 : 80;
-    return scheme + "://" + url.getHost().toLowerCase(Locale.ROOT) + ":" + port;
   }
 }

@@ -4,6 +4,7 @@ import java.net.URI;
 import java.nio.file.Path;
 import java.time.Duration;
 import java.util.List;
+import java.util.Set;
 
 /**
  * Checked settings of a client. Files are null if they are not set.
@@ -16,7 +17,7 @@ import java.util.List;
  * @param timeout how long a call waits that has no timeout of its own
  */
 record Settings(
-    List<URI> endpoints,
+    List<Origin> endpoints,
     Path bearerFile,
     Path caFile,
     Path clientCertFile,
@@ -25,12 +26,12 @@ record Settings(
 
   /** Checks settings. */
   static Settings from(TokenClient.Builder builder) {
-    List<URI> endpoints = builder.endpoints.stream().map(Settings::endpoint).toList();
+    List<Origin> endpoints = builder.endpoints.stream().map(Settings::endpoint).toList();
     if (endpoints.isEmpty()) {
       throw Errors.invalid("no endpoint is set");
     }
-    String scheme = endpoints.get(0).getScheme();
-    if (!endpoints.stream().allMatch(endpoint -> endpoint.getScheme().equals(scheme))) {
+    String scheme = endpoints.get(0).scheme();
+    if (!endpoints.stream().allMatch(endpoint -> endpoint.scheme().equals(scheme))) {
       throw Errors.invalid("all endpoints must have the same scheme");
     }
     if ((builder.clientCertFile == null) != (builder.clientKeyFile == null)) {
@@ -48,7 +49,7 @@ record Settings(
               endpoint -> {
                 throw Errors.invalid(
                     "the bearer would be sent unencrypted to "
-                        + endpoint.getAuthority()
+                        + endpoint.authority()
                         + ": use https, or call allowPlaintextBearer");
               });
     }
@@ -65,32 +66,42 @@ record Settings(
   }
 
   boolean secure() {
-    return endpoints.get(0).getScheme().equals("https");
+    return endpoints.get(0).scheme().equals("https");
   }
 
-  private static URI endpoint(String text) {
+  private static Origin endpoint(String text) {
     URI uri;
     try {
       uri = URI.create(text);
     } catch (IllegalArgumentException malformed) {
-      throw Errors.invalid("an endpoint must have the form http://host:port or https://host:port");
+      throw malformedEndpoint();
     }
-    boolean knownScheme = "http".equals(uri.getScheme()) || "https".equals(uri.getScheme());
+    Origin origin = Origin.of(uri);
     String path = uri.getPath();
     boolean bare =
         (path == null || path.isEmpty() || path.equals("/"))
-            && uri.getUserInfo() == null
             && uri.getQuery() == null
             && uri.getFragment() == null;
-    if (!knownScheme || uri.getHost() == null || !bare) {
-      throw Errors.invalid("an endpoint must have the form http://host:port or https://host:port");
+    // The default ports of the schemes are never those of a broker.
+    if (origin == null
+        || !Set.of("http", "https").contains(origin.scheme())
+        || !uri.getRawAuthority().matches("[^@]*:\\d+")
+        || !bare) {
+      throw malformedEndpoint();
     }
-    int port = uri.getPort() >= 0 ? uri.getPort() : uri.getScheme().equals("https") ? 443 : 80;
-    return URI.create(uri.getScheme() + "://" + uri.getHost() + ":" + port);
+    if (origin.scheme().equals("https") && origin.host().contains("_")) {
+      throw Errors.invalid("Java verifies no certificate of a host whose name has an underscore");
+    }
+    return origin;
   }
 
-  private static boolean isLoopback(URI endpoint) {
-    String host = endpoint.getHost();
+  /** Does not quote the endpoint, because somebody may have put a password into it. */
+  private static TokenBrokerException malformedEndpoint() {
+    return Errors.invalid("an endpoint must have the form http://host:port or https://host:port");
+  }
+
+  private static boolean isLoopback(Origin endpoint) {
+    String host = endpoint.host();
     return host.equals("localhost") || host.equals("[::1]") || host.matches("127(\\.\\d{1,3}){3}");
   }
 }

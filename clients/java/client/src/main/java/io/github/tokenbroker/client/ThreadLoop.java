@@ -14,14 +14,7 @@ final class ThreadLoop implements Loop {
   private final ScheduledThreadPoolExecutor executor;
 
   ThreadLoop() {
-    executor =
-        new ScheduledThreadPoolExecutor(
-            1,
-            action -> {
-              Thread thread = new Thread(action, "token-broker");
-              thread.setDaemon(true);
-              return thread;
-            });
+    executor = new ScheduledThreadPoolExecutor(1, Threads.daemons("token-broker"));
     executor.setRemoveOnCancelPolicy(true);
   }
 

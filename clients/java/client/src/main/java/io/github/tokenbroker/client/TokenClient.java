@@ -1,6 +1,5 @@
 package io.github.tokenbroker.client;
 
-import java.lang.System.Logger;
 import java.lang.ref.Cleaner;
 import java.lang.ref.Reference;
 import java.nio.file.Path;
@@ -47,18 +46,14 @@ public final class TokenClient implements AutoCloseable {
           1,
           TimeUnit.SECONDS,
           new SynchronousQueue<>(),
-          action -> {
-            Thread thread = new Thread(action, "token-broker-results");
-            thread.setDaemon(true);
-            return thread;
-          });
+          Threads.daemons("token-broker-results"));
 
   private final Settings settings;
   private final Core core;
   private final Cleaner.Cleanable cleanable;
 
   private TokenClient(Settings settings) {
-    Logger log = System.getLogger(TokenClient.class.getName());
+    Log log = new Log(System.getLogger(TokenClient.class.getName()));
     Loop loop = new ThreadLoop();
     Core made = new Core(loop, new GrpcTransport(settings, loop, log), log);
     this.settings = settings;
@@ -234,12 +229,8 @@ public final class TokenClient implements AutoCloseable {
       Token refused, String upstreamCode, Duration timeout) {
     CompletableFuture<Token> newer = replace(refused, upstreamCode, timeout, COMPLETER);
     CompletableFuture<Optional<Token>> result = newer.thenApply(Optional::ofNullable);
-    result.whenComplete(
-        (value, error) -> {
-          if (result.isCancelled()) {
-            newer.cancel(false);
-          }
-        });
+    // It does nothing unless the program has completed the result, such as by cancelling it.
+    result.whenComplete((value, error) -> newer.cancel(false));
     return result;
   }
 
@@ -300,7 +291,7 @@ public final class TokenClient implements AutoCloseable {
     } catch (CancellationException cancelled) {
       throw cancelled(account, cancelled);
     } catch (ExecutionException failed) {
-      throw Errors.from(failed).forThisThread();
+      throw Errors.from(failed, account).forThisThread();
     }
   }
 

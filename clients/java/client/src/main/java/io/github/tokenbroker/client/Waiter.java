@@ -10,6 +10,7 @@ import java.util.function.Supplier;
  */
 final class Waiter<T> {
   private final Loop loop;
+  private final String account;
   private final long deadline;
   private final CompletableFuture<T> future = new CompletableFuture<>();
   private Supplier<TokenBrokerException> lastError = () -> null;
@@ -18,19 +19,29 @@ final class Waiter<T> {
   /** Starts to wait, on the loop. */
   Waiter(Loop loop, String account, long deadline) {
     this.loop = loop;
+    this.account = account;
     this.deadline = deadline;
     Runnable stopTimer =
         loop.schedule(
             deadline - loop.now(),
             () -> {
               TokenBrokerException reason = lastError.get();
-              atDeadline.accept(reason != null ? reason : timedOut(account));
+              atDeadline.accept(reason != null ? reason : timedOut());
             });
     future.whenComplete((result, error) -> stopTimer.run());
   }
 
+  String account() {
+    return account;
+  }
+
   long deadline() {
     return deadline;
+  }
+
+  /** Returns whether nobody waits any more. */
+  boolean isDone() {
+    return future.isDone();
   }
 
   CompletableFuture<T> future() {
@@ -64,7 +75,7 @@ final class Waiter<T> {
                   if (error == null) {
                     complete(result);
                   } else {
-                    fail(Errors.from(error));
+                    fail(Errors.from(error, account));
                   }
                 }));
   }
@@ -74,7 +85,7 @@ final class Waiter<T> {
     future.whenComplete((result, error) -> loop.execute(action));
   }
 
-  private static TokenBrokerException timedOut(String account) {
+  private TokenBrokerException timedOut() {
     return TokenBrokerException.of(ErrorKind.DEADLINE_EXCEEDED, "no answer within the timeout")
         .account(account)
         .build();

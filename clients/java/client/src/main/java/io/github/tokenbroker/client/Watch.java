@@ -4,11 +4,10 @@ import static java.util.concurrent.TimeUnit.HOURS;
 import static java.util.concurrent.TimeUnit.MILLISECONDS;
 import static java.util.concurrent.TimeUnit.SECONDS;
 
-import java.lang.System.Logger;
-import java.lang.System.Logger.Level;
 import java.util.LinkedHashSet;
 import java.util.List;
 import java.util.Set;
+import java.util.stream.Collectors;
 import token_broker.v1.GetTokenResponse;
 import token_broker.v1.WatchTokensResponse;
 
@@ -35,13 +34,16 @@ final class Watch {
    */
   private static final long BRIEF = SECONDS.toNanos(1);
 
+  /** How long a stream may take to be accepted. */
+  private static final long LONGEST_OPENING = SECONDS.toNanos(20);
+
   /** The longest pause that a broker can ask for before a stream is opened again. */
   private static final long LONGEST_PAUSE = SECONDS.toNanos(30);
 
   private final Loop loop;
   private final Transport transport;
   private final Events events;
-  private final Logger log;
+  private final Log log;
   private final Set<String> accounts = new LinkedHashSet<>();
 
   /** The stream that the broker has accepted last, or null. */
@@ -55,7 +57,7 @@ final class Watch {
   private Plan plan;
   private boolean closed;
 
-  Watch(Loop loop, Transport transport, Events events, Logger log) {
+  Watch(Loop loop, Transport transport, Events events, Log log) {
     this.loop = loop;
     this.transport = transport;
     this.events = events;
@@ -70,8 +72,8 @@ final class Watch {
     /** The caller can no longer use the account. */
     void ended(String account);
 
-    /** The broker refuses a stream of these accounts, and does not say because of which. */
-    void refused(Set<String> accounts);
+    /** The accounts are watched no longer, although the caller may still be able to use them. */
+    void left(Set<String> accounts);
 
     /** The broker refuses the caller. */
     void unauthenticated();
@@ -146,15 +148,41 @@ final class Watch {
     cancel(opening);
     opening = null;
     long unusedSince = loop.now() - UNUSED;
-    accounts.removeIf(account -> events.lastUsed(account) < unusedSince);
+    leave(
+        accounts.stream()
+            .filter(account -> events.lastUsed(account) < unusedSince)
+            .collect(Collectors.toSet()));
     if (closed || accounts.isEmpty()) {
       cancel(current);
       current = null;
       return;
     }
-    log.log(Level.DEBUG, "a stream of {0} accounts is opened", accounts.size());
-    opening = new Stream(Set.copyOf(accounts));
-    opening.cancel = transport.watch(List.copyOf(accounts), opening);
+    log.debug("a stream of {0} accounts is opened", accounts.size());
+    Stream started = new Stream(Set.copyOf(accounts));
+    opening = started;
+    loop.schedule(LONGEST_OPENING, () -> giveUp(started));
+    try {
+      opening.cancel = transport.watch(List.copyOf(accounts), opening);
+    } catch (RuntimeException failure) {
+      opening.onEnd(Errors.from(failure, null), false);
+    }
+  }
+
+  private void giveUp(Stream stream) {
+    if (opening == stream) {
+      cancel(stream);
+      stream.onEnd(
+          TokenBrokerException.of(
+                  ErrorKind.DEADLINE_EXCEEDED, "the broker did not answer the watch in time")
+              .build(),
+          false);
+    }
+  }
+
+  /** Takes accounts off the watch, which are to be asked for when they are needed next. */
+  private void leave(Set<String> leaving) {
+    accounts.removeAll(leaving);
+    events.left(leaving);
   }
 
   private static void cancel(Stream stream) {
@@ -164,15 +192,13 @@ final class Watch {
   }
 
   private void refused(Stream stream, TokenBrokerException error) {
-    log.log(
-        Level.WARNING,
+    log.warning(
         "the broker refuses a stream of {0} accounts: {1}",
-        stream.accounts.size(),
-        error.getMessage());
-    accounts.removeAll(stream.accounts);
+        stream.accounts.size(), error.getMessage());
+    // It does not say because of which.
+    leave(stream.accounts);
     cancel(current);
     current = null;
-    events.refused(stream.accounts);
     if (!accounts.isEmpty()) {
       planAddition();
     }
@@ -234,11 +260,8 @@ final class Watch {
       switch (message.getEventCase()) {
         case TOKEN -> events.token(account, message.getToken());
         case ENDED -> {
-          log.log(
-              Level.WARNING,
-              "account {0}: no longer available ({1})",
-              account,
-              message.getEnded().getReason());
+          log.warning(
+              "account {0}: no longer available ({1})", account, message.getEnded().getReason());
           Watch.this.accounts.remove(account);
           events.ended(account);
         }
@@ -254,14 +277,14 @@ final class Watch {
       } else {
         return;
       }
-      log.log(Level.DEBUG, "a stream ended: {0}", error == null ? "OK" : error.getMessage());
+      log.debug("a stream ended: {0}", error == null ? "OK" : error.getMessage());
       long now = loop.now();
       switch (error == null ? ErrorKind.INTERNAL : error.kind()) {
         case UNAUTHENTICATED -> {
           if (bearerChanged) {
             planOpening(now, () -> {});
           } else {
-            log.log(Level.WARNING, "the broker refuses the caller: {0}", error.getMessage());
+            log.warning("the broker refuses the caller: {0}", error.getMessage());
             events.unauthenticated();
             planOpening(now + UNAUTHENTICATED_PAUSE, () -> {});
           }

@@ -11,6 +11,7 @@ import io.github.tokenbroker.client.spring.TokenExchangeFilter;
 import io.github.tokenbroker.client.spring.TokenRequestInterceptor;
 import java.io.IOException;
 import java.net.InetSocketAddress;
+import java.net.URI;
 import java.net.http.HttpClient;
 import java.nio.charset.StandardCharsets;
 import java.nio.file.Files;
@@ -18,6 +19,7 @@ import java.nio.file.Path;
 import java.time.Duration;
 import java.util.List;
 import java.util.concurrent.CopyOnWriteArrayList;
+import java.util.concurrent.atomic.AtomicInteger;
 import okhttp3.OkHttpClient;
 import okhttp3.Request;
 import okhttp3.RequestBody;
@@ -26,13 +28,22 @@ import org.junit.jupiter.api.AfterEach;
 import org.junit.jupiter.api.BeforeEach;
 import org.junit.jupiter.api.DisplayNameGeneration;
 import org.junit.jupiter.api.DisplayNameGenerator.ReplaceUnderscores;
+import org.junit.jupiter.api.Test;
 import org.junit.jupiter.api.io.TempDir;
 import org.junit.jupiter.params.ParameterizedTest;
 import org.junit.jupiter.params.provider.EnumSource;
+import org.springframework.core.io.buffer.DataBuffer;
+import org.springframework.core.io.buffer.DefaultDataBufferFactory;
+import org.springframework.http.HttpMethod;
+import org.springframework.http.HttpStatusCode;
 import org.springframework.http.client.JdkClientHttpRequestFactory;
 import org.springframework.http.client.reactive.JdkClientHttpConnector;
 import org.springframework.web.client.RestClient;
+import org.springframework.web.reactive.function.client.ClientRequest;
+import org.springframework.web.reactive.function.client.ClientResponse;
 import org.springframework.web.reactive.function.client.WebClient;
+import reactor.core.publisher.Flux;
+import reactor.core.publisher.Mono;
 
 @DisplayNameGeneration(ReplaceUnderscores.class)
 class AdaptersTest {
@@ -51,6 +62,12 @@ class AdaptersTest {
   private volatile String first = "fine";
 
   private volatile String second = "fine";
+
+  /** Whether the API's refusals do not say how long they are. */
+  private volatile boolean chunked;
+
+  /** Whether the API's refusals end before they are complete. */
+  private volatile boolean breaksOff;
 
   @BeforeEach
   void start() throws IOException {
@@ -101,8 +118,22 @@ class AdaptersTest {
     } else if (answer.equals("fine")) {
       respond(exchange, 200, "fine " + body);
     } else {
-      respond(exchange, 401, answer);
+      refuse(exchange, answer);
     }
+  }
+
+  private void refuse(HttpExchange exchange, String answer) throws IOException {
+    byte[] bytes = answer.getBytes(StandardCharsets.UTF_8);
+    if (breaksOff) {
+      exchange.sendResponseHeaders(401, bytes.length + 1);
+    } else if (chunked) {
+      exchange.sendResponseHeaders(401, 0);
+    } else {
+      respond(exchange, 401, answer);
+      return;
+    }
+    exchange.getResponseBody().write(bytes);
+    exchange.close();
   }
 
   private static void respond(HttpExchange exchange, int status, String body) throws IOException {
@@ -118,13 +149,13 @@ class AdaptersTest {
   private enum Adapter {
     OKHTTP {
       @Override
-      Answer post(TokenClient client, String url, String body) throws IOException {
+      Answer send(TokenClient client, String url, String body, boolean reads) throws IOException {
         OkHttpClient http =
             TokenInterceptor.addTo(new OkHttpClient.Builder(), client, "acme").build();
         RequestBody content = RequestBody.create(body, null);
         try (Response response =
             http.newCall(new Request.Builder().url(url).post(content).build()).execute()) {
-          return new Answer(response.code(), response.body().string());
+          return new Answer(response.code(), reads ? response.body().string() : "");
         } finally {
           http.connectionPool().evictAll();
           http.dispatcher().executorService().shutdown();
@@ -133,7 +164,7 @@ class AdaptersTest {
     },
     REST_CLIENT {
       @Override
-      Answer post(TokenClient client, String url, String body) {
+      Answer send(TokenClient client, String url, String body, boolean reads) {
         return RestClient.builder()
             .requestFactory(new JdkClientHttpRequestFactory(HttpClient.newHttpClient()))
             .requestInterceptor(new TokenRequestInterceptor(client, "acme"))
@@ -145,12 +176,14 @@ class AdaptersTest {
                 (request, response) ->
                     new Answer(
                         response.getStatusCode().value(),
-                        new String(response.getBody().readAllBytes(), StandardCharsets.UTF_8)));
+                        reads
+                            ? new String(response.getBody().readAllBytes(), StandardCharsets.UTF_8)
+                            : ""));
       }
     },
     WEB_CLIENT {
       @Override
-      Answer post(TokenClient client, String url, String body) {
+      Answer send(TokenClient client, String url, String body, boolean reads) {
         return WebClient.builder()
             .clientConnector(new JdkClientHttpConnector(HttpClient.newHttpClient()))
             .filter(new TokenExchangeFilter(client, "acme"))
@@ -160,15 +193,19 @@ class AdaptersTest {
             .bodyValue(body)
             .exchangeToMono(
                 response ->
-                    response
-                        .bodyToMono(String.class)
+                    (reads ? response.bodyToMono(String.class) : Mono.<String>empty())
                         .defaultIfEmpty("")
                         .map(text -> new Answer(response.statusCode().value(), text)))
             .block();
       }
     };
 
-    abstract Answer post(TokenClient client, String url, String body) throws IOException;
+    Answer post(TokenClient client, String url, String body) throws IOException {
+      return send(client, url, body, true);
+    }
+
+    abstract Answer send(TokenClient client, String url, String body, boolean reads)
+        throws IOException;
   }
 
   private TokenBrokerException failure(Adapter adapter, String url) {
@@ -209,12 +246,55 @@ class AdaptersTest {
   @ParameterizedTest
   @EnumSource
   void the_program_gets_other_answers_as_they_are(Adapter adapter) throws IOException {
-    for (String body :
-        List.of("{\"error\":{\"code\":\"63001\"}}", "no JSON", "", "x".repeat(100_000))) {
-      first = body;
-      assertEquals(new Answer(401, body), adapter.post(client, url(api), "a body"));
+    for (boolean isChunked : new boolean[] {false, true}) {
+      chunked = isChunked;
+      for (String body :
+          List.of("{\"error\":{\"code\":\"63001\"}}", "no JSON", "", "x".repeat(100_000))) {
+        first = body;
+        assertEquals(new Answer(401, body), adapter.post(client, url(api), "a body"));
+      }
     }
     assertEquals(0, broker.reports.get());
+  }
+
+  @ParameterizedTest
+  @EnumSource
+  void an_answer_whose_body_breaks_off_keeps_its_status(Adapter adapter) throws IOException {
+    first = REFUSED;
+    breaksOff = true;
+    assertEquals(new Answer(401, ""), adapter.send(client, url(api), "a body", false));
+    assertThrows(Exception.class, () -> adapter.post(client, url(api), "a body"));
+    assertEquals(0, broker.reports.get());
+  }
+
+  @Test
+  void a_body_without_an_end_is_not_read_to_its_end() {
+    AtomicInteger parts = new AtomicInteger();
+    Flux<DataBuffer> endless =
+        Flux.generate(
+            sink -> {
+              parts.incrementAndGet();
+              sink.next(DefaultDataBufferFactory.sharedInstance.wrap(new byte[1024]));
+            });
+    ClientResponse response =
+        new TokenExchangeFilter(client, "acme")
+            .filter(
+                ClientRequest.create(HttpMethod.GET, URI.create(url(api))).build(),
+                request ->
+                    Mono.just(
+                        ClientResponse.create(HttpStatusCode.valueOf(500)).body(endless).build()))
+            .block();
+    assertEquals(500, response.statusCode().value());
+    assertTrue(parts.get() < 100, "read " + parts);
+    int size =
+        response
+            .bodyToFlux(DataBuffer.class)
+            .map(DataBuffer::readableByteCount)
+            .take(200)
+            .reduce(0, Integer::sum)
+            .block();
+    assertEquals(200 * 1024, size);
+    assertTrue(parts.get() < 300, "read " + parts);
   }
 
   @ParameterizedTest

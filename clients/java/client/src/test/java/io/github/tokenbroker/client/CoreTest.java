@@ -12,8 +12,10 @@ import static org.junit.jupiter.api.Assertions.assertTrue;
 
 import java.time.Duration;
 import java.util.List;
+import java.util.Optional;
 import java.util.concurrent.CompletableFuture;
 import java.util.concurrent.ExecutionException;
+import java.util.concurrent.RejectedExecutionException;
 import java.util.concurrent.TimeUnit;
 import java.util.stream.Stream;
 import org.junit.jupiter.api.DisplayNameGeneration;
@@ -27,7 +29,8 @@ class CoreTest {
 
   private final FakeLoop loop = new FakeLoop();
   private final FakeBroker broker = new FakeBroker();
-  private final Core core = new Core(loop, broker, System.getLogger("test"));
+  private final TestLogger logger = new TestLogger();
+  private final Core core = new Core(loop, broker, new Log(logger, Runnable::run));
 
   private CompletableFuture<Token> ask() {
     return ask(DEFAULT_TIMEOUT);
@@ -65,10 +68,14 @@ class CoreTest {
   }
 
   private ErrorKind errorOf(CompletableFuture<?> call) {
+    return failureOf(call).kind();
+  }
+
+  private TokenBrokerException failureOf(CompletableFuture<?> call) {
     loop.settle();
     ExecutionException failed =
         assertThrows(ExecutionException.class, () -> call.get(20, TimeUnit.SECONDS));
-    return Errors.from(failed).kind();
+    return Errors.from(failed, null);
   }
 
   @Test
@@ -246,6 +253,15 @@ class CoreTest {
   }
 
   @Test
+  void a_caller_with_little_time_gets_the_kept_token_at_its_end() {
+    Token first = firstToken();
+    loop.advance(40_000);
+    CompletableFuture<Token> call = ask(500);
+    loop.advance(500);
+    assertSame(first, result(call));
+  }
+
+  @Test
   void a_slow_broker_delays_a_caller_by_two_seconds_at_most_while_a_token_lives() {
     Token first = firstToken();
     loop.advance(40_000);
@@ -323,13 +339,146 @@ class CoreTest {
   }
 
   @Test
-  void a_closed_client_fails_waiting_and_later_calls() {
+  void a_closed_client_fails_waiting_and_later_calls_with_errors_that_name_the_account() {
     CompletableFuture<Token> waiting = ask();
     core.close();
     core.close();
-    assertEquals(ErrorKind.CLOSED, errorOf(waiting));
-    assertEquals(ErrorKind.CLOSED, errorOf(ask()));
+    for (CompletableFuture<?> call : List.of(waiting, ask(), replaceOfUnknown())) {
+      TokenBrokerException error = failureOf(call);
+      assertEquals(ErrorKind.CLOSED, error.kind());
+      assertEquals(Optional.of("acme"), error.account());
+    }
     assertTrue(broker.closed);
+  }
+
+  private CompletableFuture<Token> replaceOfUnknown() {
+    return core.replace("acme", 1, "61003", TimeUnit.SECONDS.toNanos(5), Runnable::run);
+  }
+
+  @Test
+  void a_handler_of_logs_that_fails_ends_neither_an_ask_nor_the_watch() {
+    logger.failure = new AssertionError("as the test says");
+    firstToken();
+    loop.advance(100);
+    broker.stream().events.ended(error(ErrorKind.UNAUTHENTICATED).build(), false);
+    loop.advance(10_000);
+    assertEquals(2, broker.streams.size());
+    CompletableFuture<Token> call = ask();
+    broker.ask().fail(ErrorKind.NOT_GRANTED);
+    assertEquals(ErrorKind.NOT_GRANTED, errorOf(call));
+    assertEquals(2, logger.warnings.size());
+  }
+
+  @Test
+  void a_call_that_cannot_be_made_is_an_internal_error_and_the_next_one_is_made() {
+    broker.broken = new IllegalStateException("as the test says");
+    CompletableFuture<Token> call = ask(1000);
+    loop.advance(1000);
+    TokenBrokerException error = failureOf(call);
+    assertEquals(ErrorKind.INTERNAL, error.kind());
+    assertEquals(Optional.of("acme"), error.account());
+    assertEquals(
+        ErrorKind.INTERNAL,
+        errorOf(core.report("acme", 1, "61003", TimeUnit.SECONDS.toNanos(5), Runnable::run)));
+    broker.broken = null;
+    firstToken();
+    assertEquals(
+        ErrorKind.INTERNAL,
+        errorOf(core.report(null, 1, "61003", TimeUnit.SECONDS.toNanos(5), Runnable::run)));
+  }
+
+  @Test
+  void a_stream_that_cannot_be_opened_is_opened_again_later() {
+    firstToken();
+    broker.broken = new IllegalStateException("as the test says");
+    loop.advance(100);
+    broker.broken = null;
+    loop.advance(100);
+    assertEquals(1, broker.streams.size());
+  }
+
+  @Test
+  void a_stream_that_is_not_answered_is_given_up_after_20_s() {
+    firstToken();
+    loop.advance(100);
+    FakeBroker.Stream silent = broker.stream();
+    loop.advance(19_999);
+    assertFalse(silent.cancelled);
+    loop.advance(1);
+    assertTrue(silent.cancelled);
+    loop.advance(100);
+    assertEquals(2, broker.streams.size());
+    // One that is answered stays.
+    broker.stream().events.opened();
+    loop.advance(60_000);
+    assertFalse(broker.stream().cancelled);
+  }
+
+  @Test
+  void a_call_that_was_cancelled_before_it_began_asks_nobody() {
+    long timeout = TimeUnit.SECONDS.toNanos(5);
+    core.token("acme", timeout, Runnable::run).cancel(false);
+    core.report("acme", 1, "61003", timeout, Runnable::run).cancel(false);
+    loop.settle();
+    assertTrue(broker.asks.isEmpty());
+    assertTrue(broker.reports.isEmpty());
+  }
+
+  @Test
+  void a_cancelled_caller_does_not_count_as_a_failure_of_the_broker() {
+    firstToken();
+    loop.advance(40_000);
+    ask().cancel(false);
+    loop.settle();
+    CompletableFuture<Token> other = ask();
+    assertFalse(other.isDone());
+    broker.ask().answer().complete(token(2));
+    assertEquals(2, result(other).generation());
+  }
+
+  @Test
+  void a_cancelled_caller_causes_no_further_ask_when_the_kept_token_ends() {
+    firstToken();
+    loop.advance(58_500);
+    ask(10_000).cancel(false);
+    loop.advance(1000);
+    broker.ask().fail(ErrorKind.UNAVAILABLE);
+    loop.advance(5000);
+    assertEquals(2, broker.asks.size());
+  }
+
+  @Test
+  void a_cancelled_replacement_causes_no_further_report() {
+    CompletableFuture<Token> call = replace(firstToken());
+    broker.report().answer().complete(outcome(Outcome.OUTCOME_TOO_SOON, 1000));
+    loop.settle();
+    call.cancel(false);
+    loop.advance(5000);
+    assertEquals(1, broker.reports.size());
+  }
+
+  @Test
+  void a_result_that_the_program_has_completed_itself_causes_no_further_ask() {
+    CompletableFuture<Token> call = ask();
+    call.completeExceptionally(new java.util.concurrent.TimeoutException());
+    loop.settle();
+    broker.ask().fail(ErrorKind.UNAVAILABLE);
+    loop.advance(5000);
+    assertEquals(1, broker.asks.size());
+  }
+
+  @Test
+  void a_result_is_told_although_no_thread_can_be_had_for_it() {
+    CompletableFuture<Token> call =
+        core.token(
+            "acme",
+            TimeUnit.SECONDS.toNanos(5),
+            action -> {
+              throw new RejectedExecutionException("as the test says");
+            });
+    loop.settle();
+    broker.ask().answer().complete(token(1));
+    assertEquals(1, result(call).generation());
   }
 
   @Test
@@ -451,6 +600,36 @@ class CoreTest {
     broker.ask().answer().complete(token(1));
     loop.advance(100);
     assertEquals(List.of("other"), List.copyOf(broker.stream().accounts));
+  }
+
+  @Test
+  void an_account_that_has_left_the_watch_is_asked_for_when_it_is_used_again() {
+    CompletableFuture<Token> call = ask();
+    broker.ask().answer().complete(token(1, 36_000_000, 36_000_000));
+    Token first = result(call);
+    loop.advance(100);
+    broker.stream().events.opened();
+    loop.advance(3_600_001);
+    // The next stream is opened without the account.
+    broker.stream().events.ended(null, false);
+    loop.advance(100);
+    CompletableFuture<Token> later = ask();
+    assertEquals(2, broker.asks.size());
+    broker.ask().fail(ErrorKind.UNAVAILABLE);
+    assertSame(first, result(later), "it is kept all the same");
+  }
+
+  @Test
+  void a_refused_stream_ends_the_pause_in_which_nothing_is_asked() {
+    firstToken();
+    loop.advance(40_000);
+    CompletableFuture<Token> call = ask();
+    broker.ask().fail(ErrorKind.UNAVAILABLE);
+    result(call);
+    broker.stream().events.ended(error(ErrorKind.NOT_GRANTED).build(), false);
+    loop.settle();
+    ask();
+    assertEquals(3, broker.asks.size());
   }
 
   @Test

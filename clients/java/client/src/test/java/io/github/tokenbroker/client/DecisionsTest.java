@@ -2,11 +2,13 @@ package io.github.tokenbroker.client;
 
 import static org.junit.jupiter.api.Assertions.assertEquals;
 import static org.junit.jupiter.api.Assertions.assertFalse;
+import static org.junit.jupiter.api.Assertions.assertNull;
 import static org.junit.jupiter.api.Assertions.assertThrows;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
 import io.github.tokenbroker.client.Decisions.Decision;
 import io.github.tokenbroker.client.Decisions.Knowledge;
+import io.grpc.Metadata;
 import io.grpc.Status;
 import java.net.URI;
 import java.nio.charset.StandardCharsets;
@@ -79,6 +81,19 @@ class DecisionsTest {
     assertEquals(ErrorKind.INTERNAL, Errors.kindOf(Status.Code.CANCELLED, null));
   }
 
+  @Test
+  void a_reason_of_another_domain_is_left_out() {
+    Metadata trailers = Status.trailersFromThrowable(WireBroker.refusal(9, "ACCOUNT_DISABLED"));
+    TokenBrokerException error = Errors.from(Status.FAILED_PRECONDITION, trailers, "acme");
+    assertEquals(Optional.of("ACCOUNT_DISABLED"), error.reason());
+    trailers =
+        Status.trailersFromThrowable(WireBroker.refusal(9, "ACCOUNT_DISABLED", "proxy.example"));
+    error = Errors.from(Status.FAILED_PRECONDITION, trailers, "acme");
+    assertEquals(Optional.empty(), error.reason());
+    assertEquals(Optional.empty(), error.upstreamCode());
+    assertEquals(ErrorKind.INTERNAL, error.kind());
+  }
+
   private static Optional<String> code(int status, String body) {
     return RefusedToken.code(status, body.getBytes(StandardCharsets.UTF_8));
   }
@@ -120,6 +135,16 @@ class DecisionsTest {
   }
 
   @Test
+  void an_origin_has_the_scheme_the_host_and_the_port_in_one_form() {
+    assertEquals("http://an_api:80", Origin.of(URI.create("HTTP://an_API/x")).toString());
+    assertEquals("https://api:443", Origin.of(URI.create("https://user:word@api:/")).toString());
+    assertEquals("https://[::1]:1", Origin.of(URI.create("https://[::1]:1/")).toString());
+    for (String url : List.of("x", "mailto:x@y", "http://a@b@c_d/", "http://api:65536/")) {
+      assertNull(Origin.of(URI.create(url)));
+    }
+  }
+
+  @Test
   void settings_that_contradict_each_other_are_refused() {
     Path file = Path.of("file");
     for (TokenClient.Builder builder :
@@ -128,6 +153,14 @@ class DecisionsTest {
             TokenClient.builder("broker:50051"),
             TokenClient.builder("ftp://broker:1"),
             TokenClient.builder("http://user@127.0.0.1:1"),
+            TokenClient.builder("http://user@a_broker:1"),
+            TokenClient.builder("http://127.0.0.1"),
+            TokenClient.builder("https://[::1]"),
+            TokenClient.builder("https://broker:"),
+            TokenClient.builder("http://127.0.0.1:0"),
+            TokenClient.builder("http://127.0.0.1:65536"),
+            TokenClient.builder("http://127.0.0.1:port"),
+            TokenClient.builder("https://a_broker:1"),
             TokenClient.builder("http://127.0.0.1:1/path"),
             TokenClient.builder("http://127.0.0.1:1", "https://127.0.0.1:2"),
             TokenClient.builder("https://127.0.0.1:1").clientCertificate(file, null),
@@ -141,6 +174,14 @@ class DecisionsTest {
     Settings.from(TokenClient.builder("http://[::1]:1").bearerFile(file));
     Settings.from(
         TokenClient.builder("http://broker.example:1").bearerFile(file).allowPlaintextBearer());
+    Settings.from(TokenClient.builder("HTTP://LOCALHOST:1/").bearerFile(file));
+    assertEquals(
+        List.of("http://a_broker:1", "http://broker:2"),
+        Settings.from(TokenClient.builder("http://a_broker:1", "HTTP://Broker:2"))
+            .endpoints()
+            .stream()
+            .map(Origin::toString)
+            .toList());
   }
 
   @Test
@@ -154,9 +195,10 @@ class DecisionsTest {
 
   @Test
   void a_target_has_all_endpoints() {
-    List<URI> endpoints = List.of(URI.create("https://a:1"), URI.create("https://[::1]:2"));
+    List<Origin> endpoints =
+        List.of(new Origin("https", "a_b", 1), new Origin("https", "[::1]", 2));
     URI target = URI.create(EndpointResolver.target(endpoints));
-    assertEquals("/a:1,[::1]:2", target.getPath());
+    assertEquals("/a_b:1,[::1]:2", target.getPath());
   }
 
   @Test

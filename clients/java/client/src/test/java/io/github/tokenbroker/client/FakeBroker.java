@@ -18,6 +18,9 @@ final class FakeBroker implements Transport {
   final List<Stream> streams = new ArrayList<>();
   boolean closed;
 
+  /** What a call fails with instead of being made, or null. */
+  RuntimeException broken;
+
   /** A call that waits for its answer. */
   record Call<T>(String account, long generation, long timeoutMs, CompletableFuture<T> answer) {
     void fail(ErrorKind kind) {
@@ -63,6 +66,7 @@ final class FakeBroker implements Transport {
 
   @Override
   public Runnable watch(Collection<String> accounts, StreamEvents events) {
+    failIfBroken();
     Stream stream = new Stream(accounts, events);
     streams.add(stream);
     return () -> stream.cancelled = true;
@@ -123,8 +127,15 @@ final class FakeBroker implements Transport {
         .build();
   }
 
-  private static <T> CompletableFuture<T> record(
+  private void failIfBroken() {
+    if (broken != null) {
+      throw broken;
+    }
+  }
+
+  private <T> CompletableFuture<T> record(
       List<Call<T>> calls, String account, long generation, long timeout) {
+    failIfBroken();
     Call<T> call = new Call<>(account, generation, timeout / 1_000_000, new CompletableFuture<>());
     calls.add(call);
     return call.answer();

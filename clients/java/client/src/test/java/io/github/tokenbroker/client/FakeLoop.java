@@ -10,11 +10,14 @@ import java.util.concurrent.TimeUnit;
 final class FakeLoop implements Loop {
   private final Queue<Runnable> actions = new ArrayDeque<>();
   private final PriorityQueue<Timer> timers =
-      new PriorityQueue<>(Comparator.comparingLong(Timer::at));
+      new PriorityQueue<>(Comparator.comparingLong(Timer::at).thenComparingLong(Timer::number));
   private long time;
   private boolean closed;
 
-  private record Timer(long at, Runnable action) {}
+  private long timersMade;
+
+  /** A timer. Of those for one time, the one that was made first ends first. */
+  private record Timer(long at, long number, Runnable action) {}
 
   @Override
   public long now() {
@@ -30,7 +33,7 @@ final class FakeLoop implements Loop {
 
   @Override
   public Runnable schedule(long delay, Runnable action) {
-    Timer timer = new Timer(time + Math.max(0, delay), action);
+    Timer timer = new Timer(time + Math.max(0, delay), timersMade++, action);
     timers.add(timer);
     return () -> timers.remove(timer);
   }

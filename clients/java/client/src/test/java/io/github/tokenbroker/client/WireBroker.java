@@ -10,6 +10,7 @@ import io.grpc.Server;
 import io.grpc.ServerCall;
 import io.grpc.ServerCallHandler;
 import io.grpc.ServerInterceptor;
+import io.grpc.Status;
 import io.grpc.StatusRuntimeException;
 import io.grpc.netty.shaded.io.grpc.netty.NettyServerBuilder;
 import io.grpc.protobuf.StatusProto;
@@ -25,6 +26,8 @@ import token_broker.v1.GetTokenResponse;
 import token_broker.v1.ReportRejectedTokenRequest;
 import token_broker.v1.ReportRejectedTokenResponse;
 import token_broker.v1.TokenServiceGrpc;
+import token_broker.v1.WatchTokensRequest;
+import token_broker.v1.WatchTokensResponse;
 
 /**
  * A broker on loopback with one bearer and one token of each account. A report replaces the token.
@@ -38,6 +41,7 @@ public final class WireBroker extends TokenServiceGrpc.TokenServiceImplBase
   final AtomicLong generation = new AtomicLong(1);
   final AtomicInteger asks = new AtomicInteger();
   final AtomicInteger reports = new AtomicInteger();
+  final AtomicInteger streams = new AtomicInteger();
   final Queue<StatusRuntimeException> failures = new ArrayDeque<>();
   volatile String bearer = "tbk_first";
   public volatile String apiBaseUrl = "http://127.0.0.1:9";
@@ -91,6 +95,13 @@ public final class WireBroker extends TokenServiceGrpc.TokenServiceImplBase
     answer.onCompleted();
   }
 
+  /** Refuses a stream for the time being. */
+  @Override
+  public void watchTokens(WatchTokensRequest request, StreamObserver<WatchTokensResponse> answer) {
+    streams.incrementAndGet();
+    answer.onError(Status.UNAVAILABLE.asRuntimeException());
+  }
+
   @Override
   public void close() {
     server.shutdownNow();
@@ -103,6 +114,10 @@ public final class WireBroker extends TokenServiceGrpc.TokenServiceImplBase
 
   /** Returns a status as the broker sends it. */
   static StatusRuntimeException refusal(int code, String reason) {
+    return refusal(code, reason, "token-broker");
+  }
+
+  static StatusRuntimeException refusal(int code, String reason, String domain) {
     return StatusProto.toStatusRuntimeException(
         com.google.rpc.Status.newBuilder()
             .setCode(code)
@@ -111,7 +126,7 @@ public final class WireBroker extends TokenServiceGrpc.TokenServiceImplBase
                 Any.pack(
                     ErrorInfo.newBuilder()
                         .setReason(reason)
-                        .setDomain("token-broker")
+                        .setDomain(domain)
                         .putMetadata("upstream_code", "61006")
                         .build()))
             .addDetails(

@@ -16,6 +16,10 @@ import java.util.Set;
 import java.util.concurrent.CountDownLatch;
 import java.util.concurrent.ForkJoinPool;
 import java.util.concurrent.TimeUnit;
+import java.util.logging.Handler;
+import java.util.logging.Level;
+import java.util.logging.LogRecord;
+import java.util.logging.Logger;
 import org.junit.jupiter.api.AfterEach;
 import org.junit.jupiter.api.BeforeEach;
 import org.junit.jupiter.api.DisplayNameGeneration;
@@ -27,6 +31,21 @@ import org.junit.jupiter.api.io.TempDir;
 class WireTest {
   /** Is long enough for a busy machine. */
   private static final Duration GENEROUS = Duration.ofSeconds(60);
+
+  /** Of no key that anybody has. */
+  private static final String CERTIFICATE =
+      """
+          -----BEGIN CERTIFICATE-----
+          MIIBdTCCARugAwIBAgIUHQ0Cp+QbKrAjBAiRUktvLBr6fSUwCgYIKoZIzj0EAwIw
+          DzENMAsGA1UEAwwEdGVzdDAgFw0yNjExMzAyMjEwNTdaGA8yMTI2MTEwNjIyMTA1
+          N1owDzENMAsGA1UEAwwEdGVzdDBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABKQn
+          GfBwrxpTpYKj2WbLAWGmyMsirUS+s2kcr4F3koJD+BkXlWzltzV35cwUcSdu9YPw
+          oYTOSujEae8qxL+owuujUzBRMB0GA1UdDgQWBBSsGDH91n4WG1zSo92YJJqgTFqa
+          ozAfBgNVHSMEGDAWgBSsGDH91n4WG1zSo92YJJqgTFqaozAPBgNVHRMBAf8EBTAD
+          AQH/MAoGCCqGSM49BAMCA0gAMEUCICIuT1fV6LdammrUiNBRMtSrfL6a730S+uat
+          x64JjanWAiEAxMztFxAcvkQ7+SODyAI+ZzS/8bye9kJTKXGifHR5ZHg=
+          -----END CERTIFICATE-----
+          """;
 
   @TempDir Path folder;
 
@@ -55,7 +74,12 @@ class WireTest {
   }
 
   private static TokenBrokerException failure(TokenClient client, Duration timeout) {
-    return assertThrows(TokenBrokerException.class, () -> client.token("acme", timeout));
+    return failure(client, timeout, "acme");
+  }
+
+  private static TokenBrokerException failure(
+      TokenClient client, Duration timeout, String account) {
+    return assertThrows(TokenBrokerException.class, () -> client.token(account, timeout));
   }
 
   @Test
@@ -174,6 +198,71 @@ class WireTest {
             () -> TokenClient.builder("https://127.0.0.1:1").caFile(bearer).build());
     assertEquals(ErrorKind.INVALID_ARGUMENT, error.kind());
     assertFalse(error.getMessage().contains("tbk_first"));
+  }
+
+  @Test
+  void files_for_tls_that_cannot_be_used_are_logged_each_time_when_they_break() throws IOException {
+    Path ca = Files.writeString(folder.resolve("ca"), CERTIFICATE);
+    TestLogger logger = new TestLogger();
+    GrpcTransport transport =
+        new GrpcTransport(
+            Settings.from(TokenClient.builder("https://127.0.0.1:1").caFile(ca)),
+            new FakeLoop(),
+            new Log(logger, Runnable::run));
+    try {
+      for (int breaks = 1; breaks <= 2; breaks++) {
+        Files.delete(ca);
+        assertFalse(transport.refresh());
+        assertFalse(transport.refresh());
+        assertEquals(breaks, logger.warnings.size());
+        Files.writeString(ca, CERTIFICATE);
+        assertFalse(transport.refresh());
+      }
+      Files.writeString(ca, CERTIFICATE + "\n");
+      assertTrue(transport.refresh(), "the files have changed");
+    } finally {
+      transport.close();
+    }
+  }
+
+  @Test
+  void a_handler_of_logs_may_fail_and_may_use_the_client() throws Exception {
+    Logger logger = Logger.getLogger(TokenClient.class.getName());
+    CountDownLatch used = new CountDownLatch(1);
+    try (TokenClient client = client(broker.endpoint())) {
+      Handler handler =
+          new Handler() {
+            @Override
+            public void publish(LogRecord message) {
+              client.token("of the handler");
+              used.countDown();
+              throw new IllegalStateException("as the test says");
+            }
+
+            @Override
+            public void flush() {}
+
+            @Override
+            public void close() {}
+          };
+      logger.setLevel(Level.ALL);
+      logger.addHandler(handler);
+      try {
+        client.token("acme");
+        assertTrue(used.await(60, TimeUnit.SECONDS));
+        broker.failures.add(WireBroker.refusal(7, "NOT_GRANTED"));
+        assertEquals(ErrorKind.NOT_GRANTED, failure(client, GENEROUS, "refused").kind());
+        // The watch goes on.
+        int before = broker.streams.get();
+        for (int tries = 0; broker.streams.get() < before + 2; tries++) {
+          assertTrue(tries < 6000);
+          Thread.sleep(10);
+        }
+      } finally {
+        logger.removeHandler(handler);
+        logger.setLevel(null);
+      }
+    }
   }
 
   @Test

@@ -104,12 +104,17 @@ public final class TokenInterceptor implements Interceptor {
     return chain.proceed(request);
   }
 
-  private static Optional<String> refusal(Response response) throws IOException {
+  private static Optional<String> refusal(Response response) {
     if (response.code() < 400) {
       return Optional.empty();
     }
-    byte[] body = response.peekBody(RefusedToken.LONGEST_BODY + 1L).bytes();
-    return RefusedToken.code(response.code(), body);
+    try {
+      byte[] body = response.peekBody(RefusedToken.LONGEST_BODY + 1L).bytes();
+      return RefusedToken.code(response.code(), body);
+    } catch (IOException broken) {
+      // The program gets it when it reads the body.
+      return Optional.empty();
+    }
   }
 
   /** OkHttp tells a program only of exceptions of this type. */

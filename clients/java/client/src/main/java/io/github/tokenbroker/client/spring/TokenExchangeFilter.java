@@ -3,7 +3,9 @@ package io.github.tokenbroker.client.spring;
 import io.github.tokenbroker.client.RefusedToken;
 import io.github.tokenbroker.client.Token;
 import io.github.tokenbroker.client.TokenClient;
+import java.io.ByteArrayOutputStream;
 import java.time.Duration;
+import java.util.List;
 import java.util.Optional;
 import org.springframework.core.io.buffer.DataBuffer;
 import org.springframework.core.io.buffer.DataBufferUtils;
@@ -14,6 +16,7 @@ import org.springframework.web.reactive.function.client.ExchangeFilterFunction;
 import org.springframework.web.reactive.function.client.ExchangeFunction;
 import reactor.core.publisher.Flux;
 import reactor.core.publisher.Mono;
+import reactor.core.publisher.Signal;
 
 /**
  * Sends the token of an account with each request of {@code WebClient}, and sends a request again,
@@ -103,11 +106,33 @@ public final class TokenExchangeFilter implements ExchangeFilterFunction {
     if (!response.statusCode().isError() || length > RefusedToken.LONGEST_BODY) {
       return Mono.just(new Answer(response, new byte[0]));
     }
-    // Bodies of errors without a length are short in practice, so the whole body is read.
-    return DataBufferUtils.join(response.bodyToFlux(DataBuffer.class))
+    // The first element has all that is searched for a code, or how the body ended before that.
+    int[] size = {0};
+    return response
+        .bodyToFlux(DataBuffer.class)
         .map(TokenExchangeFilter::bytes)
-        .defaultIfEmpty(new byte[0])
-        .map(body -> new Answer(withBody(response, body), body));
+        .materialize()
+        .bufferUntil(
+            part -> !part.isOnNext() || (size[0] += part.get().length) > RefusedToken.LONGEST_BODY)
+        .switchOnFirst((first, all) -> Mono.just(peeked(response, first.get(), all)), false)
+        .single();
+  }
+
+  /** Returns an answer of whose body some has been read, which the program gets all the same. */
+  private static Answer peeked(
+      ClientResponse response, List<Signal<byte[]>> head, Flux<List<Signal<byte[]>>> all) {
+    Signal<byte[]> last = head.get(head.size() - 1);
+    // What was read entirely, up to its end or its failure, can be read any number of times.
+    Flux<Signal<byte[]>> body =
+        last.isOnNext() ? all.concatMapIterable(parts -> parts, 1) : Flux.fromIterable(head);
+    return new Answer(
+        withBody(response, body.dematerialize()), last.isOnComplete() ? joined(head) : new byte[0]);
+  }
+
+  private static byte[] joined(List<Signal<byte[]>> parts) {
+    ByteArrayOutputStream bytes = new ByteArrayOutputStream();
+    parts.stream().filter(Signal::isOnNext).forEach(part -> bytes.writeBytes(part.get()));
+    return bytes.toByteArray();
   }
 
   private static byte[] bytes(DataBuffer buffer) {
@@ -117,17 +142,17 @@ public final class TokenExchangeFilter implements ExchangeFilterFunction {
     return bytes;
   }
 
-  /** Returns the same answer with a body that was read already. */
-  private static ClientResponse withBody(ClientResponse response, byte[] body) {
+  /** Returns the same answer with another source of its body. */
+  private static ClientResponse withBody(ClientResponse response, Flux<byte[]> body) {
     return ClientResponse.create(response.statusCode(), response.strategies())
         .headers(headers -> headers.addAll(response.headers().asHttpHeaders()))
         .cookies(cookies -> cookies.addAll(response.cookies()))
         .request(response.request())
-        .body(Flux.defer(() -> Flux.just(DefaultDataBufferFactory.sharedInstance.wrap(body))))
+        .body(body.map(DefaultDataBufferFactory.sharedInstance::wrap))
         .build();
   }
 
-  /** An answer, and its body as far as a code is looked for in it. */
+  /** An answer, and its body if that is complete and short enough to have a code. */
   private static final class Answer {
     private final ClientResponse response;
     private final byte[] body;

@@ -4,6 +4,7 @@ import io.github.tokenbroker.client.RefusedToken;
 import io.github.tokenbroker.client.Token;
 import io.github.tokenbroker.client.TokenClient;
 import java.io.ByteArrayInputStream;
+import java.io.ByteArrayOutputStream;
 import java.io.IOException;
 import java.io.InputStream;
 import java.io.SequenceInputStream;
@@ -90,25 +91,45 @@ public final class TokenRequestInterceptor implements ClientHttpRequestIntercept
    */
   private static final class Answer implements ClientHttpResponse {
     private final ClientHttpResponse response;
-    private final byte[] start;
+    private final ByteArrayOutputStream start = new ByteArrayOutputStream();
+
+    /** Why no more could be read, or null. The program gets it when it has read the start. */
+    private IOException failure;
 
     Answer(ClientHttpResponse response) throws IOException {
       this.response = response;
-      this.start =
-          response.getStatusCode().isError()
-              ? response.getBody().readNBytes(RefusedToken.LONGEST_BODY + 1)
-              : new byte[0];
+      if (response.getStatusCode().isError()) {
+        try {
+          readStart(response.getBody());
+        } catch (IOException broken) {
+          failure = broken;
+        }
+      }
+    }
+
+    private void readStart(InputStream body) throws IOException {
+      byte[] part = new byte[8192];
+      int size = body.read(part);
+      while (size >= 0) {
+        start.write(part, 0, size);
+        size = start.size() > RefusedToken.LONGEST_BODY ? -1 : body.read(part);
+      }
     }
 
     Optional<String> refusal() throws IOException {
-      return RefusedToken.code(response.getStatusCode().value(), start);
+      return failure == null
+          ? RefusedToken.code(response.getStatusCode().value(), start.toByteArray())
+          : Optional.empty();
     }
 
     @Override
     public InputStream getBody() throws IOException {
-      return start.length == 0
-          ? response.getBody()
-          : new SequenceInputStream(new ByteArrayInputStream(start), response.getBody());
+      if (start.size() == 0 && failure == null) {
+        return response.getBody();
+      }
+      return new SequenceInputStream(
+          new ByteArrayInputStream(start.toByteArray()),
+          failure == null ? response.getBody() : new Failing(failure));
     }
 
     @Override
@@ -129,6 +150,25 @@ public final class TokenRequestInterceptor implements ClientHttpRequestIntercept
     @Override
     public void close() {
       response.close();
+    }
+  }
+
+  /** Fails when it is read. */
+  private static final class Failing extends InputStream {
+    private final IOException failure;
+
+    Failing(IOException failure) {
+      this.failure = failure;
+    }
+
+    @Override
+    public int read() throws IOException {
+      throw failure;
+    }
+
+    @Override
+    public int read(byte[] bytes, int offset, int length) throws IOException {
+      throw failure;
     }
   }
 }
