@@ -48,8 +48,8 @@ impl ClientSettings {
     }
 
     fn read(reader: &mut Reader<'_>) -> Self {
-        let cert = reader.optional(&CLIENT_CERT, parse::path);
-        let key = reader.optional(&CLIENT_KEY, parse::path);
+        let cert = reader.optional(&CLIENT_CERT, parse::regular_file);
+        let key = reader.optional(&CLIENT_KEY, parse::regular_file);
         match (&cert, &key) {
             (Some(_), None) => {
                 reader.contradiction(&CLIENT_CERT, &CLIENT_KEY, "set without its key");
@@ -63,7 +63,7 @@ impl ClientSettings {
             endpoints: reader.or_default(&ENDPOINT, parse::endpoints),
             bearer: reader.optional(&BEARER, parse::bearer),
             bearer_file: reader.sources().file_of(&BEARER),
-            ca_file: reader.optional(&CA_FILE, parse::path),
+            ca_file: reader.optional(&CA_FILE, parse::regular_file),
             identity: cert.zip(key),
         }
     }

@@ -1,8 +1,12 @@
 //! The forms of a database's URL: which are supported, and what is said of the others. No text quotes the URL, which
 //! may hold a password.
 
+use std::path::Path;
+
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use url::{ParseError, Url};
+
+use crate::files::bounded::may_never_end;
 
 /// Why a URL cannot be used: what is not supported, and how to write it.
 pub(super) type Fault = &'static str;
@@ -50,6 +54,7 @@ const PARAMETERS: &[&str] = &[
 
 /// Parameters of libpq that say where to connect, or how securely, and that the driver does not know. To ignore them
 /// would do something else than what was asked for. Each has the values that ask for nothing special.
+const PEM_FILE: Fault = "sslrootcert, sslcert and sslkey must name regular files";
 const REFUSED: &[(&str, &[&str], Fault)] = &[
     (
         "service",
@@ -400,6 +405,12 @@ mod tests {
             ("sslrootcert=system", "is the case"),
             (&format!("sslrootcert={pem}"), PEM),
             (&format!("sslcert={pem}"), PEM),
+        "sslrootcert" | "ssl-root-cert" | "ssl-ca" | "sslcert" | "ssl-cert" | "sslkey"
+        | "ssl-key"
+            if !is_pem(value) && may_never_end(Path::new(value)) =>
+        {
+            return Err(PEM_FILE);
+        }
             (&format!("sslkey={pem}"), PEM),
             ("sslcert=/c.pem&sslkey=/k.pem", "obeyed"),
             ("options=-c%20role%3Dr", "obeyed"),

@@ -1,7 +1,7 @@
 //! The TLS configuration, which is made anew when its files change.
 
 use std::{
-    fs,
+    mem,
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -32,7 +32,7 @@ use super::{
 };
 use crate::{
     domain::clock::{Clock, Timestamp},
-    files::text,
+    files::{bounded, text},
 };
 
 /// How often the files are read and compared with those in use.
@@ -227,16 +227,20 @@ impl Tls {
 
 impl FileContents {
     fn of(files: &TlsFiles) -> Result<Self, TlsError> {
-        let read = |file: &Path| {
-            fs::read(file)
-                .and_then(|bytes| Ok(text::to_utf8(bytes)?.to_vec()))
-                .map_err(|error| TlsError::Io { file: file.to_owned(), error })
+        let read = |setting, file: &Path| {
+            bounded::read(file)
+                .and_then(|mut bytes| Ok(text::to_utf8(mem::take(&mut *bytes))?))
+                .map_err(|error| TlsError::Io { setting, file: file.to_owned(), error })
+        };
+        let read_optional = |setting, file: &Option<PathBuf>| {
+            let file = file.as_deref();
+            file.map(|file| Ok(read(setting, file)?.to_vec())).transpose()
         };
         Ok(Self {
-            cert: read(&files.cert)?,
-            key: Zeroizing::new(read(&files.key)?),
-            client_ca: files.client_ca.as_deref().map(read).transpose()?,
-            client_crl: files.client_crl.as_deref().map(read).transpose()?,
+            cert: read("TOKEN_BROKER_TLS_CERT", &files.cert)?.to_vec(),
+            key: read("TOKEN_BROKER_TLS_KEY", &files.key)?,
+            client_ca: read_optional("TOKEN_BROKER_TLS_CLIENT_CA", &files.client_ca)?,
+            client_crl: read_optional("TOKEN_BROKER_TLS_CLIENT_CRL", &files.client_crl)?,
         })
     }
 
@@ -386,6 +390,8 @@ mod tests {
             fs::copy(&cert, &ca).unwrap();
             for file in [&cert, &key, &ca] {
                 let text = fs::read_to_string(file).unwrap();
+    use std::fs;
+
                 fs::write(file, encode(&text)).unwrap();
                 load().unwrap();
             }

@@ -19,6 +19,7 @@ mod dev;
 #[cfg(feature = "embedded-postgres")]
 mod disruptions;
 mod drain;
+mod endless_files;
 #[cfg(feature = "embedded-postgres")]
 mod failovers;
 mod floods;
