@@ -28,6 +28,7 @@ mod grpcurl;
 mod live_token;
 mod pasted;
 mod quoted_input;
+mod privileges;
 mod removed_files;
 #[cfg(feature = "embedded-postgres")]
 mod rotation;

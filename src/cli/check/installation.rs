@@ -4,7 +4,10 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::{super::time::LocalTime, result::CheckResult};
+use super::{
+    super::{privileges, time::LocalTime},
+    result::CheckResult,
+};
 use crate::{
     app::{UnopenedSecret, WrongKeyring, check_keyring},
     config::Settings,
@@ -109,6 +112,18 @@ async fn add_database_checks(
     keyring: Option<&Keyring>,
     results: &mut Vec<CheckResult>,
 ) -> Result<(), StoreError> {
+/// Returns the text of `error`, and if a privilege is missing, who the login is and what it lacks.
+async fn with_advice(error: &StoreError, settings: &Settings) -> String {
+    let advice = if error.lacks_grant() { login_advice(settings).await } else { None };
+    advice.map_or_else(|| error.to_string(), |advice| format!("{error}; {advice}"))
+}
+
+async fn login_advice(settings: &Settings) -> Option<String> {
+    let database = settings.database_url.database("token-broker check").ok()?;
+    let admin = Admin::connect_unchecked(&database, Attribution::default()).await.ok()?;
+    privileges::of_login(&admin, privileges::RUNTIME).await
+}
+
     let database = settings.database_url.database("token-broker check")?;
     let admin = Admin::connect_unchecked(&database, Attribution::default()).await?;
     results
