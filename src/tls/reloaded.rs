@@ -25,10 +25,11 @@ use tracing::{error, info, warn};
 use zeroize::Zeroizing;
 
 use super::{
-    certificate,
+    certificate::{self, Validity},
     client_verifier::ListedClientVerifier,
     error::{TlsError, malformed, pem_fault},
     revocation::{self, RevocationList, UnlistedCas},
+    root_verifier::ValidRootVerifier,
 };
 use crate::{
     domain::clock::{Clock, Timestamp},
@@ -79,6 +80,8 @@ pub(super) struct Loaded {
     pub(super) client_verifier: Option<Arc<dyn ClientCertVerifier>>,
     revocation_lists: Vec<RevocationList>,
     unlisted: UnlistedCas,
+    /// The names of the callers' CAs, with their times.
+    cas: Vec<(String, Validity)>,
     not_after: Timestamp,
     /// The first configuration has the number 0; each reload adds one.
     pub(super) generation: u64,
@@ -130,6 +133,16 @@ impl Tls {
     #[must_use]
     pub fn unlisted_cas(&self) -> UnlistedCas {
         self.current.load().unlisted.clone()
+    }
+
+    /// Returns the names of those CAs of callers' certificates that have ended or are not valid yet. Their certificates
+    /// are refused.
+    #[must_use]
+    pub fn invalid_cas(&self) -> Vec<String> {
+        let now = certificate::unix_time(self.clock.utc());
+        let current = self.current.load();
+        let invalid = current.cas.iter().filter(|(_, validity)| !validity.contains(now));
+        invalid.map(|(name, _)| name.clone()).collect()
     }
 
     /// Returns the end of the broker's certificate, in seconds since 1970.
@@ -192,6 +205,12 @@ impl Tls {
         let ends = current.not_after;
         if ends - now < EXPIRY_WARNING {
             warn!(cert = %self.files.cert.display(), %ends, "the certificate ends soon");
+        }
+        for ca in self.invalid_cas() {
+            warn!(
+                ca,
+                "a CA of callers' certificates has ended or is not valid yet: its certificates are refused"
+            );
         }
         for list in current.revocation_lists.iter().filter(|list| list.is_out_of_date(now)) {
             warn!(
@@ -293,6 +312,7 @@ impl FileContents {
             client_verifier: callers.verifier,
             revocation_lists: callers.revocation_lists,
             unlisted: callers.unlisted,
+            cas: callers.cas,
             not_after,
             generation,
         })
@@ -304,27 +324,41 @@ impl FileContents {
             return Ok(ClientAuth::default());
         };
         let cas = certificates(file, pem)?;
-        let mut roots = RootCertStore::empty();
-        for ca in &cas {
-            roots.add(ca.clone()).map_err(|error| malformed(file, &error.to_string()))?;
-        }
-        let provider = Arc::new(default_provider());
-        // A caller without a certificate can identify itself by a bearer.
-        let mut builder = WebPkiClientVerifier::builder_with_provider(roots.into(), provider)
-            .allow_unauthenticated();
         let mut auth = ClientAuth::default();
-        let mut faulty_file = file;
+        let (mut crls, mut faulty_file) = (None, file);
         if let Some((file, pem)) = files.client_crl.as_deref().zip(self.client_crl.as_deref()) {
             let (lists, ders) = revocation::lists(file, pem)?;
             auth.unlisted = UnlistedCas::of(&cas, &lists);
             auth.revocation_lists = lists;
-            // A CA without a list is trusted without one, so that one list can be added after another. That there is
-            // none is for `ListedClientVerifier` to say.
-            builder = builder.with_crls(ders).allow_unknown_revocation_status();
+            crls = Some(ders);
             faulty_file = file;
         }
-        let verifier =
-            builder.build().map_err(|error| malformed(faulty_file, &error.to_string()))?;
+        let provider = Arc::new(default_provider());
+        let trusting = |cas: &[CertificateDer<'static>]| {
+            let mut roots = RootCertStore::empty();
+            for ca in cas {
+                roots.add(ca.clone()).map_err(|error| malformed(file, &error.to_string()))?;
+            }
+            // A caller without a certificate can identify itself by a bearer.
+            let mut builder =
+                WebPkiClientVerifier::builder_with_provider(roots.into(), Arc::clone(&provider))
+                    .allow_unauthenticated();
+            if let Some(ders) = &crls {
+                // A CA without a list is trusted without one, so that one list can be added after another. That there
+                // is none is for `ListedClientVerifier` to say.
+                builder = builder.with_crls(ders.clone()).allow_unknown_revocation_status();
+            }
+            builder.build().map_err(|error| malformed(faulty_file, &error.to_string()))
+        };
+        let mut each = Vec::with_capacity(cas.len());
+        for ca in &cas {
+            let validity =
+                Validity::of(ca).ok_or_else(|| malformed(file, "a certificate cannot be read"))?;
+            each.push((validity, trusting(std::slice::from_ref(ca))?));
+            auth.cas.push((certificate::subject(ca), validity));
+        }
+        let verifier: Arc<dyn ClientCertVerifier> =
+            Arc::new(ValidRootVerifier::new(trusting(&cas)?, each));
         let lists = auth.revocation_lists.clone();
         auth.verifier = Some(if lists.is_empty() {
             verifier
@@ -341,6 +375,7 @@ struct ClientAuth {
     verifier: Option<Arc<dyn ClientCertVerifier>>,
     revocation_lists: Vec<RevocationList>,
     unlisted: UnlistedCas,
+    cas: Vec<(String, Validity)>,
 }
 
 /// Returns the certificates in a PEM file. At least one is required.
@@ -355,6 +390,8 @@ fn certificates(file: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>,
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn write_certificate(files: &TlsFiles) {
@@ -390,8 +427,6 @@ mod tests {
             fs::copy(&cert, &ca).unwrap();
             for file in [&cert, &key, &ca] {
                 let text = fs::read_to_string(file).unwrap();
-    use std::fs;
-
                 fs::write(file, encode(&text)).unwrap();
                 load().unwrap();
             }

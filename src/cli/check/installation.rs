@@ -62,6 +62,10 @@ pub(super) fn tls(settings: &Settings) -> CheckResult {
     let mut text = format!("TLS; the certificate ends at {}", LocalTime(end));
     let lists = tls.revocation_lists();
     text.extend(lists.iter().map(|list| revocation_list_text(list, now)));
+    let invalid = tls.invalid_cas();
+    text.extend(invalid.iter().map(|ca| {
+        format!("; every certificate of {ca} is refused: the CA has ended or is not valid yet")
+    }));
     let unlisted = tls.unlisted_cas();
     text.extend(
         unlisted
@@ -74,7 +78,8 @@ pub(super) fn tls(settings: &Settings) -> CheckResult {
     }));
     if end <= now {
         CheckResult::failure(SUBJECT, text)
-    } else if unlisted != UnlistedCas::default()
+    } else if !invalid.is_empty()
+        || unlisted != UnlistedCas::default()
         || lists.iter().any(|list| list.is_out_of_date(now))
     {
         CheckResult::warning(SUBJECT, text)
