@@ -25,10 +25,11 @@ mod failovers;
 mod floods;
 #[cfg(feature = "embedded-postgres")]
 mod grpcurl;
+mod identities;
 mod live_token;
 mod pasted;
-mod quoted_input;
 mod privileges;
+mod quoted_input;
 mod removed_files;
 #[cfg(feature = "embedded-postgres")]
 mod rotation;
