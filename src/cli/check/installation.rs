@@ -107,16 +107,11 @@ fn revocation_list_text(list: &RevocationList, now: Timestamp) -> String {
 pub(super) async fn database(settings: &Settings, keyring: Option<&Keyring>) -> Vec<CheckResult> {
     let mut results = Vec::new();
     if let Err(error) = add_database_checks(settings, keyring, &mut results).await {
-        results.push(CheckResult::failure("database", error.to_string()));
+        results.push(CheckResult::failure("database", with_advice(&error, settings).await));
     }
     results
 }
 
-async fn add_database_checks(
-    settings: &Settings,
-    keyring: Option<&Keyring>,
-    results: &mut Vec<CheckResult>,
-) -> Result<(), StoreError> {
 /// Returns the text of `error`, and if a privilege is missing, who the login is and what it lacks.
 async fn with_advice(error: &StoreError, settings: &Settings) -> String {
     let advice = if error.lacks_grant() { login_advice(settings).await } else { None };
@@ -129,6 +124,11 @@ async fn login_advice(settings: &Settings) -> Option<String> {
     privileges::of_login(&admin, privileges::RUNTIME).await
 }
 
+async fn add_database_checks(
+    settings: &Settings,
+    keyring: Option<&Keyring>,
+    results: &mut Vec<CheckResult>,
+) -> Result<(), StoreError> {
     let database = settings.database_url.database("token-broker check")?;
     let admin = Admin::connect_unchecked(&database, Attribution::default()).await?;
     results
@@ -136,7 +136,7 @@ async fn login_advice(settings: &Settings) -> Option<String> {
     match database.check_schema().await {
         Ok(()) => results.push(CheckResult::ok("schema", "has every migration of this release")),
         Err(error) => {
-            results.push(CheckResult::failure("schema", error.to_string()));
+            results.push(CheckResult::failure("schema", with_advice(&error, settings).await));
             return Ok(());
         }
     }
@@ -150,6 +150,7 @@ async fn login_advice(settings: &Settings) -> Option<String> {
     let roles = ROLES.map(ToOwned::to_owned);
     let (missing, superuser) = admin.missing_roles(&roles).await?;
     results.push(roles_check(&missing, superuser));
+    results.push(connections_check(admin.can_be_crowded_out().await?));
     let remembered = admin.upstream().await?;
     results.push(deployment_check(&settings.upstream.to_string(), remembered.as_deref()));
     if let Some(keyring) = keyring {
@@ -216,6 +217,18 @@ fn roles_check(missing: &[String], superuser: bool) -> CheckResult {
         );
     }
     CheckResult::ok("roles", "all there")
+}
+
+fn connections_check(can_be_crowded_out: bool) -> CheckResult {
+    const SUBJECT: &str = "logins";
+    if can_be_crowded_out {
+        return CheckResult::warning(
+            SUBJECT,
+            "other logins can take all connections of the server: limit them (alter role … connection limit), or \
+             reserve some for this one (reserved_connections and pg_use_reserved_connections, since Postgres 16)",
+        );
+    }
+    CheckResult::ok(SUBJECT, "others cannot take all connections of the server")
 }
 
 fn deployment_check(ours: &str, remembered: Option<&str>) -> CheckResult {

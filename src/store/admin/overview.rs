@@ -161,6 +161,25 @@ impl Admin {
         Ok((row.missing, row.superuser))
     }
 
+    /// Returns whether other logins can take all of the server's connections, so that none is left for this one: there
+    /// is a login without a connection limit, and this one may not use reserved connections.
+    #[instrument(level = "debug", skip_all)]
+    pub async fn can_be_crowded_out(&self) -> Result<bool, StoreError> {
+        // The setting and the role for reserved connections exist since Postgres 16.
+        Ok(sqlx::query_scalar!(
+            r#"/* store::admin::can_be_crowded_out */
+             select not (
+                 (select rolsuper from pg_roles where rolname = current_user)
+                 or coalesce(current_setting('reserved_connections', true)::int, 0) > 0
+                     and exists (select from pg_roles where rolname = 'pg_use_reserved_connections'
+                         and pg_has_role(current_user, oid, 'usage'))
+             ) and exists (select from pg_roles where rolcanlogin and not rolsuper and rolconnlimit = -1
+                 and rolname <> current_user) as "crowded!""#
+        )
+        .fetch_one(&self.pool)
+        .await?)
+    }
+
     /// Returns the upstream that the database belongs to; `None` before the first start of a broker.
     #[instrument(level = "debug", skip_all)]
     pub async fn upstream(&self) -> Result<Option<String>, StoreError> {
