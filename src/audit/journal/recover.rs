@@ -171,7 +171,13 @@ impl Known {
             }
             _ => None,
         });
-        let end = end_by_next.or_else(|| self.closed(chain).map(|closed| closed.last_seq));
+        let end_by_link = || {
+            let link = &self.closed.as_ref()?.link;
+            (link.linked_chain.as_deref() == Some(chain)).then_some(link.linked_seq)
+        };
+        let end = end_by_next
+            .or_else(|| self.closed(chain).map(|closed| closed.last_seq))
+            .or_else(end_by_link);
         end.is_some_and(|end| end <= self.delivered(chain))
     }
 }
