@@ -13,7 +13,10 @@ use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
 
-use super::global::GlobalArgs;
+use super::{
+    global::GlobalArgs,
+    privileges::{self, Needs},
+};
 
 /// Reads and verifies the audit log
 #[derive(Args, Debug)]
@@ -62,6 +65,16 @@ Example:
 Example:
   token-broker audit retire i-0123456789abcdef --reason 'disk of host 3 failed, TICKET-7'")]
     Retire(ship::RetireArgs),
+}
+
+impl AuditArgs {
+    /// Returns what the command has to be allowed to do in the database.
+    pub(super) fn needs(&self) -> Needs {
+        match self.command {
+            Command::Ship(_) | Command::Retire(_) => privileges::RUNTIME,
+            _ => privileges::AUDITOR,
+        }
+    }
 }
 
 pub(super) async fn run(global: &GlobalArgs, args: AuditArgs) -> anyhow::Result<ExitCode> {

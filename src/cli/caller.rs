@@ -138,6 +138,9 @@ Examples:
     /// Adds and revokes bearers
     #[command(subcommand)]
     Bearer(BearerCommand),
+    /// Adds and revokes names in client certificates
+    #[command(subcommand)]
+    Identity(IdentityCommand),
 }
 
 #[derive(Debug, Subcommand)]
@@ -174,6 +177,43 @@ Example:
     },
 }
 
+#[derive(Debug, Subcommand)]
+enum IdentityCommand {
+    /// Lets certificates with these names identify a caller; names that were revoked may be added again
+    #[command(after_help = "\
+Example:
+  token-broker caller identity add billing --spiffe-id spiffe://example.com/billing --dns billing.example.com")]
+    Add {
+        /// The caller's name
+        name: AccountName,
+        #[command(flatten)]
+        identities: IdentityArgs,
+    },
+    /// Revokes a name, at once: certificates with it no longer identify the caller
+    Revoke {
+        /// The number of the credential, as `caller show` shows it
+        id: i64,
+    },
+}
+
+/// Names in the certificates of a caller, at least one.
+#[derive(Args, Debug)]
+#[group(required = true, multiple = true)]
+struct IdentityArgs {
+    /// A SPIFFE ID in the caller's certificates
+    #[arg(long, value_name = "URI")]
+    spiffe_id: Vec<String>,
+    /// A DNS name in the caller's certificates
+    #[arg(long, value_name = "NAME")]
+    dns: Vec<String>,
+}
+
+/// Returns the names in certificates with their kinds.
+fn identities(spiffe_ids: Vec<String>, dns_names: Vec<String>) -> Vec<(CallerKind, String)> {
+    let spiffe = spiffe_ids.into_iter().map(|id| (CallerKind::Spiffe, id));
+    spiffe.chain(dns_names.into_iter().map(|name| (CallerKind::Dns, name))).collect()
+}
+
 fn rate_limit() -> clap::builder::RangedI64ValueParser<i32> {
     clap::value_parser!(i32).range(1..=1_000_000)
 }
@@ -182,9 +222,7 @@ pub(super) async fn run(global: &GlobalArgs, args: CallerArgs) -> anyhow::Result
     let admin = global.admin(args.reason.as_deref()).await?;
     match args.command {
         Command::Add { name, bearer, out, spiffe_id, dns, rate_limit, description } => {
-            let spiffe = spiffe_id.into_iter().map(|id| (CallerKind::Spiffe, id));
-            let identities: Vec<_> =
-                spiffe.chain(dns.into_iter().map(|name| (CallerKind::Dns, name))).collect();
+            let identities = identities(spiffe_id, dns);
             let bearer = bearer.then(|| NewSecret::create(out)).transpose()?;
             let caller = NewCaller {
                 name: &name,
@@ -243,6 +281,7 @@ pub(super) async fn run(global: &GlobalArgs, args: CallerArgs) -> anyhow::Result
             note(format_args!("caller {name} is removed"));
         }
         Command::Bearer(command) => return bearer(&admin, command).await,
+        Command::Identity(command) => identity(&admin, command).await?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -297,6 +336,25 @@ async fn bearer(admin: &Admin, command: BearerCommand) -> anyhow::Result<ExitCod
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+async fn identity(admin: &Admin, command: IdentityCommand) -> anyhow::Result<()> {
+    match command {
+        IdentityCommand::Add { name, identities: IdentityArgs { spiffe_id, dns } } => {
+            let identities = identities(spiffe_id, dns);
+            admin.add_identities(&name, &identities).await?;
+            for (_, identity) in identities {
+                note(format_args!("certificates with {identity} identify caller {name}"));
+            }
+        }
+        IdentityCommand::Revoke { id } => {
+            let (caller, identity) = admin.revoke_identity(id).await?;
+            note(format_args!(
+                "certificates with {identity} do not identify caller {caller} any more"
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// A bearer that is about to be registered, and the file that it was written to, if any. The file is removed

@@ -90,7 +90,7 @@ pub(super) async fn run(global: &GlobalArgs, args: CheckArgs) -> anyhow::Result<
         printer.add(result)?;
     }
     if let Some(account) = &args.issue {
-        printer.add(upstream::issue(global, account, args.timeout).await)?;
+        printer.add(upstream::issue(global, &settings, account, args.timeout).await)?;
     }
     printer.finish()
 }

@@ -1,11 +1,6 @@
 //! The command `health`, for the probes of container platforms.
 
-use std::{
-    io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    process::ExitCode,
-    time::Duration,
-};
+use std::{io, net::SocketAddr, process::ExitCode, time::Duration};
 
 use anyhow::bail;
 use clap::Args;
@@ -35,8 +30,8 @@ pub(super) struct HealthArgs {
 
 pub(super) async fn run(global: &GlobalArgs, args: HealthArgs) -> anyhow::Result<ExitCode> {
     match config::health_endpoint(&global.sources(args.settings.given)?)? {
-        HealthEndpoint::Grpc(listen) => check_grpc(local_address(listen)).await,
-        HealthEndpoint::Readyz(listen) => check_readyz(local_address(listen)).await,
+        HealthEndpoint::Grpc(address) => check_grpc(address).await,
+        HealthEndpoint::Readyz(address) => check_readyz(address).await,
     }
 }
 
@@ -82,28 +77,4 @@ async fn check_grpc(address: SocketAddr) -> anyhow::Result<ExitCode> {
     };
     output::line(status.as_str_name().to_lowercase())?;
     Ok(if status == ServingStatus::Serving { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-}
-
-/// Returns the address at which a server that listens on `listen` can be called from this machine.
-fn local_address(mut listen: SocketAddr) -> SocketAddr {
-    match listen.ip() {
-        IpAddr::V4(ip) if ip.is_unspecified() => listen.set_ip(Ipv4Addr::LOCALHOST.into()),
-        IpAddr::V6(ip) if ip.is_unspecified() => listen.set_ip(Ipv6Addr::LOCALHOST.into()),
-        _ => {}
-    }
-    listen
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_server_that_listens_on_all_addresses_is_called_on_loopback() {
-        for (listen, called) in
-            [("0.0.0.0:1", "127.0.0.1:1"), ("[::]:1", "[::1]:1"), ("192.0.2.1:1", "192.0.2.1:1")]
-        {
-            assert_eq!(local_address(listen.parse().unwrap()), called.parse().unwrap());
-        }
-    }
 }

@@ -9,6 +9,7 @@ use serde_json::json;
 use super::{
     global::{self, APPLICATION_NAME, GlobalArgs},
     output::{self, Table},
+    privileges::{self, Needs},
     time::LocalTime,
 };
 use crate::{
@@ -80,6 +81,17 @@ Examples:
         #[command(flatten)]
         settings: Flags<KeyringFlag>,
     },
+}
+
+impl KeysArgs {
+    /// Returns what the command has to be allowed to do in the database.
+    pub(super) fn needs(&self) -> Needs {
+        if matches!(self.command, Command::Publish { .. }) {
+            Needs::Owner
+        } else {
+            privileges::RUNTIME
+        }
+    }
 }
 
 pub(super) async fn run(global: &GlobalArgs, args: KeysArgs) -> anyhow::Result<ExitCode> {

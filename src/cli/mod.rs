@@ -12,6 +12,7 @@ mod global;
 mod health;
 mod keys;
 mod output;
+mod privileges;
 mod prompt;
 mod serve;
 mod simulate;
@@ -28,6 +29,7 @@ use clap_complete::Shell;
 use self::{
     global::{APPLICATION_NAME, GlobalArgs},
     output::OutputClosed,
+    privileges::Needs,
 };
 use crate::{
     api::proto,
@@ -97,6 +99,27 @@ impl Command {
     }
 }
 
+impl Command {
+    /// Returns what the command has to be allowed to do in the database; `None` if it uses none.
+    fn needs(&self) -> Option<Needs> {
+        match self {
+            Self::Serve(_) | Self::Check(_) => Some(privileges::RUNTIME),
+            Self::Migrate(_) => Some(Needs::Owner),
+            Self::Account(_) => Some(privileges::ACCOUNTS),
+            Self::Caller(_) => Some(privileges::ACCESS),
+            Self::Audit(args) => Some(args.needs()),
+            Self::Keys(args) => Some(args.needs()),
+            Self::Dev(_)
+            | Self::Token(_)
+            | Self::Agent(_)
+            | Self::Simulate(_)
+            | Self::Health(_)
+            | Self::Completions { .. }
+            | Self::Proto => None,
+        }
+    }
+}
+
 /// Parses the command line. Wrong usage ends the process with the exit code 2.
 #[must_use]
 pub fn parse() -> Cli {
@@ -121,12 +144,17 @@ pub async fn run(cli: Cli) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    match dispatch(cli).await {
+    let Cli { global, command } = cli;
+    let needs = command.needs();
+    match dispatch(&global, command).await {
         Ok(code) => code,
         // The reader of the output, such as `head`, has closed it because it needs no more.
         Err(error) if error.is::<OutputClosed>() => ExitCode::SUCCESS,
         Err(error) => {
             output::note(format_args!("error: {}", chain(&error)));
+            if let Some(hint) = privileges::hint(&global, needs, &error).await {
+                output::note(format_args!("hint: {hint}"));
+            }
             ExitCode::from(if error.is::<InvalidSettings>() { 2 } else { 1 })
         }
     }
@@ -142,21 +170,20 @@ fn chain(error: &anyhow::Error) -> String {
     })
 }
 
-async fn dispatch(cli: Cli) -> anyhow::Result<ExitCode> {
-    let Cli { global, command } = cli;
+async fn dispatch(global: &GlobalArgs, command: Command) -> anyhow::Result<ExitCode> {
     match command {
-        Command::Dev(args) => dev::run(&global, args).await,
-        Command::Serve(args) => serve::run(&global, args).await,
-        Command::Migrate(flags) => migrate(&global, flags).await,
-        Command::Account(args) => account::run(&global, args).await,
-        Command::Caller(args) => caller::run(&global, args).await,
-        Command::Token(args) => token::run(&global, args).await,
-        Command::Agent(args) => agent::run(&global, args).await,
-        Command::Audit(args) => audit::run(&global, args).await,
-        Command::Keys(args) => keys::run(&global, args).await,
+        Command::Dev(args) => dev::run(global, args).await,
+        Command::Serve(args) => serve::run(global, args).await,
+        Command::Migrate(flags) => migrate(global, flags).await,
+        Command::Account(args) => account::run(global, args).await,
+        Command::Caller(args) => caller::run(global, args).await,
+        Command::Token(args) => token::run(global, args).await,
+        Command::Agent(args) => agent::run(global, args).await,
+        Command::Audit(args) => audit::run(global, args).await,
+        Command::Keys(args) => keys::run(global, args).await,
         Command::Simulate(args) => simulate::run(args).await,
-        Command::Check(args) => check::run(&global, args).await,
-        Command::Health(args) => health::run(&global, args).await,
+        Command::Check(args) => check::run(global, args).await,
+        Command::Health(args) => health::run(global, args).await,
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "token-broker", &mut script);
@@ -217,6 +244,8 @@ mod tests {
             "token-broker caller grant billing acme-* demo --rights get,list --until 90d",
             "token-broker caller bearer add billing --expires 2027-01-01T00:00:00+09:00",
             "token-broker caller bearer revoke 3",
+            "token-broker caller identity add billing --dns b.example.com --spiffe-id spiffe://a/b",
+            "token-broker caller identity revoke 3",
             "token-broker token get acme --min-ttl 60s --json",
             "token-broker token get acme-* --watch",
             "token-broker agent --accounts acme,shop-* --token-dir /run/tokens -- systemctl reload shop",
@@ -241,6 +270,7 @@ mod tests {
             "token-broker caller add billing --out billing.bearer",
             "token-broker caller grant billing acme --rights write",
             "token-broker caller limit billing",
+            "token-broker caller identity add billing",
             "token-broker token get acme --bearer tbk_x",
             "token-broker agent acme",
             "token-broker agent --timeout 1m",

@@ -1,38 +1,45 @@
 //! Input from the user: API KEYs and confirmations.
 
 use std::{
-    fs::File,
-    io::{self, IsTerminal, Read, Write},
+    io::{self, IsTerminal, Write},
+    mem,
+    os::fd::AsFd,
     path::Path,
+    time::Duration,
 };
 
 use anyhow::{Context, bail};
 use zeroize::Zeroizing;
 
-use crate::{domain::secret::ClientSecret, files::text};
+use crate::{
+    domain::secret::ClientSecret,
+    files::{
+        bounded::{self, Limits},
+        text,
+    },
+};
 
-/// How many bytes are read at most. No API KEY is that long.
-const MAX_SECRET_BYTES: usize = 4096;
+/// The limits of what is read. No API KEY is that long; the program that writes it may ask somebody for a password.
+const SECRET: Limits = Limits { bytes: 4096, wait: Duration::from_mins(1) };
 
 /// Reads an API KEY from `file` if it is given, and otherwise from standard input. If that is a terminal,
 /// prints a prompt that names `owner`, and turns off the echo. Blocks until the API KEY has been read.
 pub(super) fn client_secret(file: Option<&Path>, owner: &str) -> anyhow::Result<ClientSecret> {
     let text = match file {
-        Some(path) => File::open(path)
-            .and_then(read)
+        Some(path) => bounded::open(path)
+            .and_then(|file| read(&file, SECRET))
             .with_context(|| format!("cannot read {}", path.display()))?,
         None if io::stdin().is_terminal() => {
             Zeroizing::new(rpassword::prompt_password(format!("API KEY of {owner}: "))?)
         }
-        None => read(io::stdin().lock()).context("cannot read the secret from standard input")?,
+        None => read(&io::stdin(), SECRET).context("cannot read the secret from standard input")?,
     };
     Ok(ClientSecret::new(&text)?)
 }
 
-fn read(from: impl Read) -> io::Result<Zeroizing<String>> {
-    let mut bytes = Vec::with_capacity(MAX_SECRET_BYTES);
-    from.take(MAX_SECRET_BYTES as u64).read_to_end(&mut bytes)?;
-    Ok(text::decode(bytes)?)
+/// Reads a text to its end.
+pub(super) fn read(from: &impl AsFd, limits: Limits) -> io::Result<Zeroizing<String>> {
+    Ok(text::decode(mem::take(&mut *bounded::read_from(from, limits)?))?)
 }
 
 /// Asks the user to confirm the removal of `what` by typing its name, unless `yes` is set.

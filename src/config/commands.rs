@@ -1,6 +1,9 @@
 //! The settings of the commands other than `serve` and `check`.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::PathBuf,
+};
 
 use rustix::process::Signal;
 use url::Url;
@@ -12,7 +15,7 @@ use super::{
     table::{
         ACCOUNTS, BEARER, CA_FILE, CLIENT_CERT, CLIENT_KEY, DATABASE_URL, ENDPOINT, INTAKE_KEY,
         KEYRING_FILE, KNOWN_KEYS_FILE, LISTEN, LOG_FORMAT, MIGRATE_DATABASE_URL, OPS_LISTEN,
-        SIGNAL, SIGNAL_PID_FILE, TLS_CERT, TOKEN_DIR, TOKEN_GROUP, TOKEN_MODE,
+        PROXY_PROTOCOL_FROM, SIGNAL, SIGNAL_PID_FILE, TLS_CERT, TOKEN_DIR, TOKEN_GROUP, TOKEN_MODE,
     },
     urls::DatabaseUrl,
 };
@@ -48,8 +51,8 @@ impl ClientSettings {
     }
 
     fn read(reader: &mut Reader<'_>) -> Self {
-        let cert = reader.optional(&CLIENT_CERT, parse::path);
-        let key = reader.optional(&CLIENT_KEY, parse::path);
+        let cert = reader.optional(&CLIENT_CERT, parse::regular_file);
+        let key = reader.optional(&CLIENT_KEY, parse::regular_file);
         match (&cert, &key) {
             (Some(_), None) => {
                 reader.contradiction(&CLIENT_CERT, &CLIENT_KEY, "set without its key");
@@ -63,7 +66,7 @@ impl ClientSettings {
             endpoints: reader.or_default(&ENDPOINT, parse::endpoints),
             bearer: reader.optional(&BEARER, parse::bearer),
             bearer_file: reader.sources().file_of(&BEARER),
-            ca_file: reader.optional(&CA_FILE, parse::path),
+            ca_file: reader.optional(&CA_FILE, parse::regular_file),
             identity: cert.zip(key),
         }
     }
@@ -151,22 +154,36 @@ pub fn known_keyring_file(sources: &Sources) -> Result<Option<PathBuf>, InvalidS
     read(sources, |reader| reader.optional(&KEYRING_FILE, parse::path))
 }
 
-/// The endpoint that `health` calls to find out whether the broker serves.
+/// The endpoint that `health` calls to find out whether the broker serves: an address of this machine.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum HealthEndpoint {
     /// gRPC's health service, in plain text.
     Grpc(SocketAddr),
-    /// `/readyz`, because gRPC is behind TLS.
+    /// `/readyz`, because gRPC is behind TLS, or begins with a header of the PROXY protocol.
     Readyz(SocketAddr),
 }
 
-/// Reads the endpoint that `health` calls. If gRPC is served with TLS, that is `/readyz`, because the
-/// command knows neither the host name in the certificate nor its CA.
+/// Reads the endpoint that `health` calls. If gRPC is served with TLS, that is `/readyz`, because the command knows
+/// neither the host name in the certificate nor its CA. It is also `/readyz` if this machine counts as a load balancer:
+/// a header by this command would be believed, and stand in the audit log.
 pub fn health_endpoint(sources: &Sources) -> Result<HealthEndpoint, InvalidSettings> {
     read(sources, |reader| {
-        let grpc = reader.or_default(&LISTEN, parse::address);
-        let ops = reader.or_default(&OPS_LISTEN, parse::address);
+        let grpc = local_address(reader.or_default(&LISTEN, parse::address));
+        let ops = local_address(reader.or_default(&OPS_LISTEN, parse::address));
         let tls = reader.optional(&TLS_CERT, parse::path).is_some();
-        if tls { HealthEndpoint::Readyz(ops) } else { HealthEndpoint::Grpc(grpc) }
+        let balancers = reader.optional(&PROXY_PROTOCOL_FROM, parse::load_balancers);
+        // Connections within a machine come from the address that they go to.
+        let is_balancer = balancers.unwrap_or_default().iter().any(|it| it.contains(&grpc.ip()));
+        if tls || is_balancer { HealthEndpoint::Readyz(ops) } else { HealthEndpoint::Grpc(grpc) }
     })
+}
+
+/// Returns the address at which a server that listens on `listen` can be called from this machine.
+fn local_address(mut listen: SocketAddr) -> SocketAddr {
+    match listen.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => listen.set_ip(Ipv4Addr::LOCALHOST.into()),
+        IpAddr::V6(ip) if ip.is_unspecified() => listen.set_ip(Ipv6Addr::LOCALHOST.into()),
+        _ => {}
+    }
+    listen
 }

@@ -17,6 +17,7 @@ use crate::{
     audit::journal::SyncMode,
     crypto::{IntakeError, IntakePublicKey, bearer::Bearer},
     domain::caller::AccountPattern,
+    files::bounded,
     telemetry::LogFormat,
     upstream::{Target, TargetError},
 };
@@ -35,6 +36,20 @@ pub(super) fn ip(text: &str) -> Result<IpAddr, Fault> {
 #[expect(clippy::unnecessary_wraps, reason = "the other parsers can fail")]
 pub(super) fn path(text: &str) -> Result<PathBuf, Fault> {
     Ok(text.into())
+}
+
+/// Parses the path of a file that the client library reads, again and again and without a limit.
+pub(super) fn regular_file(text: &str) -> Result<PathBuf, Fault> {
+    let path = PathBuf::from(text);
+    // A file that cannot be found is the library's to report.
+    let found = fs::metadata(&path).ok();
+    if found.as_ref().is_some_and(|found| !found.is_file()) {
+        return Err("must be a regular file".into());
+    }
+    if found.is_some_and(|found| found.len() > bounded::FILE.bytes as u64) {
+        return Err(format!("is larger than {} KiB", bounded::FILE.bytes >> 10));
+    }
+    Ok(path)
 }
 
 pub(super) fn target(text: &str) -> Result<Target, Fault> {

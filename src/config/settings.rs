@@ -77,9 +77,12 @@ pub struct Settings {
     pub log_format: Option<LogFormat>,
 }
 
+/// The path of the upstream's API.
+const API_PATH: &str = "/api/1.1";
+
 impl Settings {
-    /// Reads every setting from `sources`. Also returns warnings, one line each, for environment
-    /// variables that begin with the broker's prefix and are not settings.
+    /// Reads every setting from `sources`. Also returns warnings, one line each, for environment variables that begin
+    /// with the broker's prefix and are not settings, and for values that are hardly what was meant.
     ///
     /// # Errors
     /// Lists everything that is wrong: missing and malformed values, unknown keys of the file, and
@@ -90,7 +93,23 @@ impl Settings {
             settings.refuse_contradictions(reader);
             settings
         })?;
-        Ok((settings, sources.warnings()))
+        let mut warnings = sources.warnings();
+        warnings.extend(settings.warning_of_upstream());
+        Ok((settings, warnings))
+    }
+
+    /// Returns a warning if the upstream's URL is hardly what was meant. A database belongs to the upstream with which a
+    /// broker was first started on it.
+    fn warning_of_upstream(&self) -> Option<String> {
+        let is_complete =
+            !self.upstream.is_loopback() || self.upstream.base_url().ends_with(API_PATH);
+        (!is_complete).then(|| {
+            format!(
+                "{}: the URL does not end in {API_PATH}, as that of `simulate` does; a database that belongs to no \
+                 upstream yet is bound to it",
+                UPSTREAM.env()
+            )
+        })
     }
 
     /// Returns the required settings and the state directory as given, and all others with their defaults.

@@ -63,7 +63,7 @@ fn the_documented_defaults_apply() {
 fn every_bad_setting_gets_its_one_line() {
     let range = "must be a number from";
     for (name, value, fault) in [
-        ("DATABASE_URL", "mysql://canary@localhost/x", "not a postgresql://"),
+        ("DATABASE_URL", "mysql://canary@localhost/x", "another server than Postgres"),
         ("DATABASE_URL", "", "is empty"),
         ("DATABASE_URL_FILE", "/secrets/url", "set together with"),
         ("TOKEN_BROKER_LISTEN", "canary", "not an address and port"),
@@ -224,6 +224,48 @@ fn settings_with_defaults_are_those_of_a_file_with_only_the_required_ones() {
         resolved.state_dir.clone(),
     );
     assert_eq!(format!("{built:?}"), format!("{resolved:?}"));
+}
+
+#[test]
+fn an_upstream_without_the_path_of_its_api_causes_a_warning() {
+    for (upstream, warns) in [
+        ("production", false),
+        ("http://127.0.0.1:8080/api/1.1", false),
+        ("http://127.0.0.1:8080/api/1.1/", false),
+        ("http://127.0.0.1:8080", true),
+        ("http://127.0.0.1:8080/", true),
+        ("http://127.0.0.1:8080/api", true),
+        ("http://127.0.0.1:8080/api/1.1/token", true),
+    ] {
+        let sources = valid_sources(&[("TOKEN_BROKER_UPSTREAM", upstream)]);
+        let (_, warnings) = Settings::resolve(&sources).unwrap();
+        let found = warnings.iter().any(|line| line.contains("does not end in /api/1.1"));
+        assert_eq!(found, warns, "{upstream}: {warnings:?}");
+    }
+}
+
+#[test]
+fn health_asks_readyz_where_it_cannot_speak_to_grpc() {
+    let endpoint = |settings: &[(&str, &str)]| health_endpoint(&sources(settings)).unwrap();
+    let (grpc, readyz) = (
+        HealthEndpoint::Grpc("127.0.0.1:50051".parse().unwrap()),
+        HealthEndpoint::Readyz("127.0.0.1:9464".parse().unwrap()),
+    );
+    let balancers = |from| ("TOKEN_BROKER_PROXY_PROTOCOL_FROM", from);
+    let listen = |on| ("TOKEN_BROKER_LISTEN", on);
+    assert_eq!(endpoint(&[]), grpc);
+    assert_eq!(endpoint(&[balancers("10.0.0.0/8")]), grpc);
+    assert_eq!(endpoint(&[balancers("127.0.0.0/8")]), readyz);
+    assert_eq!(endpoint(&[balancers("10.0.0.1, 127.0.0.1")]), readyz);
+    assert_eq!(endpoint(&[balancers("127.0.0.1"), listen("0.0.0.0:50051")]), readyz);
+    assert_eq!(endpoint(&[balancers("10.0.0.0/8"), listen("10.0.0.7:1")]), readyz);
+    assert_eq!(endpoint(&[balancers("::1"), listen("[::]:1")]), readyz);
+    assert_eq!(endpoint(&[("TOKEN_BROKER_TLS_CERT", "/c")]), readyz);
+    for (on, called) in
+        [("0.0.0.0:1", "127.0.0.1:1"), ("[::]:1", "[::1]:1"), ("192.0.2.1:1", "192.0.2.1:1")]
+    {
+        assert_eq!(endpoint(&[listen(on)]), HealthEndpoint::Grpc(called.parse().unwrap()));
+    }
 }
 
 #[test]

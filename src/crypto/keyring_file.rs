@@ -2,7 +2,8 @@
 
 use std::{
     fs::{self, File, OpenOptions, Permissions},
-    io::{self, Read, Write},
+    io::{self, Write},
+    mem,
     os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown},
     path::{Path, PathBuf},
 };
@@ -19,12 +20,13 @@ use crate::{
     domain::clock::Timestamp,
     files::{
         atomic::{self, Replacement},
+        bounded::{self, Limits},
         text::{self, NotText},
     },
 };
 
 /// The longest file, in bytes, that is read as a keyring.
-const MAX_LEN: u64 = 1 << 20;
+const MAX_LEN: usize = 1 << 20;
 
 /// A keyring file that was refused or not written, and why. No message holds a key.
 #[derive(Debug, Error)]
@@ -59,7 +61,7 @@ impl Keyring {
     /// it), or if it is not a complete keyring.
     pub fn load(path: &Path) -> Result<Self, KeyringError> {
         open_guarded(path)
-            .and_then(read)
+            .and_then(|file| read(&file))
             .and_then(|text| Self::parse(&text))
             .map_err(KeyringError::at(path))
     }
@@ -139,7 +141,7 @@ fn write_edited<T>(
 ) -> Result<T, KeyringFault> {
     let old = open_guarded(path)?;
     let metadata = old.metadata().map_err(KeyringFault::Read)?;
-    let mut keys = parse_keys(&read(old)?)?;
+    let mut keys = parse_keys(&read(&old)?)?;
     let outcome = change(&mut keys)?;
     let text = render(&keys);
     Keyring::parse(&text)?;
@@ -152,7 +154,7 @@ fn write_edited<T>(
 
 /// Opens the file at `path` for reading, unless its mode lets others than its owner read it.
 fn open_guarded(path: &Path) -> Result<File, KeyringFault> {
-    let file = File::open(path).map_err(KeyringFault::Read)?;
+    let file = bounded::open(path).map_err(KeyringFault::Read)?;
     // The metadata is that of the open file: the path may name another file by now.
     let metadata = file.metadata().map_err(KeyringFault::Read)?;
     if !metadata.is_file() {
@@ -165,13 +167,13 @@ fn open_guarded(path: &Path) -> Result<File, KeyringFault> {
     Ok(file)
 }
 
-fn read(file: File) -> Result<Zeroizing<String>, KeyringFault> {
-    let mut bytes = Vec::with_capacity(8192);
-    let read = file.take(MAX_LEN + 1).read_to_end(&mut bytes).map_err(KeyringFault::Read)?;
-    if read as u64 > MAX_LEN {
-        return Err(KeyringFault::NotAKeyring);
-    }
-    text::decode(bytes).map_err(|error| match error {
+fn read(file: &File) -> Result<Zeroizing<String>, KeyringFault> {
+    let limits = Limits { bytes: MAX_LEN, ..bounded::FILE };
+    let mut bytes = bounded::read_from(file, limits).map_err(|error| match error.kind() {
+        io::ErrorKind::FileTooLarge => KeyringFault::NotAKeyring,
+        _ => KeyringFault::Read(error),
+    })?;
+    text::decode(mem::take(&mut *bytes)).map_err(|error| match error {
         NotText::NotUtf8(_) => KeyringFault::NotAKeyring,
         error => KeyringFault::Read(error.into()),
     })

@@ -1,7 +1,8 @@
 //! Files that outlive the process: the state directory, the atomic replacement of a file, and files for new
-//! secrets; and the text of files that people wrote.
+//! secrets; and the reading of files that people wrote or named.
 
 pub mod atomic;
+pub mod bounded;
 pub mod secret_file;
 pub mod state_dir;
 pub mod text;

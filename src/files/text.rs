@@ -1,9 +1,11 @@
 //! Text files that people wrote, also with the tools of Windows: a byte order mark is removed, and UTF-16 is decoded.
 
-use std::{fs, io, path::Path};
+use std::{io, mem, path::Path};
 
 use thiserror::Error;
 use zeroize::Zeroizing;
+
+use super::bounded;
 
 /// Why bytes are not read as text.
 #[derive(Clone, Copy, Debug, Error, Eq, PartialEq)]
@@ -28,12 +30,12 @@ impl From<NotText> for io::Error {
     }
 }
 
-/// Reads the file at `path` as text. Blocks.
+/// Reads the file at `path` as text. Blocks, within the limits of [`bounded::FILE`].
 ///
 /// # Errors
-/// The error of the file system, or [`io::ErrorKind::InvalidData`] with a [`NotText`].
+/// Those of [`bounded::read`], or [`io::ErrorKind::InvalidData`] with a [`NotText`].
 pub fn read(path: &Path) -> io::Result<Zeroizing<String>> {
-    Ok(decode(fs::read(path)?)?)
+    Ok(decode(mem::take(&mut *bounded::read(path)?))?)
 }
 
 /// Returns the text of `bytes`: UTF-8, or UTF-16 with a byte order mark. The mark is removed.
@@ -76,7 +78,7 @@ fn from_utf16(text: &[u8], unit: fn([u8; 2]) -> u16) -> Result<Zeroizing<Vec<u8>
     for character in char::decode_utf16(pairs.iter().map(|pair| unit(*pair))) {
         decoded.push(character.map_err(|_| NotText::MalformedUtf16)?);
     }
-    Ok(Zeroizing::new(std::mem::take(&mut *decoded).into_bytes()))
+    Ok(Zeroizing::new(mem::take(&mut *decoded).into_bytes()))
 }
 
 #[cfg(test)]

@@ -18,5 +18,5 @@ pub use self::{
     },
     chains::{OpenChain, UndeliveredReport},
     connection::{Admin, Attribution},
-    overview::{InstanceSummary, LastIssue, Load, UnauditedChange, UnrecordedChange},
+    overview::{InstanceSummary, LastIssue, Load, Login, UnauditedChange, UnrecordedChange},
 };

@@ -2,7 +2,7 @@
 
 use std::{
     env,
-    fs::{self, Metadata},
+    fs::Metadata,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     str::FromStr,
@@ -13,6 +13,7 @@ use tracing::warn;
 use url::Url;
 
 use super::{StoreError, database_url};
+use crate::files::{bounded::may_never_end, text};
 
 /// Checks that `url` can be used, and returns it in a form for the driver, without the parameters that are ignored.
 /// The names of those are returned too.
@@ -26,6 +27,10 @@ pub(super) fn known_part(url: &str) -> Result<(Url, Vec<String>), StoreError> {
 }
 
 fn options_of(url: &Url) -> Result<PgConnectOptions, StoreError> {
+    // The driver reads them to their ends.
+    if password_files().iter().flatten().any(|file| may_never_end(file)) {
+        return Err(StoreError::InvalidUrl("PGPASSFILE and ~/.pgpass must be regular files"));
+    }
     PgConnectOptions::from_str(url.as_str())
         .map_err(|_| StoreError::InvalidUrl("a part of it cannot be decoded"))
 }
@@ -67,7 +72,7 @@ fn password_files() -> [Option<PathBuf>; 2] {
 /// that out.
 fn warn_of_malformed_passwords() {
     for file in password_files().into_iter().flatten() {
-        let Ok(text) = fs::read_to_string(&file) else { continue };
+        let Ok(text) = text::read(&file) else { continue };
         for (_, number) in text.lines().zip(1_usize..).filter(|(line, _)| is_malformed(line)) {
             warn!(
                 file = %file.display(),

@@ -1,18 +1,49 @@
 //! The forms of a database's URL: which are supported, and what is said of the others. No text quotes the URL, which
 //! may hold a password.
 
+use std::path::Path;
+
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use url::{ParseError, Url};
+
+use crate::files::bounded::may_never_end;
 
 /// Why a URL cannot be used: what is not supported, and how to write it.
 pub(super) type Fault = &'static str;
 
+/// Returns the fault that `$form`, the name of another tool's form, is not supported.
+macro_rules! unsupported {
+    ($form:literal) => {
+        concat!(
+            $form,
+            " is not supported: write postgresql://user:password@host:port/database, in which special characters \
+             of the password are percent-encoded"
+        )
+    };
+}
+
 const FORM: Fault = "not a postgresql://user@host/database URL, in which special characters of the password are \
      percent-encoded";
 const QUOTED: Fault = "begins with a quotation mark: write the URL without quotation marks";
-const JDBC: Fault = "a JDBC URL is not supported: write postgresql://user:password@host:port/database, with user and \
-     password before the host";
-const DRIVER: Fault = "the name of a driver after the scheme is not supported: write postgresql://, without `+driver`";
+const ASSIGNMENT: Fault = "begins with the name of a variable or a command: write the URL alone";
+const VARIABLE: Fault =
+    "is the name of a variable, which nothing has replaced by its value: write the URL";
+const JDBC: Fault = unsupported!("a JDBC URL (jdbc:postgresql:…)");
+const R2DBC: Fault = unsupported!("an R2DBC URL (r2dbc:postgresql:…)");
+const PDO: Fault = unsupported!("the form of PHP (pgsql:host=…;dbname=… or pgsql://…)");
+const DBI: Fault = unsupported!("the form of Perl (dbi:Pg:dbname=…;host=…)");
+const ODBC: Fault = unsupported!("an ODBC URL");
+const SEMICOLONS: Fault = unsupported!(
+    "a connection string with semicolons, as of .NET and ODBC (Host=…;Port=…;Database=…),"
+);
+const ECTO: Fault = unsupported!("the scheme ecto://, as of Elixir,");
+const POSTGIS: Fault = unsupported!("the scheme postgis://");
+const SHORT_SCHEME: Fault = unsupported!("a short form of the scheme, such as pg:// or psql://,");
+const PRISMA: Fault = unsupported!("the scheme prisma://");
+const OTHER_SERVER: Fault = unsupported!("another server than Postgres");
+const DRIVER: Fault = unsupported!(
+    "the name of a driver or of another tool within the scheme (postgresql+driver://…)"
+);
 const KEYWORDS: Fault = "the form `host=… dbname=…` is not supported: write \
      postgresql://user:password@host:port/database, with further parameters after a question mark";
 const SEVERAL_HOSTS: Fault = "several hosts are not supported: name one address that leads to the primary, such as a \
@@ -23,8 +54,78 @@ const BRACKETS: Fault = "an IPv6 address is written in brackets, and without a z
 const PORT: Fault = "the port must be a number from 1 to 65535";
 const SSLMODE: Fault = "sslmode must be disable, allow, prefer, require, verify-ca or verify-full";
 const PEM: Fault = "sslrootcert, sslcert and sslkey must be paths of PEM files, or PEM";
+const PEM_FILE: Fault = "sslrootcert, sslcert and sslkey must name regular files";
 const PRIMARY: Fault =
     "target_session_attrs must be any, read-write or primary: the broker needs the primary";
+
+/// The schemes of other tools that a colon ends, with what is said of them.
+const OTHER_FORMS: &[(&str, Fault)] = &[
+    ("jdbc", JDBC),
+    ("r2dbc", R2DBC),
+    ("r2dbcs", R2DBC),
+    ("pgsql", PDO),
+    ("pdo_pgsql", PDO),
+    ("pdo-pgsql", PDO),
+    ("dbi", DBI),
+    ("odbc", ODBC),
+];
+
+/// The schemes of other tools that `://` ends, with what is said of them. Without the slashes, such a word may be a user.
+const OTHER_SCHEMES: &[(&str, Fault)] = &[
+    ("ecto", ECTO),
+    ("postgis", POSTGIS),
+    ("psql", SHORT_SCHEME),
+    ("pg", SHORT_SCHEME),
+    ("pgx", SHORT_SCHEME),
+    ("pgx5", SHORT_SCHEME),
+    ("pq", SHORT_SCHEME),
+    ("prisma", PRISMA),
+    ("cockroachdb", OTHER_SERVER),
+    ("cockroach", OTHER_SERVER),
+    ("redshift", OTHER_SERVER),
+    ("mysql", OTHER_SERVER),
+    ("mysql2", OTHER_SERVER),
+    ("mariadb", OTHER_SERVER),
+    ("mssql", OTHER_SERVER),
+    ("sqlserver", OTHER_SERVER),
+    ("oracle", OTHER_SERVER),
+    ("sqlite", OTHER_SERVER),
+    ("sqlite3", OTHER_SERVER),
+    ("mongodb", OTHER_SERVER),
+    ("redis", OTHER_SERVER),
+    ("http", OTHER_SERVER),
+    ("https", OTHER_SERVER),
+    ("tcp", OTHER_SERVER),
+    ("unix", OTHER_SERVER),
+];
+
+/// The keys with which a connection string of .NET or ODBC begins, in lower case without spaces.
+const SEMICOLON_KEYS: &[&str] = &[
+    "host",
+    "server",
+    "servername",
+    "datasource",
+    "address",
+    "addr",
+    "port",
+    "database",
+    "initialcatalog",
+    "db",
+    "dbname",
+    "user",
+    "username",
+    "userid",
+    "uid",
+    "password",
+    "pwd",
+    "driver",
+    "provider",
+    "dsn",
+    "filedsn",
+    "pooling",
+    "sslmode",
+    "searchpath",
+];
 
 /// The parameters of a URL that the driver knows; in addition to them, `options[…]`.
 const PARAMETERS: &[&str] = &[
@@ -91,6 +192,12 @@ const REFUSED: &[(&str, &[&str], Fault)] = &[
         "ssl_min_protocol_version",
         &["TLSv1", "TLSv1.1", "TLSv1.2"],
         "ssl_min_protocol_version can be TLSv1.2 at most",
+    ),
+    (
+        "ssl",
+        &[],
+        "the parameter ssl is not supported: write sslmode=verify-full, or sslmode=require to encrypt without \
+         verifying the server, or sslmode=disable",
     ),
     ("requiressl", &["0"], "the parameter requiressl is not supported: write sslmode=require"),
     ("require_auth", &[], "the parameter require_auth is not supported"),
@@ -166,12 +273,29 @@ fn fault_of_text(text: &str) -> Option<Fault> {
     if text.starts_with(['"', '\'', '`']) {
         return Some(QUOTED);
     }
-    let scheme = text.split_once(':').map_or("", |(scheme, _)| scheme).to_ascii_lowercase();
-    if scheme == "jdbc" {
-        return Some(JDBC);
+    if text.starts_with('$') || text.starts_with('%') && text.ends_with('%') {
+        return Some(VARIABLE);
     }
-    if scheme.starts_with("postgres") && scheme.contains('+') {
-        return Some(DRIVER);
+    if begins_with_command(text) {
+        return Some(ASSIGNMENT);
+    }
+    let scheme = text.split_once(':').map_or("", |(scheme, _)| scheme).to_ascii_lowercase();
+    let said_of = |forms: &[(&str, Fault)]| {
+        forms.iter().find(|(name, _)| *name == scheme).map(|(_, fault)| *fault)
+    };
+    if let Some(fault) = said_of(OTHER_FORMS) {
+        return Some(fault);
+    }
+    if has_semicolons(text) {
+        return Some(SEMICOLONS);
+    }
+    if text[scheme.len()..].starts_with("://") {
+        if scheme.contains("postgres") && scheme.contains('+') {
+            return Some(DRIVER);
+        }
+        if let Some(fault) = said_of(OTHER_SCHEMES) {
+            return Some(fault);
+        }
     }
     let Some((_, rest)) = text.split_once("://") else {
         let is_keyword = |word: &str| {
@@ -197,6 +321,33 @@ fn fault_of_text(text: &str) -> Option<Fault> {
     }
     let zone = host.starts_with('[') && host.contains('%');
     (zone || !host.starts_with('[') && host.matches(':').count() > 1).then_some(BRACKETS)
+}
+
+/// Whether a line of a shell or of a file with variables was pasted.
+fn begins_with_command(text: &str) -> bool {
+    let before = text.split_once("postgres").map_or("", |(before, _)| before);
+    let before = before.trim_end_matches(['"', '\'']);
+    // A colon alone may end a scheme in capital letters.
+    let name = before.trim_end().strip_suffix('=').or_else(|| before.strip_suffix(": "));
+    let is_name = |name: &str| {
+        let name = name.trim_end().strip_prefix("export ").unwrap_or(name).trim();
+        !name.is_empty()
+            && name.bytes().all(|b| b.is_ascii_uppercase() || b.is_ascii_digit() || b == b'_')
+    };
+    name.is_some_and(is_name) || ["psql ", "export ", "set "].iter().any(|it| text.starts_with(it))
+}
+
+/// Whether `text` consists of `Key=value` pairs between semicolons, or begins with such a pair that libpq does not have.
+fn has_semicolons(text: &str) -> bool {
+    let key = |part: &str| {
+        let (key, _) = part.split_once('=')?;
+        let plain: String = key.chars().filter(|it| !matches!(it, ' ' | '_')).collect();
+        SEMICOLON_KEYS.contains(&&*plain.to_ascii_lowercase()).then(|| key.trim().to_owned())
+    };
+    let mut keys = text.split(';').map(key);
+    let Some(Some(first)) = keys.next() else { return false };
+    let of_libpq = ["host", "port", "dbname", "user", "password", "sslmode"];
+    !of_libpq.contains(&&*first) || keys.any(|key| key.is_some())
 }
 
 /// Returns what comes before the path and the query, of a URL without its scheme.
@@ -253,6 +404,12 @@ fn judge(key: &str, value: &str) -> Result<Parameter, Fault> {
             if !read.is_ok_and(|read| !read.is_empty()) {
                 return Err(PEM);
             }
+        }
+        "sslrootcert" | "ssl-root-cert" | "ssl-ca" | "sslcert" | "ssl-cert" | "sslkey"
+        | "ssl-key"
+            if !is_pem(value) && may_never_end(Path::new(value)) =>
+        {
+            return Err(PEM_FILE);
         }
         "sslkey" | "ssl-key" if is_pem(value) => {
             PrivateKeyDer::from_pem_slice(value.as_bytes()).map_err(|_| PEM)?;
@@ -349,6 +506,42 @@ mod tests {
             ("host = h  password = canary", KEYWORDS),
             ("jdbc:postgresql://h/db?user=u&password=canary", JDBC),
             ("JDBC:postgresql:db", JDBC),
+            ("r2dbc:postgresql://u:canary@h/db", R2DBC),
+            ("r2dbc:pool:postgresql://u:canary@h/db", R2DBC),
+            ("pgsql:host=h;port=5432;dbname=db;user=u;password=canary", PDO),
+            ("pgsql://u:canary@h/db", PDO),
+            ("pdo-pgsql://u:canary@h/db", PDO),
+            ("dbi:Pg:dbname=db;host=h;password=canary", DBI),
+            ("Host=h;Port=5432;Database=db;Username=u;Password=canary", SEMICOLONS),
+            ("Host=h", SEMICOLONS),
+            ("host=h;database=db;password=canary", SEMICOLONS),
+            ("Server=h;Database=db;User Id=u;Password=canary;", SEMICOLONS),
+            ("Server = h; Database = db", SEMICOLONS),
+            ("Data Source=h;Initial Catalog=db;Pwd=canary", SEMICOLONS),
+            ("User ID=u;Password=canary;Host=h;Port=5432", SEMICOLONS),
+            ("Username=u;Password=a://canary;Host=h", SEMICOLONS),
+            ("Driver={PostgreSQL Unicode};Server=h;Uid=u;Pwd=canary", SEMICOLONS),
+            ("DSN=canary", SEMICOLONS),
+            ("ecto://u:canary@h/db", ECTO),
+            ("postgis://u:canary@h/db", POSTGIS),
+            ("pg://u:canary@h/db", SHORT_SCHEME),
+            ("pgx5://u:canary@h/db", SHORT_SCHEME),
+            ("prisma://accelerate.prisma-data.net/?api_key=canary", PRISMA),
+            ("prisma+postgres://h/?api_key=canary", DRIVER),
+            ("sqlite:///canary", OTHER_SERVER),
+            ("cockroachdb://u:canary@h/db", OTHER_SERVER),
+            ("DATABASE_URL=postgresql://u:canary@h/db", ASSIGNMENT),
+            ("export DATABASE_URL='postgresql://u:canary@h/db'", ASSIGNMENT),
+            ("DATABASE_URL: postgresql://u:canary@h/db", ASSIGNMENT),
+            ("psql postgresql://u:canary@h/db", ASSIGNMENT),
+            ("$DATABASE_URL", VARIABLE),
+            ("${DATABASE_URL}", VARIABLE),
+            ("%DATABASE_URL%", VARIABLE),
+            ("user=u host=h password=canary", KEYWORDS),
+            ("host='h' dbname='a;b' password=canary", KEYWORDS),
+            ("service=canary", KEYWORDS),
+            ("postgresql://u:canary@h1,[::1]:5432/db", SEVERAL_HOSTS),
+            ("postgresql://u:canary@%2Ftmp,h2/db", SEVERAL_HOSTS),
             ("postgresql+psycopg2://u:canary@h/db", DRIVER),
             ("postgresql+asyncpg://u:canary@h/db", DRIVER),
             ("postgres+ssl://u:canary@h/db", DRIVER),
@@ -371,9 +564,12 @@ mod tests {
             ("postgresql://u:canary@h:port/db", PORT),
             ("postgresql://u:canary@h:99999/db", PORT),
             ("postgresql://u@h/db?port=canary", PORT),
-            ("mysql://u:canary@h/db", FORM),
-            ("psql://u:canary@h/db", FORM),
-            ("https://u:canary@h/db", FORM),
+            ("mysql://u:canary@h/db", OTHER_SERVER),
+            ("psql://u:canary@h/db", SHORT_SCHEME),
+            ("https://u:canary@h/db", OTHER_SERVER),
+            ("pg:canary@h/db", FORM),
+            ("postgresql:/u:canary@h/db", FORM),
+            ("postgresql//u:canary@h/db", FORM),
             ("postgresql:db", FORM),
             ("u:canary@h/db", FORM),
             ("canary", FORM),
@@ -396,6 +592,13 @@ mod tests {
             ("sslmode=allow", "obeyed"),
             ("sslmode=canary", SSLMODE),
             ("sslmode=", SSLMODE),
+            ("sslmode=no-verify", SSLMODE),
+            ("sslmode=Require", SSLMODE),
+            ("sslmode=true", SSLMODE),
+            ("ssl=true", "write sslmode=verify-full"),
+            ("ssl=false", "the parameter ssl is not supported"),
+            ("sslrootcert=/dev/zero", PEM_FILE),
+            ("sslrootcert=/dev/null", "obeyed"),
             ("sslrootcert=/ca.pem", "obeyed"),
             ("sslrootcert=system", "is the case"),
             (&format!("sslrootcert={pem}"), PEM),

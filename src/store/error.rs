@@ -9,6 +9,7 @@ mod sqlstate;
 
 use std::fmt::Display;
 
+use sqlx::postgres::PgDatabaseError;
 use thiserror::Error;
 
 pub use self::cause::DatabaseCause;
@@ -209,6 +210,23 @@ impl StoreError {
             | Self::Replaced(_)
             | Self::UnreadableRow { .. }
             | Self::InvalidUrl(_) => None,
+        }
+    }
+
+    /// Returns whether the role lacks a privilege on an object. `false` if a trigger or a function forbids something to
+    /// every role.
+    #[must_use]
+    pub fn lacks_grant(&self) -> bool {
+        // The message says the same in the server's language.
+        let is_check = |cause: &DatabaseCause| {
+            cause
+                .server()
+                .and_then(PgDatabaseError::routine)
+                .is_some_and(|it| it.starts_with("aclcheck_error"))
+        };
+        match self {
+            Self::MissingPrivilege(cause) | Self::MigrationFailed { cause, .. } => is_check(cause),
+            _ => false,
         }
     }
 

@@ -88,6 +88,35 @@ pub(super) fn not_after(certificate: &CertificateDer<'_>) -> Option<Timestamp> {
     Timestamp::from_timestamp_secs(parsed.validity().not_after.timestamp())
 }
 
+/// Returns the name of the certificate's holder, for people.
+pub(super) fn subject(certificate: &CertificateDer<'_>) -> String {
+    let parsed = X509Certificate::from_der(certificate);
+    parsed.map(|(_, parsed)| parsed.subject().to_string()).unwrap_or_default()
+}
+
+/// The time in which a certificate is valid, both ends included.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) struct Validity {
+    not_before: i64,
+    not_after: i64,
+}
+
+impl Validity {
+    /// Returns the time of `certificate`; `None` if it cannot be read.
+    pub(super) fn of(certificate: &CertificateDer<'_>) -> Option<Self> {
+        let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
+        let validity = parsed.validity();
+        let (not_before, not_after) =
+            (validity.not_before.timestamp(), validity.not_after.timestamp());
+        Some(Self { not_before, not_after })
+    }
+
+    pub(super) fn contains(self, now: UnixTime) -> bool {
+        let now = i64::try_from(now.as_secs()).unwrap_or(i64::MAX);
+        (self.not_before..=self.not_after).contains(&now)
+    }
+}
+
 /// Returns `now` in the form that rustls takes. Times before 1970 become 1970.
 pub(super) fn unix_time(now: Timestamp) -> UnixTime {
     let seconds = u64::try_from(now.timestamp()).unwrap_or_default();
@@ -139,5 +168,21 @@ mod tests {
             PeerIdentity::of(&b"no certificate"[..].into()),
             PeerIdentity::Unidentified(_)
         ));
+    }
+
+    #[test]
+    fn a_certificate_is_valid_from_its_first_to_its_last_second() {
+        let mut params = CertificateParams::default();
+        params.not_before = rcgen::date_time_ymd(2026, 1, 1);
+        params.not_after = rcgen::date_time_ymd(2027, 1, 1);
+        let dated = params.self_signed(&KeyPair::generate().unwrap()).unwrap();
+        let validity = Validity::of(dated.der()).unwrap();
+        let (first, last) = (1_767_225_600, 1_798_761_600);
+        for (second, valid) in
+            [(first - 1, false), (first, true), (last, true), (last + 1, false), (0, false)]
+        {
+            let now = UnixTime::since_unix_epoch(Duration::from_secs(second));
+            assert_eq!(validity.contains(now), valid, "{second}");
+        }
     }
 }

@@ -12,8 +12,10 @@ use thiserror::Error;
 #[derive(Debug, Error)]
 pub enum TlsError {
     /// A file cannot be read.
-    #[error("{file}: {error}")]
+    #[error("{setting}: {file}: {error}")]
     Io {
+        /// The setting that names the file.
+        setting: &'static str,
         /// The file's path.
         file: PathBuf,
         /// The cause.

@@ -8,6 +8,7 @@ mod error;
 mod name;
 mod reloaded;
 mod revocation;
+mod root_verifier;
 
 pub use self::{
     certificate::PeerIdentity,

@@ -1,7 +1,7 @@
 //! The TLS configuration, which is made anew when its files change.
 
 use std::{
-    fs,
+    mem,
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -25,14 +25,15 @@ use tracing::{error, info, warn};
 use zeroize::Zeroizing;
 
 use super::{
-    certificate,
+    certificate::{self, Validity},
     client_verifier::ListedClientVerifier,
     error::{TlsError, malformed, pem_fault},
     revocation::{self, RevocationList, UnlistedCas},
+    root_verifier::ValidRootVerifier,
 };
 use crate::{
     domain::clock::{Clock, Timestamp},
-    files::text,
+    files::{bounded, text},
 };
 
 /// How often the files are read and compared with those in use.
@@ -79,6 +80,8 @@ pub(super) struct Loaded {
     pub(super) client_verifier: Option<Arc<dyn ClientCertVerifier>>,
     revocation_lists: Vec<RevocationList>,
     unlisted: UnlistedCas,
+    /// The names of the callers' CAs, with their times.
+    cas: Vec<(String, Validity)>,
     not_after: Timestamp,
     /// The first configuration has the number 0; each reload adds one.
     pub(super) generation: u64,
@@ -130,6 +133,16 @@ impl Tls {
     #[must_use]
     pub fn unlisted_cas(&self) -> UnlistedCas {
         self.current.load().unlisted.clone()
+    }
+
+    /// Returns the names of those CAs of callers' certificates that have ended or are not valid yet. Their certificates
+    /// are refused.
+    #[must_use]
+    pub fn invalid_cas(&self) -> Vec<String> {
+        let now = certificate::unix_time(self.clock.utc());
+        let current = self.current.load();
+        let invalid = current.cas.iter().filter(|(_, validity)| !validity.contains(now));
+        invalid.map(|(name, _)| name.clone()).collect()
     }
 
     /// Returns the end of the broker's certificate, in seconds since 1970.
@@ -193,6 +206,12 @@ impl Tls {
         if ends - now < EXPIRY_WARNING {
             warn!(cert = %self.files.cert.display(), %ends, "the certificate ends soon");
         }
+        for ca in self.invalid_cas() {
+            warn!(
+                ca,
+                "a CA of callers' certificates has ended or is not valid yet: its certificates are refused"
+            );
+        }
         for list in current.revocation_lists.iter().filter(|list| list.is_out_of_date(now)) {
             warn!(
                 issuer = list.issuer,
@@ -227,16 +246,20 @@ impl Tls {
 
 impl FileContents {
     fn of(files: &TlsFiles) -> Result<Self, TlsError> {
-        let read = |file: &Path| {
-            fs::read(file)
-                .and_then(|bytes| Ok(text::to_utf8(bytes)?.to_vec()))
-                .map_err(|error| TlsError::Io { file: file.to_owned(), error })
+        let read = |setting, file: &Path| {
+            bounded::read(file)
+                .and_then(|mut bytes| Ok(text::to_utf8(mem::take(&mut *bytes))?))
+                .map_err(|error| TlsError::Io { setting, file: file.to_owned(), error })
+        };
+        let read_optional = |setting, file: &Option<PathBuf>| {
+            let file = file.as_deref();
+            file.map(|file| Ok(read(setting, file)?.to_vec())).transpose()
         };
         Ok(Self {
-            cert: read(&files.cert)?,
-            key: Zeroizing::new(read(&files.key)?),
-            client_ca: files.client_ca.as_deref().map(read).transpose()?,
-            client_crl: files.client_crl.as_deref().map(read).transpose()?,
+            cert: read("TOKEN_BROKER_TLS_CERT", &files.cert)?.to_vec(),
+            key: read("TOKEN_BROKER_TLS_KEY", &files.key)?,
+            client_ca: read_optional("TOKEN_BROKER_TLS_CLIENT_CA", &files.client_ca)?,
+            client_crl: read_optional("TOKEN_BROKER_TLS_CLIENT_CRL", &files.client_crl)?,
         })
     }
 
@@ -289,6 +312,7 @@ impl FileContents {
             client_verifier: callers.verifier,
             revocation_lists: callers.revocation_lists,
             unlisted: callers.unlisted,
+            cas: callers.cas,
             not_after,
             generation,
         })
@@ -300,27 +324,41 @@ impl FileContents {
             return Ok(ClientAuth::default());
         };
         let cas = certificates(file, pem)?;
-        let mut roots = RootCertStore::empty();
-        for ca in &cas {
-            roots.add(ca.clone()).map_err(|error| malformed(file, &error.to_string()))?;
-        }
-        let provider = Arc::new(default_provider());
-        // A caller without a certificate can identify itself by a bearer.
-        let mut builder = WebPkiClientVerifier::builder_with_provider(roots.into(), provider)
-            .allow_unauthenticated();
         let mut auth = ClientAuth::default();
-        let mut faulty_file = file;
+        let (mut crls, mut faulty_file) = (None, file);
         if let Some((file, pem)) = files.client_crl.as_deref().zip(self.client_crl.as_deref()) {
             let (lists, ders) = revocation::lists(file, pem)?;
             auth.unlisted = UnlistedCas::of(&cas, &lists);
             auth.revocation_lists = lists;
-            // A CA without a list is trusted without one, so that one list can be added after another. That there is
-            // none is for `ListedClientVerifier` to say.
-            builder = builder.with_crls(ders).allow_unknown_revocation_status();
+            crls = Some(ders);
             faulty_file = file;
         }
-        let verifier =
-            builder.build().map_err(|error| malformed(faulty_file, &error.to_string()))?;
+        let provider = Arc::new(default_provider());
+        let trusting = |cas: &[CertificateDer<'static>]| {
+            let mut roots = RootCertStore::empty();
+            for ca in cas {
+                roots.add(ca.clone()).map_err(|error| malformed(file, &error.to_string()))?;
+            }
+            // A caller without a certificate can identify itself by a bearer.
+            let mut builder =
+                WebPkiClientVerifier::builder_with_provider(roots.into(), Arc::clone(&provider))
+                    .allow_unauthenticated();
+            if let Some(ders) = &crls {
+                // A CA without a list is trusted without one, so that one list can be added after another. That there
+                // is none is for `ListedClientVerifier` to say.
+                builder = builder.with_crls(ders.clone()).allow_unknown_revocation_status();
+            }
+            builder.build().map_err(|error| malformed(faulty_file, &error.to_string()))
+        };
+        let mut each = Vec::with_capacity(cas.len());
+        for ca in &cas {
+            let validity =
+                Validity::of(ca).ok_or_else(|| malformed(file, "a certificate cannot be read"))?;
+            each.push((validity, trusting(std::slice::from_ref(ca))?));
+            auth.cas.push((certificate::subject(ca), validity));
+        }
+        let verifier: Arc<dyn ClientCertVerifier> =
+            Arc::new(ValidRootVerifier::new(trusting(&cas)?, each));
         let lists = auth.revocation_lists.clone();
         auth.verifier = Some(if lists.is_empty() {
             verifier
@@ -337,6 +375,7 @@ struct ClientAuth {
     verifier: Option<Arc<dyn ClientCertVerifier>>,
     revocation_lists: Vec<RevocationList>,
     unlisted: UnlistedCas,
+    cas: Vec<(String, Validity)>,
 }
 
 /// Returns the certificates in a PEM file. At least one is required.
@@ -351,6 +390,8 @@ fn certificates(file: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>,
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn write_certificate(files: &TlsFiles) {

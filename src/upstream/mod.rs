@@ -211,6 +211,9 @@ impl UpstreamClient {
     }
 }
 
+/// The most headers of an answer. Gateways add their own, and a token in an answer that is not read is lost.
+const MAX_HEADERS: usize = 1_000;
+
 /// Returns a builder with the settings of every client of the upstream. reqwest's defaults would follow
 /// redirects, use the environment's proxies, and send `Referer`.
 ///
@@ -232,6 +235,7 @@ fn builder(timeout: Duration) -> reqwest::ClientBuilder {
         .http1_allow_obsolete_multiline_headers_in_responses(true)
         .http1_allow_spaces_after_header_name_in_responses(true)
         .http1_ignore_invalid_headers_in_responses(true)
+        .http1_max_headers(MAX_HEADERS)
         .pool_max_idle_per_host(0)
         .redirect(redirect::Policy::none())
         .retry(reqwest::retry::never())

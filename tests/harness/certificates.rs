@@ -36,6 +36,16 @@ impl TestCa {
         Self(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())
     }
 
+    /// Creates an authority that is valid from the beginning of one year to that of another.
+    pub(crate) fn valid(name: &str, from: i32, until: i32) -> Self {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.distinguished_name.push(DnType::CommonName, name);
+        (params.not_before, params.not_after) =
+            (date_time_ymd(from, 1, 1), date_time_ymd(until, 1, 1));
+        Self(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())
+    }
+
     /// Returns the authority's own certificate in PEM.
     pub(crate) fn pem(&self) -> String {
         self.0.pem()

@@ -113,6 +113,24 @@ impl TestDatabase {
         .await;
     }
 
+    /// Adds the disabled accounts `<prefix>-1` to `<prefix>-<count>` in one transaction. Triggers run for each of them, so
+    /// that one statement for thousands could exceed the time that a session allows for a statement.
+    ///
+    /// # Panics
+    /// When a statement fails.
+    pub(crate) async fn add_disabled_accounts(&self, prefix: &str, count: usize) {
+        const BATCH: usize = 500;
+        let batches = (1..=count).step_by(BATCH).map(|first| {
+            let last = count.min(first + BATCH - 1);
+            format!(
+                "insert into accounts (name, client_id, client_secret, enabled)
+                 select '{prefix}-' || n, '{prefix}-' || n, 'SK.1', false
+                 from generate_series({first}, {last}) n;"
+            )
+        });
+        self.sql(&format!("begin; {} commit", batches.collect::<String>())).await;
+    }
+
     /// Like [`sql`](Self::sql), but returns the error when a statement fails.
     pub(crate) async fn try_sql(&self, statements: &str) -> sqlx::Result<PgQueryResult> {
         sqlx::raw_sql(AssertSqlSafe(statements.to_owned())).execute(&self.pool).await

@@ -160,6 +160,35 @@ async fn a_connection_does_not_outlive_its_client_certificate() {
     broker.broker.stop().await;
 }
 
+/// rustls takes every CA of the file as trusted, whatever time it names.
+#[tokio::test]
+async fn a_ca_that_has_ended_or_is_not_valid_yet_identifies_nobody() {
+    let manual = ManualClock::new(Clock::System.now());
+    for lists in [None, Some::<fn(&TestCa) -> String>(|ca| ca.revocation_list(&[9], 4000))] {
+        let broker = TlsBroker::new(Clock::Manual(manual.clone()), lists).await;
+        let (ended, future, ending) = (
+            TestCa::valid("ended", 2000, 2010),
+            TestCa::valid("future", 4000, 4096),
+            TestCa::valid("ending", 2000, 2035),
+        );
+        let cas = [&ended, &future, &ending, &broker.callers_ca];
+        write_tls_files(broker.directory(), &broker.identity, &cas);
+        let [of_ended, of_future, of_ending, good] = cas.map(|ca| ca.issue(&[BILLING]));
+        eventually("the new CAs", async || broker.serves(&of_ending).await.then_some(())).await;
+        assert!(broker.serves(&good).await);
+        assert!(!broker.serves(&of_ended).await && !broker.serves(&of_future).await);
+        broker.handshake_refused("UNKNOWN_ISSUER").await;
+        let client = broker.connect(&of_ending).await.unwrap();
+        client.get().await.unwrap();
+        let stream = client.watch().await;
+        manual.set(DateTime::parse_from_rfc3339("2035-01-01T00:01:01Z").unwrap().to_utc());
+        broker.assert_ends(&client, stream).await;
+        assert!(!broker.serves(&of_ending).await);
+        broker.broker.stop().await;
+        manual.set(Clock::System.now());
+    }
+}
+
 #[tokio::test]
 async fn no_tls_session_is_resumed() {
     let broker = TlsBroker::new(Clock::System, None).await;

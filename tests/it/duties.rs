@@ -571,9 +571,7 @@ async fn a_revocation_behind_ten_thousand_new_accounts_is_followed() {
     until_served("before", &client, "acme").await;
     until_served("before", &good, "bank").await;
 
-    let insert = "insert into accounts (name, client_id, client_secret, enabled)
-        select 'new-' || n, 'n' || n, 'SK.' || n, false from generate_series(1, 10000) n";
-    fixture.database.sql(insert).await;
+    fixture.database.add_disabled_accounts("new", 10_000).await;
     fixture
         .database
         .sql(

@@ -19,13 +19,16 @@ mod dev;
 #[cfg(feature = "embedded-postgres")]
 mod disruptions;
 mod drain;
+mod endless_files;
 #[cfg(feature = "embedded-postgres")]
 mod failovers;
 mod floods;
 #[cfg(feature = "embedded-postgres")]
 mod grpcurl;
+mod identities;
 mod live_token;
 mod pasted;
+mod privileges;
 mod quoted_input;
 mod removed_files;
 #[cfg(feature = "embedded-postgres")]

@@ -295,13 +295,7 @@ async fn a_stream_that_fell_behind_reports_what_was_removed_meanwhile() {
     let mut stream = client.watch(&["acme-*"]).await.unwrap();
     assert_eq!(stream.message().await.unwrap().unwrap().account, "acme-1");
     fixture.database.sql("delete from accounts where name = 'acme-1'").await;
-    fixture
-        .database
-        .sql(
-            "insert into accounts (name, client_id, client_secret, enabled)
-             select 'other-' || n, 'other-' || n, 'SK.1', false from generate_series(1, 5000) n",
-        )
-        .await;
+    fixture.database.add_disabled_accounts("other", 5_000).await;
     let ended = loop {
         let response = stream.message().await.unwrap().unwrap();
         if let Some(Event::Ended(ended)) = response.event {

@@ -422,6 +422,10 @@ fn framings(status: &str, body: &str) -> Vec<(&'static str, Vec<u8>)> {
         ("with a folded header", raw(head(&format!("x-a: 1,\r\n  2\r\n{sized}")), bytes)),
         ("with a space after a name", raw(head(&format!("x-a : 1\r\n{sized}")), bytes)),
         ("with an invalid header", raw(head(&format!("x a: 1\r\n{sized}")), bytes)),
+        (
+            "with hundreds of headers",
+            raw(head(&format!("{}{sized}", "set-cookie: a=b\r\n".repeat(900))), bytes),
+        ),
         ("called HTML", raw(head(&format!("content-type: text/html\r\n{sized}")), bytes)),
         ("with a mark", raw(head("content-type: application/json\r\n"), &marked)),
         ("in UTF-16", raw(head("content-type: text/plain; charset=utf-16\r\n"), &utf16)),

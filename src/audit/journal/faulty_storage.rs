@@ -1,6 +1,10 @@
 //! Storage in memory for tests. It can fail, fill up, and lose at a crash what was not synced.
 
-use std::{collections::BTreeMap, io, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    sync::Arc,
+};
 
 use chrono::DateTime;
 use parking_lot::{Mutex, MutexGuard};
@@ -21,6 +25,8 @@ pub(crate) struct FaultState {
     /// How many more bytes can be written; `None` for no limit.
     pub(crate) room: Option<usize>,
     pub(crate) read_only: bool,
+    /// The names of files that cannot be read.
+    pub(crate) unreadable: BTreeSet<String>,
     pub(crate) syncs: usize,
     /// Number of files that were created.
     created: u64,
@@ -150,6 +156,9 @@ impl JournalStorage for FaultyStorage {
 
     fn read(&self, name: &str, offset: u64, len: usize) -> io::Result<Vec<u8>> {
         let mut state = self.state();
+        if state.unreadable.contains(name) {
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
         let bytes = &state.file(name)?.bytes;
         let from = usize::try_from(offset).unwrap().min(bytes.len());
         Ok(bytes[from..(from + len).min(bytes.len())].to_vec())

@@ -4,8 +4,13 @@
 //! Only the last segment is read completely, since a segment is complete and durable before its
 //! successor is created. The headers of the others say what each contains, and delivery checks each
 //! record that it reads.
+//!
+//! A damaged segment is evidence, and its records may exist nowhere else: the start refuses it. If all its records are
+//! delivered, Postgres has them, so the file is only set aside.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, io, sync::Arc};
+
+use serde::{Deserialize, Serialize};
 
 use super::{
     catalog::{Catalog, Segment},
@@ -23,6 +28,8 @@ use crate::{
 
 /// The file that keeps the delivered positions for the next start.
 pub(super) const POSITIONS_FILE: &str = "delivered.json";
+/// The file that says where the chain ended that was closed last.
+pub(super) const CLOSED_FILE: &str = "closed.json";
 /// Longest header line, in bytes.
 const MAX_HEADER_BYTES: usize = 4_096;
 
@@ -68,21 +75,110 @@ pub(super) enum TornTailAction {
     Leave,
 }
 
-impl TornTailAction {
-    /// Returns the error of a segment, or adds it to `damaged` if such a segment is left out.
-    fn leave_out<T>(
-        self,
-        read: Result<T, JournalError>,
-        damaged: &mut Vec<JournalError>,
-    ) -> Result<Option<T>, JournalError> {
-        match (read, self) {
-            (Ok(read), _) => Ok(Some(read)),
-            (Err(error), Self::SetAside) => Err(error),
-            (Err(error), Self::Leave) => {
-                damaged.push(error);
-                Ok(None)
-            }
+/// The end of a chain that was closed in order: no record was written to it later.
+///
+/// Only with it is it known, without the last segment itself, that all of that segment's records are delivered. After a
+/// crash there is none.
+#[derive(Deserialize, Serialize)]
+pub(super) struct ClosedChain {
+    #[serde(flatten)]
+    link: ChainLink,
+    last_seq: i64,
+    last_hash: Digest,
+}
+
+impl ClosedChain {
+    pub(super) fn new(link: &ChainLink, head: ChainHead) -> Self {
+        Self { link: link.clone(), last_seq: head.seq, last_hash: head.hash }
+    }
+
+    fn head(&self) -> ChainHead {
+        ChainHead { seq: self.last_seq, hash: self.last_hash }
+    }
+}
+
+/// Why a segment cannot be used.
+enum Fault {
+    Damaged { line: usize, why: String },
+    Io(io::Error),
+}
+
+impl Fault {
+    fn header(why: String) -> Self {
+        Self::Damaged { line: 1, why }
+    }
+
+    fn into_error(self, file: &str) -> JournalError {
+        match self {
+            Self::Damaged { line, why } => JournalError::damaged(file, line, why),
+            Self::Io(error) => JournalError::io(file)(error),
         }
+    }
+}
+
+impl From<io::Error> for Fault {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+/// A segment file, with its header if that can be read.
+struct Candidate {
+    file: FileInfo,
+    header: Result<Header, Fault>,
+}
+
+impl Candidate {
+    /// The chain and the number of the first record, by the name.
+    fn named(&self) -> (&str, i64) {
+        parse_name(&self.file.name).unwrap_or_default()
+    }
+}
+
+/// What the journal's other files say of its segments.
+struct Known {
+    delivered: BTreeMap<String, i64>,
+    closed: Option<ClosedChain>,
+}
+
+impl Known {
+    fn read(storage: &dyn JournalStorage) -> Self {
+        Self { delivered: read_delivered(storage), closed: read_closed(storage) }
+    }
+
+    fn delivered(&self, chain: &str) -> i64 {
+        self.delivered.get(chain).copied().unwrap_or(0)
+    }
+
+    fn closed(&self, chain: &str) -> Option<&ClosedChain> {
+        self.closed.as_ref().filter(|closed| closed.link.chain == chain)
+    }
+
+    /// Whether a segment has held records, by what is known of its chain.
+    fn held_records(&self, (chain, first_seq): (&str, i64)) -> bool {
+        let closed = self.closed(chain).map_or(0, |closed| closed.last_seq);
+        self.delivered(chain).max(closed) >= first_seq
+    }
+
+    /// Whether Postgres has all records that `segment` has held, which `next` follows. Does not rely on the segment's
+    /// content. `false` if it is not known where it ended.
+    fn is_delivered(&self, segment: &Candidate, next: Option<&Candidate>) -> bool {
+        let (chain, _) = segment.named();
+        let end_by_next = next.and_then(|next| match (next.named(), &next.header) {
+            ((next_chain, first_seq), _) if next_chain == chain => Some(first_seq - 1),
+            (_, Ok(Header { link, .. })) if link.linked_chain.as_deref() == Some(chain) => {
+                Some(link.linked_seq)
+            }
+            _ => None,
+        });
+        let end_by_link = || {
+            let link = &self.closed.as_ref()?.link;
+            (link.linked_chain.as_deref() == Some(chain)).then_some(link.linked_seq)
+        };
+        let end = end_by_next
+            .or_else(|| self.closed(chain).map(|closed| closed.last_seq))
+            .or_else(end_by_link);
+        end.is_some_and(|end| end <= self.delivered(chain))
     }
 }
 
@@ -94,28 +190,44 @@ pub(super) fn recover(
     let files = sorted_segments(storage)?;
     let number = |file: &FileInfo| start_number(parse_name(&file.name)?.0);
     let start = files.iter().filter_map(number).max().map_or(1, |last| last.saturating_add(1));
+    let known = Known::read(storage);
     let mut damaged = Vec::new();
-    let headers = read_headers(storage, files, action, &mut damaged)?;
+    let mut candidates = read_headers(storage, files, &known, action)?;
+    if action == TornTailAction::Leave {
+        candidates = without_headerless(candidates, &mut damaged);
+    }
     let mut links = LinkInterner::default();
-    let mut segments = Vec::with_capacity(headers.len());
+    let mut segments = Vec::with_capacity(candidates.len());
     let (mut last, mut torn) = (None, None);
-    for (index, (header, file)) in headers.iter().enumerate() {
-        let link = links.of(header);
-        let end = match headers.get(index + 1) {
-            Some((next, _)) => match end_by_successor(header, next) {
-                Some(head) => Ok((head, file.len)),
-                None => check_records(storage, header, file, None, &mut torn),
-            },
-            None => check_records(storage, header, file, Some(action), &mut torn),
+    let mut rest = candidates.into_iter().peekable();
+    while let Some(candidate) = rest.next() {
+        let next = rest.peek();
+        let is_delivered = known.is_delivered(&candidate, next);
+        let chain = candidate.named().0.to_owned();
+        let Candidate { file, header } = candidate;
+        // A journal that is only read is described as it is.
+        let closed = known.closed(&chain).filter(|_| action == TornTailAction::SetAside);
+        let tail = Tail { action, written_to: closed.map_or(0, |closed| closed.last_seq) };
+        let checked = header.and_then(|header| {
+            let (head, len) = match check_end(storage, &header, &file, next, tail, &mut torn) {
+                // The reader gets as far as the damage, and reports it.
+                Err(_) if action == TornTailAction::Leave => (UNKNOWN_END, file.len),
+                checked => checked?,
+            };
+            Ok((header, head, len))
+        });
+        let (header, head, len) = match checked {
+            Ok(checked) => checked,
+            Err(fault) if is_delivered => {
+                set_aside_delivered(storage, &file.name, fault)?;
+                last = closed.map(|it| (Arc::new(it.link.clone()), it.head())).or(last);
+                continue;
+            }
+            Err(fault) => return Err(fault.into_error(&file.name)),
         };
-        let (head, len) = match (end, action) {
-            (Ok(end), _) => end,
-            (Err(error), TornTailAction::SetAside) => return Err(error),
-            // The reader gets as far as the damage, and reports it.
-            (Err(_), TornTailAction::Leave) => (UNKNOWN_END, file.len),
-        };
+        let link = links.of(&header);
         segments.push(Segment {
-            name: file.name.clone(),
+            name: file.name,
             link: Arc::clone(&link),
             before: header.head(),
             last_seq: head.seq,
@@ -127,8 +239,57 @@ pub(super) fn recover(
         });
         last = Some((link, head));
     }
-    let catalog = Catalog::new(segments, read_delivered(storage));
+    let catalog = Catalog::new(segments, known.delivered);
     Ok(Recovered { catalog, start, last, torn, damaged })
+}
+
+/// How the end of the last segment is judged.
+#[derive(Clone, Copy)]
+struct Tail {
+    /// What is done with a torn tail.
+    action: TornTailAction,
+    /// `seq` of the last record that was written to the chain, if that is known; otherwise 0. Without records up to it,
+    /// the segment is damaged.
+    written_to: i64,
+}
+
+/// Returns the head at a segment's end, and the length of its part up to there.
+fn check_end(
+    storage: &dyn JournalStorage,
+    header: &Header,
+    file: &FileInfo,
+    next: Option<&Candidate>,
+    tail: Tail,
+    torn: &mut Option<TornTail>,
+) -> Result<(ChainHead, u64), Fault> {
+    let Some(next) = next else { return check_records(storage, header, file, Some(tail), torn) };
+    match next.header.as_ref().ok().and_then(|next| end_by_successor(header, next)) {
+        Some(head) => Ok((head, file.len)),
+        None => check_records(storage, header, file, None, torn),
+    }
+}
+
+/// Moves a damaged segment to a `.torn` file. Postgres has its records.
+fn set_aside_delivered(
+    storage: &dyn JournalStorage,
+    name: &str,
+    fault: Fault,
+) -> Result<(), JournalError> {
+    let aside = format!("{name}.torn");
+    storage.rename(name, &aside).map_err(JournalError::io(name))?;
+    storage.sync_dir().map_err(JournalError::io("."))?;
+    let (line, why) = match fault {
+        Fault::Damaged { line, why } => (Some(line), why),
+        Fault::Io(error) => (None, error.to_string()),
+    };
+    tracing::error!(
+        file = name,
+        line,
+        why,
+        aside,
+        "another program or the disk damaged an audit segment whose records are all in Postgres: moved to a .torn file"
+    );
+    Ok(())
 }
 
 /// Shares one [`ChainLink`] among all segments of a chain.
@@ -155,63 +316,72 @@ fn sorted_segments(storage: &dyn JournalStorage) -> Result<Vec<FileInfo>, Journa
     Ok(files)
 }
 
-/// Reads the headers of all segments. A last segment without a header is a torn tail.
+/// Reads the headers of all segments. A last segment whose creation was interrupted is discarded.
 fn read_headers(
     storage: &dyn JournalStorage,
     files: Vec<FileInfo>,
+    known: &Known,
     action: TornTailAction,
+) -> Result<Vec<Candidate>, JournalError> {
+    let mut candidates = Vec::with_capacity(files.len());
+    for file in files {
+        let header = read_header(storage, &file.name);
+        candidates.push(Candidate { file, header });
+    }
+    let interrupted = candidates
+        .pop_if(|it| !known.held_records(it.named()) && is_interrupted_creation(storage, it));
+    if let (Some(Candidate { file, header: Err(fault) }), TornTailAction::SetAside) =
+        (interrupted, action)
+    {
+        let why = if let Fault::Damaged { why, .. } = fault { why } else { String::new() };
+        tracing::warn!(
+            file = file.name,
+            why,
+            "the journal's last segment has no header: moved to a .torn file"
+        );
+        set_aside(storage, &file, 0).map_err(|fault| fault.into_error(&file.name))?;
+        storage.remove(&file.name).map_err(JournalError::io(&file.name))?;
+    }
+    Ok(candidates)
+}
+
+/// Returns the segments with a header. Adds the faults of the others to `damaged`.
+fn without_headerless(
+    candidates: Vec<Candidate>,
     damaged: &mut Vec<JournalError>,
-) -> Result<Vec<(Header, FileInfo)>, JournalError> {
-    let mut headers = Vec::with_capacity(files.len());
-    let last = files.len().saturating_sub(1);
-    for (index, file) in files.into_iter().enumerate() {
-        let header = match read_header(storage, &file.name) {
-            Ok(Ok(header)) => Ok(Some(header)),
-            Ok(Err(why)) if index == last => {
-                discard_headerless(storage, &file, &why, action).map(|()| None)
-            }
-            Ok(Err(why)) => Err(JournalError::damaged(&file.name, 1, why)),
-            Err(error) => Err(error),
-        };
-        let header = action.leave_out(header, damaged)?.flatten();
-        headers.extend(header.map(|header| (header, file)));
+) -> Vec<Candidate> {
+    let mut kept = Vec::with_capacity(candidates.len());
+    for Candidate { file, header } in candidates {
+        match header {
+            Ok(header) => kept.push(Candidate { file, header: Ok(header) }),
+            Err(fault) => damaged.push(fault.into_error(&file.name)),
+        }
     }
-    Ok(headers)
+    kept
 }
 
-/// Reads the header of a segment. The inner result is an error if the header is malformed.
-fn read_header(
-    storage: &dyn JournalStorage,
-    name: &str,
-) -> Result<Result<Header, String>, JournalError> {
-    let start = storage.read(name, 0, MAX_HEADER_BYTES).map_err(JournalError::io(name))?;
+fn read_header(storage: &dyn JournalStorage, name: &str) -> Result<Header, Fault> {
+    let start = storage.read(name, 0, MAX_HEADER_BYTES)?;
     let Some(end) = start.iter().position(|b| *b == b'\n') else {
-        return Ok(Err("the header line is not complete".into()));
+        return Err(Fault::header("the header line is not complete".into()));
     };
-    Ok(Header::parse(name, &start[..end]))
+    Header::parse(name, &start[..end]).map_err(Fault::header)
 }
 
-/// Discards a last segment whose creation was interrupted by a crash. Such a segment contains no record.
-/// If it does contain one, its header was damaged later, which is an error.
-fn discard_headerless(
-    storage: &dyn JournalStorage,
-    file: &FileInfo,
-    why: &str,
-    action: TornTailAction,
-) -> Result<(), JournalError> {
-    if count_records(&read_all(storage, file)?) > 0 {
-        return Err(JournalError::damaged(&file.name, 1, why.to_owned()));
+/// Whether a crash may have interrupted the creation of a segment whose header is damaged. Such a file contains a part
+/// of a header, and zeros where the file system had not written yet. The header is on disk before the first record is
+/// written, so anything else was written later, by another program.
+fn is_interrupted_creation(storage: &dyn JournalStorage, candidate: &Candidate) -> bool {
+    const BEGINNING: &[u8] = br#"{"journal":"#;
+    if !matches!(candidate.header, Err(Fault::Damaged { .. })) {
+        return false;
     }
-    if action == TornTailAction::Leave {
-        return Ok(());
-    }
-    tracing::warn!(
-        file = file.name,
-        why,
-        "the journal's last segment has no header: moved to a .torn file"
-    );
-    set_aside(storage, file, 0)?;
-    storage.remove(&file.name).map_err(JournalError::io(&file.name))
+    let Ok(bytes) = read_all(storage, &candidate.file) else { return false };
+    let written = bytes.iter().rposition(|byte| *byte != 0).map_or(&[][..], |last| &bytes[..=last]);
+    let same = written.len().min(BEGINNING.len());
+    written.len() <= MAX_HEADER_BYTES
+        && !written.contains(&b'\n')
+        && written[..same] == BEGINNING[..same]
 }
 
 /// The head at a segment's end according to the header of its successor, which is the next segment of
@@ -227,15 +397,15 @@ fn end_by_successor(header: &Header, next: &Header) -> Option<ChainHead> {
 
 /// Checks every record of a segment, and returns its last head and the length of its intact part.
 ///
-/// `action` says what to do with a torn tail. It is `None` if the segment cannot have one, since it is
-/// not the last. [`TornTailAction::Leave`] stores a description of the tail in `torn`.
+/// `tail` is `None` if the segment cannot have a torn tail, since it is not the last. [`TornTailAction::Leave`] stores
+/// a description of the tail in `torn`.
 fn check_records(
     storage: &dyn JournalStorage,
     header: &Header,
     file: &FileInfo,
-    action: Option<TornTailAction>,
+    tail: Option<Tail>,
     torn: &mut Option<TornTail>,
-) -> Result<(ChainHead, u64), JournalError> {
+) -> Result<(ChainHead, u64), Fault> {
     let chain = &header.link.chain;
     let bytes = read_all(storage, file)?;
     let mut head = header.head();
@@ -246,7 +416,9 @@ fn check_records(
                 Ok(event) => head = event.head(),
                 Err(why) => {
                     let (rest, line) = (&bytes[intact..], index + 1);
-                    match action.filter(|_| head.seq >= max_synced_seq(rest, chain)) {
+                    let is_torn =
+                        |tail: &Tail| head.seq >= max_synced_seq(rest, chain).max(tail.written_to);
+                    match tail.filter(is_torn).map(|tail| tail.action) {
                         Some(TornTailAction::Leave) => {
                             *torn = Some(TornTail {
                                 chain: chain.clone(),
@@ -268,7 +440,7 @@ fn check_records(
                             );
                             set_aside(storage, file, intact)?;
                         }
-                        None => return Err(JournalError::damaged(&file.name, line, why)),
+                        None => return Err(Fault::Damaged { line, why }),
                     }
                     break;
                 }
@@ -276,7 +448,13 @@ fn check_records(
         }
         intact += line.len();
     }
-    Ok((head, intact as u64))
+    match tail {
+        Some(Tail { written_to, .. }) if head.seq < written_to => Err(Fault::Damaged {
+            line: bytes.split(|b| *b == b'\n').count(),
+            why: format!("it ends after record {}, and {written_to} were written", head.seq),
+        }),
+        _ => Ok((head, intact as u64)),
+    }
 }
 
 fn decode_complete(line: &[u8], chain: &str, head: ChainHead) -> Result<StoredEvent, String> {
@@ -299,20 +477,16 @@ fn max_synced_seq(tail: &[u8], chain: &str) -> i64 {
 }
 
 /// Copies everything after the first `keep` bytes to `<name>.torn`, then truncates the segment.
-fn set_aside(
-    storage: &dyn JournalStorage,
-    file: &FileInfo,
-    keep: usize,
-) -> Result<(), JournalError> {
+fn set_aside(storage: &dyn JournalStorage, file: &FileInfo, keep: usize) -> Result<(), Fault> {
     let bytes = read_all(storage, file)?;
     let aside = format!("{}.torn", file.name);
-    storage.replace(&aside, &bytes[keep..]).map_err(JournalError::io(&aside))?;
-    storage.truncate(&file.name, keep as u64).map_err(JournalError::io(&file.name))
+    storage.replace(&aside, &bytes[keep..])?;
+    Ok(storage.truncate(&file.name, keep as u64)?)
 }
 
-fn read_all(storage: &dyn JournalStorage, file: &FileInfo) -> Result<Vec<u8>, JournalError> {
+fn read_all(storage: &dyn JournalStorage, file: &FileInfo) -> io::Result<Vec<u8>> {
     let len = usize::try_from(file.len).unwrap_or(usize::MAX);
-    storage.read(&file.name, 0, len).map_err(JournalError::io(&file.name))
+    storage.read(&file.name, 0, len)
 }
 
 /// The saved delivered positions. If they cannot be read, all segments are retained until Postgres has
@@ -325,6 +499,12 @@ fn read_delivered(storage: &dyn JournalStorage) -> BTreeMap<String, i64> {
         tracing::warn!(why, "{POSITIONS_FILE} cannot be read: positions will come from Postgres");
         BTreeMap::new()
     })
+}
+
+/// The chain that was closed last. Without it, a damaged last segment is refused.
+fn read_closed(storage: &dyn JournalStorage) -> Option<ClosedChain> {
+    let bytes = storage.read(CLOSED_FILE, 0, MAX_HEADER_BYTES).ok()?;
+    serde_json::from_slice(&bytes).ok()
 }
 
 /// Returns the link of a new chain to the previous one.

@@ -14,8 +14,13 @@ use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{Notify, watch};
 
 use super::{
-    catalog::Catalog, dropped::DroppedRecords, queue::Queue, recent::RecentBatches,
-    recover::POSITIONS_FILE, segment_store::SegmentStore, settings::JournalSettings,
+    catalog::Catalog,
+    dropped::DroppedRecords,
+    queue::Queue,
+    recent::RecentBatches,
+    recover::{CLOSED_FILE, ClosedChain, POSITIONS_FILE},
+    segment_store::SegmentStore,
+    settings::JournalSettings,
 };
 use crate::{
     audit::chain::{ChainHead, ChainLink},
@@ -184,6 +189,17 @@ impl Shared {
             .and_then(|positions| self.segments.storage.replace(POSITIONS_FILE, &positions));
         if let Err(error) = saved {
             tracing::warn!(%error, "the delivered audit positions were not saved");
+        }
+    }
+
+    /// Saves where the chain ends. To be called once nothing more is written to it.
+    pub(super) fn save_end(&self) {
+        let closed = serde_json::to_vec(&ClosedChain::new(&self.link, *self.head()));
+        let saved = closed
+            .map_err(io::Error::from)
+            .and_then(|closed| self.segments.storage.replace(CLOSED_FILE, &closed));
+        if let Err(error) = saved {
+            tracing::warn!(%error, "the end of the audit chain was not saved");
         }
     }
 

@@ -241,9 +241,10 @@ impl Writer {
         }
     }
 
-    /// Closes the last segment and saves the delivered positions.
+    /// Closes the last segment, and saves where the chain ends and the delivered positions.
     fn finish(self) {
         self.segments.close();
+        self.shared.save_end();
         if !self.retained.is_empty() {
             tracing::error!(
                 records = self.retained.len(),

@@ -46,7 +46,11 @@ impl WaitArgs {
         for name in names {
             let (issued, outcome) = outcome_by(end, admin, &name.parse()?).await?;
             let Some(issued) = issued else {
-                bail!("no outcome in time: {}", describe(&outcome));
+                bail!(
+                    "no outcome in time: {}; {}",
+                    describe(&outcome).replace('\n', "; "),
+                    reasons(&outcome)
+                );
             };
             all_issued &= issued;
             output::lines(describe(&outcome))?;
@@ -92,6 +96,17 @@ pub(in crate::cli) fn describe(outcome: &Outcome) -> String {
     iter::once(state).chain(error).chain(hint).collect()
 }
 
+/// Returns why there may be no outcome yet, though nothing failed.
+pub(in crate::cli) fn reasons(outcome: &Outcome) -> String {
+    let held_back = outcome.status.last_issued_at.map(|at| {
+        format!(
+            ", or the minimum issue interval since the last token, of {}, is not over",
+            LocalTime(at)
+        )
+    });
+    format!("no broker is running{}", held_back.unwrap_or_default())
+}
+
 #[cfg(test)]
 mod tests {
     use chrono::DateTime;
@@ -131,5 +146,13 @@ mod tests {
         let text = describe(&outcome("rejected", false, true));
         assert_eq!(text, "acme: rejected: 61006 Invalid\\u{a}secret\nhint: set the API KEY");
         assert!(describe(&outcome("fresh", true, false)).starts_with("acme: fresh, token until"));
+    }
+
+    #[test]
+    fn the_minimum_issue_interval_is_named_where_it_may_be_the_reason() {
+        let mut waiting = outcome("fresh", false, false);
+        assert_eq!(reasons(&waiting), "no broker is running");
+        waiting.status.last_issued_at = Some(DateTime::UNIX_EPOCH);
+        assert!(reasons(&waiting).contains("or the minimum issue interval since the last token"));
     }
 }

@@ -2,9 +2,10 @@
 
 use std::{
     collections::BTreeMap,
-    io::{self, IsTerminal, Read},
+    io::{self, IsTerminal},
     net::SocketAddr,
     process::ExitCode,
+    time::Duration,
 };
 
 use anyhow::{Context, bail};
@@ -17,6 +18,7 @@ use crate::{
     cli::{
         global::GlobalArgs,
         output::{self, Table, or_dash},
+        prompt,
         time::{LocalTime, Moment},
     },
     config::{self, Flags, KeyringFlag},
@@ -25,7 +27,7 @@ use crate::{
         clock::{Clock, Timestamp},
         secret::AccessToken,
     },
-    files::text,
+    files::bounded::Limits,
     store::audit::{AuditSnapshot, EventFilter, StoredEvent},
     upstream::rcs::stated_life,
 };
@@ -133,13 +135,11 @@ async fn search(snapshot: &mut AuditSnapshot, filter: &EventFilter) -> anyhow::R
 }
 
 fn read_token() -> anyhow::Result<AccessToken> {
-    const MAX_BYTES: u64 = 64 << 10;
+    const LIMITS: Limits = Limits { bytes: 64 << 10, wait: Duration::from_mins(1) };
     if io::stdin().is_terminal() {
         output::note("the token, then Ctrl-D:");
     }
-    let mut bytes = Vec::new();
-    io::stdin().take(MAX_BYTES).read_to_end(&mut bytes)?;
-    let text = text::decode(bytes).context("standard input is no text")?;
+    let text = prompt::read(&io::stdin(), LIMITS).context("cannot read standard input")?;
     match AccessToken::new(text.trim()) {
         Ok(token) => Ok(token),
         Err(error) => bail!("standard input holds no token: {error}"),

@@ -50,7 +50,9 @@ pub(super) fn one(caller: &CallerDetails, as_json: bool) -> anyhow::Result<()> {
             credential_state(it),
         ]);
     }
-    credentials.print("no credentials: token-broker caller bearer add NAME")?;
+    credentials.print(
+        "no credentials: token-broker caller bearer add NAME, or caller identity add NAME",
+    )?;
     output::line("")?;
     let mut grants = Table::new(["ACCOUNTS", "RIGHTS", "UNTIL"]);
     for it in &caller.grants {

@@ -4,7 +4,10 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::{super::time::LocalTime, result::CheckResult};
+use super::{
+    super::{privileges, time::LocalTime},
+    result::CheckResult,
+};
 use crate::{
     app::{UnopenedSecret, WrongKeyring, check_keyring},
     config::Settings,
@@ -59,6 +62,10 @@ pub(super) fn tls(settings: &Settings) -> CheckResult {
     let mut text = format!("TLS; the certificate ends at {}", LocalTime(end));
     let lists = tls.revocation_lists();
     text.extend(lists.iter().map(|list| revocation_list_text(list, now)));
+    let invalid = tls.invalid_cas();
+    text.extend(invalid.iter().map(|ca| {
+        format!("; every certificate of {ca} is refused: the CA has ended or is not valid yet")
+    }));
     let unlisted = tls.unlisted_cas();
     text.extend(
         unlisted
@@ -71,7 +78,8 @@ pub(super) fn tls(settings: &Settings) -> CheckResult {
     }));
     if end <= now {
         CheckResult::failure(SUBJECT, text)
-    } else if unlisted != UnlistedCas::default()
+    } else if !invalid.is_empty()
+        || unlisted != UnlistedCas::default()
         || lists.iter().any(|list| list.is_out_of_date(now))
     {
         CheckResult::warning(SUBJECT, text)
@@ -99,9 +107,21 @@ fn revocation_list_text(list: &RevocationList, now: Timestamp) -> String {
 pub(super) async fn database(settings: &Settings, keyring: Option<&Keyring>) -> Vec<CheckResult> {
     let mut results = Vec::new();
     if let Err(error) = add_database_checks(settings, keyring, &mut results).await {
-        results.push(CheckResult::failure("database", error.to_string()));
+        results.push(CheckResult::failure("database", with_advice(&error, settings).await));
     }
     results
+}
+
+/// Returns the text of `error`, and if a privilege is missing, who the login is and what it lacks.
+async fn with_advice(error: &StoreError, settings: &Settings) -> String {
+    let advice = if error.lacks_grant() { login_advice(settings).await } else { None };
+    advice.map_or_else(|| error.to_string(), |advice| format!("{error}; {advice}"))
+}
+
+async fn login_advice(settings: &Settings) -> Option<String> {
+    let database = settings.database_url.database("token-broker check").ok()?;
+    let admin = Admin::connect_unchecked(&database, Attribution::default()).await.ok()?;
+    privileges::of_login(&admin, privileges::RUNTIME).await
 }
 
 async fn add_database_checks(
@@ -116,7 +136,7 @@ async fn add_database_checks(
     match database.check_schema().await {
         Ok(()) => results.push(CheckResult::ok("schema", "has every migration of this release")),
         Err(error) => {
-            results.push(CheckResult::failure("schema", error.to_string()));
+            results.push(CheckResult::failure("schema", with_advice(&error, settings).await));
             return Ok(());
         }
     }
@@ -130,6 +150,7 @@ async fn add_database_checks(
     let roles = ROLES.map(ToOwned::to_owned);
     let (missing, superuser) = admin.missing_roles(&roles).await?;
     results.push(roles_check(&missing, superuser));
+    results.push(connections_check(admin.can_be_crowded_out().await?));
     let remembered = admin.upstream().await?;
     results.push(deployment_check(&settings.upstream.to_string(), remembered.as_deref()));
     if let Some(keyring) = keyring {
@@ -196,6 +217,18 @@ fn roles_check(missing: &[String], superuser: bool) -> CheckResult {
         );
     }
     CheckResult::ok("roles", "all there")
+}
+
+fn connections_check(can_be_crowded_out: bool) -> CheckResult {
+    const SUBJECT: &str = "logins";
+    if can_be_crowded_out {
+        return CheckResult::warning(
+            SUBJECT,
+            "other logins can take all connections of the server: limit them (alter role … connection limit), or \
+             reserve some for this one (reserved_connections and pg_use_reserved_connections, since Postgres 16)",
+        );
+    }
+    CheckResult::ok(SUBJECT, "others cannot take all connections of the server")
 }
 
 fn deployment_check(ours: &str, remembered: Option<&str>) -> CheckResult {

@@ -12,7 +12,7 @@ use url::Url;
 
 use super::{
     super::{
-        account::wait::{describe, outcome_by},
+        account::wait::{describe, outcome_by, reasons},
         global::GlobalArgs,
     },
     result::CheckResult,
@@ -23,7 +23,7 @@ use crate::{
         account::AccountName,
         clock::{Clock, delta},
     },
-    store::admin::Selection,
+    store::admin::{Admin, Outcome, Selection},
     upstream::UpstreamClient,
 };
 
@@ -79,11 +79,12 @@ async fn tls(settings: &Settings) -> CheckResult {
 /// Requests a new token for `account` from the running brokers, and waits for the outcome.
 pub(super) async fn issue(
     global: &GlobalArgs,
+    settings: &Settings,
     account: &AccountName,
     within: Duration,
 ) -> CheckResult {
     const SUBJECT: &str = "issue";
-    match request_issue(global, account, within).await {
+    match request_issue(global, account, within, settings.min_issue_interval).await {
         Ok(issued) => CheckResult::ok(SUBJECT, issued),
         Err(error) => CheckResult::failure(SUBJECT, format!("{error:#}")),
     }
@@ -93,6 +94,7 @@ async fn request_issue(
     global: &GlobalArgs,
     account: &AccountName,
     within: Duration,
+    least: Duration,
 ) -> anyhow::Result<String> {
     let admin = global.admin(Some("check --issue")).await?;
     let pattern = Some(account.as_str().parse()?);
@@ -107,8 +109,28 @@ async fn request_issue(
         Some(false) => bail!(text),
         None => {
             let within = humantime::format_duration(within);
-            bail!("no broker issued within {within}: is one running? {text}")
+            bail!(
+                "no broker issued within {within}; {}; {text}",
+                why(&admin, &outcome, least).await
+            )
         }
+    }
+}
+
+/// Returns why no broker has issued yet.
+async fn why(admin: &Admin, outcome: &Outcome, least: Duration) -> String {
+    let now = Clock::System.wall();
+    let is_over = outcome.status.last_issued_at.is_none_or(|at| at + delta(least) <= now);
+    // An admin of accounts may not see which brokers there are.
+    let live = admin.instances().await.map(|all| all.iter().filter(|it| it.live).count());
+    match live {
+        Ok(live @ 1..) if !is_over => format!(
+            "{live} brokers are running, and the minimum issue interval of {} since the last token is not over",
+            humantime::format_duration(least)
+        ),
+        Ok(live @ 1..) => format!("{live} brokers are running"),
+        Ok(0) => "no broker is running".into(),
+        Err(_) => reasons(outcome),
     }
 }
 

@@ -487,6 +487,62 @@ impl Admin {
     }
 }
 
+impl Admin {
+    /// Adds names in certificates to a caller, or none of them. Names that were revoked are free again.
+    ///
+    /// # Errors
+    /// Returns [`StoreError::NotFound`] when there is no such caller, and [`StoreError::Conflict`] when a name belongs to
+    /// a caller already.
+    #[instrument(level = "debug", skip_all, fields(caller = %name))]
+    pub async fn add_identities(
+        &self,
+        name: &AccountName,
+        identities: &[(CallerKind, String)],
+    ) -> Result<(), StoreError> {
+        let mut transaction = self.begin().await?;
+        let caller = caller_id(&mut transaction, name).await?;
+        for (kind, identity) in identities {
+            sqlx::query!(
+                "/* store::admin::add_identities */
+                 delete from caller_credentials
+                 where kind = $1 and identity = $2 and revoked_at is not null",
+                kind.as_str(),
+                identity,
+            )
+            .execute(&mut *transaction)
+            .await?;
+            insert_identity(&mut transaction, caller, *kind, identity).await?;
+        }
+        Ok(transaction.commit().await?)
+    }
+
+    /// Revokes a name in certificates, and returns the name of its caller, and the revoked one.
+    ///
+    /// # Errors
+    /// Returns [`StoreError::NotFound`] when there is no such name, or it is already revoked.
+    #[instrument(level = "debug", skip_all, fields(credential = id))]
+    pub async fn revoke_identity(&self, id: i64) -> Result<(String, String), StoreError> {
+        let mut transaction = self.begin().await?;
+        let revoked = sqlx::query!(
+            r#"/* store::admin::revoke_identity */
+             update caller_credentials c set revoked_at = now() from callers
+             where callers.id = c.caller_id and c.id = $1 and c.kind <> 'bearer'
+                 and c.revoked_at is null
+             returning callers.name, c.identity as "identity!""#,
+            id,
+        )
+        .fetch_optional(&mut *transaction)
+        .await?
+        .ok_or_else(|| {
+            StoreError::NotFound(format!(
+                "there is no name in certificates with the number {id}, or it is revoked already"
+            ))
+        })?;
+        transaction.commit().await?;
+        Ok((revoked.name, revoked.identity))
+    }
+}
+
 async fn caller_id(
     transaction: &mut Transaction<'_, Postgres>,
     name: &AccountName,

@@ -101,7 +101,41 @@ impl fmt::Display for UnauditedChange {
     }
 }
 
+/// Who a session acts as, and what it has of the role that a command needs.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Login {
+    /// The login of the session.
+    pub login: String,
+    /// The role as which it acts: the login itself, unless a setting says otherwise.
+    pub current: String,
+    /// Whether the needed role exists.
+    pub role_exists: bool,
+    /// Whether the session has the privileges of the needed role.
+    pub has_role: bool,
+}
+
 impl Admin {
+    /// Returns who this session is, with regard to `role`.
+    #[instrument(level = "debug", skip_all)]
+    pub async fn login(&self, role: &str) -> Result<Login, StoreError> {
+        let row = sqlx::query!(
+            r#"/* store::admin::login */
+             select session_user::text as "login!", current_user::text as "current!",
+                 exists (select from pg_roles where rolname = $1) as "role_exists!",
+                 coalesce((select pg_has_role(current_user, oid, 'usage') from pg_roles where rolname = $1), false)
+                     as "has_role!""#,
+            role,
+        )
+        .fetch_one(&self.pool)
+        .await?;
+        Ok(Login {
+            login: row.login,
+            current: row.current,
+            role_exists: row.role_exists,
+            has_role: row.has_role,
+        })
+    }
+
     /// Returns the version of the Postgres server.
     #[instrument(level = "debug", skip_all)]
     pub async fn server_version(&self) -> Result<String, StoreError> {
@@ -125,6 +159,25 @@ impl Admin {
         .fetch_one(&self.pool)
         .await?;
         Ok((row.missing, row.superuser))
+    }
+
+    /// Returns whether other logins can take all of the server's connections, so that none is left for this one: there
+    /// is a login without a connection limit, and this one may not use reserved connections.
+    #[instrument(level = "debug", skip_all)]
+    pub async fn can_be_crowded_out(&self) -> Result<bool, StoreError> {
+        // The setting and the role for reserved connections exist since Postgres 16.
+        Ok(sqlx::query_scalar!(
+            r#"/* store::admin::can_be_crowded_out */
+             select not (
+                 (select rolsuper from pg_roles where rolname = current_user)
+                 or coalesce(current_setting('reserved_connections', true)::int, 0) > 0
+                     and exists (select from pg_roles where rolname = 'pg_use_reserved_connections'
+                         and pg_has_role(current_user, oid, 'usage'))
+             ) and exists (select from pg_roles where rolcanlogin and not rolsuper and rolconnlimit = -1
+                 and rolname <> current_user) as "crowded!""#
+        )
+        .fetch_one(&self.pool)
+        .await?)
     }
 
     /// Returns the upstream that the database belongs to; `None` before the first start of a broker.

@@ -125,15 +125,21 @@ fn read_text(json: &str) -> Option<Zeroizing<String>> {
     serde_json::from_str(json).ok().map(Zeroizing::new)
 }
 
+/// Pairs of quotation marks.
+const QUOTATION_MARKS: [(char, char); 5] =
+    [('"', '"'), ('\'', '\''), ('`', '`'), ('\u{201c}', '\u{201d}'), ('\u{2018}', '\u{2019}')];
+
 /// Returns the token without white space and marks around it, quotation marks, and the name of the scheme or the
 /// header with which it is used. No token can contain any of these at that place, and callers add the scheme
 /// themselves.
 fn bare_token(text: &str) -> &str {
     let text = text.trim_matches(is_padding);
-    let unquoted = ['"', '\'']
+    let unquoted = QUOTATION_MARKS
         .iter()
-        .find_map(|quote| text.strip_prefix(*quote).and_then(|text| text.strip_suffix(*quote)));
-    let text = unquoted.unwrap_or(text).trim_matches(is_padding);
+        .find_map(|(open, close)| text.strip_prefix(*open)?.strip_suffix(*close));
+    if let Some(text) = unquoted {
+        return bare_token(text);
+    }
     let (name, token) = text.split_once(is_padding).unwrap_or((text, ""));
     let name = name.strip_suffix(':').unwrap_or(name);
     if ["authorization", "bearer", "jwt"].iter().any(|it| name.eq_ignore_ascii_case(it)) {
@@ -281,6 +287,11 @@ mod tests {
             r#"\"t.o-k_e~n\""#,
             r#"\"Bearer t.o-k_e~n\""#,
             "'t.o-k_e~n'",
+            "`t.o-k_e~n`",
+            "\u{201c}t.o-k_e~n\u{201d}",
+            "\u{2018}t.o-k_e~n\u{2019}",
+            r#"'\"t.o-k_e~n\"'"#,
+            "' Bearer `t.o-k_e~n` '",
             "JWT t.o-k_e~n",
             "Bearer: t.o-k_e~n",
             "Authorization: Bearer t.o-k_e~n",
@@ -289,7 +300,9 @@ mod tests {
             let issued = ok(&HeaderMap::new(), &answer("1717138601944", given)).unwrap();
             assert_eq!(issued.access_token.expose(), "t.o-k_e~n", "{given}");
         }
-        for given in ["Bearer", "Bearer ", "Basic canary", "can ary", r"can\u200bary", "canäry"] {
+        for given in
+            ["''", "Bearer", "Bearer ", "Basic canary", "can ary", r"can\u200bary", "canäry"]
+        {
             let error = ok(&HeaderMap::new(), &answer("1717138601944", given)).unwrap_err();
             assert_eq!(error.class, FailureClass::Malformed, "{given}");
         }

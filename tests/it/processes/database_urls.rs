@@ -76,13 +76,18 @@ async fn other_forms_are_refused_wherever_a_url_is_given_by_a_sentence_that_says
         ),
         (
             "jdbc:postgresql://h/db?user=u&password=canary",
-            "a JDBC URL is not supported: write postgresql://",
+            "a JDBC URL (jdbc:postgresql:…) is not supported: write postgresql://",
         ),
         (
             "postgresql://u:canary@h1:5432,h2:5432/db",
             "several hosts are not supported: name one address",
         ),
-        ("postgresql+psycopg2://u:canary@h/db", "without `+driver`"),
+        ("postgresql+psycopg2://u:canary@h/db", "(postgresql+driver://…) is not supported"),
+        ("ecto://u:canary@h/db", "the scheme ecto://, as of Elixir, is not supported: write"),
+        (
+            "Host=h;Database=x;Username=u;Password=canary",
+            "(Host=…;Port=…;Database=…), is not supported: write postgresql://",
+        ),
         ("postgresql://u:canary@::1/db", "an IPv6 address is written in brackets"),
         ("postgresql://u:canary@h/db?service=x", "the parameter service is not supported"),
         ("postgresql://u@h/db?passfile=/canary", "PGPASSFILE"),

@@ -1,0 +1,135 @@
+//! What is said when Postgres answers "permission denied": who the login is, and which role it lacks. Postgres itself
+//! says neither.
+
+use std::collections::BTreeMap;
+
+use super::global::GlobalArgs;
+use crate::{
+    config,
+    domain::printable::printable,
+    store::{
+        StoreError,
+        admin::{Admin, Attribution, Login},
+    },
+};
+
+/// What a command has to be allowed to do in the database.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Needs {
+    /// What this role of `deploy/roles.sql` may do.
+    Role(&'static str),
+    /// What the owner of the tables may do.
+    Owner,
+}
+
+/// The role of the broker itself, and of commands that do what it does.
+pub(super) const RUNTIME: Needs = Needs::Role("token_broker_runtime");
+/// The role of `account …`.
+pub(super) const ACCOUNTS: Needs = Needs::Role("token_broker_accounts");
+/// The role of `caller …`.
+pub(super) const ACCESS: Needs = Needs::Role("token_broker_access");
+/// The role of `audit …`.
+pub(super) const AUDITOR: Needs = Needs::Role("token_broker_auditor");
+
+/// Returns a line about the login, if `error` is that a privilege is missing, for a command that needs `needs`. Asks the
+/// database.
+pub(super) async fn hint(
+    global: &GlobalArgs,
+    needs: Option<Needs>,
+    error: &anyhow::Error,
+) -> Option<String> {
+    let lacking = |cause: &(dyn std::error::Error + 'static)| {
+        cause.downcast_ref::<StoreError>().is_some_and(StoreError::lacks_grant)
+    };
+    let needs = needs?;
+    if !error.chain().any(lacking) {
+        return None;
+    }
+    let sources = global.sources(BTreeMap::new()).ok()?;
+    let url = match needs {
+        Needs::Role(_) => config::database_url(&sources).ok()?,
+        Needs::Owner => config::migrate_database_url(&sources).ok()?,
+    };
+    let database = url.database(super::APPLICATION_NAME).ok()?.only_reads();
+    let admin = Admin::connect_unchecked(&database, Attribution::default()).await.ok()?;
+    of_login(&admin, needs).await
+}
+
+/// Returns a line about the login of `admin`.
+pub(super) async fn of_login(admin: &Admin, needs: Needs) -> Option<String> {
+    let role = if let Needs::Role(role) = needs { role } else { "" };
+    let login = admin.login(role).await.ok()?;
+    Some(advice(needs, &login))
+}
+
+fn advice(needs: Needs, login: &Login) -> String {
+    let name = quoted(&login.current);
+    let who = if login.login == login.current {
+        format!("the login {name}")
+    } else {
+        format!("the login {}, as the role {name},", quoted(&login.login))
+    };
+    match needs {
+        Needs::Owner => format!(
+            "{who} is not the owner of the tables, which this command needs: use the login that runs `migrate`"
+        ),
+        Needs::Role(role) if !login.role_exists => format!(
+            "{who} may not do this, and the role {role}, which may, does not exist: run deploy/roles.sql as the \
+             owner of the tables"
+        ),
+        Needs::Role(role) if login.has_role => format!(
+            "{who} has the role {role}, which this command needs: run deploy/roles.sql again as the owner of the \
+             tables, as after each migration"
+        ),
+        Needs::Role(role) => format!(
+            "{who} lacks the role {role}, which this command needs: an admin says `grant {role} to {name}`"
+        ),
+    }
+}
+
+/// Returns a role's name as SQL writes it.
+fn quoted(name: &str) -> String {
+    let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_';
+    if name.bytes().all(plain) && !name.starts_with(|it: char| it.is_ascii_digit()) {
+        return name.to_owned();
+    }
+    format!("\"{}\"", printable(&name.replace('"', "\"\"")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_advice_names_the_login_and_what_it_lacks() {
+        let login = |current: &str, role_exists, has_role| Login {
+            login: "jane".into(),
+            current: current.into(),
+            role_exists,
+            has_role,
+        };
+        for (needs, login, expected) in [
+            (ACCOUNTS, login("jane", true, false), "`grant token_broker_accounts to jane`"),
+            (
+                ACCESS,
+                login("Other \"x", true, false),
+                "`grant token_broker_access to \"Other \"\"x\"`",
+            ),
+            (
+                ACCESS,
+                login("other", true, false),
+                "the login jane, as the role other, lacks the role",
+            ),
+            (AUDITOR, login("jane", true, true), "run deploy/roles.sql again"),
+            (RUNTIME, login("jane", false, false), "does not exist: run deploy/roles.sql"),
+            (
+                Needs::Owner,
+                login("jane", false, false),
+                "the login jane is not the owner of the tables",
+            ),
+        ] {
+            let advice = advice(needs, &login);
+            assert!(advice.contains(expected), "{advice}");
+        }
+    }
+}
