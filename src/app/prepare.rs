@@ -168,7 +168,7 @@ async fn check_schema(components: &Components, config: &AppConfig) -> Result<(),
     if config.migrate {
         components.unverified_database.migrate().await?;
     }
-    let checked = within(components.unverified_database.check_schema()).await;
+    let checked = components.unverified_database.check_schema().await;
     if let Err(error) = &checked {
         components.gate.close_after(error);
     }

@@ -30,6 +30,7 @@ use crate::{
         account_cache::AccountCache,
         connectivity::{Connectivity, DatabaseConnectivity},
         feed_health::FailingDuty,
+        heartbeat::HEARTBEAT_DUTY,
     },
     store::UnusableRow,
 };
@@ -124,9 +125,14 @@ fn postgres_check(
 /// Returns the state of a database that answers: what it refuses, if anything.
 fn answers_but(failing: &[FailingDuty], refusal: Option<String>) -> String {
     let refusal = refusal.map(|why| format!("takes no new connections: {why}"));
-    let failing = (!failing.is_empty())
-        .then(|| format!("its changes cannot be followed: {}", problems(failing)));
-    let but: Vec<_> = refusal.into_iter().chain(failing).collect();
+    let (heartbeat, duties): (Vec<_>, Vec<_>) =
+        failing.iter().cloned().partition(|failing| failing.duty == HEARTBEAT_DUTY);
+    let unwritten = heartbeat.first().map(|failing| {
+        format!("the heartbeat cannot be stored, and maybe nothing else: {}", failing.problem)
+    });
+    let unread = (!duties.is_empty())
+        .then(|| format!("its changes cannot be followed: {}", problems(&duties)));
+    let but: Vec<_> = refusal.into_iter().chain(unwritten).chain(unread).collect();
     if but.is_empty() { "answers".into() } else { format!("answers, but {}", but.join("; ")) }
 }
 
@@ -194,6 +200,11 @@ mod tests {
             (vec![], None, "answers"),
             (vec![], Some("b"), "answers, but takes no new connections: b"),
             (intake(), None, "answers, but its changes cannot be followed: a (intake)"),
+            (
+                vec![FailingDuty { duty: HEARTBEAT_DUTY, problem: "c".into() }],
+                None,
+                "answers, but the heartbeat cannot be stored, and maybe nothing else: c",
+            ),
             (
                 intake(),
                 Some("b"),

@@ -162,8 +162,8 @@ impl Components {
             started_at: self.clock.wall(),
         };
         let (pool, connectivity) = (self.pool.clone(), self.connectivity.clone());
-        let ended = state_dir.ended_starts().to_vec();
-        HeartbeatTask::new(replica, ended, pool, connectivity, self.journal.clone())
+        let (ended, health) = (state_dir.ended_starts().to_vec(), self.feed_health.clone());
+        HeartbeatTask::new(replica, ended, pool, connectivity, health, self.journal.clone())
     }
 
     /// Returns the service that updates rows of accounts that may be locked.

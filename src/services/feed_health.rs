@@ -1,4 +1,5 @@
-//! What hinders the change feed: duties that fail, and rows that cannot be used.
+//! What hinders the work with the database: duties of the change feed and heartbeats that fail, and rows that cannot be
+//! used.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -7,7 +8,7 @@ use tracing::{error, info, warn};
 
 use crate::store::UnusableRow;
 
-/// A duty of the change feed, and why it fails.
+/// A duty of the change feed, or the heartbeat, and why it fails.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct FailingDuty {
     /// The duty's name.
@@ -28,14 +29,14 @@ impl FeedHealth {
     pub fn failed(&self, duty: &'static str, problem: &str) {
         let before = self.failing.lock().insert(duty, problem.to_owned());
         if before.as_deref() != Some(problem) {
-            warn!(duty, problem, "a duty of the change feed fails; the others go on");
+            warn!(duty, problem, "a duty fails; the others go on");
         }
     }
 
     /// Records that the duty succeeded.
     pub fn succeeded(&self, duty: &'static str) {
         if self.failing.lock().remove(duty).is_some() {
-            info!(duty, "a duty of the change feed succeeds again");
+            info!(duty, "a duty succeeds again");
         }
     }
 

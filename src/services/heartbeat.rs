@@ -27,7 +27,7 @@ use self::presence::{
 use crate::{
     audit::journal::Journal,
     domain::clock::Timestamp,
-    services::connectivity::DatabaseConnectivity,
+    services::{connectivity::DatabaseConnectivity, feed_health::FeedHealth},
     store::{
         StoreError,
         instances::{self, EarlierProcess, Heartbeat},
@@ -42,6 +42,9 @@ const CONSIDERED: Duration = Duration::from_hours(1);
 const WATCH_PAUSE: Duration = Duration::from_millis(250);
 /// How long [`HeartbeatTask::run`] tries to store, at its end, that this instance has stopped.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// The name of the heartbeat among the duties that can fail.
+pub const HEARTBEAT_DUTY: &str = "heartbeat";
 
 /// What a replica reports about itself in its heartbeat.
 #[derive(Clone, Debug)]
@@ -79,6 +82,9 @@ pub struct HeartbeatTask {
     pool: PgPool,
     /// Receives whether there are other replicas.
     connectivity: Arc<DatabaseConnectivity>,
+    /// Receives whether heartbeats can be stored. A database may answer and store nothing, for example while the
+    /// standby is away that each commit waits for.
+    health: Arc<FeedHealth>,
     /// The audit journal, whose position is part of the heartbeat.
     journal: Journal,
     /// The starts of earlier processes of this instance that are known to have ended.
@@ -103,6 +109,7 @@ impl HeartbeatTask {
         mut ended: Vec<String>,
         pool: PgPool,
         connectivity: Arc<DatabaseConnectivity>,
+        health: Arc<FeedHealth>,
         journal: Journal,
     ) -> Self {
         let standing = watch::Sender::new(None);
@@ -113,6 +120,7 @@ impl HeartbeatTask {
             replica,
             pool,
             connectivity,
+            health,
             journal,
             ended,
             seen: Vec::new(),
@@ -230,7 +238,12 @@ impl HeartbeatTask {
     /// Sends heartbeats until another process has taken the instance over.
     async fn keep_alive(&mut self) {
         loop {
-            let pause = match self.beat().await {
+            let beat = self.beat().await;
+            match &beat {
+                Ok(_) => self.health.succeeded(HEARTBEAT_DUTY),
+                Err(error) => self.health.failed(HEARTBEAT_DUTY, &error.to_string()),
+            }
+            let pause = match beat {
                 Ok(pause) => pause,
                 Err(error @ IdentityError::InUse(_)) => {
                     error!(%error, "the broker stops");

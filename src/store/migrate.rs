@@ -15,7 +15,7 @@ use sqlx::{
 use super::{
     connection::Database,
     error::{StoreError, UNDEFINED_TABLE},
-    schema_trust,
+    schema_trust, within,
 };
 
 /// What the first line of a repeatable migration begins with; the version follows.
@@ -66,9 +66,10 @@ impl Database {
     /// # Errors
     /// [`StoreError::Schema`] names what is missing and the command that applies it.
     pub async fn check_schema(&self) -> Result<(), StoreError> {
+        // Each step has a limit of its own. A limit of them all could never be kept over a slow link.
         self.check_connection().await?;
-        self.check_encoding().await?;
-        Schema::of_this_release()?.check(self).await
+        within(self.check_encoding()).await?;
+        within(Schema::of_this_release()?.check(self)).await
     }
 
     /// Checks that the database keeps text in UTF8. In other encodings a value of an admin can stop everything: what
