@@ -63,7 +63,7 @@ struct Watch {
     open_at: Option<Instant>,
     /// When a stream was last opened because of an addition.
     opened_for_addition: Option<Instant>,
-    /// The names of the stream that was opened last.
+    /// The names of the stream that was opened last, without those that have left the watch since.
     names: BTreeSet<String>,
     /// Streams since the last one that delivered and lived for a while.
     failures: u32,
@@ -216,6 +216,7 @@ impl Watch {
             Ok(Some(TokenEvent::Token(token))) => self.shared.accounts.offer(&token),
             Ok(Some(TokenEvent::Ended { account, reason })) => {
                 warn!(account, %reason, "the account ended");
+                self.names.remove(&account);
                 self.shared.accounts.end(&account);
             }
             Ok(None) => {}
@@ -247,6 +248,7 @@ impl Watch {
 
     fn ask_for_each(&mut self, names: &BTreeSet<String>, status: &Status) {
         debug!(why = status.message(), "the broker refuses the stream");
+        self.names.retain(|name| !names.contains(name));
         self.shared.accounts.leave_watch(names);
     }
 }

@@ -438,3 +438,19 @@ async fn an_unknown_outcome_of_a_report_is_an_internal_error() {
     let error = broker.client().report("acme", 1, "61003").await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Internal);
 }
+
+#[tokio::test(start_paused = true)]
+async fn an_account_whose_stream_is_refused_again_and_again_is_watched_at_most_every_5_s() {
+    let broker = FakeBroker::new([token(1)]);
+    let client = broker.client();
+    client.token("acme").await.unwrap();
+    sleep(MS(200)).await;
+    for streams in 2..5 {
+        broker.end_stream(Status::not_found("one of them")).await;
+        client.token("acme").await.unwrap();
+        sleep(4 * SECOND).await;
+        assert_eq!(broker.streams().len(), streams - 1);
+        sleep(SECOND).await;
+        assert_eq!(broker.streams().len(), streams);
+    }
+}
