@@ -38,6 +38,8 @@ use crate::{
 const END_MARGIN: Duration = Duration::from_secs(1);
 /// How long until a file that could not be written is tried again.
 const WRITE_RETRY: Duration = Duration::from_secs(1);
+/// How long after the start an account may be without a token before the agent says why.
+const LONGEST_SILENCE: Duration = Duration::from_secs(2);
 /// How long the agent waits for a token when one has ended without a replacement.
 const ASK_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -166,6 +168,7 @@ impl Agent {
         self.take_over().await?;
         let (sender, mut events) = mpsc::channel(64);
         let mut watchers = self.watch(&sender);
+        let mut silent_until = Some(Instant::now() + LONGEST_SILENCE);
         loop {
             let due = self.kept.values().map(|held| held.removed_at).min();
             tokio::select! {
@@ -186,6 +189,10 @@ impl Agent {
                     }
                 },
                 () = at(due) => self.remove_ended(&sender).await,
+                () = at(silent_until) => {
+                    silent_until = None;
+                    self.ask_for_missing(&sender);
+                }
                 () = at(self.retry_at) => {
                     self.retry_at = None;
                     for token in std::mem::take(&mut self.unwritten).into_values() {
@@ -277,23 +284,38 @@ impl Agent {
         let ended = self.kept.iter().filter(|(_, held)| held.removed_at <= now);
         for account in ended.map(|(account, _)| account.clone()).collect::<Vec<_>>() {
             self.remove(&account).await;
-            let (client, sender) = (self.client.clone(), sender.clone());
-            tokio::spawn(async move {
-                let options = AskOptions::default().timeout(ASK_TIMEOUT);
-                match client.ask(&account, options).await {
-                    Ok(token) => {
-                        // The agent is gone if nobody receives it.
-                        let _ = sender.send(Watched::Event(TokenEvent::Token(token))).await;
-                    }
-                    Err(error) => report_end(&account, &error),
-                }
+            self.ask(account, sender, |account, error| {
+                error!(account, %error, "the token ended, and there is no other one; its file was removed");
             });
         }
     }
-}
 
-fn report_end(account: &str, error: &Error) {
-    error!(account, %error, "the token ended, and there is no other one; its file was removed");
+    /// Asks why named accounts have no token: a stream says nothing about one that is disabled, for example.
+    fn ask_for_missing(&self, sender: &mpsc::Sender<Watched>) {
+        let named = self.settings.accounts.iter().filter_map(AccountPattern::as_name);
+        for account in named.map(|name| name.as_str().to_owned()) {
+            if !self.kept.contains_key(&account) && !self.unwritten.contains_key(&account) {
+                self.ask(account, sender, |account, error| {
+                    error!(account, %error, "there is no token yet; its file is written when there is one");
+                });
+            }
+        }
+    }
+
+    /// Asks for a token in the background. It is handled like one of a stream; without one, `report` logs why.
+    fn ask(&self, account: String, sender: &mpsc::Sender<Watched>, report: fn(&str, &Error)) {
+        let (client, sender) = (self.client.clone(), sender.clone());
+        tokio::spawn(async move {
+            let options = AskOptions::default().timeout(ASK_TIMEOUT);
+            match client.ask(&account, options).await {
+                Ok(token) => {
+                    // The agent is gone if nobody receives it.
+                    let _ = sender.send(Watched::Event(TokenEvent::Token(token))).await;
+                }
+                Err(error) => report(&account, &error),
+            }
+        });
+    }
 }
 
 /// Waits until `time`; for ever if there is none.

@@ -14,7 +14,7 @@ use crate::{config::ClientSettings, domain::printable::printable};
 pub(super) fn client(settings: &ClientSettings) -> anyhow::Result<TokenClient> {
     let mut builder = TokenClient::builder().allow_plaintext_bearer();
     for url in &settings.endpoints {
-        builder = builder.endpoint(url.as_str());
+        builder = builder.endpoint(with_port(url));
     }
     match (&settings.bearer, &settings.bearer_file) {
         (Some(_), Some(file)) => builder = builder.bearer_file(file),
@@ -33,6 +33,12 @@ pub(super) fn client(settings: &ClientSettings) -> anyhow::Result<TokenClient> {
         output::note("warning: the bearer and the token are sent unencrypted");
     }
     builder.build().map_err(|error| anyhow::anyhow!("{}", error.message()))
+}
+
+/// Returns the endpoint with its port, which a parsed URL lacks if its scheme implies it.
+fn with_port(url: &Url) -> String {
+    let (host, port) = (url.host_str().unwrap_or_default(), url.port_or_known_default());
+    format!("{}://{host}:{}", url.scheme(), port.unwrap_or_default())
 }
 
 fn is_loopback(url: &Url) -> bool {
@@ -55,7 +61,11 @@ pub(super) struct CallError {
 
 impl CallError {
     pub(super) fn new(error: &token_broker_client::Error, settings: &ClientSettings) -> Self {
-        let hint = hint(error.kind(), error.reason(), error.retry_after(), &settings.endpoints);
+        let hint = hint(error.reason(), error.retry_after()).or_else(|| {
+            // Without a reason, the broker did not answer.
+            let is_away = error.reason().is_none() && error.kind() == ErrorKind::Unavailable;
+            is_away.then(|| connection_hint(error.message(), settings))
+        });
         Self {
             code: error.code().unwrap_or(error.kind().name()),
             reason: error.reason().map(ToOwned::to_owned),
@@ -79,29 +89,71 @@ impl fmt::Display for CallError {
 impl std::error::Error for CallError {}
 
 /// Returns what the user can do about an error.
-fn hint(
-    kind: ErrorKind,
-    reason: Option<&str>,
-    retry_after: Option<Duration>,
-    endpoints: &[Url],
-) -> Option<String> {
+fn hint(reason: Option<&str>, retry_after: Option<Duration>) -> Option<String> {
     if let Some(advice) = reason.and_then(advice) {
         return Some(advice.to_owned());
     }
-    match retry_after {
-        Some(wait) => Some(format!("try again in {}", brief(wait))),
-        None if reason.is_none() && kind == ErrorKind::Unavailable => {
-            let endpoints: Vec<_> = endpoints.iter().map(Url::as_str).collect();
-            Some(format!("is a broker running at {}?", endpoints.join(" or ")))
-        }
-        None => None,
+    retry_after.map(|wait| format!("try again in {}", brief(wait)))
+}
+
+/// Returns what may be wrong with a connection that failed with `why`, the text of the libraries for TLS and HTTP/2.
+/// A text that is not known leads to the general hint.
+fn connection_hint(why: &str, settings: &ClientSettings) -> String {
+    let endpoints: Vec<_> = settings.endpoints.iter().map(with_port).collect();
+    let endpoints = endpoints.join(" or ");
+    let says = |parts: &[&str]| parts.iter().any(|part| why.contains(part));
+    if says(&["UnknownIssuer", "BadSignature"]) {
+        return match &settings.ca_file {
+            Some(file) => format!(
+                "the broker's certificate does not come from a CA in {}: set TOKEN_BROKER_CA_FILE to its CA",
+                file.display()
+            ),
+            None => "the system does not trust the CA of the broker's certificate: set TOKEN_BROKER_CA_FILE \
+                     to that CA"
+                .into(),
+        };
+    }
+    if says(&["not valid for name", "NotValidForName"]) {
+        return "TOKEN_BROKER_ENDPOINT must have a host name that is in the broker's certificate"
+            .into();
+    }
+    if says(&["certificate expired", "Expired", "not valid yet", "NotValidYet"]) {
+        return "an admin replaces the broker's certificate, unless the clock of this machine is wrong".into();
+    }
+    if says(&["CertificateRequired"]) {
+        return "the broker requires a client certificate: set TOKEN_BROKER_CLIENT_CERT and \
+                TOKEN_BROKER_CLIENT_KEY"
+            .into();
+    }
+    if says(&["fatal alert"]) {
+        return "the broker does not accept the connection's certificate or version of TLS: its log says why"
+            .into();
+    }
+    if says(&["cannot resolve"]) {
+        return "is the host name in TOKEN_BROKER_ENDPOINT right?".into();
+    }
+    if says(&["Connection refused"]) {
+        return format!("is a broker running at {endpoints}?");
+    }
+    if settings.endpoints.iter().all(|url| url.scheme() == "https") {
+        let general =
+            format!("is a broker with TLS running at {endpoints}? One without TLS needs http://");
+        // A broker that closes the connection may have said why too late to be heard.
+        let certificate = ", and one that requires a client certificate needs \
+                           TOKEN_BROKER_CLIENT_CERT and TOKEN_BROKER_CLIENT_KEY";
+        general + if settings.identity.is_none() { certificate } else { "" }
+    } else {
+        format!("is a broker without TLS running at {endpoints}? One with TLS needs https://")
     }
 }
 
 /// Returns what an admin or the caller can do about an error with this reason.
 fn advice(reason: &str) -> Option<&'static str> {
     Some(match reason {
-        "CREDENTIAL_MISSING" => "set TOKEN_BROKER_BEARER_FILE to the file that holds your bearer",
+        "CREDENTIAL_MISSING" => {
+            "set TOKEN_BROKER_BEARER_FILE to the file that holds your bearer, or TOKEN_BROKER_CLIENT_CERT and \
+             TOKEN_BROKER_CLIENT_KEY to a certificate"
+        }
         "BEARER_MALFORMED" => {
             "the bearer is incomplete or mistyped: it has 53 characters, with tbk_"
         }
@@ -133,7 +185,7 @@ mod tests {
             code: "PERMISSION_DENIED",
             reason: reason.map(Into::into),
             message: "no grant covers it".into(),
-            hint: hint(ErrorKind::NotGranted, reason, None, &[]),
+            hint: hint(reason, None),
         };
         assert_eq!(
             error.to_string(),
@@ -146,15 +198,15 @@ mod tests {
     fn an_error_with_a_retry_delay_says_when_to_try_again() {
         let wait = Some(Duration::from_micros(2_151_003));
         for reason in [None, Some("CALLER_RATE")] {
-            let hint = hint(ErrorKind::Overloaded, reason, wait, &[]);
+            let hint = hint(reason, wait);
             assert_eq!(hint.as_deref(), Some("try again in 3s"));
         }
     }
 
     #[test]
-    fn an_unreachable_broker_leads_to_a_question_about_its_address() {
-        let endpoints = ["http://127.0.0.1:1", "http://127.0.0.1:2"].map(|it| it.parse().unwrap());
-        let hint = hint(ErrorKind::Unavailable, None, None, &endpoints).unwrap();
-        assert_eq!(hint, "is a broker running at http://127.0.0.1:1/ or http://127.0.0.1:2/?");
+    fn an_endpoint_keeps_the_port_that_its_scheme_implies() {
+        for url in ["https://broker:443", "http://broker:80", "https://[::1]:50051"] {
+            assert_eq!(with_port(&url.parse().unwrap()), url);
+        }
     }
 }

@@ -9,6 +9,7 @@ use anyhow::bail;
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 use token_broker_client::{AskOptions, Error, Token, TokenClient, TokenEvent};
+use tokio::time::{Instant, sleep_until};
 
 use super::{
     client::{CallError, client},
@@ -95,28 +96,70 @@ async fn get(
     Ok(ExitCode::SUCCESS)
 }
 
+/// How long a stream may be silent before the user hears why.
+const LONGEST_SILENCE: Duration = Duration::from_secs(1);
+/// How long it may take to find out why.
+const WHY_TIMEOUT: Duration = Duration::from_secs(5);
+
 async fn watch(
     client: &TokenClient,
     args: &GetArgs,
     fail: impl Fn(Error) -> CallError,
 ) -> anyhow::Result<ExitCode> {
     let mut stream = client.watch([args.account.to_string()]).await.map_err(&fail)?;
-    while let Some(event) = stream.next().await.map_err(&fail)? {
+    // A token that there is comes at once.
+    let silent_until = Instant::now() + LONGEST_SILENCE;
+    let mut is_silent = true;
+    loop {
+        let event = tokio::select! {
+            event = stream.next() => event.map_err(&fail)?,
+            () = sleep_until(silent_until), if is_silent => {
+                is_silent = false;
+                explain_silence(client, &args.account, &fail).await;
+                continue;
+            }
+        };
+        is_silent = false;
         match event {
-            TokenEvent::Token(token) if args.json => {
-                output::secret_line(printable_json(&as_json(&token).to_string()))?;
-            }
-            TokenEvent::Token(token) => output::secret_line(printable(token.access_token()))?,
-            TokenEvent::Ended { account, reason } if args.json => {
-                output::json_line(&json!({ "account": account, "ended": reason.to_string() }))?;
-            }
-            TokenEvent::Ended { account, reason } => {
-                output::note(format_args!("{account} ended: {reason}"));
-            }
-            _ => {}
+            None => bail!("the broker ended the stream"),
+            Some(event) => print(event, args.json)?,
         }
     }
-    bail!("the broker ended the stream")
+}
+
+/// Tells the user why no token comes. The stream goes on, because that may change.
+async fn explain_silence(
+    client: &TokenClient,
+    account: &AccountPattern,
+    fail: impl Fn(Error) -> CallError,
+) {
+    let Some(name) = account.as_name() else {
+        return output::note(format_args!(
+            "no token yet of an account that {account} matches; waiting"
+        ));
+    };
+    let options = AskOptions::default().timeout(WHY_TIMEOUT);
+    // The stream sends the token, if there is one by now.
+    if let Err(error) = client.ask(name.as_str(), options).await {
+        output::note(format_args!("{account} has no token now; waiting for one: {}", fail(error)));
+    }
+}
+
+fn print(event: TokenEvent, is_json: bool) -> anyhow::Result<()> {
+    match event {
+        TokenEvent::Token(token) if is_json => {
+            output::secret_line(printable_json(&as_json(&token).to_string()))?;
+        }
+        TokenEvent::Token(token) => output::secret_line(printable(token.access_token()))?,
+        TokenEvent::Ended { account, reason } if is_json => {
+            output::json_line(&json!({ "account": account, "ended": reason.to_string() }))?;
+        }
+        TokenEvent::Ended { account, reason } => {
+            output::note(format_args!("{account} ended: {reason}"));
+        }
+        _ => {}
+    }
+    Ok(())
 }
 
 fn as_json(token: &Token) -> Value {

@@ -64,7 +64,10 @@ pub(super) fn proxy(text: &str) -> Result<ProxyUrl, Fault> {
 pub(super) fn endpoint(text: &str) -> Result<Url, Fault> {
     let url = http_url(text)?;
     let bare = url.path() == "/" && url.query().is_none() && url.fragment().is_none();
-    if !bare || !url.username().is_empty() || url.password().is_some() {
+    // A parsed URL lacks the port that its scheme implies.
+    let port = text.trim_end_matches('/').rsplit_once(':').map_or("", |(_, port)| port);
+    let has_port = !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit());
+    if !bare || !has_port || !url.username().is_empty() || url.password().is_some() {
         return Err("must be a scheme, a host and a port, and nothing else".into());
     }
     Ok(url)
@@ -293,7 +296,16 @@ mod tests {
     #[test]
     fn endpoints_have_one_scheme() {
         assert_eq!(endpoints("https://a:1, https://b:2").unwrap().len(), 2);
-        for wrong in ["http://a,https://b", "http://a,", "a:1", ""] {
+        assert_eq!(endpoints("https://a:443/,https://[::1]:50051").unwrap().len(), 2);
+        for wrong in [
+            "http://a:1,https://b:1",
+            "http://a:1,",
+            "a:1",
+            "",
+            "https://a",
+            "https://a:",
+            "https://[::1]",
+        ] {
             assert!(endpoints(wrong).is_err(), "{wrong}");
         }
     }

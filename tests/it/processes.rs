@@ -9,6 +9,7 @@ mod check;
 #[cfg(feature = "embedded-postgres")]
 mod clocks;
 mod compression;
+mod connection_hints;
 mod crashes;
 #[cfg(feature = "embedded-postgres")]
 mod database_crashes;

@@ -11,7 +11,9 @@ export class Certificates {
   readonly #log: Logger;
   /** The contents that were looked at last, usable or not. */
   #seen: string;
+  #isSeenUsable = true;
   #context: SecureContext;
+  #lastFailure = '';
 
   /** Throws an `INVALID_ARGUMENT` error if the files cannot be used. */
   constructor(settings: Settings) {
@@ -36,10 +38,16 @@ export class Certificates {
       const files = readAll(this.#settings);
       const seen = JSON.stringify(files);
       if (seen === this.#seen) {
+        // Contents that could not be used are still a failure that was logged.
+        if (this.#isSeenUsable) {
+          this.#lastFailure = '';
+        }
         return false;
       }
       this.#seen = seen;
+      this.#isSeenUsable = false;
       this.#context = contextFrom(files);
+      this.#isSeenUsable = true;
       this.#lastFailure = '';
       this.#log.debug('the files for TLS have changed');
       return true;
@@ -55,8 +63,6 @@ export class Certificates {
       return false;
     }
   }
-
-  #lastFailure = '';
 }
 
 interface Files {

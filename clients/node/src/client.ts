@@ -21,7 +21,7 @@ import { GrpcTransport } from './grpc.js';
 import { optionsFromEnvironment, type Settings, settingsFrom, type TokenClientOptions } from './settings.js';
 import { type Kept, keptFrom, milliseconds, type Token } from './token.js';
 import type { Transport } from './transport.js';
-import { type Limits, pause, throwIfOver, waitForShared } from './waiting.js';
+import { type Limits, pause, throwIfClosed, throwIfOver, waitForShared } from './waiting.js';
 import { Watch } from './watch.js';
 
 /** How long one call waits. */
@@ -126,7 +126,7 @@ export class TokenClient {
         ended: (account) => {
           this.#account(account).kept = undefined;
         },
-        refused: (accounts) => {
+        left: (accounts) => {
           this.#expire(accounts);
         },
         unauthenticated: () => {
@@ -154,7 +154,7 @@ export class TokenClient {
     for (;;) {
       const state = this.#account(account);
       state.lastUsed = this.#clock.now();
-      limits.closing.throwIfAborted();
+      throwIfClosed(account, limits.closing);
       const now = this.#clock.now();
       switch (decide(state, now)) {
         case 'use':
@@ -217,7 +217,7 @@ export class TokenClient {
   /** Ends the stream and the connections. Calls that wait, and later ones, fail with `CLOSED`. */
   close(): void {
     if (!this.#closing.signal.aborted) {
-      this.#closing.abort(new TokenBrokerError('CLOSED', 'the client is closed'));
+      this.#closing.abort();
       this.#watch.close();
       this.#transport.close();
     }
@@ -242,7 +242,7 @@ export class TokenClient {
   }
 
   #limits(account: string, { timeoutMs = this.#settings.timeoutMs, signal }: CallOptions): Limits {
-    this.#closing.signal.throwIfAborted();
+    throwIfClosed(account, this.#closing.signal);
     if (!(timeoutMs > 0)) {
       throw new TokenBrokerError('INVALID_ARGUMENT', 'the timeout must be above zero', { account });
     }

@@ -24,6 +24,7 @@ import type { Settings } from './settings.js';
 import { errorFromStatus } from './status.js';
 import type { Stream, StreamEvents, Transport } from './transport.js';
 import { UnreferencedCredentials } from './unreferenced.js';
+import { closed } from './waiting.js';
 
 /** How often the files for TLS are looked at. */
 const LOOK_MS = 1000;
@@ -152,7 +153,7 @@ export class GrpcTransport implements Transport {
       const client = await channels.pick(end - this.#clock.now());
       return await new Promise<MessageShape<O>>((resolve, reject) => {
         if (this.#isClosed) {
-          throw closed();
+          throw closed(account);
         }
         const call = client.makeUnaryRequest(
           ...wire(method),
@@ -162,7 +163,7 @@ export class GrpcTransport implements Transport {
           (error: ServiceError | null, answer?: MessageShape<O>) => {
             this.#calls.delete(call);
             if (error) {
-              reject(this.#isClosed ? closed() : errorFromStatus(error, account));
+              reject(this.#isClosed ? closed(account) : errorFromStatus(error, account));
             } else {
               resolve(answer as MessageShape<O>);
             }
@@ -242,8 +243,4 @@ function metadataFor(bearer: string | undefined): Metadata {
     metadata.set('authorization', `Bearer ${bearer}`);
   }
   return metadata;
-}
-
-function closed(): TokenBrokerError {
-  return new TokenBrokerError('CLOSED', 'the client is closed');
 }

@@ -8,6 +8,20 @@ export interface Logger {
   warn(message: string): void;
 }
 
+/** Returns a logger that never fails, because a broken log must neither end the watch nor keep a caller waiting. */
+export function unfailing(logger: Logger): Logger {
+  const given: Record<keyof Logger, (message: string) => unknown> = logger;
+  const write = (level: keyof Logger) => (message: string) => {
+    try {
+      // It may be an `async` function, whose rejection would end the program.
+      void Promise.resolve(given[level](message)).catch(() => undefined);
+    } catch {
+      // There is nowhere to say so.
+    }
+  };
+  return { debug: write('debug'), warn: write('warn') };
+}
+
 const debug = debuglog('token-broker');
 
 /** Shows debug messages with `NODE_DEBUG=token-broker`, and makes warnings of the process of the others. */

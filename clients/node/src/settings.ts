@@ -1,9 +1,9 @@
 import { TokenBrokerError } from './errors.js';
-import { defaultLogger, type Logger } from './log.js';
+import { defaultLogger, type Logger, unfailing } from './log.js';
 
 /** How a client reaches the broker, and as whom. */
 export interface TokenClientOptions {
-  /** One or more URLs, `http://host:port` or `https://host:port`, all with the same scheme. */
+  /** One or more URLs with a port, `http://host:port` or `https://host:port`, all with the same scheme. */
   endpoints: string | readonly string[];
   /** The file with the bearer. It is read again when it has changed. */
   bearerFile?: string | undefined;
@@ -94,7 +94,7 @@ export function settingsFrom(options: TokenClientOptions): Settings {
   if (!(timeoutMs > 0)) {
     throw invalid('the timeout must be above zero');
   }
-  const logger = options.logger ?? defaultLogger;
+  const logger = unfailing(options.logger ?? defaultLogger);
   return {
     endpoints,
     secure,
@@ -113,6 +113,8 @@ function parseEndpoint(text: string): { endpoint: Endpoint; secure: boolean } {
   if (
     url === undefined ||
     !/^https?:$/.test(url.protocol) ||
+    // A parsed URL does not tell: it lacks the port that its scheme implies.
+    !/:\d+\/?\s*$/.test(text) ||
     url.pathname !== '/' ||
     url.search ||
     url.hash

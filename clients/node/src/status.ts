@@ -5,6 +5,9 @@ import { type ErrorKind, TokenBrokerError } from './errors.js';
 import { ErrorInfoSchema, RetryInfoSchema, StatusSchema } from './gen/google/rpc/details_pb.js';
 import { milliseconds } from './token.js';
 
+/** The domain of the broker's reasons. What a proxy adds has another one. */
+const DOMAIN = 'token-broker';
+
 /** The parts of a gRPC status from which an error is made. */
 export interface CallStatus {
   code: Code;
@@ -65,8 +68,10 @@ function statusDetails(metadata: Metadata): StatusDetails {
     for (const detail of fromBinary(StatusSchema, encoded).details) {
       if (detail.typeUrl.endsWith('/google.rpc.ErrorInfo')) {
         const info = fromBinary(ErrorInfoSchema, detail.value);
-        found.reason = info.reason;
-        found.upstreamCode = info.metadata.upstream_code;
+        if (info.domain === DOMAIN) {
+          found.reason = info.reason;
+          found.upstreamCode = info.metadata.upstream_code;
+        }
       } else if (detail.typeUrl.endsWith('/google.rpc.RetryInfo')) {
         const { retryDelay } = fromBinary(RetryInfoSchema, detail.value);
         if (retryDelay) {

@@ -10,6 +10,8 @@ type ConnectorArguments = Parameters<ChannelCredentials['_createSecureConnector'
  *
  * gRPC's own connections do so while a call is in flight. The stream of a client is always in flight, so that no
  * program would ever end by itself. A call that somebody waits for is kept by the timer of its caller.
+ *
+ * The methods with an underscore are gRPC's own, so `package.json` permits only the version that they are from.
  */
 export class UnreferencedCredentials extends ChannelCredentials {
   readonly #inner: ChannelCredentials;

@@ -8,7 +8,7 @@ export interface Limits {
   deadline: number;
   /** The caller's own cancellation. */
   signal?: AbortSignal | undefined;
-  /** Aborted, with the error to fail with, when the client is closed. */
+  /** Aborted when the client is closed. */
   closing: AbortSignal;
 }
 
@@ -45,7 +45,7 @@ export async function waitFor<T>(
         }
       };
       const onClose = () => {
-        reject(closing.reason as TokenBrokerError);
+        reject(closed(account));
       };
       const stopTimer = clock.after(deadline - clock.now(), onTimeout, { keepsAlive: true });
       signal?.addEventListener('abort', onAbort);
@@ -65,9 +65,16 @@ export async function waitFor<T>(
 
 /** Throws if the caller has cancelled already, or the client was closed. */
 export function throwIfOver({ account, signal, closing }: Limits): void {
-  closing.throwIfAborted();
+  throwIfClosed(account, closing);
   if (signal?.aborted) {
     throw cancelled(account, signal);
+  }
+}
+
+/** Throws if the client was closed. */
+export function throwIfClosed(account: string, closing: AbortSignal): void {
+  if (closing.aborted) {
+    throw closed(account);
   }
 }
 
@@ -82,6 +89,11 @@ export function waitForShared<T>(clock: Clock, limits: Limits, shared: Promise<T
 /** Waits for `ms`, unless one of the limits ends first. */
 export function pause(clock: Clock, limits: Limits, ms: number): Promise<void> {
   return waitFor(clock, limits, ({ resolve }) => clock.after(ms, resolve));
+}
+
+/** Returns the error of a call to a client that was closed. */
+export function closed(account: string): TokenBrokerError {
+  return new TokenBrokerError('CLOSED', 'the client is closed', { account });
 }
 
 function timedOut(account: string): TokenBrokerError {

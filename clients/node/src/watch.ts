@@ -1,6 +1,6 @@
 import type { Clock } from './clock.js';
 import { reopeningPause } from './decisions.js';
-import type { TokenBrokerError } from './errors.js';
+import { TokenBrokerError } from './errors.js';
 import {
   AccountEnded_Reason,
   type GetTokenResponse,
@@ -19,7 +19,8 @@ const ADDITION_INTERVAL_MS = 5000;
 const UNUSED_MS = 3_600_000;
 /** When a stream is opened again whose bearer was refused. */
 const UNAUTHENTICATED_PAUSE_MS = 10_000;
-
+/** How long the broker may take to accept a stream. */
+const OPENING_MS = 20_000;
 /** A stream that ended sooner counts as failed, so that one that always breaks is not opened in a loop. */
 const BRIEF_MS = 1000;
 /** The longest pause that a broker can ask for before a stream is opened again. */
@@ -31,8 +32,8 @@ export interface WatchEvents {
   token(account: string, answer: GetTokenResponse): void;
   /** The caller can no longer use the account. */
   ended(account: string): void;
-  /** The broker refuses a stream of these accounts, and does not say because of which. */
-  refused(accounts: Iterable<string>): void;
+  /** These accounts are on no stream any more, so nothing is pushed for them: they are unused, or were refused. */
+  left(accounts: Iterable<string>): void;
   /** The broker refuses the caller. */
   unauthenticated(): void;
   /** Returns when the program last asked for the account. */
@@ -44,6 +45,8 @@ interface OpenStream {
   openedAt: number;
   hasDelivered: boolean;
   handle: Stream | undefined;
+  /** Ends the time within which the broker must accept the stream. */
+  stopTimer: (() => void) | undefined;
 }
 
 /** Keeps a stream open that has all watched accounts. */
@@ -100,9 +103,9 @@ export class Watch {
   close(): void {
     this.#closed = true;
     this.#planned?.();
+    this.#giveUpOpening();
     this.#current?.handle?.cancel();
-    this.#opening?.handle?.cancel();
-    this.#current = this.#opening = undefined;
+    this.#current = undefined;
   }
 
   /** Opens a stream at `time`, unless one is opened before. */
@@ -121,14 +124,8 @@ export class Watch {
   }
 
   #open(): void {
-    this.#opening?.handle?.cancel();
-    this.#opening = undefined;
-    const unusedSince = this.#clock.now() - UNUSED_MS;
-    for (const account of this.#accounts) {
-      if (this.#events.lastUsed(account) < unusedSince) {
-        this.#accounts.delete(account);
-      }
-    }
+    this.#giveUpOpening();
+    this.#dropUnused();
     if (this.#accounts.size === 0) {
       this.#current?.handle?.cancel();
       this.#current = undefined;
@@ -139,9 +136,14 @@ export class Watch {
       openedAt: this.#clock.now(),
       hasDelivered: false,
       handle: undefined,
+      stopTimer: undefined,
     };
     this.#opening = stream;
     this.#log.debug(`a stream of ${this.#accounts.size} accounts is opened`);
+    stream.stopTimer = this.#clock.after(OPENING_MS, () => {
+      stream.handle?.cancel();
+      this.#onEnded(stream, new TokenBrokerError('UNAVAILABLE', 'the broker does not accept it'), false);
+    });
     stream.handle = this.#transport.watch([...stream.accounts], {
       opened: () => {
         this.#onOpened(stream);
@@ -155,8 +157,24 @@ export class Watch {
     });
   }
 
+  #giveUpOpening(): void {
+    this.#opening?.stopTimer?.();
+    this.#opening?.handle?.cancel();
+    this.#opening = undefined;
+  }
+
+  #dropUnused(): void {
+    const unusedSince = this.#clock.now() - UNUSED_MS;
+    const unused = [...this.#accounts].filter((account) => this.#events.lastUsed(account) < unusedSince);
+    for (const account of unused) {
+      this.#accounts.delete(account);
+    }
+    this.#events.left(unused);
+  }
+
   #onOpened(stream: OpenStream): void {
     if (this.#opening === stream) {
+      stream.stopTimer?.();
       this.#current?.handle?.cancel();
       this.#current = stream;
       this.#opening = undefined;
@@ -192,6 +210,7 @@ export class Watch {
     } else {
       return;
     }
+    stream.stopTimer?.();
     this.#log.debug(`a stream ended: ${error?.message ?? 'OK'}`);
     const now = this.#clock.now();
     switch (error?.kind) {
@@ -224,7 +243,7 @@ export class Watch {
     }
     this.#current?.handle?.cancel();
     this.#current = undefined;
-    this.#events.refused(stream.accounts);
+    this.#events.left(stream.accounts);
     if (this.#accounts.size > 0) {
       this.#plan(Math.max(this.#clock.now() + ADDITION_DELAY_MS, this.#nextAddition));
     }

@@ -218,14 +218,23 @@ test('an answer without a time for which to keep the token is an error', async (
   await call;
 });
 
-test('a closed client fails waiting and later calls', async () => {
-  const { client, broker } = setUp();
-  const waiting = assert.rejects(client.token('acme'), kind('CLOSED'));
+test('a closed client fails waiting and later calls, each with its account', async () => {
+  const { client, broker, token } = await withToken();
+  const closed = (account: string) => ({ kind: 'CLOSED', account });
+  const waiting = assert.rejects(client.token('other'), closed('other'));
+  const reporting = assert.rejects(client.report('acme', 1n, '61003'), closed('acme'));
   await settle();
   client.close();
   client.close();
   await waiting;
-  await assert.rejects(client.token('acme'), kind('CLOSED'));
+  await reporting;
+  for (const call of [
+    client.token('acme'),
+    client.report('acme', 1n, '61003'),
+    client.replace(token, '61003'),
+  ]) {
+    await assert.rejects(call, closed('acme'));
+  }
   assert.ok(broker.isClosed);
 });
 
@@ -378,3 +387,37 @@ test('a timeout must be above zero', async () => {
     await assert.rejects(client.token('acme', { timeoutMs }), kind('INVALID_ARGUMENT'));
   }
 });
+
+const brokenLogs: Record<string, () => unknown> = {
+  throws: () => {
+    throw new Error('as the test says');
+  },
+  'returns a promise that is rejected': () => Promise.reject(new Error('as the test says')),
+};
+for (const [what, fail] of Object.entries(brokenLogs)) {
+  test(`a logger that ${what} keeps no caller waiting and does not end the watch`, async () => {
+    const { client, broker, clock } = setUp({ debug: fail, warn: fail });
+    const call = client.token('acme');
+    await settle();
+    broker.ask.answer(tokenAnswer());
+    await call;
+    const refused = assert.rejects(client.token('other'), kind('NOT_GRANTED'));
+    await settle();
+    broker.ask.fail(errorOf('NOT_GRANTED'));
+    await refused;
+    await clock.advance(100);
+    broker.stream.push('acme', { generation: 2n, reuseFor: { seconds: 0n } });
+    broker.stream.push('acme', { generation: 3n });
+    assert.equal((await client.token('acme')).generation, 3n);
+    broker.stream.events.ended(errorOf('UNAUTHENTICATED'), false);
+    await clock.advance(10_000);
+    assert.equal(broker.streams.length, 2);
+    broker.stream.push('acme', { generation: 4n });
+    assert.equal((await client.token('acme')).generation, 4n);
+    broker.stream.end('acme');
+    const ended = assert.rejects(client.token('acme'), kind('NO_SUCH_ACCOUNT'));
+    await settle();
+    broker.ask.fail(errorOf('NO_SUCH_ACCOUNT'));
+    await ended;
+  });
+}

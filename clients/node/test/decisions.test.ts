@@ -1,15 +1,22 @@
 import assert from 'node:assert/strict';
+import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
 import { test } from 'node:test';
+import { rootCertificates } from 'node:tls';
 
-import { connectivityState as State } from '@grpc/grpc-js';
+import { connectivityState as State, status as Code } from '@grpc/grpc-js';
 
+import { Certificates } from '../src/certificates.js';
 import { choose } from '../src/channels.js';
 import { decide, replaces, reopeningPause, retryPause } from '../src/decisions.js';
 import { TokenBrokerError } from '../src/errors.js';
 import { checkHost, refusalCode, refusalIn } from '../src/refusal.js';
 import { optionsFromEnvironment, settingsFrom } from '../src/settings.js';
+import { type CallStatus, errorFromStatus } from '../src/status.js';
 import { type Kept, keptFrom } from '../src/token.js';
-import { tokenAnswer } from './fakes.js';
+import { silent, tokenAnswer } from './fakes.js';
+import { refusal as refusalOfBroker } from './servers.js';
 
 function kept(generation: bigint, reuseEnd: number, end: number): Kept {
   return { ...keptFrom('acme', tokenAnswer({ generation }), 0, () => 0), reuseEnd, end };
@@ -98,6 +105,11 @@ test('settings that contradict each other are refused', () => {
     { endpoints: 'ftp://broker' },
     { endpoints: 'http://user:password@127.0.0.1:1' },
     { endpoints: 'http://127.0.0.1:1/path' },
+    { endpoints: 'http://127.0.0.1' },
+    { endpoints: 'https://broker' },
+    { endpoints: 'https://broker:' },
+    { endpoints: 'https://[::1]/' },
+    { endpoints: ['http://127.0.0.1:1', 'http://127.0.0.1'] },
     { endpoints: ['http://127.0.0.1:1', 'https://127.0.0.1:2'] },
     { endpoints: 'https://127.0.0.1:1', clientCertFile: 'cert' },
     { endpoints: 'http://127.0.0.1:1', caFile: 'ca' },
@@ -108,6 +120,13 @@ test('settings that contradict each other are refused', () => {
   }
   settingsFrom({ endpoints: 'http://localhost:1', bearerFile: 'bearer' });
   settingsFrom({ endpoints: 'http://[::1]:1', bearerFile: 'bearer' });
+  for (const [endpoints, address] of [
+    ['https://broker:443', 'broker:443'],
+    ['http://broker:80/', 'broker:80'],
+    ['https://[::1]:443', '[::1]:443'],
+  ] as const) {
+    assert.equal(settingsFrom({ endpoints }).endpoints[0]?.address, address);
+  }
   settingsFrom({ endpoints: 'http://broker.example:1', bearerFile: 'bearer', allowPlaintextBearer: true });
 });
 
@@ -127,4 +146,54 @@ test('settings come from the environment', () => {
 test('an empty variable is one that is not set', () => {
   const environment = { TOKEN_BROKER_ENDPOINT: 'https://broker:443', TOKEN_BROKER_CA_FILE: '' };
   assert.equal(optionsFromEnvironment(environment, {}).caFile, undefined);
+});
+
+test('only the reasons of the broker itself count', () => {
+  for (const [domain, kind, reason] of [
+    ['token-broker', 'ACCOUNT_DISABLED', 'ACCOUNT_DISABLED'],
+    ['proxy.example', 'INTERNAL', undefined],
+    ['', 'INTERNAL', undefined],
+  ] as const) {
+    const status = {
+      ...refusalOfBroker(Code.FAILED_PRECONDITION, 'ACCOUNT_DISABLED', 7n, domain),
+      details: '',
+    };
+    const error = errorFromStatus(status as CallStatus, 'acme');
+    assert.deepEqual([error.kind, error.reason, error.retryAfterMs], [kind, reason, 7000]);
+    assert.equal(error.upstreamCode, reason && '61006');
+  }
+});
+
+test('files for TLS that cannot be used are logged once, and again after they were well', () => {
+  const folder = mkdtempSync(join(tmpdir(), 'token-broker-'));
+  try {
+    const caFile = join(folder, 'ca.pem');
+    const good = rootCertificates[0] as string;
+    writeFileSync(caFile, good);
+    const warnings: string[] = [];
+    const logger = { ...silent, warn: (message: string) => warnings.push(message) };
+    const certificates = new Certificates(settingsFrom({ endpoints: 'https://broker:1', caFile, logger }));
+    let expected = 0;
+    for (const spoil of [
+      () => {
+        writeFileSync(caFile, 'nothing');
+      },
+      () => {
+        rmSync(caFile);
+      },
+    ]) {
+      for (let time = 0; time < 2; time++) {
+        spoil();
+        expected++;
+        for (let look = 0; look < 3; look++) {
+          assert.ok(!certificates.reload());
+          assert.equal(warnings.length, expected);
+        }
+        writeFileSync(caFile, good);
+        certificates.reload();
+      }
+    }
+  } finally {
+    rmSync(folder, { recursive: true });
+  }
 });

@@ -111,10 +111,15 @@ export class WireBroker {
 }
 
 /** Returns a status as the broker sends it. */
-export function refusal(code: status, reason: string, retrySeconds?: bigint): Partial<StatusObject> {
+export function refusal(
+  code: status,
+  reason: string,
+  retrySeconds?: bigint,
+  domain = 'token-broker',
+): Partial<StatusObject> {
   const info = create(ErrorInfoSchema, {
     reason,
-    domain: 'token-broker',
+    domain,
     metadata: { upstream_code: '61006' },
   });
   const details = [anyPack(ErrorInfoSchema, info)];

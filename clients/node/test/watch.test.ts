@@ -127,6 +127,41 @@ test('an account that nobody has used for an hour is watched no longer', async (
   assert.deepEqual(broker.stream.accounts, ['other']);
 });
 
+test('an account that leaves the watch unused is asked for when it is used again', async () => {
+  const { client, broker, clock } = setUp();
+  const call = client.token('acme');
+  await settle();
+  const day = { seconds: 86_400n };
+  broker.ask.answer(tokenAnswer({ reuseFor: day, expiresIn: day }));
+  await call;
+  await clock.advance(100);
+  broker.stream.events.opened();
+  await clock.advance(3_600_001);
+  await getToken(client, broker, 'other');
+  await clock.advance(100);
+  assert.deepEqual(broker.stream.accounts, ['other']);
+  const again = client.token('acme');
+  await settle();
+  assert.equal(broker.asks.length, 3, 'a revocation of the kept token would not have been heard');
+  broker.ask.answer(tokenAnswer({ generation: 2n }));
+  assert.equal((await again).generation, 2n);
+});
+
+test('an opening that the broker does not answer is given up after 20 s', async () => {
+  const { client, broker, clock } = setUp();
+  await getToken(client, broker, 'acme');
+  await clock.advance(100);
+  await clock.advance(19_999);
+  assert.ok(!broker.stream.isCancelled);
+  await clock.advance(1);
+  assert.ok(broker.stream.isCancelled);
+  await clock.advance(100);
+  assert.equal(broker.streams.length, 2);
+  broker.stream.events.opened();
+  await clock.advance(20_000);
+  assert.ok(!broker.stream.isCancelled, 'a stream that was accepted may be silent');
+});
+
 test('a closed client has no stream', async () => {
   const { client, broker, clock } = await watching();
   client.close();

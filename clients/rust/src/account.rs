@@ -4,15 +4,12 @@ use std::{collections::BTreeMap, time::Duration};
 
 use tokio::time::Instant;
 
-use crate::{ask::SharedAsk, error::Error, time::Backoff, token::Token};
 #[cfg(feature = "_adapters")]
-use crate::{client::ReportOutcome, time::later};
+use crate::replacement::Report;
+use crate::{ask::AskInFlight, error::Error, time::Backoff, token::Token};
 
 /// How long a refusal is answered without another call.
 const REFUSAL_MEMORY: Duration = Duration::from_secs(1);
-/// How long callers share a report of the same generation after it was answered.
-#[cfg(feature = "_adapters")]
-const REPORT_MEMORY: Duration = Duration::from_secs(5);
 /// The pauses after failed attempts to replace a kept token that is still usable.
 const REPLACEMENT_BACKOFF: Backoff =
     Backoff { first: Duration::from_secs(1), longest: Duration::from_secs(30) };
@@ -26,8 +23,9 @@ pub(crate) struct Account {
     failures: u32,
     /// Until then, the kept token is used although it should be replaced.
     paused_until: Option<Instant>,
-    /// The asks in flight, by the generation than which they want a newer one; 0 for any.
-    pub(crate) asks: BTreeMap<u64, SharedAsk>,
+    /// The asks in flight, by the generation than which they want a newer one; 0 for any. The task of an ask
+    /// removes it.
+    pub(crate) asks: BTreeMap<u64, AskInFlight>,
     /// The last report that the API refused a token.
     #[cfg(feature = "_adapters")]
     pub(crate) report: Option<std::sync::Arc<Report>>,
@@ -50,42 +48,13 @@ struct Refusal {
     forgotten_at: Instant,
 }
 
-/// A report that the API refused a token.
-#[cfg(feature = "_adapters")]
-#[derive(Debug)]
-pub(crate) struct Report {
-    generation: u64,
-    /// What the broker answered, and when; `None` after an error.
-    pub(crate) outcome: tokio::sync::OnceCell<(Option<ReportOutcome>, Instant)>,
-}
-
-#[cfg(feature = "_adapters")]
-impl Report {
-    pub(crate) fn new(generation: u64) -> Self {
-        Self { generation, outcome: tokio::sync::OnceCell::new() }
-    }
-
-    /// Whether a caller that holds a token of `generation` needs no report of its own.
-    pub(crate) fn is_shared(&self, generation: u64, now: Instant) -> bool {
-        let is_fresh = match self.outcome.get() {
-            None => true,
-            Some((None, _)) => false,
-            Some((Some(ReportOutcome::TooSoon { retry_after }), at)) => {
-                now < later(*at, *retry_after)
-            }
-            Some((Some(_), at)) => now < *at + REPORT_MEMORY,
-        };
-        self.generation == generation && is_fresh
-    }
-}
-
 /// What to do when a token is wanted.
 #[derive(Debug)]
 pub(crate) enum Decision {
     /// Return this token.
     Use(Token),
-    /// Ask for a replacement of this token, which is still usable.
-    Replace(Token),
+    /// Ask for a replacement of the kept token, which is still usable.
+    Replace,
     /// Ask for a token.
     Ask,
     /// Return this error.
@@ -120,7 +89,7 @@ impl Account {
                 if now < *reuse_end || is_paused {
                     Decision::Use(token.clone())
                 } else {
-                    Decision::Replace(token.clone())
+                    Decision::Replace
                 }
             }
             _ => Decision::Ask,
@@ -138,7 +107,13 @@ impl Account {
         self.asks.is_empty() && !self.is_watched && !refuses && self.usable(now).is_none()
     }
 
-    /// Keeps `token` unless a newer one is kept and still usable. Returns the token that is kept now.
+    /// Returns the kept token, if it is usable and of a later generation than `newer_than`.
+    pub(crate) fn usable_newer_than(&self, newer_than: u64, now: Instant) -> Option<&Token> {
+        self.usable(now).filter(|token| token.generation() > newer_than)
+    }
+
+    /// Keeps `token` unless a newer one is kept and still usable, and gives it to the callers who wait for such a
+    /// token. Returns the token that is kept now.
     pub(crate) fn offer(&mut self, token: Token, now: Instant) -> Token {
         self.refusal = None;
         let age = |token: &Token, reuse_end| (token.generation(), reuse_end);
@@ -153,6 +128,11 @@ impl Account {
                 self.failures = 0;
                 self.paused_until = None;
                 self.kept = Some(Kept { reuse_end: token.reuse_end(), token: token.clone() });
+                if token.is_usable(now) {
+                    for (_, ask) in self.asks.range_mut(..token.generation()) {
+                        ask.settle(&token);
+                    }
+                }
                 token
             }
         }
@@ -171,8 +151,15 @@ impl Account {
         self.refusal = Some(Refusal { error, forgotten_at: now + REFUSAL_MEMORY });
     }
 
+    /// Takes the account off the watch. From now on nothing is pushed for it, so the next call asks, and hears
+    /// what became of the token.
+    pub(crate) fn leave_watch(&mut self, now: Instant) {
+        self.is_watched = false;
+        self.end_reuse(now);
+    }
+
     /// Makes the next call ask for a replacement of the kept token.
-    pub(crate) fn end_reuse(&mut self, now: Instant) {
+    fn end_reuse(&mut self, now: Instant) {
         if let Some(kept) = &mut self.kept {
             kept.reuse_end = kept.reuse_end.min(now);
             self.paused_until = None;
@@ -210,7 +197,7 @@ mod tests {
     fn decision(account: &Account, newer_than: u64, now: Instant) -> String {
         match account.decide(newer_than, now) {
             Decision::Use(token) => format!("use {}", token.generation()),
-            Decision::Replace(token) => format!("replace {}", token.generation()),
+            Decision::Replace => "replace".into(),
             Decision::Ask => "ask".into(),
             Decision::Refuse(error) => error.kind().name().into(),
         }
@@ -220,7 +207,7 @@ mod tests {
     fn the_kept_token_is_used_to_its_reuse_end_and_then_replaced_to_its_end() {
         let (account, now) = account();
         for (seconds, expected) in
-            [(0, "use 5"), (9, "use 5"), (10, "replace 5"), (18, "replace 5"), (19, "ask")]
+            [(0, "use 5"), (9, "use 5"), (10, "replace"), (18, "replace"), (19, "ask")]
         {
             assert_eq!(decision(&account, 0, now + seconds * SECOND), expected, "{seconds} s");
         }
@@ -238,7 +225,7 @@ mod tests {
     fn the_newest_token_wins() {
         let (mut account, now) = account();
         assert_eq!(account.offer(token(4, now + SECOND), now + SECOND).generation(), 5);
-        assert_eq!(decision(&account, 0, now + 10 * SECOND), "replace 5");
+        assert_eq!(decision(&account, 0, now + 10 * SECOND), "replace");
         // The same token with a later reuse end.
         account.offer(token(5, now + SECOND), now + SECOND);
         assert_eq!(decision(&account, 0, now + 10 * SECOND), "use 5");
@@ -256,10 +243,10 @@ mod tests {
         account.pause(now, 0.0);
         assert_eq!(decision(&account, 0, now + SECOND / 2), "use 5");
         now += SECOND;
-        assert_eq!(decision(&account, 0, now), "replace 5");
+        assert_eq!(decision(&account, 0, now), "replace");
         account.pause(now, 1.0);
         assert_eq!(decision(&account, 0, now + SECOND / 2), "use 5");
-        assert_eq!(decision(&account, 0, now + SECOND), "replace 5");
+        assert_eq!(decision(&account, 0, now + SECOND), "replace");
         // A pause does not make a token last longer.
         account.pause(now, 0.0);
         assert_eq!(decision(&account, 0, start + 19 * SECOND), "ask");
@@ -283,6 +270,6 @@ mod tests {
     fn a_token_whose_reuse_was_ended_is_replaced_although_it_is_new() {
         let (mut account, now) = account();
         account.end_reuse(now + SECOND);
-        assert_eq!(decision(&account, 0, now + SECOND), "replace 5");
+        assert_eq!(decision(&account, 0, now + SECOND), "replace");
     }
 }

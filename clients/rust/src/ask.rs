@@ -3,14 +3,14 @@
 use std::{sync::Arc, time::Duration};
 
 use tokio::{
-    sync::watch,
+    sync::{oneshot, watch},
     time::{Instant, sleep},
 };
 
 use crate::{
-    client::Shared,
     error::{Error, ErrorKind},
     proto::GetTokenRequest,
+    shared::Shared,
     time::{Backoff, later},
     token::Token,
 };
@@ -47,29 +47,56 @@ pub(crate) struct SharedAsk {
     pub(crate) started: Instant,
     deadline: Instant,
     retries: bool,
+}
+
+/// The ask, as its account sees it.
+#[derive(Debug)]
+pub(crate) struct AskInFlight {
+    pub(crate) shared: SharedAsk,
+    /// Ends the ask with a token that came in another way; none after that.
+    settle: Option<oneshot::Sender<Token>>,
     /// Whether a pause began already because this ask takes long.
     pub(crate) was_slow: bool,
 }
 
-impl SharedAsk {
+impl AskInFlight {
     /// Starts a task that asks. No caller owns it, so it goes on when the caller that caused it gives up.
     pub(crate) fn start(shared: &Arc<Shared>, wanted: Wanted, now: Instant) -> Self {
         let (sender, progress) = watch::channel(Progress::Asking(None));
+        let (settle, settled) = oneshot::channel();
         let (deadline, retries) = (wanted.deadline, wanted.retries);
         let task_shared = Arc::clone(shared);
         shared.spawn(async move {
-            let outcome = run(&task_shared, &wanted, &sender).await;
-            let outcome = task_shared.finish(&wanted, outcome);
+            let accounts = &task_shared.accounts;
+            let outcome = tokio::select! {
+                biased;
+                Ok(token) = settled => {
+                    accounts.remove_ask(&wanted);
+                    Ok(token)
+                }
+                outcome = run(&task_shared, &wanted, &sender) => accounts.finish(&wanted, outcome),
+            };
             sender.send_replace(Progress::Done(outcome));
         });
-        Self { progress, started: now, deadline, retries, was_slow: false }
+        let shared = SharedAsk { progress, started: now, deadline, retries };
+        Self { shared, settle: Some(settle), was_slow: false }
+    }
+
+    /// Gives `token` to all who wait, and ends the ask.
+    pub(crate) fn settle(&mut self, token: &Token) {
+        if let Some(settle) = self.settle.take() {
+            // The task is gone when the client is closed.
+            let _ = settle.send(token.clone());
+        }
     }
 
     /// Whether its task still runs.
     pub(crate) fn is_running(&self) -> bool {
-        self.progress.has_changed().is_ok()
+        self.shared.progress.has_changed().is_ok()
     }
+}
 
+impl SharedAsk {
     /// Waits for the outcome. Cancel safe.
     pub(crate) async fn outcome(&mut self, account: &str) -> Result<Token, Error> {
         match self.progress.wait_for(|progress| matches!(progress, Progress::Done(_))).await {
@@ -124,11 +151,10 @@ async fn run(
             newer_than_generation: wanted.newer_than,
         };
         let error = match shared.broker.get_token(request, wanted.deadline).await {
-            Ok(token) if token.is_usable(Instant::now()) => return Ok(token),
-            // Its successor will come soon.
-            Ok(_) => {
-                Error::local(ErrorKind::Unavailable, &wanted.account, "the token has just ended")
-            }
+            Ok(token) => match fault_of(&token, wanted.newer_than, Instant::now()) {
+                None => return Ok(token),
+                Some(error) => error,
+            },
             Err(error) => more_telling(last_error.take(), error),
         };
         let pause = retry_pause(&error, failures, fastrand::f64());
@@ -138,12 +164,22 @@ async fn run(
             return Err(error);
         };
         last_error = Some(error.clone());
-        progress.send_replace(Progress::Asking(Some(error.clone())));
-        tokio::select! {
-            () = sleep(pause) => failures += 1,
-            // Nobody waits any longer.
-            () = progress.closed() => return Err(error),
-        }
+        progress.send_replace(Progress::Asking(Some(error)));
+        sleep(pause).await;
+        failures += 1;
+    }
+}
+
+/// Returns why a token that the broker sent is of no use to who wants a later generation than `newer_than`.
+fn fault_of(token: &Token, newer_than: u64, now: Instant) -> Option<Error> {
+    let error = |kind, why: &str| Some(Error::local(kind, token.account(), why));
+    if token.generation() <= newer_than {
+        error(ErrorKind::Internal, "the broker's answer has no newer token")
+    } else if !token.is_usable(now) {
+        // Its successor will come soon.
+        error(ErrorKind::Unavailable, "the token has just ended")
+    } else {
+        None
     }
 }
 
@@ -218,7 +254,6 @@ mod tests {
             started: now,
             deadline: now + MS(1_000),
             retries,
-            was_slow: false,
         };
         let late = Error::deadline("acme");
         let pause = |is_owner, deadline| {

@@ -116,7 +116,11 @@ impl Broker {
             tokio::time::sleep(FILE_AGE).await;
             let read = read(&files).await;
             let is_used = read.as_ref().is_ok_and(|it| self.connections.borrow().tls() == Some(it));
-            if is_used || faulty.as_ref() == Some(&read) {
+            if is_used {
+                faulty = None;
+                continue;
+            }
+            if faulty.as_ref() == Some(&read) {
                 continue;
             }
             match read.clone().and_then(|contents| connect(&self.settings, Some(contents))) {

@@ -23,6 +23,7 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod account;
+mod accounts;
 mod ask;
 mod broker;
 mod client;
@@ -31,6 +32,7 @@ mod credentials;
 mod error;
 mod proto;
 mod settings;
+mod shared;
 mod stream;
 mod time;
 mod token;
@@ -40,6 +42,8 @@ mod watch;
 mod authorizer;
 #[cfg(feature = "_adapters")]
 mod peeked;
+#[cfg(feature = "_adapters")]
+mod replacement;
 #[cfg(feature = "reqwest")]
 mod reqwest;
 #[cfg(feature = "tower")]

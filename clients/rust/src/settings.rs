@@ -212,6 +212,7 @@ fn endpoint(text: &str) -> Result<Url, String> {
     let url = Url::parse(text).ok().filter(|url| {
         matches!(url.scheme(), "http" | "https")
             && url.has_host()
+            && names_a_port(text)
             && url.path() == "/"
             && url.query().is_none()
             && url.fragment().is_none()
@@ -219,6 +220,13 @@ fn endpoint(text: &str) -> Result<Url, String> {
             && url.password().is_none()
     });
     url.ok_or_else(|| "an endpoint must look like https://host:port".into())
+}
+
+/// Whether the URL in `text` has a port. A parsed URL does not tell: it lacks the port that its scheme implies.
+fn names_a_port(text: &str) -> bool {
+    let text = text.trim().trim_end_matches('/');
+    let port = text.rsplit_once(':').map_or("", |(_, port)| port);
+    !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit())
 }
 
 /// Whether the URL's host is this machine.
@@ -281,14 +289,26 @@ mod tests {
 
     #[test]
     fn endpoints_that_cannot_be_used_are_refused_without_quoting_them() {
-        for text in
-            ["host:50051", "ftp://host", "http://host/path", "http://u:canary@host", "http://", ""]
-        {
+        for text in [
+            "host:50051",
+            "ftp://host:1",
+            "http://host:1/path",
+            "http://u:canary@host:1",
+            "http://",
+            "",
+            "http://host",
+            "https://host:",
+            "https://[::1]",
+            "https://192.0.2.1/",
+        ] {
             let refusal = refusal(TokenClientBuilder::default().endpoint(text));
             assert_eq!(refusal, "an endpoint must look like https://host:port", "{text}");
         }
+        for text in ["http://host:80", "https://host:443/", "https://[::1]:443", "HTTPS://host:1"] {
+            assert!(TokenClientBuilder::default().endpoint(text).check().is_ok(), "{text}");
+        }
         assert!(refusal(TokenClientBuilder::default()).contains("no endpoint"));
-        let mixed = TokenClientBuilder::default().endpoint("http://a").endpoint("https://b");
+        let mixed = TokenClientBuilder::default().endpoint("http://a:1").endpoint("https://b:1");
         assert!(refusal(mixed).contains("all be http"));
     }
 
@@ -307,8 +327,8 @@ mod tests {
     #[test]
     fn a_certificate_needs_its_key_and_encryption() {
         let half = TokenClientBuilder { client_cert: Some("c".into()), ..Default::default() };
-        assert!(refusal(half.endpoint("https://b")).contains("together"));
-        let plaintext = TokenClientBuilder::default().ca_file("ca").endpoint("http://localhost");
+        assert!(refusal(half.endpoint("https://b:1")).contains("together"));
+        let plaintext = TokenClientBuilder::default().ca_file("ca").endpoint("http://localhost:1");
         assert!(refusal(plaintext).contains("https"));
     }
 
@@ -333,8 +353,8 @@ mod tests {
     #[test]
     fn no_text_form_contains_the_bearer() {
         let builder =
-            TokenClientBuilder::default().endpoint("http://localhost").bearer("tbk_canary");
-        let mistaken = builder.clone().endpoint("http://u:canary@host");
+            TokenClientBuilder::default().endpoint("http://localhost:1").bearer("tbk_canary");
+        let mistaken = builder.clone().endpoint("http://u:canary@host:1");
         let text = format!("{builder:?} {mistaken:?} {:?}", builder.clone().check().unwrap());
         assert!(!text.contains("canary"), "{text}");
     }

@@ -83,7 +83,6 @@ impl FakeBroker {
     }
 
     /// Sets the answers to reports, with the pause. The last one is repeated.
-    #[cfg(feature = "tower")]
     pub(crate) fn report_outcomes(&self, outcomes: impl IntoIterator<Item = (Outcome, Duration)>) {
         self.state().outcomes = outcomes.into_iter().collect();
     }

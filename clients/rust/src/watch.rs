@@ -1,7 +1,7 @@
 //! Keeps one stream of the broker open for the accounts that the program uses, so that replacements and ends
 //! arrive when the broker has them.
 
-use std::{future::pending, pin::Pin, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, future::pending, pin::Pin, sync::Arc, time::Duration};
 
 use tokio::time::{Instant, sleep_until, timeout};
 use tonic::{Code, Status};
@@ -9,10 +9,10 @@ use tracing::{debug, warn};
 
 use crate::{
     broker::OpenedStream,
-    client::Shared,
     connections::Connections,
     error::{Error, is_local},
     proto::WatchTokensResponse,
+    shared::Shared,
     stream::{TokenEvent, event},
     time::Backoff,
 };
@@ -24,6 +24,8 @@ const ADDITION_INTERVAL: Duration = Duration::from_secs(5);
 /// The pauses before a stream is opened again that delivered nothing.
 const REOPEN_BACKOFF: Backoff =
     Backoff { first: Duration::from_millis(100), longest: Duration::from_secs(10) };
+/// The longest pause that the broker can ask for before a stream is opened again.
+const LONGEST_ASKED_PAUSE: Duration = Duration::from_secs(30);
 /// A stream that ends earlier than this is not opened again at once, even if it delivered something, so that a
 /// broker which ends all streams is not flooded.
 const SHORT_LIFE: Duration = Duration::from_secs(1);
@@ -43,6 +45,7 @@ pub(crate) async fn run(shared: Arc<Shared>) {
         opening: None,
         open_at: None,
         opened_for_addition: None,
+        names: BTreeSet::new(),
         failures: 0,
     }
     .run()
@@ -60,19 +63,21 @@ struct Watch {
     open_at: Option<Instant>,
     /// When a stream was last opened because of an addition.
     opened_for_addition: Option<Instant>,
-    /// Attempts since a stream last delivered.
+    /// The names of the stream that was opened last, without those that have left the watch since.
+    names: BTreeSet<String>,
+    /// Streams since the last one that delivered and lived for a while.
     failures: u32,
 }
 
 struct Stream {
     opened: OpenedStream,
-    names: Vec<String>,
+    names: BTreeSet<String>,
     opened_at: Instant,
     has_delivered: bool,
 }
 
 struct Opening {
-    names: Vec<String>,
+    names: BTreeSet<String>,
     result: Pin<Box<dyn Future<Output = Result<OpenedStream, Status>> + Send>>,
 }
 
@@ -101,6 +106,13 @@ impl Reaction {
     }
 }
 
+/// Returns how long to wait before a stream is opened again, after `failures` that delivered nothing or ended soon.
+/// The broker can ask for a longer pause.
+fn reopen_pause(failures: Option<u32>, asked: Option<Duration>, random: f64) -> Duration {
+    let own = failures.map(|failures| REOPEN_BACKOFF.pause(failures, random));
+    own.unwrap_or_default().max(asked.unwrap_or_default().min(LONGEST_ASKED_PAUSE))
+}
+
 /// Returns when to open a stream for an account that was added at `now`.
 fn addition_time(now: Instant, opened_for_addition: Option<Instant>) -> Instant {
     let soon = now + ADDITION_DELAY;
@@ -114,7 +126,7 @@ impl Watch {
                 message = next(&mut self.stream) => self.handle(message).await,
                 opened = opened(&mut self.opening) => self.replace_stream(opened),
                 () = at(self.open_at) => self.open(),
-                () = self.shared.watch_grew.notified() => {
+                () = self.shared.accounts.watch_grew() => {
                     let now = Instant::now();
                     self.open_no_later_than(addition_time(now, self.opened_for_addition));
                 }
@@ -131,19 +143,19 @@ impl Watch {
     /// Begins to open a stream with all names. An opening in progress is given up, because it has fewer names.
     fn open(&mut self) {
         self.open_at = None;
-        let names = self.shared.watched_names();
+        let names = self.shared.accounts.watched_names();
         if names.is_empty() {
             (self.stream, self.opening) = (None, None);
+            self.names.clear();
             return;
         }
-        let is_addition = self.stream.is_none()
-            || self.stream.as_ref().is_some_and(|stream| stream.names.len() != names.len());
-        if is_addition {
+        if !names.is_subset(&self.names) {
             self.opened_for_addition = Some(Instant::now());
         }
+        self.names.clone_from(&names);
         debug!(accounts = names.len(), "opening a stream");
         let broker = Arc::clone(&self.shared.broker);
-        let sent = names.clone();
+        let sent = names.iter().cloned().collect();
         let result = Box::pin(async move {
             let late = || Status::unavailable("the broker does not accept the stream");
             timeout(OPEN_TIMEOUT, broker.watch(sent)).await.unwrap_or_else(|_| Err(late()))
@@ -159,7 +171,7 @@ impl Watch {
                 self.stream = Some(Stream { opened, names, opened_at, has_delivered: false });
             }
             Err(status) => match Reaction::to(&status) {
-                Reaction::Reopen => self.reopen_later(&status),
+                Reaction::Reopen => self.reopen(&status, false),
                 // The file was read again already.
                 Reaction::CheckBearer => self.forget_all(&status),
                 Reaction::AskForEach => {
@@ -181,13 +193,10 @@ impl Watch {
         match Reaction::to(&status) {
             // Its successor is being opened already.
             Reaction::Reopen if self.opening.is_some() => {}
-            Reaction::Reopen
-                if stream.has_delivered && stream.opened_at.elapsed() >= SHORT_LIFE =>
-            {
-                debug!(why = status.message(), "the stream ended; it is opened again");
-                self.open_no_later_than(Instant::now());
+            Reaction::Reopen => {
+                let has_lived = stream.opened_at.elapsed() >= SHORT_LIFE;
+                self.reopen(&status, stream.has_delivered && has_lived);
             }
-            Reaction::Reopen => self.reopen_later(&status),
             Reaction::CheckBearer => {
                 if self.shared.broker.has_other_bearer(&stream.opened).await {
                     self.open_no_later_than(Instant::now());
@@ -200,43 +209,47 @@ impl Watch {
     }
 
     fn deliver(&mut self, message: WatchTokensResponse) {
-        self.failures = 0;
         if let Some(stream) = &mut self.stream {
             stream.has_delivered = true;
         }
         match event(message) {
-            Ok(Some(TokenEvent::Token(token))) => {
-                let account = token.account().to_owned();
-                self.shared.offer(&account, token);
-            }
+            Ok(Some(TokenEvent::Token(token))) => self.shared.accounts.offer(&token),
             Ok(Some(TokenEvent::Ended { account, reason })) => {
                 warn!(account, %reason, "the account ended");
-                self.shared.end(&account);
+                self.names.remove(&account);
+                self.shared.accounts.end(&account);
             }
             Ok(None) => {}
             Err(error) => warn!(%error, "the broker pushed something else than a token"),
         }
     }
 
-    fn reopen_later(&mut self, status: &Status) {
+    /// Plans the next stream after the end of one. `was_good` says that it delivered, and lived for a while.
+    fn reopen(&mut self, status: &Status, was_good: bool) {
         let error = Error::from_status("", status);
-        let pause = REOPEN_BACKOFF.pause(self.failures, fastrand::f64());
-        let pause = pause.max(error.retry_after().unwrap_or_default());
-        self.failures = self.failures.saturating_add(1);
-        debug!(%error, ?pause, "there is no stream; it is opened again after a pause");
+        if was_good {
+            self.failures = 0;
+        }
+        let failures = (!was_good).then_some(self.failures);
+        let pause = reopen_pause(failures, error.retry_after(), fastrand::f64());
+        if !was_good {
+            self.failures = self.failures.saturating_add(1);
+        }
+        debug!(%error, ?pause, "the stream ended; it is opened again after a pause");
         self.open_no_later_than(Instant::now() + pause);
     }
 
     fn forget_all(&mut self, status: &Status) {
         warn!(why = status.message(), "the broker no longer accepts the caller");
         self.stream = None;
-        self.shared.forget_all();
+        self.shared.accounts.forget_all();
         self.open_no_later_than(Instant::now() + REFUSED_PAUSE);
     }
 
-    fn ask_for_each(&mut self, names: &[String], status: &Status) {
+    fn ask_for_each(&mut self, names: &BTreeSet<String>, status: &Status) {
         debug!(why = status.message(), "the broker refuses the stream");
-        self.shared.leave_watch(names);
+        self.names.retain(|name| !names.contains(name));
+        self.shared.accounts.leave_watch(names);
     }
 }
 
@@ -288,6 +301,17 @@ mod tests {
         ] {
             assert_eq!(Reaction::to(&status), reaction, "{status}");
         }
+    }
+
+    #[test]
+    fn a_stream_is_opened_again_at_once_unless_it_failed_or_the_broker_asks_for_a_pause() {
+        let (ms, s) = (Duration::from_millis, Duration::from_secs);
+        assert_eq!(reopen_pause(None, None, 0.0), Duration::ZERO);
+        assert_eq!(reopen_pause(Some(0), None, 0.0), ms(100));
+        assert_eq!(reopen_pause(Some(20), None, 0.0), s(10));
+        assert_eq!(reopen_pause(None, Some(s(7)), 0.0), s(7));
+        assert_eq!(reopen_pause(Some(20), Some(s(7)), 0.0), s(10));
+        assert_eq!(reopen_pause(Some(0), Some(s(3600)), 0.0), s(30));
     }
 
     #[tokio::test(start_paused = true)]

@@ -2,7 +2,9 @@
 //! about it.
 
 use std::{
-    fs, io,
+    fs::{self, DirBuilder, Permissions},
+    io,
+    os::unix::fs::{DirBuilderExt, PermissionsExt, chown},
     path::{Path, PathBuf},
     time::{Duration, SystemTime},
 };
@@ -44,11 +46,17 @@ pub(super) struct Kept {
 }
 
 impl TokenFiles {
+    /// Makes the directory if it is not there, as `install -d` does: for the owner alone, and for the group too if
+    /// that may read the files.
+    ///
     /// # Errors
-    /// When the directory is none.
+    /// When the directory is none, or cannot be made.
     pub(super) fn new(directory: PathBuf, access: Access) -> io::Result<Self> {
-        if !fs::metadata(&directory)?.is_dir() {
-            return Err(io::ErrorKind::NotADirectory.into());
+        match fs::metadata(&directory) {
+            Ok(found) if found.is_dir() => {}
+            Ok(_) => return Err(io::ErrorKind::NotADirectory.into()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => make(&directory, access)?,
+            Err(error) => return Err(error),
         }
         Ok(Self { directory, access })
     }
@@ -137,6 +145,23 @@ impl TokenFiles {
     }
 }
 
+/// Makes a directory for files with this access, and those above it.
+fn make(directory: &Path, access: Access) -> io::Result<()> {
+    let is_shared = access.mode & 0o040 != 0;
+    // A group that may read the files may list them and open them, whatever the process's umask is.
+    let mode = if is_shared { 0o750 } else { 0o700 };
+    if let Some(parent) = directory.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    DirBuilder::new().mode(0o700).create(directory)?;
+    if let Some(group) = access.group {
+        chown(directory, None, Some(group))?;
+    }
+    fs::set_permissions(directory, Permissions::from_mode(mode))?;
+    info!(directory = %directory.display(), "the directory was made");
+    Ok(())
+}
+
 /// Returns the account to which a file of an agent with this name belongs.
 fn account_of(name: &str) -> Option<AccountName> {
     let whole = name.strip_prefix('.').and_then(|rest| rest.strip_suffix(".new")).unwrap_or(name);
@@ -206,6 +231,30 @@ mod tests {
         files.remove("live").unwrap();
         files.remove("live").unwrap();
         assert_eq!(names(directory.path()), ["notes.txt", "other.token"]);
+    }
+
+    #[test]
+    fn a_directory_that_is_not_there_is_made_for_those_who_may_read_the_files() {
+        let parent = tempfile::tempdir().unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777;
+        for (name, file_mode, directory_mode) in
+            [("own", 0o600, 0o700), ("shared/tokens", 0o640, 0o750)]
+        {
+            let path = parent.path().join(name);
+            let access = Access { mode: file_mode, group: None };
+            TokenFiles::new(path.clone(), access).unwrap();
+            assert_eq!(mode(&path), directory_mode, "{name}");
+            // One that is there stays as it is.
+            fs::set_permissions(&path, Permissions::from_mode(0o711)).unwrap();
+            TokenFiles::new(path.clone(), access).unwrap();
+            assert_eq!(mode(&path), 0o711, "{name}");
+        }
+        let file = parent.path().join("file");
+        fs::write(&file, "").unwrap();
+        for path in [file.clone(), file.join("below")] {
+            let access = Access { mode: 0o600, group: None };
+            assert!(TokenFiles::new(path, access).is_err());
+        }
     }
 
     #[test]

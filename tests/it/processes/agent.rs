@@ -111,6 +111,38 @@ async fn stop(mut agent: BrokerProcess) -> String {
 }
 
 #[tokio::test]
+async fn a_directory_that_is_not_there_is_made_and_one_that_cannot_be_is_named() {
+    let bench = Bench::new(Duration::from_mins(10)).await;
+    let made = bench.file("made/below");
+    let directory = made.to_str().unwrap();
+    let ran = run(bench.command(&["--once", "--token-dir", directory]), "").await;
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    assert_eq!(names(&made), ["acme.json", "acme.token"]);
+    assert_eq!(fs::metadata(&made).unwrap().permissions().mode() & 0o777, 0o700);
+
+    let below_a_file = made.join("acme.token/tokens");
+    let directory = below_a_file.to_str().unwrap();
+    let refused = run(bench.command(&["--once", "--token-dir", directory]), "").await.failed();
+    assert!(refused.contains(&format!("cannot use the directory {directory}")), "{refused}");
+}
+
+#[tokio::test]
+async fn an_account_that_is_disabled_at_the_start_is_named_and_has_its_file_when_it_is_enabled() {
+    let bench = Bench::new(Duration::from_mins(10)).await;
+    bench.fixture.database.sql("update accounts set enabled = false").await;
+    let agent = BrokerProcess::start(bench.command(&[]));
+    eventually("why there is no token", async || {
+        let log = agent.stderr();
+        (log.contains("there is no token yet") && log.contains("ACCOUNT_DISABLED")).then_some(())
+    })
+    .await;
+    assert_eq!(bench.token(), None);
+    bench.fixture.database.sql("update accounts set enabled = true").await;
+    bench.until_the_file_is_live().await;
+    stop(agent).await;
+}
+
+#[tokio::test]
 async fn files_hold_the_live_token_with_their_permissions_and_are_removed_at_the_stop() {
     let mut bench = Bench::new(Duration::from_mins(10)).await;
     bench.setup.set("TOKEN_BROKER_ACCOUNTS", "ac*");

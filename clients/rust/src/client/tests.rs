@@ -1,9 +1,10 @@
+use tokio::time::sleep;
 use tonic::Status;
 
 use super::*;
 use crate::{
     error::ErrorKind,
-    proto::GetTokenResponse,
+    proto::{GetTokenResponse, report_rejected_token_response::Outcome},
     testing::{FakeBroker, answer, until},
 };
 
@@ -310,5 +311,146 @@ async fn many_names_that_do_not_exist_do_not_fill_the_memory() {
         let _ = client.token(&format!("a{i}")).await;
         sleep(SECOND).await;
     }
-    assert!(client.shared.accounts().len() < 40);
+    assert!(client.shared.accounts.count() < 40);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slow_ask_returns_no_token_that_was_forgotten_or_replaced_meanwhile() {
+    for (is_replaced, expected) in [(true, "2"), (false, "NOT_GRANTED")] {
+        let broker = FakeBroker::new([token(1)]);
+        let client = broker.client();
+        client.token("acme").await.unwrap();
+        sleep(10 * SECOND).await;
+        broker.delay(4 * SECOND);
+        broker.answer([Err(Status::permission_denied("no"))]);
+        let caller = tokio::spawn(async move { outcome(client.token("acme").await) });
+        sleep(MS(100)).await;
+        if is_replaced {
+            broker.push("acme", token(2).unwrap()).await;
+            assert!(caller.is_finished(), "a push settles the ask");
+        } else {
+            broker.end("acme").await;
+        }
+        assert_eq!(caller.await.unwrap(), expected);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slow_replacement_that_fails_returns_no_token_of_an_account_that_ended_meanwhile() {
+    let broker = FakeBroker::new([token(1)]);
+    let client = broker.client();
+    client.token("acme").await.unwrap();
+    sleep(10 * SECOND).await;
+    broker.delay(SECOND);
+    broker.answer([away(), Err(Status::permission_denied("no"))]);
+    let caller = tokio::spawn(async move { outcome(client.token("acme").await) });
+    sleep(MS(100)).await;
+    broker.end("acme").await;
+    assert_eq!(caller.await.unwrap(), "NOT_GRANTED");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pushed_token_ends_the_wait_of_callers_that_have_none() {
+    let broker = FakeBroker::new([token(1)]);
+    let client = broker.client();
+    client.token("acme").await.unwrap();
+    sleep(19 * SECOND).await;
+    broker.delay(60 * SECOND);
+    let caller = tokio::spawn({
+        let client = client.clone();
+        async move { outcome(client.token("acme").await) }
+    });
+    let newer =
+        tokio::spawn(async move { outcome(client.token_newer_than("acme", 2, 5 * SECOND).await) });
+    sleep(MS(100)).await;
+    broker.push("acme", token(2).unwrap()).await;
+    assert!(caller.is_finished() && !newer.is_finished());
+    assert_eq!(caller.await.unwrap(), "2");
+    broker.push("acme", token(3).unwrap()).await;
+    assert!(newer.is_finished());
+    assert_eq!(newer.await.unwrap(), "3");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_that_is_not_newer_than_wanted_is_no_token() {
+    let broker = FakeBroker::new([token(1)]);
+    let client = broker.client();
+    let refused = client.token_newer_than("acme", 1, SECOND).await;
+    assert_eq!(outcome(refused), "INTERNAL");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_unused_account_leaves_the_watch_and_is_asked_for_at_its_next_use() {
+    let day = 24 * 60 * 60 * SECOND;
+    let broker = FakeBroker::new([Ok(answer(1, day, day))]);
+    let client = broker.client();
+    for account in ["used", "unused"] {
+        client.token(account).await.unwrap();
+    }
+    sleep(40 * 60 * SECOND).await;
+    client.token("used").await.unwrap();
+    sleep(40 * 60 * SECOND).await;
+    broker.end_stream(Status::unavailable("the broker stops")).await;
+    until("a second stream", || broker.streams().len() == 2).await;
+    assert_eq!(broker.streams()[1], "watch used");
+    for (account, calls) in [("used", 2), ("unused", 3)] {
+        client.token(account).await.unwrap();
+        assert_eq!(broker.calls().len(), calls, "{account}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_with_as_many_names_as_before_but_other_ones_is_an_addition() {
+    let broker = FakeBroker::new([token(1)]);
+    let client = broker.client();
+    client.token("a").await.unwrap();
+    sleep(6 * SECOND).await;
+    broker.end("a").await;
+    client.token("b").await.unwrap();
+    sleep(SECOND).await;
+    client.token("c").await.unwrap();
+    sleep(3 * SECOND).await;
+    assert_eq!(broker.streams(), ["watch a", "watch b"]);
+    sleep(2 * SECOND).await;
+    assert_eq!(broker.streams(), ["watch a", "watch b", "watch b c"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn streams_that_deliver_and_end_at_once_are_opened_after_longer_and_longer_pauses() {
+    let broker = FakeBroker::new([token(1)]);
+    let client = broker.client();
+    client.token("acme").await.unwrap();
+    sleep(MS(200)).await;
+    let start = Instant::now();
+    for streams in 2..7 {
+        broker.push("acme", token(1).unwrap()).await;
+        broker.end_stream(Status::unavailable("the broker stops")).await;
+        until("another stream", || broker.streams().len() == streams).await;
+    }
+    // Half of 100, 200, 400, 800 and 1600 ms.
+    assert!(start.elapsed() >= MS(1_550), "{:?}", start.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_unknown_outcome_of_a_report_is_an_internal_error() {
+    let broker = FakeBroker::new([token(1)]);
+    broker.report_outcomes([(Outcome::Unspecified, Duration::ZERO)]);
+    let error = broker.client().report("acme", 1, "61003").await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Internal);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_account_whose_stream_is_refused_again_and_again_is_watched_at_most_every_5_s() {
+    let broker = FakeBroker::new([token(1)]);
+    let client = broker.client();
+    client.token("acme").await.unwrap();
+    sleep(MS(200)).await;
+    for streams in 2..5 {
+        broker.end_stream(Status::not_found("one of them")).await;
+        client.token("acme").await.unwrap();
+        sleep(4 * SECOND).await;
+        assert_eq!(broker.streams().len(), streams - 1);
+        sleep(SECOND).await;
+        assert_eq!(broker.streams().len(), streams);
+    }
 }
