@@ -24,6 +24,7 @@ mod failovers;
 mod floods;
 #[cfg(feature = "embedded-postgres")]
 mod grpcurl;
+mod keyring_changes;
 mod live_token;
 mod pasted;
 mod quoted_input;
