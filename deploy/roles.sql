@@ -67,7 +67,7 @@ begin
 end
 $$;
 
--- runtime: for `serve`, `check`, `keys status`, `audit ship` and `audit retire`. It reads accounts, callers and grants,
+-- runtime: for `serve`, `check`, `keys status`, `keys promote`, `keys retire`, `audit ship` and `audit retire`. It reads accounts, callers and grants,
 -- and cannot change who may use what. In `accounts` it writes only the columns of the secret and, for
 -- `check --issue`, the request for a new token. It can insert audit records, but not change them.
 grant select on _sqlx_migrations, repeatable_migrations, account_status to token_broker_runtime;

@@ -209,8 +209,8 @@ fn ignores_hangup() -> bool {
 /// Reads again what can change while `app` runs, and says which of `sources` cannot.
 async fn reload(app: &App, sources: Option<&Sources>) {
     info!(
-        "SIGHUP: reading the TLS files and the database's URL again; the keyring and all other settings are read at \
-         the start"
+        "SIGHUP: reading the TLS files, the keyring and the database's URL again; all other settings are read at the \
+         start"
     );
     app.reload().await;
     match sources.map(Sources::changed_in_file).transpose() {

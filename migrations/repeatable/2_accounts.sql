@@ -1,4 +1,4 @@
--- version: 6 (raise it with each change of this file)
+-- version: 7 (raise it with each change of this file)
 --
 -- What happens when a row of `accounts` is written: its values are checked, another secret begins a new
 -- credential version, and the change is recorded.
@@ -10,6 +10,23 @@
 -- their schema, for which `@schema@` stands. So nobody can put another object in the place of the one that is
 -- meant, even if others may create objects in that schema.
 set local search_path = pg_catalog, pg_temp;
+
+-- Whether a statement of `keys reseal` has written the row: nothing but the sealed values has changed, and each of them
+-- is there as before. accounts_guard lets only the owner of the tables do that.
+create or replace function @schema@.accounts_resealed(before @schema@.accounts, after @schema@.accounts) returns boolean
+language plpgsql stable
+set search_path = pg_catalog, pg_temp as $$
+begin
+    if current_setting('token_broker.resealing', true) is distinct from 'on' then
+        return false;
+    end if;
+    return (before.sealed_secret, before.previous_secret) is distinct from (after.sealed_secret, after.previous_secret)
+        and (before.sealed_secret is null) = (after.sealed_secret is null)
+        and (before.previous_secret is null) = (after.previous_secret is null)
+        and to_jsonb(before) - array['sealed_secret', 'previous_secret']
+            = to_jsonb(after) - array['sealed_secret', 'previous_secret'];
+end
+$$;
 
 -- Runs with the rights of the tables' owner: a role that may write accounts need not be able to read tokens and
 -- refreshes.
@@ -174,7 +191,9 @@ begin
             new.previous_version := old.credential_version;
         end if;
     end if;
-    new.updated_at := now();
+    if not @schema@.accounts_resealed(old, new) then
+        new.updated_at := now();
+    end if;
     return new;
 end
 $$;
@@ -217,6 +236,10 @@ begin
             'state', @schema@.accounts_state(new));
         perform @schema@.token_broker_change('accounts', tg_op, new.id, new.name, what);
     elsif tg_op = 'UPDATE' then
+        -- The same secret is sealed with another key. `keys reseal` records that once for all accounts.
+        if @schema@.accounts_resealed(old, new) then
+            return null;
+        end if;
         what := jsonb_build_object('state', @schema@.accounts_state(new))
             || @schema@.token_broker_differs('client_id', old.client_id, new.client_id)
             || @schema@.token_broker_differs('enabled', old.enabled::text, new.enabled::text)

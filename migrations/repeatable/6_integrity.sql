@@ -1,4 +1,4 @@
--- version: 5 (raise it with each change of this file)
+-- version: 6 (raise it with each change of this file)
 --
 -- What protects the rows themselves: which intake key is published, what the broker's own login may not do, and
 -- whether rows are still as their last recorded change left them.
@@ -55,6 +55,15 @@ create or replace trigger intake_keys_changed after insert or update or delete o
 create or replace trigger intake_keys_no_truncate before truncate on @schema@.intake_keys
     for each statement execute function @schema@.token_broker_no_truncate();
 
+-- Whether `value` has the form of a sealed one: a format, the length of the key's id, the id, a nonce, at least one byte,
+-- and a tag.
+create or replace function @schema@.token_broker_is_sealed(value bytea) returns boolean
+language sql immutable
+set search_path = pg_catalog, pg_temp as $$
+    select case when octet_length(value) < 32 then false
+        else get_byte(value, 0) = 1 and octet_length(value) >= 31 + get_byte(value, 1) end
+$$;
+
 -- Whether the user who runs the statement has the rights of the owner of the table. Superusers have.
 create or replace function @schema@.token_broker_is_owner(of_table oid) returns boolean
 language sql stable
@@ -65,6 +74,7 @@ $$;
 -- The sealed columns are written by the sealing alone: when `client_secret` is emptied, and the transaction says to
 -- which version it seals (token_broker_sealing). So a program that saves a whole row as it was read earlier, as owner,
 -- does not put an old sealed value back. The broker's login neither replaces a sealed secret nor writes one of its own.
+-- `keys reseal`, as the owner, replaces sealed values by others of the same secrets (accounts_resealed).
 -- This runs before accounts_validate, and with the rights of the user whose statement it is.
 create or replace function @schema@.accounts_guard() returns trigger
 language plpgsql
@@ -100,6 +110,15 @@ begin
             message = 'only a role that manages accounts may set accounts.client_secret';
     end if;
 
+    -- Nested, so that others need not be able to read the columns.
+    if as_owner and current_setting('token_broker.resealing', true) = 'on' then
+        if @schema@.accounts_resealed(old, new)
+           and coalesce(@schema@.token_broker_is_sealed(new.sealed_secret), true)
+           and coalesce(@schema@.token_broker_is_sealed(new.previous_secret), true) then
+            return new;
+        end if;
+    end if;
+
     emptied := new.client_secret is null and old.client_secret is not null;
     -- Brokers of earlier releases say nothing. They can seal the first secret, and leave others to newer ones.
     sealing := emptied and case when version is null then not as_owner and old.sealed_secret is null
@@ -116,10 +135,7 @@ begin
     end if;
     if new.sealed_secret is distinct from old.sealed_secret
        and not (case when new.sealed_secret is null then refused
-            -- A format, the length of the key's id, the id, a nonce, at least one byte, and a tag.
-            when octet_length(new.sealed_secret) < 32 then false
-            else sealing and get_byte(new.sealed_secret, 0) = 1
-                and octet_length(new.sealed_secret) >= 31 + get_byte(new.sealed_secret, 1) end) then
+            else sealing and @schema@.token_broker_is_sealed(new.sealed_secret) end) then
         raise exception using errcode = 'insufficient_privilege',
             message = 'accounts.sealed_secret can only be set by sealing accounts.client_secret';
     end if;

@@ -41,10 +41,12 @@ const MAX_SHUTDOWN_NOTICE: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct AppConfig {
     /// The operator's settings. `listen`, `ops_listen`, `keyring_file` and `log_format` are not used
-    /// here: the command has acted on them already.
+    /// here: the command has acted on them already, or has copied them.
     pub settings: Settings,
-    /// The keyring of `settings.keyring_file`.
+    /// The keyring at the start.
     pub keyring: Arc<Keyring>,
+    /// The keyring's file, which is read again when it changes; `None` if the keyring came from nowhere.
+    pub keyring_file: Option<PathBuf>,
     /// Whether to apply missing migrations at the start, and to publish the keyring's intake key. Without it, a
     /// schema that is too old and a missing key are errors.
     pub migrate: bool,
@@ -87,6 +89,7 @@ impl AppConfig {
             max_streams: MAX_STREAMS,
             shutdown_notice: MAX_SHUTDOWN_NOTICE.min(settings.drain / 4),
             clock: Clock::System,
+            keyring_file: Some(settings.keyring_file.clone()),
             settings,
             keyring,
         }
@@ -94,7 +97,7 @@ impl AppConfig {
 
     /// Returns the configuration of a broker on a developer's machine, as in `dev`, tests and benches. It
     /// has the default settings, except that an account may issue each second, that a stop drains for 5 s
-    /// at most and does not wait for load balancers, and that the pool is smaller.
+    /// at most and does not wait for load balancers, that the pool is smaller, and that the keyring does not change.
     #[must_use]
     pub fn local(
         database_url: DatabaseUrl,
@@ -111,6 +114,7 @@ impl AppConfig {
         Self {
             pool_connections: LOCAL_POOL_CONNECTIONS,
             shutdown_notice: Duration::ZERO,
+            keyring_file: None,
             ..Self::new(settings, keyring)
         }
     }

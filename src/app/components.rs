@@ -7,18 +7,26 @@ use std::sync::{
 };
 
 use sqlx::PgPool;
+use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use super::{app_config::AppConfig, error::StartError};
 use crate::{
     audit::journal::Journal,
+    crypto::LiveKeyring,
     domain::clock::Clock,
     files::state_dir::StateDir,
     services::{
-        account_cache::AccountCache, account_loader::AccountLoader,
-        caller_directory::CallerDirectory, connectivity::DatabaseConnectivity,
-        database_clock::DatabaseClock, feed_health::FeedHealth, refresher::Outage,
+        account_cache::AccountCache,
+        account_loader::AccountLoader,
+        caller_directory::CallerDirectory,
+        connectivity::DatabaseConnectivity,
+        database_clock::DatabaseClock,
+        feed_health::FeedHealth,
+        key_usage::KeyUsage,
+        keyring_watch::{KeyringHealth, KeyringWatch},
+        refresher::Outage,
         trust_monitor::Trust,
     },
     store::{Database, TrustGate},
@@ -48,6 +56,11 @@ pub(super) struct Components {
     pub(super) feed_health: Arc<FeedHealth>,
     pub(super) outage: Arc<Outage>,
     pub(super) trust: Trust,
+    /// The keyring in use, with what it is needed for.
+    pub(super) keys: KeyUsage,
+    /// Follows the keyring's file; `None` if there is none.
+    pub(super) keyring_watch: Option<Arc<KeyringWatch>>,
+    pub(super) keyring_health: KeyringHealth,
     pub(super) loader: Arc<AccountLoader>,
     pub(super) journal: Journal,
     pub(super) metrics: Arc<Metrics>,
@@ -85,9 +98,23 @@ impl Components {
         let cache = Arc::new(AccountCache::default());
         let feed_health = Arc::new(FeedHealth::default());
         let database_clock = Arc::new(DatabaseClock::new(config.clock.clone()));
+        let keyring = Arc::new(LiveKeyring::new(config.keyring.clone()));
+        let keys = KeyUsage { keyring: keyring.clone(), cache: cache.clone() };
+        let (trust, keyring_health) = (Trust::default(), KeyringHealth::default());
+        let keyring_watch = config.keyring_file.clone().map(|file| {
+            Arc::new(KeyringWatch {
+                file,
+                usage: keys.clone(),
+                trust: trust.clone(),
+                journal: journal.clone(),
+                clock: config.clock.clone(),
+                health: keyring_health.clone(),
+                recorded: Mutex::default(),
+            })
+        });
         let loader = AccountLoader::new(
             pool.clone(),
-            config.keyring.clone(),
+            keyring,
             cache.clone(),
             feed_health.clone(),
             database_clock.clone(),
@@ -104,7 +131,10 @@ impl Components {
             connectivity: Arc::new(DatabaseConnectivity::new(settings.new_token_ends_older)),
             feed_health,
             outage: Arc::default(),
-            trust: Trust::default(),
+            trust,
+            keys,
+            keyring_watch,
+            keyring_health,
             loader: Arc::new(loader),
             journal,
             metrics: Arc::new(Metrics::new(env!("CARGO_PKG_VERSION"))),

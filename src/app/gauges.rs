@@ -16,7 +16,8 @@ pub(super) fn export(components: &Components) {
     let (cache, journal) = (components.cache.clone(), components.journal.clone());
     let (skew, tls) = (components.upstream_skew_ms.clone(), components.tls.clone());
     let (clock, health) = (components.clock.clone(), components.feed_health.clone());
-    let database_clock = components.database_clock.clone();
+    let (database_clock, keyring) =
+        (components.database_clock.clone(), components.keyring_health.clone());
     components.metrics.on_scrape(move |gauges| {
         let now = clock.now();
         for entry in cache.all() {
@@ -32,6 +33,7 @@ pub(super) fn export(components: &Components) {
         gauges.log_lines_dropped = telemetry::dropped_log_lines();
         gauges.failing_duties = health.failing().len().try_into().unwrap_or(u64::MAX);
         gauges.unusable_rows = health.unusable().len().try_into().unwrap_or(u64::MAX);
+        gauges.keyring_refused = u64::from(keyring.fault().is_some());
         let stats = journal.stats();
         gauges.journal = JournalGauges {
             appended: stats.appended,

@@ -130,11 +130,14 @@ impl App {
         self.components.failed.cancelled().await;
     }
 
-    /// Reads again, at once, what can change while the broker runs: the TLS files and the database's URL. Logs what
+    /// Reads again, at once, what can change while the broker runs: the TLS files, the keyring and the database's URL. Logs what
     /// comes of it. Cancel safe.
     pub async fn reload(&self) {
         if let Some(tls) = &self.components.tls {
             tls.reload().await;
+        }
+        if let Some(watch) = &self.components.keyring_watch {
+            watch.reload(true).await;
         }
         self.components.database.reload().await;
     }

@@ -74,7 +74,7 @@ pub(super) async fn prepare(
     let verified = until_reachable(give_up, || async { Ok(guard.start().await?) }).await?;
     let watch = guard.run(verified.session, tasks.history.stop_token());
     tasks.history.start("history", &components.failed, watch);
-    let mut heartbeat = components.heartbeat(config, state_dir);
+    let mut heartbeat = components.heartbeat(state_dir);
     // The announcement replaces what the earlier process reported.
     let lost = until_reachable(give_up, || lost_by_earlier_process(components, state_dir)).await?;
     announce(&mut heartbeat, give_up).await?;

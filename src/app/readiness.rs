@@ -44,11 +44,12 @@ pub(super) fn checks(components: &Components) -> Arc<dyn Fn() -> Readiness + Sen
     let (connectivity, serving) = (components.connectivity.clone(), components.serving.clone());
     let (outage, clock) = (components.outage.clone(), components.clock.clone());
     let (trust, health) = (components.trust.clone(), components.feed_health.clone());
-    let gate = components.gate.clone();
+    let (gate, keyring) = (components.gate.clone(), components.keyring_health.clone());
     Arc::new(move || Readiness {
         checks: vec![
             serving_check(serving.load(Ordering::Relaxed)),
             trust_check(trust.fault()),
+            keyring_check(keyring.fault()),
             journal_check(&journal),
             postgres_check(
                 &connectivity,
@@ -72,6 +73,18 @@ fn trust_check(fault: Option<String>) -> Check {
     let ok = fault.is_none();
     let detail = fault.unwrap_or_else(|| "the published intake key is the keyring's".into());
     Check { name: "trust", ok, required: true, detail }
+}
+
+/// A file that cannot be used is no reason to send calls elsewhere: the keys in use do what they did before.
+fn keyring_check(fault: Option<String>) -> Check {
+    let ok = fault.is_none();
+    let detail = match fault {
+        Some(fault) => {
+            format!("its file cannot be used, and the previous keyring stays in use: {fault}")
+        }
+        None => "is that of its file".into(),
+    };
+    Check { name: "keyring", ok, required: false, detail }
 }
 
 fn journal_check(journal: &Journal) -> Check {

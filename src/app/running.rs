@@ -48,7 +48,7 @@ pub(super) struct RunningServices {
     /// The first group: gRPC with its streams, and the refresher.
     serving: TaskGroup,
     /// The second group: the change feed, the heartbeat, the upkeep of accounts, retention, checks of
-    /// trust, checkpoints, the reload of TLS files, and the HTTP endpoints for operators.
+    /// trust, checkpoints, the reload of the keyring and of TLS files, and the HTTP endpoints for operators.
     background: TaskGroup,
     /// The third group: the delivery of the journal, which is stopped after the journal is closed.
     delivery: TaskGroup,
@@ -69,7 +69,7 @@ impl RunningServices {
     ) -> Self {
         let StartedTasks { mut background, history } = started;
         let GrpcServer { server, health, limiter, workers, calls } = grpc;
-        let signer = components.checkpoint_signer(config, state_dir);
+        let signer = components.checkpoint_signer(state_dir);
 
         let failed = &components.failed;
 
@@ -88,8 +88,11 @@ impl RunningServices {
             let _ = watch_stop.run_until_cancelled(watch.run()).await;
         });
         background.start("retention", failed, components.retention(config).run(stop.clone()));
-        background.start("trust", failed, components.trust_monitor(config).run(stop.clone()));
+        background.start("trust", failed, components.trust_monitor().run(stop.clone()));
         background.start("checkpoints", failed, signer.clone().run(stop.clone()));
+        if let Some(watch) = components.keyring_watch.clone() {
+            background.start("keyring", failed, watch.run(stop.clone()));
+        }
         if let Some(tls) = components.tls.clone() {
             background.start("tls", failed, tls.reload_on_change(stop));
         }

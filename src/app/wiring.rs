@@ -81,7 +81,7 @@ impl Components {
         };
         let infrastructure = IssueInfrastructure {
             pool: self.pool.clone(),
-            keyring: config.keyring.clone(),
+            keyring: self.keys.keyring.clone(),
             upstream: self.upstream.clone(),
             journal: self.journal.clone(),
             clock: self.clock.clone(),
@@ -131,7 +131,7 @@ impl Components {
             database_identity,
             upstream: config.settings.upstream.to_string(),
             pool: self.pool.clone(),
-            keyring: config.keyring.clone(),
+            keyring: self.keys.keyring.clone(),
             loader: self.loader.clone(),
             cache: self.cache.clone(),
             directory: self.directory.clone(),
@@ -153,17 +153,24 @@ impl Components {
     }
 
     /// Returns the task that tells the other replicas that this one is alive.
-    pub(super) fn heartbeat(&self, config: &AppConfig, state_dir: &StateDir) -> HeartbeatTask {
+    pub(super) fn heartbeat(&self, state_dir: &StateDir) -> HeartbeatTask {
         let replica = ReplicaIdentity {
             instance: state_dir.instance().to_owned(),
             start: state_dir.start().to_owned(),
             replica: state_dir.replica(),
-            key_ids: config.keyring.key_ids().iter().map(ToString::to_string).collect(),
             started_at: self.clock.wall(),
         };
         let (pool, connectivity) = (self.pool.clone(), self.connectivity.clone());
         let (ended, health) = (state_dir.ended_starts().to_vec(), self.feed_health.clone());
-        HeartbeatTask::new(replica, ended, pool, connectivity, health, self.journal.clone())
+        HeartbeatTask::new(
+            replica,
+            self.keys.clone(),
+            ended,
+            pool,
+            connectivity,
+            health,
+            self.journal.clone(),
+        )
     }
 
     /// Returns the service that updates rows of accounts that may be locked.
@@ -179,7 +186,7 @@ impl Components {
     pub(super) fn retention(&self, config: &AppConfig) -> Retention {
         Retention {
             database: self.database.clone(),
-            keyring: config.keyring.clone(),
+            keyring: self.keys.keyring.clone(),
             clock: self.clock.clone(),
             calls: config.settings.audit_retention,
             changes: config.settings.change_retention,
@@ -187,21 +194,17 @@ impl Components {
     }
 
     /// Returns the service that checks whether the database can be trusted.
-    pub(super) fn trust_monitor(&self, config: &AppConfig) -> TrustMonitor {
+    pub(super) fn trust_monitor(&self) -> TrustMonitor {
         TrustMonitor {
             pool: self.pool.clone(),
-            keyring: config.keyring.clone(),
+            keyring: self.keys.keyring.clone(),
             trust: self.trust.clone(),
         }
     }
 
     /// Returns the service that signs checkpoints of the audit log.
-    pub(super) fn checkpoint_signer(
-        &self,
-        config: &AppConfig,
-        state_dir: &StateDir,
-    ) -> Arc<CheckpointSigner> {
-        let (journal, keyring) = (self.journal.clone(), config.keyring.clone());
+    pub(super) fn checkpoint_signer(&self, state_dir: &StateDir) -> Arc<CheckpointSigner> {
+        let (journal, keyring) = (self.journal.clone(), self.keys.keyring.clone());
         CheckpointSigner::new(journal, keyring, self.clock.clone(), state_dir)
     }
 

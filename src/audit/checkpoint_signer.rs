@@ -24,7 +24,7 @@ use super::{
     journal::Journal,
 };
 use crate::{
-    crypto::Keyring,
+    crypto::LiveKeyring,
     domain::clock::{Clock, Timestamp},
     files::state_dir::StateDir,
 };
@@ -44,7 +44,7 @@ const MAX_FILE_BYTES: u64 = 16 << 20;
 /// Postgres once the records that they cover are there.
 pub struct CheckpointSigner {
     journal: Journal,
-    keyring: Arc<Keyring>,
+    keyring: Arc<LiveKeyring>,
     clock: Clock,
     file: PathBuf,
     state: Mutex<SignerState>,
@@ -66,7 +66,7 @@ impl CheckpointSigner {
     #[must_use]
     pub fn new(
         journal: Journal,
-        keyring: Arc<Keyring>,
+        keyring: Arc<LiveKeyring>,
         clock: Clock,
         state_dir: &StateDir,
     ) -> Arc<Self> {
@@ -109,7 +109,8 @@ impl CheckpointSigner {
         if head.seq <= signed_seq {
             return;
         }
-        let checkpoint = SignedCheckpoint::new(&self.keyring, chain, head, self.clock.wall());
+        let checkpoint =
+            SignedCheckpoint::new(&self.keyring.current(), chain, head, self.clock.wall());
         let Signature { key_id, signature } = &checkpoint.signature;
         // `docs/audit.md` documents this line, so that the log can serve as a copy of the checkpoints.
         info!(chain, seq = head.seq, hash = %head.hash, at = %checkpoint.at.format("%FT%T%.6fZ"),
@@ -174,7 +175,7 @@ mod tests {
             journal::JournalSettings,
             record::{Event, Record},
         },
-        crypto::VerifyingKeys,
+        crypto::{Keyring, VerifyingKeys},
         domain::clock::ManualClock,
     };
 
@@ -194,8 +195,9 @@ mod tests {
             let clock = Clock::Manual(manual.clone());
             let settings = JournalSettings::default();
             let journal = Journal::open(&state_dir, settings, clock.clone()).unwrap();
-            let keyring = Arc::new(Keyring::parse(&Keyring::generate(clock.now())).unwrap());
-            let keys = VerifyingKeys::from(&*keyring);
+            let keyring = Keyring::parse(&Keyring::generate(clock.now())).unwrap();
+            let keys = VerifyingKeys::from(&keyring);
+            let keyring = Arc::new(LiveKeyring::new(keyring.into()));
             let signer = CheckpointSigner::new(journal.clone(), keyring, clock, &state_dir);
             Self { signer, journal, manual, keys, directory }
         }

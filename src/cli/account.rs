@@ -10,6 +10,7 @@ use std::{path::PathBuf, process::ExitCode};
 use anyhow::bail;
 use clap::{Args, Subcommand};
 
+pub(super) use self::intake_key::remember_successor;
 use self::wait::WaitArgs;
 use super::{global::GlobalArgs, output, prompt, sql};
 use crate::{

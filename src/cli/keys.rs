@@ -1,30 +1,29 @@
 //! The command `keys`.
 
+mod brokers;
+mod file;
+mod publish;
+mod reseal;
+mod rotate;
+mod status;
+
 use std::{collections::BTreeMap, path::PathBuf, process::ExitCode};
 
-use anyhow::ensure;
-use clap::{Args, Subcommand};
-use serde_json::json;
+use clap::{Args, Subcommand, builder::PossibleValuesParser, builder::TypedValueParser};
 
+pub(super) use self::publish::publish_first;
 use super::{
-    global::{self, APPLICATION_NAME, GlobalArgs},
-    output::{self, Table},
+    global::GlobalArgs,
+    output,
     privileges::{self, Needs},
-    time::LocalTime,
 };
 use crate::{
-    config::{self, Flags, IntakeKeyFlag, KeyringFlag, MigrateFlag, Sources},
-    crypto::{KeyKind, Keyring, VerifyingKeys},
+    config::{Flags, IntakeKeyFlag, KeyringFlag, MigrateFlag},
+    crypto::{KeyId, KeyKind, Keyring, VerifyingKeys},
     domain::clock::Clock,
-    services::trust_monitor::check_published,
-    store::{
-        Database,
-        admin::{Admin, InstanceSummary},
-        intake_keys::{self, PublishedKey},
-    },
 };
 
-/// Creates and shows the keyring
+/// Creates, shows and rotates the keys of the keyring
 #[derive(Args, Debug)]
 pub(super) struct KeysArgs {
     #[command(subcommand)]
@@ -42,13 +41,79 @@ Example:
         #[arg(long, value_name = "FILE")]
         out: PathBuf,
     },
-    /// Shows the keys of the keyring, and how many brokers have loaded each of them
+    /// Shows the keys of the keyring, how many brokers have loaded each of them, and how many values need it
+    #[command(after_help = "\
+Example:
+  token-broker keys status")]
     Status {
         #[command(flatten)]
         settings: Flags<KeyringFlag>,
         /// Print JSON
         #[arg(long)]
         json: bool,
+    },
+    /// Adds a new key to the keyring, and prints its id; it is used once it is promoted
+    #[command(after_help = "\
+Brokers read the changed file within a second. If a key of this kind was added before and not promoted, its id is
+printed, and none is added.
+
+Example:
+  token-broker keys add --kind sealing")]
+    Add {
+        /// What the key is for
+        #[arg(long, value_parser = kind())]
+        kind: KeyKind,
+        #[command(flatten)]
+        settings: Flags<KeyringFlag>,
+    },
+    /// Makes a key the one that new values are made with; refused until every running broker has loaded it
+    #[command(after_help = "\
+Publishes an intake key too, which needs the login that owns the tables, from TOKEN_BROKER_MIGRATE_DATABASE_URL or
+DATABASE_URL.
+
+Example:
+  token-broker keys promote s4711e1f4")]
+    Promote {
+        /// The key's id, as `keys status` shows it
+        #[arg(value_name = "KEY")]
+        id: KeyId,
+        /// Promote the key even if a running broker has not loaded it, or the database does not answer
+        #[arg(long)]
+        force: bool,
+        #[command(flatten)]
+        keyring: Flags<KeyringFlag>,
+        #[command(flatten)]
+        database: Flags<MigrateFlag>,
+    },
+    /// Seals every secret and token again with the primary sealing key; needs the login that owns the tables
+    #[command(after_help = "\
+Can be interrupted and run again, and run twice at once. Brokers go on meanwhile. Takes the database from
+TOKEN_BROKER_MIGRATE_DATABASE_URL or DATABASE_URL. Exit code 1 if values are left.
+
+Example:
+  token-broker keys reseal --reason 'yearly rotation'")]
+    Reseal {
+        /// The reason, for the audit log, which also gets the name of the user who runs this
+        #[arg(long, value_name = "TEXT")]
+        reason: Option<String>,
+        #[command(flatten)]
+        keyring: Flags<KeyringFlag>,
+        #[command(flatten)]
+        database: Flags<MigrateFlag>,
+    },
+    /// Takes a key out of use for good; refused while a value or a running broker needs it
+    #[command(after_help = "\
+What checks older audit records stays in the keyring: of a signing key its public half, and a fingerprint key itself.
+Backups of the database from before need the keyring from before: keep a copy of it.
+
+Example:
+  token-broker keys retire s4711e1f4")]
+    Retire {
+        /// The key's id, as `keys status` shows it
+        #[arg(value_name = "KEY")]
+        id: KeyId,
+        #[command(flatten)]
+        settings: Flags<KeyringFlag>,
     },
     /// Publishes the public key that admins seal secrets to; needs the login that owns the tables
     #[command(after_help = "\
@@ -86,12 +151,17 @@ Examples:
 impl KeysArgs {
     /// Returns what the command has to be allowed to do in the database.
     pub(super) fn needs(&self) -> Needs {
-        if matches!(self.command, Command::Publish { .. }) {
-            Needs::Owner
-        } else {
-            privileges::RUNTIME
+        match self.command {
+            Command::Publish { .. } | Command::Reseal { .. } => Needs::Owner,
+            _ => privileges::RUNTIME,
         }
     }
+}
+
+/// Returns a parser of the names of kinds.
+fn kind() -> impl TypedValueParser<Value = KeyKind> {
+    PossibleValuesParser::new(KeyKind::ALL.map(KeyKind::as_str))
+        .try_map(|name| KeyKind::from_name(&name).ok_or("unknown"))
 }
 
 pub(super) async fn run(global: &GlobalArgs, args: KeysArgs) -> anyhow::Result<ExitCode> {
@@ -104,15 +174,23 @@ pub(super) async fn run(global: &GlobalArgs, args: KeysArgs) -> anyhow::Result<E
                 out.display()
             ));
         }
-        Command::Publish { force, intake, keyring, database } => {
-            let mut flags = intake.given;
-            flags.extend(keyring.given);
-            flags.extend(database.given);
-            publish(global, flags, force).await?;
+        Command::Status { settings, json } => status::run(global, settings.given, json).await?,
+        Command::Add { kind, settings } => rotate::add(global, settings.given, kind)?,
+        Command::Promote { id, force, keyring, database } => {
+            let flags = joined([keyring.given, database.given]);
+            rotate::promote(global, flags, &id, force).await?;
         }
-        Command::Status { settings, json } => status(global, settings.given, json).await?,
+        Command::Reseal { reason, keyring, database } => {
+            let flags = joined([keyring.given, database.given]);
+            return reseal::run(global, flags, reason.as_deref()).await;
+        }
+        Command::Retire { id, settings } => rotate::retire(global, settings.given, &id).await?,
+        Command::Publish { force, intake, keyring, database } => {
+            let flags = joined([intake.given, keyring.given, database.given]);
+            publish::run(global, flags, force).await?;
+        }
         Command::Public { signing, settings } => {
-            let keyring = keyring(global, settings.given)?;
+            let keyring = file::load(global, settings.given)?;
             if signing {
                 output::block(VerifyingKeys::from(&keyring))?;
             } else {
@@ -123,135 +201,6 @@ pub(super) async fn run(global: &GlobalArgs, args: KeysArgs) -> anyhow::Result<E
     Ok(ExitCode::SUCCESS)
 }
 
-fn keyring(global: &GlobalArgs, flags: BTreeMap<String, String>) -> anyhow::Result<Keyring> {
-    Ok(Keyring::load(&config::keyring_file(&global.sources(flags)?)?)?)
-}
-
-/// Publishes the key of the setting, or else of the keyring, with the login that owns the tables.
-async fn publish(
-    global: &GlobalArgs,
-    flags: BTreeMap<String, String>,
-    force: bool,
-) -> anyhow::Result<()> {
-    let sources = global.sources(flags.clone())?;
-    let key = match config::intake_key(&sources)? {
-        Some(key) => key,
-        None => keyring(global, flags)?.intake_public(),
-    };
-    let database = config::migrate_database_url(&sources)?.database(APPLICATION_NAME)?;
-    let admin = Admin::connect(&database, global::attribution(None)).await?;
-    let instances = live_instances(&admin).await?;
-    let id = key.key_id().as_str();
-    let lacking = instances.iter().filter(|it| !it.key_ids.iter().any(|held| held == id)).count();
-    ensure!(
-        force || lacking == 0,
-        "{lacking} of {} running brokers have not loaded {id}, and could not open what is sealed to it: give \
-         them the keyring first, or say --force",
-        instances.len()
-    );
-    if admin.publish_intake_key(&key).await? {
-        output::note(format_args!("published the intake key {key}"));
-    } else {
-        output::note(format_args!("the intake key {key} is published already"));
-    }
-    Ok(())
-}
-
-/// Publishes the intake key of the keyring, for `migrate`: if the settings name a keyring, and no key is published.
-pub(super) async fn publish_first(sources: &Sources, database: &Database) -> anyhow::Result<()> {
-    let Some(file) = config::known_keyring_file(sources)? else { return Ok(()) };
-    let admin = Admin::connect(database, global::attribution(None)).await?;
-    if !intake_keys::published(admin.pool()).await?.is_empty() {
-        return Ok(());
-    }
-    match Keyring::load(&file) {
-        Ok(keyring) => {
-            let key = keyring.intake_public();
-            admin.publish_intake_key(&key).await?;
-            output::note(format_args!("published the intake key {key}"));
-        }
-        // The owner of the tables need not be able to read the keyring.
-        Err(error) => output::note(format_args!("warning: no intake key was published: {error}")),
-    }
-    Ok(())
-}
-
-async fn status(
-    global: &GlobalArgs,
-    flags: BTreeMap<String, String>,
-    as_json: bool,
-) -> anyhow::Result<()> {
-    let keyring = keyring(global, flags)?;
-    let known = match global.admin(None).await {
-        Ok(admin) => brokers_and_published_keys(&admin).await,
-        Err(error) => Err(error),
-    };
-    let (instances, published) = match known {
-        Ok((instances, published)) => {
-            if let Err(fault) = check_published(&keyring, &published) {
-                output::note(format_args!("warning: {fault}"));
-            }
-            (Some(instances), Some(published))
-        }
-        Err(error) => {
-            output::note(format_args!(
-                "warning: it is unknown which keys the brokers have: {error:#}"
-            ));
-            (None, None)
-        }
-    };
-    let rows = keyring.status().iter().map(|key| {
-        let id = key.id.as_str();
-        let holders = instances.as_ref().map(|instances| {
-            let holds = |it: &&InstanceSummary| it.key_ids.iter().any(|held| held == id);
-            (instances.iter().filter(holds).count(), instances.len())
-        });
-        let published = published
-            .as_ref()
-            .filter(|_| key.kind == KeyKind::Intake)
-            .map(|keys| keys.iter().any(|published| published.key_id == id));
-        (key, holders, published)
-    });
-    if as_json {
-        let rows: Vec<_> = rows
-            .map(|(key, holders, published)| {
-                json!({
-                    "key_id": key.id.as_str(), "kind": key.kind.as_str(), "primary": key.primary,
-                    "created_at": LocalTime(key.created_at),
-                    "brokers_with_it": holders.map(|(with, _)| with),
-                    "brokers": holders.map(|(_, all)| all), "published": published,
-                })
-            })
-            .collect();
-        return output::json(&rows);
-    }
-    let mut table = Table::new(["KEY", "KIND", "PRIMARY", "CREATED AT", "BROKERS", "PUBLISHED"]);
-    for (key, holders, published) in rows {
-        table.row([
-            key.id.to_string(),
-            key.kind.to_string(),
-            yes_or_no(key.primary),
-            LocalTime(key.created_at).to_string(),
-            output::or_dash(holders.map(|(with, all)| format!("{with} of {all}"))),
-            output::or_dash(published.map(yes_or_no)),
-        ]);
-    }
-    table.print("the keyring is empty")
-}
-
-/// Returns the brokers that are live, and the public intake keys in the database.
-async fn brokers_and_published_keys(
-    admin: &Admin,
-) -> anyhow::Result<(Vec<InstanceSummary>, Vec<PublishedKey>)> {
-    Ok((live_instances(admin).await?, intake_keys::published(admin.pool()).await?))
-}
-
-async fn live_instances(admin: &Admin) -> anyhow::Result<Vec<InstanceSummary>> {
-    let mut instances = admin.instances().await?;
-    instances.retain(|instance| instance.live);
-    Ok(instances)
-}
-
-fn yes_or_no(yes: bool) -> String {
-    if yes { "yes" } else { "no" }.into()
+fn joined<const N: usize>(flags: [BTreeMap<String, String>; N]) -> BTreeMap<String, String> {
+    flags.into_iter().flatten().collect()
 }

@@ -5,7 +5,8 @@
 
 use std::{
     fmt::{self, Display},
-    io::{self, Write},
+    io::{self, IsTerminal, Write},
+    time::{Duration, Instant},
 };
 
 use rustix::fs::{FileType, RawMode, fstat};
@@ -141,6 +142,56 @@ impl Display for Table {
     }
 }
 
+/// Says on standard error how far a command is: a bar on a terminal, else a line at each tenth.
+pub(super) struct Progress {
+    what: &'static str,
+    total: u64,
+    on_terminal: bool,
+    /// The tenths that were reported, or on a terminal when the bar was drawn last.
+    tenths: u64,
+    drawn: Option<Instant>,
+}
+
+impl Progress {
+    /// How often the bar is drawn.
+    const REDRAW: Duration = Duration::from_millis(100);
+    /// The length of the bar, in characters.
+    const BAR: u64 = 30;
+
+    /// Returns the progress of `what` things of which there are `total`, a positive number.
+    pub(super) fn new(what: &'static str, total: u64) -> Self {
+        let on_terminal = io::stderr().is_terminal();
+        Self { what, total: total.max(1), on_terminal, tenths: 0, drawn: None }
+    }
+
+    /// Says that `done` things are done, if that is worth it.
+    pub(super) fn show(&mut self, done: u64) {
+        let done = done.min(self.total);
+        if self.on_terminal {
+            if done == self.total || self.drawn.is_none_or(|at| at.elapsed() >= Self::REDRAW) {
+                self.drawn = Some(Instant::now());
+                let _ = write!(io::stderr().lock(), "\r{}", bar(self.what, done, self.total));
+            }
+        } else if done * 10 / self.total > self.tenths {
+            self.tenths = done * 10 / self.total;
+            note(format_args!("{done} of {} {}", self.total, self.what));
+        }
+    }
+
+    /// Ends the line of the bar.
+    pub(super) fn finish(self) {
+        if self.drawn.is_some() {
+            let _ = writeln!(io::stderr().lock());
+        }
+    }
+}
+
+fn bar(what: &str, done: u64, total: u64) -> String {
+    let filled = usize::try_from(Progress::BAR * done / total).unwrap_or_default();
+    let rest = usize::try_from(Progress::BAR).unwrap_or_default() - filled;
+    format!("[{}{}] {done} of {total} {what}", "#".repeat(filled), ".".repeat(rest))
+}
+
 /// Returns the text of `value`, or `-` if there is none.
 pub(super) fn or_dash(value: Option<impl Display>) -> String {
     value.map_or_else(|| "-".into(), |value| value.to_string())
@@ -160,6 +211,13 @@ NAME  STATE     NOTE
 acme  fresh
       rejected  61006\\u{1b}[2J";
         assert_eq!(table.to_string(), expected);
+    }
+
+    #[test]
+    fn a_bar_fills_with_what_is_done() {
+        assert_eq!(bar("values", 0, 3), format!("[{}] 0 of 3 values", ".".repeat(30)));
+        assert_eq!(bar("values", 1, 3), "[##########....................] 1 of 3 values");
+        assert_eq!(bar("values", 3, 3), format!("[{}] 3 of 3 values", "#".repeat(30)));
     }
 
     #[test]

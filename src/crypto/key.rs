@@ -132,6 +132,9 @@ pub struct KeyStatus {
     pub primary: bool,
     /// When the key was generated.
     pub created_at: Timestamp,
+    /// When the key was retired; `None` while it may be used. What is left of it, if anything, only checks older
+    /// records.
+    pub retired_at: Option<Timestamp>,
 }
 
 #[cfg(test)]

@@ -1,16 +1,17 @@
 //! The keys that a broker holds. Each key serves one purpose.
 
-use std::fmt;
+use std::{collections::BTreeSet, fmt};
 
 use aws_lc_rs::{
     aead::{AES_256_GCM, LessSafeKey, UnboundKey},
     hmac,
     signature::{Ed25519KeyPair, KeyPair},
 };
+use thiserror::Error;
 
 use super::{
     intake::{IntakeError, IntakeKeyPair, IntakePublicKey, SealedIntake},
-    key::{KEY_LEN, KeyId, KeyStatus},
+    key::{KEY_LEN, KeyId, KeyKind, KeyStatus},
 };
 use crate::domain::{
     account::ClientId,
@@ -56,8 +57,32 @@ pub struct Keyring {
     pub(super) intake: Ring<IntakeKeyPair>,
     pub(super) fingerprint: Ring<hmac::Key>,
     pub(super) signing: Ring<Ed25519KeyPair>,
+    /// The public halves of signing keys that are retired.
+    pub(super) retired_signing: Vec<(KeyId, [u8; KEY_LEN])>,
     pub(super) status: Vec<KeyStatus>,
+    /// The hash of each key that is not gone, to notice that an id has other bytes than before.
+    pub(super) key_hashes: Vec<(KeyId, [u8; 32])>,
+    /// The hash of the text from which the keyring was read.
+    pub(super) text_hash: [u8; 32],
 }
+
+/// What differs between a keyring and the one that replaces it.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct KeyringChange {
+    /// The keys that are new.
+    pub added: Vec<KeyId>,
+    /// The keys that have become the primary ones of their kinds.
+    pub promoted: Vec<KeyId>,
+    /// The keys that were retired.
+    pub retired: Vec<KeyId>,
+    /// The keys whose entries are gone.
+    pub removed: Vec<KeyId>,
+}
+
+/// A key of another keyring has the id of one of this keyring, and other bytes.
+#[derive(Clone, Debug, Eq, Error, PartialEq)]
+#[error("its key {0} is another key than the one of that id which is in use")]
+pub struct AlteredKey(pub KeyId);
 
 impl Keyring {
     /// Returns the fingerprint by which the audit log names `token`: a key's id and 32 hexadecimal
@@ -87,12 +112,10 @@ impl Keyring {
         (id.clone(), key.sign(message).as_ref().to_vec())
     }
 
-    /// Returns the public halves of all signing keys.
+    /// Returns the public halves of all signing keys, also of those that are retired.
     pub(super) fn signing_publics(&self) -> Vec<(KeyId, [u8; KEY_LEN])> {
-        let public = |key: &Ed25519KeyPair| {
-            key.public_key().as_ref().try_into().expect("an Ed25519 public key is 32 bytes")
-        };
-        self.signing.iter().map(|(id, key)| (id.clone(), public(key))).collect()
+        let held = self.signing.iter().map(|(id, key)| (id.clone(), public_half(key)));
+        held.chain(self.retired_signing.iter().cloned()).collect()
     }
 
     /// Returns the public half of the primary intake key. New secrets are sealed to it.
@@ -121,10 +144,80 @@ impl Keyring {
         }
     }
 
-    /// Returns the ids of all keys, in the file's order.
+    /// Returns the ids of all keys that are not retired, in the file's order.
     #[must_use]
     pub fn key_ids(&self) -> Vec<KeyId> {
-        self.status.iter().map(|key| key.id.clone()).collect()
+        self.status
+            .iter()
+            .filter(|key| key.retired_at.is_none())
+            .map(|key| key.id.clone())
+            .collect()
+    }
+
+    /// Returns the ids of the primary keys, with which new values are made.
+    #[must_use]
+    pub fn primaries(&self) -> BTreeSet<KeyId> {
+        self.status.iter().filter(|key| key.primary).map(|key| key.id.clone()).collect()
+    }
+
+    /// Returns the id of the primary key of `kind`.
+    #[must_use]
+    pub fn primary(&self, kind: KeyKind) -> &KeyId {
+        let primary = self.status.iter().find(|key| key.kind == kind && key.primary);
+        &primary.expect("every kind has a primary key").id
+    }
+
+    /// Returns whether values that are sealed with the key `id` open.
+    #[must_use]
+    pub fn has_sealing_key(&self, id: &KeyId) -> bool {
+        self.sealing.get(id).is_some()
+    }
+
+    /// Returns whether there is only one sealing key.
+    #[must_use]
+    pub fn has_one_sealing_key(&self) -> bool {
+        self.sealing.iter().count() == 1
+    }
+
+    /// Returns the hash of the text from which the keyring was read.
+    #[must_use]
+    pub fn text_hash(&self) -> [u8; 32] {
+        self.text_hash
+    }
+
+    /// Returns what changes when `next` replaces this keyring.
+    ///
+    /// # Errors
+    /// [`AlteredKey`] when `next` has another key under the id of one of this keyring.
+    pub fn change_to(&self, next: &Self) -> Result<KeyringChange, AlteredKey> {
+        let find =
+            |keyring: &Self, id: &KeyId| keyring.status.iter().find(|key| key.id == *id).cloned();
+        let hash = |keyring: &Self, id: &KeyId| {
+            keyring.key_hashes.iter().find(|(of, _)| of == id).map(|(_, hash)| *hash)
+        };
+        let mut change = KeyringChange::default();
+        for key in &next.status {
+            let before = find(self, &key.id);
+            let is_another = |before: &KeyStatus| {
+                let (old, new) = (hash(self, &key.id), hash(next, &key.id));
+                before.kind != key.kind || new.is_some() && old.is_some() && new != old
+            };
+            if before.as_ref().is_some_and(is_another) {
+                return Err(AlteredKey(key.id.clone()));
+            }
+            if before.is_none() {
+                change.added.push(key.id.clone());
+            }
+            if key.primary && !before.as_ref().is_some_and(|before| before.primary) {
+                change.promoted.push(key.id.clone());
+            }
+            if key.retired_at.is_some() && before.is_none_or(|before| before.retired_at.is_none()) {
+                change.retired.push(key.id.clone());
+            }
+        }
+        let removed = self.status.iter().filter(|key| find(next, &key.id).is_none());
+        change.removed = removed.map(|key| key.id.clone()).collect();
+        Ok(change)
     }
 
     /// Returns the public facts of each key, in the file's order.
@@ -138,6 +231,11 @@ impl fmt::Debug for Keyring {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("Keyring").field(&self.key_ids()).finish()
     }
+}
+
+/// Returns the public half of a signing key.
+pub(super) fn public_half(key: &Ed25519KeyPair) -> [u8; KEY_LEN] {
+    key.public_key().as_ref().try_into().expect("an Ed25519 public key is 32 bytes")
 }
 
 fn fingerprint_with(id: &KeyId, key: &hmac::Key, token: &AccessToken) -> String {

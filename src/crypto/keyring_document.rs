@@ -1,7 +1,8 @@
 //! The text of a keyring file: parses it into keys, and writes keys as text.
 
-use std::{io, path::PathBuf};
+use std::io;
 
+use aws_lc_rs::digest::{SHA256, digest};
 use base64::{Engine, engine::general_purpose::STANDARD};
 use chrono::SecondsFormat;
 use serde::{Deserialize, Deserializer};
@@ -11,7 +12,7 @@ use zeroize::Zeroizing;
 use super::{
     intake::IntakeKeyPair,
     key::{KEY_LEN, KeyId, KeyKind, KeyStatus, random},
-    keyring::{Keyring, Ring, fingerprint_key, sealing_key, signing_key},
+    keyring::{Keyring, Ring, fingerprint_key, public_half, sealing_key, signing_key},
 };
 use crate::domain::clock::Timestamp;
 
@@ -30,9 +31,6 @@ pub enum KeyringFault {
     /// A keyring is never overwritten: what its keys sealed would be lost.
     #[error("it exists already, and a keyring is never overwritten")]
     Exists,
-    /// Another edit is under way, or was interrupted and left its temporary file, this one, behind.
-    #[error("it is being edited; if no edit is running, remove {}", .0.display())]
-    BeingEdited(PathBuf),
     /// The path names a directory, a pipe or a device.
     #[error("it is not a regular file")]
     NotAFile,
@@ -47,7 +45,7 @@ pub enum KeyringFault {
     /// The text is not TOML, or a field is unknown, missing or of the wrong type. Holds the line, from 1.
     #[error(
         "line {0} is not what a keyring holds: version, and [[key]] entries with id, kind, \
-         primary, created_at and key"
+         primary, created_at, retired_at, key and public"
     )]
     Line(usize),
     /// The file has a version of the format that this release does not read.
@@ -63,9 +61,15 @@ pub enum KeyringFault {
         /// What is wrong with it, in words that quote nothing of it.
         what: &'static str,
     },
-    /// The key to promote is not in the file.
+    /// The key to promote or to retire is not in the file.
     #[error("it has no key {0}")]
     NoSuchKey(KeyId),
+    /// The key to promote is retired.
+    #[error("its key {0} is retired: add a new one")]
+    Retired(KeyId),
+    /// The key to retire is the one with which new values are made.
+    #[error("its key {0} is the primary {1} key: promote another one first")]
+    IsPrimary(KeyId, KeyKind),
     /// A kind has no primary key, or more than one.
     #[error("exactly one {0} key must have primary = true")]
     Primary(KeyKind),
@@ -88,12 +92,16 @@ struct Entry {
     #[serde(default)]
     primary: bool,
     created_at: Timestamp,
-    #[serde(deserialize_with = "zeroizing")]
-    key: Zeroizing<String>,
+    #[serde(default)]
+    retired_at: Option<Timestamp>,
+    #[serde(default, deserialize_with = "zeroizing")]
+    key: Option<Zeroizing<String>>,
+    #[serde(default)]
+    public: Option<String>,
 }
 
-fn zeroizing<'de, D: Deserializer<'de>>(text: D) -> Result<Zeroizing<String>, D::Error> {
-    String::deserialize(text).map(Zeroizing::new)
+fn zeroizing<'de, D: Deserializer<'de>>(text: D) -> Result<Option<Zeroizing<String>>, D::Error> {
+    String::deserialize(text).map(|text| Some(Zeroizing::new(text)))
 }
 
 impl Keyring {
@@ -108,7 +116,9 @@ impl Keyring {
     /// # Errors
     /// [`KeyringFault`] with the faulty line or entry.
     pub fn parse(text: &str) -> Result<Self, KeyringFault> {
-        Self::from_keys(&parse_keys(text)?)
+        let mut keyring = Self::from_keys(&parse_keys(text)?)?;
+        keyring.text_hash = sha256(text.as_bytes());
+        Ok(keyring)
     }
 
     /// Returns the keyring of `keys`.
@@ -118,15 +128,39 @@ impl Keyring {
             intake: ring(keys, KeyKind::Intake, IntakeKeyPair::new)?,
             fingerprint: ring(keys, KeyKind::Fingerprint, fingerprint_key)?,
             signing: ring(keys, KeyKind::Signing, signing_key)?,
+            retired_signing: keys
+                .iter()
+                .filter_map(|(status, material)| match material {
+                    Material::Public(public) => Some((status.id.clone(), *public)),
+                    Material::Key(_) | Material::Gone => None,
+                })
+                .collect(),
             status: keys.iter().map(|(status, _)| status.clone()).collect(),
+            key_hashes: keys.iter().filter_map(key_hash).collect(),
+            text_hash: [0; 32],
         })
     }
 }
 
 /// Returns a new random key.
 pub(super) fn new_key(kind: KeyKind, primary: bool, now: Timestamp) -> Key {
-    let status = KeyStatus { id: KeyId::generate(kind), kind, primary, created_at: now };
-    (status, Zeroizing::new(random()))
+    let id = KeyId::generate(kind);
+    let status = KeyStatus { id, kind, primary, created_at: now, retired_at: None };
+    (status, Material::Key(Zeroizing::new(random())))
+}
+
+/// Retires a key at `now`: what is left of it only checks older records.
+pub(super) fn retire(key: &mut Key, now: Timestamp) {
+    let (status, material) = key;
+    status.retired_at = Some(now);
+    *material = match (status.kind, &*material) {
+        // Fingerprints are computed with the key itself, also those of older records.
+        (KeyKind::Fingerprint, Material::Key(bytes)) => Material::Key(bytes.clone()),
+        (KeyKind::Signing, Material::Key(bytes)) => {
+            Material::Public(public_half(&signing_key(bytes)))
+        }
+        _ => Material::Gone,
+    };
 }
 
 /// Reads the keys in `text`. Each is complete, and no two have the same id.
@@ -152,9 +186,14 @@ pub(super) fn render(keys: &[Key]) -> Zeroizing<String> {
     // The capacity suffices for all keys: growing would leave a copy of them behind in memory.
     let mut text = Zeroizing::new(String::with_capacity(HEAD.len() + 256 * keys.len()));
     text.push_str(HEAD);
-    for (status, key) in keys {
-        let key = Zeroizing::new(STANDARD.encode(key.as_slice()));
-        let created_at = status.created_at.to_rfc3339_opts(SecondsFormat::Secs, true);
+    for (status, material) in keys {
+        let (name, value) = match material {
+            Material::Key(key) => ("key", STANDARD.encode(key.as_slice())),
+            Material::Public(public) => ("public", STANDARD.encode(public)),
+            Material::Gone => ("", String::new()),
+        };
+        let value = Zeroizing::new(value);
+        let time = |at: Timestamp| at.to_rfc3339_opts(SecondsFormat::Secs, true);
         for part in [
             "\n[[key]]\nid = \"",
             status.id.as_str(),
@@ -163,19 +202,51 @@ pub(super) fn render(keys: &[Key]) -> Zeroizing<String> {
             "\"\nprimary = ",
             if status.primary { "true" } else { "false" },
             "\ncreated_at = \"",
-            &created_at,
-            "\"\nkey = \"",
-            &key,
+            &time(status.created_at),
             "\"\n",
         ] {
             text.push_str(part);
+        }
+        if let Some(at) = status.retired_at {
+            text.extend(["retired_at = \"", &time(at), "\"\n"]);
+        }
+        if !name.is_empty() {
+            text.extend([name, " = \"", &value, "\"\n"]);
         }
     }
     text
 }
 
+/// What the file has of a key.
+#[derive(Clone, Eq, PartialEq)]
+pub(super) enum Material {
+    /// The key's bytes.
+    Key(Zeroizing<[u8; KEY_LEN]>),
+    /// The public half of a signing key that is retired.
+    Public([u8; KEY_LEN]),
+    /// Nothing: the key is retired.
+    Gone,
+}
+
 /// An entry of the file: the public facts of a key, and its bytes.
-pub(super) type Key = (KeyStatus, Zeroizing<[u8; KEY_LEN]>);
+pub(super) type Key = (KeyStatus, Material);
+
+/// Returns the key's id and a hash of its bytes; for a signing key of its public half, which stays.
+fn key_hash((status, material): &Key) -> Option<(KeyId, [u8; 32])> {
+    let hash = match (material, status.kind) {
+        (Material::Key(bytes), KeyKind::Signing) => sha256(&public_half(&signing_key(bytes))),
+        (Material::Key(bytes), _) => sha256(bytes.as_slice()),
+        (Material::Public(public), _) => sha256(public),
+        (Material::Gone, _) => return None,
+    };
+    Some((status.id.clone(), hash))
+}
+
+fn sha256(bytes: &[u8]) -> [u8; 32] {
+    let mut hash = [0; 32];
+    hash.copy_from_slice(digest(&SHA256, bytes).as_ref());
+    hash
+}
 
 fn check_entries(entries: Vec<Entry>) -> Result<Vec<Key>, KeyringFault> {
     let mut keys: Vec<Key> = Vec::with_capacity(entries.len());
@@ -201,10 +272,32 @@ fn check_entry(nth: usize, entry: &Entry) -> Result<Key, KeyringFault> {
     let refuse = |what| KeyringFault::Entry { nth, id: id.to_string(), what };
     let kind = KeyKind::from_name(&entry.kind)
         .ok_or_else(|| refuse("kind must be sealing, intake, fingerprint or signing"))?;
-    let key = decode(&entry.key).ok_or_else(|| refuse("key must be 32 bytes in base64"))?;
-    let status =
-        KeyStatus { id: id.clone(), kind, primary: entry.primary, created_at: entry.created_at };
-    Ok((status, key))
+    let Entry { primary, created_at, retired_at, .. } = *entry;
+    if primary && retired_at.is_some() {
+        return Err(refuse("a retired key must not be primary"));
+    }
+    let key = || entry.key.as_ref().and_then(|key| decode(key)).map(Material::Key);
+    let public =
+        || entry.public.as_ref().and_then(|key| decode(key)).map(|key| Material::Public(*key));
+    let material = match (kind, retired_at.is_some()) {
+        (KeyKind::Signing, true) if entry.key.is_none() => {
+            public().ok_or_else(|| refuse("public must be 32 bytes in base64"))?
+        }
+        (KeyKind::Sealing | KeyKind::Intake, true)
+            if entry.key.is_none() && entry.public.is_none() =>
+        {
+            Material::Gone
+        }
+        (KeyKind::Sealing | KeyKind::Intake | KeyKind::Signing, true) => {
+            return Err(refuse("a retired key of this kind must not have its key any more"));
+        }
+        _ if entry.public.is_some() => {
+            return Err(refuse("only a retired signing key has a public half here"));
+        }
+        _ => key().ok_or_else(|| refuse("key must be 32 bytes in base64"))?,
+    };
+    let status = KeyStatus { id: id.clone(), kind, primary, created_at, retired_at };
+    Ok((status, material))
 }
 
 fn decode(key: &str) -> Option<Zeroizing<[u8; KEY_LEN]>> {
@@ -220,12 +313,16 @@ fn ring<K>(
     kind: KeyKind,
     make: impl Fn(&[u8; KEY_LEN]) -> K,
 ) -> Result<Ring<K>, KeyringFault> {
-    let of_kind: Vec<&Key> = keys.iter().filter(|(status, _)| status.kind == kind).collect();
+    let held = |(status, material): &'_ Key| match material {
+        Material::Key(key) if status.kind == kind => Some((status.clone(), make(key))),
+        _ => None,
+    };
+    let of_kind: Vec<(KeyStatus, K)> = keys.iter().filter_map(held).collect();
     let mut primaries = of_kind.iter().enumerate().filter(|(_, (status, _))| status.primary);
     let (Some((primary, _)), None) = (primaries.next(), primaries.next()) else {
         return Err(KeyringFault::Primary(kind));
     };
-    let keys = of_kind.iter().map(|(status, key)| (status.id.clone(), make(key))).collect();
+    let keys = of_kind.into_iter().map(|(status, key)| (status.id, key)).collect();
     Ok(Ring::new(keys, primary))
 }
 
@@ -279,6 +376,33 @@ mod tests {
             let refusal = refusal(&bad);
             assert!(refusal.contains(&fault), "{refusal} does not say: {fault}");
             assert!(!refusal.contains(&key[4..]), "{refusal}");
+        }
+    }
+
+    #[test]
+    fn a_retired_entry_has_what_is_left_of_its_kind_and_no_more() {
+        let good = text();
+        let retired = "retired_at = \"2026-01-01T00:00:00Z\"\n";
+        let key = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=";
+        let entry = |kind: &str, rest: &str| {
+            format!(
+                "{good}\n[[key]]\nid = \"x1\"\nkind = \"{kind}\"\ncreated_at = \"2026-01-01T00:00:00Z\"\n{rest}"
+            )
+        };
+        let (secret, public) = (format!("key = \"{key}\"\n"), format!("public = \"{key}\"\n"));
+        for (kind, left) in
+            [("sealing", ""), ("intake", ""), ("fingerprint", &*secret), ("signing", &*public)]
+        {
+            for rest in ["", &secret, &public] {
+                let parsed = Keyring::parse(&entry(kind, &format!("{retired}{rest}")));
+                assert_eq!(parsed.is_ok(), rest == left, "{kind} {rest}");
+            }
+            assert!(Keyring::parse(&entry(kind, &secret)).is_ok(), "{kind} in use");
+            for rest in ["", &public, &format!("{secret}{public}")] {
+                assert!(Keyring::parse(&entry(kind, rest)).is_err(), "{kind} in use, {rest}");
+            }
+            let primary = format!("primary = true\n{retired}{left}");
+            assert!(refusal(&entry(kind, &primary)).contains("must not be primary"));
         }
     }
 

@@ -14,7 +14,7 @@ use zeroize::Zeroizing;
 use super::{
     key::{KeyId, KeyKind},
     keyring::Keyring,
-    keyring_document::{Key, KeyringFault, new_key, parse_keys, render},
+    keyring_document::{Key, KeyringFault, new_key, parse_keys, render, retire},
 };
 use crate::{
     domain::clock::Timestamp,
@@ -67,37 +67,90 @@ impl Keyring {
     }
 
     /// Adds a new key of `kind` to the file at `path`. It is not primary yet, so that every replica
-    /// can load it before the first value is made with it. Returns its id.
+    /// can load it before the first value is made with it. If a key of this kind was added and not promoted yet, adds
+    /// none. Returns the id of the key that waits to be promoted, and whether it is new.
     ///
     /// # Errors
     /// The [`KeyringFault`]s of reading and writing the file.
-    pub fn add_to_file(path: &Path, kind: KeyKind, now: Timestamp) -> Result<KeyId, KeyringError> {
+    pub fn add_to_file(
+        path: &Path,
+        kind: KeyKind,
+        now: Timestamp,
+    ) -> Result<(KeyId, bool), KeyringError> {
         edit(path, |keys| {
+            // New keys are appended, so those behind the primary one were never promoted, or taken back.
+            let primary = keys.iter().position(|(key, _)| key.kind == kind && key.primary);
+            let waits = |(key, _): &&Key| key.kind == kind && key.retired_at.is_none();
+            let waiting = keys.iter().skip(primary.map_or(0, |at| at + 1)).find(waits);
+            if let Some((status, _)) = waiting {
+                return Ok(Edit::Unchanged((status.id.clone(), false)));
+            }
             let key = new_key(kind, false, now);
             let id = key.0.id.clone();
             keys.push(key);
-            Ok(id)
+            Ok(Edit::Changed((id, true)))
         })
         .map_err(KeyringError::at(path))
     }
 
-    /// Makes the key `id` the primary of its kind in the file at `path`.
+    /// Makes the key `id` the primary of its kind in the file at `path`. Returns whether it was not yet.
     ///
     /// # Errors
-    /// [`KeyringFault::NoSuchKey`] if the file has no such key, and the faults of reading and writing.
-    pub fn promote_in_file(path: &Path, id: &KeyId) -> Result<(), KeyringError> {
+    /// [`KeyringFault::NoSuchKey`] if the file has no such key, [`KeyringFault::Retired`], and the faults of reading
+    /// and writing.
+    pub fn promote_in_file(path: &Path, id: &KeyId) -> Result<bool, KeyringError> {
         edit(path, |keys| {
-            let kind = keys
-                .iter()
-                .find_map(|(status, _)| (status.id == *id).then_some(status.kind))
-                .ok_or_else(|| KeyringFault::NoSuchKey(id.clone()))?;
+            let (key, _) = &keys[position(keys, id)?];
+            if key.retired_at.is_some() {
+                return Err(KeyringFault::Retired(id.clone()));
+            }
+            if key.primary {
+                return Ok(Edit::Unchanged(false));
+            }
+            let kind = key.kind;
             for (status, _) in keys.iter_mut().filter(|(status, _)| status.kind == kind) {
                 status.primary = status.id == *id;
             }
-            Ok(())
+            Ok(Edit::Changed(true))
         })
         .map_err(KeyringError::at(path))
     }
+
+    /// Retires the key `id` in the file at `path`: of a signing key its public half stays, a fingerprint key stays for
+    /// `audit who`, and of other keys only the entry. Returns whether it was not retired yet.
+    ///
+    /// # Errors
+    /// [`KeyringFault::NoSuchKey`] if the file has no such key, [`KeyringFault::IsPrimary`], and the faults of reading
+    /// and writing.
+    pub fn retire_in_file(path: &Path, id: &KeyId, now: Timestamp) -> Result<bool, KeyringError> {
+        edit(path, |keys| {
+            let at = position(keys, id)?;
+            let key = &mut keys[at];
+            if key.0.primary {
+                return Err(KeyringFault::IsPrimary(id.clone(), key.0.kind));
+            }
+            if key.0.retired_at.is_some() {
+                return Ok(Edit::Unchanged(false));
+            }
+            retire(key, now);
+            Ok(Edit::Changed(true))
+        })
+        .map_err(KeyringError::at(path))
+    }
+}
+
+/// Returns the index of the key `id`.
+fn position(keys: &[Key], id: &KeyId) -> Result<usize, KeyringFault> {
+    let found = keys.iter().position(|(status, _)| status.id == *id);
+    found.ok_or_else(|| KeyringFault::NoSuchKey(id.clone()))
+}
+
+/// The outcome of an edit.
+enum Edit<T> {
+    /// The keys have changed, so the file is to be replaced.
+    Changed(T),
+    /// The file stays as it is.
+    Unchanged(T),
 }
 
 fn create(path: &Path, text: &str) -> Result<(), KeyringFault> {
@@ -119,30 +172,34 @@ fn create(path: &Path, text: &str) -> Result<(), KeyringFault> {
 /// new one keeps the owner and the mode.
 fn edit<T>(
     path: &Path,
-    change: impl FnOnce(&mut Vec<Key>) -> Result<T, KeyringFault>,
+    change: impl FnOnce(&mut Vec<Key>) -> Result<Edit<T>, KeyringFault>,
 ) -> Result<T, KeyringFault> {
     // Symbolic links are resolved, so that the file is replaced and not the link.
     let path = fs::canonicalize(path).map_err(KeyringFault::Read)?;
     // The temporary file of this edit excludes other edits until it is done.
-    let mut replacement = Replacement::exclusive(&path).map_err(|error| match error.kind() {
-        io::ErrorKind::AlreadyExists => KeyringFault::BeingEdited(atomic::temporary_path(&path)),
-        _ => KeyringFault::Write(error),
-    })?;
-    let outcome = write_edited(&path, replacement.file(), change)?;
-    replacement.commit().map_err(KeyringFault::Write)?;
-    Ok(outcome)
+    let mut replacement = Replacement::exclusive(&path).map_err(KeyringFault::Write)?;
+    match write_edited(&path, replacement.file(), change)? {
+        Edit::Changed(outcome) => {
+            replacement.commit().map_err(KeyringFault::Write)?;
+            Ok(outcome)
+        }
+        Edit::Unchanged(outcome) => Ok(outcome),
+    }
 }
 
 /// Writes the edited keys of the file at `path` into `new`.
 fn write_edited<T>(
     path: &Path,
     new: &mut File,
-    change: impl FnOnce(&mut Vec<Key>) -> Result<T, KeyringFault>,
-) -> Result<T, KeyringFault> {
+    change: impl FnOnce(&mut Vec<Key>) -> Result<Edit<T>, KeyringFault>,
+) -> Result<Edit<T>, KeyringFault> {
     let old = open_guarded(path)?;
     let metadata = old.metadata().map_err(KeyringFault::Read)?;
     let mut keys = parse_keys(&read(&old)?)?;
     let outcome = change(&mut keys)?;
+    if matches!(outcome, Edit::Unchanged(_)) {
+        return Ok(outcome);
+    }
     let text = render(&keys);
     Keyring::parse(&text)?;
     fchown(&*new, Some(metadata.uid()), Some(metadata.gid()))
@@ -257,10 +314,14 @@ mod tests {
     fn an_added_key_is_not_primary_until_it_is_promoted() {
         let (_directory, path) = keyring_file();
         let old = primary_of(&path, KeyKind::Sealing);
-        let new = Keyring::add_to_file(&path, KeyKind::Sealing, DateTime::UNIX_EPOCH).unwrap();
+        let add = || Keyring::add_to_file(&path, KeyKind::Sealing, DateTime::UNIX_EPOCH).unwrap();
+        let (new, is_new) = add();
+        assert!(is_new);
         assert_eq!(primary_of(&path, KeyKind::Sealing), old);
+        assert_eq!(add(), (new.clone(), false), "one key of a kind waits at a time");
         let others = primary_of(&path, KeyKind::Intake);
-        Keyring::promote_in_file(&path, &new).unwrap();
+        assert!(Keyring::promote_in_file(&path, &new).unwrap());
+        assert!(!Keyring::promote_in_file(&path, &new).unwrap());
         assert_eq!(primary_of(&path, KeyKind::Sealing), new);
         assert_eq!(primary_of(&path, KeyKind::Intake), others);
         assert!(Keyring::load(&path).unwrap().key_ids().contains(&old));
@@ -283,7 +344,7 @@ mod tests {
         let (directory, path) = keyring_file();
         let link = directory.path().join("link.toml");
         std::os::unix::fs::symlink(&path, &link).unwrap();
-        let id = Keyring::add_to_file(&link, KeyKind::Intake, DateTime::UNIX_EPOCH).unwrap();
+        let (id, _) = Keyring::add_to_file(&link, KeyKind::Intake, DateTime::UNIX_EPOCH).unwrap();
         assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
         assert!(Keyring::load(&path).unwrap().key_ids().contains(&id));
     }
@@ -299,12 +360,78 @@ mod tests {
     }
 
     #[test]
-    fn two_edits_at_once_are_refused() {
+    fn edits_at_once_take_turns_whatever_a_killed_one_left_behind() {
         let (directory, path) = keyring_file();
-        let other = directory.path().join(".keyring.toml.new");
-        fs::write(&other, "").unwrap();
-        let error = Keyring::add_to_file(&path, KeyKind::Sealing, DateTime::UNIX_EPOCH);
-        assert!(matches!(error.unwrap_err().fault, KeyringFault::BeingEdited(_)));
-        assert!(other.exists(), "the other edit's file is left alone");
+        fs::write(atomic::temporary_path(&path), "half").unwrap();
+        std::thread::scope(|scope| {
+            for kind in KeyKind::ALL {
+                let path = &path;
+                scope.spawn(move || {
+                    for _ in 0..5 {
+                        let (id, _) =
+                            Keyring::add_to_file(path, kind, DateTime::UNIX_EPOCH).unwrap();
+                        Keyring::promote_in_file(path, &id).unwrap();
+                    }
+                });
+            }
+        });
+        assert_eq!(Keyring::load(&path).unwrap().status().len(), 4 * 6);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_retired_key_leaves_what_checks_older_records_and_nothing_else() {
+        let (_directory, path) = keyring_file();
+        let before = Keyring::load(&path).unwrap();
+        let text_before = fs::read_to_string(&path).unwrap();
+        let token = crate::domain::secret::AccessToken::new("eyJ.a.b").unwrap();
+        let (signing, signature) = before.sign(b"head");
+        for kind in KeyKind::ALL {
+            let old = primary_of(&path, kind);
+            let retire = || Keyring::retire_in_file(&path, &old, DateTime::UNIX_EPOCH);
+            let refused = retire().unwrap_err();
+            assert!(matches!(refused.fault, KeyringFault::IsPrimary(..)), "{refused}");
+            let (new, _) = Keyring::add_to_file(&path, kind, DateTime::UNIX_EPOCH).unwrap();
+            Keyring::promote_in_file(&path, &new).unwrap();
+            assert!(retire().unwrap());
+            assert!(!retire().unwrap(), "a second time changes nothing");
+            let refused = Keyring::promote_in_file(&path, &old).unwrap_err();
+            assert!(matches!(refused.fault, KeyringFault::Retired(_)), "{refused}");
+        }
+        let after = Keyring::load(&path).unwrap();
+        assert!(after.fingerprints(&token).contains(&before.fingerprint(&token)));
+        let verifying = crate::crypto::VerifyingKeys::from(&after);
+        assert_eq!(verifying.verify(signing.as_str(), b"head", &signature), Ok(()));
+        assert_eq!(after.key_ids().len(), 4, "retired keys are not among those in use");
+        assert!(!after.has_sealing_key(&primary_in(&before, KeyKind::Sealing)));
+        assert_eq!(after.intake_publics().len(), 1);
+        // Of the old keys, the file has the fingerprint key alone.
+        let text = fs::read_to_string(&path).unwrap();
+        let keys = text_before.lines().filter(|line| line.starts_with("key = "));
+        assert_eq!(keys.filter(|key| text.contains(*key)).count(), 1);
+        let change = before.change_to(&after).unwrap();
+        assert_eq!((change.added.len(), change.promoted.len()), (4, 4));
+        assert_eq!((change.retired, change.removed.len()), (before.key_ids(), 0));
+    }
+
+    fn primary_in(keyring: &Keyring, kind: KeyKind) -> KeyId {
+        keyring.primary(kind).clone()
+    }
+
+    #[test]
+    fn another_key_under_the_same_id_is_noticed() {
+        let (_directory, path) = keyring_file();
+        let text = fs::read_to_string(&path).unwrap();
+        let ours = Keyring::parse(&text).unwrap();
+        let other = Keyring::generate(DateTime::UNIX_EPOCH).to_string();
+        let key_of = |text: &str, nth: usize| {
+            text.lines().filter(|line| line.starts_with("key = ")).nth(nth).unwrap().to_owned()
+        };
+        for (nth, id) in ours.key_ids().into_iter().enumerate() {
+            let altered = text.replace(&key_of(&text, nth), &key_of(&other, nth));
+            let altered = Keyring::parse(&altered).unwrap();
+            assert_eq!(ours.change_to(&altered).unwrap_err().0, id);
+        }
+        assert_eq!(ours.change_to(&ours), Ok(crate::crypto::KeyringChange::default()));
     }
 }

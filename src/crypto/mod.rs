@@ -10,6 +10,7 @@ mod key;
 mod keyring;
 mod keyring_document;
 mod keyring_file;
+mod live_keyring;
 mod row_binding;
 mod sealing;
 mod verifying_keys;
@@ -17,9 +18,10 @@ mod verifying_keys;
 pub use self::{
     intake::{IntakeError, IntakePublicKey, SEALED_PREFIX},
     key::{KeyId, KeyKind, KeyStatus},
-    keyring::Keyring,
+    keyring::{AlteredKey, Keyring, KeyringChange},
     keyring_document::KeyringFault,
     keyring_file::KeyringError,
+    live_keyring::LiveKeyring,
     row_binding::RowBinding,
     sealing::SealError,
     verifying_keys::{SignatureError, VerifyingKeys, VerifyingKeysFault},

@@ -142,6 +142,14 @@ impl Keyring {
         Self::sealed_with(sealed).is_ok_and(|id| id == *self.sealing.primary().0)
     }
 
+    /// Opens `sealed` and seals its content again with the primary key, for the same row.
+    ///
+    /// # Errors
+    /// As [`Keyring::open`].
+    pub fn reseal(&self, binding: &RowBinding, sealed: &[u8]) -> Result<Vec<u8>, SealError> {
+        Ok(self.seal(binding, &self.open(binding, sealed)?))
+    }
+
     /// Seals an account's token for the table `tokens`.
     #[must_use]
     pub fn seal_token(

@@ -103,6 +103,7 @@ async fn run_in(
     // This publishes the intake key.
     let config = AppConfig {
         migrate: true,
+        keyring_file: Some(directory.join("keyring")),
         ..AppConfig::local(database_url, target, directory.clone(), keyring)
     };
     let start = signals

@@ -9,7 +9,7 @@ use std::{
     ffi::OsString,
     fs::{self, File, OpenOptions, Permissions},
     io::{self, Write},
-    os::unix::fs::{OpenOptionsExt, PermissionsExt},
+    os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
 };
 
@@ -65,14 +65,41 @@ pub struct Replacement {
 }
 
 impl Replacement {
-    /// Begins a replacement of `target` that excludes any other: its temporary file, mode 0600, must not
-    /// exist yet.
+    /// Begins a replacement of `target` that excludes any other of this kind: waits until the one that is under way
+    /// ends. A temporary file that an interrupted one left behind is overwritten. Read the target only now.
     ///
     /// # Errors
-    /// [`io::ErrorKind::AlreadyExists`] if another replacement is under way, or was interrupted and
-    /// left its temporary file behind.
+    /// Those of the file system.
     pub fn exclusive(target: &Path) -> io::Result<Self> {
-        Self::create(target, OpenOptions::new().create_new(true))
+        loop {
+            let replacement = Self::create(target, OpenOptions::new().truncate(false))?;
+            // The kernel releases the lock when the file is closed, also by a kill.
+            if let Err(error) = replacement.file.lock() {
+                return Err(replacement.abandon(error));
+            }
+            // The one that held the lock has renamed or removed the file that was locked here now.
+            let is_current = |metadata: fs::Metadata| {
+                let ours = replacement.file.metadata()?;
+                Ok((ours.dev(), ours.ino()) == (metadata.dev(), metadata.ino()))
+            };
+            match fs::symlink_metadata(&replacement.temporary).and_then(is_current) {
+                Ok(true) => {
+                    replacement.file.set_len(0)?;
+                    return Ok(replacement);
+                }
+                Ok(false) => drop(replacement.abandon(io::ErrorKind::Other.into())),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    drop(replacement.abandon(error));
+                }
+                Err(error) => return Err(replacement.abandon(error)),
+            }
+        }
+    }
+
+    /// Leaves the temporary file alone, which is another replacement's, and returns `error`.
+    fn abandon(mut self, error: io::Error) -> io::Error {
+        self.committed = true;
+        error
     }
 
     fn create(target: &Path, options: &mut OpenOptions) -> io::Result<Self> {
@@ -186,14 +213,27 @@ mod tests {
     }
 
     #[test]
-    fn a_second_exclusive_replacement_is_refused_and_leaves_the_first_alone() {
+    fn exclusive_replacements_take_turns_and_none_is_lost() {
         let directory = tempfile::tempdir().unwrap();
         let target = directory.path().join("state");
-        let mut first = Replacement::exclusive(&target).unwrap();
-        let second = Replacement::exclusive(&target).unwrap_err();
-        assert_eq!(second.kind(), io::ErrorKind::AlreadyExists);
-        first.file().write_all(b"first").unwrap();
-        first.commit().unwrap();
-        assert_eq!(fs::read(&target).unwrap(), b"first");
+        replace(&target, b"").unwrap();
+        // One was killed while it wrote.
+        fs::write(temporary_path(&target), "half of something longer").unwrap();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..10 {
+                        let mut replacement = Replacement::exclusive(&target).unwrap();
+                        let old = fs::read(&target).unwrap();
+                        replacement.file().write_all(&[old.as_slice(), b"."].concat()).unwrap();
+                        replacement.commit().unwrap();
+                        // Another one is abandoned.
+                        drop(Replacement::exclusive(&target).unwrap());
+                    }
+                });
+            }
+        });
+        assert_eq!(fs::read(&target).unwrap(), [b'.'; 40]);
+        assert_eq!(names(directory.path()), ["state"]);
     }
 }

@@ -11,7 +11,7 @@ use tokio::sync::Mutex;
 use tracing::error;
 
 use crate::{
-    crypto::Keyring,
+    crypto::LiveKeyring,
     domain::{
         account::AccountId,
         clock::Timestamp,
@@ -41,7 +41,7 @@ const TABLES: [&str; 3] = ["accounts", "refreshes", "tokens"];
 #[derive(Debug)]
 pub struct AccountLoader {
     pool: PgPool,
-    keyring: Arc<Keyring>,
+    keyring: Arc<LiveKeyring>,
     cache: Arc<AccountCache>,
     health: Arc<FeedHealth>,
     clock: Arc<DatabaseClock>,
@@ -62,7 +62,7 @@ impl AccountLoader {
     #[must_use]
     pub fn new(
         pool: PgPool,
-        keyring: Arc<Keyring>,
+        keyring: Arc<LiveKeyring>,
         cache: Arc<AccountCache>,
         health: Arc<FeedHealth>,
         clock: Arc<DatabaseClock>,
@@ -280,7 +280,7 @@ impl AccountLoader {
 
     /// Opens a stored token. Returns `None` if it does not open; a new one is issued then.
     fn open(&self, account: AccountId, stored: &SealedToken) -> Option<AccessToken> {
-        let opened = self.keyring.open_token(account, stored.generation, &stored.sealed);
+        let opened = self.keyring.current().open_token(account, stored.generation, &stored.sealed);
         opened.inspect_err(|error| error!(%account, %error, "a stored token does not open")).ok()
     }
 }

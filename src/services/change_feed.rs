@@ -40,7 +40,7 @@ use self::{
 };
 use crate::{
     audit::journal::Journal,
-    crypto::Keyring,
+    crypto::LiveKeyring,
     domain::clock::Clock,
     services::{
         account_cache::AccountCache, account_loader::AccountLoader,
@@ -67,7 +67,7 @@ pub struct ChangeFeed {
     /// The pool for the statements of the start.
     pub pool: PgPool,
     /// Opens values that `account seal` has sealed, and seals secrets for their rows.
-    pub keyring: Arc<Keyring>,
+    pub keyring: Arc<LiveKeyring>,
     /// Loads changed accounts into the cache.
     pub loader: Arc<AccountLoader>,
     /// The accounts that are loaded.

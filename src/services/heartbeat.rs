@@ -27,7 +27,7 @@ use self::presence::{
 use crate::{
     audit::journal::Journal,
     domain::clock::Timestamp,
-    services::{connectivity::DatabaseConnectivity, feed_health::FeedHealth},
+    services::{connectivity::DatabaseConnectivity, feed_health::FeedHealth, key_usage::KeyUsage},
     store::{
         StoreError,
         instances::{self, EarlierProcess, Heartbeat},
@@ -55,8 +55,6 @@ pub struct ReplicaIdentity {
     pub start: String,
     /// The number of the replica, which is part of the generations of its tokens.
     pub replica: u16,
-    /// The ids of the keys in its keyring.
-    pub key_ids: Vec<String>,
     /// When the process started.
     pub started_at: Timestamp,
 }
@@ -79,6 +77,8 @@ pub enum IdentityError {
 pub struct HeartbeatTask {
     /// What this replica reports about itself.
     replica: ReplicaIdentity,
+    /// Which keys this replica has and needs.
+    keys: KeyUsage,
     pool: PgPool,
     /// Receives whether there are other replicas.
     connectivity: Arc<DatabaseConnectivity>,
@@ -106,6 +106,7 @@ impl HeartbeatTask {
     #[must_use]
     pub fn new(
         replica: ReplicaIdentity,
+        keys: KeyUsage,
         mut ended: Vec<String>,
         pool: PgPool,
         connectivity: Arc<DatabaseConnectivity>,
@@ -118,6 +119,7 @@ impl HeartbeatTask {
         let now = Instant::now();
         Self {
             replica,
+            keys,
             pool,
             connectivity,
             health,
@@ -204,16 +206,24 @@ impl HeartbeatTask {
 
     async fn try_announce(&self, earlier: Option<&EarlierProcess>) -> Result<bool, StoreError> {
         let chain = self.journal.chain().chain.clone();
-        within(instances::announce(&self.pool, &self.heartbeat(&chain), earlier)).await
+        let (loaded, used) = (self.keys.loaded(), self.keys.used());
+        let heartbeat = self.heartbeat(&chain, &loaded, &used);
+        within(instances::announce(&self.pool, &heartbeat, earlier)).await
     }
 
-    fn heartbeat<'a>(&'a self, chain: &'a str) -> Heartbeat<'a> {
+    fn heartbeat<'a>(
+        &'a self,
+        chain: &'a str,
+        key_ids: &'a [String],
+        used_key_ids: &'a [String],
+    ) -> Heartbeat<'a> {
         Heartbeat {
             instance: &self.replica.instance,
             start: &self.replica.start,
             replica: self.replica.replica,
             version: env!("CARGO_PKG_VERSION"),
-            key_ids: &self.replica.key_ids,
+            key_ids,
+            used_key_ids,
             started_at: self.replica.started_at,
             chain,
             seq: self.journal.head().seq,
@@ -271,7 +281,9 @@ impl HeartbeatTask {
         // The knowledge is as old as the heartbeat, from which the others count.
         let began = Instant::now();
         let chain = self.journal.chain().chain.clone();
-        if !within(instances::store_heartbeat(&self.pool, &self.heartbeat(&chain))).await? {
+        let (loaded, used) = (self.keys.loaded(), self.keys.used());
+        let heartbeat = self.heartbeat(&chain, &loaded, &used);
+        if !within(instances::store_heartbeat(&self.pool, &heartbeat)).await? {
             return self.restore_row().await;
         }
         let ReplicaIdentity { instance, start, .. } = &self.replica;

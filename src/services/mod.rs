@@ -16,6 +16,7 @@
 //! | [`heartbeat`] | the identity of this replica; telling others that it is alive, and learning of them |
 //! | [`feed_health`] | what hinders the change feed: failing duties, unusable rows |
 //! | [`token_provider`] | answering calls: checking grants, reading the cache, waiting for a token |
+//! | [`keyring_watch`], [`key_usage`] | replacing the keyring when its file changes; which keys this replica has and needs |
 //! | [`trust_monitor`] | whether the published intake key and the schema can be trusted |
 //! | [`refusal_aggregator`] | one audit record for many equal refusals |
 //! | [`journal_delivery`], [`retention`] | delivering the audit journal to Postgres; removing old audit records |
@@ -34,7 +35,9 @@ pub mod gcra;
 pub mod heartbeat;
 pub mod history;
 pub mod journal_delivery;
+pub mod key_usage;
 pub mod keyed_semaphore;
+pub mod keyring_watch;
 pub mod refresher;
 pub mod refusal_aggregator;
 pub mod retention;

@@ -9,7 +9,7 @@ use tracing::{error, info, instrument, warn};
 
 use crate::{
     audit::{checkpoint::PruningReceipt, pruning::PrunedRangeCollector},
-    crypto::Keyring,
+    crypto::LiveKeyring,
     domain::clock::{Clock, Timestamp},
     store::{
         Database, StoreError,
@@ -31,7 +31,7 @@ pub struct Retention {
     /// The database. Removal uses a connection of its own, since a day may take long.
     pub database: Database,
     /// Signs the receipts.
-    pub keyring: Arc<Keyring>,
+    pub keyring: Arc<LiveKeyring>,
     /// Decides which days have expired, together with the database's clock.
     pub clock: Clock,
     /// How long all records but those of changes are kept; `None` for ever.
@@ -154,8 +154,9 @@ impl Retention {
         let records = ranges.records();
         match ranges.finish() {
             Ok(ranges) => {
+                let keyring = self.keyring.current();
                 for (chain, range) in ranges {
-                    let receipt = PruningReceipt::new(&self.keyring, &chain, range, now);
+                    let receipt = PruningReceipt::new(&keyring, &chain, range, now);
                     removal.store_receipt(&receipt).await?;
                 }
                 Ok(Some(records))

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 
 use crate::{
-    crypto::Keyring,
+    crypto::{Keyring, LiveKeyring},
     store::{
         StoreError,
         intake_keys::{self, PublishedKey},
@@ -79,18 +79,30 @@ pub fn check_published(
 
 /// What the last check found. Cheap to clone; all clones share it.
 #[derive(Clone, Debug, Default)]
-pub struct Trust(Arc<Mutex<Option<String>>>);
+pub struct Trust(Arc<Mutex<Found>>);
+
+#[derive(Debug, Default)]
+struct Found {
+    fault: Option<String>,
+    published: Vec<PublishedKey>,
+}
 
 impl Trust {
     /// Returns what is wrong; `None` if nothing is, or nothing was checked yet.
     #[must_use]
     pub fn fault(&self) -> Option<String> {
-        self.0.lock().clone()
+        self.0.lock().fault.clone()
+    }
+
+    /// Returns the published intake keys, as they were read last.
+    #[must_use]
+    pub fn published(&self) -> Vec<PublishedKey> {
+        self.0.lock().published.clone()
     }
 
     /// Stores the result of a check, and logs it if it changed.
     fn set(&self, fault: Option<String>) {
-        let mut last = self.0.lock();
+        let last = &mut self.0.lock().fault;
         if *last == fault {
             return;
         }
@@ -108,7 +120,7 @@ pub struct TrustMonitor {
     /// The pool for its statements.
     pub pool: PgPool,
     /// The keyring with the intake keys of this broker.
-    pub keyring: Arc<Keyring>,
+    pub keyring: Arc<LiveKeyring>,
     /// Receives the result.
     pub trust: Trust,
 }
@@ -138,7 +150,8 @@ impl TrustMonitor {
 
     async fn check(&self) -> Result<Option<String>, StoreError> {
         let published = intake_keys::published(&self.pool).await?;
-        if let Err(fault) = check_published(&self.keyring, &published) {
+        self.trust.0.lock().published.clone_from(&published);
+        if let Err(fault) = check_published(&self.keyring.current(), &published) {
             return Ok(Some(fault.to_string()));
         }
         let mut connection = self.pool.acquire().await?;

@@ -8,6 +8,7 @@ mod accounts;
 mod callers;
 mod chains;
 mod connection;
+mod keys;
 mod overview;
 
 pub use self::{
@@ -18,5 +19,6 @@ pub use self::{
     },
     chains::{OpenChain, UndeliveredReport},
     connection::{Admin, Attribution},
+    keys::{KeyUse, ResealedBatch, SealedTable},
     overview::{InstanceSummary, LastIssue, Load, Login, UnauditedChange, UnrecordedChange},
 };

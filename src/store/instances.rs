@@ -22,8 +22,10 @@ pub struct Heartbeat<'a> {
     pub replica: u16,
     /// The release that runs.
     pub version: &'a str,
-    /// The ids of the keys in its keyring.
+    /// The ids of the keys in its keyring that are not retired.
     pub key_ids: &'a [String],
+    /// The ids of the keys that it may still make values with, or needs for secrets that it holds.
+    pub used_key_ids: &'a [String],
     /// When the process started.
     pub started_at: Timestamp,
     /// The audit chain that its journal writes.
@@ -124,13 +126,13 @@ pub async fn announce(
     let stored = sqlx::query!(
         "-- store::instances::announce
         insert into instances (id, start_nonce, replica, version, key_ids, started_at, heartbeat_at,
-            announced_at, journal_chain, journal_seq, seen)
-        values ($1, $2, $3, $4, $5, $6, clock_timestamp(), clock_timestamp(), $7, $8, $9)
+            announced_at, journal_chain, journal_seq, seen, used_key_ids)
+        values ($1, $2, $3, $4, $5, $6, clock_timestamp(), clock_timestamp(), $7, $8, $9, $12)
         on conflict (id) do update set start_nonce = excluded.start_nonce, replica = excluded.replica,
             version = excluded.version, key_ids = excluded.key_ids, started_at = excluded.started_at,
             heartbeat_at = excluded.heartbeat_at, announced_at = excluded.announced_at,
             stopped_at = null, journal_chain = excluded.journal_chain,
-            journal_seq = excluded.journal_seq, seen = excluded.seen
+            journal_seq = excluded.journal_seq, seen = excluded.seen, used_key_ids = excluded.used_key_ids
         where instances.start_nonce is not distinct from $10
             -- As it was read by `earlier_process`.
             and case when instances.heartbeat_at
@@ -147,6 +149,7 @@ pub async fn announce(
         heartbeat.seen,
         earlier.and_then(|earlier| earlier.start.as_deref()),
         earlier.map(|earlier| earlier.heartbeat_at),
+        heartbeat.used_key_ids,
     )
     .execute(&mut *transaction)
     .await?;
@@ -165,7 +168,7 @@ pub async fn store_heartbeat(pool: &PgPool, heartbeat: &Heartbeat<'_>) -> Result
     let stored = sqlx::query!(
         "-- store::instances::store_heartbeat
         update instances set version = $3, key_ids = $4, heartbeat_at = clock_timestamp(),
-            stopped_at = null, journal_chain = $5, journal_seq = $6, seen = $7
+            stopped_at = null, journal_chain = $5, journal_seq = $6, seen = $7, used_key_ids = $8
         where id = $1 and start_nonce = $2",
         heartbeat.instance,
         heartbeat.start,
@@ -174,6 +177,7 @@ pub async fn store_heartbeat(pool: &PgPool, heartbeat: &Heartbeat<'_>) -> Result
         heartbeat.chain,
         heartbeat.seq,
         heartbeat.seen,
+        heartbeat.used_key_ids,
     )
     .execute(&mut *transaction)
     .await?;

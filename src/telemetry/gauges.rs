@@ -32,6 +32,8 @@ pub struct Gauges {
     pub failing_duties: u64,
     /// The number of rows that cannot be used.
     pub unusable_rows: u64,
+    /// 1 if the keyring's file has changed and cannot be used.
+    pub keyring_refused: u64,
 }
 
 /// The number of accounts in each state. Each account is in exactly one.
@@ -100,6 +102,8 @@ impl Collector for Sources {
         encode_tokens(&mut encoder, &gauges)?;
         encode_change_feed(&mut encoder, &gauges)?;
         encode_journal(&mut encoder, gauges.journal)?;
+        let help = "Whether the keyring's file has changed and cannot be used (1), so that the previous one is in use";
+        gauge(&mut encoder, "keyring_refused", help, gauges.keyring_refused)?;
         let help = "Lines of the log that were dropped";
         counter(&mut encoder, "log_lines_dropped", help, gauges.log_lines_dropped)
     }

@@ -6,6 +6,7 @@ use token_broker::{
     api::proto::{GetTokenRequest, token_service_server::SERVICE_NAME},
     app::AppConfig,
     config::DatabaseUrl,
+    crypto::{KeyKind, Keyring},
     dev::simulator::Faults,
     domain::clock::{Clock, ManualClock},
 };
@@ -317,6 +318,48 @@ async fn a_sole_replica_keeps_tokens_fresh_without_the_database_and_stores_them_
     let after = broker.client(&bearer).await.get("acme").await.unwrap();
     assert_eq!(after.access_token, served.access_token);
     assert_eq!(fixture.upstream.requests(), 4);
+    broker.stop().await;
+}
+
+/// What waits to be stored while keys are rotated needs the old key no longer than the rest.
+#[tokio::test]
+async fn a_token_that_was_issued_before_a_key_was_promoted_is_stored_with_the_new_one() {
+    let manual = ManualClock::new(Clock::System.now());
+    let mut fixture = Fixture::with(Clock::Manual(manual.clone()), Faults::default()).await;
+    let directory = tempfile::TempDir::new().unwrap();
+    let file = directory.path().join("keyring");
+    Keyring::create_file(&file, fixture.clock.now()).unwrap();
+    fixture.keyring = Keyring::load(&file).unwrap().into();
+    fixture.database.publish(&fixture.keyring.intake_public()).await;
+    let proxy = DatabaseProxy::start(fixture.database.url()).await;
+    let bearer = fixture.add_caller("demo", &["*"]).await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    let config = AppConfig { keyring_file: Some(file.clone()), ..fixture.config_through(&proxy) };
+    let broker = fixture.start_with(config).await;
+    let client = broker.client(&bearer).await;
+    let first = client.get("acme").await.unwrap();
+
+    proxy.disconnect();
+    until_readiness_says(&broker, "issuing goes on without it").await;
+    manual.advance(Duration::from_mins(59) + Duration::from_secs(30));
+    let next = eventually("the next token", async || {
+        let token = client.get("acme").await.unwrap();
+        (token.generation > first.generation).then_some(token)
+    })
+    .await;
+    let (new, _) = Keyring::add_to_file(&file, KeyKind::Sealing, fixture.clock.now()).unwrap();
+    Keyring::promote_in_file(&file, &new).unwrap();
+    broker.app.reload().await;
+    proxy.forward();
+    eventually("the pending token is stored", async || {
+        (stored_generation(&fixture).await == next.generation).then_some(())
+    })
+    .await;
+    let sealed: Vec<u8> = sqlx::query_scalar("select sealed_token from tokens")
+        .fetch_one(fixture.database.pool())
+        .await
+        .unwrap();
+    assert_eq!(Keyring::sealed_with(&sealed), Ok(new));
     broker.stop().await;
 }
 

@@ -27,6 +27,7 @@ mod floods;
 #[cfg(feature = "embedded-postgres")]
 mod grpcurl;
 mod identities;
+mod keyring_changes;
 mod live_token;
 mod pasted;
 mod privileges;

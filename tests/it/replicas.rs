@@ -145,6 +145,7 @@ async fn a_row_that_has_changed_since_it_was_read_is_not_taken_over() {
             replica: 1,
             version: "1",
             key_ids: &[],
+            used_key_ids: &[],
             started_at: Clock::System.now(),
             chain: "chain",
             seq: 0,

@@ -11,7 +11,7 @@ use anyhow::{Context, bail, ensure};
 use super::known_keys::{KnownKeys, Outcome};
 use crate::{
     cli::{global::GlobalArgs, output},
-    config::{self, Flags, KnownKeyFlags},
+    config::{self, Flags, KnownKeyFlags, Sources},
     crypto::{IntakePublicKey, Keyring},
     store::{Location, admin::Admin, intake_keys},
 };
@@ -19,6 +19,31 @@ use crate::{
 /// What to do when the published key is not the expected one.
 const COMPARE: &str = "somebody may have replaced it to read the API KEYs that you enter. Run `token-broker keys \
     public` on the broker's host, and compare what it prints";
+
+/// Remembers the primary intake key of `keyring` for the database of `sources`, if this user's command line remembers
+/// another key of that keyring for it. So the keyring vouches for the new key, and not the database.
+///
+/// # Errors
+/// When the file of remembered keys cannot be read or written.
+pub(in crate::cli) fn remember_successor(
+    sources: &Sources,
+    keyring: &Keyring,
+) -> anyhow::Result<()> {
+    let Ok(url) = config::database_url(sources) else { return Ok(()) };
+    let location = url.database("token-broker")?.location();
+    let known = match config::known_keys_file(sources)? {
+        Some(file) => KnownKeys::at(file),
+        None => KnownKeys::of_user()?,
+    };
+    if !known.file().exists() {
+        return Ok(());
+    }
+    let (new, ours) = (keyring.intake_public(), keyring.intake_publics());
+    if known.succeed(&location.to_string(), location.database(), &ours, &new)? {
+        output::note(format_args!("{} remembers it for {location}", known.file().display()));
+    }
+    Ok(())
+}
 
 /// What the published key is compared with.
 pub(super) struct Trust {

@@ -106,6 +106,31 @@ impl KnownKeys {
         Ok(())
     }
 
+    /// Remembers `key` for `location`, if another one of the keys `ours` is remembered for it, or for
+    /// `earlier_location`. Returns whether that is so.
+    ///
+    /// # Errors
+    /// See [`compare`](Self::compare).
+    pub(super) fn succeed(
+        &self,
+        location: &str,
+        earlier_location: &str,
+        ours: &[IntakePublicKey],
+        key: &IntakePublicKey,
+    ) -> anyhow::Result<bool> {
+        let _lock = self.lock()?;
+        let text = self.read()?;
+        let remembered = match find(&text, location)? {
+            Some(remembered) => Some(remembered),
+            None => find(&text, earlier_location)?,
+        };
+        let succeeds = remembered.is_some_and(|it| it != *key && ours.contains(&it));
+        if succeeds {
+            atomic::replace(&self.file, replaced(&text, location, key).as_bytes())?;
+        }
+        Ok(succeeds)
+    }
+
     /// Waits for the lock that excludes other processes. The kernel releases it when the file is closed.
     fn lock(&self) -> io::Result<File> {
         if let Some(directory) = self.file.parent().filter(|it| !it.as_os_str().is_empty()) {
@@ -204,6 +229,25 @@ mod tests {
         assert_eq!(compare("db:5432/one", 2), Outcome::Known);
         assert_eq!(compare("db:5432/two", 2), Outcome::Known);
         assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn a_key_succeeds_only_another_one_of_its_keyring() {
+        let directory = tempfile::tempdir().unwrap();
+        let known = KnownKeys::at(directory.path().join("known-keys"));
+        let succeed = |ours: &[u8]| {
+            let ours: Vec<_> = ours.iter().copied().map(key).collect();
+            known.succeed("db:5432/one", "", &ours, &key(2)).unwrap()
+        };
+        assert!(!succeed(&[1, 2]), "none is remembered");
+        known.remember("db:5432/one", &key(9)).unwrap();
+        known.remember("db:5432/two", &key(1)).unwrap();
+        assert!(!succeed(&[1, 2]), "somebody else's is remembered");
+        known.remember("db:5432/one", &key(1)).unwrap();
+        assert!(succeed(&[1, 2]));
+        assert!(!succeed(&[1, 2]), "it is remembered already");
+        assert_eq!(known.compare("db:5432/one", "", &key(2)).unwrap(), Outcome::Known);
+        assert_eq!(known.compare("db:5432/two", "", &key(1)).unwrap(), Outcome::Known);
     }
 
     #[test]

@@ -11,12 +11,12 @@ use super::{
 use crate::{
     app::{UnopenedSecret, WrongKeyring, check_keyring},
     config::Settings,
-    crypto::Keyring,
+    crypto::{KeyId, Keyring},
     domain::clock::{Clock, Timestamp},
     services::trust_monitor::check_published,
     store::{
         StoreError, UnusableRow, accounts,
-        admin::{Admin, Attribution, LastIssue, Load},
+        admin::{Admin, Attribution, InstanceSummary, LastIssue, Load},
         callers, intake_keys,
         retention::{self, MinimumRetention},
     },
@@ -103,6 +103,20 @@ fn revocation_list_text(list: &RevocationList, now: Timestamp) -> String {
     }
 }
 
+/// Returns a warning if running brokers have not loaded a key of the file.
+fn loaded_check(keyring: &Keyring, instances: &[InstanceSummary]) -> Option<CheckResult> {
+    let live: Vec<_> = instances.iter().filter(|it| it.live).collect();
+    let lacking = |id: &KeyId| {
+        let lacks = |it: &&&InstanceSummary| !it.key_ids.iter().any(|held| held == id.as_str());
+        let count = live.iter().filter(lacks).count();
+        (count > 0)
+            .then(|| format!("{count} of {} running brokers have not loaded {id}", live.len()))
+    };
+    let lacking: Vec<_> = keyring.key_ids().iter().filter_map(lacking).collect();
+    let text = format!("{}: give them this file, and see `/readyz`", lacking.join("; "));
+    (!lacking.is_empty()).then(|| CheckResult::warning("keyring", text))
+}
+
 /// Runs all checks that need the database.
 pub(super) async fn database(settings: &Settings, keyring: Option<&Keyring>) -> Vec<CheckResult> {
     let mut results = Vec::new();
@@ -163,7 +177,9 @@ async fn add_database_checks(
         results.push(secrets_check(check_keyring(keyring, &samples), samples.len()));
     }
     results.push(rows_check(&unusable_rows(&admin).await?));
-    let live = admin.instances().await?.into_iter().filter(|it| it.live).count();
+    let instances = admin.instances().await?;
+    results.extend(keyring.and_then(|keyring| loaded_check(keyring, &instances)));
+    let live = instances.iter().filter(|it| it.live).count();
     results.push(match live {
         0 => CheckResult::warning("brokers", "none has sent a heartbeat in the last minute"),
         live => CheckResult::ok("brokers", format!("{live} live")),

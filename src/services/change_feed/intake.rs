@@ -10,7 +10,7 @@ use tracing::{debug, info};
 
 use super::duty::{Duty, POLL_INTERVAL};
 use crate::{
-    crypto::{Keyring, SEALED_PREFIX},
+    crypto::{Keyring, LiveKeyring, SEALED_PREFIX},
     domain::secret::{ClientSecret, SealedSecret},
     services::feed_health::FeedHealth,
     store::{
@@ -27,7 +27,7 @@ const RETRY_REFUSED: Duration = Duration::from_secs(30);
 
 /// The duty that seals secrets.
 pub(super) struct IntakeSealer {
-    pub(super) keyring: Arc<Keyring>,
+    pub(super) keyring: Arc<LiveKeyring>,
     pub(super) health: Arc<FeedHealth>,
     pub(super) refused: Refused,
 }
@@ -72,7 +72,9 @@ impl IntakeSealer {
         loop {
             let mut except: Vec<_> = self.refused.rows.iter().map(|row| row.id).collect();
             except.extend(&locked);
-            let seal = |intake: &Intake| seal(&self.keyring, intake);
+            // It is kept until the values are stored, so that its primary key counts as used.
+            let keyring = self.keyring.current();
+            let seal = |intake: &Intake| seal(&keyring, intake);
             match within(intake::seal_intake(session.connection()?, &except, seal)).await? {
                 SealedBatch::Processed(0) => break,
                 SealedBatch::Processed(count) => sealed += count,

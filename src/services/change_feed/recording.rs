@@ -125,7 +125,7 @@ fn audit_record(change: &Change, now: Timestamp) -> Record {
         ("audit_events", _) => Event::AuditPruned,
         ("audit_chains", _) => Event::ChainRetired,
         ("audit_retention", _) => Event::RetentionChanged,
-        ("intake_keys", _) => Event::KeysChanged,
+        ("intake_keys" | "keys", _) => Event::KeysChanged,
         ("callers" | "caller_credentials", _) => Event::CallerChanged,
         _ => Event::OtherChanged,
     };
@@ -138,7 +138,7 @@ fn audit_record(change: &Change, now: Timestamp) -> Record {
         "audit_events" => record.with("day", &change.subject),
         "audit_chains" => record.with("chain", &change.subject),
         "audit_retention" => record,
-        "intake_keys" => record.with("key_id", &change.subject),
+        "intake_keys" | "keys" => record.with("key_id", &change.subject),
         "callers" | "caller_credentials" | "grants" => record.with("caller", &change.subject),
         _ => record.with("subject", &change.subject),
     };
@@ -180,6 +180,7 @@ mod tests {
             ("audit_chains", "retire", "chain_retired"),
             ("audit_retention", "update", "retention_changed"),
             ("intake_keys", "delete", "keys_changed"),
+            ("keys", "reseal", "keys_changed"),
             ("table_of_a_newer_release", "update", "other_changed"),
         ] {
             let record = audit_record(&change(table, operation), DateTime::UNIX_EPOCH);

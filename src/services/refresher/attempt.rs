@@ -107,6 +107,7 @@ impl TokenIssuer {
     ) -> Self {
         let reconciler = Reconciler {
             pool: infrastructure.pool.clone(),
+            keyring: infrastructure.keyring.clone(),
             clock: infrastructure.clock.clone(),
             loader: state.loader.clone(),
             connectivity: state.connectivity.clone(),
@@ -360,7 +361,7 @@ impl TokenIssuer {
         standing: Standing,
     ) -> Result<IssuedToken, IssueError> {
         let credential = &attempt.credential;
-        let opened = self.infrastructure.keyring.open_secret(
+        let opened = self.infrastructure.keyring.current().open_secret(
             attempt.account,
             credential.version,
             credential.secret.bytes(),
@@ -410,7 +411,7 @@ impl TokenIssuer {
             issued_at: now.min(issued.expires_at),
             expires_at: issued.expires_at,
             allowed_ip: issued.allowed_ip,
-            fingerprint: self.infrastructure.keyring.fingerprint(&issued.access_token),
+            fingerprint: self.infrastructure.keyring.current().fingerprint(&issued.access_token),
             access_token: issued.access_token,
             repeated_at: None,
         });

@@ -8,7 +8,7 @@ use sqlx::PgPool;
 use super::{outage::Outage, pending::PendingTokens};
 use crate::{
     audit::journal::Journal,
-    crypto::Keyring,
+    crypto::LiveKeyring,
     domain::clock::Clock,
     services::{
         account_cache::AccountCache, account_loader::AccountLoader,
@@ -35,7 +35,7 @@ pub struct IssueInfrastructure {
     /// The database.
     pub pool: PgPool,
     /// Opens client secrets and seals tokens.
-    pub keyring: Arc<Keyring>,
+    pub keyring: Arc<LiveKeyring>,
     /// Issues tokens.
     pub upstream: UpstreamClient,
     /// Records issues and failures.

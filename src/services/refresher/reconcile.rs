@@ -11,6 +11,7 @@ use super::{
     pending::{PendingIssue, PendingTokens},
 };
 use crate::{
+    crypto::{LiveKeyring, RowBinding},
     domain::{account::AccountId, clock::Clock},
     services::{
         account_loader::AccountLoader,
@@ -29,6 +30,7 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// Stores pending tokens once the database answers.
 pub(super) struct Reconciler {
     pub(super) pool: PgPool,
+    pub(super) keyring: Arc<LiveKeyring>,
     pub(super) clock: Clock,
     pub(super) loader: Arc<AccountLoader>,
     pub(super) connectivity: Arc<DatabaseConnectivity>,
@@ -112,7 +114,17 @@ impl Reconciler {
             possibly_revoked: issue.possibly_revoked,
             new_token_ends_older: self.new_token_ends_older,
         };
-        let stored = tokens::reconcile(&self.pool, account, orphan, context);
+        // Another key may be the primary one by now. The keyring is kept until the token is stored, so that its
+        // primary key counts as used.
+        let keyring = self.keyring.current();
+        let mut orphan = orphan.clone();
+        let sealed = &mut orphan.token.sealed;
+        if !keyring.is_sealed_with_primary(sealed) {
+            let binding = RowBinding::token(account, orphan.token.generation);
+            // A token that does not open is stored as it is, and replaced by whoever loads it.
+            *sealed = keyring.reseal(&binding, sealed).unwrap_or_else(|_| std::mem::take(sealed));
+        }
+        let stored = tokens::reconcile(&self.pool, account, &orphan, context);
         let result = within(stored).await?;
         if result == ReconcileOutcome::Dropped {
             warn!(%account, generation = %orphan.token.generation,

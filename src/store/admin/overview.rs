@@ -40,6 +40,9 @@ pub struct InstanceSummary {
     pub version: String,
     /// The ids of the keys that it has loaded.
     pub key_ids: Vec<String>,
+    /// The ids of the keys that it may still make values with, or needs for secrets that it holds; `None` if its
+    /// release does not say.
+    pub used_key_ids: Option<Vec<String>>,
     /// Whether it sent a heartbeat within the last minute.
     pub live: bool,
 }
@@ -230,6 +233,9 @@ impl Admin {
             InstanceSummary,
             r#"/* store::admin::instances */
              select id, version, array(select key from unnest(key_ids) key where key is not null) as "key_ids!",
+                 case when used_key_ids is not null
+                     then array(select key from unnest(used_key_ids) key where key is not null) end
+                     as "used_key_ids?",
                  heartbeat_at > now() - interval '1 minute'
                      and heartbeat_at <= timestamptz '9999-12-31 00:00Z' as "live!"
              from instances where stopped_at is null order by id"#,

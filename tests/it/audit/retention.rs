@@ -6,7 +6,7 @@ use futures_util::TryStreamExt;
 use sqlx::Row;
 use token_broker::{
     audit::verify::{Extent, VerificationReport, Verifier},
-    crypto::{Keyring, VerifyingKeys},
+    crypto::{Keyring, LiveKeyring, VerifyingKeys},
     domain::clock::ManualClock,
     services::retention::Retention,
     store::audit::{AuditSnapshot, EventFilter},
@@ -48,7 +48,7 @@ impl PastRecords {
     async fn run_retention(&self, calls: Option<Duration>, changes: Option<Duration>) {
         let retention = Retention {
             database: self.fixture.database.clone(),
-            keyring: self.keyring.clone(),
+            keyring: Arc::new(LiveKeyring::new(self.keyring.clone())),
             clock: Clock::Manual(ManualClock::new(self.now)),
             calls,
             changes,

@@ -38,11 +38,9 @@ impl TokenIssuer {
         permission: &Permission,
         token: &Token,
     ) -> Result<bool, AttemptOutcome> {
-        let sealed = self.infrastructure.keyring.seal_token(
-            entry.id(),
-            token.generation,
-            &token.access_token,
-        );
+        // It is kept until the token is stored, so that its primary key counts as used.
+        let keyring = self.infrastructure.keyring.current();
+        let sealed = keyring.seal_token(entry.id(), token.generation, &token.access_token);
         let token = SealedToken::new(token, sealed);
         let (result, replaces, under) = match permission {
             Permission::Lease(lease) => match self.commit(lease, &token).await {
