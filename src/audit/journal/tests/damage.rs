@@ -121,7 +121,7 @@ const HARMS: &[Harm] = &[
         });
     }),
     ("it is cut within a line", |disk, name| {
-        overwrite(disk, name, |old| old[..old.len() - 9].to_vec())
+        overwrite(disk, name, |old| old[..old.len() - 9].to_vec());
     }),
     ("it is garbage", |disk, name| overwrite(disk, name, |old| vec![b'x'; old.len()])),
     ("it is garbage in lines", |disk, name| overwrite(disk, name, |_| b"garbage\n".repeat(9))),
