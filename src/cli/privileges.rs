@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use super::global::GlobalArgs;
+use super::global::{APPLICATION_NAME, GlobalArgs};
 use crate::{
     config,
     domain::printable::printable,
@@ -50,7 +50,7 @@ pub(super) async fn hint(
         Needs::Role(_) => config::database_url(&sources).ok()?,
         Needs::Owner => config::migrate_database_url(&sources).ok()?,
     };
-    let database = url.database(super::APPLICATION_NAME).ok()?.only_reads();
+    let database = url.database(APPLICATION_NAME).ok()?.only_reads();
     let admin = Admin::connect_unchecked(&database, Attribution::default()).await.ok()?;
     of_login(&admin, needs).await
 }
