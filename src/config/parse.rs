@@ -65,6 +65,8 @@ pub(super) fn endpoints(text: &str) -> Result<Vec<Url>, Fault> {
 }
 
 fn http_url(text: &str) -> Result<Url, Fault> {
+    // The parser would drop line breaks and tabs.
+    let text = Some(text).filter(|text| !text.contains(char::is_whitespace)).unwrap_or_default();
     Url::parse(text)
         .ok()
         .filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host())
@@ -280,6 +282,24 @@ mod tests {
         assert_eq!(endpoints("https://a:1, https://b:2").unwrap().len(), 2);
         for wrong in ["http://a,https://b", "http://a,", "a:1", ""] {
             assert!(endpoints(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn urls_have_no_white_space() {
+        for space in [" ", "\t", "\n", "\r", "\r\n", "\u{b}"] {
+            for url in [
+                "http://a:5{}0051",
+                "http://a{}b:1",
+                "ht{}tp://a:1",
+                "http://a:1{}",
+                "{}http://a:1",
+            ] {
+                let url = url.replace("{}", space);
+                assert!(endpoint(&url).is_err() && proxy(&url).is_err(), "{url:?}");
+                let target = url.replace("//a", "//127.0.0.1");
+                assert!(target.parse::<Target>().is_err(), "{target:?}");
+            }
         }
     }
 
