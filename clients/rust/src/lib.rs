@@ -29,6 +29,7 @@ mod client;
 mod connections;
 mod credentials;
 mod error;
+mod files;
 mod proto;
 mod settings;
 mod stream;
