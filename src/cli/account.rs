@@ -11,7 +11,10 @@ use anyhow::bail;
 use clap::{Args, Subcommand};
 
 use self::wait::WaitArgs;
-use super::{global::GlobalArgs, output, prompt, sql};
+use super::{
+    global::{GlobalArgs, path_argument},
+    output, prompt, sql,
+};
 use crate::{
     config::{Flags, KnownKeyFlags},
     crypto::IntakePublicKey,
@@ -142,7 +145,7 @@ struct RotateArgs {
 #[derive(Args, Debug)]
 struct SecretArgs {
     /// Read the API KEY from a file instead of standard input
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = path_argument())]
     secret_file: Option<PathBuf>,
     #[command(flatten)]
     intake: Flags<KnownKeyFlags>,

@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 use serde_json::json;
 
 use super::{
-    global::{self, APPLICATION_NAME, GlobalArgs},
+    global::{self, APPLICATION_NAME, GlobalArgs, path_argument},
     output::{self, Table},
     time::LocalTime,
 };
@@ -38,7 +38,7 @@ Example:
   token-broker keys generate --out /etc/token-broker/keyring")]
     Generate {
         /// The file to write
-        #[arg(long, value_name = "FILE")]
+        #[arg(long, value_name = "FILE", value_parser = path_argument())]
         out: PathBuf,
     },
     /// Shows the keys of the keyring, and how many brokers have loaded each of them

@@ -9,7 +9,10 @@ use std::{
 use anyhow::{Context, bail};
 use zeroize::Zeroizing;
 
-use crate::{domain::secret::ClientSecret, files::text};
+use crate::{
+    domain::secret::ClientSecret,
+    files::{given_path::shown, text},
+};
 
 /// How many bytes are read at most. No API KEY is that long.
 const MAX_SECRET_BYTES: usize = 4096;
@@ -20,7 +23,7 @@ pub(super) fn client_secret(file: Option<&Path>, owner: &str) -> anyhow::Result<
     let text = match file {
         Some(path) => File::open(path)
             .and_then(read)
-            .with_context(|| format!("cannot read {}", path.display()))?,
+            .with_context(|| format!("cannot read {}", shown(path)))?,
         None if io::stdin().is_terminal() => {
             Zeroizing::new(rpassword::prompt_password(format!("API KEY of {owner}: "))?)
         }

@@ -17,6 +17,7 @@ use crate::{
     audit::journal::SyncMode,
     crypto::{IntakeError, IntakePublicKey, bearer::Bearer},
     domain::caller::AccountPattern,
+    files::given_path,
     telemetry::LogFormat,
     upstream::{Target, TargetError},
 };
@@ -32,9 +33,8 @@ pub(super) fn ip(text: &str) -> Result<IpAddr, Fault> {
     text.parse().map_err(|_| "not an IP address".into())
 }
 
-#[expect(clippy::unnecessary_wraps, reason = "the other parsers can fail")]
 pub(super) fn path(text: &str) -> Result<PathBuf, Fault> {
-    Ok(text.into())
+    given_path::parse(text).map_err(|error| error.to_string())
 }
 
 pub(super) fn target(text: &str) -> Result<Target, Fault> {

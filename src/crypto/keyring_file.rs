@@ -19,6 +19,7 @@ use crate::{
     domain::clock::Timestamp,
     files::{
         atomic::{self, Replacement},
+        given_path::shown,
         text::{self, NotText},
     },
 };
@@ -28,7 +29,7 @@ const MAX_LEN: u64 = 1 << 20;
 
 /// A keyring file that was refused or not written, and why. No message holds a key.
 #[derive(Debug, Error)]
-#[error("keyring {}: {fault}", path.display())]
+#[error("keyring {}: {fault}", shown(path))]
 pub struct KeyringError {
     /// The file's path.
     pub path: PathBuf,

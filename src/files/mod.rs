@@ -1,7 +1,8 @@
 //! Files that outlive the process: the state directory, the atomic replacement of a file, and files for new
-//! secrets; and the text of files that people wrote.
+//! secrets; the paths that people give, and the text of files that they wrote.
 
 pub mod atomic;
+pub mod given_path;
 pub mod secret_file;
 pub mod state_dir;
 pub mod text;

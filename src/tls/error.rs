@@ -8,12 +8,16 @@ use std::{
 use rustls::pki_types::pem;
 use thiserror::Error;
 
+use crate::files::given_path::shown;
+
 /// Why the TLS files cannot be used. No message quotes a file, which may hold a key.
 #[derive(Debug, Error)]
 pub enum TlsError {
     /// A file cannot be read.
-    #[error("{file}: {error}")]
+    #[error("{what}, {}: {error}", shown(file))]
     Io {
+        /// What the file should hold.
+        what: &'static str,
         /// The file's path.
         file: PathBuf,
         /// The cause.
@@ -21,7 +25,7 @@ pub enum TlsError {
         error: io::Error,
     },
     /// A file does not hold what it should.
-    #[error("{file}: {why}")]
+    #[error("{}: {why}", shown(file))]
     Malformed {
         /// The file's path.
         file: PathBuf,
@@ -29,7 +33,7 @@ pub enum TlsError {
         why: String,
     },
     /// Certificate and key are each valid but do not belong together, or the TLS library refuses them.
-    #[error("{cert} and {key} cannot be used: {why}")]
+    #[error("{} and {} cannot be used: {why}", shown(cert), shown(key))]
     Refused {
         /// The certificate's file.
         cert: PathBuf,

@@ -227,16 +227,18 @@ impl Tls {
 
 impl FileContents {
     fn of(files: &TlsFiles) -> Result<Self, TlsError> {
-        let read = |file: &Path| {
+        let read = |what, file: &Path| {
             fs::read(file)
                 .and_then(|bytes| Ok(text::to_utf8(bytes)?.to_vec()))
-                .map_err(|error| TlsError::Io { file: file.to_owned(), error })
+                .map_err(|error| TlsError::Io { what, file: file.to_owned(), error })
         };
+        let read_any =
+            |what, file: &Option<PathBuf>| file.as_deref().map(|file| read(what, file)).transpose();
         Ok(Self {
-            cert: read(&files.cert)?,
-            key: Zeroizing::new(read(&files.key)?),
-            client_ca: files.client_ca.as_deref().map(read).transpose()?,
-            client_crl: files.client_crl.as_deref().map(read).transpose()?,
+            cert: read("the certificate", &files.cert)?,
+            key: Zeroizing::new(read("the private key", &files.key)?),
+            client_ca: read_any("the CAs of callers' certificates", &files.client_ca)?,
+            client_crl: read_any("the revocation lists", &files.client_crl)?,
         })
     }
 
