@@ -1,8 +1,11 @@
 //! The part of the start that needs the database. No service runs yet.
 
-use std::{sync::Arc, time::Duration};
+use std::{io, sync::Arc, time::Duration};
 
-use tokio::sync::{Mutex, watch};
+use tokio::{
+    sync::{Mutex, watch},
+    task,
+};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, warn};
 
@@ -16,9 +19,11 @@ use super::{
 };
 use crate::{
     audit::{
+        checkpoint_signer::last_signed,
         lost::LostRecords,
         record::{Event, Record},
     },
+    crypto::VerifyingKeys,
     domain::{account::AccountId, clock::Timestamp},
     files::state_dir::StateDir,
     services::{
@@ -76,7 +81,8 @@ pub(super) async fn prepare(
     tasks.history.start("history", &components.failed, watch);
     let mut heartbeat = components.heartbeat(state_dir);
     // The announcement replaces what the earlier process reported.
-    let lost = until_reachable(give_up, || lost_by_earlier_process(components, state_dir)).await?;
+    let lost =
+        until_reachable(give_up, || lost_by_earlier_process(components, config, state_dir)).await?;
     announce(&mut heartbeat, give_up).await?;
     let (replica, standing) = (heartbeat.replica_number(), heartbeat.standing());
     let beat = heartbeat.run(tasks.background.stop_token());
@@ -117,17 +123,33 @@ pub(super) async fn prepare(
     Ok(Prepared { refresher, trigger, change_feed, loaded })
 }
 
-/// Returns the records that the last process of this instance reported, and that neither Postgres nor the journal has.
+/// Returns the records that the last process of this instance wrote, by its heartbeats and by the heads that it signed
+/// in the state directory, and that neither Postgres nor the journal has. Heartbeats stop while the database is away;
+/// heads are signed each minute, so what was written after the last of both cannot be missed.
 async fn lost_by_earlier_process(
     components: &Components,
+    config: &AppConfig,
     state_dir: &StateDir,
 ) -> Result<Option<LostRecords>, StartError> {
     let reported = instances::reported_chain(&components.pool, state_dir.instance());
     let Some(reported) = within(reported).await? else { return Ok(None) };
     let local = components.journal.chains().into_iter().find(|it| it.link.chain == reported.chain);
     let known = local.map_or(0, |local| local.last_seq).max(reported.delivered_seq);
-    let lost = LostRecords { chain: reported.chain, first: known + 1, last: reported.seq };
-    Ok((known < reported.seq).then_some(lost))
+    let signed = last_signed_by(config, state_dir, reported.chain.clone()).await;
+    let written = signed.max(reported.seq);
+    let lost = LostRecords { chain: reported.chain, first: known + 1, last: written };
+    Ok((known < written).then_some(lost))
+}
+
+/// Returns the `seq` of the last head of `chain` that was signed in the state directory; 0 if there is none, or if it
+/// cannot be read, which is logged: the heartbeats remain as evidence.
+async fn last_signed_by(config: &AppConfig, state_dir: &StateDir, chain: String) -> i64 {
+    let (file, keys) = (state_dir.checkpoints_file(), VerifyingKeys::from(&*config.keyring));
+    let read = task::spawn_blocking(move || last_signed(&file, &chain, &keys)).await;
+    read.unwrap_or_else(|panic| Err(io::Error::other(panic))).unwrap_or_else(|error| {
+        warn!(%error, "the signed audit heads in the state directory cannot be read");
+        0
+    })
 }
 
 /// Announces this process, and repeats that while the database does not answer.

@@ -8,7 +8,7 @@ use std::{
     fs::{self, OpenOptions},
     io::{self, Write},
     os::unix::fs::OpenOptionsExt,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
@@ -24,7 +24,7 @@ use super::{
     journal::Journal,
 };
 use crate::{
-    crypto::LiveKeyring,
+    crypto::{LiveKeyring, VerifyingKeys},
     domain::clock::{Clock, Timestamp},
     files::state_dir::StateDir,
 };
@@ -37,6 +37,8 @@ const SIGN_INTERVAL: Duration = Duration::from_mins(1);
 const STORE_INTERVAL: TimeDelta = TimeDelta::minutes(10);
 /// Size in bytes at which the checkpoint file is rotated: some six weeks of checkpoints.
 const MAX_FILE_BYTES: u64 = 16 << 20;
+/// The extension of the rotated checkpoint file.
+const ROTATED: &str = "1.jsonl";
 
 /// Signs checkpoints of the chain that this process writes.
 ///
@@ -158,11 +160,34 @@ fn append_to_file(file: PathBuf, checkpoint: &SignedCheckpoint) -> io::Result<()
     let mut line = serde_json::to_vec(checkpoint)?;
     line.push(b'\n');
     if fs::metadata(&file).is_ok_and(|file| file.len() >= MAX_FILE_BYTES) {
-        fs::rename(&file, file.with_extension("1.jsonl"))?;
+        fs::rename(&file, file.with_extension(ROTATED))?;
     }
     let mut file = OpenOptions::new().append(true).create(true).mode(0o600).open(file)?;
     file.write_all(&line)?;
     file.sync_data()
+}
+
+/// Returns the `seq` of the newest head of `chain` in the checkpoint file and in its rotated predecessor; 0 if they have
+/// none. Lines that are torn, or not signed by one of `keys`, do not count. Blocks on I/O.
+///
+/// # Errors
+/// When a file exists and cannot be read.
+pub(crate) fn last_signed(file: &Path, chain: &str, keys: &VerifyingKeys) -> io::Result<i64> {
+    let mut last = 0;
+    for file in [file, &file.with_extension(ROTATED)] {
+        let bytes = match fs::read(file) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(error),
+        };
+        let signed = bytes
+            .split(|byte| *byte == b'\n')
+            .filter_map(|line| serde_json::from_slice::<SignedCheckpoint>(line).ok())
+            .filter(|head| head.chain == chain && head.seq > last)
+            .filter(|head| head.verify(keys).is_ok());
+        last = signed.map(|head| head.seq).max().unwrap_or(last);
+    }
+    Ok(last)
 }
 
 #[cfg(test)]
@@ -172,10 +197,11 @@ mod tests {
     use super::*;
     use crate::{
         audit::{
+            chain::ChainHead,
             journal::JournalSettings,
             record::{Event, Record},
         },
-        crypto::{Keyring, VerifyingKeys},
+        crypto::Keyring,
         domain::clock::ManualClock,
     };
 
@@ -253,6 +279,37 @@ mod tests {
         fixture.append().await;
         fixture.signer.sign_last().await;
         assert_eq!((fixture.due(4), fixture.due(4)), (Some(4), None));
+    }
+
+    #[test]
+    fn the_newest_valid_head_of_a_chain_is_found_in_both_files() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("audit-heads.jsonl");
+        let keyring = Keyring::parse(&Keyring::generate(DateTime::UNIX_EPOCH)).unwrap();
+        let keys = VerifyingKeys::from(&keyring);
+        let last = |chain| last_signed(&file, chain, &keys).unwrap();
+        assert_eq!(last("c1"), 0);
+        let head = |keyring, chain, seq| {
+            let head = ChainHead { seq, ..super::super::chain::tests::link().root() };
+            SignedCheckpoint::new(keyring, chain, head, DateTime::UNIX_EPOCH)
+        };
+        append_to_file(file.clone(), &head(&keyring, "c1", 7)).unwrap();
+        fs::rename(&file, file.with_extension(ROTATED)).unwrap();
+        assert_eq!(last("c1"), 7);
+        append_to_file(file.clone(), &head(&keyring, "c1", 5)).unwrap();
+        append_to_file(file.clone(), &head(&keyring, "c2", 9)).unwrap();
+        let other = Keyring::parse(&Keyring::generate(DateTime::UNIX_EPOCH)).unwrap();
+        append_to_file(file.clone(), &head(&other, "c1", 20)).unwrap();
+        let altered = SignedCheckpoint { seq: 30, ..head(&keyring, "c1", 8) };
+        append_to_file(file.clone(), &altered).unwrap();
+        let torn = serde_json::to_string(&head(&keyring, "c1", 40)).unwrap();
+        OpenOptions::new()
+            .append(true)
+            .open(&file)
+            .unwrap()
+            .write_all(&torn.as_bytes()[..90])
+            .unwrap();
+        assert_eq!((last("c1"), last("c2"), last("c3")), (7, 9, 0));
     }
 
     #[test]

@@ -12,7 +12,10 @@ use clap::{Args, Subcommand};
 
 pub(super) use self::intake_key::remember_successor;
 use self::wait::WaitArgs;
-use super::{global::GlobalArgs, output, prompt, sql};
+use super::{
+    global::{GlobalArgs, path_argument},
+    output, prompt, sql,
+};
 use crate::{
     config::{Flags, KnownKeyFlags},
     crypto::IntakePublicKey,
@@ -143,7 +146,7 @@ struct RotateArgs {
 #[derive(Args, Debug)]
 struct SecretArgs {
     /// Read the API KEY from a file instead of standard input
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = path_argument())]
     secret_file: Option<PathBuf>,
     #[command(flatten)]
     intake: Flags<KnownKeyFlags>,

@@ -30,6 +30,7 @@ use super::{
 use crate::{
     config::{AgentFlags, AgentSettings, ClientFlags, ClientSettings, Flags},
     domain::{caller::AccountPattern, clock::Clock},
+    files::given_path::shown,
     lifecycle::{OnHangup, Request, Signals},
     telemetry,
 };
@@ -86,10 +87,10 @@ pub(super) async fn run(global: &GlobalArgs, args: AgentArgs) -> anyhow::Result<
     }
     let client = client(&client_settings)?;
     let files = TokenFiles::new(settings.token_dir.clone(), settings.access);
-    let files =
-        Arc::new(files.with_context(|| {
-            format!("cannot use the directory {}", settings.token_dir.display())
-        })?);
+    let files = Arc::new(
+        files
+            .with_context(|| format!("cannot use the directory {}", shown(&settings.token_dir)))?,
+    );
     if args.once {
         return write_once(&client, &client_settings, &settings, &files, args.timeout).await;
     }

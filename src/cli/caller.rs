@@ -8,7 +8,7 @@ use anyhow::{Context, ensure};
 use clap::{Args, Subcommand};
 
 use super::{
-    global::GlobalArgs,
+    global::{GlobalArgs, path_argument},
     output::{self, note},
     prompt,
     time::{LocalTime, Moment},
@@ -20,7 +20,7 @@ use crate::{
         caller::{AccountPattern, CallerKind, Right},
         clock::{Clock, Timestamp},
     },
-    files::secret_file::SecretFile,
+    files::{given_path::shown, secret_file::SecretFile},
     store::{
         StoreError,
         admin::{Admin, Listed, NewBearer, NewCaller, NewGrant},
@@ -51,7 +51,7 @@ Examples:
         #[arg(long)]
         bearer: bool,
         /// Write the bearer into this new file, which only you can read, instead of printing it
-        #[arg(long, value_name = "FILE", requires = "bearer")]
+        #[arg(long, value_name = "FILE", requires = "bearer", value_parser = path_argument())]
         out: Option<PathBuf>,
         /// A SPIFFE ID in the caller's certificates
         #[arg(long, value_name = "URI")]
@@ -153,7 +153,7 @@ Example:
         /// The caller's name
         name: AccountName,
         /// Write the bearer into this new file, which only you can read, instead of printing it
-        #[arg(long, value_name = "FILE")]
+        #[arg(long, value_name = "FILE", value_parser = path_argument())]
         out: Option<PathBuf>,
         /// The end: an RFC 3339 time, or a duration from now, such as 90d
         #[arg(long, value_name = "T")]
@@ -372,7 +372,7 @@ impl NewSecret {
         let write = |path: PathBuf| match SecretFile::create(&path, bearer.expose()) {
             Ok(file) => Ok((path, file)),
             Err(error) => {
-                Err(error).with_context(|| format!("{}: nothing was registered", path.display()))
+                Err(error).with_context(|| format!("{}: nothing was registered", shown(&path)))
             }
         };
         let file = out.map(write).transpose()?;
@@ -389,7 +389,7 @@ impl NewSecret {
                 file.keep();
                 error.context(format!(
                     "the bearer may be registered; it stays in {}. See `caller bearer list`",
-                    path.display()
+                    shown(&path)
                 ))
             }
             _ => error,
@@ -401,7 +401,7 @@ impl NewSecret {
     fn hand_over(self) -> anyhow::Result<()> {
         if let Some((path, file)) = self.file {
             file.keep();
-            note(format_args!("the bearer is in {}, which only you can read", path.display()));
+            note(format_args!("the bearer is in {}, which only you can read", shown(&path)));
             return Ok(());
         }
         note("keep the bearer now: it is shown only once");

@@ -5,7 +5,11 @@ use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 use anyhow::bail;
 use clap::Args;
 
-use super::{global::GlobalArgs, output, time::positive_duration};
+use super::{
+    global::{GlobalArgs, path_argument},
+    output,
+    time::positive_duration,
+};
 use crate::{dev, telemetry};
 
 /// Runs the whole system on this machine, with nothing to set up
@@ -16,7 +20,7 @@ use crate::{dev, telemetry};
 #[derive(Args, Debug)]
 pub(super) struct DevArgs {
     /// Keeps database, keyring and journal in this directory
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", value_parser = path_argument())]
     state_dir: Option<PathBuf>,
     /// The lifetime of the simulated upstream's tokens
     #[arg(long, default_value = "60s", value_parser = positive_duration)]

@@ -3,10 +3,14 @@
 
 use std::{collections::BTreeMap, env, path::PathBuf};
 
-use clap::Args;
+use clap::{
+    Args,
+    builder::{OsStringValueParser, TypedValueParser},
+};
 
 use crate::{
     config::{self, InvalidSettings, Sources},
+    files::given_path,
     store::{
         Database,
         admin::{Admin, Attribution},
@@ -23,6 +27,7 @@ pub(super) struct GlobalArgs {
         long,
         global = true,
         value_name = "PATH",
+        value_parser = path_argument(),
         help = "A TOML file with settings: their names in lower case [env: TOKEN_BROKER_CONFIG]"
     )]
     pub(super) config: Option<PathBuf>,
@@ -63,6 +68,11 @@ impl GlobalArgs {
         let url = config::database_url(&self.sources(BTreeMap::new())?)?;
         Ok(url.database(APPLICATION_NAME)?)
     }
+}
+
+/// Returns a parser of arguments that are paths.
+pub(super) fn path_argument() -> impl TypedValueParser<Value = PathBuf> {
+    OsStringValueParser::new().try_map(given_path::parse)
 }
 
 /// Returns who acts, and why, for the records of changes.

@@ -13,7 +13,7 @@ use clap::{Args, Subcommand, builder::PossibleValuesParser, builder::TypedValueP
 
 pub(super) use self::publish::publish_first;
 use super::{
-    global::GlobalArgs,
+    global::{GlobalArgs, path_argument},
     output,
     privileges::{self, Needs},
 };
@@ -38,7 +38,7 @@ Example:
   token-broker keys generate --out /etc/token-broker/keyring")]
     Generate {
         /// The file to write
-        #[arg(long, value_name = "FILE")]
+        #[arg(long, value_name = "FILE", value_parser = path_argument())]
         out: PathBuf,
     },
     /// Shows the keys of the keyring, how many brokers have loaded each of them, and how many values need it

@@ -230,6 +230,46 @@ mod tests {
     }
 
     #[test]
+    fn no_argument_that_is_a_path_takes_or_quotes_content() {
+        fn check(command: &clap::Command, path: &[&str], checked: &mut Vec<String>) {
+            let is_path = |arg: &&clap::Arg| {
+                arg.get_value_parser().type_id() == std::any::TypeId::of::<std::path::PathBuf>()
+            };
+            for arg in command.get_arguments().filter(is_path) {
+                let flag = arg.get_long().map(|flag| format!("--{flag}"));
+                let name = format!("{path:?} {}", arg.get_id());
+                for content in [
+                    "-----BEGIN PRIVATE KEY-----\ncanary",
+                    "key = \"canary\"\nother = 1",
+                    "postgresql://u:canary@h/d",
+                    "{\"canary\": 1}",
+                    &"canary ".repeat(1_500),
+                ] {
+                    // `--` keeps PEM from being taken for a flag, as a user would have to do.
+                    let given = match &flag {
+                        Some(flag) => vec![format!("{flag}={content}")],
+                        None => vec!["--".into(), content.into()],
+                    };
+                    let line = path.iter().map(ToString::to_string).chain(given);
+                    let error = Cli::command().try_get_matches_from(line).unwrap_err();
+                    let printed = usage::without_values(error).render().to_string();
+                    let is_named = printed.contains("looks like the content");
+                    assert!(is_named && !printed.contains("canary"), "{name}: {printed}");
+                }
+                checked.push(name);
+            }
+            for command in command.get_subcommands() {
+                check(command, &[path, &[command.get_name()]].concat(), checked);
+            }
+        }
+        let mut checked = Vec::new();
+        check(&Cli::command(), &["token-broker"], &mut checked);
+        // config, secret-file of three commands, out of three, journal, export and keys of verify, ship, state-dir,
+        // accounts-file.
+        assert_eq!(checked.len(), 13, "{checked:?}");
+    }
+
+    #[test]
     fn documented_command_lines_are_accepted_and_malformed_ones_are_refused() {
         let accepted = |line: &str| Cli::try_parse_from(line.split(' ')).is_ok();
         for line in [

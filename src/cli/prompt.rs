@@ -15,6 +15,7 @@ use crate::{
     domain::secret::ClientSecret,
     files::{
         bounded::{self, Limits},
+        given_path::shown,
         text,
     },
 };
@@ -28,7 +29,7 @@ pub(super) fn client_secret(file: Option<&Path>, owner: &str) -> anyhow::Result<
     let text = match file {
         Some(path) => bounded::open(path)
             .and_then(|file| read(&file, SECRET))
-            .with_context(|| format!("cannot read {}", path.display()))?,
+            .with_context(|| format!("cannot read {}", shown(path)))?,
         None if io::stdin().is_terminal() => {
             Zeroizing::new(rpassword::prompt_password(format!("API KEY of {owner}: "))?)
         }

@@ -11,11 +11,11 @@ use anyhow::Context;
 use clap::Args;
 use tokio::net::TcpListener;
 
-use super::{output, time::positive_duration};
+use super::{global::path_argument, output, time::positive_duration};
 use crate::{
     dev::simulator::{Faults, SimulatedAccount, Simulator, SimulatorOptions},
     domain::clock::Clock,
-    files::text,
+    files::{given_path::shown, text},
     lifecycle::{OnHangup, Signals},
 };
 
@@ -30,7 +30,7 @@ pub(super) struct SimulateArgs {
     #[arg(long, default_value = "127.0.0.1:8080", value_name = "ADDRESS:PORT")]
     listen: SocketAddr,
     /// The accounts: a JSON list of objects with `client_id` and `client_secret`
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = path_argument())]
     accounts_file: Option<PathBuf>,
     /// The lifetime of tokens
     #[arg(long, default_value = "1h", value_parser = positive_duration)]
@@ -78,12 +78,12 @@ pub(super) async fn run(args: SimulateArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn read_accounts(path: &Path) -> anyhow::Result<Vec<SimulatedAccount>> {
-    let text = text::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let text = text::read(path).with_context(|| format!("cannot read {}", shown(path)))?;
     serde_json::from_str(&text).map_err(|error| {
         // The message of `error` may contain a secret from the file.
         anyhow::anyhow!(
             "{}, line {}: not a list of objects with client_id and client_secret",
-            path.display(),
+            shown(path),
             error.line()
         )
     })

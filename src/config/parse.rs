@@ -17,7 +17,7 @@ use crate::{
     audit::journal::SyncMode,
     crypto::{IntakeError, IntakePublicKey, bearer::Bearer},
     domain::caller::AccountPattern,
-    files::bounded,
+    files::{bounded, given_path},
     telemetry::LogFormat,
     upstream::{Target, TargetError},
 };
@@ -33,14 +33,13 @@ pub(super) fn ip(text: &str) -> Result<IpAddr, Fault> {
     text.parse().map_err(|_| "not an IP address".into())
 }
 
-#[expect(clippy::unnecessary_wraps, reason = "the other parsers can fail")]
 pub(super) fn path(text: &str) -> Result<PathBuf, Fault> {
-    Ok(text.into())
+    given_path::parse(text).map_err(|error| error.to_string())
 }
 
 /// Parses the path of a file that the client library reads, again and again and without a limit.
 pub(super) fn regular_file(text: &str) -> Result<PathBuf, Fault> {
-    let path = PathBuf::from(text);
+    let path = path(text)?;
     // A file that cannot be found is the library's to report.
     let found = fs::metadata(&path).ok();
     if found.as_ref().is_some_and(|found| !found.is_file()) {
@@ -83,6 +82,8 @@ pub(super) fn endpoints(text: &str) -> Result<Vec<Url>, Fault> {
 }
 
 fn http_url(text: &str) -> Result<Url, Fault> {
+    // The parser would drop line breaks and tabs.
+    let text = Some(text).filter(|text| !text.contains(char::is_whitespace)).unwrap_or_default();
     Url::parse(text)
         .ok()
         .filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host())
@@ -307,6 +308,24 @@ mod tests {
             "https://[::1]",
         ] {
             assert!(endpoints(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn urls_have_no_white_space() {
+        for space in [" ", "\t", "\n", "\r", "\r\n", "\u{b}"] {
+            for url in [
+                "http://a:5{}0051",
+                "http://a{}b:1",
+                "ht{}tp://a:1",
+                "http://a:1{}",
+                "{}http://a:1",
+            ] {
+                let url = url.replace("{}", space);
+                assert!(endpoint(&url).is_err() && proxy(&url).is_err(), "{url:?}");
+                let target = url.replace("//a", "//127.0.0.1");
+                assert!(target.parse::<Target>().is_err(), "{target:?}");
+            }
         }
     }
 

@@ -14,7 +14,10 @@ use super::{
     characters::odd_character,
     table::{self, CONFIG_ENV, ENV_PREFIX, Setting},
 };
-use crate::files::text;
+use crate::files::{
+    given_path::{self, shown},
+    text,
+};
 
 /// Everything that is wrong with the settings, one line each. No line contains a value.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -58,7 +61,13 @@ impl Sources {
         config: Option<PathBuf>,
     ) -> Result<Self, InvalidSettings> {
         let env = environment()?;
-        let file = match config.or_else(|| env.get(CONFIG_ENV).map(PathBuf::from)) {
+        let from_env = || {
+            let path = env.get(CONFIG_ENV).map(given_path::parse).transpose();
+            path.map_err(|fault| {
+                InvalidSettings(vec![format!("{CONFIG_ENV} (environment): {fault}")])
+            })
+        };
+        let file = match config.map_or_else(from_env, |path| Ok(Some(path)))? {
             Some(path) => {
                 let table = read_table(&path)?;
                 Some((path, table))
@@ -192,7 +201,9 @@ impl Sources {
     /// Reads the file that `path` names. Returns its content, without one newline at the end, under the name
     /// of `path`.
     fn read(&self, path: GivenValue) -> Result<GivenValue, String> {
-        match (self.read_file)(Path::new(path.value.as_str())) {
+        let file = given_path::parse(path.value.as_str())
+            .map_err(|fault| path.fault_line(&fault.to_string()))?;
+        match (self.read_file)(&file) {
             Ok(text) => {
                 let text = Zeroizing::new(text);
                 let text = text.strip_suffix('\n').unwrap_or(&text);
@@ -312,7 +323,7 @@ fn environment() -> Result<BTreeMap<String, String>, InvalidSettings> {
 }
 
 fn read_table(path: &Path) -> Result<Table, InvalidSettings> {
-    let wrong = |fault: String| InvalidSettings(vec![format!("{}: {fault}", path.display())]);
+    let wrong = |fault: String| InvalidSettings(vec![format!("{}: {fault}", shown(path))]);
     let text =
         text::read(path).map_err(|error| wrong(format!("cannot read the settings: {error}")))?;
     text.parse().map_err(|error: toml::de::Error| {

@@ -1,4 +1,9 @@
-use std::{collections::BTreeMap, io, path::Path, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    path::Path,
+    time::Duration,
+};
 
 use proptest::prelude::*;
 
@@ -115,6 +120,73 @@ fn every_bad_setting_gets_its_one_line() {
         assert!(named && line.contains(fault), "{name}={value}: {line}");
         assert!(!line.contains(CANARY), "{line}");
     }
+}
+
+/// What people give instead of a path, each with the canary.
+const CONTENTS: [&str; 7] = [
+    "-----BEGIN PRIVATE KEY-----\ncanary\n-----END PRIVATE KEY-----\n",
+    "-----BEGIN PRIVATE KEY----- canary -----END PRIVATE KEY-----",
+    "[[key]]\nid = \"k1\"\nkey = \"canary\"",
+    "tls_key = \"canary\"\n",
+    "postgresql://u:canary@h/d",
+    "{\"secret\": \"canary\"}",
+    "canary\t1",
+];
+
+/// The settings that are paths.
+const PATHS: [&str; 16] = [
+    "DATABASE_URL_FILE",
+    "TOKEN_BROKER_BEARER_FILE",
+    "TOKEN_BROKER_CA_FILE",
+    "TOKEN_BROKER_CLIENT_CERT",
+    "TOKEN_BROKER_CLIENT_KEY",
+    "TOKEN_BROKER_KEYRING_FILE",
+    "TOKEN_BROKER_KNOWN_KEYS_FILE",
+    "TOKEN_BROKER_MIGRATE_DATABASE_URL_FILE",
+    "TOKEN_BROKER_SIGNAL_PID_FILE",
+    "TOKEN_BROKER_STATE_DIR",
+    "TOKEN_BROKER_TLS_CERT",
+    "TOKEN_BROKER_TLS_CLIENT_CA",
+    "TOKEN_BROKER_TLS_CLIENT_CRL",
+    "TOKEN_BROKER_TLS_KEY",
+    "TOKEN_BROKER_TOKEN_DIR",
+    "TOKEN_BROKER_UPSTREAM_PROXY_FILE",
+];
+
+#[test]
+fn no_setting_that_is_a_path_takes_or_quotes_content() {
+    /// Returns all that any command has to say about `sources`.
+    fn faults(sources: &Sources) -> Vec<String> {
+        let resolved = [
+            Settings::resolve(sources).err(),
+            AgentSettings::resolve(sources).err(),
+            migrate_database_url(sources).err(),
+            known_keys_file(sources).err(),
+        ];
+        resolved.into_iter().flatten().flat_map(|invalid| invalid.0).collect()
+    }
+    let names = table::all()
+        .flat_map(|it| [Some(it.env()), it.secret.then(|| it.file_env())])
+        .flatten()
+        .collect::<BTreeSet<_>>();
+    let given = |name: &str, value: &str| {
+        let mut sources = valid_sources(&[(name, value)]);
+        if name == "DATABASE_URL_FILE" {
+            sources.env.remove("DATABASE_URL");
+        }
+        sources.read_file = |_| Err(io::ErrorKind::NotFound.into());
+        faults(&sources).into_iter().filter(|line| line.starts_with(name)).collect::<Vec<_>>()
+    };
+    let long = "canary 123".repeat(1_000);
+    for name in names.iter().map(String::as_str) {
+        for content in CONTENTS.into_iter().chain([long.as_str()]) {
+            let lines = given(name, content);
+            assert!(!lines.concat().contains(CANARY), "{name}: {lines:?}");
+            let refused = lines.iter().any(|line| line.contains("looks like the content"));
+            assert!(refused || !PATHS.contains(&name), "{name}={content:?}: {lines:?}");
+        }
+    }
+    assert!(PATHS.iter().all(|path| names.contains(*path)));
 }
 
 #[test]

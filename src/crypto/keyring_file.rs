@@ -21,6 +21,7 @@ use crate::{
     files::{
         atomic::{self, Replacement},
         bounded::{self, Limits},
+        given_path::shown,
         text::{self, NotText},
     },
 };
@@ -30,7 +31,7 @@ const MAX_LEN: usize = 1 << 20;
 
 /// A keyring file that was refused or not written, and why. No message holds a key.
 #[derive(Debug, Error)]
-#[error("keyring {}: {fault}", path.display())]
+#[error("keyring {}: {fault}", shown(path))]
 pub struct KeyringError {
     /// The file's path.
     pub path: PathBuf,

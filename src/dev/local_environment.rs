@@ -8,6 +8,8 @@ use std::{
 
 use anyhow::{Context, bail};
 
+use crate::files::given_path::shown;
+
 /// The database and the directory of one run of `dev`.
 pub(super) struct LocalEnvironment {
     /// The URL of the database.
@@ -65,7 +67,7 @@ impl LocalEnvironment {
             .as_ref()
             .map_or(DataLocation::Temporary, |dir| DataLocation::Persistent(dir.join("postgres")));
         if let Some(dir) = &state_dir {
-            fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
+            fs::create_dir_all(dir).with_context(|| format!("cannot create {}", shown(dir)))?;
         }
         let postgres = EmbeddedPostgres::start(location, &program).await?;
         // Without a state directory, keyring and journal lie in the server's temporary directory:
@@ -126,5 +128,5 @@ fn create_private_directory(dir: &Path) -> anyhow::Result<()> {
         .recursive(true)
         .mode(0o700)
         .create(dir)
-        .with_context(|| format!("cannot create {}", dir.display()))
+        .with_context(|| format!("cannot create {}", shown(dir)))
 }

@@ -38,6 +38,7 @@ use crate::{
     config::DatabaseUrl,
     crypto::Keyring,
     domain::clock::Clock,
+    files::given_path::shown,
     lifecycle::{self, OnHangup, Signals},
     store::{Database, deployment},
 };
@@ -114,10 +115,7 @@ async fn run_in(
         Err(StartError::Stopped) => return Ok(ExitCode::SUCCESS),
         Err(error @ StartError::WrongKeyring(_)) => {
             return Err(error).with_context(|| {
-                format!(
-                    "this database was used with a keyring other than {}'s",
-                    directory.display()
-                )
+                format!("this database was used with a keyring other than {}'s", shown(directory))
             });
         }
         Err(error) => return Err(error.into()),

@@ -13,24 +13,25 @@ use aws_lc_rs::{digest, rand};
 use parking_lot::Mutex;
 use thiserror::Error;
 
-use super::atomic;
+use super::{atomic, given_path::shown};
 
 /// Why a state directory cannot be used.
 #[derive(Debug, Error)]
 pub enum StateDirError {
     /// Another process uses the directory.
-    #[error("the state directory {0} is in use by another process")]
+    #[error("the state directory {} is in use by another process", shown(.0))]
     InUse(PathBuf),
     /// The file with the instance id holds something else.
-    #[error("{0} does not hold an instance id (i- and 16 hexadecimal digits)")]
+    #[error("{} does not hold an instance id (i- and 16 hexadecimal digits)", shown(.0))]
     Malformed(PathBuf),
     /// The directory was replaced by that of another replica while this process used it.
     #[error(
-        "the state directory {0} was replaced by that of another replica, or by one with another instance id"
+        "the state directory {} was replaced by that of another replica, or by one with another instance id",
+        shown(.0)
     )]
     Foreign(PathBuf),
     /// The file system refused an operation.
-    #[error("the state directory cannot be used: {path}: {error}")]
+    #[error("the state directory cannot be used: {}: {error}", shown(path))]
     Io {
         /// The file or directory that could not be read or written.
         path: PathBuf,

@@ -51,6 +51,8 @@ const SEVERAL_HOSTS: Fault = "several hosts are not supported: name one address 
 const NO_HOST: Fault = "has a user or a port, but no host: write postgresql://user@localhost/database, or \
      postgresql:///database?host=/directory&user=user for a Unix socket";
 const BRACKETS: Fault = "an IPv6 address is written in brackets, and without a zone: postgresql://user@[::1]:5432/database";
+const WHITE_SPACE: Fault =
+    "has white space or more than one line: write the URL alone, and %20 for a space in it";
 const PORT: Fault = "the port must be a number from 1 to 65535";
 const SSLMODE: Fault = "sslmode must be disable, allow, prefer, require, verify-ca or verify-full";
 const PEM: Fault = "sslrootcert, sslcert and sslkey must be paths of PEM files, or PEM";
@@ -213,6 +215,18 @@ const REFUSED: &[(&str, &[&str], Fault)] = &[
     ),
 ];
 
+/// Refuses line breaks and tabs within `text`, and spaces before its parameters. The parser of URLs drops line breaks and
+/// tabs, and so would take what follows them, such as a password in the next line of a file, for a part of the URL.
+/// White space around the URL is harmless.
+fn check_white_space(text: &str) -> Result<(), Fault> {
+    let text = text.trim();
+    let before_parameters = text.split('?').next().unwrap_or(text);
+    if text.contains(|c: char| c.is_whitespace() && c != ' ') || before_parameters.contains(' ') {
+        return Err(WHITE_SPACE);
+    }
+    Ok(())
+}
+
 /// Reads `text`. Returns the URL in a form that the driver understands, without the parameters that it does not know
 /// (it would write them to the log with their values), and the names of those that are ignored.
 ///
@@ -226,6 +240,7 @@ pub(super) fn parse(text: &str) -> Result<(Url, Vec<String>), Fault> {
     if let Some(fault) = fault_of_text(text) {
         return Err(fault);
     }
+    check_white_space(text)?;
     let pairs: Vec<(String, String)> = url.query_pairs().into_owned().collect();
     // A `#`, `/` or `?` in a password ends the host's part of the URL, so the rest of the password would be
     // taken for something else. It has to be percent-encoded.
@@ -581,6 +596,27 @@ mod tests {
         ] {
             assert_eq!(parse(url).unwrap_err(), fault, "{url}");
             assert!(!fault.contains("canary"));
+        }
+    }
+
+    #[test]
+    fn nothing_after_white_space_becomes_a_part_of_the_url() {
+        for space in ["\n", "\r\n", "\t", "\r", " ", "\u{b}", "\n\n"] {
+            for url in [
+                "postgresql://broker@h/a{}SECONDpw",
+                "postgresql://broker@h/a{}PGPASSWORD=x",
+                "postgresql://broker@h{}/a",
+                "postgresql://bro{}ker@h/a",
+                "postgresql://u:p{}w@h/a",
+                "postgres{}ql://u@h/a",
+            ] {
+                assert!(parse(&url.replace("{}", space)).is_err(), "{url} {space:?}");
+            }
+            leads_to(&format!("{space}postgresql://u@h/a{space}"));
+        }
+        for space in ["\n", "\t"] {
+            let url = format!("postgresql://u@h/a?sslmode=disable{space}PGPASSWORD=x");
+            assert_eq!(parse(&url).unwrap_err(), WHITE_SPACE);
         }
     }
 

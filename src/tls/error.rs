@@ -8,11 +8,13 @@ use std::{
 use rustls::pki_types::pem;
 use thiserror::Error;
 
+use crate::files::given_path::shown;
+
 /// Why the TLS files cannot be used. No message quotes a file, which may hold a key.
 #[derive(Debug, Error)]
 pub enum TlsError {
     /// A file cannot be read.
-    #[error("{setting}: {file}: {error}")]
+    #[error("{setting}: {}: {error}", shown(file))]
     Io {
         /// The setting that names the file.
         setting: &'static str,
@@ -23,7 +25,7 @@ pub enum TlsError {
         error: io::Error,
     },
     /// A file does not hold what it should.
-    #[error("{file}: {why}")]
+    #[error("{}: {why}", shown(file))]
     Malformed {
         /// The file's path.
         file: PathBuf,
@@ -31,7 +33,7 @@ pub enum TlsError {
         why: String,
     },
     /// Certificate and key are each valid but do not belong together, or the TLS library refuses them.
-    #[error("{cert} and {key} cannot be used: {why}")]
+    #[error("{} and {} cannot be used: {why}", shown(cert), shown(key))]
     Refused {
         /// The certificate's file.
         cert: PathBuf,

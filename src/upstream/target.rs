@@ -69,6 +69,10 @@ impl FromStr for LoopbackUrl {
     type Err = TargetError;
 
     fn from_str(url: &str) -> Result<Self, TargetError> {
+        // The parser would drop line breaks and tabs.
+        if url.contains(char::is_whitespace) {
+            return Err(TargetError::NotAUrl);
+        }
         let url = Url::parse(url).map_err(|_| TargetError::NotAUrl)?;
         if !matches!(url.scheme(), "http" | "https") {
             return Err(TargetError::Scheme);

@@ -15,7 +15,10 @@ use tonic::{
 };
 use tracing::warn;
 
-use crate::error::Error;
+use crate::{
+    error::Error,
+    files::{self, shown},
+};
 
 /// How long the content of a file counts without being read again.
 pub(crate) const FILE_AGE: Duration = Duration::from_secs(1);
@@ -43,17 +46,16 @@ struct State {
 impl Bearer {
     /// Returns a bearer that never changes.
     pub(crate) fn fixed(bearer: &str) -> Result<Self, Error> {
-        let authorization = authorization(bearer).map_err(Error::settings)?;
+        let authorization = authorization(bearer.into()).map_err(Error::settings)?;
         Ok(Self::new(None, authorization))
     }
 
     /// Reads the bearer from `file`. Blocks on disk.
     pub(crate) fn from_file(file: PathBuf) -> Result<Self, Error> {
-        let read =
-            std::fs::read_to_string(&file).map_err(|error| format!("it {}", unreadable(&error)));
+        let read = files::read(&file).map_err(|error| format!("it {}", unreadable(&error)));
         let authorization = read
-            .and_then(|bearer| authorization(&bearer))
-            .map_err(|why| Error::settings(format!("{}: {why}", file.display())))?;
+            .and_then(authorization)
+            .map_err(|why| Error::settings(format!("the bearer, {}: {why}", shown(&file))))?;
         Ok(Self::new(Some(file), authorization))
     }
 
@@ -79,8 +81,8 @@ impl Bearer {
 
     async fn read_again(&self) {
         let Some(file) = &self.file else { return };
-        let read = fs::read_to_string(file).await.map_err(|error| unreadable(&error));
-        let read = read.and_then(|bearer| authorization(&bearer));
+        let read = fs::read(file).await.and_then(files::to_utf8);
+        let read = read.map_err(|error| unreadable(&error)).and_then(authorization);
         let mut state = self.state();
         state.read_at = Instant::now();
         match read {
@@ -90,7 +92,7 @@ impl Bearer {
             }
             Err(why) => {
                 if !std::mem::replace(&mut state.is_unreadable, true) {
-                    warn!(file = %file.display(), why, "the bearer cannot be read again; the previous one is used");
+                    warn!(file = %shown(file), why, "the bearer cannot be read again; the previous one is used");
                 }
             }
         }
@@ -108,7 +110,8 @@ impl fmt::Debug for Bearer {
 }
 
 /// Returns the metadata for `bearer`, marked so that HTTP libraries do not print it.
-fn authorization(bearer: &str) -> Result<Authorization, String> {
+fn authorization(bearer: Vec<u8>) -> Result<Authorization, String> {
+    let bearer = String::from_utf8(bearer).map_err(|_| "it is not UTF-8".to_owned())?;
     let bearer = bearer.trim_start_matches(BYTE_ORDER_MARK).trim();
     if bearer.is_empty() {
         return Err("it holds no bearer".into());
@@ -177,19 +180,17 @@ impl TlsContents {
 /// Reads a PEM file that must have a section whose label ends in `label`. tonic ignores what is no PEM, and would
 /// then trust no CA, or have no certificate.
 fn read_pem(file: &Path, label: &str, what: &str) -> Result<Vec<u8>, String> {
-    let content = std::fs::read(file)
-        .map_err(|error| format!("{}: it {}", file.display(), unreadable(&error)))?;
+    let content = files::read(file)
+        .map_err(|error| format!("the {what}, {}: it {}", shown(file), unreadable(&error)))?;
     let is_section = |line: &[u8]| {
         let line = line.trim_ascii();
         let line = line.strip_prefix(BYTE_ORDER_MARK.as_bytes()).unwrap_or(line);
         line.starts_with(b"-----BEGIN ") && line.ends_with(label.as_bytes())
     };
     if !content.split(|byte| *byte == b'\n').any(is_section) {
-        return Err(format!("{}: it holds no {what} in PEM", file.display()));
+        return Err(format!("{}: it holds no {what} in PEM", shown(file)));
     }
-    // Editors on Windows put it before the first section, which would not be found then.
-    let text = content.strip_prefix(BYTE_ORDER_MARK.as_bytes()).unwrap_or(&content);
-    Ok(text.to_vec())
+    Ok(content)
 }
 
 fn unreadable(error: &io::Error) -> String {
@@ -226,6 +227,29 @@ mod tests {
         assert!(!bearer.has_changed_from(&used).await);
         std::fs::write(&file, "tbk_second").unwrap();
         assert!(bearer.has_changed_from(&used).await);
+    }
+
+    #[test]
+    fn files_in_utf_16_are_read_and_content_given_as_a_path_is_not_quoted() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("file");
+        let write = |text: &str| {
+            let units = "\u{feff}".encode_utf16().chain(text.encode_utf16());
+            std::fs::write(&file, units.flat_map(u16::to_le_bytes).collect::<Vec<_>>()).unwrap();
+        };
+        write("tbk_first\r\n");
+        let bearer = Bearer::from_file(file.clone()).unwrap();
+        assert_eq!(bearer.state().authorization, "Bearer tbk_first");
+        let pem = "-----BEGIN CERTIFICATE-----\r\nAA==\r\n-----END CERTIFICATE-----\r\n";
+        write(pem);
+        let files = TlsFiles { ca: Some(file.clone()), identity: None };
+        assert_eq!(files.read().unwrap().ca.as_deref(), Some(pem.as_bytes()));
+        for content in ["tbk_canary", "-----BEGIN PRIVATE KEY-----\ncanary"] {
+            let path = PathBuf::from(content);
+            let bearer = Bearer::from_file(path.clone()).unwrap_err().to_string();
+            let ca = TlsFiles { ca: Some(path.clone()), identity: None }.read().err().unwrap();
+            assert!(!format!("{bearer}{ca}").contains("canary"), "{bearer} {ca}");
+        }
     }
 
     #[test]

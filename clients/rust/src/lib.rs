@@ -30,6 +30,7 @@ mod client;
 mod connections;
 mod credentials;
 mod error;
+mod files;
 mod proto;
 mod settings;
 mod shared;

@@ -13,6 +13,7 @@ use crate::{
     cli::{global::GlobalArgs, output},
     config::{self, Flags, KnownKeyFlags, Sources},
     crypto::{IntakePublicKey, Keyring},
+    files::given_path::shown,
     store::{Location, admin::Admin, intake_keys},
 };
 
@@ -147,7 +148,7 @@ impl Trust {
         let compared = known.compare(&location.to_string(), location.database(), published).with_context(|| {
             format!(
                 "the intake key cannot be remembered in {}: set TOKEN_BROKER_KNOWN_KEYS_FILE, {ELSE}",
-                known.file().display()
+                shown(known.file())
             )
         })?;
         match compared {
@@ -156,7 +157,7 @@ impl Trust {
                 output::note(format_args!(
                     "trusting the intake key {published} of {location}, from now on (in {}): compare it with what \
                      `token-broker keys public` prints on the broker's host",
-                    known.file().display()
+                    shown(known.file())
                 ));
                 Ok(())
             }
@@ -164,7 +165,7 @@ impl Trust {
                 "the intake key of {location} has changed\n  remembered  {remembered} (in {})\n  published   \
                  {published}\n{COMPARE}. If that is the published one, run this command once more with \
                  --intake-key {published}, which remembers it",
-                known.file().display()
+                shown(known.file())
             ),
         }
     }

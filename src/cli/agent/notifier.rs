@@ -12,7 +12,10 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::{process::Command, sync::watch, time::timeout};
 use tracing::{info, warn};
 
-use crate::{config::table::ENV_PREFIX, files::text};
+use crate::{
+    config::table::ENV_PREFIX,
+    files::{given_path::shown, text},
+};
 
 /// A command that runs longer is killed.
 const COMMAND_TIMEOUT: Duration = Duration::from_mins(1);
@@ -43,7 +46,7 @@ impl Notifier {
                 if let Some((pid_file, signal)) = &signal
                     && let Err(error) = send(pid_file, *signal).await
                 {
-                    let pid_file = pid_file.display();
+                    let pid_file = shown(pid_file);
                     warn!(%pid_file, error = format!("{error:#}"), "the signal cannot be sent");
                 }
             }

@@ -8,7 +8,10 @@ use std::{
 
 use anyhow::Context;
 
-use crate::audit::{checkpoint::SignedCheckpoint, export::ExportLine};
+use crate::{
+    audit::{checkpoint::SignedCheckpoint, export::ExportLine},
+    files::given_path::shown,
+};
 
 /// Longest line that is read, in bytes. The broker's own records have some hundreds, but others may have
 /// inserted longer ones.
@@ -31,7 +34,7 @@ pub(super) struct UnreadableLine(pub(super) String);
 pub(super) fn read_checkpoints(file: &Path) -> anyhow::Result<Vec<SignedCheckpoint>> {
     let mut reader = open(file)?;
     let (mut checkpoints, mut line) = (Vec::new(), Vec::new());
-    while next_line(&mut reader, &mut line).with_context(|| file.display().to_string())?.is_some() {
+    while next_line(&mut reader, &mut line).with_context(|| shown(file).to_string())?.is_some() {
         // Other lines are skipped: the file may be the broker's log.
         checkpoints.extend(serde_json::from_slice::<SignedCheckpoint>(&line));
     }
@@ -42,10 +45,10 @@ fn open(file: &Path) -> anyhow::Result<Box<dyn BufRead>> {
     let mut opened: Box<dyn BufRead> = if file == Path::new("-") {
         Box::new(BufReader::new(io::stdin()))
     } else {
-        let opened = File::open(file).with_context(|| format!("cannot read {}", file.display()))?;
+        let opened = File::open(file).with_context(|| format!("cannot read {}", shown(file)))?;
         Box::new(BufReader::with_capacity(1 << 18, opened))
     };
-    skip_mark(&mut opened).with_context(|| format!("cannot read {}", file.display()))?;
+    skip_mark(&mut opened).with_context(|| format!("cannot read {}", shown(file)))?;
     Ok(opened)
 }
 
@@ -100,7 +103,7 @@ impl ExportReader {
     /// When the file cannot be read any further.
     pub(super) fn next(&mut self) -> anyhow::Result<Option<Result<ExportLine, UnreadableLine>>> {
         self.line_number += 1;
-        let location = format!("{}, line {}", self.file.display(), self.line_number);
+        let location = format!("{}, line {}", shown(&self.file), self.line_number);
         let length = next_line(&mut self.reader, &mut self.line);
         let Some(length) = length.with_context(|| location.clone())? else { return Ok(None) };
         if length > MAX_LINE_BYTES as u64 {

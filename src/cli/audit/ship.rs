@@ -10,12 +10,15 @@ use tokio::task;
 use crate::{
     audit::journal::{Archive, TornTail, with_causes},
     cli::{
-        global::{APPLICATION_NAME, GlobalArgs},
+        global::{APPLICATION_NAME, GlobalArgs, path_argument},
         output::{self, Table},
         time::LocalTime,
     },
     config,
-    files::state_dir::{StateDir, StateDirError},
+    files::{
+        given_path::shown,
+        state_dir::{StateDir, StateDirError},
+    },
     services::journal_delivery::{self, DeliveredChain},
     store::admin::OpenChain,
 };
@@ -23,7 +26,7 @@ use crate::{
 #[derive(Args, Debug)]
 pub(super) struct ShipArgs {
     /// The replica's state directory, or a copy of it; its journal is not changed
-    #[arg(value_name = "DIR")]
+    #[arg(value_name = "DIR", value_parser = path_argument())]
     directory: PathBuf,
 }
 
@@ -76,7 +79,7 @@ pub(super) async fn ship(global: &GlobalArgs, args: ShipArgs) -> anyhow::Result<
 /// Opens the journal in a state directory, and locks the directory against a broker. Blocks on I/O.
 fn open(directory: &std::path::Path) -> anyhow::Result<Archive> {
     if !StateDir::journal_below(directory).is_dir() {
-        bail!("{} is no state directory: it has no journal", directory.display());
+        bail!("{} is no state directory: it has no journal", shown(directory));
     }
     let held = match StateDir::open(directory) {
         Ok(held) => Some(held),

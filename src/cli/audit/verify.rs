@@ -21,10 +21,13 @@ use self::{
     undelivered::undelivered,
 };
 use crate::{
-    cli::{global::GlobalArgs, output},
+    cli::{
+        global::{GlobalArgs, path_argument},
+        output,
+    },
     config::{self, Flags, KeyringFlag},
     crypto::{Keyring, VerifyingKeys},
-    files::text,
+    files::{given_path::shown, text},
     store::admin::Admin,
 };
 
@@ -34,10 +37,10 @@ const SHOWN_CHANGES: i64 = 100;
 #[derive(Args, Debug)]
 pub(super) struct VerifyArgs {
     /// Verify the journal in this state directory instead of the database
-    #[arg(long, value_name = "DIR", conflicts_with = "export")]
+    #[arg(long, value_name = "DIR", conflicts_with = "export", value_parser = path_argument())]
     journal: Option<PathBuf>,
     /// Verify an output of `audit export` instead of the database; `-` for standard input
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = path_argument())]
     export: Option<PathBuf>,
     /// Fail unless the export holds the whole log
     #[arg(long, requires = "export")]
@@ -48,7 +51,7 @@ pub(super) struct VerifyArgs {
     heads: Vec<HeadArgument>,
     /// The public keys that check signatures, as `keys public --signing` prints them; default: those of
     /// the keyring, if there is one
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = path_argument())]
     keys: Option<PathBuf>,
     #[command(flatten)]
     settings: Flags<KeyringFlag>,
@@ -100,9 +103,9 @@ fn keys(
     settings: Flags<KeyringFlag>,
 ) -> anyhow::Result<Option<VerifyingKeys>> {
     if let Some(file) = file {
-        let text = text::read(file).with_context(|| format!("cannot read {}", file.display()))?;
+        let text = text::read(file).with_context(|| format!("cannot read {}", shown(file)))?;
         let keys =
-            VerifyingKeys::parse(&text).map_err(|fault| anyhow!("{}: {fault}", file.display()))?;
+            VerifyingKeys::parse(&text).map_err(|fault| anyhow!("{}: {fault}", shown(file)))?;
         return Ok(Some(keys));
     }
     let file = config::known_keyring_file(&global.sources(settings.given)?)?;

@@ -14,7 +14,14 @@ use std::{
 };
 
 use nix::sys::signal::Signal;
-use token_broker::crypto::bearer::Bearer;
+use token_broker::{
+    audit::{
+        chain::{ChainHead, Digest},
+        checkpoint::SignedCheckpoint,
+    },
+    crypto::{Keyring, bearer::Bearer},
+    domain::clock::Clock,
+};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -366,6 +373,45 @@ async fn records_that_a_replica_reported_and_that_nobody_has_any_more_are_named_
     serve.signal(Signal::SIGTERM);
     serve.wait().await;
     assert!(serve.stderr().contains("AUDIT RECORDS ARE LOST"), "{}", serve.stderr());
+    let output = load.verify().await.failed();
+    assert!(output.contains(&missing), "{output}");
+}
+
+/// Heartbeats end with the database, but heads are signed in the state directory without it.
+#[tokio::test]
+async fn records_that_only_a_signed_head_of_the_state_directory_knows_of_are_recorded_as_lost_once()
+{
+    let mut load = Load::start().await;
+    load.until_more_received(20).await;
+    assert_eq!(load.end().await, Some(0));
+    let pool = load.fixture.database.pool();
+    let chain: String =
+        sqlx::query_scalar("select chain from audit_chains").fetch_one(pool).await.unwrap();
+    let delivered: i64 =
+        sqlx::query_scalar("select delivered_seq from audit_chains").fetch_one(pool).await.unwrap();
+    let keyring_file = load.setup.settings().find(|(name, _)| name.ends_with("KEYRING_FILE"));
+    let keyring = Keyring::load(Path::new(keyring_file.unwrap().1)).unwrap();
+    let head = ChainHead { seq: delivered + 200, hash: Digest::ZERO };
+    let head = SignedCheckpoint::new(&keyring, &chain, head, Clock::System.wall());
+    let line = serde_json::to_string(&head).unwrap() + "\n";
+    let heads = load.state().join("audit-heads.jsonl");
+    fs::write(&heads, fs::read_to_string(&heads).unwrap() + &line).unwrap();
+    DISTURBANCES[0].1(&load.state());
+
+    let recorded = async || {
+        let lost = "event = 'audit_gap' and outcome = 'data_loss' and detail ? 'lost_chain'";
+        load.fixture.audit_events(lost).await.len()
+    };
+    for start in 0..2 {
+        let mut serve = load.setup.serve().await;
+        eventually("the record", async || (recorded().await == 1).then_some(())).await;
+        serve.signal(Signal::SIGTERM);
+        serve.wait().await;
+        let is_logged = serve.stderr().contains("AUDIT RECORDS ARE LOST");
+        assert_eq!(is_logged, start == 0, "{}", serve.stderr());
+    }
+    assert_eq!(recorded().await, 1);
+    let missing = format!("chain {chain}: records {} to {} ", delivered + 1, delivered + 200);
     let output = load.verify().await.failed();
     assert!(output.contains(&missing), "{output}");
 }

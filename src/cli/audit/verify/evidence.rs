@@ -22,6 +22,7 @@ use crate::{
     cli::output,
     crypto::VerifyingKeys,
     domain::clock::Clock,
+    files::given_path::shown,
     store::{
         admin::UndeliveredReport,
         audit::{AuditSnapshot, Decoded, EventFilter},
@@ -56,7 +57,7 @@ impl Evidence {
                 HeadArgument::Head { chain, head } => trusted.push((chain, head)),
                 HeadArgument::File(file) => {
                     let found = read_checkpoints(&file)?;
-                    ensure!(!found.is_empty(), "{} holds no signed head", file.display());
+                    ensure!(!found.is_empty(), "{} holds no signed head", shown(&file));
                     checkpoints.extend(found);
                 }
             }
@@ -200,7 +201,7 @@ impl Evidence {
         whole: bool,
     ) -> anyhow::Result<VerificationReport> {
         let mut export = ExportReader::open(file)?;
-        let Some(first) = export.next()? else { bail!("{} is empty", file.display()) };
+        let Some(first) = export.next()? else { bail!("{} is empty", shown(file)) };
         let extent = match &first {
             Ok(ExportLine::Statement(ExportStatement::AuditExport(header))) if header.whole => {
                 Extent::Whole
@@ -210,7 +211,7 @@ impl Evidence {
         ensure!(
             !whole || extent == Extent::Whole,
             "{} is a part of an audit log, not the whole of one",
-            file.display()
+            shown(file)
         );
         let has_end = matches!(first, Ok(ExportLine::Statement(ExportStatement::AuditExport(_))));
         let mut verifier = self.verifier(extent);
@@ -230,7 +231,7 @@ impl Evidence {
             }
             next = export.next()?;
         }
-        let file = file.display();
+        let file = shown(file);
         match stated {
             Some(stated) if stated != records => verifier.add_unreadable_line(format!(
                 "{file}: it ends after {records} records of {stated}"

@@ -2,7 +2,10 @@
 
 use std::{path::PathBuf, str::FromStr};
 
-use crate::audit::chain::{ChainHead, Digest};
+use crate::{
+    audit::chain::{ChainHead, Digest},
+    files::given_path,
+};
 
 /// A value of `--head`: a head, or a file of signed heads.
 #[derive(Clone, Debug, PartialEq)]
@@ -17,7 +20,7 @@ impl FromStr for HeadArgument {
     fn from_str(text: &str) -> Result<Self, String> {
         let Some((position, hash)) = text.rsplit_once(':').filter(|(_, hash)| hash.len() == 64)
         else {
-            return Ok(Self::File(text.into()));
+            return given_path::parse(text).map(Self::File).map_err(|error| error.to_string());
         };
         let malformed = || "neither a file nor CHAIN:SEQ:HASH".to_owned();
         let (chain, seq) = position.rsplit_once(':').ok_or_else(malformed)?;
