@@ -41,8 +41,8 @@ pub fn parse(text: impl AsRef<OsStr>) -> Result<PathBuf, NotAPath> {
     if is_content { Err(NotAPath) } else { Ok(text.into()) }
 }
 
-/// Returns `path` for an error or a log line: as it is if it exists or if its directory does, and otherwise a text that
-/// does not contain it. Looks at the disk.
+/// Returns `path` for an error or a log line: as it is if it exists or begins with something that does, such as `/etc`,
+/// and otherwise a text that does not contain it. Looks at the disk.
 #[must_use]
 pub fn shown(path: &Path) -> Shown<'_> {
     Shown(path)
@@ -55,12 +55,12 @@ pub struct Shown<'a>(&'a Path);
 impl fmt::Display for Shown<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self(path) = self;
-        // Neither base64 nor another key names a directory that exists, except the root and the current one.
-        let is_named = |directory: &Path| !matches!(directory.as_os_str().as_bytes(), b"" | b"/");
-        let is_in_directory = |path: &Path| {
-            path.parent().is_some_and(|directory| is_named(directory) && directory.is_dir())
-        };
-        if parse(path).is_ok() && (path.symlink_metadata().is_ok() || is_in_directory(path)) {
+        // Neither base64 nor another key begins with the name of something that exists, except the root.
+        let is_below_something = path.ancestors().any(|ancestor| {
+            !matches!(ancestor.as_os_str().as_bytes(), b"" | b"/")
+                && ancestor.symlink_metadata().is_ok()
+        });
+        if parse(path).is_ok() && (is_below_something || *path == Path::new("/")) {
             write!(f, "{}", path.display())
         } else {
             f.write_str("(path not shown: nothing is there)")
@@ -104,11 +104,19 @@ mod tests {
     }
 
     #[test]
-    fn a_path_is_shown_only_if_it_leads_to_a_directory_that_exists() {
+    fn a_path_is_shown_only_if_it_begins_with_something_that_exists() {
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &str| directory.path().join(name);
         std::fs::write(path("file"), "").unwrap();
-        for path in [path("file"), path("missing"), "/etc".into(), "/".into(), "./missing".into()] {
+        for path in [
+            path("file"),
+            path("missing"),
+            path("missing/file"),
+            path("file/below"),
+            "/etc".into(),
+            "/".into(),
+            "./missing".into(),
+        ] {
             assert_eq!(shown(&path).to_string(), path.display().to_string());
         }
         for content in
@@ -116,6 +124,5 @@ mod tests {
         {
             assert!(!shown(Path::new(content)).to_string().contains("canary"), "{content}");
         }
-        assert!(!shown(&path("canary/file")).to_string().contains("canary"));
     }
 }
