@@ -287,6 +287,7 @@ async fn an_agent_takes_over_what_a_killed_one_left_and_removes_what_has_ended()
 async fn once_writes_the_files_or_says_why_it_cannot() {
     let mut bench = Bench::new(Duration::from_mins(10)).await;
     bench.fixture.add_account("shop", "id-2", "SK.2").await;
+    bench.fixture.wait_for_state("shop", "fresh").await;
     let once = ["--once", "--timeout", "30s", "--accounts", "acme,shop"];
     run(bench.command(&once), "").await.ok();
     assert_eq!(names(bench.tokens.path()), ["acme.json", "acme.token", "shop.json", "shop.token"]);
