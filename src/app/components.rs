@@ -26,7 +26,7 @@ use crate::{
         feed_health::FeedHealth,
         key_usage::KeyUsage,
         keyring_watch::{KeyringHealth, KeyringWatch},
-        refresher::Outage,
+        refresher::{Outage, PendingTokens},
         trust_monitor::Trust,
     },
     store::{Database, TrustGate},
@@ -58,6 +58,8 @@ pub(super) struct Components {
     pub(super) trust: Trust,
     /// The keyring in use, with what it is needed for.
     pub(super) keys: KeyUsage,
+    /// The tokens that are not stored yet.
+    pub(super) pending: Arc<PendingTokens>,
     /// Follows the keyring's file; `None` if there is none.
     pub(super) keyring_watch: Option<Arc<KeyringWatch>>,
     pub(super) keyring_health: KeyringHealth,
@@ -99,7 +101,9 @@ impl Components {
         let feed_health = Arc::new(FeedHealth::default());
         let database_clock = Arc::new(DatabaseClock::new(config.clock.clone()));
         let keyring = Arc::new(LiveKeyring::new(config.keyring.clone()));
-        let keys = KeyUsage { keyring: keyring.clone(), cache: cache.clone() };
+        let pending = Arc::new(PendingTokens::new(state_dir, config.settings.new_token_ends_older));
+        let keys =
+            KeyUsage { keyring: keyring.clone(), cache: cache.clone(), pending: pending.clone() };
         let (trust, keyring_health) = (Trust::default(), KeyringHealth::default());
         let keyring_watch = config.keyring_file.clone().map(|file| {
             Arc::new(KeyringWatch {
@@ -109,7 +113,7 @@ impl Components {
                 journal: journal.clone(),
                 clock: config.clock.clone(),
                 health: keyring_health.clone(),
-                recorded: Mutex::default(),
+                recording: Mutex::default(),
             })
         });
         let loader = AccountLoader::new(
@@ -133,6 +137,7 @@ impl Components {
             outage: Arc::default(),
             trust,
             keys,
+            pending,
             keyring_watch,
             keyring_health,
             loader: Arc::new(loader),

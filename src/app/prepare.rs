@@ -1,6 +1,6 @@
 //! The part of the start that needs the database. No service runs yet.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{io, time::Duration};
 
 use tokio::{
     sync::{Mutex, watch},
@@ -29,7 +29,7 @@ use crate::{
     services::{
         change_feed::{ChangeFeed, LoadedDuties},
         heartbeat::{HeartbeatTask, Standing},
-        refresher::{PendingTokens, RefreshTrigger, Refresher},
+        refresher::{RefreshTrigger, Refresher},
         trust_monitor::{IntakeKeyFault, check_published},
     },
     store::{accounts, instances, intake_keys, leases, within},
@@ -104,14 +104,14 @@ pub(super) async fn prepare(
         record(components, acceptance).await?;
     }
 
-    let pending = PendingTokens::new(state_dir, config.settings.new_token_ends_older);
+    let pending = &components.pending;
     let issued_by_earlier_process =
         pending.of_earlier_process().await.map_err(StartError::IssuedAlone)?;
     until_reachable(give_up, || mark_possibly_revoked(components, &issued_by_earlier_process))
         .await?;
     pending.forget_earlier_process().await.map_err(StartError::IssuedAlone)?;
 
-    let issuer = components.token_issuer(config, state_dir, replica, Arc::new(pending));
+    let issuer = components.token_issuer(config, state_dir, replica, pending.clone());
     let (refresher, trigger) = Refresher::new(issuer);
     let change_feed = components.change_feed(config, state_dir, verified.identity, trigger.clone());
     // Grants end by the database's clock, so it must be known before calls are served.

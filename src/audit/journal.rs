@@ -68,7 +68,7 @@ const RESTORE_LIMIT: Duration = Duration::from_secs(5);
 
 /// A record that was appended and may not be durable yet. Dropping this does not cancel the write.
 #[must_use = "a call may be answered only after `durable` has returned"]
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Appended(Arc<GroupCommit>);
 
 impl Appended {

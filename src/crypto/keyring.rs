@@ -205,7 +205,10 @@ impl Keyring {
             if before.as_ref().is_some_and(is_another) {
                 return Err(AlteredKey(key.id.clone()));
             }
-            if before.is_none() {
+            // A retired key that is put back by hand comes into use again.
+            let comes_back =
+                |before: &KeyStatus| before.retired_at.is_some() && key.retired_at.is_none();
+            if before.as_ref().is_none_or(comes_back) {
                 change.added.push(key.id.clone());
             }
             if key.primary && !before.as_ref().is_some_and(|before| before.primary) {

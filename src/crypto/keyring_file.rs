@@ -31,7 +31,7 @@ const MAX_LEN: usize = 1 << 20;
 
 /// A keyring file that was refused or not written, and why. No message holds a key.
 #[derive(Debug, Error)]
-#[error("keyring {}: {fault}", shown(path))]
+#[error("keyring (TOKEN_BROKER_KEYRING_FILE) {}: {fault}", shown(path))]
 pub struct KeyringError {
     /// The file's path.
     pub path: PathBuf,
@@ -413,6 +413,9 @@ mod tests {
         let change = before.change_to(&after).unwrap();
         assert_eq!((change.added.len(), change.promoted.len()), (4, 4));
         assert_eq!((change.retired, change.removed.len()), (before.key_ids(), 0));
+        // An earlier file that somebody puts back has keys again that were retired.
+        let put_back = after.change_to(&before).unwrap();
+        assert_eq!(put_back.added, before.key_ids());
     }
 
     fn primary_in(keyring: &Keyring, kind: KeyKind) -> KeyId {

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     audit::{
-        journal::Journal,
+        journal::{Appended, AuditUnavailable, Journal},
         record::{Event, Record},
     },
     crypto::{AlteredKey, KeyId, Keyring, KeyringChange, KeyringError},
@@ -38,7 +38,7 @@ enum Refusal {
     #[error(transparent)]
     Altered(#[from] AlteredKey),
     #[error(
-        "it lacks the key {0}, which secrets in use are sealed with: run `token-broker keys reseal` first"
+        "it lacks the key {0}, which secrets or tokens in use are sealed with: run `token-broker keys reseal` first"
     )]
     Missing(KeyId),
     #[error("{0}")]
@@ -59,6 +59,14 @@ impl KeyringHealth {
     }
 }
 
+/// The record of a change of the keyring, while it is written.
+#[derive(Debug)]
+pub struct Recording {
+    /// The hash of the changed keyring's text.
+    hash: [u8; 32],
+    appended: Appended,
+}
+
 /// The task that follows the file.
 #[derive(Debug)]
 pub struct KeyringWatch {
@@ -74,8 +82,8 @@ pub struct KeyringWatch {
     pub clock: Clock,
     /// Receives why the file cannot be used.
     pub health: KeyringHealth,
-    /// The hash of the last text whose change was recorded. It excludes two reloads at once.
-    pub recorded: tokio::sync::Mutex<Option<[u8; 32]>>,
+    /// The record of a change that is not known to be durable. It excludes two reloads at once.
+    pub recording: tokio::sync::Mutex<Option<Recording>>,
 }
 
 impl KeyringWatch {
@@ -90,8 +98,8 @@ impl KeyringWatch {
     /// Reads the file now, and uses it if it has changed and can be used. With `always`, logs the outcome even if it is
     /// the same as before. Cancel safe.
     pub async fn reload(&self, always: bool) {
-        let mut recorded = self.recorded.lock().await;
-        let outcome = self.replace(&mut recorded).await;
+        let mut recording = self.recording.lock().await;
+        let outcome = self.replace(&mut recording).await;
         let fault = outcome.as_ref().err().map(ToString::to_string);
         let is_new = {
             let mut last = self.health.0.lock();
@@ -116,7 +124,7 @@ impl KeyringWatch {
     /// Returns what has changed; `None` if the keyring in use is that of the file.
     async fn replace(
         &self,
-        recorded: &mut Option<[u8; 32]>,
+        recording: &mut Option<Recording>,
     ) -> Result<Option<KeyringChange>, Refusal> {
         let file = self.file.clone();
         let read = task::spawn_blocking(move || Keyring::load(&file)).await;
@@ -138,7 +146,7 @@ impl KeyringWatch {
             Err(fault) => return Err(Refusal::Intake(fault)),
         }
         if change != KeyringChange::default() {
-            self.record(&next, &change, recorded).await?;
+            self.record(&next, &change, recording).await?;
         }
         if !change.removed.is_empty() {
             warn!(
@@ -150,18 +158,28 @@ impl KeyringWatch {
         Ok(Some(change))
     }
 
-    /// Records the change once. It is on disk before the new keys are used.
+    /// Records the change once, and returns when the record is durable: that is before the new keys are used. A record
+    /// that takes longer is waited for again by the next call, and one that could not be written is repeated by it.
     async fn record(
         &self,
         next: &Keyring,
         change: &KeyringChange,
-        recorded: &mut Option<[u8; 32]>,
+        slot: &mut Option<Recording>,
     ) -> Result<(), Refusal> {
         let hash = next.text_hash();
-        if recorded.replace(hash) == Some(hash) {
-            // An earlier call has appended the record and did not wait for its end. The journal keeps it.
-            return if self.journal.is_writable() { Ok(()) } else { Err(Refusal::NotRecorded) };
+        let under_way = slot.take().filter(|recording| recording.hash == hash);
+        let recording = slot
+            .insert(under_way.unwrap_or_else(|| Recording { hash, appended: self.append(change) }));
+        match recording.appended.clone().durable(RECORD_TIMEOUT).await {
+            Err(AuditUnavailable::TooSlow(_)) => Err(Refusal::NotRecorded),
+            ended => {
+                *slot = None;
+                ended.map_err(|_| Refusal::NotRecorded)
+            }
         }
+    }
+
+    fn append(&self, change: &KeyringChange) -> Appended {
         let mut record =
             Record::new(self.clock.wall(), Event::KeysChanged).with("keyring", "loaded");
         for (what, keys) in [
@@ -174,8 +192,7 @@ impl KeyringWatch {
                 record = record.with(what, list(keys));
             }
         }
-        let appended = self.journal.append(record);
-        appended.durable(RECORD_TIMEOUT).await.map_err(|_| Refusal::NotRecorded)
+        self.journal.append(record)
     }
 }
 

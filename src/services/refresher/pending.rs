@@ -11,7 +11,12 @@ use tokio::{sync::Notify, task};
 use tracing::error;
 
 use super::intent_log::IntentLog;
-use crate::{domain::account::AccountId, files::state_dir::StateDir, store::tokens::PendingToken};
+use crate::{
+    crypto::{KeyId, Keyring},
+    domain::account::AccountId,
+    files::state_dir::StateDir,
+    store::tokens::PendingToken,
+};
 
 /// What was issued for one account and is not stored in the database yet.
 #[derive(Clone, Debug, Default)]
@@ -123,6 +128,13 @@ impl PendingTokens {
         self.state.lock().pending.get(&account).cloned()
     }
 
+    /// Returns the ids of the keys that the pending tokens are sealed with.
+    pub(in crate::services) fn sealing_keys(&self) -> BTreeSet<KeyId> {
+        let state = self.state.lock();
+        let tokens = state.pending.values().filter_map(|issue| issue.token.as_ref());
+        tokens.filter_map(|orphan| Keyring::sealed_with(&orphan.token.sealed).ok()).collect()
+    }
+
     /// Returns the accounts for which something is pending.
     pub(super) fn accounts(&self) -> Vec<AccountId> {
         self.state.lock().pending.keys().copied().collect()
@@ -184,7 +196,25 @@ impl PendingTokens {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::token::{Generation, SealedToken, Token};
+    use crate::{
+        crypto::RowBinding,
+        domain::token::{Generation, SealedToken, Token},
+    };
+
+    impl PendingTokens {
+        /// Returns an empty collection that keeps no log.
+        pub(in crate::services) fn without_log() -> Self {
+            Self { state: Mutex::default(), log: None, added: Notify::new() }
+        }
+
+        /// Makes a token pending that is sealed with the primary key of `keyring`.
+        pub(in crate::services) fn add_sealed(&self, account: AccountId, keyring: &Keyring) {
+            let token = Token::example(1, 3_600);
+            let binding = RowBinding::token(account, token.generation);
+            let token = SealedToken::new(&token, keyring.seal(&binding, b"token"));
+            self.add(account, PendingToken { token, replaces: None, lease: None });
+        }
+    }
 
     const ACCOUNT: AccountId = AccountId(7);
 

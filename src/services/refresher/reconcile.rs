@@ -121,8 +121,11 @@ impl Reconciler {
         let sealed = &mut orphan.token.sealed;
         if !keyring.is_sealed_with_primary(sealed) {
             let binding = RowBinding::token(account, orphan.token.generation);
-            // A token that does not open is stored as it is, and replaced by whoever loads it.
-            *sealed = keyring.reseal(&binding, sealed).unwrap_or_else(|_| std::mem::take(sealed));
+            match keyring.reseal(&binding, sealed) {
+                Ok(resealed) => *sealed = resealed,
+                // It is stored as it is, and replaced by whoever loads it.
+                Err(error) => warn!(%account, %error, "a pending token does not open"),
+            }
         }
         let stored = tokens::reconcile(&self.pool, account, &orphan, context);
         let result = within(stored).await?;
