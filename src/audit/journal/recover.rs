@@ -8,7 +8,11 @@
 //! A damaged segment is evidence, and its records may exist nowhere else: the start refuses it. If all its records are
 //! delivered, Postgres has them, so the file is only set aside.
 
-use std::{collections::BTreeMap, io, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashSet},
+    io, iter,
+    sync::Arc,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -275,7 +279,7 @@ fn set_aside_delivered(
     name: &str,
     fault: Fault,
 ) -> Result<(), JournalError> {
-    let aside = format!("{name}.torn");
+    let aside = free_aside(storage, name).map_err(JournalError::io(name))?;
     storage.rename(name, &aside).map_err(JournalError::io(name))?;
     storage.sync_dir().map_err(JournalError::io("."))?;
     let (line, why) = match fault {
@@ -287,7 +291,7 @@ fn set_aside_delivered(
         line,
         why,
         aside,
-        "another program or the disk damaged an audit segment whose records are all in Postgres: moved to a .torn file"
+        "an audit segment whose records are all in Postgres cannot be used: moved to a .torn file"
     );
     Ok(())
 }
@@ -479,9 +483,18 @@ fn max_synced_seq(tail: &[u8], chain: &str) -> i64 {
 /// Copies everything after the first `keep` bytes to `<name>.torn`, then truncates the segment.
 fn set_aside(storage: &dyn JournalStorage, file: &FileInfo, keep: usize) -> Result<(), Fault> {
     let bytes = read_all(storage, file)?;
-    let aside = format!("{}.torn", file.name);
+    let aside = free_aside(storage, &file.name)?;
     storage.replace(&aside, &bytes[keep..])?;
     Ok(storage.truncate(&file.name, keep as u64)?)
+}
+
+/// Returns a name for what is set aside of a segment that no file has: an earlier start may have set a part of it aside.
+fn free_aside(storage: &dyn JournalStorage, name: &str) -> io::Result<String> {
+    let first = format!("{name}.torn");
+    let others = (2_u64..).map(|number| format!("{first}.{number}"));
+    let names: HashSet<_> = storage.list()?.into_iter().map(|file| file.name).collect();
+    let free = iter::once(first.clone()).chain(others).find(|aside| !names.contains(aside));
+    Ok(free.unwrap_or(first))
 }
 
 fn read_all(storage: &dyn JournalStorage, file: &FileInfo) -> io::Result<Vec<u8>> {

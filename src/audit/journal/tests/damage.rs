@@ -26,6 +26,25 @@ async fn a_torn_tail_is_moved_to_its_own_file_and_everything_before_it_is_kept()
 }
 
 #[tokio::test]
+async fn what_an_earlier_start_set_aside_is_kept() {
+    let disk = FaultyStorage::default();
+    let journal = open(&disk, settings()).unwrap();
+    append(&journal, call(0)).await.unwrap();
+    journal.close().await;
+    let (name, _) = disk.texts(".jsonl").remove(0);
+    {
+        let mut state = disk.state();
+        let mut earlier = state.files[&name].clone();
+        earlier.bytes = b"earlier".to_vec();
+        state.files.insert(format!("{name}.torn"), earlier);
+        state.files.get_mut(&name).unwrap().bytes.extend_from_slice(b"{\"instance");
+    }
+    open(&disk, settings()).unwrap();
+    assert_eq!(disk.texts(".torn"), [(format!("{name}.torn"), "earlier".to_owned())]);
+    assert_eq!(disk.texts(".torn.2"), [(format!("{name}.torn.2"), "{\"instance".to_owned())]);
+}
+
+#[tokio::test]
 async fn a_segment_without_a_header_is_moved_away_unless_it_holds_records() {
     let disk = FaultyStorage::default();
     let journal = open(&disk, settings()).unwrap();
