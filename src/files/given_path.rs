@@ -48,6 +48,16 @@ pub fn shown(path: &Path) -> Shown<'_> {
     Shown(path)
 }
 
+/// Returns whether the path is that of something that exists, or of something below it, the root apart. Neither base64
+/// nor another key is. Looks at the disk.
+#[must_use]
+pub fn begins_with_existing(path: &Path) -> bool {
+    path.ancestors().any(|ancestor| {
+        !matches!(ancestor.as_os_str().as_bytes(), b"" | b"/")
+            && ancestor.symlink_metadata().is_ok()
+    })
+}
+
 /// Displays a path: see [`shown`].
 #[derive(Clone, Copy)]
 pub struct Shown<'a>(&'a Path);
@@ -55,12 +65,7 @@ pub struct Shown<'a>(&'a Path);
 impl fmt::Display for Shown<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self(path) = self;
-        // Neither base64 nor another key begins with the name of something that exists, except the root.
-        let is_below_something = path.ancestors().any(|ancestor| {
-            !matches!(ancestor.as_os_str().as_bytes(), b"" | b"/")
-                && ancestor.symlink_metadata().is_ok()
-        });
-        if parse(path).is_ok() && (is_below_something || *path == Path::new("/")) {
+        if parse(path).is_ok() && (begins_with_existing(path) || *path == Path::new("/")) {
             write!(f, "{}", path.display())
         } else {
             f.write_str("(path not shown: nothing is there)")

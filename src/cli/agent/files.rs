@@ -16,7 +16,10 @@ use tracing::info;
 
 use crate::{
     domain::{account::AccountName, caller::AccountPattern, clock::Timestamp},
-    files::atomic::{self, Access, temporary_path},
+    files::{
+        atomic::{self, Access, temporary_path},
+        given_path::begins_with_existing,
+    },
 };
 
 /// The directory of the files, and who may read them.
@@ -145,8 +148,12 @@ impl TokenFiles {
     }
 }
 
-/// Makes a directory for files with this access, and those above it.
+/// Makes a directory for files with this access, and those above it. A path that begins with nothing that exists may be
+/// something else, such as a token in the wrong variable, so no directory gets its name.
 fn make(directory: &Path, access: Access) -> io::Result<()> {
+    if !begins_with_existing(directory) {
+        return Err(io::ErrorKind::NotFound.into());
+    }
     let is_shared = access.mode & 0o040 != 0;
     // A group that may read the files may list them and open them, whatever the process's umask is.
     let mode = if is_shared { 0o750 } else { 0o700 };

@@ -124,6 +124,16 @@ async fn a_directory_that_is_not_there_is_made_and_one_that_cannot_be_is_named()
     let directory = below_a_file.to_str().unwrap();
     let refused = run(bench.command(&["--once", "--token-dir", directory]), "").await.failed();
     assert!(refused.contains(&format!("cannot use the directory {directory}")), "{refused}");
+
+    // A secret in the wrong variable becomes no directory, and is not shown.
+    let mut command = bench.command(&["--once", "--token-dir", "SK.canary"]);
+    command.current_dir(bench.tokens.path());
+    let refused = run(command, "").await.failed();
+    assert!(
+        refused.contains("cannot use the directory") && !refused.contains("canary"),
+        "{refused}"
+    );
+    assert!(!bench.tokens.path().join("SK.canary").exists());
 }
 
 #[tokio::test]
