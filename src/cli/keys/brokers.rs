@@ -14,8 +14,8 @@ use crate::{
 };
 
 /// How long a command waits for the brokers to load a file that has just changed, and to say so.
-const PATIENCE: Duration = Duration::from_secs(5);
-/// The pause between two looks at what the brokers say.
+const LOADING_TIME: Duration = Duration::from_secs(5);
+/// The pause before the brokers' heartbeats are read again.
 const PAUSE: Duration = Duration::from_millis(500);
 
 /// What a command needs of every running broker.
@@ -67,12 +67,20 @@ impl Need<'_> {
 /// # Errors
 /// When one does not, or the database does not answer.
 pub(super) async fn until_met(admin: &Admin, need: &Need<'_>) -> anyhow::Result<()> {
-    let until = Instant::now() + PATIENCE;
+    match unmet(admin, need).await? {
+        Some(others) => bail!(others),
+        None => Ok(()),
+    }
+}
+
+/// Waits for a moment until every running broker meets `need`. Returns which do not.
+async fn unmet(admin: &Admin, need: &Need<'_>) -> Result<Option<String>, StoreError> {
+    let until = Instant::now() + LOADING_TIME;
     loop {
         match need.check(&live_instances(admin).await?) {
-            Ok(()) => return Ok(()),
+            Ok(()) => return Ok(None),
             Err(_) if Instant::now() < until => sleep(PAUSE).await,
-            Err(others) => bail!(others),
+            Err(others) => return Ok(Some(others)),
         }
     }
 }
@@ -82,8 +90,10 @@ pub(super) async fn until_met(admin: &Admin, need: &Need<'_>) -> anyhow::Result<
 /// # Errors
 /// As [`until_met`].
 pub(super) async fn until_loaded(admin: &Admin, id: &KeyId) -> anyhow::Result<()> {
-    let loaded = until_met(admin, &Need::Loaded(id)).await;
-    loaded.map_err(|error| anyhow::anyhow!("{error}, or say --force"))
+    match unmet(admin, &Need::Loaded(id)).await? {
+        Some(others) => bail!("{others}, or say --force"),
+        None => Ok(()),
+    }
 }
 
 /// Returns the brokers that have sent a heartbeat within the last minute.

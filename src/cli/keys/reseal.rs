@@ -2,7 +2,6 @@
 
 use std::{collections::BTreeMap, process::ExitCode, time::Duration};
 
-use anyhow::Context;
 use tokio::time::sleep;
 
 use super::{
@@ -51,10 +50,15 @@ pub(super) async fn run(
         output::note(format_args!("every value is sealed with {primary} already"));
         return Ok(ExitCode::SUCCESS);
     }
-    admin
-        .record_reseal(primary, total, false)
-        .await
-        .context("`keys reseal` needs the login that owns the tables")?;
+    if let Err(error) = admin.record_reseal(primary, total, false).await {
+        let is_denied = matches!(error, StoreError::MissingPrivilege(_));
+        let error = anyhow::Error::new(error);
+        return Err(if is_denied {
+            error.context("`keys reseal` needs the login that owns the tables")
+        } else {
+            error
+        });
+    }
     let mut progress = Progress::new("values are sealed again", total);
     let outcome = reseal_all(&admin, &keyring, &mut progress).await;
     progress.finish();
@@ -70,12 +74,26 @@ pub(super) async fn run(
         output::note(format_args!("every value is sealed with {primary}"));
         return Ok(ExitCode::SUCCESS);
     }
-    output::note(format_args!(
-        "{left} values are not sealed with {primary} yet: {} do not open, and others are locked by another transaction, \
-         or were sealed by a broker meanwhile; run this again",
-        unopened.len()
-    ));
+    output::note(what_is_left(left, u64::try_from(unopened.len())?, primary));
     Ok(ExitCode::FAILURE)
+}
+
+/// Says what to do about values that are not sealed with `primary`, of which some do not open.
+fn what_is_left(left: u64, unopened: u64, primary: &KeyId) -> String {
+    let others = left.saturating_sub(unopened);
+    let not_opening = (unopened > 0).then(|| {
+        format!(
+            "; {unopened} of them do not open: put the key that they need back into the keyring, or set these API KEYs \
+             again"
+        )
+    });
+    let locked = (others > 0).then(|| {
+        format!(
+            "; {others} are locked by another transaction, or were sealed by a broker meanwhile: run this again"
+        )
+    });
+    let [not_opening, locked] = [not_opening, locked].map(Option::unwrap_or_default);
+    format!("{left} values are not sealed with {primary}{not_opening}{locked}")
 }
 
 /// What was done.

@@ -14,6 +14,7 @@ use crate::{
     crypto::{KeyKind, KeyStatus},
     services::trust_monitor::check_published,
     store::{
+        StoreError,
         admin::{Admin, InstanceSummary, KeyUse},
         intake_keys::{self, PublishedKey},
     },
@@ -113,7 +114,10 @@ async fn read(admin: &Admin) -> anyhow::Result<Known> {
     Ok(Known {
         instances: live_instances(admin).await?,
         published: intake_keys::published(admin.pool()).await?,
-        uses: admin.key_uses().await.ok(),
+        uses: match admin.key_uses().await {
+            Err(StoreError::MissingPrivilege(_)) => None,
+            uses => Some(uses?),
+        },
     })
 }
 
