@@ -130,11 +130,13 @@ impl HistoryGuard {
                     overtaken = true;
                 }
                 Ended::Untrusted(error) => {
-                    match &error {
-                        StoreError::Unverified { .. } => self.gate.close_after(&error),
+                    if let StoreError::Unverified { .. } = &error {
+                        self.gate.close_after(&error);
+                    } else {
                         // A lost session does not show whether the server answers. The verification, which
-                        // follows at once, does.
-                        _ => self.gate.close(error.to_string(), Answer::Refused),
+                        // follows at once, does. If it is known why no other session can be opened, that says more.
+                        let reason = self.gate.refusal().unwrap_or_else(|| error.to_string());
+                        self.gate.close(reason, Answer::Refused);
                     }
                     warn!(%error, "the database is not used until it has been verified again");
                 }

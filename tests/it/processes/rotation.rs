@@ -159,7 +159,11 @@ async fn rotate(rotation: &mut Rotation) {
     rotation.until_postgres(|detail| detail.starts_with(words)).await;
     rotation.cut_sessions().await;
     let words = "is not used: the database refuses the login";
-    rotation.until_postgres(|detail| detail.starts_with(words)).await;
+    let accepts = |detail: &str| {
+        assert!(detail.contains("(SQLSTATE 28P01)"), "{detail}");
+        detail.starts_with(words)
+    };
+    rotation.until_postgres(accepts).await;
     rotation.assert_refused("28P01").await;
     rotation.write("third-word");
     rotation.assert_recovers().await;
