@@ -45,7 +45,7 @@ pub struct AppConfig {
     pub settings: Settings,
     /// The keyring at the start.
     pub keyring: Arc<Keyring>,
-    /// The keyring's file, which is read again when it changes; `None` if the keyring came from nowhere.
+    /// The keyring's file, which is read again when it changes; `None` if the keyring was not read from a file.
     pub keyring_file: Option<PathBuf>,
     /// Whether to apply missing migrations at the start, and to publish the keyring's intake key. Without it, a
     /// schema that is too old and a missing key are errors.

@@ -5,6 +5,7 @@
 //! records were later removed from the end of the chain.
 
 use std::{
+    cmp::Reverse,
     fs::{self, OpenOptions},
     io::{self, Write},
     os::unix::fs::OpenOptionsExt,
@@ -180,12 +181,15 @@ pub(crate) fn last_signed(file: &Path, chain: &str, keys: &VerifyingKeys) -> io:
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             Err(error) => return Err(error),
         };
-        let signed = bytes
+        let mut heads: Vec<_> = bytes
             .split(|byte| *byte == b'\n')
             .filter_map(|line| serde_json::from_slice::<SignedCheckpoint>(line).ok())
             .filter(|head| head.chain == chain && head.seq > last)
-            .filter(|head| head.verify(keys).is_ok());
-        last = signed.map(|head| head.seq).max().unwrap_or(last);
+            .collect();
+        // There may be tens of thousands. Only the newest signatures are verified, until one is valid.
+        heads.sort_unstable_by_key(|head| Reverse(head.seq));
+        let valid = heads.into_iter().find(|head| head.verify(keys).is_ok());
+        last = valid.map_or(last, |head| head.seq);
     }
     Ok(last)
 }

@@ -117,7 +117,7 @@ pub fn database_url(sources: &Sources) -> Result<DatabaseUrl, InvalidSettings> {
     read(sources, required_database)
 }
 
-/// Reads the database's URL for `migrate`: `MIGRATE_DATABASE_URL`, or else `DATABASE_URL`.
+/// Reads the database's URL for commands that need the tables' owner: `MIGRATE_DATABASE_URL`, or else `DATABASE_URL`.
 pub fn migrate_database_url(sources: &Sources) -> Result<DatabaseUrl, InvalidSettings> {
     read(sources, |reader| {
         reader

@@ -110,8 +110,8 @@ pub const DATABASE_URL: Setting = Setting::new(
 .secret();
 pub const MIGRATE_DATABASE_URL: Setting = Setting::new(
     "migrate_database_url",
-    "The database's URL for `migrate` and `keys publish`, where another role than the broker's owns \
-     the tables; without it, DATABASE_URL",
+    "The database's URL for `migrate` and the commands of `keys` that need the owner, where another role than the \
+     broker's owns the tables; without it, DATABASE_URL",
 )
 .or_setting(&DATABASE_URL)
 .secret();

@@ -130,7 +130,7 @@ impl Drop for Replacement {
     fn drop(&mut self) {
         if !self.committed {
             // The caller has the error that ended the replacement. If the file stays behind, the next
-            // replacement overwrites it or names it in its error.
+            // replacement overwrites it.
             let _ = fs::remove_file(&self.temporary);
         }
     }

@@ -28,7 +28,7 @@ pub struct Gauges {
     pub journal: JournalGauges,
     /// Lines of the log that were dropped because nobody read them or they could not be written.
     pub log_lines_dropped: u64,
-    /// The number of duties of the change feed that fail.
+    /// The number of duties that fail: those of the change feed, and the heartbeat.
     pub failing_duties: u64,
     /// The number of rows that cannot be used.
     pub unusable_rows: u64,
@@ -134,7 +134,7 @@ fn encode_tokens(encoder: &mut DescriptorEncoder, gauges: &Gauges) -> fmt::Resul
 }
 
 fn encode_change_feed(encoder: &mut DescriptorEncoder, gauges: &Gauges) -> fmt::Result {
-    let help = "Duties of the change feed whose last attempt failed";
+    let help = "Duties of the change feed, and heartbeats, whose last attempt failed";
     gauge(encoder, "failing_duties", help, gauges.failing_duties)?;
     let help = "Rows in the database that are malformed and treated as if they did not exist";
     gauge(encoder, "unusable_rows", help, gauges.unusable_rows)

@@ -57,7 +57,8 @@ impl ClientCertVerifier for ValidRootVerifier {
         let mut valid = self.each.iter().filter(|(validity, _)| validity.contains(now));
         let accepted =
             valid.any(|(_, ca)| ca.verify_client_cert(end_entity, intermediates, now).is_ok());
-        if accepted { Ok(verified) } else { Err(CertificateError::UnknownIssuer.into()) }
+        // Its CA is known, and not valid at the moment.
+        if accepted { Ok(verified) } else { Err(CertificateError::Expired.into()) }
     }
 
     fn verify_tls12_signature(

@@ -27,7 +27,7 @@ use tracing::{debug, error, info, instrument, warn};
 use super::{
     dependencies::{IssueInfrastructure, IssueSettings, IssueState},
     notify::notify_replicas,
-    outage::{FailingAccounts, OutageChange, Standing},
+    outage::{AttemptHistory, FailingAccounts, OutageChange},
     reconcile::Reconciler,
     records,
 };
@@ -206,8 +206,8 @@ impl TokenIssuer {
             return self.give_up(entry, lease).await;
         }
         let view = self.view(&snapshot);
-        let standing = Standing::of(view.priority_class(version), view.failures(version));
-        let issued = match self.call_upstream(permission.attempt(), standing).await {
+        let history = AttemptHistory::of(view.priority_class(version), view.failures(version));
+        let issued = match self.call_upstream(permission.attempt(), history).await {
             Ok(issued) => issued,
             Err(error) => return self.fail(entry, &permission, error).await,
         };
@@ -354,11 +354,11 @@ impl TokenIssuer {
     // 2. Call.
 
     /// Calls the upstream with the attempt's credential, and updates whether the upstream is in an outage.
-    /// `standing` is the account's before the attempt.
+    /// `history` is the account's before the attempt.
     async fn call_upstream(
         &self,
         attempt: &IssueAttempt,
-        standing: Standing,
+        history: AttemptHistory,
     ) -> Result<IssuedToken, IssueError> {
         let credential = &attempt.credential;
         let opened = self.infrastructure.keyring.current().open_secret(
@@ -379,7 +379,7 @@ impl TokenIssuer {
         let failure = issued.as_ref().err().map(|error| error.class);
         let (outage, now) = (&self.state.outage, self.clock().now());
         let failing = || self.failing_accounts();
-        match outage.attempt_ended(attempt.account, standing, failure, failing, now) {
+        match outage.attempt_ended(attempt.account, history, failure, failing, now) {
             OutageChange::None => {}
             OutageChange::Began => {
                 warn!("an outage of the upstream began: it failed for several accounts in a row");

@@ -33,7 +33,7 @@ const LONGEST_REFUSAL_PAUSE: Duration = Duration::from_mins(5);
 
 /// What an account's earlier attempts say about the cause of a failure.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Standing {
+pub(super) enum AttemptHistory {
     /// The last attempt succeeded, or the account or its credential is new.
     Sound,
     /// The last attempts failed in an outage that has ended, which does not count.
@@ -42,8 +42,8 @@ pub(super) enum Standing {
     Failing,
 }
 
-impl Standing {
-    /// Returns the standing of an account before an attempt of this class, after `failures` in a row.
+impl AttemptHistory {
+    /// Returns the history of an account before an attempt of this class, after `failures` in a row.
     pub(super) fn of(priority: PriorityClass, failures: u32) -> Self {
         match (priority, failures) {
             (PriorityClass::Failing, _) => Self::Failing,
@@ -133,28 +133,28 @@ impl Outage {
         }
     }
 
-    /// Records how an attempt for the account ended at `now`. `standing` is that before the attempt, and
+    /// Records how an attempt for the account ended at `now`. `history` is that before the attempt, and
     /// `failure` is `None` after a success. `failing` counts the accounts that fail.
     pub(super) fn attempt_ended(
         &self,
         account: AccountId,
-        standing: Standing,
+        history: AttemptHistory,
         failure: Option<FailureClass>,
         failing: impl FnOnce() -> FailingAccounts,
         now: Timestamp,
     ) -> OutageChange {
         // Counted without the lock, since it takes a while with many accounts.
-        let is_evidence = match standing {
-            Standing::Sound => true,
-            Standing::Forgiven => failure.is_some() && !self.is_on() && failing().are_most(),
-            Standing::Failing => false,
+        let is_evidence = match history {
+            AttemptHistory::Sound => true,
+            AttemptHistory::Forgiven => failure.is_some() && !self.is_on() && failing().are_most(),
+            AttemptHistory::Failing => false,
         };
         let mut state = self.0.lock();
         match failure {
             // The upstream was not called.
             Some(FailureClass::Intake) => OutageChange::None,
             Some(class) if class.is_transient() => {
-                if standing == Standing::Failing {
+                if history == AttemptHistory::Failing {
                     state.canary_failed(class, now);
                 }
                 if is_evidence { state.failed(account, class, now) } else { OutageChange::None }
@@ -231,22 +231,22 @@ mod tests {
         fn ended(
             &self,
             account: i64,
-            standing: Standing,
+            history: AttemptHistory,
             failure: Option<FailureClass>,
             second: i64,
         ) -> OutageChange {
-            self.ended_beside(failing(1, 10), account, standing, failure, second)
+            self.ended_beside(failing(1, 10), account, history, failure, second)
         }
 
         fn ended_beside(
             &self,
             failing: FailingAccounts,
             account: i64,
-            standing: Standing,
+            history: AttemptHistory,
             failure: Option<FailureClass>,
             second: i64,
         ) -> OutageChange {
-            self.attempt_ended(AccountId(account), standing, failure, || failing, at(second))
+            self.attempt_ended(AccountId(account), history, failure, || failing, at(second))
         }
     }
 
@@ -258,10 +258,13 @@ mod tests {
     fn outage(class: FailureClass) -> Outage {
         let outage = Outage::default();
         for account in [1, 2] {
-            assert_eq!(outage.ended(account, Standing::Sound, Some(class), 0), OutageChange::None);
+            assert_eq!(
+                outage.ended(account, AttemptHistory::Sound, Some(class), 0),
+                OutageChange::None
+            );
         }
         assert!(!outage.is_on());
-        let third = outage.ended(3, Standing::Sound, Some(class), 0);
+        let third = outage.ended(3, AttemptHistory::Sound, Some(class), 0);
         assert_eq!(third, OutageChange::Began);
         outage
     }
@@ -274,10 +277,10 @@ mod tests {
         let one = Outage::default();
         for (account, failure) in [(1, UNREACHABLE), (1, UNREACHABLE), (2, UNREACHABLE), (4, None)]
         {
-            let change = one.ended(account, Standing::Sound, failure, 0);
+            let change = one.ended(account, AttemptHistory::Sound, failure, 0);
             assert_eq!(change, OutageChange::None);
         }
-        assert_eq!(one.ended(3, Standing::Sound, UNREACHABLE, 1), OutageChange::None);
+        assert_eq!(one.ended(3, AttemptHistory::Sound, UNREACHABLE, 1), OutageChange::None);
         assert!(!one.is_on());
     }
 
@@ -295,7 +298,7 @@ mod tests {
                 pauses.push((next - now).num_seconds());
                 now = next;
                 let second = now.timestamp();
-                let _ = outage.ended(account, Standing::Failing, Some(class), second);
+                let _ = outage.ended(account, AttemptHistory::Failing, Some(class), second);
             }
             assert_eq!(pauses, expected);
         }
@@ -305,7 +308,7 @@ mod tests {
     fn an_outage_ends_with_a_token_or_a_judgement_of_a_credential() {
         for answer in [None, Some(FailureClass::Rejected)] {
             let outage = outage(FailureClass::Unreachable);
-            let failing = Standing::Failing;
+            let failing = AttemptHistory::Failing;
             let intake = outage.ended(1, failing, Some(FailureClass::Intake), 1);
             assert_eq!(intake, OutageChange::None);
             assert_eq!(outage.ended(1, failing, answer, 2), OutageChange::Ended);
@@ -334,10 +337,10 @@ mod tests {
     fn accounts_that_fail_again_after_an_outage_make_another_one_only_if_most_accounts_fail() {
         for (fails, of, expected) in [(5, 10, OutageChange::None), (6, 10, OutageChange::Began)] {
             let outage = outage(FailureClass::Unreachable);
-            assert_eq!(outage.ended(9, Standing::Sound, None, 1), OutageChange::Ended);
+            assert_eq!(outage.ended(9, AttemptHistory::Sound, None, 1), OutageChange::Ended);
             let again = |account| {
                 let beside = failing(fails, of);
-                outage.ended_beside(beside, account, Standing::Forgiven, UNREACHABLE, 2)
+                outage.ended_beside(beside, account, AttemptHistory::Forgiven, UNREACHABLE, 2)
             };
             assert_eq!([again(1), again(2)], [OutageChange::None; 2]);
             assert_eq!(again(3), expected, "{fails} of {of} fail");
@@ -348,14 +351,14 @@ mod tests {
     fn an_account_is_sound_until_it_fails_and_forgiven_until_it_fails_after_the_outage() {
         use PriorityClass::{Failing, Proven, Untried};
         for (priority, failures, expected) in [
-            (Proven, 0, Standing::Sound),
-            (Untried, 0, Standing::Sound),
-            (Proven, 1, Standing::Forgiven),
-            (Untried, 7, Standing::Forgiven),
-            (Failing, 0, Standing::Failing),
-            (Failing, 1, Standing::Failing),
+            (Proven, 0, AttemptHistory::Sound),
+            (Untried, 0, AttemptHistory::Sound),
+            (Proven, 1, AttemptHistory::Forgiven),
+            (Untried, 7, AttemptHistory::Forgiven),
+            (Failing, 0, AttemptHistory::Failing),
+            (Failing, 1, AttemptHistory::Failing),
         ] {
-            assert_eq!(Standing::of(priority, failures), expected);
+            assert_eq!(AttemptHistory::of(priority, failures), expected);
         }
     }
 
@@ -367,7 +370,7 @@ mod tests {
         ) {
             let outage = Outage::default();
             for (account, class) in attempts {
-                let change = outage.ended(account, Standing::Failing, Some(class), account);
+                let change = outage.ended(account, AttemptHistory::Failing, Some(class), account);
                 prop_assert_eq!(change, OutageChange::None);
                 prop_assert!(!outage.is_on());
             }

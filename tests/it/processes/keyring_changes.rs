@@ -141,7 +141,7 @@ async fn readiness(setup: &BrokerSetup, name: &str) -> (u16, bool, String) {
     (status, check["ok"].as_bool().unwrap(), check["detail"].as_str().unwrap().to_owned())
 }
 
-/// The keyring's part of promise 22, and what promise 38 demands of it.
+/// A changed keyring costs no restart, and no message about a refused one quotes it.
 #[tokio::test]
 async fn a_changed_keyring_is_used_within_moments_and_one_that_cannot_be_used_is_refused_loudly() {
     let fixture = Fixture::new().await;
