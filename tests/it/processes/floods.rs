@@ -82,6 +82,7 @@ struct BrokerUnderTest {
     _fixture: Fixture,
     setup: BrokerSetup,
     serve: BrokerProcess,
+    /// The bearer of the floods.
     bearer: String,
     bystander: BystanderClient,
     /// The open file descriptors before the first flood.
@@ -94,10 +95,16 @@ impl BrokerUnderTest {
     async fn new() -> Self {
         let fixture = Fixture::new().await;
         fixture.add_account("acme", "id-1", "SK.1").await;
-        let bearer = fixture.add_caller("demo", &["*"]).await;
+        // The floods are another caller's than the bystander's, which calls as fast as it can.
+        let bearer = fixture.add_caller("flood", &["*"]).await;
+        let bystanders_bearer = fixture.add_caller("bystander", &["*"]).await;
+        fixture
+            .database
+            .sql("update callers set rate_limit = 100000 where name = 'bystander'")
+            .await;
         let setup = BrokerSetup::new(fixture.database.url(), &fixture.upstream.base_url()).await;
         let serve = setup.serve().await;
-        let client = TestClient::connect(&setup.endpoint(), &bearer).await;
+        let client = TestClient::connect(&setup.endpoint(), &bystanders_bearer).await;
         eventually("a token", async || client.get("acme").await.ok()).await;
         let bystander = BystanderClient::start(client);
         bystander.is_still_served("the beginning").await;
