@@ -1,5 +1,6 @@
 //! The command `account`.
 
+mod history;
 mod intake_key;
 mod known_keys;
 mod show;
@@ -14,7 +15,9 @@ pub(super) use self::intake_key::remember_successor;
 use self::wait::WaitArgs;
 use super::{
     global::{GlobalArgs, path_argument},
-    output, prompt, sql,
+    output,
+    privileges::{self, Needs},
+    prompt, sql,
 };
 use crate::{
     config::{Flags, KnownKeyFlags},
@@ -72,6 +75,15 @@ Example:
         #[arg(long)]
         json: bool,
     },
+    /// Shows what happened to an account, and who used it, from the audit log
+    #[command(after_help = "\
+Needs the role token_broker_auditor. Exit code 1 if the log says nothing of the account.
+`audit tail --account NAME` prints each event.
+
+Examples:
+  token-broker account history acme
+  token-broker account history acme --since 7d --json")]
+    History(history::HistoryArgs),
     /// Replaces an account's API KEY; the old one is kept until the new one has issued
     #[command(after_help = "\
 Examples:
@@ -152,6 +164,16 @@ struct SecretArgs {
     intake: Flags<KnownKeyFlags>,
 }
 
+impl AccountArgs {
+    /// Returns what the command has to be allowed to do in the database.
+    pub(super) fn needs(&self) -> Needs {
+        match self.command {
+            Command::History(_) => privileges::AUDITOR,
+            _ => privileges::ACCOUNTS,
+        }
+    }
+}
+
 pub(super) async fn run(global: &GlobalArgs, args: AccountArgs) -> anyhow::Result<ExitCode> {
     let open = || global.admin(args.reason.as_deref());
     match args.command {
@@ -175,6 +197,7 @@ pub(super) async fn run(global: &GlobalArgs, args: AccountArgs) -> anyhow::Resul
             show::one(&open().await?.account(&name).await?, json)?;
             Ok(ExitCode::SUCCESS)
         }
+        Command::History(args) => history::run(global, args).await,
         Command::Rotate(args) => rotate(global, &open().await?, args).await,
         Command::Reissue { pattern, state, wait } => {
             let admin = open().await?;

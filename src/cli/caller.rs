@@ -1,5 +1,6 @@
 //! The command `caller`.
 
+mod review;
 mod show;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -10,6 +11,7 @@ use clap::{Args, Subcommand};
 use super::{
     global::{GlobalArgs, path_argument},
     output::{self, note},
+    privileges::{self, Needs},
     prompt,
     time::{LocalTime, Moment},
 };
@@ -80,6 +82,15 @@ Examples:
         #[arg(long)]
         json: bool,
     },
+    /// Lists what to take away or renew: unused grants, callers without a call, bearers that end soon or never
+    #[command(after_help = "\
+Reads callers and the audit log, so that it needs the roles token_broker_access and token_broker_auditor.
+Exit code 3 if it found anything, else 0.
+
+Examples:
+  token-broker caller review
+  token-broker caller review --unused 30d --ending 7d --json")]
+    Review(review::ReviewArgs),
     /// Grants a caller the use of accounts; replaces its grants on the same patterns
     #[command(after_help = "\
 Examples:
@@ -218,9 +229,20 @@ fn rate_limit() -> clap::builder::RangedI64ValueParser<i32> {
     clap::value_parser!(i32).range(1..=1_000_000)
 }
 
+impl CallerArgs {
+    /// Returns what the command has to be allowed to do in the database.
+    pub(super) fn needs(&self) -> Needs {
+        match self.command {
+            Command::Review(_) => privileges::REVIEW,
+            _ => privileges::ACCESS,
+        }
+    }
+}
+
 pub(super) async fn run(global: &GlobalArgs, args: CallerArgs) -> anyhow::Result<ExitCode> {
     let admin = global.admin(args.reason.as_deref()).await?;
     match args.command {
+        Command::Review(args) => return review::run(&admin, args).await,
         Command::Add { name, bearer, out, spiffe_id, dns, rate_limit, description } => {
             let identities = identities(spiffe_id, dns);
             let bearer = bearer.then(|| NewSecret::create(out)).transpose()?;

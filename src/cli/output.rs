@@ -14,7 +14,7 @@ use serde::Serialize;
 use thiserror::Error;
 
 use crate::{
-    domain::printable::{printable, printable_json},
+    domain::printable::{is_printable, printable, printable_json},
     telemetry,
 };
 
@@ -190,6 +190,15 @@ fn bar(what: &str, done: u64, total: u64) -> String {
     let filled = usize::try_from(Progress::BAR * done / total).unwrap_or_default();
     let rest = usize::try_from(Progress::BAR).unwrap_or_default() - filled;
     format!("[{}{}] {done} of {total} {what}", "#".repeat(filled), ".".repeat(rest))
+}
+
+/// Quotes `value` unless it is one unambiguous word.
+pub(super) fn word(value: &str) -> String {
+    let plain = |c: char| is_printable(c) && !c.is_whitespace() && !matches!(c, '"' | '=');
+    if !value.is_empty() && value.chars().all(plain) {
+        return value.to_owned();
+    }
+    format!("{value:?}")
 }
 
 /// Returns the text of `value`, or `-` if there is none.

@@ -18,6 +18,8 @@ use crate::{
 pub(super) enum Needs {
     /// What this role of `deploy/roles.sql` may do.
     Role(&'static str),
+    /// What both of these roles may do.
+    Roles([&'static str; 2]),
     /// What the owner of the tables may do.
     Owner,
 }
@@ -28,6 +30,8 @@ pub(super) const RUNTIME: Needs = Needs::Role("token_broker_runtime");
 pub(super) const ACCOUNTS: Needs = Needs::Role("token_broker_accounts");
 /// The role of `caller …`.
 pub(super) const ACCESS: Needs = Needs::Role("token_broker_access");
+/// The roles of `caller review`, which reads callers and the audit log.
+pub(super) const REVIEW: Needs = Needs::Roles(["token_broker_access", "token_broker_auditor"]);
 /// The role of `audit …`.
 pub(super) const AUDITOR: Needs = Needs::Role("token_broker_auditor");
 
@@ -47,7 +51,7 @@ pub(super) async fn hint(
     }
     let sources = global.sources(BTreeMap::new()).ok()?;
     let url = match needs {
-        Needs::Role(_) => config::database_url(&sources).ok()?,
+        Needs::Role(_) | Needs::Roles(_) => config::database_url(&sources).ok()?,
         Needs::Owner => config::migrate_database_url(&sources).ok()?,
     };
     let database = url.database(APPLICATION_NAME).ok()?.only_reads();
@@ -57,34 +61,53 @@ pub(super) async fn hint(
 
 /// Returns a line about the login of `admin`.
 pub(super) async fn of_login(admin: &Admin, needs: Needs) -> Option<String> {
-    let role = if let Needs::Role(role) = needs { role } else { "" };
+    let (role, second) = match needs {
+        Needs::Role(role) => (role, None),
+        Needs::Roles([role, second]) => (role, Some(second)),
+        Needs::Owner => return Some(owner_advice(&admin.login("").await.ok()?)),
+    };
     let login = admin.login(role).await.ok()?;
-    Some(advice(needs, &login))
+    match second {
+        Some(second) if login.has_role => Some(advice(second, &admin.login(second).await.ok()?)),
+        _ => Some(advice(role, &login)),
+    }
 }
 
-fn advice(needs: Needs, login: &Login) -> String {
-    let name = quoted(&login.current);
-    let who = if login.login == login.current {
-        format!("the login {name}")
-    } else {
-        format!("the login {}, as the role {name},", quoted(&login.login))
-    };
-    match needs {
-        Needs::Owner => format!(
-            "{who} is not the owner of the tables, which this command needs: use the login that runs `migrate`"
-        ),
-        Needs::Role(role) if !login.role_exists => format!(
+fn owner_advice(login: &Login) -> String {
+    format!(
+        "{} is not the owner of the tables, which this command needs: use the login that runs `migrate`",
+        who(login)
+    )
+}
+
+/// Returns what to do about the role `role`, of which `login` says what the session has.
+fn advice(role: &str, login: &Login) -> String {
+    let who = who(login);
+    if !login.role_exists {
+        return format!(
             "{who} may not do this, and the role {role}, which may, does not exist: run deploy/roles.sql as the \
              owner of the tables"
-        ),
-        Needs::Role(role) if login.has_role => format!(
+        );
+    }
+    if login.has_role {
+        return format!(
             "{who} has the role {role}, which this command needs: run deploy/roles.sql again as the owner of the \
              tables, as after each migration"
-        ),
-        Needs::Role(role) => format!(
-            "{who} lacks the role {role}, which this command needs: an admin says `grant {role} to {name}`"
-        ),
+        );
     }
+    let name = quoted(&login.current);
+    format!(
+        "{who} lacks the role {role}, which this command needs: an admin says `grant {role} to {name}`"
+    )
+}
+
+/// Names the login, and the role as which it acts if that is another one.
+fn who(login: &Login) -> String {
+    let name = quoted(&login.current);
+    if login.login == login.current {
+        return format!("the login {name}");
+    }
+    format!("the login {}, as the role {name},", quoted(&login.login))
 }
 
 /// Returns a role's name as SQL writes it.
@@ -108,28 +131,21 @@ mod tests {
             role_exists,
             has_role,
         };
-        for (needs, login, expected) in [
-            (ACCOUNTS, login("jane", true, false), "`grant token_broker_accounts to jane`"),
+        for (role, login, expected) in [
             (
-                ACCESS,
-                login("Other \"x", true, false),
-                "`grant token_broker_access to \"Other \"\"x\"`",
+                "token_broker_accounts",
+                login("jane", true, false),
+                "`grant token_broker_accounts to jane`",
             ),
-            (
-                ACCESS,
-                login("other", true, false),
-                "the login jane, as the role other, lacks the role",
-            ),
-            (AUDITOR, login("jane", true, true), "run deploy/roles.sql again"),
-            (RUNTIME, login("jane", false, false), "does not exist: run deploy/roles.sql"),
-            (
-                Needs::Owner,
-                login("jane", false, false),
-                "the login jane is not the owner of the tables",
-            ),
+            ("r", login("Other \"x", true, false), "`grant r to \"Other \"\"x\"`"),
+            ("r", login("other", true, false), "the login jane, as the role other, lacks the role"),
+            ("r", login("jane", true, true), "run deploy/roles.sql again"),
+            ("r", login("jane", false, false), "does not exist: run deploy/roles.sql"),
         ] {
-            let advice = advice(needs, &login);
+            let advice = advice(role, &login);
             assert!(advice.contains(expected), "{advice}");
         }
+        let advice = owner_advice(&login("jane", false, false));
+        assert!(advice.starts_with("the login jane is not the owner of the tables"), "{advice}");
     }
 }

@@ -14,8 +14,8 @@ mod overview;
 pub use self::{
     accounts::{AccountDetails, AccountSummary, NewAccount, Outcome, Rotation, Selection},
     callers::{
-        BearerSummary, CallerDetails, CallerSummary, CredentialDetails, GrantDetails, Listed,
-        NewBearer, NewCaller, NewGrant,
+        BearerSummary, CallerDetails, CallerSummary, CredentialDetails, GrantDetails, GrantSummary,
+        Listed, NewBearer, NewCaller, NewGrant,
     },
     chains::{OpenChain, UndeliveredReport},
     connection::{Admin, Attribution},

@@ -9,6 +9,7 @@ mod events;
 mod filter;
 mod row;
 mod snapshot;
+mod usage;
 
 pub(super) use self::row::EventRow;
 pub use self::{
@@ -17,5 +18,6 @@ pub use self::{
     filter::EventFilter,
     row::Decoded,
     snapshot::AuditSnapshot,
+    usage::{AccountUse, CallerUse},
 };
 pub use crate::audit::chain::StoredEvent;

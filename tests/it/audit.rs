@@ -357,7 +357,7 @@ async fn events_are_selected_by_filter_and_read_in_pages() {
     let none = EventFilter::default;
     assert_eq!(count(EventFilter { account: Some("acme-1".into()), ..none() }).await, 2);
     assert_eq!(count(EventFilter { caller: Some("caller-0".into()), ..none() }).await, 5);
-    assert_eq!(count(EventFilter { event: Some("started".into()), ..none() }).await, 0);
+    assert_eq!(count(EventFilter { events: Some(vec!["started".into()]), ..none() }).await, 0);
     assert_eq!(count(EventFilter { outcome: Some("ok".into()), ..none() }).await, 10);
     let (since, until) = (Some(day(2)), Some(day(5)));
     assert_eq!(count(EventFilter { since, until, ..none() }).await, 3);

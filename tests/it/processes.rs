@@ -33,6 +33,7 @@ mod pasted;
 mod privileges;
 mod quoted_input;
 mod removed_files;
+mod reviews;
 #[cfg(feature = "embedded-postgres")]
 mod rotation;
 mod secrets;

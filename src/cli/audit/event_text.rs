@@ -2,7 +2,10 @@
 
 use std::iter;
 
-use crate::{cli::time::LocalTime, domain::printable::is_printable, store::audit::StoredEvent};
+use crate::{
+    cli::{output::word, time::LocalTime},
+    store::audit::StoredEvent,
+};
 
 /// Formats an event as a line for people. The hashes are only in `--json`.
 pub(super) fn describe(event: &StoredEvent) -> String {
@@ -31,15 +34,6 @@ pub(super) fn describe(event: &StoredEvent) -> String {
         .chain([position])
         .collect();
     words.join(" ")
-}
-
-/// Quotes `value` unless it is one unambiguous word.
-fn word(value: &str) -> String {
-    let plain = |c: char| is_printable(c) && !c.is_whitespace() && !matches!(c, '"' | '=');
-    if !value.is_empty() && value.chars().all(plain) {
-        return value.to_owned();
-    }
-    format!("{value:?}")
 }
 
 #[cfg(test)]

@@ -41,7 +41,7 @@ impl FilterArgs {
         EventFilter {
             account: self.account.map(|name| name.to_string()),
             caller: self.caller.map(|name| name.to_string()),
-            event: self.event,
+            events: self.event.map(|event| vec![event]),
             outcome: self.outcome,
             since: self.since.map(|since| since.before(now)),
             until: self.until.map(|until| until.before(now)),

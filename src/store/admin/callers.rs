@@ -104,6 +104,15 @@ pub struct GrantDetails {
     pub in_force: bool,
 }
 
+/// A grant together with its caller.
+#[derive(Clone, Debug)]
+pub struct GrantSummary {
+    /// The name of the caller whose grant it is.
+    pub caller: String,
+    /// The details of the grant.
+    pub grant: GrantDetails,
+}
+
 /// A bearer together with its caller.
 #[derive(Clone, Debug)]
 pub struct BearerSummary {
@@ -272,29 +281,49 @@ impl Admin {
         .await?;
         let credentials = credentials.into_iter().map(CredentialRow::decode);
         let credentials = credentials.collect::<Result<Vec<_>, StoreError>>()?;
-        let grants = sqlx::query!(
-            r#"/* store::admin::caller */
-             select g.id, g.pattern, g.rights, g.ends_at as "ends_at: LenientTime",
+        let grants = self.decoded_grants(Some(name)).await?.into_iter();
+        let grants = grants.map(|it| it.map(|it| it.grant)).collect::<Result<_, StoreError>>()?;
+        Ok(CallerDetails { summary, credentials, grants })
+    }
+
+    /// Returns the grants of all callers, including ended ones, ordered by caller and pattern.
+    ///
+    /// # Errors
+    /// Returns the database's error.
+    #[instrument(level = "debug", skip_all)]
+    pub async fn grants(&self) -> Result<Listed<GrantSummary>, StoreError> {
+        Ok(self.decoded_grants(None).await?.into_iter().collect())
+    }
+
+    /// Returns the grants of the caller `name`, or of all callers. A row that holds a time that cannot be read is an
+    /// error of its own.
+    async fn decoded_grants(
+        &self,
+        name: Option<&AccountName>,
+    ) -> Result<Vec<Result<GrantSummary, StoreError>>, StoreError> {
+        let rows = sqlx::query!(
+            r#"/* store::admin::decoded_grants */
+             select callers.name as caller, g.id, g.pattern, g.rights, g.ends_at as "ends_at: LenientTime",
                  g.created_at as "created_at: LenientTime",
                  (g.ends_at is null or g.ends_at > now()) as "in_force!"
              from grants g join callers on callers.id = g.caller_id
-             where callers.name = $1 order by g.pattern"#,
-            name.as_str(),
+             where $1::text is null or callers.name = $1 order by callers.name, g.pattern"#,
+            name.map(AccountName::as_str),
         )
         .fetch_all(&self.pool)
         .await?;
-        let grants = grants.into_iter().map(|row| -> Result<GrantDetails, StoreError> {
+        let decoded = rows.into_iter().map(|row| -> Result<_, StoreError> {
             let time = |at, problem| known("grants", row.id, at, problem);
-            Ok(GrantDetails {
+            let grant = GrantDetails {
                 pattern: row.pattern,
                 rights: row.rights,
                 ends_at: row.ends_at.map(|at| time(at, "malformed ends_at")).transpose()?,
                 created_at: time(row.created_at, "malformed created_at")?,
                 in_force: row.in_force,
-            })
+            };
+            Ok(GrantSummary { caller: row.caller, grant })
         });
-        let grants = grants.collect::<Result<Vec<_>, StoreError>>()?;
-        Ok(CallerDetails { summary, credentials, grants })
+        Ok(decoded.collect())
     }
 
     /// Grants rights on accounts. An existing grant of the caller with the same pattern is replaced.

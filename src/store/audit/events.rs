@@ -41,7 +41,7 @@ pub async fn events_after(
         where at >= $1 and at < $2
             and ($3::text is null or account = $3)
             and ($4::text is null or caller = $4)
-            and ($5::text is null or event = $5)
+            and ($5::text[] is null or event = any($5))
             and ($6::text is null or outcome = $6)
             and ($7::timestamptz is null or (at, chain, seq) > ($7, $8, $9::bigint))
         order by at, chain, seq
@@ -50,7 +50,7 @@ pub async fn events_after(
         until,
         filter.account.as_deref(),
         filter.caller.as_deref(),
-        filter.event.as_deref(),
+        filter.events.as_deref(),
         filter.outcome.as_deref(),
         after_at,
         after_chain,
@@ -85,7 +85,7 @@ pub async fn latest_events(
         where at >= $1 and at < $2
             and ($3::text is null or account = $3)
             and ($4::text is null or caller = $4)
-            and ($5::text is null or event = $5)
+            and ($5::text[] is null or event = any($5))
             and ($6::text is null or outcome = $6)
         order by at desc, chain desc, seq desc
         limit $7"#,
@@ -93,7 +93,7 @@ pub async fn latest_events(
         until,
         filter.account.as_deref(),
         filter.caller.as_deref(),
-        filter.event.as_deref(),
+        filter.events.as_deref(),
         filter.outcome.as_deref(),
         n,
     )

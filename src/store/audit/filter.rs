@@ -11,8 +11,8 @@ pub struct EventFilter {
     pub account: Option<String>,
     /// Name of the caller.
     pub caller: Option<String>,
-    /// The kind of event, such as `get_token`.
-    pub event: Option<String>,
+    /// The kinds of events, such as `get_token`.
+    pub events: Option<Vec<String>>,
     /// The outcome, such as `ok`.
     pub outcome: Option<String>,
     /// Events before this time are excluded.

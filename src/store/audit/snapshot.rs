@@ -23,7 +23,7 @@ const NO_TIME: &str = "its time is not between the years 1970 and 9999";
 
 /// A transaction that shows the whole audit log as of one time, however long reading it takes. Retention
 /// removes no records until it ends.
-pub struct AuditSnapshot(Transaction<'static, Postgres>);
+pub struct AuditSnapshot(pub(super) Transaction<'static, Postgres>);
 
 impl AuditSnapshot {
     /// Begins a transaction with repeatable-read isolation and without a time limit for statements or
@@ -203,7 +203,7 @@ impl AuditSnapshot {
                 and at <= coalesce($2::timestamptz - interval '1 microsecond', 'infinity'::timestamptz)
                 and ($3::text is null or account = $3)
                 and ($4::text is null or caller = $4)
-                and ($5::text is null or event = $5)
+                and ($5::text[] is null or event = any($5))
                 and ($6::text is null or outcome = $6)
                 and ($7::text[] is null or token_fingerprint = any($7))
             order by at, chain, seq"#,
@@ -211,7 +211,7 @@ impl AuditSnapshot {
             filter.until,
             filter.account.as_deref(),
             filter.caller.as_deref(),
-            filter.event.as_deref(),
+            filter.events.as_deref(),
             filter.outcome.as_deref(),
             filter.fingerprints.as_deref(),
         )
