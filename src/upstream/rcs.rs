@@ -2,15 +2,19 @@
 //! pure. An answer is decoded by what it is, and then read strictly: it is a token or an error.
 
 mod answer;
+mod body;
+mod claims;
 mod http_date;
 mod issued;
+mod json;
 mod number;
 mod refused;
+mod stated_error;
 
 use std::fmt::Display;
 
-pub use answer::MAX_BODY;
-use answer::Unreadable;
+pub use body::MAX_BODY;
+use body::Unreadable;
 use chrono::TimeDelta;
 use http::{HeaderMap, StatusCode, header};
 pub use issued::{LONGEST_LIFE, stated_life};
@@ -75,7 +79,7 @@ pub fn read(
         let date = http_date(headers, &header::DATE);
         return issued::read(&answer, date, sent, now, utc_ahead);
     }
-    let has_token = answer.as_ref().is_ok_and(|answer| answer.access_token.is_some());
+    let has_token = answer.as_ref().is_ok_and(|answer| !answer.access_tokens.is_empty());
     let mut refused = refused::read(status, headers, error, has_token, now + utc_ahead);
     // The body might name another cause than the status does.
     if let Err(unreadable) = answer

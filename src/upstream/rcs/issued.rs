@@ -1,17 +1,9 @@
-//! Reads an answer that should be a token: the token, its end and its claims.
+//! Reads an answer that should be a token: the token, and its end by this machine's clock.
 
-use std::net::IpAddr;
-
-use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
-use chrono::{DateTime, NaiveDateTime, TimeDelta};
-use serde::Deserialize;
-use serde_json::Value;
+use chrono::{DateTime, TimeDelta};
 use zeroize::Zeroizing;
 
-use super::{
-    answer::{Answer, is_padding},
-    number::whole_number,
-};
+use super::{answer::Answer, body::is_padding, claims::Claims, number::whole_number};
 pub use crate::domain::token::LONGEST_LIFE;
 use crate::{
     domain::{
@@ -22,8 +14,8 @@ use crate::{
 
 /// How far the times that one answer states may differ: `Date` and the claims count whole seconds.
 const CLAIMS_TOLERANCE: TimeDelta = TimeDelta::seconds(2);
-/// Korea time is nine hours ahead of UTC, without summer time.
-const KOREA: TimeDelta = TimeDelta::hours(9);
+/// The lengths of the lines into which writers break a token, as the encodings of RFC 2045 and RFC 7468 have them.
+const WRAPPED_LINE: std::ops::RangeInclusive<usize> = 60..=80;
 
 /// Reads an answer with the header `Date`, to a request that was sent at `sent`. The answer was received at `now`.
 /// UTC is `utc_ahead` ahead of these times.
@@ -34,16 +26,13 @@ pub(super) fn read(
     now: Timestamp,
     utc_ahead: TimeDelta,
 ) -> Result<IssuedToken, IssueError> {
-    if answer.is_ambiguous {
-        return Err(IssueError::malformed("the upstream's answer has a field twice"));
-    }
-    let access_token = answer.access_token.as_deref().and_then(|it| read_text(it));
-    let access_token = access_token
+    let tokens = answer.access_tokens.iter().map(|json| Some(bare_token(&read_text(json)?)));
+    let access_token = the_same(tokens)?
         .ok_or_else(|| IssueError::malformed("the upstream's answer has no accessToken"))?;
-    let access_token = AccessToken::new(bare_token(&access_token)).map_err(|_| {
+    let access_token = AccessToken::new(&access_token).map_err(|_| {
         IssueError::malformed("the upstream's accessToken is not 1 to 8192 visible characters")
     })?;
-    let stated_end = answer.expires_in.as_deref().and_then(read_end).ok_or_else(|| {
+    let stated_end = the_same(answer.ends.iter().map(|json| read_end(json)))?.ok_or_else(|| {
         IssueError::malformed("the upstream's expiresIn is not a time in milliseconds since 1970")
     })?;
 
@@ -62,6 +51,20 @@ pub(super) fn read(
         allowed_ip: claims.allowed_ip,
         skew_ms: date.map(|date| (date - now - utc_ahead).num_milliseconds()),
     })
+}
+
+/// Returns the value that a field has each time that it is there; `None` if it is not there or cannot be read.
+///
+/// # Errors
+/// If it has two values, so that it is not known which one is meant.
+fn the_same<T: PartialEq>(
+    mut values: impl Iterator<Item = Option<T>>,
+) -> Result<Option<T>, IssueError> {
+    let Some(first) = values.next() else { return Ok(None) };
+    if values.any(|other| other != first) {
+        return Err(IssueError::malformed("the upstream's answer has a field twice"));
+    }
+    Ok(first)
 }
 
 /// Returns how far the upstream's clock is believed to be ahead of this machine's: zero if the clocks agree as far as
@@ -125,33 +128,46 @@ fn read_text(json: &str) -> Option<Zeroizing<String>> {
     serde_json::from_str(json).ok().map(Zeroizing::new)
 }
 
-/// Pairs of quotation marks.
-const QUOTATION_MARKS: [(char, char); 5] =
-    [('"', '"'), ('\'', '\''), ('`', '`'), ('\u{201c}', '\u{201d}'), ('\u{2018}', '\u{2019}')];
+/// Pairs of quotation marks. Typographic ones are padding.
+const QUOTATION_MARKS: [char; 3] = ['"', '\'', '`'];
 
-/// Returns the token without white space and marks around it, quotation marks, and the name of the scheme or the
-/// header with which it is used. No token can contain any of these at that place, and callers add the scheme
-/// themselves.
-fn bare_token(text: &str) -> &str {
+/// Returns the text without padding and quotation marks around it.
+fn unquoted(text: &str) -> &str {
     let text = text.trim_matches(is_padding);
-    let unquoted = QUOTATION_MARKS
-        .iter()
-        .find_map(|(open, close)| text.strip_prefix(*open)?.strip_suffix(*close));
-    if let Some(text) = unquoted {
-        return bare_token(text);
-    }
+    let inner =
+        QUOTATION_MARKS.iter().find_map(|mark| text.strip_prefix(*mark)?.strip_suffix(*mark));
+    inner.map_or(text, unquoted)
+}
+
+/// Returns the token without padding and quotation marks around it, the name of the scheme or the header with which it
+/// is used, and the ends of lines into which it was broken. No token can contain any of these at that place, and
+/// callers add the scheme themselves.
+fn bare_token(text: &str) -> Zeroizing<String> {
+    let text = unquoted(text);
     let (name, token) = text.split_once(is_padding).unwrap_or((text, ""));
     let name = name.strip_suffix(':').unwrap_or(name);
     if ["authorization", "bearer", "jwt"].iter().any(|it| name.eq_ignore_ascii_case(it)) {
         return bare_token(token);
     }
-    text
+    Zeroizing::new(unwrapped(text).unwrap_or_else(|| text.to_owned()))
+}
+
+/// Returns the JWT that `text` has in lines of equal length, of which only the last may be shorter and the first is no
+/// JWT yet. No other text with white space in it is one token for certain.
+fn unwrapped(text: &str) -> Option<String> {
+    let lines: Vec<_> = text.split(is_padding).filter(|line| !line.is_empty()).collect();
+    let [first, middle @ .., last] = &lines[..] else { return None };
+    let is_wrapped = WRAPPED_LINE.contains(&first.len())
+        && middle.iter().all(|line| line.len() == first.len())
+        && last.len() <= first.len()
+        && !Claims::are_in(first);
+    is_wrapped.then(|| lines.concat()).filter(|token| Claims::are_in(token))
 }
 
 /// Reads `expiresIn`: despite its name, a time in milliseconds since 1970, as a number or as text with a number.
 fn read_end(json: &str) -> Option<Timestamp> {
     let text = read_text(json);
-    let ms = text.as_deref().map_or(json, |text| text.trim_matches(is_padding));
+    let ms = text.as_deref().map_or(json, |text| unquoted(text));
     DateTime::from_timestamp_millis(whole_number(ms)?)
 }
 
@@ -162,59 +178,6 @@ pub fn stated_life(token: &AccessToken) -> Option<(Timestamp, Timestamp)> {
     let Claims { end, life, .. } = Claims::of(token);
     let end = end?;
     Some((end.checked_sub_signed(life?)?, end))
-}
-
-/// The claims in the JWT's payload. They are unverified: a claim that cannot be read counts as absent.
-#[derive(Debug, Default, PartialEq)]
-struct Claims {
-    end: Option<Timestamp>,
-    /// The time from `createDate` to `expireDate`, which does not depend on any clock.
-    life: Option<TimeDelta>,
-    allowed_ip: Option<String>,
-}
-
-impl Claims {
-    fn of(token: &AccessToken) -> Self {
-        Self::read(token.expose()).unwrap_or_default()
-    }
-
-    fn read(jwt: &str) -> Option<Self> {
-        #[derive(Deserialize)]
-        #[serde(rename_all = "camelCase")]
-        struct Payload {
-            #[serde(default)]
-            create_date: Value,
-            #[serde(default)]
-            expire_date: Value,
-            #[serde(default)]
-            allow_ip: Value,
-        }
-
-        let mut parts = jwt.split('.');
-        let (_, payload, _) = (parts.next()?, parts.next()?, parts.next()?);
-        if parts.next().is_some() {
-            return None;
-        }
-        let payload = URL_SAFE_NO_PAD.decode(payload).ok()?;
-        let payload: Payload = serde_json::from_slice(&payload).ok()?;
-        let end = payload.expire_date.as_str().and_then(korea_time);
-        let start = payload.create_date.as_str().and_then(korea_time);
-        Some(Self {
-            end,
-            life: end.zip(start).map(|(end, start)| end - start),
-            allowed_ip: payload
-                .allow_ip
-                .as_str()
-                .and_then(|ip| ip.parse::<IpAddr>().ok())
-                .map(|ip| ip.to_string()),
-        })
-    }
-}
-
-/// Reads a time such as `2024-05-31 15:56:41`, which is Korea time without a zone.
-fn korea_time(text: &str) -> Option<Timestamp> {
-    let local = NaiveDateTime::parse_from_str(text, "%Y-%m-%d %H:%M:%S").ok()?;
-    Some(local.checked_sub_signed(KOREA)?.and_utc())
 }
 
 #[cfg(test)]
@@ -259,6 +222,30 @@ mod tests {
     }
 
     #[test]
+    fn a_field_that_is_repeated_with_the_same_meaning_is_read() {
+        for fields in [
+            r#""accessToken":null,"expiresIn":1717138601944,"accessToken":"token""#,
+            r#""accessToken":"token","expiresIn":1717138601944,"accessToken":null,"expiresIn":null"#,
+            r#""accessToken":"","expiresIn":" ","expiresIn":1717138601944,"accessToken":"token""#,
+            r#""expiresIn":"1717138601944","accessToken":"token","expiresIn":1717138601944"#,
+            r#""expiresIn":1.717138601944e12,"accessToken":"token","expiresIn":1717138601944.0"#,
+            r#""expiresIn":1717138601944,"accessToken":"token","accessToken":"tok\u0065n""#,
+            r#""expiresIn":1717138601944,"accessToken":"token","access\u0054oken":"Bearer token""#,
+        ] {
+            let issued = ok(&HeaderMap::new(), format!("{{{fields}}}").as_bytes()).unwrap();
+            assert_eq!(issued.access_token.expose(), "token", "{fields}");
+            assert_eq!(issued.expires_at, at(1_717_138_601_944), "{fields}");
+        }
+        // A value that cannot be read is one.
+        for fields in [
+            r#""expiresIn":"soon","accessToken":"token","expiresIn":1717138601944"#,
+            r#""expiresIn":1717138601944,"accessToken":7,"accessToken":"token""#,
+        ] {
+            assert!(ok(&HeaderMap::new(), format!("{{{fields}}}").as_bytes()).is_err(), "{fields}");
+        }
+    }
+
+    #[test]
     fn an_end_is_read_in_every_notation_of_a_whole_millisecond() {
         for end in [
             "1717138601944.0",
@@ -270,6 +257,8 @@ mod tests {
             "\"1717138601944\\r\\n\"",
             "\"\\uFEFF1717138601944\"",
             "\"\\u0031717138601944\"",
+            r#""\"1717138601944\"""#,
+            r#"" '1717138601944' ""#,
         ] {
             let issued = ok(&HeaderMap::new(), &answer(end, "t")).unwrap();
             assert_eq!(issued.expires_at, at(1_717_138_601_944), "{end}");
@@ -282,6 +271,11 @@ mod tests {
             " t.o-k_e~n ",
             r"t.o-k_e~n\r\n",
             r"\uFEFFt.o-k_e~n\u0000",
+            r"t.o-k_e~n\u00ad",
+            r"\u200et.o-k_e~n\u200f",
+            r"\u2060t.o-k_e~n\u200b",
+            r"t.o-k_e~n\u200d\ufe0f",
+            "“t.o-k_e~n”",
             "Bearer t.o-k_e~n",
             r" bearer \t t.o-k_e~n ",
             r#"\"t.o-k_e~n\""#,
@@ -300,11 +294,57 @@ mod tests {
             let issued = ok(&HeaderMap::new(), &answer("1717138601944", given)).unwrap();
             assert_eq!(issued.access_token.expose(), "t.o-k_e~n", "{given}");
         }
-        for given in
-            ["''", "Bearer", "Bearer ", "Basic canary", "can ary", r"can\u200bary", "canäry"]
-        {
+        for given in [
+            "''",
+            "Bearer",
+            "Bearer ",
+            "Basic canary",
+            "can ary",
+            r"can\u200bary",
+            "canäry",
+            "canaryé",
+            r"canary\u0435",
+            r"canary\u0301",
+            "canary…",
+            "canary••••",
+            r"\u202fcanary\ufffd",
+            r"\x63anary",
+            r"canary\ud83d",
+        ] {
             let error = ok(&HeaderMap::new(), &answer("1717138601944", given)).unwrap_err();
             assert_eq!(error.class, FailureClass::Malformed, "{given}");
+        }
+    }
+
+    #[test]
+    fn a_token_in_lines_is_put_together_and_nothing_else_with_white_space_is() {
+        let token = jwt(SAMPLE);
+        let wrapped = |width: usize, end: &str| {
+            let lines: Vec<_> =
+                token.as_bytes().chunks(width).map(String::from_utf8_lossy).collect();
+            lines.join(end)
+        };
+        for (width, end) in
+            [(64, r"\n"), (76, r"\r\n"), (64, "\n"), (76, "\r\n"), (72, " "), (76, r"\r\n ")]
+        {
+            let text = wrapped(width, end);
+            for text in [text.clone(), format!("Bearer {text}"), format!(r"\n{text}\r\n")] {
+                let issued = ok(&HeaderMap::new(), &answer("1717138601944", &text)).unwrap();
+                assert_eq!(issued.access_token.expose(), token, "{text}");
+            }
+        }
+        for text in [
+            format!("{} canary", &jwt(r#"{"a":"canary-canary-canary"}"#)),
+            wrapped(20, " "),
+            wrapped(200, r"\n"),
+            format!("Basic {token}"),
+            format!("{token} canary"),
+            format!(r"{token}\n{token}"),
+            format!(r"{}\n{}", "a".repeat(64), "a".repeat(64)),
+            format!(r"{}\n{}\n{}", &token[..64], &token[64..100], &token[100..]),
+        ] {
+            let error = ok(&HeaderMap::new(), &answer("1717138601944", &text)).unwrap_err();
+            assert_eq!(error.class, FailureClass::Malformed, "{text}");
         }
     }
 

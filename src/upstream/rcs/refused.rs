@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use http::{HeaderMap, StatusCode, header};
 
-use super::{answer::StatedError, http_date::http_date};
+use super::{http_date::http_date, stated_error::StatedError};
 use crate::{
     domain::{clock::Timestamp, refresh_policy::LONGEST_RETRY_AFTER, refresh_state::FailureClass},
     upstream::issue_error::IssueError,

@@ -4,10 +4,11 @@ use flate2::{
     Compression,
     write::{DeflateEncoder, GzEncoder, ZlibEncoder},
 };
-use http::header::HeaderName;
+use http::header::{self, HeaderName};
 use proptest::prelude::*;
 
 use super::*;
+use crate::upstream::rcs::body::MAX_BODY;
 
 const TOKEN: &str = r#"{"expiresIn":"1717138601944","accessToken":"t.o.k"}"#;
 const REFUSAL: &str = r#"{"error":{"code":"61006","message":"잘못된 비밀 키"},"status":401}"#;
@@ -53,9 +54,9 @@ fn read_as(coding: &str, body: &[u8]) -> String {
         Err(unreadable) => unreadable.to_string(),
         Ok(Answer { error: Some(error), .. }) => error.code.unwrap_or_default(),
         Ok(answer) => {
-            assert_eq!(answer.access_token.unwrap().as_str(), r#""t.o.k""#);
-            assert_eq!(answer.expires_in.unwrap(), r#""1717138601944""#);
-            assert!(!answer.is_ambiguous);
+            assert!(!answer.access_tokens.is_empty() && !answer.ends.is_empty());
+            assert!(answer.access_tokens.iter().all(|token| token.as_str() == r#""t.o.k""#));
+            assert!(answer.ends.iter().all(|end| end == r#""1717138601944""#));
             "token".to_owned()
         }
     }
@@ -86,6 +87,13 @@ fn forms(text: &str) -> Vec<(&'static str, &'static str, Vec<u8>)> {
         ("a string with the document", "", string.clone().into_bytes()),
         ("a string with a mark", "", format!("\u{feff}{string}").into_bytes()),
         ("a list of one", "", format!("[{text}]").into_bytes()),
+        ("a list of a list", "", format!("[[{text}]]").into_bytes()),
+        ("a list with null", "", format!("[null,{text}]").into_bytes()),
+        ("a list with a number", "", format!("[401, {text}]").into_bytes()),
+        ("a list with empty values", "", format!("[{{ }},[],\"\",{text},{{}}]").into_bytes()),
+        ("a list of a string", "", format!("[{string}]").into_bytes()),
+        ("a string with a list", "", serde_json::to_vec(&format!("[{text}]")).unwrap()),
+        ("a string with a string", "", serde_json::to_vec(&string).unwrap()),
         ("a guard against scripts", "", format!(")]}}',\n{text}").into_bytes()),
         ("another guard", "", format!("while(1);{text}").into_bytes()),
         ("gzip", "gzip", gzip(bytes)),
@@ -93,6 +101,8 @@ fn forms(text: &str) -> Vec<(&'static str, &'static str, Vec<u8>)> {
         ("gzip that no header names", "", gzip(bytes)),
         ("gzip that is called br", "br", gzip(bytes)),
         ("gzip twice", "gzip, gzip", gzip(&gzip(bytes))),
+        ("gzip three times, named once", "gzip", gzip(&gzip(&gzip(bytes)))),
+        ("gzip four times", "", gzip(&gzip(&gzip(&gzip(bytes))))),
         ("gzip in two members", "gzip", [gzip(&bytes[..9]), gzip(&bytes[9..])].concat()),
         ("gzip of UTF-16 with a mark", "gzip", gzip(&utf16(&marked, u16::to_le_bytes))),
         ("gzip with a newline after it", "gzip", [&gzip(bytes)[..], b"\n"].concat()),
@@ -107,7 +117,12 @@ fn forms(text: &str) -> Vec<(&'static str, &'static str, Vec<u8>)> {
         ),
         ("deflate", "deflate", zlib(bytes)),
         ("deflate without a header", "deflate", raw_deflate(bytes)),
+        ("deflate that no header names", "", zlib(bytes)),
+        ("deflate without a header that no header names", "", raw_deflate(bytes)),
+        ("deflate of UTF-16", "", zlib(&utf16(text, u16::to_be_bytes))),
+        ("deflate that is called gzip", "gzip", zlib(bytes)),
         ("deflate, then gzip", "deflate, gzip", gzip(&zlib(bytes))),
+        ("deflate without a header, then gzip", "", gzip(&raw_deflate(bytes))),
         ("gzip, then deflate", "gzip,deflate", zlib(&gzip(bytes))),
         ("plain, called identity", "identity", bytes.to_vec()),
         ("plain, called gzip", "gzip", bytes.to_vec()),
@@ -142,6 +157,27 @@ fn the_fields_are_read_although_a_message_is_in_another_encoding() {
 }
 
 #[test]
+fn escapes_that_json_does_not_have_lose_no_code() {
+    for message in [r"it\'s", r"\x41", r"\q \ \u12 \u+123 \uzzzz", r"C:\새\dir", r#"a\\\" \/ \'"#]
+    {
+        let body = format!(r#"{{"error":{{"message":"{message}","code":"61006"}}}}"#);
+        assert_eq!(read_as("", body.as_bytes()), "61006", "{message}");
+        let wrapped = serde_json::to_vec(&body).unwrap();
+        assert_eq!(read_as("", &wrapped), "61006", "{message}");
+    }
+    // A token does not become another one by it.
+    for (written, read_as) in [
+        (r"t\.o.k", "t\u{fffd}.o.k"),
+        (r"\x74.o.k", "\u{fffd}x74.o.k"),
+        (r"\u74t.o.k\ud83d", "\u{fffd}u74t.o.k\u{fffd}"),
+    ] {
+        let body = format!(r#"{{"accessToken":"{written}","expiresIn":"1717138601944"}}"#);
+        let Ok(answer) = read(&HeaderMap::new(), body.as_bytes()) else { panic!("{written}") };
+        assert_eq!(answer.access_tokens[0].as_str(), format!("\"{read_as}\""));
+    }
+}
+
+#[test]
 fn the_code_of_a_refusal_is_found_wherever_writers_and_gateways_put_it() {
     for body in [
         r#"{"error":{"code":"61006","message":"cut \ud83d"}}"#,
@@ -164,6 +200,37 @@ fn the_code_of_a_refusal_is_found_wherever_writers_and_gateways_put_it() {
         r#"{"error":{"code":"6.1006e4"}}"#,
         r#"{"error":{"code":"61006.0"}}"#,
         r#"[{"error":{"code":"61006"}}]"#,
+        // Of a field that is repeated, the last value that says something counts.
+        r#"{"error":{"code":"61006","code":null},"status":401}"#,
+        r#"{"error":{"code":"61006","code":""}}"#,
+        r#"{"error":{"code":"61006","code":"0"}}"#,
+        r#"{"error":{"code":"61005","code":"61006","code":[]}}"#,
+        r#"{"code":"61006","code":null,"status":401}"#,
+        r#"{"status":401,"status":null,"code":"61006","code":""}"#,
+        r#"{"error":{"code":null,"error":{"code":"61006"}}}"#,
+        r#"{"error":{"error":{"code":"61006"},"error":null}}"#,
+        // Prefixes and signs.
+        r#"{"error":{"code":"RCS-61006"}}"#,
+        r#"{"error":{"code":"E61006"}}"#,
+        r#"{"error":{"code":"ERR_61006_2024"}}"#,
+        r#"{"error":{"code":-61006}}"#,
+        r#"{"error":{"code":"[61006]"}}"#,
+        r#"{"error":{"code":"\"61006\""}}"#,
+        r#"{"error":{"code":"\u200b61006\u2060"}}"#,
+        r#"{"error":"RCS-61006: canary"}"#,
+        // What gateways wrap around it.
+        r#"{"data":{"error":{"code":"61006"}}}"#,
+        r#"{"detail":{"code":"61006"}}"#,
+        r#"{"fault":{"code":61006}}"#,
+        r#"{"error":{"errorCode":"61006"}}"#,
+        r#"{"error":"Unauthorized","error_code":"61006"}"#,
+        r#"{"resultCode":"61006","resultMessage":"canary"}"#,
+        r#"{"ERROR":{"CODE":"61006"},"STATUS":401}"#,
+        r#"{"error ":{"code ":"61006"}}"#,
+        r#"{"\ufefferror":{"\ufeffcode":"61006"}}"#,
+        r#"{"statusCode":401,"body":"{\"error\":{\"code\":\"61006\"}}"}"#,
+        r#"{"errors":[{"detail":{"code":"61006"}},{"detail":{"code":"61006"}}]}"#,
+        r#"{"accessToken":null,"expiresIn":"","result":{"code":"61006"}}"#,
         // A token beside it does not count.
         r#"{"code":"61006","accessToken":"t.o.k","expiresIn":"1717138601944"}"#,
     ] {
@@ -173,6 +240,9 @@ fn the_code_of_a_refusal_is_found_wherever_writers_and_gateways_put_it() {
         r#"{"error":[{"code":"61006"},{"code":"61005"}]}"#,
         r#"{"error":"canary 61006"}"#,
         r#"{"error":{"message":"61006"}}"#,
+        r#"{"error":{"errorCode":"61006","subCode":"61005"}}"#,
+        r#"{"error":{"message":"canary"},"zip":"61006"}"#,
+        r#"{"error":{"errorCode":"401"}}"#,
     ] {
         assert_eq!(read_as("", without_code.as_bytes()), "", "{without_code}");
     }
@@ -183,6 +253,25 @@ fn the_code_of_a_refusal_is_found_wherever_writers_and_gateways_put_it() {
 #[test]
 fn what_states_no_error_loses_no_token() {
     for beside in [
+        r#""error":"OK""#,
+        r#""error":"ok.""#,
+        r#""error":"No error""#,
+        r#""error":"NO_ERROR""#,
+        r#""error":"N""#,
+        r#""error":"no""#,
+        r#""error":"N/A""#,
+        r#""error":"-""#,
+        r#""error":"Success""#,
+        r#""error":"정상""#,
+        r#""error":["OK"]"#,
+        r#""error":{"code":"OK"}"#,
+        r#""error":{"code":"SUCCESS","message":"정상 처리되었습니다"}"#,
+        r#""error":{"code":"","message":"Success"}"#,
+        r#""error":{"message":"success"}"#,
+        r#""error":{"code":{}}"#,
+        r#""errors":{},"error":[]"#,
+        r#""accessToken":null"#,
+        r#""accessToken":"","expiresIn":null"#,
         r#""error":"None""#,
         r#""error":" none ""#,
         r#""error":"false""#,
@@ -197,6 +286,12 @@ fn what_states_no_error_loses_no_token() {
         let body = format!(r#"{{"expiresIn":"1717138601944","accessToken":"t.o.k",{beside}}}"#);
         assert_eq!(read_as("", body.as_bytes()), "token", "{beside}");
     }
+    // A message whose characters were lost, and words that only contain one of success.
+    for beside in ["??? ??", "\u{fffd}\u{fffd}", "not ok", "no such key", "!"] {
+        let token = r#""expiresIn":"1717138601944","accessToken":"t.o.k""#;
+        let body = format!(r#"{{{token},"error":"{beside}"}}"#);
+        assert_eq!(read_as("", body.as_bytes()), "", "{beside}");
+    }
 }
 
 #[test]
@@ -210,12 +305,11 @@ fn what_is_no_single_whole_object_is_not_read() {
         "61006",
         "[]",
         "[1]",
-        r#"[{"accessToken":"canary"},{}]"#,
+        r#"[{"accessToken":"canary"},{"expiresIn":1}]"#,
+        r#"[[[[[{"accessToken":"canary"}]]]]]"#,
         r#"["canary","1717138601944"]"#,
-        r#"[[{"accessToken":"canary"}]]"#,
         r#""""#,
         r#""canary""#,
-        r#""\"{}\"""#,
         r#"{"accessToken":"canary""#,
         r#"{"accessToken":"canary"}}"#,
         r#"{"accessToken":"canary"}{}"#,
@@ -231,7 +325,11 @@ fn what_is_no_single_whole_object_is_not_read() {
         assert_eq!(read_as("", body.as_bytes()), not_json, "{body}");
     }
     // A byte is missing, or changed.
-    for (coding, bytes) in [("gzip", gzip(TOKEN.as_bytes())), ("deflate", zlib(TOKEN.as_bytes()))] {
+    for (coding, bytes) in [
+        ("gzip", gzip(TOKEN.as_bytes())),
+        ("deflate", zlib(TOKEN.as_bytes())),
+        ("", zlib(TOKEN.as_bytes())),
+    ] {
         let damaged = "the upstream's compressed answer is damaged or longer than 64 KiB";
         assert_eq!(read_as(coding, &bytes[..bytes.len() - 1]), damaged, "{coding}");
         let mut changed = bytes.clone();
@@ -274,17 +372,19 @@ proptest! {
     fn no_bytes_under_any_coding_make_the_reader_panic(
         coding in "(gzip|deflate|br|identity|, ){0,6}",
         body in proptest::collection::vec(any::<u8>(), 0..60),
-        form in 0_usize..42,
+        form in 0_usize..usize::MAX,
     ) {
         let _ = read_as(&coding, &body);
         // A form that is cut or changed at a place is read as what it is, or not at all.
-        let (_, coding, mut bytes) = forms(REFUSAL).swap_remove(form);
+        let mut forms = forms(REFUSAL);
+        let form = form % forms.len();
+        let (_, coding, mut bytes) = forms.swap_remove(form);
         if let (Some(at), Some(byte)) = (body.first(), body.get(1)) {
             let at = usize::from(*at) % bytes.len();
             bytes[at] = *byte;
             let headers = headers(&[(header::CONTENT_ENCODING, coding)]);
             if let Ok(answer) = read(&headers, &bytes) {
-                prop_assert!(answer.access_token.is_none());
+                prop_assert!(answer.access_tokens.is_empty());
             }
         }
     }
