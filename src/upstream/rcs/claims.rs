@@ -2,7 +2,10 @@
 
 use std::net::IpAddr;
 
-use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
+use base64::{
+    Engine as _, alphabet,
+    engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig},
+};
 use chrono::{NaiveDateTime, TimeDelta};
 use serde::Deserialize;
 use serde_json::Value;
@@ -11,12 +14,20 @@ use crate::domain::{clock::Timestamp, secret::AccessToken};
 
 /// Korea time is nine hours ahead of UTC, without summer time.
 const KOREA: TimeDelta = TimeDelta::hours(9);
+/// The encoding of the payload. Some writers pad it.
+const BASE64: GeneralPurpose = GeneralPurpose::new(
+    &alphabet::URL_SAFE,
+    GeneralPurposeConfig::new()
+        .with_decode_padding_mode(DecodePaddingMode::Indifferent)
+        .with_decode_allow_trailing_bits(true),
+);
+
 /// The claims in the JWT's payload. They are unverified: a claim that cannot be read counts as absent.
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct Claims {
     /// `expireDate`, read as Korea time.
     pub(super) end: Option<Timestamp>,
-    /// The time from `createDate` to `expireDate`, which does not depend on any clock.
+    /// The time from `createDate` to `expireDate`, which does not depend on any clock or zone.
     pub(super) life: Option<TimeDelta>,
     /// `allowIp`.
     pub(super) allowed_ip: Option<String>,
@@ -40,7 +51,8 @@ impl Payload {
         if parts.next().is_some() {
             return None;
         }
-        let payload = URL_SAFE_NO_PAD.decode(payload).ok()?;
+        // Some writers use the other alphabet of RFC 4648.
+        let payload = BASE64.decode(payload.replace('+', "-").replace('/', "_")).ok()?;
         serde_json::from_slice(&payload).ok()
     }
 }
@@ -51,7 +63,7 @@ impl Claims {
         let Some(payload) = Payload::read(token.expose()) else { return Self::default() };
         let end = payload.expire_date.as_str().and_then(korea_time);
         let start = payload.create_date.as_str().and_then(korea_time);
-        let allowed_ip = payload.allow_ip.as_str().and_then(|ip| ip.parse::<IpAddr>().ok());
+        let allowed_ip = payload.allow_ip.as_str().and_then(|ip| ip.trim().parse::<IpAddr>().ok());
         Self {
             end,
             life: end.zip(start).map(|(end, start)| end - start),

@@ -36,7 +36,7 @@ pub(super) fn read(
         IssueError::malformed("the upstream's expiresIn is not a time in milliseconds since 1970")
     })?;
 
-    let claims = Claims::of(&access_token);
+    let claims = in_their_zone(Claims::of(&access_token), date, stated_end, sent, now, utc_ahead);
     let lead = believed_lead(date, &claims, stated_end, sent, now, utc_ahead);
     if stated_end - now > LONGEST_LIFE + lead {
         return Err(IssueError::malformed("the upstream's token ends further ahead than 48 hours"));
@@ -65,6 +65,42 @@ fn the_same<T: PartialEq>(
         return Err(IssueError::malformed("the upstream's answer has a field twice"));
     }
     Ok(first)
+}
+
+/// Returns the claims by the zone in which the upstream has written them. It is Korea time, unless `expiresIn`, which
+/// has no zone, proves that it is another one, a whole number of hours away: with the life that the claims state, the
+/// token was created when the upstream answered, by any of the clocks; or it was created before, and by Korea time the
+/// upstream would have given out a token that had ended. Otherwise one of the two ends may be wrong, and the earlier
+/// one counts.
+fn in_their_zone(
+    claims: Claims,
+    date: Option<Timestamp>,
+    stated_end: Timestamp,
+    sent: Timestamp,
+    now: Timestamp,
+    utc_ahead: TimeDelta,
+) -> Claims {
+    const MOST_HOURS: i64 = 24;
+    let stated = claims.end.zip(claims.life.filter(|life| *life > TimeDelta::zero()));
+    let Some((end, life)) = stated else { return claims };
+    let hours = (stated_end - end + TimeDelta::minutes(30)).num_seconds().div_euclid(3_600);
+    if hours == 0 || hours.abs() > MOST_HOURS {
+        return claims;
+    }
+    let shifted = end.checked_add_signed(TimeDelta::hours(hours));
+    let created = stated_end.checked_sub_signed(life);
+    let Some((shifted, created)) = shifted.zip(created) else { return claims };
+    let within = |from: Timestamp, to: Timestamp| {
+        created >= from - CLAIMS_TOLERANCE && created <= to + CLAIMS_TOLERANCE
+    };
+    let is_new = within(sent, now)
+        || within(sent + utc_ahead, now + utc_ahead)
+        || date.is_some_and(|date| within(date, date + TimeDelta::seconds(1)));
+    let is_given_again = created <= now && end <= sent;
+    if (shifted - stated_end).abs() <= CLAIMS_TOLERANCE && (is_new || is_given_again) {
+        return Claims { end: Some(shifted), ..claims };
+    }
+    claims
 }
 
 /// Returns how far the upstream's clock is believed to be ahead of this machine's: zero if the clocks agree as far as
@@ -182,6 +218,10 @@ pub fn stated_life(token: &AccessToken) -> Option<(Timestamp, Timestamp)> {
 
 #[cfg(test)]
 mod tests {
+    use base64::{
+        Engine as _,
+        engine::general_purpose::{STANDARD, STANDARD_NO_PAD, URL_SAFE, URL_SAFE_NO_PAD},
+    };
     use http::{HeaderMap, StatusCode, header};
     use proptest::prelude::*;
 
@@ -346,6 +386,62 @@ mod tests {
             let error = ok(&HeaderMap::new(), &answer("1717138601944", &text)).unwrap_err();
             assert_eq!(error.class, FailureClass::Malformed, "{text}");
         }
+    }
+
+    #[test]
+    fn the_allowed_address_is_read_however_the_payload_is_encoded() {
+        // The two alphabets differ for these characters, and the lengths need other padding.
+        for filler in ["", "a", "aa"] {
+            let payload = format!(r#"{{"a":"???>>>~~~{filler}","allowIp":" 1.2.3.4 "}}"#);
+            for engine in [URL_SAFE, URL_SAFE_NO_PAD, STANDARD, STANDARD_NO_PAD] {
+                let token = format!("e30.{}.c2ln", engine.encode(&payload));
+                let issued = ok(&HeaderMap::new(), &answer("1717138601944", &token)).unwrap();
+                assert_eq!(issued.allowed_ip.as_deref(), Some("1.2.3.4"), "{token}");
+            }
+        }
+    }
+
+    #[test]
+    fn claims_in_another_zone_than_korea_shorten_no_token_if_expires_in_proves_it() {
+        let text = |ms: i64, hours: i64| {
+            (at(ms) + TimeDelta::hours(hours)).format("%Y-%m-%d %H:%M:%S").to_string()
+        };
+        let (now, hour) = (at(ISSUED_MS), TimeDelta::hours(1));
+        let token = |created: i64, ended: i64, hours: i64| {
+            jwt(&format!(
+                r#"{{"createDate":"{}","expireDate":"{}"}}"#,
+                text(created, hours),
+                text(ended, hours)
+            ))
+        };
+        let read = |end: i64, token: &str, headers: &HeaderMap| {
+            let body = answer(&end.to_string(), token);
+            read(StatusCode::OK, headers, &body, now, now, TimeDelta::zero())
+        };
+        let (none, end) = (HeaderMap::new(), ISSUED_MS + 3_600_000);
+        for hours in [-12, -5, 0, 1, 8, 9, 10, 14] {
+            let issued = read(end, &token(ISSUED_MS, end, hours), &none).unwrap();
+            assert!(issued.expires_at <= now + hour, "{hours}");
+            assert!(issued.expires_at > now + hour - TimeDelta::seconds(1), "{hours}");
+        }
+        // Our clock is ahead, and `Date` tells when the token was created.
+        let dated = headers(&[(header::DATE, "Fri, 31 May 2024 03:56:41 GMT")]);
+        let two_hours = 7_200_000;
+        let issued =
+            read(end - two_hours, &token(ISSUED_MS - two_hours, end - two_hours, 0), &dated);
+        assert!(issued.unwrap().expires_at > now + hour - TimeDelta::seconds(2));
+        // A token that was created before and is given out again.
+        let half = 1_800_000;
+        let issued = read(end - half, &token(ISSUED_MS - half, end - half, 0), &none).unwrap();
+        assert!(issued.expires_at > now + hour / 2 - TimeDelta::seconds(1));
+        assert!(issued.expires_at <= now + hour / 2);
+        // `expiresIn` is wrong by as many hours: the claims are right about the end.
+        let issued = read(end + 9 * 3_600_000, &token(ISSUED_MS, end, 9), &none).unwrap();
+        assert!(issued.expires_at <= now + hour);
+        // The two differ by minutes, or the claims do not tell the life.
+        assert!(read(end, &token(ISSUED_MS - 600_000, end - 600_000, 0), &none).is_err());
+        let no_life = jwt(&format!(r#"{{"expireDate":"{}"}}"#, text(end, 0)));
+        assert!(read(end, &no_life, &none).is_err());
     }
 
     #[test]
