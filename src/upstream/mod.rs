@@ -202,6 +202,9 @@ impl UpstreamClient {
         if error.is_timeout() {
             return IssueError::unanswered(self.timed_out());
         }
+        if is_unreadable(error) {
+            return IssueError::malformed("the head of the upstream's answer is not valid HTTP");
+        }
         IssueError::unanswered("the upstream ended the connection without an answer")
     }
 
@@ -280,6 +283,18 @@ fn connect_fault(error: &reqwest::Error) -> &'static str {
         (false, true) => "the proxy did not open a tunnel to it",
         (false, false) => "no connection",
     }
+}
+
+/// Returns whether there was an answer whose head cannot be read.
+fn is_unreadable(error: &reqwest::Error) -> bool {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        if error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_parse) {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
 }
 
 fn io_fault(error: &io::Error) -> Option<&'static str> {

@@ -360,7 +360,7 @@ async fn invalid_raw_responses_yield_no_token() {
     let clock = ManualClock::new(DateTime::from_timestamp(3_999_996_400, 0).unwrap());
     for (case, response, class) in [
         ("nothing", vec![], Unreachable),
-        ("not HTTP", b"canary\r\n\r\n".to_vec(), Unreachable),
+        ("not HTTP", b"canary\r\n\r\n".to_vec(), Malformed),
         ("half of the response head", b"HTTP/1.1 200 OK\r\ncontent-le".to_vec(), Unreachable),
         ("a token with a redirect", http("302 Found", "", good), Malformed),
         ("a token with 500", http("500 Oops", "", good), Unreachable),
@@ -387,6 +387,56 @@ async fn invalid_raw_responses_yield_no_token() {
     // The same token in a valid response is accepted.
     let url = serve_once(http("200 OK", "", good)).await;
     assert!(issue(&client_with(&url, LONG_TIMEOUT, Clock::Manual(clock))).await.is_ok());
+}
+
+/// Heads that are not valid HTTP. What they answer is not known, but they are answers: nobody has to search for a
+/// connection that was lost.
+#[tokio::test]
+async fn an_answer_whose_head_is_not_valid_http_is_told_from_a_lost_connection() {
+    let (unreadable, lost) = (
+        "the head of the upstream's answer is not valid HTTP",
+        "the upstream ended the connection without an answer",
+    );
+    let long = format!("HTTP/1.1 401 No\r\nx: {}\r\n", "canary".repeat(100_000));
+    for (case, head, says) in [
+        ("in chunks of HTTP/1.0", "HTTP/1.0 401 No\r\ntransfer-encoding: chunked\r\n", unreadable),
+        ("two spaces", "HTTP/1.1  401  No\r\n", unreadable),
+        ("a tab", "HTTP/1.1\t401\tNo\r\n", unreadable),
+        ("an unknown version", "HTTP/1.2 401 No\r\n", unreadable),
+        ("another protocol", "ICY 401 No\r\n", unreadable),
+        ("HTTP/0.9", "{\"error\":{\"code\":\"canary\"}}", unreadable),
+        ("a control character in the reason", "HTTP/1.1 401 canary\u{1}\r\n", unreadable),
+        ("a length with a sign", "HTTP/1.1 401 No\r\ncontent-length: +2\r\n", unreadable),
+        ("a length in letters", "HTTP/1.1 401 No\r\ncontent-length: canary\r\n", unreadable),
+        ("a negative length", "HTTP/1.1 401 No\r\ncontent-length: -1\r\n", unreadable),
+        (
+            "two lengths",
+            "HTTP/1.1 401 No\r\ncontent-length: 2\r\ncontent-length: 3\r\n",
+            unreadable,
+        ),
+        ("a mark before it", "\u{feff}HTTP/1.1 401 No\r\n", unreadable),
+        ("a status of two digits", "HTTP/1.1 40 No\r\n", unreadable),
+        ("a status of four digits", "HTTP/1.1 1000 No\r\n", unreadable),
+        ("a head that is too long", &long, unreadable),
+        ("half of a head", "HTTP/1.1 401 No", lost),
+        ("an interim answer only", "HTTP/1.1 100 Continue\r\n", lost),
+        ("nothing", "", lost),
+    ] {
+        let rest = if says == unreadable {
+            "\r\n{}"
+        } else if head.ends_with('\n') {
+            "\r\n"
+        } else {
+            ""
+        };
+        let url = serve_once(format!("{head}{rest}").into_bytes()).await;
+        let error = issue(&client(&url)).await.unwrap_err();
+        assert_eq!(error.message, says, "{case}");
+        let class =
+            if says == unreadable { FailureClass::Malformed } else { FailureClass::Unreachable };
+        assert_eq!((error.class, error.may_have_issued), (class, true), "{case}");
+        assert!(!format!("{error:?}").contains("canary"), "{case}");
+    }
 }
 
 /// The responses in which `body`, a whole JSON object, can arrive with `status`.
