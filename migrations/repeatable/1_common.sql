@@ -1,4 +1,4 @@
--- version: 5 (raise it with each change of this file)
+-- version: 6 (raise it with each change of this file)
 --
 -- Functions that the triggers of several tables call.
 
@@ -26,16 +26,18 @@ set search_path = pg_catalog, pg_temp as $$
         and value !~ '[\u0001-\u0020\u007f-\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]'
 $$;
 
--- Describes the first character of `value` that people do not see, or take for another one: such as
+-- Describes the first character of `value` that people do not see, or may take for another one: such as
 -- `character 5 is a zero width space (U+200B)`. NULL if there is none. Characters are counted from 1. `in_words`
--- is for a value of visible characters only, such as an API KEY; otherwise `value` is text for people, in which
--- white space and emoji are ordinary. `src/domain/odd_character.rs` has the same table.
+-- is for a value such as an API KEY, which has visible ASCII and Hangul syllables only; otherwise `value` is text for
+-- people, in which white space and emoji are ordinary. `src/domain/odd_character.rs` has the same table.
 create or replace function @schema@.token_broker_odd_character(value text, in_words boolean) returns text
 language sql immutable
 set search_path = pg_catalog, pg_temp as $$
-    select format('character %s is %s', it.nth, odd.kind)
+    select format('character %s is %s', it.nth, case
+        when ascii(it.character) & 65534 = 65534 then 'a character that does not exist'
+        else coalesce(odd.kind, 'neither ASCII nor a Hangul syllable') end)
     from unnest(string_to_array(left(value, 3000), null)) with ordinality it (character, nth)
-    join (values
+    left join (values
         (0, 8, true, 'a control character'),
         (9, 9, false, 'a tab'),
         (10, 10, false, 'a line feed'),
@@ -55,7 +57,9 @@ set search_path = pg_catalog, pg_temp as $$
         (1807, 1807, false, 'an invisible character'),
         (2192, 2193, false, 'an invisible character'),
         (2274, 2274, false, 'an invisible character'),
+        (4352, 4446, false, 'a part of a Hangul syllable: compose it (Unicode''s form NFC)'),
         (4447, 4448, true, 'an invisible character'),
+        (4449, 4607, false, 'a part of a Hangul syllable: compose it (Unicode''s form NFC)'),
         (5760, 5760, false, 'an unusual space'),
         (6068, 6069, true, 'an invisible character'),
         (6155, 6159, true, 'an invisible character'),
@@ -81,6 +85,7 @@ set search_path = pg_catalog, pg_temp as $$
         (12288, 12288, false, 'an ideographic space (U+3000)'),
         (12289, 12351, false, 'typographic punctuation'),
         (12644, 12644, true, 'an invisible character'),
+        (55216, 55291, false, 'a part of a Hangul syllable: compose it (Unicode''s form NFC)'),
         (57344, 63743, false, 'a character for private use'),
         (64256, 64262, false, 'a ligature'),
         (64976, 65007, true, 'a character that does not exist'),
@@ -93,17 +98,19 @@ set search_path = pg_catalog, pg_temp as $$
         (65441, 65519, false, 'a full-width or half-width form'),
         (65520, 65531, true, 'an invisible character'),
         (65532, 65533, true, 'a replacement for a character that was lost'),
-        (65534, 65535, true, 'a character that does not exist'),
         (69821, 69821, false, 'an invisible character'),
         (69837, 69837, false, 'an invisible character'),
         (78896, 78943, false, 'an invisible character'),
+        (94180, 94180, true, 'an invisible character'),
         (113824, 113827, true, 'an invisible character'),
+        (119129, 119129, true, 'an invisible character'),
         (119155, 119162, true, 'an invisible character'),
         (119808, 120831, false, 'a mathematical letter'),
         (917504, 921599, true, 'an invisible character'),
         (983040, 1114111, false, 'a character for private use')
     ) odd (first, last, in_text, kind) on ascii(it.character) between odd.first and odd.last
-    where (odd.in_text or in_words)
+    where (odd.in_text or ascii(it.character) & 65534 = 65534
+            or in_words and it.character !~ '[\u0021-\u007e\uac00-\ud7a3]')
         -- Most values are plain ASCII, for which the table need not be searched.
         and value !~ '^[\u0021-\u007e]*$'
     order by it.nth

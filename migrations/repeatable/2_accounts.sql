@@ -1,4 +1,4 @@
--- version: 7 (raise it with each change of this file)
+-- version: 8 (raise it with each change of this file)
 --
 -- What happens when a row of `accounts` is written: its values are checked, another secret begins a new
 -- credential version, and the change is recorded.
@@ -53,7 +53,7 @@ begin
         odd := @schema@.token_broker_odd_character(new.client_id, true);
         if odd is not null then
             perform @schema@.token_broker_refuse(
-                'accounts.client_id must have visible characters only; ' || odd, 'client_id');
+                'accounts.client_id must have visible ASCII and Hangul only; ' || odd, 'client_id');
         end if;
     end if;
     if @schema@.token_broker_is_printable(new.client_id, 20) is not true then
@@ -115,7 +115,7 @@ begin
         end if;
     elsif (tg_op = 'INSERT' or new.client_secret is distinct from old.client_secret)
         and @schema@.token_broker_odd_character(new.client_secret, true) is not null then
-        perform @schema@.token_broker_refuse('accounts.client_secret must have visible characters only; '
+        perform @schema@.token_broker_refuse('accounts.client_secret must have visible ASCII and Hangul only; '
             || @schema@.token_broker_odd_character(new.client_secret, true), 'client_secret');
     elsif not @schema@.token_broker_is_printable(new.client_secret, 18) then
         perform @schema@.token_broker_refuse(

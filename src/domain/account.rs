@@ -27,8 +27,8 @@ pub enum InvalidValue {
     /// The value does not match this pattern, because of this character.
     #[error("{0} must match {1}; {2}")]
     OddInPattern(&'static str, &'static str, OddCharacter),
-    /// The value has a character that people do not see, or take for another one.
-    #[error("{0} must have visible characters only; {1}")]
+    /// The value has a character that people do not see, or may take for another one.
+    #[error("{0} must have visible ASCII and Hangul only; {1}")]
     Odd(&'static str, OddCharacter),
     /// The text for people has a character that they do not see.
     #[error("{0} must have no invisible characters; {1}")]
@@ -235,7 +235,11 @@ mod tests {
                 "account name must match [a-z0-9][a-z0-9._-]{0,62}; \
                  character 5 is a zero width space (U+200B)",
             ),
-            ("é", "account name must match [a-z0-9][a-z0-9._-]{0,62}"),
+            (
+                "é",
+                "account name must match [a-z0-9][a-z0-9._-]{0,62}; \
+                 character 1 is neither ASCII nor a Hangul syllable",
+            ),
             (&"a".repeat(64), "account name is longer than 63 characters"),
         ] {
             assert_eq!(name.parse::<AccountName>().unwrap_err().to_string(), fault);
@@ -256,6 +260,18 @@ mod tests {
         assert!(fault.ends_with("character 5 is a zero width space (U+200B)"), "{fault}");
         assert_eq!(ClientId::stored(id).unwrap().as_str(), id);
         assert!(ClientId::stored("a\u{a0}").is_err());
+    }
+
+    #[test]
+    fn a_client_id_has_visible_ascii_and_hangul_only() {
+        assert!("아이디-1".parse::<ClientId>().is_ok());
+        let fault = "myIdК".parse::<ClientId>().unwrap_err().to_string();
+        assert_eq!(
+            fault,
+            "client id must have visible ASCII and Hangul only; \
+             character 5 is neither ASCII nor a Hangul syllable"
+        );
+        assert!(ClientId::stored("myIdК").is_ok());
     }
 
     #[test]

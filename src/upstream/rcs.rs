@@ -142,8 +142,9 @@ mod tests {
 
     #[test]
     fn the_longest_request_fits_the_capacity() {
-        let secret = ClientSecret::new(&"\u{1F512}".repeat(18)).unwrap();
-        let body = request_body(&"\u{1F511}".repeat(20).parse().unwrap(), &secret);
+        // Earlier releases took characters of four bytes.
+        let secret = ClientSecret::stored(&"\u{1F512}".repeat(18)).unwrap();
+        let body = request_body(&ClientId::stored(&"\u{1F511}".repeat(20)).unwrap(), &secret);
         assert_eq!(body.capacity(), 256);
     }
 

@@ -69,8 +69,9 @@ impl FromStr for LoopbackUrl {
     type Err = TargetError;
 
     fn from_str(url: &str) -> Result<Self, TargetError> {
-        // The parser would drop line breaks and tabs.
-        if url.contains(char::is_whitespace) {
+        // The parser would drop line breaks and tabs, and take circled letters, full-width digits and the like for plain
+        // ones.
+        if url.contains(char::is_whitespace) || !url.is_ascii() {
             return Err(TargetError::NotAUrl);
         }
         let url = Url::parse(url).map_err(|_| TargetError::NotAUrl)?;
@@ -182,6 +183,11 @@ mod tests {
             ("http://[::ffff:127.0.0.1]", TargetError::Host),
             ("http://127.0.0.1@example.com", TargetError::UserInfo),
             ("http://canary:canary@127.0.0.1", TargetError::UserInfo),
+            ("http://ⓛocalhost", TargetError::NotAUrl),
+            ("http://127。0。0。1", TargetError::NotAUrl),
+            ("http://１２７.0.0.1", TargetError::NotAUrl),
+            ("http://loca\u{ad}lhost", TargetError::NotAUrl),
+            ("http://127.0.0.1/é", TargetError::NotAUrl),
             ("http://127.0.0.1/?to=canary", TargetError::Query),
             ("http://127.0.0.1/#canary", TargetError::Fragment),
         ] {
