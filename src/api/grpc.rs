@@ -11,7 +11,7 @@
 //! | `watch` | the streams of `WatchTokens` |
 //! | `convert` | checks and converts requests; builds responses |
 //! | [`status`] | the gRPC status and reason of each refusal |
-//! | `message` | which messages are not read: encoding, size, format |
+//! | `message` | which requests and messages are not read: content type, encoding, size, format |
 //! | `pushback` | whether a client that retries by itself has the time for it |
 //! | `public_service` | limits health and reflection, which need no credential |
 //!
@@ -39,15 +39,19 @@ mod watch;
 
 use std::sync::Arc;
 
+use http::{Request, Response};
 pub use token_service::TokenServiceHandler;
-use tonic::{codec::CompressionEncoding::Gzip, service::Routes};
+use tonic::{Status, body::Body, codec::CompressionEncoding::Gzip, service::Routes};
 
 use self::{
     audit::{AuditLayer, AuditService},
     limits::{MAX_PUBLIC_REQUEST_BYTES, MAX_REQUEST_BYTES},
     public_service::PublicService,
 };
-use crate::api::proto::{self, token_service_server::TokenServiceServer};
+use crate::{
+    api::proto::{self, token_service_server::TokenServiceServer},
+    services::token_provider::CallRefusal,
+};
 
 /// Builds everything that the gRPC port serves: `TokenService`, health, and reflection (v1 and v1alpha).
 /// The returned reporter sets the state that health reports.
@@ -79,7 +83,13 @@ pub fn routes(
     let routes = Routes::new(AuditService::new(service, audit))
         .add_service(PublicService(health))
         .add_service(PublicService(v1))
-        .add_service(PublicService(v1alpha))
-        .prepare();
+        .add_service(PublicService(v1alpha));
+    let routes = Routes::from(routes.into_axum_router().fallback(unknown_service)).prepare();
     Ok((routes, health_reporter))
+}
+
+/// Answers calls of services that are not served. It does not depend on the credential, as with other servers.
+async fn unknown_service(request: Request<axum::body::Body>) -> Response<Body> {
+    let refusal = message::check(&request).err().unwrap_or(CallRefusal::UnknownMethod);
+    Status::from(refusal).into_http()
 }

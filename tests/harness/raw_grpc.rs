@@ -16,6 +16,7 @@ pub(crate) const GET_TOKEN: &str = "/token_broker.v1.TokenService/GetToken";
 /// A call that is made as it is: the client adds and enforces nothing.
 #[derive(Clone, Debug)]
 pub(crate) struct RawCall {
+    method: http::Method,
     path: String,
     headers: Vec<(String, String)>,
     body: Vec<u8>,
@@ -24,7 +25,9 @@ pub(crate) struct RawCall {
 impl RawCall {
     /// Creates a call of `path` with a body, which is usually a frame.
     pub(crate) fn new(path: &str, body: Vec<u8>) -> Self {
-        Self { path: path.into(), headers: vec![], body }
+        let headers = [("content-type", "application/grpc"), ("te", "trailers")];
+        let headers = headers.map(|(name, value)| (name.into(), value.into())).into();
+        Self { method: http::Method::POST, path: path.into(), headers, body }
     }
 
     /// Creates a `GetToken` call with a bearer.
@@ -40,6 +43,16 @@ impl RawCall {
 
     pub(crate) fn header(mut self, name: &str, value: &str) -> Self {
         self.headers.push((name.into(), value.into()));
+        self
+    }
+
+    pub(crate) fn without(mut self, name: &str) -> Self {
+        self.headers.retain(|(header, _)| header != name);
+        self
+    }
+
+    pub(crate) fn method(mut self, method: &str) -> Self {
+        self.method = method.parse().unwrap();
         self
     }
 
@@ -59,9 +72,9 @@ impl RawCall {
     }
 
     async fn send_on(&self, send: h2::client::SendRequest<Bytes>) -> RawAnswer {
-        let mut request = Request::post(format!("http://broker{}", self.path))
-            .header("content-type", "application/grpc")
-            .header("te", "trailers");
+        let mut request = Request::builder()
+            .method(self.method.clone())
+            .uri(format!("http://broker{}", self.path));
         for (name, value) in &self.headers {
             request = request.header(name, value);
         }
@@ -70,6 +83,7 @@ impl RawCall {
         // The call may be refused before its body has arrived.
         let _ = body.send_data(self.body.clone().into(), true);
         let answer = answer.await.unwrap();
+        let http_status = answer.status().as_u16();
         let mut headers = answer.headers().clone();
         let (mut body, mut data) = (answer.into_body(), vec![]);
         while let Some(Ok(chunk)) = body.data().await {
@@ -79,13 +93,14 @@ impl RawCall {
         if let Ok(Some(trailers)) = body.trailers().await {
             headers.extend(trailers);
         }
-        RawAnswer { headers, data }
+        RawAnswer { http_status, headers, data }
     }
 }
 
 /// The answer to a call: its headers and trailers, and the bytes of its messages.
 #[derive(Debug)]
 pub(crate) struct RawAnswer {
+    pub(crate) http_status: u16,
     pub(crate) headers: HeaderMap,
     pub(crate) data: Vec<u8>,
 }

@@ -188,7 +188,7 @@ impl AuditLayer {
     }
 
     /// Decides from the request's headers whether a call may reach its RPC: authenticates the caller, counts
-    /// the call against the caller's rate limit, determines the deadline, and checks how the message is compressed.
+    /// the call against the caller's rate limit, determines the deadline, and checks how the message is sent.
     fn admit(
         &self,
         request: &Request<Body>,
@@ -220,7 +220,7 @@ impl AuditLayer {
         let deadline = Deadline(arrived + timeout.min(max_timeout));
         let connection = request.extensions().get::<ConnectionActivity>();
         connection.inspect(|connection| connection.note_authenticated());
-        message::check_encoding(request.headers())?;
+        message::check(request)?;
         let context = CallContext {
             caller: authenticated.caller,
             certificate: certificate.filter(|_| authenticated.kind != CallerKind::Bearer).cloned(),

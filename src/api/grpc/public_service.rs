@@ -81,7 +81,7 @@ where
 {
     /// Begins a call, unless its headers are reason enough to refuse it.
     fn begin(&mut self, request: Request<Body>) -> Result<Answer, CallRefusal> {
-        message::check_encoding(request.headers())?;
+        message::check(&request)?;
         let mut stream = None;
         if has_response_stream(request.uri().path()) {
             let connection =

@@ -160,6 +160,7 @@ mod tests {
             CallRefusal::EgressRejected { upstream_code: None },
             CallRefusal::DeadlineExceeded,
             CallRefusal::Cancelled,
+            CallRefusal::NotGrpc { description: "" },
             CallRefusal::EncodingNotSupported,
             CallRefusal::MessageTooLarge,
             CallRefusal::UnknownMethod,

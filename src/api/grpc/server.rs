@@ -11,6 +11,7 @@ mod http2;
 mod preface;
 mod proxy_protocol;
 mod request_body;
+mod single_message;
 mod socket;
 mod worker_threads;
 

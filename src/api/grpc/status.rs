@@ -55,9 +55,11 @@ macro_rules! reasons {
 }
 
 reasons! {
+    /// The request has another HTTP method or content type than gRPC.
+    NotGrpc = ("NOT_GRPC", Internal),
     /// The message is compressed with an encoding that the broker does not read.
     EncodingNotSupported = ("ENCODING_NOT_SUPPORTED", Unimplemented),
-    /// The service has no such method.
+    /// There is no such service, or it has no such method.
     UnknownMethod = ("UNKNOWN_METHOD", Unimplemented),
     /// The message is larger than the method accepts.
     MessageTooLarge = ("MESSAGE_TOO_LARGE", OutOfRange),
@@ -104,6 +106,7 @@ impl CallRefusal {
             Self::Invalid { .. } => return Err(Code::InvalidArgument),
             Self::DeadlineExceeded => return Err(Code::DeadlineExceeded),
             Self::Cancelled => return Err(Code::Cancelled),
+            Self::NotGrpc { .. } => Reason::NotGrpc,
             Self::EncodingNotSupported => Reason::EncodingNotSupported,
             Self::MessageTooLarge => Reason::MessageTooLarge,
             Self::DecompressedTooLarge => Reason::DecompressedTooLarge,

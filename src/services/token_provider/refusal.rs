@@ -16,6 +16,12 @@ pub enum CallRefusal {
         /// What is wrong with it.
         description: String,
     },
+    /// The request is not one of gRPC.
+    #[error("the request is not gRPC: {description}")]
+    NotGrpc {
+        /// Which rule of gRPC it violates.
+        description: &'static str,
+    },
     /// The message is compressed with an encoding that the broker does not read.
     #[error("the encoding of the request is not supported: send gzip or identity")]
     EncodingNotSupported,
@@ -33,8 +39,8 @@ pub enum CallRefusal {
         /// Which rule it violates. Quotes nothing of the message.
         description: String,
     },
-    /// The service has no such method.
-    #[error("the service has no such method")]
+    /// There is no such service, or it has no such method.
+    #[error("there is no such service or method")]
     UnknownMethod,
     /// The caller sent no bearer and showed no client certificate.
     #[error("no credential: send `authorization: Bearer tbk_…`, or show a client certificate")]

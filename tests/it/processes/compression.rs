@@ -118,6 +118,15 @@ fn rows() -> Vec<Row> {
         ("no protobuf", None, frame(0, b"\xff\xff"), MALFORMED),
         ("part of a message", None, partial, MALFORMED),
         ("no message", None, vec![], MALFORMED),
+        ("two messages", None, [frame(0, &good), frame(0, &good)].concat(), MALFORMED),
+        ("a byte after the message", None, [frame(0, &good), vec![0]].concat(), MALFORMED),
+        (
+            "bytes after gzip",
+            Some("gzip"),
+            frame(1, &[gzip(&good), b"xx".to_vec()].concat()),
+            MALFORMED,
+        ),
+        ("gzip twice", Some("gzip"), frame(1, &[gzip(&good), gzip(&good)].concat()), MALFORMED),
         ("too large", None, frame(0, &message_of(LIMIT + 1)), TOO_LARGE),
         ("too large, compressed", Some("gzip"), frame(1, &vec![0; LIMIT + 1]), TOO_LARGE),
         ("a byte too large", Some("gzip"), frame(1, &gzip(&message_of(LIMIT + 1))), BOMB),
@@ -188,8 +197,16 @@ async fn assert_others_are_refused(setup: &BrokerSetup, bearer: &Bearer) {
         let (what, refused) = (row.what, row.refused);
         let answer = row.call(HEALTH).send(setup.grpc).await;
         assert_eq!(answer.code_and_reason(), refused, "health: {what}: {answer:?}");
-        // A stream of requests may end at any time, and reflection does not say which rule a message violates.
-        if !["part of a message", "no message"].contains(&what) {
+        // A stream of requests may have more messages and end at any time, and reflection does not say which rule a message violates.
+        let permits = [
+            "part of a message",
+            "no message",
+            "two messages",
+            "a byte after the message",
+            "bytes after gzip",
+            "gzip twice",
+        ];
+        if !permits.contains(&what) {
             let refused = if refused == UNSUPPORTED { refused } else { MALFORMED };
             for path in REFLECTION {
                 let answer = row.call(path).send(setup.grpc).await;
@@ -199,6 +216,13 @@ async fn assert_others_are_refused(setup: &BrokerSetup, bearer: &Bearer) {
     }
     let unknown = RawCall::new(&path_of("Other"), vec![]).bearer(bearer).send(setup.grpc).await;
     assert_eq!(unknown.code_and_reason(), "Unimplemented UNKNOWN_METHOD");
+    for path in
+        ["/x.Y/Z", "/token_broker.v1.tokenservice/GetToken", "/", "/token_broker.v1.TokenService"]
+    {
+        let unknown = RawCall::new(path, vec![]).send(setup.grpc).await;
+        assert_eq!(unknown.code_and_reason(), "Unimplemented UNKNOWN_METHOD", "{path}");
+        assert_eq!(unknown.http_status, 200, "{path}");
+    }
     // A stranger hears only that it is one.
     let stranger = rows()[0].call(GET_TOKEN).send(setup.grpc).await;
     assert_eq!(stranger.code_and_reason(), "Unauthenticated CREDENTIAL_MISSING");
@@ -227,7 +251,7 @@ async fn gzip_is_read_and_any_other_encoding_is_refused_with_a_reason_and_record
     let mut expected = vec!["unknown_method unimplemented UNKNOWN_METHOD 1".to_owned()];
     for event in ["get_token", "list_accounts", "watch_tokens"] {
         for refused in [
-            "internal MESSAGE_MALFORMED 11",
+            "internal MESSAGE_MALFORMED 15",
             "out_of_range MESSAGE_TOO_LARGE 2",
             "resource_exhausted DECOMPRESSED_TOO_LARGE 2",
             "unimplemented ENCODING_NOT_SUPPORTED 6",
@@ -238,6 +262,59 @@ async fn gzip_is_read_and_any_other_encoding_is_refused_with_a_reason_and_record
     expected.sort();
     recorded.sort();
     assert_eq!(recorded, expected);
+}
+
+/// As other servers do, so that another client of HTTP/2 does not take the answer for a success.
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_that_are_not_grpc_get_no_token_and_an_http_status() {
+    let fixture = Fixture::new().await;
+    let bearer = fixture.add_caller("demo", &["acme"]).await;
+    let setup = BrokerSetup::new(fixture.database.url(), &fixture.upstream.base_url()).await;
+    let mut serve = setup.serve().await;
+    fixture.add_account("acme", "id-1", "SK.1").await;
+    fixture.wait_for_state("acme", "fresh").await;
+    let health = || RawCall::new(HEALTH, frame(0, &HealthCheckRequest::default().encode_to_vec()));
+    let token = || RawCall::get_token(&bearer, "acme");
+    let unknown = || RawCall::new("/x.Y/Z", vec![]);
+    let content_type =
+        |call: RawCall, value: &str| call.without("content-type").header("content-type", value);
+    for call in [&health as &dyn Fn() -> RawCall, &token] {
+        for grpc in ["application/grpc+proto", "application/grpc;charset=utf-8", "Application/GRPC"]
+        {
+            let answer = content_type(call(), grpc).send(setup.grpc).await;
+            assert!(answer.is_ok() && answer.http_status == 200, "{grpc}: {answer:?}");
+        }
+        // Proxies remove it.
+        let answer = call().without("te").send(setup.grpc).await;
+        assert!(answer.is_ok() && answer.http_status == 200, "{answer:?}");
+    }
+    for call in [&health as &dyn Fn() -> RawCall, &token, &unknown] {
+        let others = ["text/plain", "application/json", "application/grpc-web+proto", ""];
+        let mut refused: Vec<_> =
+            others.iter().map(|other| (content_type(call(), other), 415)).collect();
+        refused.push((call().without("content-type"), 415));
+        refused.extend(["GET", "OPTIONS", "PUT"].map(|method| (call().method(method), 405)));
+        for (call, http_status) in refused {
+            let answer = call.send(setup.grpc).await;
+            assert_eq!(answer.code_and_reason(), "Internal NOT_GRPC", "{call:?}");
+            assert_eq!(answer.http_status, http_status, "{call:?}");
+            assert!(answer.data.is_empty(), "{call:?}");
+        }
+    }
+    let stranger = content_type(RawCall::new(GET_TOKEN, vec![]), "text/plain");
+    let stranger = stranger.send(setup.grpc).await;
+    assert_eq!(stranger.code_and_reason(), "Unauthenticated CREDENTIAL_MISSING");
+    assert_eq!(stranger.http_status, 415);
+    serve.signal(Signal::SIGTERM);
+    assert_eq!(serve.wait().await.code(), Some(0), "{}", serve.stderr());
+    let recorded: i64 = sqlx::query_scalar(
+        "select coalesce(sum(count), 0)::bigint from audit_events
+         where event = 'get_token' and caller = 'demo' and outcome = 'internal' and reason = 'NOT_GRPC'",
+    )
+    .fetch_one(fixture.database.pool())
+    .await
+    .unwrap();
+    assert_eq!(recorded, 8);
 }
 
 /// A message is decompressed no further than to the limit. Without it, each of these would take 64 MiB.

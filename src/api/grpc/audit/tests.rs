@@ -120,8 +120,8 @@ impl Harness {
 
 /// Returns a request for `GetToken`.
 fn request(bearer: &Bearer, body: Body) -> Request<Body> {
-    Request::builder()
-        .uri("/token_broker.v1.TokenService/GetToken")
+    Request::post("/token_broker.v1.TokenService/GetToken")
+        .header("content-type", "application/grpc")
         .header("authorization", format!("Bearer {}", bearer.expose()))
         .body(body)
         .unwrap()

@@ -14,10 +14,11 @@ use tonic::{body::Body, service::Routes};
 use tower::{BoxError, Service};
 use tracing::debug;
 
-use super::request_body::RequestBody;
+use super::{request_body::RequestBody, single_message::SingleMessage};
 use crate::api::grpc::{
     connection::{ConnectionActivity, ConnectionPeer},
     guarded_body::GuardedBody,
+    message::violation_of,
     method::{has_request_stream, has_response_stream},
 };
 
@@ -77,12 +78,22 @@ where
             let path = request.uri().path();
             let response_is_stream = has_response_stream(path);
             let request_is_stream = has_request_stream(path);
-            let mut request =
-                request.map(|body| Body::new(RequestBody::new(body, request_is_stream)));
+            let violation = violation_of(&request);
+            let mut request = request.map(|body| {
+                let body = RequestBody::new(body, request_is_stream);
+                if request_is_stream {
+                    Body::new(body)
+                } else {
+                    Body::new(SingleMessage::new(body))
+                }
+            });
             request.extensions_mut().insert(peer.clone());
             request.extensions_mut().insert(activity.clone());
             async move {
-                let response = routes.call(request).await?;
+                let mut response = routes.call(request).await?;
+                if let Some((status, _)) = violation {
+                    *response.status_mut() = status;
+                }
                 if !response_is_stream {
                     call.response_ready();
                 }
