@@ -25,7 +25,7 @@ use crate::{
     files::{given_path::shown, secret_file::SecretFile},
     store::{
         StoreError,
-        admin::{Admin, Listed, NewBearer, NewCaller, NewGrant},
+        admin::{Admin, NewBearer, NewCaller, NewGrant},
     },
 };
 
@@ -267,7 +267,7 @@ pub(super) async fn run(global: &GlobalArgs, args: CallerArgs) -> anyhow::Result
         Command::List { json } => {
             let listed = admin.callers().await?;
             show::list(&listed.rows, json)?;
-            return Ok(name_unreadable(&listed));
+            return Ok(show::name_unreadable(&listed));
         }
         Command::Show { name, json } => show::one(&admin.caller(&name).await?, json)?,
         Command::Grant { name, patterns, rights, until } => {
@@ -308,14 +308,6 @@ pub(super) async fn run(global: &GlobalArgs, args: CallerArgs) -> anyhow::Result
     Ok(ExitCode::SUCCESS)
 }
 
-/// Names the rows that are missing in a list because they cannot be read. Returns the exit code.
-fn name_unreadable<T>(listed: &Listed<T>) -> ExitCode {
-    for error in &listed.unreadable {
-        note(format_args!("error: {error}"));
-    }
-    if listed.unreadable.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-}
-
 /// Returns the time that `end`, the value of `flag`, stands for.
 ///
 /// # Errors
@@ -350,7 +342,7 @@ async fn bearer(admin: &Admin, command: BearerCommand) -> anyhow::Result<ExitCod
             }
             let listed = admin.bearers(name.as_ref()).await?;
             show::bearers(&listed.rows, json)?;
-            return Ok(name_unreadable(&listed));
+            return Ok(show::name_unreadable(&listed));
         }
         BearerCommand::Revoke { id } => {
             let caller = admin.revoke_bearer(id).await?;

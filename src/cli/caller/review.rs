@@ -14,7 +14,7 @@ use super::{
         output::{self, Table, note},
         time::{LocalTime, brief, positive_duration},
     },
-    name_unreadable,
+    show::name_unreadable,
 };
 use crate::{
     domain::clock::Clock,

@@ -1,5 +1,7 @@
 //! Prints callers, as tables and as JSON.
 
+use std::process::ExitCode;
+
 use serde_json::{Value, json};
 
 use super::super::{
@@ -7,7 +9,7 @@ use super::super::{
     time::LocalTime,
 };
 use crate::store::admin::{
-    BearerSummary, CallerDetails, CallerSummary, CredentialDetails, GrantDetails,
+    BearerSummary, CallerDetails, CallerSummary, CredentialDetails, GrantDetails, Listed,
 };
 
 /// Prints `callers`, one a line.
@@ -91,6 +93,14 @@ pub(super) fn bearers(bearers: &[BearerSummary], as_json: bool) -> anyhow::Resul
         ]);
     }
     table.print("no bearers: token-broker caller bearer add NAME")
+}
+
+/// Names the rows that are missing in a list because they cannot be read. Returns the exit code.
+pub(super) fn name_unreadable<T>(listed: &Listed<T>) -> ExitCode {
+    for error in &listed.unreadable {
+        output::note(format_args!("error: {error}"));
+    }
+    if listed.unreadable.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 fn summary(caller: &CallerSummary) -> Value {
