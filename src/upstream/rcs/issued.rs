@@ -438,6 +438,11 @@ mod tests {
         // `expiresIn` is wrong by as many hours: the claims are right about the end.
         let issued = read(end + 9 * 3_600_000, &token(ISSUED_MS, end, 9), &none).unwrap();
         assert!(issued.expires_at <= now + hour);
+        let given_again = token(ISSUED_MS - half, end - half, 9);
+        for wrong in [1, 9] {
+            let issued = read(end - half + wrong * 3_600_000, &given_again, &none).unwrap();
+            assert!(issued.expires_at <= now + hour / 2, "{wrong}");
+        }
         // The two differ by minutes, or the claims do not tell the life.
         assert!(read(end, &token(ISSUED_MS - 600_000, end - 600_000, 0), &none).is_err());
         let no_life = jwt(&format!(r#"{{"expireDate":"{}"}}"#, text(end, 0)));
