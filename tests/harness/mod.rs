@@ -39,7 +39,11 @@ pub(crate) mod rng;
 #[cfg(feature = "embedded-postgres")]
 pub(crate) mod shifted_clock;
 
-use std::time::{Duration, Instant};
+use std::{
+    env,
+    io::{self, Write},
+    time::{Duration, Instant},
+};
 
 /// How long a test waits for something that must happen. It is far more than anything takes, so that no
 /// test fails because the machine is slow.
@@ -61,8 +65,17 @@ pub(crate) async fn eventually<T>(what: &str, mut probe: impl AsyncFnMut() -> Op
     }
 }
 
-/// Says that a part of a test is skipped, and why.
-#[expect(clippy::print_stderr, reason = "what is not tested must be seen")]
+/// Says that a part of a test is skipped, and why. libtest hides what the macros print of a test that passes, so this
+/// writes to standard error itself.
 pub(crate) fn note_skipped(why: &str) {
-    eprintln!("skipped: {why}");
+    let _ = writeln!(io::stderr(), "\nSKIPPED: {why}");
+}
+
+/// Says that a part of a test is skipped since this machine lacks something that the clients' tests need.
+///
+/// # Panics
+/// With `CI_ALL_CLIENTS=1`, which says that nothing of them may be skipped.
+pub(crate) fn note_skipped_client_test(why: &str) {
+    assert!(env::var("CI_ALL_CLIENTS").as_deref() != Ok("1"), "CI_ALL_CLIENTS=1: {why}");
+    note_skipped(why);
 }

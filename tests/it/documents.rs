@@ -1,7 +1,10 @@
 //! The documents agree with the code: the SQL in them runs, and their tables list the settings and metrics
 //! that exist.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+};
 
 use sqlx::AssertSqlSafe;
 use token_broker::{
@@ -17,6 +20,7 @@ use crate::{
 const ROLES: &str = include_str!("../../deploy/roles.sql");
 const AUDIT: &str = include_str!("../../docs/audit.md");
 const OPERATIONS: &str = include_str!("../../docs/operations.md");
+const PROMISES: &str = include_str!("../../docs/promises.md");
 
 /// Returns the blocks of `document` that are fenced as `kind`.
 fn blocks<'a>(document: &'a str, kind: &str) -> Vec<&'a str> {
@@ -219,4 +223,43 @@ fn the_metrics_table_in_the_operations_document_lists_what_is_exported() {
         }
     }
     assert_eq!(documented, exported, "docs/operations.md differs from what /metrics exports");
+}
+
+/// Whether the repository has the test `path`, such as `it::serving::a_call_…` or `domain::token::tests::a_token_…`.
+fn has_test(path: &str) -> bool {
+    let modules: Vec<_> = path.split("::").collect();
+    let (name, modules) = modules.split_last().unwrap();
+    let root = env!("CARGO_MANIFEST_DIR");
+    let files = match modules {
+        ["it", modules @ ..] => vec![format!("{root}/tests/it/{}.rs", modules.join("/"))],
+        // Tests are in the file that they test, or in a file of their own.
+        [.., _] => [modules, &modules[..modules.len() - 1]]
+            .map(|modules| format!("{root}/src/{}.rs", modules.join("/")))
+            .into(),
+        [] => vec![],
+    };
+    let is_in = |file: &String| {
+        let text = fs::read_to_string(file).unwrap_or_default();
+        text.contains(&format!("fn {name}("))
+    };
+    files.iter().any(is_in)
+}
+
+#[test]
+fn each_promise_names_tests_that_exist() {
+    let rows = PROMISES.lines().filter_map(|line| line.strip_prefix("| "));
+    let rows = rows.filter(|row| row.starts_with(|it: char| it.is_ascii_digit()));
+    let mut numbers = vec![];
+    for row in rows {
+        let cells: Vec<_> = row.split(" | ").collect();
+        let [number, _, tests] = cells[..] else { panic!("{row}") };
+        numbers.push(number.parse::<usize>().unwrap());
+        let tests: Vec<_> = tests.split('`').filter(|it| it.contains("::")).collect();
+        assert!(!tests.is_empty(), "promise {number} names no test");
+        for test in tests {
+            assert!(has_test(test), "promise {number}: there is no test {test}");
+        }
+    }
+    assert_eq!(numbers, (1..=40).collect::<Vec<_>>());
+    assert!(!has_test("it::serving::no_such_test"));
 }

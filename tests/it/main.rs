@@ -65,8 +65,9 @@ mod skipped {
         processes_crashes_paused_postgres
         processes_database_crashes
         processes_dev
+        processes_disruptions
         processes_failovers
+        processes_grpcurl
         processes_rotation
-        processes_turns
     }
 }

@@ -3,39 +3,52 @@
 //! They name the port 50051 and files in the present directory. So the broker and the tools run in a network of their
 //! own, where no other process has that port.
 
-use std::{fs, os::unix::fs::symlink, path::Path};
+use std::{
+    fs,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+};
 
 use crate::harness::{
     broker::Fixture,
-    note_skipped,
+    note_skipped_client_test,
     process::{BrokerSetup, CommandOutput, sh},
 };
 
-const DOCUMENTS: [(&str, &str); 2] = [
-    ("README.md", include_str!("../../../README.md")),
-    ("docs/tls.md", include_str!("../../../docs/tls.md")),
-];
+/// The document with the recipe for the certificates that the lines use.
+const RECIPE: &str = include_str!("../../../docs/tls.md");
 /// The tools, each with the other name under which it is installed from its source.
 const TOOLS: [(&str, &str); 2] =
     [("grpcurl", "grpcurl"), ("grpc_health_probe", "grpc-health-probe")];
 
 /// A command of a document.
 struct DocumentedCommand {
-    document: &'static str,
+    document: String,
     tool: &'static str,
     command: String,
 }
 
+/// The documents: README.md, those in `docs`, and the README of each client.
+fn documents() -> Vec<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let in_directory = |name| fs::read_dir(root.join(name)).unwrap().map(|it| it.unwrap().path());
+    let clients = in_directory("clients").map(|client| client.join("README.md"));
+    let all = in_directory("docs").chain(clients).chain([root.join("README.md")]);
+    all.filter(|path| path.extension().is_some_and(|it| it == "md") && path.is_file()).collect()
+}
+
 /// Returns the commands of the documents that begin with the name of a tool, each with the lines that continue it.
+/// A line with `…` shows what `dev` prints, which its own test runs.
 fn documented_commands() -> Vec<DocumentedCommand> {
     let mut found = vec![];
-    for (document, text) in DOCUMENTS {
+    for document in documents() {
+        let text = fs::read_to_string(&document).unwrap();
         let mut lines = text.lines();
         while let Some(line) = lines.next() {
-            let Some(first) = line.strip_prefix("    ") else { continue };
+            let first = line.trim_start();
             let first = first.strip_prefix("$ ").unwrap_or(first);
             let Some((tool, _)) =
-                TOOLS.iter().find(|(tool, _)| first.starts_with(&format!("{tool} ")))
+                TOOLS.iter().find(|(tool, _)| first.starts_with(&format!("{tool} -")))
             else {
                 continue;
             };
@@ -44,7 +57,13 @@ fn documented_commands() -> Vec<DocumentedCommand> {
                 command.push('\n');
                 command.push_str(lines.next().unwrap());
             }
-            found.push(DocumentedCommand { document, tool, command });
+            if !command.contains('…') {
+                found.push(DocumentedCommand {
+                    document: document.display().to_string(),
+                    tool,
+                    command,
+                });
+            }
         }
     }
     found
@@ -83,8 +102,9 @@ async fn in_own_network(script: &Path) -> Option<CommandOutput> {
 #[tokio::test]
 async fn each_documented_line_with_grpcurl_or_a_health_probe_works_unchanged() {
     let commands = documented_commands();
-    for (document, _) in DOCUMENTS {
-        assert!(commands.iter().any(|it| it.document == document), "{document} has no command");
+    for document in ["README.md", "docs/tls.md"] {
+        let is_of = |it: &DocumentedCommand| it.document.ends_with(document);
+        assert!(commands.iter().any(is_of), "{document} has no command");
     }
     for (tool, _) in TOOLS {
         assert!(commands.iter().any(|it| it.tool == tool), "no command uses {tool}");
@@ -92,13 +112,17 @@ async fn each_documented_line_with_grpcurl_or_a_health_probe_works_unchanged() {
 
     let fixture = Fixture::new().await;
     if !fixture.database.url().contains("host=/") {
-        return note_skipped("grpcurl's lines: the database is not reached through a Unix socket");
+        return note_skipped_client_test(
+            "grpcurl's lines: the database is not reached through a Unix socket",
+        );
     }
     let mut setup = BrokerSetup::new(fixture.database.url(), "http://127.0.0.1:8080/api/1.1").await;
     let directory = setup.directory.path().to_owned();
     let missing = install(&directory).await;
     for tool in &missing {
-        note_skipped(&format!("the documents' lines with {tool}, which is not installed"));
+        note_skipped_client_test(&format!(
+            "the documents' lines with {tool}, which is not installed"
+        ));
     }
     for (name, value) in [
         ("LISTEN", "127.0.0.1:50051"),
@@ -115,7 +139,7 @@ async fn each_documented_line_with_grpcurl_or_a_health_probe_works_unchanged() {
     }
     let settings: Vec<_> =
         setup.settings().map(|(name, value)| format!("export {name}='{value}'")).collect();
-    let recipe = DOCUMENTS[1].1.split("\n```sh\n").nth(1).unwrap().split("\n```\n").next().unwrap();
+    let recipe = RECIPE.split("\n```sh\n").nth(1).unwrap().split("\n```\n").next().unwrap();
     let mut script = format!(
         r#"set -euo pipefail
 cd '{directory}'
@@ -145,17 +169,19 @@ exec 2>&1
     let file = directory.join("lines.sh");
     fs::write(&file, script).unwrap();
     let Some(ran) = in_own_network(&file).await else {
-        return note_skipped("grpcurl's lines: a process here gets no network of its own");
+        return note_skipped_client_test(
+            "grpcurl's lines: a process here gets no network of its own",
+        );
     };
     let output = ran.ok();
     let answers: Vec<_> = output.split("-- next --\n").skip(1).collect();
     assert_eq!(answers.len(), usable.len(), "{output}");
-    for (DocumentedCommand { command, .. }, answer) in usable.iter().zip(answers) {
+    for (DocumentedCommand { document, command, .. }, answer) in usable.iter().zip(answers) {
         let expected = match () {
             () if command.contains("GetToken") => "\"accessToken\": \"eyJ",
             () if command.contains("Health/Check") => "\"status\": \"SERVING\"",
             () => "status: SERVING",
         };
-        assert!(answer.contains(expected), "{command}\n{answer}");
+        assert!(answer.contains(expected), "{document}: {command}\n{answer}");
     }
 }
