@@ -1,4 +1,4 @@
--- version: 5 (raise it with each change of this file)
+-- version: 6 (raise it with each change of this file)
 --
 -- Functions that the triggers of several tables call.
 
@@ -160,6 +160,20 @@ set search_path = pg_catalog, pg_temp as $$
             case when each.key = 'state' then each.value else left(each.value, 1000) end), '{}')
             from jsonb_each_text(what) each));
     select pg_notify('token_broker_changes', '');
+$$;
+
+-- Whether the last recorded change of a row left `state`. An update that changes no value of such a row is not
+-- recorded: programs save whole rows, and declarative tools write the same values again and again. Of another row, which
+-- was written past the triggers, it is: that accepts the present state.
+create or replace function @schema@.token_broker_is_recorded(
+    of_table text, of_row bigint, of_subject text, state text
+) returns boolean
+language sql stable
+set search_path = pg_catalog, pg_temp as $$
+    select coalesce((
+        select case when operation <> 'delete' then what ->> 'state' end from @schema@.changes
+        where table_name = of_table and row_id = of_row and subject = of_subject
+        order by id desc limit 1) = state, false)
 $$;
 
 -- Remembers, before a statement inserts rows, the last number that was taken for rows of the table: those of the

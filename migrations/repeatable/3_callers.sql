@@ -1,4 +1,4 @@
--- version: 6 (raise it with each change of this file)
+-- version: 7 (raise it with each change of this file)
 --
 -- What happens when a row of `callers`, `caller_credentials` or `grants` is written: its values are checked and
 -- the change is recorded.
@@ -41,7 +41,13 @@ begin
         perform @schema@.token_broker_refuse(
             'callers.created_at must be a time between 1970 and 9999', 'created_at');
     end if;
-    new.updated_at := now();
+    if tg_op = 'UPDATE' then
+        -- A row that is saved as it is has not been updated, whatever the program that saves it writes here.
+        new.updated_at := old.updated_at;
+    end if;
+    if tg_op = 'INSERT' or new is distinct from old then
+        new.updated_at := now();
+    end if;
     if tg_op = 'UPDATE' and new.id <> old.id then
         perform @schema@.token_broker_refuse('callers.id cannot be changed', 'id');
     end if;
@@ -78,6 +84,10 @@ begin
         what := jsonb_strip_nulls(jsonb_build_object('rate_limit', new.rate_limit::text,
             'state', @schema@.callers_state(new)));
     elsif tg_op = 'UPDATE' then
+        if new is not distinct from old and @schema@.token_broker_is_recorded(
+                'callers', new.id, new.name, @schema@.callers_state(new)) then
+            return null;
+        end if;
         what := jsonb_build_object('state', @schema@.callers_state(new))
             || @schema@.token_broker_differs('enabled', old.enabled::text, new.enabled::text)
             || @schema@.token_broker_differs('rate_limit', old.rate_limit::text, new.rate_limit::text)
@@ -214,8 +224,15 @@ language plpgsql security definer
 set search_path = pg_catalog, pg_temp as $$
 declare
     it @schema@.caller_credentials := case when tg_op = 'DELETE' then old else new end;
+    caller text := @schema@.token_broker_caller_name(it.caller_id);
     what jsonb;
 begin
+    if tg_op = 'UPDATE' and new is not distinct from old then
+        if @schema@.token_broker_is_recorded('caller_credentials', it.id, caller,
+                @schema@.caller_credentials_state(it)) then
+            return null;
+        end if;
+    end if;
     what := jsonb_strip_nulls(jsonb_build_object('credential', it.id::text, 'kind', it.kind,
         'identity', it.identity, 'ends_at', it.ends_at::text));
     if tg_op = 'UPDATE' then
@@ -230,8 +247,7 @@ begin
     if tg_op <> 'DELETE' then
         what := what || jsonb_build_object('state', @schema@.caller_credentials_state(it));
     end if;
-    perform @schema@.token_broker_change('caller_credentials', tg_op, it.id,
-        @schema@.token_broker_caller_name(it.caller_id), what);
+    perform @schema@.token_broker_change('caller_credentials', tg_op, it.id, caller, what);
     return null;
 end
 $$;
@@ -306,8 +322,14 @@ language plpgsql security definer
 set search_path = pg_catalog, pg_temp as $$
 declare
     it @schema@.grants := case when tg_op = 'DELETE' then old else new end;
+    caller text := @schema@.token_broker_caller_name(it.caller_id);
     what jsonb;
 begin
+    if tg_op = 'UPDATE' and new is not distinct from old then
+        if @schema@.token_broker_is_recorded('grants', it.id, caller, @schema@.grants_state(it)) then
+            return null;
+        end if;
+    end if;
     what := jsonb_strip_nulls(jsonb_build_object('grant', it.id::text, 'pattern', it.pattern,
         'rights', array_to_string(it.rights, ','), 'ends_at', it.ends_at::text));
     if tg_op = 'UPDATE' then
@@ -320,8 +342,7 @@ begin
     if tg_op <> 'DELETE' then
         what := what || jsonb_build_object('state', @schema@.grants_state(it));
     end if;
-    perform @schema@.token_broker_change('grants', tg_op, it.id,
-        @schema@.token_broker_caller_name(it.caller_id), what);
+    perform @schema@.token_broker_change('grants', tg_op, it.id, caller, what);
     return null;
 end
 $$;

@@ -14,7 +14,7 @@ use crate::{
         database::TestDatabase,
         eventually, note_skipped,
     },
-    roles::{ACCESS, ACCOUNTS, attempt, database_with_roles, sql_as},
+    roles::{ACCESS, ACCOUNTS, RUNTIME, attempt, database_with_roles, sql_as},
 };
 
 async fn text(database: &TestDatabase, query: &str) -> String {
@@ -222,6 +222,92 @@ async fn a_stale_save_of_a_credential_does_not_take_its_revocation_back() {
     sql_as(&database, ACCESS, &save("revoked_at")).await;
     let revoked = "select count(*)::text from caller_credentials where revoked_at is not null";
     assert_eq!(text(&database, revoked).await, "1");
+}
+
+/// Declarative tools and programs that save whole objects write values again that did not change. That is no change: it is
+/// neither recorded nor announced, nor does the row count as updated. A row that was written past the triggers is another
+/// matter: to write it as it is accepts its state.
+#[tokio::test]
+async fn an_update_that_changes_no_value_records_nothing_and_announces_nothing() {
+    const OWNER: &str = "current_user";
+    let database = database_with_roles().await;
+    database
+        .sql(
+            "insert into caller_credentials (caller_id, kind, identity)
+                 select id, 'dns', 'shop.example.com' from callers;
+             insert into intake_keys (key_id, public_key, is_primary) values ('i1', sha256('x'), true);
+             update accounts set description = 'x'",
+        )
+        .await;
+    let state = "select concat((select max(id) from changes), ' ',
+        (select string_agg(updated_at::text, ' ') from (select updated_at from accounts
+            union all select updated_at from callers) it))";
+    let before = text(&database, state).await;
+    let mut announced = sqlx::postgres::PgListener::connect_with(database.pool()).await.unwrap();
+    announced.listen("token_broker_changes").await.unwrap();
+
+    let mut statements = vec![
+        (OWNER, "update accounts set name = name, client_secret = client_secret, updated_at = now()"),
+        (OWNER, "update accounts set updated_at = '2026-01-01 00:00Z', sealed_secret = sealed_secret"),
+        (OWNER, "update callers set updated_at = clock_timestamp(), created_at = created_at"),
+        (OWNER, "update caller_credentials set kind = kind, bearer_sha256 = bearer_sha256, identity = identity"),
+        (OWNER, "update grants set rights = rights, pattern = pattern, caller_id = caller_id"),
+        (OWNER, "update grants set rights = array['get', 'report', 'list']"),
+        (OWNER, "update intake_keys set is_primary = true, public_key = sha256('x')"),
+        (OWNER, "update audit_retention set calls_days = calls_days"),
+        (ACCOUNTS, "update accounts set enabled = true, client_id = 'acme-id', description = 'x'"),
+        (
+            ACCOUNTS,
+            "insert into accounts (name, client_id, description) values ('acme', 'acme-id', 'x')
+             on conflict (name) do update set description = excluded.description, client_id = excluded.client_id",
+        ),
+        (ACCESS, "update callers set enabled = true, rate_limit = null, description = ''"),
+        (
+            ACCESS,
+            "insert into callers (name) values ('shop') on conflict (name) do update
+             set rate_limit = excluded.rate_limit, enabled = excluded.enabled",
+        ),
+        (ACCESS, "update caller_credentials set bearer_sha256 = sha256('x'), revoked_at = null where id = 1"),
+        (
+            ACCESS,
+            "insert into grants (caller_id, pattern) select id, 'acme' from callers
+             on conflict (caller_id, pattern) do update set rights = excluded.rights, ends_at = excluded.ends_at",
+        ),
+        (RUNTIME, "update accounts set reissue_requested_at = reissue_requested_at"),
+    ];
+    let version = text(&database, "select current_setting('server_version_num')").await;
+    if version.parse::<u32>().unwrap() >= 150_000 {
+        statements.push((
+            ACCESS,
+            "merge into grants using callers on grants.caller_id = callers.id
+             when matched then update set rights = '{get,report,list}'",
+        ));
+    }
+    for (role, statement) in statements {
+        let run = format!("begin; set local role {role}; {statement}; commit");
+        database.sql(&run.replace("set local role current_user;", "")).await;
+        assert_eq!(text(&database, state).await, before, "{statement}");
+    }
+    // Notifications come in the order of the commits.
+    database.sql("notify token_broker_changes, 'last'").await;
+    assert_eq!(announced.recv().await.unwrap().payload(), "last");
+
+    database
+        .sql_past_triggers(
+            "update accounts set enabled = false; update callers set enabled = false;
+             update caller_credentials set ends_at = now() where kind = 'dns'; update grants set rights = '{get}';
+             update intake_keys set is_primary = false",
+        )
+        .await;
+    let unrecorded = "select count(*)::text from unrecorded_changes";
+    assert_eq!(text(&database, unrecorded).await, "5");
+    for table in ["accounts", "callers", "caller_credentials", "grants", "intake_keys"] {
+        let column = if table == "intake_keys" { "key_id" } else { "id" };
+        let column = if table == "accounts" { "name" } else { column };
+        let column = if column == "id" { "created_at" } else { column };
+        database.sql(&format!("update {table} set {column} = {column}")).await;
+    }
+    assert_eq!(text(&database, unrecorded).await, "0");
 }
 
 /// An upsert as the role of accounts' admins writes the value itself, since `excluded.client_secret` needs the right to
