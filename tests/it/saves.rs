@@ -5,6 +5,7 @@ use std::{
     process::{Output, Stdio},
 };
 
+use sqlx::postgres::PgDatabaseError;
 use token_broker::{app::AppConfig, domain::secret::ClientSecret};
 use tokio::process::Command;
 
@@ -308,6 +309,74 @@ async fn an_update_that_changes_no_value_records_nothing_and_announces_nothing()
         database.sql(&format!("update {table} set {column} = {column}")).await;
     }
     assert_eq!(text(&database, unrecorded).await, "0");
+}
+
+/// What a credential or a grant consists of is not changed in place: a program that saves a row as it read it earlier would
+/// put back a bearer, a name in certificates or a pattern that was replaced meanwhile.
+#[tokio::test]
+async fn a_stale_save_puts_neither_an_old_bearer_nor_an_old_name_nor_an_old_pattern_back() {
+    let database = database_with_roles().await;
+    database
+        .sql(
+            "insert into callers (name) values ('other');
+             insert into caller_credentials (caller_id, kind, identity)
+                 select id, 'dns', 'shop.example.com' from callers where name = 'shop'",
+        )
+        .await;
+    let of_other = "(select id from callers where name = 'other')";
+    for (role, table, column, set) in [
+        (
+            ACCESS,
+            "caller_credentials",
+            "bearer_sha256",
+            "bearer_sha256 = sha256('old') where id = 1",
+        ),
+        (ACCESS, "caller_credentials", "bearer_sha256", "bearer_sha256 = null where id = 1"),
+        (ACCESS, "caller_credentials", "identity", "identity = 'old.example.com' where id = 2"),
+        (
+            "none",
+            "caller_credentials",
+            "kind",
+            "kind = 'spiffe', identity = 'spiffe://a/b' where id = 2",
+        ),
+        (
+            "none",
+            "caller_credentials",
+            "kind",
+            "kind = 'dns', identity = 'b', bearer_sha256 = null where id = 1",
+        ),
+        ("none", "caller_credentials", "caller_id", &format!("caller_id = {of_other}")),
+        ("none", "caller_credentials", "id", "id = default where id = 1"),
+        (ACCESS, "grants", "pattern", "pattern = '*'"),
+        ("none", "grants", "caller_id", &format!("caller_id = {of_other}")),
+        ("none", "grants", "id", "id = default"),
+    ] {
+        let statement = format!("update {table} set description = description, {set}");
+        let statement = if table == "grants" {
+            statement.replace("description = description, ", "rights = rights, ")
+        } else {
+            statement
+        };
+        let error = attempt(&database, role, &statement).await.expect_err(&statement);
+        let error = error.into_database_error().unwrap().downcast::<PgDatabaseError>();
+        assert_eq!((error.code(), error.column()), ("23514", Some(column)), "{statement}: {error}");
+        let named = format!("{table}.{column} cannot be changed");
+        assert!(error.message().starts_with(&named), "{statement}: {error}");
+    }
+    // What replaces them.
+    for statement in [
+        "update caller_credentials set revoked_at = now() where id = 1;
+         insert into caller_credentials (caller_id, kind, bearer_sha256)
+             select caller_id, kind, sha256('new') from caller_credentials where id = 1",
+        "delete from caller_credentials where id = 2;
+         insert into caller_credentials (caller_id, kind, identity) select id, 'dns', 'shop.example.com' from callers
+             where name = 'other'",
+        "delete from grants; insert into grants (caller_id, pattern) select id, 'acme-*' from callers where name = 'shop'",
+        "update caller_credentials set bearer_sha256 = sha256('x'), ends_at = now() where id = 1;
+         update grants set pattern = 'acme', rights = '{get}'",
+    ] {
+        attempt(&database, ACCESS, statement).await.unwrap_or_else(|error| panic!("{statement}: {error}"));
+    }
 }
 
 /// An upsert as the role of accounts' admins writes the value itself, since `excluded.client_secret` needs the right to
