@@ -423,7 +423,7 @@ async fn an_upsert_as_the_least_role_works_in_the_documented_forms() {
 }
 
 /// Runs a program of Postgres, such as `psql`. Returns `None` if it is not installed.
-async fn postgres_program(program: &str, arguments: &[&str]) -> Option<Output> {
+pub(crate) async fn postgres_program(program: &str, arguments: &[&str]) -> Option<Output> {
     let run = Command::new(program).args(arguments).stdin(Stdio::null()).output().await;
     match run {
         Ok(output) => Some(output),

@@ -9,7 +9,7 @@ use crate::{
         caller::AccountPattern,
         clock::Timestamp,
     },
-    store::{StoreError, execution::repeat_on_conflict, lenient::LenientTime},
+    store::{StoreError, execution::repeat_on_conflict, lenient::LenientTime, mass_changes},
 };
 
 /// The values of an account that is to be registered.
@@ -312,6 +312,7 @@ impl Admin {
     async fn try_reissue(&self, selection: &Selection) -> Result<Vec<String>, StoreError> {
         let like = selection.pattern.as_ref().map(like);
         let mut transaction = self.begin().await?;
+        mass_changes::allow(&mut transaction, None).await?;
         let mut names = sqlx::query_scalar!(
             "/* store::admin::try_reissue */
              update accounts a set reissue_requested_at = now()
