@@ -107,7 +107,8 @@ grant
     on accounts to token_broker_accounts;
 
 -- access: for `caller …`. It decides which caller may use which accounts, and cannot read accounts. It writes
--- the hashes of bearers and cannot read them.
+-- the hashes of bearers and cannot read them. Triggers let it save bearers, identities and patterns only as they are: it
+-- may name them in an update so that the error names the column.
 grant
     select,
     insert (name, enabled, rate_limit, description),

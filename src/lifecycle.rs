@@ -1,5 +1,8 @@
 //! Signals of the process, and the run of a broker from its start to its stop.
 
+#[cfg_attr(not(target_os = "linux"), path = "lifecycle/no_real_time.rs")]
+mod real_time;
+
 use std::{future::poll_fn, io, process::ExitCode, task::Poll};
 
 #[cfg(target_os = "linux")]
@@ -53,17 +56,20 @@ const STRAY: &[(&str, Named)] = &[
     ("SIGSTKFLT", Named::STKFLT),
 ];
 
-/// The real-time signals that Linux leaves to programs, by the numbers of the C library. The last one, 64, cannot be
-/// handled by tokio.
-#[cfg(target_os = "linux")]
-const REAL_TIME: std::ops::RangeInclusive<i32> = 34..=63;
-
 /// Signals that mean a stop where a host or container manager sends them: SIGPWR, and SIGRTMIN+3, with which systemd
 /// asks a container to halt.
 #[cfg(target_os = "linux")]
-const HALT: [i32; 2] = [Named::POWER.as_raw(), *REAL_TIME.start() + 3];
+const HALT: [i32; 1] = [Named::POWER.as_raw()];
 #[cfg(not(target_os = "linux"))]
 const HALT: [i32; 0] = [];
+const REAL_TIME_HALT: i32 = *real_time::NUMBERS.start() + 3;
+
+/// Keeps real-time signals from ending the process, until [`Signals`] or nobody handles them. Call it before there is a
+/// second thread.
+pub fn block_real_time_signals() {
+    // If the system refuses, they end the process as usual.
+    let _ = real_time::block();
+}
 
 /// The signals to this process.
 ///
@@ -72,6 +78,7 @@ const HALT: [i32; 0] = [];
 /// | SIGTERM, SIGINT, SIGQUIT, SIGPWR, SIGRTMIN+3 | stop |
 /// | SIGHUP | see [`OnHangup`] |
 /// | those of [`STRAY`], other real-time signals | a line in the log; they would end the process without a drain |
+/// | 32 and 33 | they end the process: the C library keeps them for itself |
 /// | SIGPIPE | none: the write fails, since Rust's runtime ignores the signal |
 /// | others | as usual for a process |
 pub struct Signals {
@@ -81,7 +88,8 @@ pub struct Signals {
     /// What SIGHUP means; `None` if it is ignored.
     on_hangup: Option<OnHangup>,
     /// Signals without an effect, with their names.
-    stray: Vec<(String, Signal)>,
+    stray: Vec<(&'static str, Signal)>,
+    real_time: real_time::RealTimeSignals,
     /// Whether a signal arrived that [`Signals::next`] has not returned yet.
     pending: bool,
 }
@@ -108,9 +116,11 @@ impl Signals {
             stop: stop.into_iter().chain(HALT).map(handled).collect::<io::Result<_>>()?,
             hangup: signal(SignalKind::hangup())?,
             on_hangup: (!is_ignored).then_some(on_hangup),
-            stray: stray()
-                .map(|(name, number)| Ok((name, handled(number)?)))
+            stray: STRAY
+                .iter()
+                .map(|(name, named)| Ok((*name, handled(named.as_raw())?)))
                 .collect::<io::Result<_>>()?,
+            real_time: real_time::RealTimeSignals::take()?,
             pending: false,
         })
     }
@@ -136,6 +146,12 @@ impl Signals {
                     None => {}
                 },
                 name = next_of(&mut self.stray) => info!(signal = name, "the signal has no effect"),
+                number = self.real_time.next() => {
+                    if number == REAL_TIME_HALT {
+                        return Request::Stop;
+                    }
+                    info!(signal = real_time::name(number), "the signal has no effect");
+                }
             }
         }
     }
@@ -163,18 +179,6 @@ fn handled(number: i32) -> io::Result<Signal> {
     signal(SignalKind::from_raw(number))
 }
 
-/// Returns the names and numbers of the signals without an effect.
-fn stray() -> impl Iterator<Item = (String, i32)> {
-    let named = STRAY.iter().map(|(name, signal)| ((*name).to_owned(), signal.as_raw()));
-    #[cfg(target_os = "linux")]
-    let named = named.chain(
-        REAL_TIME
-            .filter(|number| !HALT.contains(number))
-            .map(|number| (format!("SIGRTMIN+{}", number - REAL_TIME.start()), number)),
-    );
-    named
-}
-
 /// Waits for any of `signals`. Cancel safe.
 async fn any_of(signals: &mut [Signal]) {
     poll_fn(|context| {
@@ -185,11 +189,11 @@ async fn any_of(signals: &mut [Signal]) {
 }
 
 /// Waits for the next of `signals`, and returns its name. Cancel safe.
-async fn next_of(signals: &mut [(String, Signal)]) -> String {
+async fn next_of(signals: &mut [(&'static str, Signal)]) -> &'static str {
     poll_fn(|context| {
         for (name, signal) in &mut *signals {
             if signal.poll_recv(context).is_ready() {
-                return Poll::Ready(name.clone());
+                return Poll::Ready(*name);
             }
         }
         Poll::Pending

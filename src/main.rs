@@ -2,7 +2,7 @@
 
 use std::{process::ExitCode, time::Duration};
 
-use token_broker::cli;
+use token_broker::{cli, lifecycle};
 use tokio::runtime::Runtime;
 
 /// How long the process waits at its end for threads that read or write files. One that waits for a file which never
@@ -17,6 +17,7 @@ fn main() -> ExitCode {
     {
         return token_broker::dev::postgres::guard(std::env::args_os().skip(2));
     }
+    lifecycle::block_real_time_signals();
     let cli = cli::parse();
     let runtime = match Runtime::new() {
         Ok(runtime) => runtime,

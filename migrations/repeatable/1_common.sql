@@ -169,6 +169,20 @@ set search_path = pg_catalog, pg_temp as $$
     select pg_notify('token_broker_changes', '');
 $$;
 
+-- Whether the last recorded change of a row left `state`. An update that changes no value of such a row is not
+-- recorded: programs save whole rows, and declarative tools write the same values again and again. Of another row, which
+-- was written past the triggers, it is: that accepts the present state.
+create or replace function @schema@.token_broker_is_recorded(
+    of_table text, of_row bigint, of_subject text, state text
+) returns boolean
+language sql stable
+set search_path = pg_catalog, pg_temp as $$
+    select coalesce((
+        select case when operation <> 'delete' then what ->> 'state' end from @schema@.changes
+        where table_name = of_table and row_id = of_row and subject = of_subject
+        order by id desc limit 1) = state, false)
+$$;
+
 -- Remembers, before a statement inserts rows, the last number that was taken for rows of the table: those of the
 -- statement follow it. If the sequence was set back, as each dump of data does at its end, it first goes on behind the
 -- last number that exists or was recorded, so that no row gets the number of another one.

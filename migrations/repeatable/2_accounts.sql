@@ -191,7 +191,9 @@ begin
             new.previous_version := old.credential_version;
         end if;
     end if;
-    if not @schema@.accounts_resealed(old, new) then
+    -- A row that is saved as it is has not been updated, whatever the program that saves it writes here.
+    new.updated_at := old.updated_at;
+    if new is distinct from old and not @schema@.accounts_resealed(old, new) then
         new.updated_at := now();
     end if;
     return new;
@@ -238,6 +240,10 @@ begin
     elsif tg_op = 'UPDATE' then
         -- The same secret is sealed with another key. `keys reseal` records that once for all accounts.
         if @schema@.accounts_resealed(old, new) then
+            return null;
+        end if;
+        if new is not distinct from old and @schema@.token_broker_is_recorded(
+                'accounts', new.id, new.name, @schema@.accounts_state(new)) then
             return null;
         end if;
         what := jsonb_build_object('state', @schema@.accounts_state(new))

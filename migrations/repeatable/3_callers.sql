@@ -1,4 +1,4 @@
--- version: 6 (raise it with each change of this file)
+-- version: 8 (raise it with each change of this file)
 --
 -- What happens when a row of `callers`, `caller_credentials` or `grants` is written: its values are checked and
 -- the change is recorded.
@@ -41,7 +41,13 @@ begin
         perform @schema@.token_broker_refuse(
             'callers.created_at must be a time between 1970 and 9999', 'created_at');
     end if;
-    new.updated_at := now();
+    if tg_op = 'UPDATE' then
+        -- A row that is saved as it is has not been updated, whatever the program that saves it writes here.
+        new.updated_at := old.updated_at;
+    end if;
+    if tg_op = 'INSERT' or new is distinct from old then
+        new.updated_at := now();
+    end if;
     if tg_op = 'UPDATE' and new.id <> old.id then
         perform @schema@.token_broker_refuse('callers.id cannot be changed', 'id');
     end if;
@@ -78,6 +84,10 @@ begin
         what := jsonb_strip_nulls(jsonb_build_object('rate_limit', new.rate_limit::text,
             'state', @schema@.callers_state(new)));
     elsif tg_op = 'UPDATE' then
+        if new is not distinct from old and @schema@.token_broker_is_recorded(
+                'callers', new.id, new.name, @schema@.callers_state(new)) then
+            return null;
+        end if;
         what := jsonb_build_object('state', @schema@.callers_state(new))
             || @schema@.token_broker_differs('enabled', old.enabled::text, new.enabled::text)
             || @schema@.token_broker_differs('rate_limit', old.rate_limit::text, new.rate_limit::text)
@@ -104,7 +114,22 @@ language plpgsql
 set search_path = pg_catalog, pg_temp as $$
 declare
     odd text;
+    fixed text;
 begin
+    -- A program that saves a row as it read it earlier must not put back a bearer, or a name in certificates, that was
+    -- replaced meanwhile. So another one is another row.
+    if tg_op = 'UPDATE' then
+        fixed := case
+            when new.id <> old.id then 'id'
+            when new.caller_id is distinct from old.caller_id then 'caller_id'
+            when new.kind is distinct from old.kind then 'kind'
+            when new.bearer_sha256 is distinct from old.bearer_sha256 then 'bearer_sha256'
+            when new.identity is distinct from old.identity then 'identity' end;
+        if fixed is not null then
+            perform @schema@.token_broker_refuse(format(
+                'caller_credentials.%s cannot be changed: revoke this credential and add another one', fixed), fixed);
+        end if;
+    end if;
     new.description := coalesce(new.description, '');
     if char_length(new.description) > 1000
        and (tg_op = 'INSERT' or new.description is distinct from old.description) then
@@ -164,10 +189,6 @@ begin
         perform @schema@.token_broker_refuse(
             'caller_credentials.created_at must be a time between 1970 and 9999', 'created_at');
     end if;
-    if tg_op = 'UPDATE' and (new.id, new.caller_id) is distinct from (old.id, old.caller_id) then
-        perform @schema@.token_broker_refuse(
-            'caller_credentials.id and caller_id cannot be changed', 'caller_id');
-    end if;
     -- A program that saves a row as it read it earlier must not make a revoked credential valid again.
     if tg_op = 'UPDATE' and old.revoked_at is not null and new.revoked_at is distinct from old.revoked_at then
         perform @schema@.token_broker_refuse('caller_credentials.revoked_at cannot be changed once it is set: '
@@ -214,24 +235,26 @@ language plpgsql security definer
 set search_path = pg_catalog, pg_temp as $$
 declare
     it @schema@.caller_credentials := case when tg_op = 'DELETE' then old else new end;
+    caller text := @schema@.token_broker_caller_name(it.caller_id);
     what jsonb;
 begin
+    if tg_op = 'UPDATE' and new is not distinct from old then
+        if @schema@.token_broker_is_recorded('caller_credentials', it.id, caller,
+                @schema@.caller_credentials_state(it)) then
+            return null;
+        end if;
+    end if;
     what := jsonb_strip_nulls(jsonb_build_object('credential', it.id::text, 'kind', it.kind,
         'identity', it.identity, 'ends_at', it.ends_at::text));
     if tg_op = 'UPDATE' then
         what := what
-            || @schema@.token_broker_differs('identity', old.identity, new.identity)
             || @schema@.token_broker_differs('ends_at', old.ends_at::text, new.ends_at::text)
             || @schema@.token_broker_differs('revoked_at', old.revoked_at::text, new.revoked_at::text);
-        if new.bearer_sha256 is distinct from old.bearer_sha256 then
-            what := what || '{"bearer": "replaced"}';
-        end if;
     end if;
     if tg_op <> 'DELETE' then
         what := what || jsonb_build_object('state', @schema@.caller_credentials_state(it));
     end if;
-    perform @schema@.token_broker_change('caller_credentials', tg_op, it.id,
-        @schema@.token_broker_caller_name(it.caller_id), what);
+    perform @schema@.token_broker_change('caller_credentials', tg_op, it.id, caller, what);
     return null;
 end
 $$;
@@ -246,7 +269,20 @@ create or replace trigger caller_credentials_no_truncate before truncate on @sch
 create or replace function @schema@.grants_validate() returns trigger
 language plpgsql
 set search_path = pg_catalog, pg_temp as $$
+declare
+    fixed text;
 begin
+    -- As in caller_credentials: a stale save must not move a grant back to other accounts.
+    if tg_op = 'UPDATE' then
+        fixed := case
+            when new.id <> old.id then 'id'
+            when new.caller_id is distinct from old.caller_id then 'caller_id'
+            when new.pattern is distinct from old.pattern then 'pattern' end;
+        if fixed is not null then
+            perform @schema@.token_broker_refuse(format(
+                'grants.%s cannot be changed: delete this grant and add another one', fixed), fixed);
+        end if;
+    end if;
     if new.caller_id is null then
         perform @schema@.token_broker_refuse('grants.caller_id is required', 'caller_id');
     end if;
@@ -279,9 +315,6 @@ begin
         perform @schema@.token_broker_refuse(
             'grants.created_at must be a time between 1970 and 9999', 'created_at');
     end if;
-    if tg_op = 'UPDATE' and (new.id, new.caller_id) is distinct from (old.id, old.caller_id) then
-        perform @schema@.token_broker_refuse('grants.id and caller_id cannot be changed', 'caller_id');
-    end if;
     return new;
 end
 $$;
@@ -306,13 +339,18 @@ language plpgsql security definer
 set search_path = pg_catalog, pg_temp as $$
 declare
     it @schema@.grants := case when tg_op = 'DELETE' then old else new end;
+    caller text := @schema@.token_broker_caller_name(it.caller_id);
     what jsonb;
 begin
+    if tg_op = 'UPDATE' and new is not distinct from old then
+        if @schema@.token_broker_is_recorded('grants', it.id, caller, @schema@.grants_state(it)) then
+            return null;
+        end if;
+    end if;
     what := jsonb_strip_nulls(jsonb_build_object('grant', it.id::text, 'pattern', it.pattern,
         'rights', array_to_string(it.rights, ','), 'ends_at', it.ends_at::text));
     if tg_op = 'UPDATE' then
         what := what
-            || @schema@.token_broker_differs('pattern', old.pattern, new.pattern)
             || @schema@.token_broker_differs('rights',
                 array_to_string(old.rights, ','), array_to_string(new.rights, ','))
             || @schema@.token_broker_differs('ends_at', old.ends_at::text, new.ends_at::text);
@@ -320,8 +358,7 @@ begin
     if tg_op <> 'DELETE' then
         what := what || jsonb_build_object('state', @schema@.grants_state(it));
     end if;
-    perform @schema@.token_broker_change('grants', tg_op, it.id,
-        @schema@.token_broker_caller_name(it.caller_id), what);
+    perform @schema@.token_broker_change('grants', tg_op, it.id, caller, what);
     return null;
 end
 $$;

@@ -1,4 +1,4 @@
--- version: 6 (raise it with each change of this file)
+-- version: 7 (raise it with each change of this file)
 --
 -- What protects the rows themselves: which intake key is published, what the broker's own login may not do, and
 -- whether rows are still as their last recorded change left them.
@@ -40,6 +40,9 @@ set search_path = pg_catalog, pg_temp as $$
 begin
     if tg_op = 'DELETE' then
         perform @schema@.token_broker_change('intake_keys', tg_op, 0, old.key_id, '{}');
+    elsif tg_op = 'UPDATE' and new is not distinct from old and @schema@.token_broker_is_recorded(
+            'intake_keys', 0, new.key_id, @schema@.intake_keys_state(new)) then
+        return null;
     else
         perform @schema@.token_broker_change('intake_keys', tg_op, 0, new.key_id,
             jsonb_build_object('state', @schema@.intake_keys_state(new)));

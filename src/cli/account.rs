@@ -259,9 +259,21 @@ async fn rotate(global: &GlobalArgs, admin: &Admin, args: RotateArgs) -> anyhow:
         sealed_secret: &sealed,
         purge_old,
     };
-    admin.rotate(&rotation).await?;
-    output::note(format_args!("account {name} has a new credential"));
-    wait.print_outcomes(admin, &[name.to_string()]).await
+    let rotated = admin.rotate(&rotation).await?;
+    if purge_old || client_id.as_str() != from {
+        output::note(format_args!("account {name} has a new credential"));
+    } else {
+        output::note(format_args!(
+            "the API KEY of account {name} is written; brokers try it unless the account has it already"
+        ));
+    }
+    let code = wait.print_outcomes(admin, &[name.to_string()]).await?;
+    if wait.is_requested()
+        && rotated.unchanged_version == Some(admin.outcome(&name).await?.credential_version)
+    {
+        output::note("the account had this API KEY already: nothing was tried or issued");
+    }
+    Ok(code)
 }
 
 /// Returns the public key to seal to. Get the key before the prompt, so that nobody types a secret that cannot be

@@ -6,7 +6,10 @@ use token_broker_client::{ErrorKind, TokenClient};
 use url::Url;
 
 use super::{output, time::brief};
-use crate::{config::ClientSettings, domain::printable::printable};
+use crate::{
+    config::ClientSettings,
+    domain::{loopback::is_loopback_host, printable::printable},
+};
 
 /// Returns a client for these settings, which connects when it is first used.
 ///
@@ -42,12 +45,7 @@ fn with_port(url: &Url) -> String {
 }
 
 fn is_loopback(url: &Url) -> bool {
-    match url.host() {
-        Some(url::Host::Ipv4(ip)) => ip.is_loopback(),
-        Some(url::Host::Ipv6(ip)) => ip.is_loopback(),
-        Some(url::Host::Domain(name)) => name == "localhost",
-        None => false,
-    }
+    url.host_str().is_some_and(is_loopback_host)
 }
 
 /// Why a call failed, with a hint that says what to do.

@@ -25,7 +25,10 @@ use super::{
 };
 use crate::{
     audit::journal::SyncMode,
-    domain::{plausible_time::LONGEST_UPSTREAM_TIMEOUT, refresh_policy::RefreshPolicy},
+    domain::{
+        loopback::is_loopback_address, plausible_time::LONGEST_UPSTREAM_TIMEOUT,
+        refresh_policy::RefreshPolicy,
+    },
     telemetry::LogFormat,
     tls::TlsFiles,
     upstream::{Target, UpstreamSettings},
@@ -214,7 +217,7 @@ impl Settings {
 
     /// Reports settings that contradict each other although each of them is valid.
     fn refuse_contradictions(&self, reader: &mut Reader<'_>) {
-        if !self.listen.ip().is_loopback() && !self.plaintext && self.tls.is_none() {
+        if !is_loopback_address(self.listen.ip()) && !self.plaintext && self.tls.is_none() {
             let fault = "beyond loopback without TLS; set TOKEN_BROKER_TLS_CERT and _KEY, or \
                          TOKEN_BROKER_PLAINTEXT=true to accept unencrypted calls";
             reader.contradiction(&LISTEN, &PLAINTEXT, fault);

@@ -74,6 +74,10 @@ fn every_bad_setting_gets_its_one_line() {
         ("TOKEN_BROKER_LISTEN", "canary", "not an address and port"),
         ("TOKEN_BROKER_LISTEN", "localhost:50051", "not an address and port"),
         ("TOKEN_BROKER_LISTEN", "0.0.0.0:50051", "beyond loopback without TLS"),
+        ("TOKEN_BROKER_LISTEN", "[::]:50051", "beyond loopback without TLS"),
+        ("TOKEN_BROKER_LISTEN", "[::ffff:10.0.0.1]:50051", "beyond loopback without TLS"),
+        ("TOKEN_BROKER_LISTEN", "127.1:50051", "not an address and port"),
+        ("TOKEN_BROKER_LISTEN", "LOCALHOST:50051", "not an address and port"),
         ("TOKEN_BROKER_LISTEN", "", "is empty"),
         ("TOKEN_BROKER_OPS_LISTEN", "9464", "not an address and port"),
         ("TOKEN_BROKER_OPS_LISTEN", "127.0.0.1:50051", "the same address"),
@@ -257,6 +261,13 @@ fn unknown_variables_with_the_prefix_cause_warnings_only() {
     assert_eq!(warnings, ["TOKEN_BROKER_PORT (environment): no such setting; ignored"]);
     for known in ["TOKEN_BROKER_CONFIG", "TOKEN_BROKER_BEARER_FILE", "TOKEN_BROKER_ENDPOINT"] {
         assert!(valid_sources(&[(known, "x")]).warnings().is_empty(), "{known}");
+    }
+}
+
+#[test]
+fn loopback_needs_no_tls_in_either_form_of_the_address() {
+    for listen in ["127.0.0.1:1", "127.9.9.9:1", "[::1]:1", "[::ffff:127.0.0.1]:1"] {
+        assert_eq!(lines(&valid_sources(&[("TOKEN_BROKER_LISTEN", listen)])), [""; 0], "{listen}");
     }
 }
 

@@ -6,6 +6,7 @@ pub mod account_pattern;
 pub mod attempt_priority;
 pub mod caller;
 pub mod clock;
+pub mod loopback;
 mod named_enum;
 pub mod odd_character;
 pub mod pattern_set;

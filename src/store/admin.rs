@@ -12,7 +12,7 @@ mod keys;
 mod overview;
 
 pub use self::{
-    accounts::{AccountDetails, AccountSummary, NewAccount, Outcome, Rotation, Selection},
+    accounts::{AccountDetails, AccountSummary, NewAccount, Outcome, Rotated, Rotation, Selection},
     callers::{
         BearerSummary, CallerDetails, CallerSummary, CredentialDetails, GrantDetails, GrantSummary,
         Listed, NewBearer, NewCaller, NewGrant,

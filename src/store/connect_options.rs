@@ -13,7 +13,10 @@ use tracing::warn;
 use url::Url;
 
 use super::{StoreError, database_url};
-use crate::files::{bounded::may_never_end, text};
+use crate::{
+    domain::loopback::is_loopback_host,
+    files::{bounded::may_never_end, text},
+};
 
 /// Checks that `url` can be used, and returns it in a form for the driver, without the parameters that are ignored.
 /// The names of those are returned too.
@@ -50,7 +53,7 @@ pub(super) fn connect_options(
     }
     let mut options = options_of(&url)?;
     let local = options.get_socket().is_some()
-        || matches!(options.get_host(), "localhost" | "127.0.0.1" | "::1" | "[::1]")
+        || is_loopback_host(options.get_host())
         || options.get_host().starts_with('/');
     if !url.query_pairs().any(|(key, _)| key == "sslmode" || key == "ssl-mode") {
         options = options.ssl_mode(if local { PgSslMode::Prefer } else { PgSslMode::VerifyFull });
@@ -121,6 +124,61 @@ mod tests {
         assert!(!known.as_str().contains("canary"));
         let options = PgConnectOptions::from_str(known.as_str()).unwrap();
         assert_eq!(options.get_options(), Some("-c role=r"));
+    }
+
+    #[test]
+    fn a_server_on_this_machine_needs_no_tls_however_its_host_is_written() {
+        for (hosts, mode) in [
+            (
+                &[
+                    "localhost",
+                    "LOCALHOST",
+                    "127.0.0.1",
+                    "127.1",
+                    "0x7f.1",
+                    "0177.0.0.1",
+                    "2130706433",
+                    "127.9.9.9",
+                    "[::1]",
+                    "[0::1]",
+                    "[::ffff:127.0.0.1]",
+                    "%2Ftmp",
+                    "%6cocalhost",
+                ][..],
+                PgSslMode::Prefer,
+            ),
+            (
+                &[
+                    "localhost.",
+                    "a.localhost",
+                    "127.0.0.1.",
+                    "127.0.0.1.example.com",
+                    "10.1",
+                    "0.0.0.0",
+                    "[::ffff:10.0.0.1]",
+                    "[::]",
+                    "db",
+                    "ip6-localhost",
+                ],
+                PgSslMode::VerifyFull,
+            ),
+        ] {
+            for host in hosts {
+                let bare = host.trim_start_matches('[').trim_end_matches(']');
+                for url in [
+                    format!("postgresql://u@{host}/db"),
+                    format!("postgresql://u@{host}:5433/db"),
+                    format!("postgresql:///db?host={bare}"),
+                    format!("postgresql://u@other/db?host={bare}"),
+                ] {
+                    let options = connect_options(&url, "test").unwrap();
+                    let used = format!("{:?}", options.get_ssl_mode());
+                    assert_eq!(used, format!("{mode:?}"), "{url}");
+                }
+            }
+        }
+        let options = connect_options("postgresql://u@0x7f.1/db", "test").unwrap();
+        assert_eq!(options.get_host(), "127.0.0.1");
     }
 
     #[test]

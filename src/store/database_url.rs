@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
-use url::{ParseError, Url};
+use url::{Host, ParseError, Url};
 
 use crate::files::bounded::may_never_end;
 
@@ -53,6 +53,10 @@ const NO_HOST: Fault = "has a user or a port, but no host: write postgresql://us
 const BRACKETS: Fault = "an IPv6 address is written in brackets, and without a zone: postgresql://user@[::1]:5432/database";
 const WHITE_SPACE: Fault =
     "has white space or more than one line: write the URL alone, and %20 for a space in it";
+const ADDRESS: Fault =
+    "an IPv4 address is written as four numbers from 0 to 255, such as 127.0.0.1";
+const NUL: Fault =
+    "has a %00: a user, a password and a database of Postgres cannot have this character";
 const PORT: Fault = "the port must be a number from 1 to 65535";
 const SSLMODE: Fault = "sslmode must be disable, allow, prefer, require, verify-ca or verify-full";
 const PEM: Fault = "sslrootcert, sslcert and sslkey must be paths of PEM files, or PEM";
@@ -241,6 +245,10 @@ pub(super) fn parse(text: &str) -> Result<(Url, Vec<String>), Fault> {
         return Err(fault);
     }
     check_white_space(text)?;
+    // Percent-encoded or not, and in whichever part: the parser has encoded it.
+    if url.as_str().contains("%00") {
+        return Err(NUL);
+    }
     let pairs: Vec<(String, String)> = url.query_pairs().into_owned().collect();
     // A `#`, `/` or `?` in a password ends the host's part of the URL, so the rest of the password would be
     // taken for something else. It has to be percent-encoded.
@@ -253,7 +261,10 @@ pub(super) fn parse(text: &str) -> Result<(Url, Vec<String>), Fault> {
         return Err(FORM);
     }
     let (mut known, mut ignored) = (Vec::new(), Vec::new());
-    for (key, value) in pairs {
+    for (key, mut value) in pairs {
+        if key == "host" || key == "hostaddr" {
+            value = full_address(&value)?.unwrap_or(value);
+        }
         match judge(&key, &value)? {
             Parameter::Known => known.push((key, value)),
             Parameter::Ignored => ignored.push(key),
@@ -445,10 +456,31 @@ fn plain_host(host: &str) -> Result<Option<String>, Fault> {
         return Ok(Some(address.trim_end_matches(']').to_owned()));
     }
     if !host.contains('%') {
-        return Ok(None);
+        return full_address(host);
     }
     let decoded = percent_decode(host).ok_or(FORM)?;
-    if decoded.contains(',') { Err(SEVERAL_HOSTS) } else { Ok(Some(decoded)) }
+    if decoded.contains(',') {
+        return Err(SEVERAL_HOSTS);
+    }
+    Ok(Some(full_address(&decoded)?.unwrap_or(decoded)))
+}
+
+/// Returns the address for which `host` stands, if its last part is a number: the system, and so libpq, takes `127.1` and
+/// `0x7f.1` for `127.0.0.1`. It is given to the driver in full, so that what is judged is what is connected to.
+fn full_address(host: &str) -> Result<Option<String>, Fault> {
+    let last = host.rsplit('.').next().unwrap_or_default().to_ascii_lowercase();
+    let is_number = match last.strip_prefix("0x") {
+        Some(digits) => digits.bytes().all(|it| it.is_ascii_hexdigit()),
+        None => !last.is_empty() && last.bytes().all(|it| it.is_ascii_digit()),
+    };
+    // The rest are paths of sockets, and IPv6 addresses, which may end in the form of IPv4.
+    if !is_number || host.contains(['/', ':']) {
+        return Ok(None);
+    }
+    match Host::parse(host) {
+        Ok(Host::Ipv4(address)) => Ok(Some(address.to_string())),
+        _ => Err(ADDRESS),
+    }
 }
 
 /// Decodes the percent-encoded bytes of `text`; `None` if they are not UTF-8.
@@ -576,6 +608,18 @@ mod tests {
             ("postgresql://u:canary@2001:db8::1/db", BRACKETS),
             ("postgresql://u:canary@[fe80::1%25eth0]/db", BRACKETS),
             ("postgresql://u:canary@[::g]/db", BRACKETS),
+            ("postgresql://u:canary@256.1.1.1/db", ADDRESS),
+            ("postgresql://u:canary@1.2.3.4.5/db", ADDRESS),
+            ("postgresql://u:canary@127.0.0.08/db", ADDRESS),
+            ("postgresql:///db?host=1.2.3.256&password=canary", ADDRESS),
+            ("postgresql://u%00:canary@h/db", NUL),
+            ("postgresql://u:canary%00@h/db", NUL),
+            ("postgresql://u:canary@h/d%00b", NUL),
+            ("postgresql://u:canary@h%00/db", NUL),
+            ("postgresql://u:canary@h/db?user=a%00", NUL),
+            ("postgresql://u:canary@h/db?options=-c%20role%3Dr%00", NUL),
+            ("postgresql://u:canary@h/db?connect_timeout=%00", NUL),
+            ("postgresql://u:canary@h/d\0b", NUL),
             ("postgresql://u:canary@h:port/db", PORT),
             ("postgresql://u:canary@h:99999/db", PORT),
             ("postgresql://u@h/db?port=canary", PORT),

@@ -15,7 +15,7 @@ use sqlx::{
 use super::{
     connection::Database,
     error::{StoreError, UNDEFINED_TABLE},
-    schema_trust, within,
+    mass_changes, schema_trust, within,
 };
 
 /// What the first line of a repeatable migration begins with; the version follows.
@@ -143,6 +143,7 @@ impl Schema {
         // Before anything is applied: sqlx writes to a table that somebody may have made before us.
         refuse_unsafe_schema(&mut transaction).await?;
         become_owner(&mut transaction).await?;
+        mass_changes::allow(&mut transaction, None).await?;
         self.numbered.run(&mut *transaction).await.map_err(migrate_error)?;
         let applied = applied(&mut transaction).await?;
         let schema = SessionSchema::of(&mut transaction).await?;

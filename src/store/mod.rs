@@ -22,6 +22,7 @@ pub mod intake_keys;
 pub mod leases;
 mod lenient;
 mod location;
+pub mod mass_changes;
 pub mod migrate;
 mod pooler;
 pub mod retention;

@@ -1,9 +1,11 @@
 //! The upstreams that can be called: two known hosts, or a simulator on this machine, and no other.
 
-use std::{fmt, net::IpAddr, str::FromStr};
+use std::{fmt, str::FromStr};
 
 use thiserror::Error;
-use url::{Host, Url};
+use url::Url;
+
+use crate::domain::loopback::is_loopback_host;
 
 const PRODUCTION: &str = "https://api.rcsbizcenter.com/api/1.1";
 const STAGING: &str = "https://api-qa.rcsbizcenter.com/api/1.1";
@@ -94,14 +96,9 @@ impl FromStr for LoopbackUrl {
     }
 }
 
-/// Returns whether the host of `url` is an address of 127.0.0.0/8, `[::1]`, or `localhost`.
+/// Returns whether the host of `url` is this machine.
 pub(super) fn is_loopback(url: &Url) -> bool {
-    match url.host() {
-        Some(Host::Ipv4(address)) => IpAddr::from(address).is_loopback(),
-        Some(Host::Ipv6(address)) => IpAddr::from(address).is_loopback(),
-        Some(Host::Domain(name)) => name == "localhost",
-        None => false,
-    }
+    url.host_str().is_some_and(is_loopback_host)
 }
 
 /// Why a value names no upstream. No message shows the value, which may hold a password.
@@ -156,6 +153,9 @@ mod tests {
             ("HTTP://LOCALHOST:80", "http://localhost"),
             ("https://[::1]:8443/", "https://[::1]:8443"),
             ("http://127.1.2.3", "http://127.1.2.3"),
+            ("http://127.1:8080", "http://127.0.0.1:8080"),
+            ("http://0x7f.1", "http://127.0.0.1"),
+            ("http://[::FFFF:127.0.0.1]:9", "http://[::ffff:7f00:1]:9"),
         ] {
             let target: Target = given.parse().unwrap();
             assert!(target.is_loopback());
@@ -180,7 +180,9 @@ mod tests {
             ("http://10.0.0.1", TargetError::Host),
             ("http://0.0.0.0", TargetError::Host),
             ("http://[::]", TargetError::Host),
-            ("http://[::ffff:127.0.0.1]", TargetError::Host),
+            ("http://[::ffff:10.0.0.1]", TargetError::Host),
+            ("http://a.localhost", TargetError::Host),
+            ("http://10.1", TargetError::Host),
             ("http://127.0.0.1@example.com", TargetError::UserInfo),
             ("http://canary:canary@127.0.0.1", TargetError::UserInfo),
             ("http://ⓛocalhost", TargetError::NotAUrl),

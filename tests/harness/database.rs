@@ -18,7 +18,7 @@ use sqlx::{
 };
 use token_broker::{
     crypto::IntakePublicKey,
-    store::{Database, intake_keys},
+    store::{Database, intake_keys, mass_changes::MAX_CHANGED_ROWS},
 };
 use tokio::{runtime, sync::OnceCell};
 use url::Url;
@@ -73,7 +73,11 @@ impl TestDatabase {
         admin.close().await.unwrap();
 
         let url = server.url(&name);
-        let pool = Database::new(&url, "test").unwrap().pool(4);
+        // Tests mean it when they change all rows; brokers and commands get the URL without that.
+        let mut of_tests = Url::parse(&url).unwrap();
+        let allowed = format!("-c {MAX_CHANGED_ROWS}=1000000");
+        of_tests.query_pairs_mut().append_pair("options", &allowed);
+        let pool = Database::new(of_tests.as_str(), "test").unwrap().pool(4);
         Self { server, name, url, pool }
     }
 

@@ -395,7 +395,7 @@ const WITHDRAWALS: &[(&str, &str, Code)] = &[
     ("grants", "delete from grants where caller_id = $victim", Code::PermissionDenied),
     (
         "grants",
-        "update grants set pattern = 'other' where caller_id = $victim",
+        "update grants set rights = '{list}' where caller_id = $victim",
         Code::PermissionDenied,
     ),
     (

@@ -240,8 +240,8 @@ async fn assert_all_refused(pool: &PgPool) -> Vec<String> {
         ("update accounts set login_version = 2", "accounts.login_version "),
         ("update callers set id = default", "callers.id "),
         ("update caller_credentials set id = default", "caller_credentials.id "),
-        ("update caller_credentials set caller_id = 9", "caller_credentials.id "),
-        ("update grants set caller_id = 9", "grants.id "),
+        ("update caller_credentials set caller_id = 9", "caller_credentials.caller_id "),
+        ("update grants set caller_id = 9", "grants.caller_id "),
     ];
     let invalid = TABLES.iter().flat_map(InvalidRows::statements).chain(changes_of_ids.map(
         |(statement, beginning)| (statement.replace("$CANARY", CANARY), beginning.to_owned()),

@@ -25,6 +25,7 @@ mod inputs;
 mod issuing;
 mod late_results;
 mod locks;
+mod mass_changes;
 mod migrations;
 mod outages;
 #[cfg(feature = "embedded-postgres")]

@@ -214,7 +214,7 @@ async fn access_is_read_anew_before_a_database_that_was_lost_counts_as_connected
                 "accounts set enabled = true",
                 Code::FailedPrecondition,
             ),
-            ("grants set pattern = 'other'", "grants set pattern = '*'", Code::PermissionDenied),
+            ("grants set rights = '{list}'", "grants set rights = '{get}'", Code::PermissionDenied),
         ] {
             eventually("a token", async || client.get("acme").await.ok()).await;
             proxy.disconnect();

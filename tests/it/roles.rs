@@ -329,8 +329,8 @@ async fn the_access_role_manages_callers() {
             "insert into callers (name, rate_limit) values ('shop', 5) \
              on conflict (name) do update set rate_limit = excluded.rate_limit",
             "update callers set description = 'x', rate_limit = 5",
-            "update caller_credentials set ends_at = now(), description = 'x', bearer_sha256 = sha256('z')",
-            "update grants set pattern = '*', rights = '{get}', ends_at = now()",
+            "update caller_credentials set ends_at = now(), description = 'x', bearer_sha256 = sha256('x')",
+            "update grants set pattern = 'acme', rights = '{get}', ends_at = now()",
             "insert into grants (caller_id, pattern) select id, 'acme' from callers \
              on conflict (caller_id, pattern) do update set rights = excluded.rights",
             "delete from grants where pattern = 'acme'",

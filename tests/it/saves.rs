@@ -5,6 +5,7 @@ use std::{
     process::{Output, Stdio},
 };
 
+use sqlx::postgres::PgDatabaseError;
 use token_broker::{app::AppConfig, domain::secret::ClientSecret};
 use tokio::process::Command;
 
@@ -14,7 +15,7 @@ use crate::{
         database::TestDatabase,
         eventually, note_skipped,
     },
-    roles::{ACCESS, ACCOUNTS, attempt, database_with_roles, sql_as},
+    roles::{ACCESS, ACCOUNTS, RUNTIME, attempt, database_with_roles, sql_as},
 };
 
 async fn text(database: &TestDatabase, query: &str) -> String {
@@ -224,6 +225,160 @@ async fn a_stale_save_of_a_credential_does_not_take_its_revocation_back() {
     assert_eq!(text(&database, revoked).await, "1");
 }
 
+/// Declarative tools and programs that save whole objects write values again that did not change. That is no change: it is
+/// neither recorded nor announced, nor does the row count as updated. A row that was written past the triggers is another
+/// matter: to write it as it is accepts its state.
+#[tokio::test]
+async fn an_update_that_changes_no_value_records_nothing_and_announces_nothing() {
+    const OWNER: &str = "current_user";
+    let database = database_with_roles().await;
+    database
+        .sql(
+            "insert into caller_credentials (caller_id, kind, identity)
+                 select id, 'dns', 'shop.example.com' from callers;
+             insert into intake_keys (key_id, public_key, is_primary) values ('i1', sha256('x'), true);
+             update accounts set description = 'x'",
+        )
+        .await;
+    let state = "select concat((select max(id) from changes), ' ',
+        (select string_agg(updated_at::text, ' ') from (select updated_at from accounts
+            union all select updated_at from callers) it))";
+    let before = text(&database, state).await;
+    let mut announced = sqlx::postgres::PgListener::connect_with(database.pool()).await.unwrap();
+    announced.listen("token_broker_changes").await.unwrap();
+
+    let mut statements = vec![
+        (OWNER, "update accounts set name = name, client_secret = client_secret, updated_at = now()"),
+        (OWNER, "update accounts set updated_at = '2026-01-01 00:00Z', sealed_secret = sealed_secret"),
+        (OWNER, "update callers set updated_at = clock_timestamp(), created_at = created_at"),
+        (OWNER, "update caller_credentials set kind = kind, bearer_sha256 = bearer_sha256, identity = identity"),
+        (OWNER, "update grants set rights = rights, pattern = pattern, caller_id = caller_id"),
+        (OWNER, "update grants set rights = array['get', 'report', 'list']"),
+        (OWNER, "update intake_keys set is_primary = true, public_key = sha256('x')"),
+        (OWNER, "update audit_retention set calls_days = calls_days"),
+        (ACCOUNTS, "update accounts set enabled = true, client_id = 'acme-id', description = 'x'"),
+        (
+            ACCOUNTS,
+            "insert into accounts (name, client_id, description) values ('acme', 'acme-id', 'x')
+             on conflict (name) do update set description = excluded.description, client_id = excluded.client_id",
+        ),
+        (ACCESS, "update callers set enabled = true, rate_limit = null, description = ''"),
+        (
+            ACCESS,
+            "insert into callers (name) values ('shop') on conflict (name) do update
+             set rate_limit = excluded.rate_limit, enabled = excluded.enabled",
+        ),
+        (ACCESS, "update caller_credentials set bearer_sha256 = sha256('x'), revoked_at = null where id = 1"),
+        (
+            ACCESS,
+            "insert into grants (caller_id, pattern) select id, 'acme' from callers
+             on conflict (caller_id, pattern) do update set rights = excluded.rights, ends_at = excluded.ends_at",
+        ),
+        (RUNTIME, "update accounts set reissue_requested_at = reissue_requested_at"),
+    ];
+    let version = text(&database, "select current_setting('server_version_num')").await;
+    if version.parse::<u32>().unwrap() >= 150_000 {
+        statements.push((
+            ACCESS,
+            "merge into grants using callers on grants.caller_id = callers.id
+             when matched then update set rights = '{get,report,list}'",
+        ));
+    }
+    for (role, statement) in statements {
+        let run = format!("begin; set local role {role}; {statement}; commit");
+        database.sql(&run.replace("set local role current_user;", "")).await;
+        assert_eq!(text(&database, state).await, before, "{statement}");
+    }
+    // Notifications come in the order of the commits.
+    database.sql("notify token_broker_changes, 'last'").await;
+    assert_eq!(announced.recv().await.unwrap().payload(), "last");
+
+    database
+        .sql_past_triggers(
+            "update accounts set enabled = false; update callers set enabled = false;
+             update caller_credentials set ends_at = now() where kind = 'dns'; update grants set rights = '{get}';
+             update intake_keys set is_primary = false",
+        )
+        .await;
+    let unrecorded = "select count(*)::text from unrecorded_changes";
+    assert_eq!(text(&database, unrecorded).await, "5");
+    for table in ["accounts", "callers", "caller_credentials", "grants", "intake_keys"] {
+        let column = if table == "intake_keys" { "key_id" } else { "id" };
+        let column = if table == "accounts" { "name" } else { column };
+        let column = if column == "id" { "created_at" } else { column };
+        database.sql(&format!("update {table} set {column} = {column}")).await;
+    }
+    assert_eq!(text(&database, unrecorded).await, "0");
+}
+
+/// What a credential or a grant consists of is not changed in place: a program that saves a row as it read it earlier would
+/// put back a bearer, a name in certificates or a pattern that was replaced meanwhile.
+#[tokio::test]
+async fn a_stale_save_puts_neither_an_old_bearer_nor_an_old_name_nor_an_old_pattern_back() {
+    let database = database_with_roles().await;
+    database
+        .sql(
+            "insert into callers (name) values ('other');
+             insert into caller_credentials (caller_id, kind, identity)
+                 select id, 'dns', 'shop.example.com' from callers where name = 'shop'",
+        )
+        .await;
+    let of_other = "(select id from callers where name = 'other')";
+    for (role, table, column, set) in [
+        (
+            ACCESS,
+            "caller_credentials",
+            "bearer_sha256",
+            "bearer_sha256 = sha256('old') where id = 1",
+        ),
+        (ACCESS, "caller_credentials", "bearer_sha256", "bearer_sha256 = null where id = 1"),
+        (ACCESS, "caller_credentials", "identity", "identity = 'old.example.com' where id = 2"),
+        (
+            "none",
+            "caller_credentials",
+            "kind",
+            "kind = 'spiffe', identity = 'spiffe://a/b' where id = 2",
+        ),
+        (
+            "none",
+            "caller_credentials",
+            "kind",
+            "kind = 'dns', identity = 'b', bearer_sha256 = null where id = 1",
+        ),
+        ("none", "caller_credentials", "caller_id", &format!("caller_id = {of_other}")),
+        ("none", "caller_credentials", "id", "id = default where id = 1"),
+        (ACCESS, "grants", "pattern", "pattern = '*'"),
+        ("none", "grants", "caller_id", &format!("caller_id = {of_other}")),
+        ("none", "grants", "id", "id = default"),
+    ] {
+        let statement = format!("update {table} set description = description, {set}");
+        let statement = if table == "grants" {
+            statement.replace("description = description, ", "rights = rights, ")
+        } else {
+            statement
+        };
+        let error = attempt(&database, role, &statement).await.expect_err(&statement);
+        let error = error.into_database_error().unwrap().downcast::<PgDatabaseError>();
+        assert_eq!((error.code(), error.column()), ("23514", Some(column)), "{statement}: {error}");
+        let named = format!("{table}.{column} cannot be changed");
+        assert!(error.message().starts_with(&named), "{statement}: {error}");
+    }
+    // What replaces them.
+    for statement in [
+        "update caller_credentials set revoked_at = now() where id = 1;
+         insert into caller_credentials (caller_id, kind, bearer_sha256)
+             select caller_id, kind, sha256('new') from caller_credentials where id = 1",
+        "delete from caller_credentials where id = 2;
+         insert into caller_credentials (caller_id, kind, identity) select id, 'dns', 'shop.example.com' from callers
+             where name = 'other'",
+        "delete from grants; insert into grants (caller_id, pattern) select id, 'acme-*' from callers where name = 'shop'",
+        "update caller_credentials set bearer_sha256 = sha256('x'), ends_at = now() where id = 1;
+         update grants set pattern = 'acme', rights = '{get}'",
+    ] {
+        attempt(&database, ACCESS, statement).await.unwrap_or_else(|error| panic!("{statement}: {error}"));
+    }
+}
+
 /// An upsert as the role of accounts' admins writes the value itself, since `excluded.client_secret` needs the right to
 /// read that column. `docs/operations.md` has the forms.
 #[tokio::test]
@@ -268,7 +423,7 @@ async fn an_upsert_as_the_least_role_works_in_the_documented_forms() {
 }
 
 /// Runs a program of Postgres, such as `psql`. Returns `None` if it is not installed.
-async fn postgres_program(program: &str, arguments: &[&str]) -> Option<Output> {
+pub(crate) async fn postgres_program(program: &str, arguments: &[&str]) -> Option<Output> {
     let run = Command::new(program).args(arguments).stdin(Stdio::null()).output().await;
     match run {
         Ok(output) => Some(output),

@@ -13,8 +13,9 @@ use sqlx::{AssertSqlSafe, PgPool};
 use tempfile::TempDir;
 use token_broker::{
     dev::simulator::{Faults, Simulator, SimulatorOptions},
-    store::Database,
+    store::{Database, mass_changes::MAX_CHANGED_ROWS},
 };
+use url::Url;
 
 use super::{
     brokers::Brokers,
@@ -85,7 +86,11 @@ impl World {
         if let WorldDatabase::Shifted(_) = database {
             setup.run(&["migrate"]).await.ok();
         }
-        let pool = Database::new(database.url(), "conformance")?.pool(4);
+        // Scenarios change all callers or all grants.
+        let mut of_admin = Url::parse(database.url())?;
+        let allowed = format!("-c {MAX_CHANGED_ROWS}=1000000");
+        of_admin.query_pairs_mut().append_pair("options", &allowed);
+        let pool = Database::new(of_admin.as_str(), "conformance")?.pool(4);
         callers.register(&pool, &given.grants).await?;
         let mut world = Self {
             brokers: Brokers::new(setup, given, callers.broker_tls()),

@@ -233,7 +233,8 @@ fn names_a_port(text: &str) -> bool {
 fn is_loopback(url: &Url) -> bool {
     match url.host() {
         Some(Host::Ipv4(ip)) => ip.is_loopback(),
-        Some(Host::Ipv6(ip)) => ip.is_loopback(),
+        // The system takes `::ffff:127.0.0.1` for `127.0.0.1`.
+        Some(Host::Ipv6(ip)) => ip.to_canonical().is_loopback(),
         Some(Host::Domain(name)) => name == "localhost",
         None => false,
     }
@@ -315,7 +316,13 @@ mod tests {
     #[test]
     fn a_bearer_goes_in_plaintext_to_this_machine_only_unless_allowed() {
         let builder = |url: &str| TokenClientBuilder::default().endpoint(url).bearer("tbk_x");
-        for url in ["http://127.0.0.1:1", "http://[::1]:1", "http://localhost:1", "https://b:1"] {
+        for url in [
+            "http://127.0.0.1:1",
+            "http://[::1]:1",
+            "http://[::ffff:127.0.0.1]:1",
+            "http://LOCALHOST:1",
+            "https://b:1",
+        ] {
             assert!(builder(url).check().is_ok(), "{url}");
         }
         for url in ["http://broker:1", "http://192.0.2.1:1", "http://localhost.example:1"] {

@@ -29,6 +29,11 @@ pub(super) struct WaitArgs {
 }
 
 impl WaitArgs {
+    /// Whether the user asked to wait.
+    pub(super) fn is_requested(&self) -> bool {
+        self.wait
+    }
+
     /// With `--wait`, waits for the outcome of each account and prints it.
     ///
     /// # Errors
@@ -130,7 +135,7 @@ mod tests {
             last_requested_at: None,
             hint: "set the API KEY".into(),
         };
-        Outcome { issued, failed, status }
+        Outcome { issued, failed, credential_version: 1, status }
     }
 
     #[test]

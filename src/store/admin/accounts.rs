@@ -9,7 +9,7 @@ use crate::{
         caller::AccountPattern,
         clock::Timestamp,
     },
-    store::{StoreError, execution::repeat_on_conflict, lenient::LenientTime},
+    store::{StoreError, execution::repeat_on_conflict, lenient::LenientTime, mass_changes},
 };
 
 /// The values of an account that is to be registered.
@@ -40,6 +40,14 @@ pub struct Rotation<'a> {
     /// Whether the old secret is dropped at once. Otherwise it is kept until a token was issued with the new
     /// one.
     pub purge_old: bool,
+}
+
+/// What is known right after another secret was written for an account.
+#[derive(Clone, Copy, Debug)]
+pub struct Rotated {
+    /// The credential version that the account still has once a broker has sealed the secret, if that is the one that
+    /// it had before; otherwise the account gets a later version. `None` if the version cannot tell.
+    pub unchanged_version: Option<i64>,
 }
 
 /// A selection of enabled accounts: those that meet all conditions that are set.
@@ -98,6 +106,8 @@ pub struct Outcome {
     pub issued: bool,
     /// Whether an attempt with the current credential failed since the request.
     pub failed: bool,
+    /// The version of the current credential.
+    pub credential_version: i64,
     /// The account's row in the view `account_status`.
     pub status: AccountSummary,
 }
@@ -131,13 +141,14 @@ impl Admin {
         }
     }
 
-    /// Replaces an account's client secret, and its client id if another one is given.
+    /// Replaces an account's client secret, and its client id if another one is given. A broker finds out whether it is
+    /// another secret when it seals it.
     ///
     /// # Errors
     /// Returns [`StoreError::NotFound`] when there is no such account, or its client id was changed
     /// meanwhile, and [`StoreError::Conflict`] when another account has the new client id.
     #[instrument(level = "debug", skip_all, fields(account = %rotation.name))]
-    pub async fn rotate(&self, rotation: &Rotation<'_>) -> Result<(), StoreError> {
+    pub async fn rotate(&self, rotation: &Rotation<'_>) -> Result<Rotated, StoreError> {
         let mut transaction = self.begin().await?;
         if rotation.purge_old {
             sqlx::query!(
@@ -147,24 +158,34 @@ impl Admin {
             .fetch_one(&mut *transaction)
             .await?;
         }
-        let updated = sqlx::query!(
+        // If something is known of the version and no secret is sealed, the trigger begins another version. So a version
+        // of which something is known has a sealed secret, with which brokers compare.
+        let updated = sqlx::query_scalar!(
             "/* store::admin::rotate */
-             update accounts set client_secret = $3, client_id = $2
-             where name = $1 and client_id = $4",
+             update accounts a set client_secret = $3, client_id = $2
+             where a.name = $1 and a.client_id = $4
+             returning case
+                 when exists (select from tokens t
+                     where t.account_id = a.id and t.credential_version = a.credential_version)
+                 or exists (select from refreshes r
+                     where r.account_id = a.id and r.error_version = a.credential_version)
+                 then a.credential_version end",
             rotation.name.as_str(),
             rotation.client_id.as_str(),
             rotation.sealed_secret,
             rotation.from_client_id,
         )
-        .execute(&mut *transaction)
+        .fetch_optional(&mut *transaction)
         .await;
         match updated {
-            Ok(done) => {
-                ensure_affected(done.rows_affected(), || {
-                    format!("account {} is gone or has another client id now", rotation.name)
-                })?;
-                Ok(transaction.commit().await?)
+            Ok(Some(unchanged_version)) => {
+                transaction.commit().await?;
+                Ok(Rotated { unchanged_version })
             }
+            Ok(None) => Err(StoreError::NotFound(format!(
+                "account {} is gone or has another client id now",
+                rotation.name
+            ))),
             Err(error) => {
                 transaction.rollback().await?;
                 Err(self.name_conflict(error, rotation.name, rotation.client_id).await)
@@ -291,6 +312,7 @@ impl Admin {
     async fn try_reissue(&self, selection: &Selection) -> Result<Vec<String>, StoreError> {
         let like = selection.pattern.as_ref().map(like);
         let mut transaction = self.begin().await?;
+        mass_changes::allow(&mut transaction, None).await?;
         let mut names = sqlx::query_scalar!(
             "/* store::admin::try_reissue */
              update accounts a set reissue_requested_at = now()
@@ -358,7 +380,7 @@ impl Admin {
     pub async fn outcome(&self, name: &AccountName) -> Result<Outcome, StoreError> {
         let row = sqlx::query!(
             r#"/* store::admin::outcome */
-             select
+             select a.credential_version,
                  coalesce(not s.secret_waits and t.credential_version = a.credential_version
                      and greatest(t.issued_at, t.repeated_at)
                          >= coalesce(a.reissue_requested_at, t.issued_at),
@@ -378,7 +400,8 @@ impl Admin {
         .await?
         .ok_or_else(|| not_found(name))?;
         let status = self.account_status(name).await?;
-        Ok(Outcome { issued: row.issued, failed: row.failed, status })
+        let credential_version = row.credential_version;
+        Ok(Outcome { issued: row.issued, failed: row.failed, credential_version, status })
     }
 }
 

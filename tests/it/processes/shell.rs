@@ -109,8 +109,12 @@ async fn a_broker_is_set_up_used_and_stopped_only_by_environment_files_and_comma
     assert!(checked.contains("ok ") && !checked.contains("FAIL"), "{checked}");
 
     let rotated = ["account", "rotate", "typo", "--wait", "--reason", "T-1"];
-    let printed = setup.run_with_secret(&rotated, "SK.right").await.ok();
-    assert!(printed.starts_with("typo: fresh"), "{printed}");
+    let ran = setup.run_with_secret(&rotated, "SK.right").await;
+    assert!(ran.stderr.contains("is written") && !ran.stderr.contains("already:"), "{ran:?}");
+    assert!(ran.ok().starts_with("typo: fresh"));
+    let again = setup.run_with_secret(&["account", "rotate", "typo", "--wait"], "SK.right").await;
+    assert!(again.stderr.contains("had this API KEY already: nothing was tried"), "{again:?}");
+    assert!(again.ok().starts_with("typo: fresh"));
     assert!(is_live(&upstream, &get(&["typo"]).await.ok()).await);
 
     let generation = |json: String| {
