@@ -114,10 +114,10 @@ impl Rotation {
         .await;
     }
 
-    /// Waits until readiness says that the login is refused with `sqlstate`, and that it keeps saying so, and
-    /// nothing else, for a second.
+    /// Waits until the history guard says that the login is refused with `sqlstate`, and that it keeps saying so, and
+    /// nothing else, for a second. Before that, a duty may say so while the guard has only seen its session break off.
     async fn assert_refused(&self, sqlstate: &str) {
-        let words = format!("the database refuses the login (SQLSTATE {sqlstate})");
+        let words = format!("is not used: the database refuses the login (SQLSTATE {sqlstate})");
         self.until_postgres(|detail| detail.contains(&words)).await;
         let until = Instant::now() + Duration::from_secs(1);
         while Instant::now() < until {
