@@ -1,4 +1,4 @@
--- version: 6 (raise it with each change of this file)
+-- version: 7 (raise it with each change of this file)
 --
 -- Functions that the triggers of several tables call.
 
@@ -198,12 +198,13 @@ declare
     known bigint;
 begin
     execute of_sequence into taken;
-    execute of_rows into known using tg_table_name;
+    -- Without the cast, its type is `name`, whose collation keeps the index of `changes` from being used.
+    execute of_rows into known using tg_table_name::text;
     if taken < known then
         -- Of several sessions, one corrects the sequence, and the others wait for its rows.
         perform pg_advisory_xact_lock(hashtextextended(ids, 0));
         execute of_sequence into taken;
-        execute of_rows into known using tg_table_name;
+        execute of_rows into known using tg_table_name::text;
         if taken < known then
             taken := setval(ids, known);
         end if;
