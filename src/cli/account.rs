@@ -1,6 +1,9 @@
 //! The command `account`.
 
+mod columns;
+mod export;
 mod history;
+mod import;
 mod intake_key;
 mod known_keys;
 mod show;
@@ -14,6 +17,7 @@ use clap::{Args, Subcommand};
 pub(super) use self::intake_key::remember_successor;
 use self::wait::WaitArgs;
 use super::{
+    bulk,
     global::{GlobalArgs, path_argument},
     output,
     privileges::{self, Needs},
@@ -61,6 +65,21 @@ Example:
         #[command(flatten)]
         account: NewArgs,
     },
+    /// Registers the accounts of a file, and with --update changes them
+    #[command(after_help = IMPORT_HELP)]
+    Import {
+        #[command(flatten)]
+        input: bulk::ImportArgs,
+        #[command(flatten)]
+        intake: Flags<KnownKeyFlags>,
+        #[command(flatten)]
+        wait: import::WaitArgs,
+    },
+    /// Writes all accounts into a file for `account import`, without their API KEYs
+    #[command(after_help = "\
+Example:
+  token-broker account export --out accounts.csv --replace && git diff accounts.csv")]
+    Export(bulk::ExportArgs),
     /// Lists all accounts
     List {
         /// Print JSON
@@ -124,6 +143,17 @@ Examples:
         yes: bool,
     },
 }
+
+const IMPORT_HELP: &str = "\
+The first line of CSV names the columns, in any order: name, client_id, client_secret, enabled,
+description. JSON lines have the same names as keys. With --update, a column that the file lacks
+and an empty client_secret leave accounts as they are, and so does the API KEY that they have.
+--prune removes accounts that the file lacks, with their API KEYs.
+
+Examples:
+  token-broker account import accounts.csv --dry-run
+  vault kv get -field=accounts rcs | token-broker account import - --format jsonl --update
+  token-broker account import accounts.csv --skip-bad --report faults.csv";
 
 #[derive(Args, Debug)]
 struct NewArgs {
@@ -189,6 +219,10 @@ pub(super) async fn run(global: &GlobalArgs, args: AccountArgs) -> anyhow::Resul
             output::block(sql::insert_account(name, client_id, &sealed, description.as_str()))?;
             Ok(ExitCode::SUCCESS)
         }
+        Command::Import { input, intake, wait } => {
+            import::run(global, args.reason.as_deref(), &input, &intake, &wait).await
+        }
+        Command::Export(output) => export::run(&open().await?, &output).await,
         Command::List { json } => {
             show::list(&open().await?.accounts().await?, json)?;
             Ok(ExitCode::SUCCESS)

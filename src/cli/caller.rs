@@ -1,6 +1,9 @@
 //! The command `caller`.
 
+mod export;
+mod import;
 mod review;
+mod setup;
 mod show;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -9,6 +12,7 @@ use anyhow::{Context, ensure};
 use clap::{Args, Subcommand};
 
 use super::{
+    bulk,
     global::{GlobalArgs, path_argument},
     output::{self, note},
     privileges::{self, Needs},
@@ -68,6 +72,14 @@ Examples:
         #[arg(long, default_value = "", value_name = "TEXT")]
         description: Description,
     },
+    /// Registers the callers of a file, and with --update changes them
+    #[command(after_help = IMPORT_HELP)]
+    Import(bulk::ImportArgs),
+    /// Writes all callers into a file for `caller import`, without their bearers
+    #[command(after_help = "\
+Example:
+  token-broker caller export --out callers.csv --replace && git diff callers.csv")]
+    Export(bulk::ExportArgs),
     /// Lists all callers
     List {
         /// Print JSON
@@ -153,6 +165,18 @@ Examples:
     #[command(subcommand)]
     Identity(IdentityCommand),
 }
+
+const IMPORT_HELP: &str = "\
+The first line of CSV names the columns, in any order: name, enabled, rate_limit, description,
+spiffe_ids, dns_names, grants. JSON lines have the same names as keys. With --update, a column that
+the file lacks leaves callers as they are. The last three are lists, separated by blanks: each name
+is NAME[@END], each grant PATTERN[=RIGHTS][@END], such as acme-*=get,list@2027-01-31T00:00:00Z.
+Bearers are not in a file: `caller bearer add` creates them. --prune removes callers that the file
+lacks, with their bearers, and grants and names that their rows lack.
+
+Examples:
+  token-broker caller import callers.csv --update --dry-run
+  token-broker caller import callers.csv --update --prune --yes --reason TICKET-7";
 
 #[derive(Debug, Subcommand)]
 enum BearerCommand {
@@ -264,6 +288,8 @@ pub(super) async fn run(global: &GlobalArgs, args: CallerArgs) -> anyhow::Result
                 bearer.hand_over()?;
             }
         }
+        Command::Import(input) => return import::run(&admin, &input).await,
+        Command::Export(output) => return export::run(&admin, &output).await,
         Command::List { json } => {
             let listed = admin.callers().await?;
             show::list(&listed.rows, json)?;
@@ -396,7 +422,7 @@ impl NewSecret {
     /// Returns the error to show after the registration has failed with `error`. Unless it is certain that nothing
     /// was registered, the file stays: it may hold a bearer that is valid.
     fn not_registered(self, error: StoreError) -> anyhow::Error {
-        let uncertain = is_outcome_uncertain(&error);
+        let uncertain = error.is_outcome_uncertain();
         let error = anyhow::Error::from(error);
         match self.file {
             Some((path, file)) if uncertain => {
@@ -420,21 +446,6 @@ impl NewSecret {
         }
         note("keep the bearer now: it is shown only once");
         output::secret_line(self.bearer.expose())
-    }
-}
-
-/// Returns whether a transaction that failed with `error` may have been committed: the server has neither refused
-/// it nor lacked what it needs, so the answer to the commit may have been lost.
-fn is_outcome_uncertain(error: &StoreError) -> bool {
-    match error {
-        StoreError::NotFound(_)
-        | StoreError::Conflict { .. }
-        | StoreError::InvalidUrl(_)
-        | StoreError::Schema(_)
-        | StoreError::UnsafeSchema(_)
-        | StoreError::UnusableSession(_) => false,
-        // A server or pooler that shuts down reports that too, with an SQLSTATE.
-        error => error.may_be_outage() || error.sqlstate().is_none(),
     }
 }
 

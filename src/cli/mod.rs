@@ -4,6 +4,7 @@
 mod account;
 mod agent;
 mod audit;
+mod bulk;
 mod caller;
 mod check;
 mod client;
@@ -264,9 +265,9 @@ mod tests {
         }
         let mut checked = Vec::new();
         check(&Cli::command(), &["token-broker"], &mut checked);
-        // config, secret-file of three commands, out of three, journal, export and keys of verify, ship, state-dir,
-        // accounts-file.
-        assert_eq!(checked.len(), 13, "{checked:?}");
+        // config, secret-file of three commands, out of five, file and report of two, journal, export and keys of verify,
+        // ship, state-dir, accounts-file.
+        assert_eq!(checked.len(), 19, "{checked:?}");
     }
 
     #[test]
@@ -279,6 +280,10 @@ mod tests {
             "token-broker account reissue acme-* --state rejected",
             "token-broker account list --json",
             "token-broker account history acme --since 7d --json",
+            "token-broker account import accounts.csv --update --dry-run --reason T-1",
+            "token-broker account import - --format jsonl --skip-bad --report faults.csv",
+            "token-broker account export --out accounts.jsonl --replace",
+            "token-broker account import accounts.csv --update --prune --yes",
             "token-broker caller add billing --bearer --dns billing.example.com --rate-limit 10",
             "token-broker caller add billing --bearer --out billing.bearer",
             "token-broker caller bearer add billing --out next.bearer",
@@ -288,6 +293,8 @@ mod tests {
             "token-broker caller review --unused 30d --ending 1w --json",
             "token-broker caller identity add billing --dns b.example.com --spiffe-id spiffe://a/b",
             "token-broker caller identity revoke 3",
+            "token-broker caller import callers.csv --update --prune --yes",
+            "token-broker caller export --format jsonl",
             "token-broker token get acme --min-ttl 60s --json",
             "token-broker token get acme-* --watch",
             "token-broker agent --accounts acme,shop-* --token-dir /run/tokens -- systemctl reload shop",
@@ -312,12 +319,20 @@ mod tests {
             "token-broker account add acme --client-id 123456789012345678901",
             "token-broker account add acme --client-id id --client-secret SK.x",
             "token-broker account reissue",
+            "token-broker account import",
+            "token-broker account import accounts.csv --skip-bad",
+            "token-broker account import accounts.csv --format xlsx",
+            "token-broker account import accounts.csv --prune --yes",
+            "token-broker account export --replace",
             "token-broker caller grant billing",
             "token-broker caller add billing --out billing.bearer",
             "token-broker caller grant billing acme --rights write",
             "token-broker caller limit billing",
             "token-broker caller review --unused 0s",
             "token-broker caller identity add billing",
+            "token-broker caller import callers.csv --prune --yes",
+            "token-broker caller import callers.csv --update --yes",
+            "token-broker caller import callers.csv --update --prune --skip-bad --report faults.csv",
             "token-broker token get acme --bearer tbk_x",
             "token-broker agent acme",
             "token-broker agent --timeout 1m",

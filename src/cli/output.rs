@@ -68,6 +68,14 @@ pub(super) fn bytes(bytes: &[u8]) -> anyhow::Result<()> {
     check_written(stdout.write_all(bytes).and_then(|()| stdout.flush()))
 }
 
+/// Prints a file to standard output: as it is, but to a terminal with all characters escaped that it acts on.
+pub(super) fn document(text: &str) -> anyhow::Result<()> {
+    if !io::stdout().is_terminal() {
+        return bytes(text.as_bytes());
+    }
+    text.lines().try_for_each(line)
+}
+
 /// Returns the result of writing to standard output, with a broken pipe as [`OutputClosed`].
 pub(super) fn check_written(written: io::Result<()>) -> anyhow::Result<()> {
     match written {

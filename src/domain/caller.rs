@@ -26,6 +26,50 @@ named_enum! {
     }
 }
 
+impl CallerKind {
+    /// Checks a name in a client certificate: a SPIFFE ID or a DNS name. The database's trigger has the same rule.
+    ///
+    /// # Errors
+    /// Returns the rule that the value breaks. A bearer has no such name.
+    pub fn check_identity(self, identity: &str) -> Result<(), InvalidValue> {
+        let is_lower = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+        let (what, rule, longest, fits) = match self {
+            Self::Bearer => return Err(InvalidValue::Unknown("kind", "spiffe or dns")),
+            Self::Spiffe => {
+                let fits = identity
+                    .strip_prefix("spiffe://")
+                    .and_then(|id| id.split_once('/'))
+                    .is_some_and(|(domain, path)| {
+                        let in_domain = |c| is_lower(c) || matches!(c, '.' | '_' | '-');
+                        let in_path =
+                            |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+                        (1..=255).contains(&domain.len())
+                            && domain.chars().all(in_domain)
+                            && path
+                                .split('/')
+                                .all(|part| !part.is_empty() && part.chars().all(in_path))
+                    });
+                ("SPIFFE ID", "spiffe://trust-domain/path", 2048, fits)
+            }
+            Self::Dns => {
+                let fits = identity.split('.').all(|label| {
+                    (1..=63).contains(&label.len())
+                        && label.starts_with(is_lower)
+                        && label.chars().all(|c| is_lower(c) || c == '-')
+                });
+                ("DNS name", "a DNS name in lower case", 253, fits)
+            }
+        };
+        if !fits {
+            return Err(InvalidValue::malformed(what, rule, identity));
+        }
+        if identity.len() > longest {
+            return Err(InvalidValue::TooLong(what, longest));
+        }
+        Ok(())
+    }
+}
+
 /// A service that requests tokens, with its grants and limits.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Caller {
@@ -143,6 +187,33 @@ mod tests {
             rights: rights.iter().copied().collect(),
             ends_at,
         }
+    }
+
+    #[test]
+    fn names_in_certificates_are_checked_as_the_database_does() {
+        for (kind, identity, valid) in [
+            (CallerKind::Spiffe, "spiffe://example.com/a/B_c.d-e", true),
+            (CallerKind::Spiffe, "spiffe://Example.com/a", false),
+            (CallerKind::Spiffe, "spiffe://example.com/", false),
+            (CallerKind::Spiffe, "spiffe://example.com/a//b", false),
+            (CallerKind::Spiffe, "spiffe:///a", false),
+            (CallerKind::Spiffe, "spiffe://example.com", false),
+            (CallerKind::Spiffe, "https://example.com/a", false),
+            (CallerKind::Dns, "a", true),
+            (CallerKind::Dns, "a-.0b.example.com", true),
+            (CallerKind::Dns, "A.example.com", false),
+            (CallerKind::Dns, "-a.example.com", false),
+            (CallerKind::Dns, "a..b", false),
+            (CallerKind::Dns, "", false),
+            (CallerKind::Bearer, "a", false),
+        ] {
+            assert_eq!(kind.check_identity(identity).is_ok(), valid, "{identity}");
+        }
+        assert!(CallerKind::Dns.check_identity(&"a".repeat(64)).is_err());
+        assert!(CallerKind::Dns.check_identity(&"a.".repeat(126)).is_err());
+        assert!(CallerKind::Dns.check_identity(&["a"; 128].join(".")).is_err());
+        let pasted = CallerKind::Dns.check_identity("a\u{200b}").unwrap_err().to_string();
+        assert!(pasted.ends_with("character 2 is a zero width space (U+200B)"), "{pasted}");
     }
 
     #[test]

@@ -4,7 +4,9 @@
 //! and the reason. Triggers record the change in the table `changes`, from which running brokers read it:
 //! nothing here connects to a broker. If a trigger refuses a value, the error has the trigger's message.
 
+mod account_import;
 mod accounts;
+mod caller_import;
 mod callers;
 mod chains;
 mod connection;
@@ -12,7 +14,9 @@ mod keys;
 mod overview;
 
 pub use self::{
+    account_import::{AccountUpdate, AccountsImport, StoredAccount, WholeAccount},
     accounts::{AccountDetails, AccountSummary, NewAccount, Outcome, Rotated, Rotation, Selection},
+    caller_import::{CallerSetup, CallerUpdate, CallersImport, CertificateName, GrantSetup},
     callers::{
         BearerSummary, CallerDetails, CallerSummary, CredentialDetails, GrantDetails, GrantSummary,
         Listed, NewBearer, NewCaller, NewGrant,

@@ -286,6 +286,22 @@ impl StoreError {
         self.may_be_outage() || self.is_delayed() || self.sqlstate() == Some(TOO_MANY_CONNECTIONS)
     }
 
+    /// Returns whether a transaction that failed with this error may have been committed: the server has neither refused
+    /// it nor lacked what it needs, so the answer to the commit may have been lost.
+    #[must_use]
+    pub fn is_outcome_uncertain(&self) -> bool {
+        match self {
+            Self::NotFound(_)
+            | Self::Conflict { .. }
+            | Self::InvalidUrl(_)
+            | Self::Schema(_)
+            | Self::UnsafeSchema(_)
+            | Self::UnusableSession(_) => false,
+            // A server or pooler that shuts down reports that too, with an SQLSTATE.
+            error => error.may_be_outage() || error.sqlstate().is_none(),
+        }
+    }
+
     /// Returns whether the same transaction may succeed when it is repeated at once.
     #[must_use]
     pub fn is_retryable(&self) -> bool {

@@ -3,6 +3,8 @@
 
 mod agent;
 mod audit_commands;
+mod bulk_accounts;
+mod bulk_callers;
 #[cfg(feature = "embedded-postgres")]
 mod canaries;
 mod check;
