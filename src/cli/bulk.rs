@@ -17,13 +17,13 @@ use std::{
 };
 
 use anyhow::{Context, anyhow, bail, ensure};
-use clap::{Args, ValueEnum};
+use clap::Args;
 use zeroize::Zeroizing;
 
 pub(super) use self::{
-    columns::{Column, Kind, Row},
+    columns::{Column, Content, Kind, Row},
     fault::{Fault, RowFaults},
-    write::{Cell, write},
+    write::{Cell, Format, write},
 };
 use super::{global::path_argument, output};
 use crate::{
@@ -41,26 +41,6 @@ use crate::{
 const FILE: Limits = Limits { bytes: 64 << 20, wait: Duration::from_mins(5) };
 /// How many faults are printed. More of them rarely help, and would hide the first ones.
 const MAX_PRINTED: usize = 20;
-
-/// The form of a file.
-#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
-pub(super) enum Format {
-    /// Comma-separated values, whose first line names the columns
-    Csv,
-    /// A JSON object on each line
-    Jsonl,
-}
-
-impl Format {
-    /// Returns the form that the name of `file` tells.
-    fn of(file: &Path) -> Option<Self> {
-        match file.extension()?.to_str()?.to_ascii_lowercase().as_str() {
-            "csv" | "tsv" | "txt" => Some(Self::Csv),
-            "json" | "jsonl" | "ndjson" => Some(Self::Jsonl),
-            _ => None,
-        }
-    }
-}
 
 #[expect(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
 #[derive(Args, Debug)]
@@ -114,13 +94,6 @@ pub(super) fn parse(
         Format::Csv => csv::read(text, columns),
         Format::Jsonl => json_lines::read(text, columns),
     }
-}
-
-/// The rows of a file that could be read, and the faults of the others.
-#[derive(Debug, Default)]
-pub(super) struct Content {
-    pub(super) rows: Vec<Row>,
-    pub(super) faults: Vec<Fault>,
 }
 
 impl ImportArgs {

@@ -4,6 +4,8 @@ use std::fmt;
 
 use zeroize::Zeroizing;
 
+use super::fault::Fault;
+
 /// What a column holds. In CSV everything is text; in JSON lines the value has a type.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(in crate::cli) enum Kind {
@@ -61,4 +63,11 @@ impl fmt::Debug for Row {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Row(line {})", self.line)
     }
+}
+
+/// The rows of a file that could be read, and the faults of the others.
+#[derive(Debug, Default)]
+pub(in crate::cli) struct Content {
+    pub(in crate::cli) rows: Vec<Row>,
+    pub(in crate::cli) faults: Vec<Fault>,
 }

@@ -7,8 +7,7 @@
 use zeroize::Zeroizing;
 
 use super::{
-    Content,
-    columns::{self, Column, Row},
+    columns::{self, Column, Content, Row},
     fault::{Fault, RowFaults},
 };
 

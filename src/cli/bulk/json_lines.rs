@@ -9,8 +9,7 @@ use serde::{
 use zeroize::Zeroizing;
 
 use super::{
-    Content,
-    columns::{self, Column, Kind, Row},
+    columns::{self, Column, Content, Kind, Row},
     fault::{Fault, RowFaults},
 };
 

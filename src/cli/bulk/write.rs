@@ -1,9 +1,31 @@
 //! Writes rows as CSV or JSON lines.
 
+use std::path::Path;
+
+use clap::ValueEnum;
 use serde_json::{Value, json};
 
-use super::Format;
 use crate::domain::printable::printable_json;
+
+/// The form of a file.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+pub(in crate::cli) enum Format {
+    /// Comma-separated values, whose first line names the columns
+    Csv,
+    /// A JSON object on each line
+    Jsonl,
+}
+
+impl Format {
+    /// Returns the form that the name of `file` tells.
+    pub(super) fn of(file: &Path) -> Option<Self> {
+        match file.extension()?.to_str()?.to_ascii_lowercase().as_str() {
+            "csv" | "tsv" | "txt" => Some(Self::Csv),
+            "json" | "jsonl" | "ndjson" => Some(Self::Jsonl),
+            _ => None,
+        }
+    }
+}
 
 /// A value to write.
 #[derive(Clone, Debug)]
