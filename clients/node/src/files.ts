@@ -3,21 +3,43 @@ import { readFile } from 'node:fs/promises';
 import { dirname } from 'node:path';
 import { getSystemErrorMap } from 'node:util';
 
-/** Returns the text of a file, or throws an error that is safe to print: see {@link shown}. */
+/**
+ * Returns the text of a file, without a byte order mark. Throws an error that is safe to print: it does not quote the file,
+ * and see {@link shown}.
+ */
 export function readTextSync(file: string): string {
+  let bytes;
   try {
-    return readFileSync(file, 'utf8');
+    bytes = readFileSync(file);
   } catch (error) {
     throw unreadable(file, error);
   }
+  return textOf(file, bytes);
 }
 
 /** Does what {@link readTextSync} does, without blocking. */
 export async function readText(file: string): Promise<string> {
+  let bytes;
   try {
-    return await readFile(file, 'utf8');
+    bytes = await readFile(file);
   } catch (error) {
     throw unreadable(file, error);
+  }
+  return textOf(file, bytes);
+}
+
+/** People write files also with the tools of Windows, in UTF-16 with a byte order mark, or in UTF-8 with one. */
+function textOf(file: string, bytes: Buffer): string {
+  const mark = bytes.subarray(0, 2).toString('hex');
+  if (mark !== 'fffe' && mark !== 'feff') {
+    return new TextDecoder().decode(bytes);
+  }
+  const units = Buffer.from(bytes.subarray(2));
+  try {
+    // Node may have been built without a decoder of big endian.
+    return new TextDecoder('utf-16le', { fatal: true }).decode(mark === 'feff' ? units.swap16() : units);
+  } catch {
+    throw new Error(`${shown(file)} is malformed UTF-16`);
   }
 }
 
