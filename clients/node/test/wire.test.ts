@@ -101,6 +101,16 @@ test('a client without a usable bearer cannot be made, and does not quote the fi
   });
 });
 
+test('a report that fails is not sent again', async () => {
+  broker.reports = [];
+  await using(async (client) => {
+    const { generation } = await client.token('acme');
+    broker.failures = [refusal(status.UNAVAILABLE, 'UPSTREAM_UNAVAILABLE')];
+    await assert.rejects(client.report('acme', generation, '61003'), { kind: 'UNAVAILABLE' });
+  });
+  assert.equal(broker.reports.length, 1);
+});
+
 test('files are read in every encoding with a byte order mark', () => {
   const ca = Buffer.from(rootCertificates[0] ?? '').toString();
   const encodings: [string, (text: string) => Buffer][] = [

@@ -208,6 +208,19 @@ class WireTest {
   }
 
   @Test
+  void a_report_that_fails_is_not_sent_again() {
+    try (TokenClient client = client(broker.endpoint())) {
+      Token token = client.token("acme");
+      broker.failures.add(Status.UNAVAILABLE.asRuntimeException());
+      TokenBrokerException error =
+          assertThrows(
+              TokenBrokerException.class, () -> client.report("acme", token.generation(), "61003"));
+      assertEquals(ErrorKind.UNAVAILABLE, error.kind());
+    }
+    assertEquals(1, broker.reports.get());
+  }
+
+  @Test
   void files_are_read_in_every_encoding_with_a_byte_order_mark() throws Exception {
     Path file = folder.resolve("file");
     for (Charset encoding :
