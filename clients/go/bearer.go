@@ -2,7 +2,6 @@ package tokenbroker
 
 import (
 	"log/slog"
-	"os"
 	"strings"
 	"sync"
 	"time"
@@ -78,17 +77,17 @@ func (f *bearerFile) read() {
 
 // readBearer returns the bearer, or what is wrong with the file. The text never quotes the file's content.
 func readBearer(path string) (bearer, problem string) {
-	content, err := os.ReadFile(path)
+	content, err := readFile(path)
 	if err != nil {
 		return "", err.Error()
 	}
 	bearer = strings.TrimSpace(string(content))
 	if bearer == "" {
-		return "", path + " is empty"
+		return "", shownPath(path) + " is empty"
 	}
 	for _, c := range []byte(bearer) {
 		if c <= ' ' || c > '~' {
-			return "", path + " has a character that cannot be part of a bearer"
+			return "", shownPath(path) + " has a character that cannot be part of a bearer"
 		}
 	}
 	return bearer, ""

@@ -2,6 +2,7 @@ package tokenbroker
 
 import (
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -51,6 +52,20 @@ func ConfigFromEnv() Config {
 		ClientKeyFile:  os.Getenv("TOKEN_BROKER_CLIENT_KEY"),
 	}
 }
+
+// String describes the settings. It shows a path only if it leads somewhere, because a bearer or a key may have been given
+// instead of one, and no endpoint, because somebody may have put a password into it.
+func (c Config) String() string {
+	return fmt.Sprintf("settings with %d endpoints, bearer file %q, CA file %q, client certificate %q, client key %q",
+		len(c.Endpoints), shownPath(c.BearerFile), shownPath(c.CAFile), shownPath(c.ClientCertFile),
+		shownPath(c.ClientKeyFile))
+}
+
+// Format writes the same as String for each verb.
+func (c Config) Format(s fmt.State, _ rune) { _, _ = io.WriteString(s, c.String()) }
+
+// LogValue describes the settings as String does.
+func (c Config) LogValue() slog.Value { return slog.StringValue(c.String()) }
 
 // endpoints are the parsed Endpoints of a Config.
 type endpoints struct {

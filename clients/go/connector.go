@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"sync"
 	"time"
 
@@ -198,28 +197,28 @@ func (f certificateFiles) read() (*tls.Config, [sha256.Size]byte, error) {
 	hash := sha256.New()
 	var digest [sha256.Size]byte
 	if f.ca != "" {
-		content, err := os.ReadFile(f.ca)
+		content, err := readFile(f.ca)
 		if err != nil {
 			return nil, digest, err
 		}
 		config.RootCAs = x509.NewCertPool()
 		if !config.RootCAs.AppendCertsFromPEM(content) {
-			return nil, digest, fmt.Errorf("%s has no certificate in PEM form", f.ca)
+			return nil, digest, fmt.Errorf("%s has no certificate in PEM form", shownPath(f.ca))
 		}
 		fmt.Fprintf(hash, "%d\n%s", len(content), content)
 	}
 	if f.cert != "" {
-		cert, err := os.ReadFile(f.cert)
+		cert, err := readFile(f.cert)
 		if err != nil {
 			return nil, digest, err
 		}
-		key, err := os.ReadFile(f.key)
+		key, err := readFile(f.key)
 		if err != nil {
 			return nil, digest, err
 		}
 		pair, err := tls.X509KeyPair(cert, key)
 		if err != nil {
-			return nil, digest, fmt.Errorf("%s and %s: %w", f.cert, f.key, err)
+			return nil, digest, fmt.Errorf("%s and %s: %w", shownPath(f.cert), shownPath(f.key), err)
 		}
 		config.Certificates = []tls.Certificate{pair}
 		fmt.Fprintf(hash, "%d\n%s%s", len(cert), cert, key)

@@ -8,7 +8,6 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"google.golang.org/grpc"
@@ -20,7 +19,6 @@ import (
 	pb "github.com/token-broker/token-broker/clients/go/tokenbrokerv1"
 )
 
-// The README shows the body of this function.
 func Example() {
 	defer startBrokerAndAPI()()
 
@@ -35,7 +33,6 @@ func Example() {
 	}
 	api := &http.Client{Transport: &tokenbroker.Transport{Client: client, Account: "acme"}}
 	response, err := api.Get(token.APIBaseURL() + "/whoami")
-
 	if err != nil {
 		panic(err)
 	}
@@ -95,18 +92,4 @@ func startBrokerAndAPI() (stop func()) {
 		server.Stop()
 		api.Close()
 	}
-}
-
-// readmeShows reports whether the README has the code of the example, whatever the indentation.
-func readmeShows(readme, source string) bool {
-	_, rest, found := strings.Cut(readme, "```go\n")
-	block, _, closed := strings.Cut(rest, "```")
-	strip := func(text string) string {
-		var lines []string
-		for _, line := range strings.Split(text, "\n") {
-			lines = append(lines, strings.TrimSpace(line))
-		}
-		return strings.Join(lines, "\n")
-	}
-	return found && closed && strings.Contains(strip(source), strip(block))
 }

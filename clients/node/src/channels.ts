@@ -4,7 +4,7 @@ import { serviceConfig } from './service-config.js';
 import type { Endpoint } from './settings.js';
 
 const OPTIONS = {
-  'grpc.service_config': JSON.stringify(withoutRetries('GetToken')),
+  'grpc.service_config': JSON.stringify(withoutRetries()),
   'grpc.service_config_disable_resolution': 1,
   'grpc.keepalive_time_ms': 20_000,
   'grpc.keepalive_timeout_ms': 10_000,
@@ -105,13 +105,10 @@ export function choose(states: readonly State[], last: number, isLate: boolean):
 }
 
 /**
- * Returns the service config without gRPC's retries of one method. A client repeats an ask itself, on another
- * endpoint if there is one, and knows why the attempts failed when its time is up.
+ * Returns the service config without gRPC's retries. A client repeats an ask itself, on another endpoint if there is
+ * one, and knows why the attempts failed when its time is up. A call that has reached no broker is still repeated.
  */
-function withoutRetries(method: string): object {
-  const named = serviceConfig.methodConfig.map((config) => ({
-    ...config,
-    name: config.name.filter((name) => name.method !== method),
-  }));
-  return { ...serviceConfig, methodConfig: named };
+function withoutRetries(): object {
+  const methodConfig = serviceConfig.methodConfig.map((config) => ({ ...config, retryPolicy: undefined }));
+  return { ...serviceConfig, methodConfig };
 }

@@ -31,6 +31,13 @@ for (const [index, [, program]] of programs.entries()) {
   });
 }
 
+test('the lines in the documents are those of the first example', () => {
+  const [, lines = ''] = /^```js\n(.*?)^```/ms.exec(readFileSync('../../docs/clients.md', 'utf8')) ?? [];
+  for (const line of lines.trim().split('\n')) {
+    assert.ok(line !== '' && programs[0]?.[1]?.includes(line), line);
+  }
+});
+
 test('the README has examples', () => {
   assert.equal(programs.length, 2);
 });

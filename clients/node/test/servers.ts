@@ -73,6 +73,11 @@ export class WireBroker {
           done: sendUnaryData<unknown>,
         ) => {
           this.reports.push(call.request);
+          const failure = this.failures.shift();
+          if (failure) {
+            done(failure);
+            return;
+          }
           this.generation++;
           done(null, reportAnswer('REISSUING'));
         },

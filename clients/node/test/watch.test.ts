@@ -32,6 +32,26 @@ test('accounts are watched after their first token, those of 100 ms together', a
   assert.deepEqual(broker.stream.accounts, ['acme', 'other']);
 });
 
+test('a stream has a thousand accounts, and the next one is asked for at its reuse end', async () => {
+  const { client, broker, clock } = setUp();
+  for (let number = 0; number <= 1000; number++) {
+    await getToken(client, broker, `acme-${String(number)}`);
+  }
+  await clock.advance(100);
+  assert.equal(broker.stream.accounts.length, 1000);
+  assert.ok(!broker.stream.accounts.includes('acme-1000'));
+  const asks = broker.asks.length;
+  await client.token('acme-1000');
+  assert.equal(broker.asks.length, asks, 'it is kept all the same');
+  broker.stream.push('acme-0', {});
+  // An end makes room for the next addition.
+  broker.stream.end('acme-0');
+  await getToken(client, broker, 'other');
+  await clock.advance(5000);
+  assert.equal(broker.stream.accounts.length, 1000);
+  assert.ok(broker.stream.accounts.includes('other'));
+});
+
 test('a pushed token is used at once', async () => {
   const { client, broker } = await watching();
   broker.stream.push('acme', { generation: 2n });

@@ -3,6 +3,8 @@ import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, beforeEach, test } from 'node:test';
+import { rootCertificates } from 'node:tls';
+import { inspect } from 'node:util';
 
 import { status } from '@grpc/grpc-js';
 
@@ -95,7 +97,60 @@ test('a client without a usable bearer cannot be made, and does not quote the fi
   );
   assert.throws(() => new TokenClient({ endpoints: broker.endpoint, bearerFile: join(folder, 'none') }), {
     kind: 'INVALID_ARGUMENT',
+    message: /none cannot be read: no such file/,
   });
+});
+
+test('a report that fails is not sent again', async () => {
+  broker.reports = [];
+  await using(async (client) => {
+    const { generation } = await client.token('acme');
+    broker.failures = [refusal(status.UNAVAILABLE, 'UPSTREAM_UNAVAILABLE')];
+    await assert.rejects(client.report('acme', generation, '61003'), { kind: 'UNAVAILABLE' });
+  });
+  assert.equal(broker.reports.length, 1);
+});
+
+test('files are read in every encoding with a byte order mark', () => {
+  const ca = Buffer.from(rootCertificates[0] ?? '').toString();
+  const encodings: [string, (text: string) => Buffer][] = [
+    ['UTF-8', (text) => Buffer.from(text)],
+    ['UTF-8 with a mark', (text) => Buffer.from(`\ufeff${text}`)],
+    ['UTF-16 little endian', (text) => Buffer.from(`\ufeff${text}`, 'utf16le')],
+    ['UTF-16 big endian', (text) => Buffer.from(`\ufeff${text}`, 'utf16le').swap16()],
+  ];
+  const caFile = join(folder, 'ca');
+  for (const [name, encode] of encodings) {
+    writeFileSync(bearerFile, encode('tbk_x\r\n'));
+    writeFileSync(caFile, encode(ca));
+    assert.doesNotThrow(() => {
+      new TokenClient({ endpoints: 'https://localhost:1', bearerFile, caFile }).close();
+    }, name);
+  }
+  for (const malformed of ['\xff\xfet', '\xff\xfe\x00\xd8', '\xff\xfe\0\0t\0\0\0', 't\0b\0']) {
+    writeFileSync(bearerFile, malformed, 'latin1');
+    assert.throws(() => new TokenClient({ endpoints: broker.endpoint, bearerFile }), {
+      kind: 'INVALID_ARGUMENT',
+    });
+  }
+});
+
+test('a secret that is given instead of a path is not quoted', () => {
+  const pem = '-----BEGIN PRIVATE KEY-----\ncanary\n-----END PRIVATE KEY-----';
+  const long = `canary/${'x'.repeat(300)}/y`;
+  for (const secret of ['tbk_canary', 'can/ary', '/canary', 'canary\0', `${bearerFile}/canary`, pem, long]) {
+    for (const options of [
+      { endpoints: broker.endpoint, bearerFile: secret },
+      { endpoints: 'https://localhost:1', caFile: secret },
+      { endpoints: 'https://localhost:1', clientCertFile: secret, clientKeyFile: bearerFile },
+      { endpoints: 'https://localhost:1', clientCertFile: bearerFile, clientKeyFile: secret },
+    ]) {
+      assert.throws(
+        () => new TokenClient(options),
+        (error: Error) => !/canary|can\/ary|BEGIN/.test(inspect(error)),
+      );
+    }
+  }
 });
 
 test('a program ends by itself although its client is open', async () => {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from typing import Any, Callable, TypeVar, Union
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -27,7 +28,7 @@ from token_broker.v1 import token_broker_pb2 as pb
 
 SECRET = "eyJ-this-is-the-secret"  # noqa: S105
 T = TypeVar("T")
-Answer = Union[Any, TokenBrokerError]
+Answer = Any | TokenBrokerError
 Handler = Callable[[Call], "tuple[float, Answer]"]
 NEVER = float("inf")
 

@@ -9,11 +9,13 @@ from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from ._errors import InvalidArgument
+from ._paths import shown
 
 DEFAULT_TIMEOUT = 5.0
+_PATHS = ("bearer_file", "ca_file", "client_cert", "client_key")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Config:
     """The settings of a client. They contain no secrets, only the names of files that do."""
 
@@ -32,6 +34,12 @@ class Config:
     """How many seconds a call takes at most if it sets no timeout of its own."""
     allow_plaintext_bearer: bool = False
     """Permits to send the bearer without TLS to other hosts than loopback."""
+
+    def __repr__(self) -> str:
+        """Shows a path only if it leads somewhere, because a bearer or a key may have been given instead of one, and no
+        endpoint, because somebody may have put a password into it."""
+        paths = (f"{name}={shown(getattr(self, name))}" for name in _PATHS)
+        return f"<Config of {len(self.endpoints)} endpoints, {', '.join(paths)}, timeout={self.timeout}>"
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Config:

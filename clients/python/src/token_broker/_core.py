@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar, Union
+from typing import Any, Protocol, TypeVar
 
 from ._errors import (
     Closed,
@@ -120,7 +120,7 @@ class Log:
     arguments: tuple[object, ...]
 
 
-Effect = Union[Wait, Call, BearerChanged, OpenStream, NextMessage, Look, Log]
+Effect = Wait | Call | BearerChanged | OpenStream | NextMessage | Look | Log
 T = TypeVar("T")
 Flow = Generator[Effect, Any, T]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import ssl
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -13,10 +14,7 @@ from ._config import Config
 from ._core import LOOK_INTERVAL
 from ._errors import InvalidArgument
 from ._log import log
-
-
-class Unusable(Exception):
-    """A file cannot be used. The text never quotes its content."""
+from ._paths import Unusable, read, shown
 
 
 class BearerFile:
@@ -60,15 +58,11 @@ class BearerFile:
 
 def read_bearer(path: str | os.PathLike[str]) -> str:
     """Returns the bearer in the file, without the white space around it."""
-    try:
-        with open(path, "rb") as file:
-            content = file.read().strip()
-    except OSError as error:
-        raise Unusable(str(error)) from None
+    content = read(path).strip()
     if not content:
-        raise Unusable(f"{os.fspath(path)} is empty")
+        raise Unusable(f"{shown(path)} is empty")
     if any(byte <= 0x20 or byte > 0x7E for byte in content):
-        raise Unusable(f"{os.fspath(path)} has a character that cannot be part of a bearer")
+        raise Unusable(f"{shown(path)} has a character that cannot be part of a bearer")
     return content.decode("ascii")
 
 
@@ -125,33 +119,46 @@ def read_certificates(config: Config, known: Certificates | None = None) -> Cert
     """Returns the content of the files. They must be usable and fit together, which is not examined again if they are
     as they are known: that would take much of the processor each second."""
 
-    def read(path: str | os.PathLike[str] | None) -> bytes | None:
-        if not path:
-            return None
-        try:
-            with open(path, "rb") as file:
-                return file.read()
-        except OSError as error:
-            raise Unusable(str(error)) from None
-
-    certificates = Certificates(read(config.ca_file), read(config.client_cert), read(config.client_key))
+    ca, cert, key = (read(path) if path else None for path in (config.ca_file, config.client_cert, config.client_key))
+    certificates = Certificates(ca, cert, key)
     if certificates == known:
         return certificates
     if certificates.ca is not None:
         try:
             ssl.create_default_context(cadata=certificates.ca.decode("ascii"))
         except (ValueError, ssl.SSLError):
-            raise Unusable(f"{config.ca_file} has no certificates in PEM form") from None
-    if config.client_cert:
-        # Only files can be checked. If they were replaced since they were read, the next look finds that.
-        try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(
-                config.client_cert, config.client_key, password=_no_password
-            )
-        except (OSError, ValueError, ssl.SSLError):
-            text = f"{config.client_cert} and {config.client_key} are no certificate in PEM form and its key"
-            raise Unusable(text) from None
+            raise Unusable(f"{shown(config.ca_file)} has no certificates in PEM form") from None
+    if config.client_cert and cert is not None and key is not None:
+        _check_pair(config, cert + b"\n" + key)
     return certificates
+
+
+def _check_pair(config: Config, pair: bytes) -> None:
+    """Fails unless the files are a certificate and its key. Only files can be checked. If they were replaced since they
+    were read, the next look finds that."""
+    if not _fit(config.client_cert or "", config.client_key) and not _fit_as_text(pair):
+        names = f"{shown(config.client_cert)} and {shown(config.client_key)}"
+        raise Unusable(f"{names} are no certificate in PEM form and its key")
+
+
+def _fit(cert: str | os.PathLike[str], key: str | os.PathLike[str] | None = None) -> bool:
+    """Returns whether the files are a certificate and its key."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(cert, key, password=_no_password)
+    except (OSError, ValueError, ssl.SSLError):
+        return False
+    return True
+
+
+def _fit_as_text(pair: bytes) -> bool:
+    """Does what `_fit` does for files that it cannot read because of their encoding. Without files in memory, which
+    only Linux has, that is left to gRPC: a copy of a key on a disk would be worse."""
+    if not sys.platform.startswith("linux"):
+        return b"-----BEGIN CERTIFICATE-----" in pair
+    with open(os.memfd_create("certificate"), "wb") as file:
+        file.write(pair)
+        file.flush()
+        return _fit(f"/proc/self/fd/{file.fileno()}")
 
 
 def _no_password() -> str:

@@ -1,8 +1,6 @@
 package io.github.tokenbroker.client;
 
 import java.io.IOException;
-import java.nio.charset.StandardCharsets;
-import java.nio.file.Files;
 import java.nio.file.Path;
 import java.util.concurrent.TimeUnit;
 
@@ -26,7 +24,7 @@ final class BearerFile {
     try {
       this.bearer = parse();
     } catch (IOException unreadable) {
-      throw Errors.invalid("the file of the bearer cannot be used: " + unreadable);
+      throw Errors.invalid("the file of the bearer cannot be used: " + unreadable.getMessage());
     }
     this.readAt = loop.now();
   }
@@ -43,8 +41,8 @@ final class BearerFile {
       bearer = parse();
       lastFailure = "";
     } catch (IOException unusable) {
-      if (!unusable.toString().equals(lastFailure)) {
-        lastFailure = unusable.toString();
+      if (!unusable.getMessage().equals(lastFailure)) {
+        lastFailure = unusable.getMessage();
         log.warning(
             "the file of the bearer cannot be used, the last one is kept: {0}", lastFailure);
       }
@@ -54,9 +52,9 @@ final class BearerFile {
 
   /** Returns the bearer in the file. The texts of exceptions do not quote the file. */
   private String parse() throws IOException {
-    String text = new String(Files.readAllBytes(file), StandardCharsets.ISO_8859_1).strip();
+    String text = TextFiles.read(file).strip();
     if (text.isEmpty() || !text.chars().allMatch(character -> character > ' ' && character < 127)) {
-      throw new IOException(file + " must contain one bearer, and nothing else");
+      throw new IOException(TextFiles.shown(file) + " must contain one bearer, and nothing else");
     }
     return text;
   }

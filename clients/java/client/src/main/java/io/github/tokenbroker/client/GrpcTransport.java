@@ -277,8 +277,9 @@ final class GrpcTransport implements Transport {
   private static final Map<String, Object> SERVICE_CONFIG = serviceConfig();
 
   /**
-   * Returns the service config of all clients, without gRPC's retries of {@code GetToken}. A client
-   * repeats an ask itself, and knows why the attempts failed when its time is up.
+   * Returns the service config of all clients, without gRPC's retries. A client repeats an ask
+   * itself, and knows why the attempts failed when its time is up. A call that has reached no
+   * broker is still repeated.
    */
   private static Map<String, Object> serviceConfig() {
     try (InputStream file = GrpcTransport.class.getResourceAsStream("service_config.json")) {
@@ -291,12 +292,7 @@ final class GrpcTransport implements Transport {
       for (Object method : (List<?>) config.get("methodConfig")) {
         Map<String, Object> copy = new HashMap<>();
         ((Map<?, ?>) method).forEach((key, value) -> copy.put((String) key, value));
-        copy.put(
-            "name",
-            ((List<?>) copy.get("name"))
-                .stream()
-                    .filter(name -> !"GetToken".equals(((Map<?, ?>) name).get("method")))
-                    .toList());
+        copy.remove("retryPolicy");
         methods.add(copy);
       }
       config.put("methodConfig", methods);

@@ -6,7 +6,6 @@ import java.io.ByteArrayInputStream;
 import java.io.IOException;
 import java.io.InputStream;
 import java.nio.charset.StandardCharsets;
-import java.nio.file.Files;
 import java.nio.file.Path;
 import java.security.GeneralSecurityException;
 import java.security.KeyFactory;
@@ -57,11 +56,11 @@ record TlsFiles(String ca, String cert, String key) {
   }
 
   private static String read(Path file) throws IOException {
-    return file == null ? "" : new String(Files.readAllBytes(file), StandardCharsets.ISO_8859_1);
+    return file == null ? "" : TextFiles.read(file);
   }
 
   private static InputStream stream(String text) {
-    return new ByteArrayInputStream(text.getBytes(StandardCharsets.ISO_8859_1));
+    return new ByteArrayInputStream(text.getBytes(StandardCharsets.UTF_8));
   }
 
   private static Certificate certificate(String pem) throws GeneralSecurityException {

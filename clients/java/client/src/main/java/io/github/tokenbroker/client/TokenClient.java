@@ -2,6 +2,7 @@ package io.github.tokenbroker.client;
 
 import java.lang.ref.Cleaner;
 import java.lang.ref.Reference;
+import java.nio.file.InvalidPathException;
 import java.nio.file.Path;
 import java.time.Duration;
 import java.util.Arrays;
@@ -100,7 +101,12 @@ public final class TokenClient implements AutoCloseable {
 
   private static Path file(Map<String, String> environment, String name) {
     String value = environment.getOrDefault(name, "");
-    return value.isEmpty() ? null : Path.of(value);
+    try {
+      return value.isEmpty() ? null : Path.of(value);
+    } catch (InvalidPathException content) {
+      // The exception's text quotes the value, which may be a secret.
+      throw Errors.invalid(name + " is no path of a file");
+    }
   }
 
   /**

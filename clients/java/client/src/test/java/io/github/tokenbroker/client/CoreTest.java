@@ -153,6 +153,32 @@ class CoreTest {
   }
 
   @Test
+  void a_stream_has_a_thousand_accounts_and_an_end_makes_room_for_another_one() {
+    for (int number = 0; number <= 1000; number++) {
+      firstToken("acme-" + number);
+    }
+    loop.advance(100);
+    assertEquals(1000, broker.stream().accounts.size());
+    assertFalse(broker.stream().accounts.contains("acme-1000"));
+    int asks = broker.asks.size();
+    result(core.token("acme-1000", TimeUnit.SECONDS.toNanos(5), Runnable::run));
+    assertEquals(asks, broker.asks.size(), "it is kept all the same");
+    broker.stream().push("acme-0", token(1));
+    broker.stream().end("acme-0");
+    firstToken("other");
+    loop.advance(5000);
+    assertEquals(1000, broker.stream().accounts.size());
+    assertTrue(broker.stream().accounts.contains("other"));
+  }
+
+  private void firstToken(String account) {
+    CompletableFuture<Token> call = core.token(account, TimeUnit.SECONDS.toNanos(5), Runnable::run);
+    loop.settle();
+    broker.ask().answer().complete(token(1));
+    result(call);
+  }
+
+  @Test
   void a_hundred_callers_cause_one_ask() {
     List<CompletableFuture<Token>> calls = Stream.generate(this::ask).limit(100).toList();
     assertEquals(1, broker.asks.size());

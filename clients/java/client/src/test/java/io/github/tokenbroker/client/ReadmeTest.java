@@ -4,16 +4,13 @@ import static org.junit.jupiter.api.Assertions.assertEquals;
 import static org.junit.jupiter.api.Assertions.assertTrue;
 
 import com.sun.net.httpserver.HttpServer;
-import io.github.tokenbroker.client.okhttp.TokenInterceptor;
 import java.io.IOException;
 import java.net.InetSocketAddress;
+import java.nio.charset.StandardCharsets;
 import java.nio.file.Files;
 import java.nio.file.Path;
 import java.util.List;
 import java.util.concurrent.CopyOnWriteArrayList;
-import okhttp3.OkHttpClient;
-import okhttp3.Request;
-import okhttp3.Response;
 import org.junit.jupiter.api.DisplayNameGeneration;
 import org.junit.jupiter.api.DisplayNameGenerator.ReplaceUnderscores;
 import org.junit.jupiter.api.Test;
@@ -21,25 +18,32 @@ import org.junit.jupiter.api.io.TempDir;
 
 @DisplayNameGeneration(ReplaceUnderscores.class)
 class ReadmeTest {
-  private static final String SOURCE = "src/test/java/io/github/tokenbroker/client/ReadmeTest.java";
+  private static final Path README = Path.of("../README.md");
 
-  /** What the README shows. */
-  private static void example(String endpoint, Path bearerFile) throws IOException {
-    // begin
-    try (TokenClient client = TokenClient.builder(endpoint).bearerFile(bearerFile).build()) {
-      String url = client.token("acme").apiBaseUrl() + "/whoami";
+  /** Returns the first Java code of a document. */
+  private static String code(Path document) throws IOException {
+    return Files.readString(document).split("```java\n")[1].split("```")[0];
+  }
 
-      OkHttpClient http =
-          TokenInterceptor.addTo(new OkHttpClient.Builder(), client, "acme").build();
-      try (Response response = http.newCall(new Request.Builder().url(url).build()).execute()) {
-        System.out.println(response.code());
-      }
-    }
-    // end
+  /** Runs the program of the README, and returns what it prints. */
+  private static String run(Path folder, String endpoint, Path bearerFile) throws Exception {
+    Path program = Files.writeString(folder.resolve("Program.java"), code(README));
+    ProcessBuilder builder =
+        new ProcessBuilder(
+            Path.of(System.getProperty("java.home"), "bin", "java").toString(),
+            "-cp",
+            System.getProperty("java.class.path"),
+            program.toString());
+    builder.environment().put("TOKEN_BROKER_ENDPOINT", endpoint);
+    builder.environment().put("TOKEN_BROKER_BEARER_FILE", bearerFile.toString());
+    Process process = builder.redirectError(ProcessBuilder.Redirect.INHERIT).start();
+    String printed = new String(process.getInputStream().readAllBytes(), StandardCharsets.UTF_8);
+    assertEquals(0, process.waitFor());
+    return printed.strip();
   }
 
   @Test
-  void the_example_sends_the_token(@TempDir Path folder) throws IOException {
+  void the_program_of_the_readme_sends_the_token(@TempDir Path folder) throws Exception {
     List<String> received = new CopyOnWriteArrayList<>();
     HttpServer api = HttpServer.create(new InetSocketAddress("127.0.0.1", 0), 0);
     api.createContext(
@@ -53,7 +57,7 @@ class ReadmeTest {
     Path bearerFile = Files.writeString(folder.resolve("bearer"), "tbk_first");
     try (WireBroker broker = new WireBroker()) {
       broker.apiBaseUrl = "http://127.0.0.1:" + api.getAddress().getPort();
-      example(broker.endpoint(), bearerFile);
+      assertEquals("204", run(folder, broker.endpoint(), bearerFile));
     } finally {
       api.stop(0);
     }
@@ -61,12 +65,10 @@ class ReadmeTest {
   }
 
   @Test
-  void the_readme_shows_the_example() throws IOException {
-    String source = Files.readString(Path.of(SOURCE));
-    String example =
-        source.substring(source.indexOf("// begin\n") + 9, source.indexOf("    // end\n"));
-    String readme = Files.readString(Path.of("../README.md"));
-    assertTrue(
-        readme.contains("```java\n" + example.stripTrailing().stripIndent() + "\n```"), example);
+  void the_lines_in_the_documents_are_those_of_the_program() throws IOException {
+    String program = code(README);
+    for (String line : code(Path.of("../../../docs/clients.md")).lines().toList()) {
+      assertTrue(program.contains(line.replaceFirst(";$", "")), line);
+    }
   }
 }

@@ -90,6 +90,10 @@ public final class WireBroker extends TokenServiceGrpc.TokenServiceImplBase
   public void reportRejectedToken(
       ReportRejectedTokenRequest request, StreamObserver<ReportRejectedTokenResponse> answer) {
     reports.incrementAndGet();
+    if (!failures.isEmpty()) {
+      answer.onError(failures.remove());
+      return;
+    }
     generation.incrementAndGet();
     answer.onNext(FakeBroker.outcome(ReportRejectedTokenResponse.Outcome.OUTCOME_REISSUING, 0));
     answer.onCompleted();

@@ -8,9 +8,16 @@ import static org.junit.jupiter.api.Assertions.assertTrue;
 import io.grpc.Metadata;
 import io.grpc.Status;
 import java.io.IOException;
+import java.io.PrintWriter;
+import java.io.StringWriter;
+import java.nio.charset.Charset;
+import java.nio.charset.StandardCharsets;
 import java.nio.file.Files;
 import java.nio.file.Path;
 import java.time.Duration;
+import java.util.HashMap;
+import java.util.List;
+import java.util.Map;
 import java.util.Optional;
 import java.util.Set;
 import java.util.concurrent.CountDownLatch;
@@ -198,6 +205,77 @@ class WireTest {
             () -> TokenClient.builder("https://127.0.0.1:1").caFile(bearer).build());
     assertEquals(ErrorKind.INVALID_ARGUMENT, error.kind());
     assertFalse(error.getMessage().contains("tbk_first"));
+  }
+
+  @Test
+  void a_report_that_fails_is_not_sent_again() {
+    try (TokenClient client = client(broker.endpoint())) {
+      Token token = client.token("acme");
+      broker.failures.add(Status.UNAVAILABLE.asRuntimeException());
+      TokenBrokerException error =
+          assertThrows(
+              TokenBrokerException.class, () -> client.report("acme", token.generation(), "61003"));
+      assertEquals(ErrorKind.UNAVAILABLE, error.kind());
+    }
+    assertEquals(1, broker.reports.get());
+  }
+
+  @Test
+  void files_are_read_in_every_encoding_with_a_byte_order_mark() throws Exception {
+    Path file = folder.resolve("file");
+    for (Charset encoding :
+        List.of(StandardCharsets.UTF_8, StandardCharsets.UTF_16LE, StandardCharsets.UTF_16BE)) {
+      Files.writeString(file, "\ufefftbk_x\r\n", encoding);
+      assertEquals("tbk_x", new BearerFile(file, new FakeLoop(), null).current());
+      Files.writeString(file, "\ufeff" + CERTIFICATE, encoding);
+      new TlsFiles(TextFiles.read(file), "", "").credentials();
+    }
+    for (String malformed : List.of("\u00ff\u00fet", "\u00ff\u00fe\0\u00d8", "t\0b\0")) {
+      Files.writeString(file, malformed, StandardCharsets.ISO_8859_1);
+      assertThrows(
+          TokenBrokerException.class, () -> new BearerFile(file, new FakeLoop(), null), malformed);
+    }
+  }
+
+  @Test
+  void a_secret_that_is_given_instead_of_a_path_is_not_quoted() {
+    String pem = "-----BEGIN PRIVATE KEY-----\ncanary\n-----END PRIVATE KEY-----\n";
+    for (String secret :
+        List.of(
+            "tbk_canary",
+            "can/ary",
+            "/canary",
+            "/canary/canary",
+            "canary\0",
+            "/etc/canary\n",
+            "https://canary",
+            bearer + "/canary",
+            "canary/" + "x".repeat(300) + "/y",
+            pem)) {
+      for (String name : List.of("BEARER_FILE", "CA_FILE", "CLIENT_CERT", "CLIENT_KEY")) {
+        Map<String, String> environment = new HashMap<>();
+        environment.put("TOKEN_BROKER_ENDPOINT", "https://localhost:1");
+        if (name.startsWith("CLIENT")) {
+          environment.put("TOKEN_BROKER_CLIENT_CERT", bearer.toString());
+          environment.put("TOKEN_BROKER_CLIENT_KEY", bearer.toString());
+        }
+        environment.put("TOKEN_BROKER_" + name, secret);
+        TokenBrokerException error =
+            assertThrows(
+                TokenBrokerException.class, () -> TokenClient.fromEnvironment(environment));
+        assertEquals(ErrorKind.INVALID_ARGUMENT, error.kind());
+        StringWriter text = new StringWriter();
+        error.printStackTrace(new PrintWriter(text));
+        assertFalse(text.toString().matches("(?s).*(canary|can/ary|BEGIN).*"), text::toString);
+      }
+    }
+  }
+
+  @Test
+  void a_path_is_shown_if_it_or_its_directory_exists() {
+    for (Path path : List.of(folder, bearer, folder.resolve("missing"))) {
+      assertEquals(path.toString(), TextFiles.shown(path));
+    }
   }
 
   @Test

@@ -3,8 +3,6 @@ package io.github.tokenbroker.example;
 import io.github.tokenbroker.client.TokenClient;
 import io.github.tokenbroker.client.spring.TokenRequestInterceptor;
 import java.net.http.HttpClient;
-import java.nio.file.Path;
-import org.springframework.beans.factory.annotation.Value;
 import org.springframework.boot.SpringApplication;
 import org.springframework.boot.autoconfigure.SpringBootApplication;
 import org.springframework.context.annotation.Bean;
@@ -15,8 +13,8 @@ import org.springframework.web.client.RestClient;
 @SpringBootApplication
 public class ExampleApplication {
   /**
-   * Starts the program. It reads {@code TOKEN_BROKER_ENDPOINT} and {@code
-   * TOKEN_BROKER_BEARER_FILE}.
+   * Starts the program. It reads {@code TOKEN_BROKER_ENDPOINT} and the other variables of {@link
+   * TokenClient#fromEnvironment}.
    *
    * @param arguments those of Spring
    */
@@ -26,10 +24,8 @@ public class ExampleApplication {
 
   /** The client of the whole program. Spring closes it. */
   @Bean
-  TokenClient tokenClient(
-      @Value("${token-broker.endpoint}") String[] endpoints,
-      @Value("${token-broker.bearer-file}") String bearerFile) {
-    return TokenClient.builder(endpoints).bearerFile(Path.of(bearerFile)).build();
+  TokenClient tokenClient() {
+    return TokenClient.fromEnvironment();
   }
 
   /** Sends the token to the API, and nowhere else. */

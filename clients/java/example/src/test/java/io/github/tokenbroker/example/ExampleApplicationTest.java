@@ -3,6 +3,7 @@ package io.github.tokenbroker.example;
 import static org.assertj.core.api.Assertions.assertThat;
 
 import com.sun.net.httpserver.HttpServer;
+import io.github.tokenbroker.client.TokenClient;
 import io.github.tokenbroker.client.WireBroker;
 import java.io.IOException;
 import java.net.InetSocketAddress;
@@ -16,11 +17,13 @@ import org.junit.jupiter.api.io.TempDir;
 import org.springframework.beans.factory.annotation.Autowired;
 import org.springframework.boot.test.context.SpringBootTest;
 import org.springframework.boot.test.context.SpringBootTest.WebEnvironment;
+import org.springframework.boot.test.context.TestConfiguration;
 import org.springframework.boot.test.web.client.TestRestTemplate;
-import org.springframework.test.context.DynamicPropertyRegistry;
-import org.springframework.test.context.DynamicPropertySource;
+import org.springframework.context.annotation.Bean;
 
-@SpringBootTest(webEnvironment = WebEnvironment.RANDOM_PORT)
+@SpringBootTest(
+    webEnvironment = WebEnvironment.RANDOM_PORT,
+    properties = "spring.main.allow-bean-definition-overriding=true")
 class ExampleApplicationTest {
   @TempDir static Path folder;
 
@@ -54,10 +57,13 @@ class ExampleApplicationTest {
     api.stop(0);
   }
 
-  @DynamicPropertySource
-  static void properties(DynamicPropertyRegistry registry) {
-    registry.add("token-broker.endpoint", () -> broker.endpoint());
-    registry.add("token-broker.bearer-file", () -> folder.resolve("bearer").toString());
+  /** Takes the place of the client of the environment, which a test cannot change. */
+  @TestConfiguration
+  static class Clients {
+    @Bean
+    TokenClient tokenClient() {
+      return TokenClient.builder(broker.endpoint()).bearerFile(folder.resolve("bearer")).build();
+    }
   }
 
   @Test
