@@ -1,7 +1,5 @@
-import { readFileSync } from 'node:fs';
-import { readFile } from 'node:fs/promises';
-
 import type { Clock } from './clock.js';
+import { readText, readTextSync, shown } from './files.js';
 import type { Logger } from './log.js';
 import { invalid } from './settings.js';
 
@@ -35,10 +33,10 @@ export class Bearer {
   async read(): Promise<string> {
     this.#readAt = this.#clock.now();
     try {
-      this.#value = parse(this.#file, await readFile(this.#file, 'utf8'));
+      this.#value = parse(this.#file, await readText(this.#file));
       this.#lastFailure = '';
     } catch (error) {
-      const failure = String(error);
+      const failure = messageOf(error);
       if (failure !== this.#lastFailure) {
         this.#lastFailure = failure;
         this.#log.warn(`the file of the bearer cannot be used, the last bearer is kept: ${failure}`);
@@ -50,9 +48,9 @@ export class Bearer {
 
 function contents(file: string): string {
   try {
-    return readFileSync(file, 'utf8');
+    return readTextSync(file);
   } catch (error) {
-    throw invalid(`the file of the bearer cannot be read: ${String(error)}`);
+    throw invalid(`the file of the bearer cannot be used: ${messageOf(error)}`);
   }
 }
 
@@ -60,7 +58,11 @@ function contents(file: string): string {
 function parse(file: string, text: string): string {
   const bearer = text.trim();
   if (!/^[\x21-\x7e]+$/.test(bearer)) {
-    throw invalid(`${file} must contain one bearer, and nothing else`);
+    throw invalid(`${shown(file)} must contain one bearer, and nothing else`);
   }
   return bearer;
+}
+
+function messageOf(error: unknown): string {
+  return error instanceof Error ? error.message : String(error);
 }

@@ -1,7 +1,7 @@
 import { X509Certificate } from 'node:crypto';
-import { readFileSync } from 'node:fs';
 import { createSecureContext, type SecureContext } from 'node:tls';
 
+import { readTextSync } from './files.js';
 import type { Logger } from './log.js';
 import { invalid, type Settings } from './settings.js';
 
@@ -73,7 +73,7 @@ interface Files {
 
 /** Reads the files without yielding, so that they are of one moment as far as possible. They are small. */
 function readAll({ caFile, clientCertFile, clientKeyFile }: Settings): Files {
-  const read = (file: string | undefined) => (file === undefined ? undefined : readFileSync(file, 'utf8'));
+  const read = (file: string | undefined) => (file === undefined ? undefined : readTextSync(file));
   return { ca: read(caFile), cert: read(clientCertFile), key: read(clientKeyFile) };
 }
 

@@ -69,7 +69,7 @@ export function settingsFrom(options: TokenClientOptions): Settings {
   const urls = typeof options.endpoints === 'string' ? [options.endpoints] : options.endpoints;
   const [first, ...others] = urls.map(parseEndpoint);
   if (first === undefined) {
-    throw invalid('no endpoint is set');
+    throw invalid('no endpoint is set: set TOKEN_BROKER_ENDPOINT or endpoints');
   }
   const secure = first.secure;
   if (others.some((other) => other.secure !== secure)) {

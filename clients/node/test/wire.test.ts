@@ -3,6 +3,7 @@ import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { after, beforeEach, test } from 'node:test';
+import { inspect } from 'node:util';
 
 import { status } from '@grpc/grpc-js';
 
@@ -95,7 +96,24 @@ test('a client without a usable bearer cannot be made, and does not quote the fi
   );
   assert.throws(() => new TokenClient({ endpoints: broker.endpoint, bearerFile: join(folder, 'none') }), {
     kind: 'INVALID_ARGUMENT',
+    message: /none cannot be read: no such file/,
   });
+});
+
+test('a secret that is given instead of a path is not quoted', () => {
+  const pem = '-----BEGIN PRIVATE KEY-----\ncanary\n-----END PRIVATE KEY-----';
+  const long = `canary/${'x'.repeat(300)}/y`;
+  for (const secret of ['tbk_canary', 'can/ary', '/canary', 'canary\0', `${bearerFile}/canary`, pem, long]) {
+    for (const options of [
+      { endpoints: broker.endpoint, bearerFile: secret },
+      { endpoints: 'https://localhost:1', caFile: secret },
+    ]) {
+      assert.throws(
+        () => new TokenClient(options),
+        (error: Error) => !/canary|can\/ary|BEGIN/.test(inspect(error)),
+      );
+    }
+  }
 });
 
 test('a program ends by itself although its client is open', async () => {
