@@ -2,6 +2,7 @@
 //! shell.
 
 mod agent;
+mod agent_examples;
 mod audit_commands;
 #[cfg(feature = "embedded-postgres")]
 mod canaries;

@@ -20,16 +20,16 @@ use crate::harness::{
 };
 
 /// A broker process with the account `acme`, a caller, and the directory of an agent.
-struct Bench {
-    fixture: Fixture,
-    setup: BrokerSetup,
+pub(super) struct Bench {
+    pub(super) fixture: Fixture,
+    pub(super) setup: BrokerSetup,
     serve: BrokerProcess,
-    bearer: Bearer,
+    pub(super) bearer: Bearer,
     tokens: TempDir,
 }
 
 impl Bench {
-    async fn new(token_life: Duration) -> Self {
+    pub(super) async fn new(token_life: Duration) -> Self {
         let faults = Faults { token_life, ..Faults::default() };
         let fixture = Fixture::with(Clock::System, faults).await;
         let bearer = fixture.add_caller("demo", &["*"]).await;
@@ -65,7 +65,7 @@ impl Bench {
         fs::read_to_string(self.file("acme.token")).ok()
     }
 
-    fn live_token(&self) -> Option<String> {
+    pub(super) fn live_token(&self) -> Option<String> {
         self.fixture.upstream.live_token("id-1")
     }
 
@@ -96,7 +96,7 @@ impl Bench {
     }
 }
 
-fn names(directory: &Path) -> Vec<String> {
+pub(super) fn names(directory: &Path) -> Vec<String> {
     let entries = fs::read_dir(directory).unwrap();
     let mut names: Vec<_> =
         entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
@@ -104,7 +104,7 @@ fn names(directory: &Path) -> Vec<String> {
     names
 }
 
-async fn stop(mut agent: BrokerProcess) -> String {
+pub(super) async fn stop(mut agent: BrokerProcess) -> String {
     agent.signal(Signal::SIGTERM);
     assert_eq!(agent.wait().await.code(), Some(0), "{}", agent.stderr());
     agent.stdout() + &agent.stderr()
