@@ -10,6 +10,7 @@ use std::{
 
 use hyper_util::rt::TokioIo;
 use tokio::{
+    net::TcpListener,
     sync::mpsc,
     time::{Instant, sleep},
 };
@@ -150,6 +151,21 @@ impl FakeBroker {
             let broker = broker.clone();
             endpoint.connect_with_connector_lazy(service_fn(move |_| {
                 let broker = broker.clone();
+    /// Serves this broker on a port, for a program of its own. Returns the endpoint.
+    pub(crate) async fn listen(&self) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let endpoint = format!("http://{}", listener.local_addr().unwrap());
+        let broker = self.clone();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let incoming = tokio_stream::once(Ok::<_, io::Error>(stream));
+                let server = Server::builder().add_service(TokenServiceServer::new(broker.clone()));
+                tokio::spawn(server.serve_with_incoming(incoming));
+            }
+        });
+        endpoint
+    }
+
                 async move {
                     if broker.state().is_away {
                         return Err(io::Error::from(io::ErrorKind::ConnectionRefused));
