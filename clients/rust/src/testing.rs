@@ -60,6 +60,8 @@ struct State {
     delay: Duration,
     /// The answers to reports, with the pause. The last one is repeated.
     outcomes: VecDeque<(Outcome, Duration)>,
+    /// Whether streams are never accepted.
+    hangs: bool,
     /// The last stream that a client opened.
     stream: Option<StreamSender>,
     calls: Vec<String>,
@@ -81,6 +83,11 @@ impl FakeBroker {
 
     pub(crate) fn delay(&self, delay: Duration) {
         self.state().delay = delay;
+    }
+
+    /// Makes the broker leave the openings of streams without an answer, or accept those that come from now on.
+    pub(crate) fn leave_streams_unanswered(&self, hangs: bool) {
+        self.state().hangs = hangs;
     }
 
     /// Sets the answers to reports, with the pause. The last one is repeated.
@@ -144,13 +151,6 @@ impl FakeBroker {
         TokenClient::builder().endpoint("http://127.0.0.1:1").connect(self.connect())
     }
 
-    /// Connects to this broker in memory.
-    pub(crate) fn connect(&self) -> Connect {
-        let broker = self.clone();
-        Arc::new(move |endpoint| {
-            let broker = broker.clone();
-            endpoint.connect_with_connector_lazy(service_fn(move |_| {
-                let broker = broker.clone();
     /// Serves this broker on a port, for a program of its own. Returns the endpoint.
     pub(crate) async fn listen(&self) -> String {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -166,6 +166,13 @@ impl FakeBroker {
         endpoint
     }
 
+    /// Connects to this broker in memory.
+    pub(crate) fn connect(&self) -> Connect {
+        let broker = self.clone();
+        Arc::new(move |endpoint| {
+            let broker = broker.clone();
+            endpoint.connect_with_connector_lazy(service_fn(move |_| {
+                let broker = broker.clone();
                 async move {
                     if broker.state().is_away {
                         return Err(io::Error::from(io::ErrorKind::ConnectionRefused));
@@ -234,6 +241,9 @@ impl TokenService for FakeBroker {
         let mut names = request.get_ref().accounts.clone();
         names.sort();
         self.log(&request, format!("watch {}", names.join(" ")));
+        if self.state().hangs {
+            std::future::pending::<()>().await;
+        }
         let (sender, receiver) = mpsc::channel(8);
         self.state().stream = Some(sender);
         Ok(Response::new(ReceiverStream::new(receiver)))
