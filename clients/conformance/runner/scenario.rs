@@ -289,8 +289,11 @@ pub(crate) struct Load {
     #[serde(default = "first_account")]
     pub(crate) account: String,
     pub(crate) threads: u32,
-    #[serde(deserialize_with = "duration")]
-    pub(crate) time: Duration,
+    /// How long the load lasts; without it, see `until_end_of`.
+    #[serde(default, deserialize_with = "some_duration")]
+    pub(crate) time: Option<Duration>,
+    /// The saved answer shortly before the end of whose token the load ends.
+    pub(crate) until_end_of: Option<String>,
     pub(crate) background: Option<String>,
     #[serde(default)]
     pub(crate) expect: Expect,
