@@ -172,12 +172,15 @@ pub(crate) enum Step {
         account: String,
         number: Number,
     },
-    /// Replaces a token, and measures when the driver answers with the new one.
+    /// Replaces a token, and measures when the driver answers with the new one; again up to `times`, until that took
+    /// no longer than `limit`.
     MeasurePush {
         #[serde(default = "first_account")]
         account: String,
         #[serde(deserialize_with = "duration")]
         limit: Duration,
+        #[serde(default = "one_push")]
+        times: u32,
     },
 }
 
@@ -418,6 +421,10 @@ fn get() -> String {
 }
 
 fn once() -> usize {
+    1
+}
+
+const fn one_push() -> u32 {
     1
 }
 
