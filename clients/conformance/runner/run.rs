@@ -175,6 +175,10 @@ async fn of_world(step: &Step, world: &mut World) -> anyhow::Result<bool> {
             let issues = world.issues(account)?;
             ensure!(number.allows(issues), "the upstream issued {issues} tokens");
         }
+        Step::ApiRequests { number } => {
+            let requests = world.api_requests();
+            ensure!(number.allows(requests), "the API got {requests} requests");
+        }
         _ => return Ok(false),
     }
     Ok(true)

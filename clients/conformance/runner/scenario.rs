@@ -172,6 +172,10 @@ pub(crate) enum Step {
         account: String,
         number: Number,
     },
+    /// Counts the requests that the API got since the last mark.
+    ApiRequests {
+        number: Number,
+    },
     /// Replaces a token, and measures when the driver answers with the new one; again up to `times`, until that took
     /// no longer than `limit`.
     MeasurePush {
