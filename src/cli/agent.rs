@@ -4,7 +4,12 @@ mod files;
 mod notifier;
 mod watcher;
 
-use std::{collections::BTreeMap, process::ExitCode, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    process::ExitCode,
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::{Context, bail};
 use clap::Args;
@@ -12,7 +17,7 @@ use token_broker_client::{AskOptions, Error, Token, TokenClient, TokenEvent};
 use tokio::{
     sync::mpsc,
     task::{JoinSet, spawn_blocking},
-    time::{Instant, sleep_until},
+    time::sleep,
 };
 use tracing::{debug, error, info, warn};
 
@@ -29,7 +34,10 @@ use super::{
 };
 use crate::{
     config::{AgentFlags, AgentSettings, ClientFlags, ClientSettings, Flags},
-    domain::{caller::AccountPattern, clock::Clock},
+    domain::{
+        caller::AccountPattern,
+        clock::{Clock, Timestamp, delta},
+    },
     files::given_path::shown,
     lifecycle::{OnHangup, Request, Signals},
     telemetry,
@@ -37,8 +45,10 @@ use crate::{
 
 /// A file is removed so long before the end of its token, because a request needs time to reach the API.
 const END_MARGIN: Duration = Duration::from_secs(1);
-/// How long until a file that could not be written is tried again.
-const WRITE_RETRY: Duration = Duration::from_secs(1);
+/// How long until a file that could not be written or removed is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+/// How often the removal of a file is tried when the agent stops.
+const TRIES_AT_STOP: usize = 3;
 /// How long after the start an account may be without a token before the agent says why.
 const LONGEST_SILENCE: Duration = Duration::from_secs(2);
 /// How long the agent waits for a token when one has ended without a replacement.
@@ -103,6 +113,7 @@ pub(super) async fn run(global: &GlobalArgs, args: AgentArgs) -> anyhow::Result<
         notifier,
         kept: BTreeMap::new(),
         unwritten: BTreeMap::new(),
+        unremoved: BTreeSet::new(),
         retry_at: None,
         settings,
     };
@@ -152,16 +163,32 @@ struct Agent {
     /// The files that exist, by account.
     kept: BTreeMap<String, Held>,
     /// Tokens whose files could not be written.
-    unwritten: BTreeMap<String, Token>,
+    unwritten: BTreeMap<String, Received>,
+    /// Accounts whose files could not be removed.
+    unremoved: BTreeSet<String>,
     /// When to try that again.
-    retry_at: Option<Instant>,
+    retry_at: Option<Timestamp>,
+}
+
+/// A token, and when its file is removed. That is fixed when the token arrives, by a clock that goes on while the
+/// machine is suspended; the client's does not.
+struct Received {
+    token: Token,
+    removed_at: Timestamp,
+}
+
+impl Received {
+    fn now(token: Token) -> Self {
+        let left = token.expires_in().saturating_sub(END_MARGIN);
+        Self { token, removed_at: after(left) }
+    }
 }
 
 /// A file with a token.
 struct Held {
     generation: u64,
     /// When the file is removed.
-    removed_at: Instant,
+    removed_at: Timestamp,
 }
 
 impl Agent {
@@ -169,12 +196,14 @@ impl Agent {
         self.take_over().await?;
         let (sender, mut events) = mpsc::channel(64);
         let mut watchers = self.watch(&sender);
-        let mut silent_until = Some(Instant::now() + LONGEST_SILENCE);
+        let mut silent_until = Some(after(LONGEST_SILENCE));
         loop {
             let due = self.kept.values().map(|held| held.removed_at).min();
             tokio::select! {
                 event = events.recv() => match event {
-                    Some(Watched::Event(TokenEvent::Token(token))) => self.keep(token).await,
+                    Some(Watched::Event(TokenEvent::Token(token))) => {
+                        self.keep(Received::now(token)).await;
+                    }
                     Some(Watched::Event(TokenEvent::Ended { account, reason })) => {
                         warn!(account, %reason, "the account ended");
                         self.remove(&account).await;
@@ -196,8 +225,10 @@ impl Agent {
                 }
                 () = at(self.retry_at) => {
                     self.retry_at = None;
-                    for token in std::mem::take(&mut self.unwritten).into_values() {
-                        self.keep(token).await;
+                    // First, because a file that is written below stays.
+                    self.retry_removals().await;
+                    for received in std::mem::take(&mut self.unwritten).into_values() {
+                        self.keep(received).await;
                     }
                 }
                 request = signals.request() => match request {
@@ -214,7 +245,22 @@ impl Agent {
         for account in self.kept.keys().cloned().collect::<Vec<_>>() {
             self.remove(&account).await;
         }
+        for _ in 1..TRIES_AT_STOP {
+            if self.unremoved.is_empty() {
+                break;
+            }
+            sleep(RETRY).await;
+            self.retry_removals().await;
+        }
         self.client.close().await;
+        if !self.unremoved.is_empty() {
+            let accounts: Vec<_> = self.unremoved.into_iter().collect();
+            error!(
+                accounts = accounts.join(", "),
+                "the files of these accounts stay, with their tokens"
+            );
+            return Ok(ExitCode::FAILURE);
+        }
         Ok(ExitCode::SUCCESS)
     }
 
@@ -224,7 +270,7 @@ impl Agent {
         let now = Clock::System.wall();
         let kept = spawn_blocking(move || files.take_over(&patterns, now)).await??;
         for Kept { account, generation, expires_in } in kept {
-            let removed_at = Instant::now() + expires_in.saturating_sub(END_MARGIN);
+            let removed_at = after(expires_in.saturating_sub(END_MARGIN));
             self.kept.insert(account, Held { generation, removed_at });
         }
         Ok(())
@@ -240,21 +286,22 @@ impl Agent {
     }
 
     /// Writes the file of a token, unless a newer one is there.
-    async fn keep(&mut self, token: Token) {
+    async fn keep(&mut self, received: Received) {
+        let Received { token, removed_at } = received;
         let (account, generation) = (token.account().to_owned(), token.generation());
-        let left = token.expires_in().saturating_sub(END_MARGIN);
         let held = self.kept.get(&account);
-        if held.is_some_and(|held| held.generation > generation) || left.is_zero() {
+        let has_ended = removed_at <= Clock::System.now();
+        if held.is_some_and(|held| held.generation > generation) || has_ended {
             return;
         }
         let is_replacement = held.is_none_or(|held| held.generation != generation);
-        let removed_at = Instant::now() + left;
         let (files, written) = (Arc::clone(&self.files), token.clone());
         let result = spawn_blocking(move || files.write(&written)).await;
         match result.map_err(std::io::Error::other).flatten() {
             Ok(()) => {
                 debug!(account, generation, "the token's file was written");
                 self.unwritten.remove(&account);
+                self.unremoved.remove(&account);
                 if is_replacement {
                     info!(account, generation, "a new token is in its file");
                     self.notifier.notify(&account, self.files.token_path(&account));
@@ -263,25 +310,50 @@ impl Agent {
             }
             Err(error) => {
                 error!(account, %error, "the token's file cannot be written; it is tried again");
-                self.unwritten.insert(account, token);
-                self.retry_at = Some(Instant::now() + WRITE_RETRY);
+                self.unwritten.insert(account, Received { token, removed_at });
+                self.retry_at = Some(after(RETRY));
             }
         }
     }
 
+    /// Removes the files of an account; what cannot be removed is tried again.
     async fn remove(&mut self, account: &str) {
         self.kept.remove(account);
         self.unwritten.remove(account);
-        let (files, name) = (Arc::clone(&self.files), account.to_owned());
-        let removed = spawn_blocking(move || files.remove(&name)).await;
-        if let Err(error) = removed.map_err(std::io::Error::other).flatten() {
-            error!(account, %error, "the token's file cannot be removed");
+        match self.try_to_remove(account).await {
+            Ok(()) => {
+                self.unremoved.remove(account);
+            }
+            Err(error) => {
+                error!(account, %error, "the token's file cannot be removed; it is tried again");
+                self.unremoved.insert(account.to_owned());
+                self.retry_at = Some(after(RETRY));
+            }
+        }
+    }
+
+    async fn try_to_remove(&self, account: &str) -> std::io::Result<()> {
+        let (files, account) = (Arc::clone(&self.files), account.to_owned());
+        let removed = spawn_blocking(move || files.remove(&account)).await;
+        removed.map_err(std::io::Error::other).flatten()
+    }
+
+    /// Tries the removals that have failed again. A failure was logged already.
+    async fn retry_removals(&mut self) {
+        for account in self.unremoved.clone() {
+            if self.try_to_remove(&account).await.is_ok() {
+                info!(account, "the token's file is removed now");
+                self.unremoved.remove(&account);
+            }
+        }
+        if !self.unremoved.is_empty() {
+            self.retry_at = Some(after(RETRY));
         }
     }
 
     /// Removes the files whose tokens have ended, and asks why they were not replaced.
     async fn remove_ended(&mut self, sender: &mpsc::Sender<Watched>) {
-        let now = Instant::now();
+        let now = Clock::System.now();
         let ended = self.kept.iter().filter(|(_, held)| held.removed_at <= now);
         for account in ended.map(|(account, _)| account.clone()).collect::<Vec<_>>() {
             self.remove(&account).await;
@@ -320,9 +392,14 @@ impl Agent {
 }
 
 /// Waits until `time`; for ever if there is none.
-async fn at(time: Option<Instant>) {
+async fn at(time: Option<Timestamp>) {
     match time {
-        Some(time) => sleep_until(time).await,
+        Some(time) => Clock::System.sleep_until(time).await,
         None => std::future::pending().await,
     }
+}
+
+/// Returns the time `span` from now, on the clock that goes on while the machine is suspended.
+fn after(span: Duration) -> Timestamp {
+    Clock::System.now() + delta(span)
 }

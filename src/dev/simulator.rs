@@ -146,6 +146,12 @@ impl Simulator {
         self.state.counters().requests
     }
 
+    /// Returns how many protected calls have been received.
+    #[must_use]
+    pub fn api_requests(&self) -> u64 {
+        self.state.counters().api_requests
+    }
+
     /// Returns the highest number of token requests that were in flight at the same time.
     #[must_use]
     pub fn peak_in_flight(&self) -> u64 {

@@ -19,6 +19,7 @@ use crate::{
 
 const ROLES: &str = include_str!("../../deploy/roles.sql");
 const AUDIT: &str = include_str!("../../docs/audit.md");
+const CLIENTS: &str = include_str!("../../docs/clients.md");
 const OPERATIONS: &str = include_str!("../../docs/operations.md");
 const PROMISES: &str = include_str!("../../docs/promises.md");
 
@@ -50,6 +51,18 @@ async fn the_sql_in_the_audit_document_runs_as_the_role_that_it_is_meant_for() {
     for block in runtime {
         assert_runs_as(&database, "token_broker_runtime", block).await;
     }
+}
+
+#[tokio::test]
+async fn the_sql_in_the_clients_document_runs_as_the_auditor() {
+    let database = TestDatabase::new().await;
+    database.sql(ROLES).await;
+    // The block is a part of a list.
+    let unindented: String = CLIENTS.lines().flat_map(|line| [line.trim_start(), "\n"]).collect();
+    let blocks = blocks(&unindented, "sql");
+    assert_eq!(blocks.len(), 1);
+    assert!(blocks[0].contains("'report_rejected_token'"), "{}", blocks[0]);
+    assert_runs_as(&database, "token_broker_auditor", blocks[0]).await;
 }
 
 /// Returns the indented block of `document` whose first line begins with `beginning`.

@@ -2,6 +2,7 @@
 //! shell.
 
 mod agent;
+mod agent_examples;
 mod audit_commands;
 mod bulk_accounts;
 mod bulk_callers;

@@ -172,12 +172,19 @@ pub(crate) enum Step {
         account: String,
         number: Number,
     },
-    /// Replaces a token, and measures when the driver answers with the new one.
+    /// Counts the requests that the API got since the last mark.
+    ApiRequests {
+        number: Number,
+    },
+    /// Replaces a token, and measures when the driver answers with the new one; again up to `times`, until that took
+    /// no longer than `limit`.
     MeasurePush {
         #[serde(default = "first_account")]
         account: String,
         #[serde(deserialize_with = "duration")]
         limit: Duration,
+        #[serde(default = "one_push")]
+        times: u32,
     },
 }
 
@@ -289,8 +296,11 @@ pub(crate) struct Load {
     #[serde(default = "first_account")]
     pub(crate) account: String,
     pub(crate) threads: u32,
-    #[serde(deserialize_with = "duration")]
-    pub(crate) time: Duration,
+    /// How long the load lasts; without it, see `until_end_of`.
+    #[serde(default, deserialize_with = "some_duration")]
+    pub(crate) time: Option<Duration>,
+    /// The saved answer shortly before the end of whose token the load ends.
+    pub(crate) until_end_of: Option<String>,
     pub(crate) background: Option<String>,
     #[serde(default)]
     pub(crate) expect: Expect,
@@ -415,6 +425,10 @@ fn get() -> String {
 }
 
 fn once() -> usize {
+    1
+}
+
+const fn one_push() -> u32 {
     1
 }
 

@@ -23,6 +23,10 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// The pause between two tries of a step that is repeated, or of a measurement.
 const PAUSE: Duration = Duration::from_millis(10);
 
+/// How long before the end of a token a load ends that lasts as long as the token: longer than the two seconds that a
+/// call may wait for the broker, and the second before its end at which a token is not used any more.
+const BEFORE_END: Duration = Duration::from_secs(6);
+
 /// A driver, and what the steps have saved of its answers.
 pub(crate) struct Session {
     pub(crate) language: String,
@@ -230,7 +234,15 @@ impl Session {
     pub(crate) async fn load(&mut self, step: &Load, world: &World) -> anyhow::Result<()> {
         let mut keys = on_account(&step.client, &step.account);
         keys.insert("threads".to_owned(), step.threads.into());
-        keys.insert("stop_after_ms".to_owned(), u64::try_from(step.time.as_millis())?.into());
+        let time = match (step.time, &step.until_end_of) {
+            (Some(time), None) => time,
+            (None, Some(name)) => {
+                let end = self.ends.get(name).context("nothing was saved under the name")?;
+                end.saturating_duration_since(Instant::now()).saturating_sub(BEFORE_END)
+            }
+            _ => bail!("a load has `time` or `until_end_of`"),
+        };
+        keys.insert("stop_after_ms".to_owned(), u64::try_from(time.as_millis())?.into());
         let pending = self.driver.send("load", keys).await?;
         let checked = Checked::Load(step.expect.clone());
         if let Some(name) = &step.background {

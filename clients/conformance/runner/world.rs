@@ -66,6 +66,7 @@ enum WorldDatabase {
 struct Marked {
     at: DateTime<Utc>,
     issued: Vec<u64>,
+    api_requests: u64,
 }
 
 impl World {
@@ -235,7 +236,7 @@ impl World {
         let at = sqlx::query_scalar(query).fetch_one(&self.pool).await?;
         let accounts = 1..=self.secrets_of_accounts.len();
         let issued = accounts.map(|n| self.upstream.issued(&client_id(n))).collect();
-        self.marked = Marked { at, issued };
+        self.marked = Marked { at, issued, api_requests: self.upstream.api_requests() };
         Ok(())
     }
 
@@ -244,6 +245,11 @@ impl World {
         let n = number_of(account)?;
         let marked = self.marked.issued.get(n - 1).copied().unwrap_or(0);
         Ok(self.upstream.issued(&client_id(n)) - marked)
+    }
+
+    /// Returns how many requests the API got since the last mark.
+    pub(crate) fn api_requests(&self) -> u64 {
+        self.upstream.api_requests() - self.marked.api_requests
     }
 
     /// Counts the audit events of a caller since the last mark, of all brokers that run.

@@ -53,6 +53,9 @@ mod tower;
 #[cfg(test)]
 mod testing;
 
+#[cfg(all(test, feature = "reqwest"))]
+mod readme;
+
 /// Compiles the example in the README.
 #[cfg(all(doctest, feature = "reqwest"))]
 #[doc = include_str!("../README.md")]

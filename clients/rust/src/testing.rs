@@ -10,6 +10,7 @@ use std::{
 
 use hyper_util::rt::TokioIo;
 use tokio::{
+    net::TcpListener,
     sync::mpsc,
     time::{Instant, sleep},
 };
@@ -59,6 +60,8 @@ struct State {
     delay: Duration,
     /// The answers to reports, with the pause. The last one is repeated.
     outcomes: VecDeque<(Outcome, Duration)>,
+    /// Whether streams are never accepted.
+    hangs: bool,
     /// The last stream that a client opened.
     stream: Option<StreamSender>,
     calls: Vec<String>,
@@ -80,6 +83,11 @@ impl FakeBroker {
 
     pub(crate) fn delay(&self, delay: Duration) {
         self.state().delay = delay;
+    }
+
+    /// Makes the broker leave the openings of streams without an answer, or accept those that come from now on.
+    pub(crate) fn leave_streams_unanswered(&self, hangs: bool) {
+        self.state().hangs = hangs;
     }
 
     /// Sets the answers to reports, with the pause. The last one is repeated.
@@ -141,6 +149,21 @@ impl FakeBroker {
 
     pub(crate) fn builder(&self) -> TokenClientBuilder {
         TokenClient::builder().endpoint("http://127.0.0.1:1").connect(self.connect())
+    }
+
+    /// Serves this broker on a port, for a program of its own. Returns the endpoint.
+    pub(crate) async fn listen(&self) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let endpoint = format!("http://{}", listener.local_addr().unwrap());
+        let broker = self.clone();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let incoming = tokio_stream::once(Ok::<_, io::Error>(stream));
+                let server = Server::builder().add_service(TokenServiceServer::new(broker.clone()));
+                tokio::spawn(server.serve_with_incoming(incoming));
+            }
+        });
+        endpoint
     }
 
     /// Connects to this broker in memory.
@@ -218,6 +241,9 @@ impl TokenService for FakeBroker {
         let mut names = request.get_ref().accounts.clone();
         names.sort();
         self.log(&request, format!("watch {}", names.join(" ")));
+        if self.state().hangs {
+            std::future::pending::<()>().await;
+        }
         let (sender, receiver) = mpsc::channel(8);
         self.state().stream = Some(sender);
         Ok(Response::new(ReceiverStream::new(receiver)))

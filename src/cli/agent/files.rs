@@ -95,13 +95,12 @@ impl TokenFiles {
         atomic::replace_with_access(&path, description.as_bytes(), self.access)
     }
 
-    /// Removes both files, and what an interrupted replacement left. Blocks.
+    /// Removes both files, and what an interrupted replacement left: each that can be removed, even if another
+    /// cannot. Blocks.
     pub(super) fn remove(&self, account: &str) -> io::Result<()> {
-        for path in [self.token_path(account), self.description_path(account)] {
-            remove_if_there(&path)?;
-            remove_if_there(&temporary_path(&path))?;
-        }
-        Ok(())
+        let paths = [self.token_path(account), self.description_path(account)];
+        let paths = paths.iter().flat_map(|path| [path.clone(), temporary_path(path)]);
+        paths.map(|path| remove_if_there(&path)).fold(Ok(()), io::Result::and)
     }
 
     /// Returns the live tokens of an earlier agent that `patterns` match, and removes its other files. Files that
@@ -152,7 +151,8 @@ impl TokenFiles {
 /// something else, such as a token in the wrong variable, so no directory gets its name.
 fn make(directory: &Path, access: Access) -> io::Result<()> {
     if !begins_with_existing(directory) {
-        return Err(io::ErrorKind::NotFound.into());
+        let why = "it is made only if its path begins with something that exists: write ./tokens, not tokens";
+        return Err(io::Error::new(io::ErrorKind::NotFound, why));
     }
     let is_shared = access.mode & 0o040 != 0;
     // A group that may read the files may list them and open them, whatever the process's umask is.
@@ -238,6 +238,18 @@ mod tests {
         files.remove("live").unwrap();
         files.remove("live").unwrap();
         assert_eq!(names(directory.path()), ["notes.txt", "other.token"]);
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_removed_keeps_none_of_the_others() {
+        let directory = tempfile::tempdir().unwrap();
+        let access = Access { mode: 0o600, group: None };
+        let files = TokenFiles::new(directory.path().to_owned(), access).unwrap();
+        fs::create_dir(directory.path().join("acme.token")).unwrap();
+        fs::write(directory.path().join(".acme.token.new"), "secret").unwrap();
+        fs::write(directory.path().join("acme.json"), "").unwrap();
+        assert!(files.remove("acme").is_err());
+        assert_eq!(names(directory.path()), ["acme.token"]);
     }
 
     #[test]

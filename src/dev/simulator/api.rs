@@ -232,6 +232,7 @@ async fn whoami(
     headers: HeaderMap,
     body: String,
 ) -> Result<Response, ApiError> {
+    state.count_api_request();
     let authorization = headers
         .get(header::AUTHORIZATION)
         .ok_or_else(|| ApiError::new(401, "61001", "Missing authorization header"))?;

@@ -69,6 +69,8 @@ pub(super) struct AccountInfo {
 #[derive(Clone, Debug, Default, Serialize)]
 pub(super) struct Counters {
     pub(super) requests: u64,
+    /// Protected calls, whatever the answer is.
+    pub(super) api_requests: u64,
     pub(super) issued: u64,
     pub(super) in_flight: u64,
     pub(super) peak_in_flight: u64,
@@ -233,6 +235,11 @@ impl UpstreamState {
         counters.peak_in_flight = counters.peak_in_flight.max(counters.in_flight);
         counters.last_peer = Some(client_address);
         InFlightRequest { number: counters.requests, state: self.clone() }
+    }
+
+    /// Counts a protected call.
+    pub(super) fn count_api_request(&self) {
+        self.lock().counters.api_requests += 1;
     }
 
     /// Counts an attempt of `client_id`, and returns how the request is answered: as the client's

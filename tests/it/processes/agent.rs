@@ -2,12 +2,15 @@
 
 use std::{
     fs,
-    os::unix::fs::PermissionsExt,
+    os::unix::fs::{MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use nix::sys::signal::Signal;
+use nix::{
+    sys::signal::Signal,
+    unistd::{Gid, Group, geteuid},
+};
 use serde_json::Value;
 use tempfile::TempDir;
 use token_broker::{crypto::bearer::Bearer, dev::simulator::Faults, domain::clock::Clock};
@@ -15,21 +18,21 @@ use tokio::process::Command;
 
 use crate::harness::{
     broker::Fixture,
-    eventually,
+    eventually, note_skipped,
     process::{BrokerProcess, BrokerSetup, run},
 };
 
 /// A broker process with the account `acme`, a caller, and the directory of an agent.
-struct Bench {
-    fixture: Fixture,
-    setup: BrokerSetup,
+pub(super) struct Bench {
+    pub(super) fixture: Fixture,
+    pub(super) setup: BrokerSetup,
     serve: BrokerProcess,
-    bearer: Bearer,
+    pub(super) bearer: Bearer,
     tokens: TempDir,
 }
 
 impl Bench {
-    async fn new(token_life: Duration) -> Self {
+    pub(super) async fn new(token_life: Duration) -> Self {
         let faults = Faults { token_life, ..Faults::default() };
         let fixture = Fixture::with(Clock::System, faults).await;
         let bearer = fixture.add_caller("demo", &["*"]).await;
@@ -65,7 +68,7 @@ impl Bench {
         fs::read_to_string(self.file("acme.token")).ok()
     }
 
-    fn live_token(&self) -> Option<String> {
+    pub(super) fn live_token(&self) -> Option<String> {
         self.fixture.upstream.live_token("id-1")
     }
 
@@ -96,7 +99,7 @@ impl Bench {
     }
 }
 
-fn names(directory: &Path) -> Vec<String> {
+pub(super) fn names(directory: &Path) -> Vec<String> {
     let entries = fs::read_dir(directory).unwrap();
     let mut names: Vec<_> =
         entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
@@ -104,7 +107,7 @@ fn names(directory: &Path) -> Vec<String> {
     names
 }
 
-async fn stop(mut agent: BrokerProcess) -> String {
+pub(super) async fn stop(mut agent: BrokerProcess) -> String {
     agent.signal(Signal::SIGTERM);
     assert_eq!(agent.wait().await.code(), Some(0), "{}", agent.stderr());
     agent.stdout() + &agent.stderr()
@@ -130,7 +133,9 @@ async fn a_directory_that_is_not_there_is_made_and_one_that_cannot_be_is_named()
     command.current_dir(bench.tokens.path());
     let refused = run(command, "").await.failed();
     assert!(
-        refused.contains("cannot use the directory") && !refused.contains("canary"),
+        refused.contains("cannot use the directory")
+            && refused.contains("write ./tokens, not tokens")
+            && !refused.contains("canary"),
         "{refused}"
     );
     assert!(!bench.tokens.path().join("SK.canary").exists());
@@ -183,6 +188,65 @@ async fn files_hold_the_live_token_with_their_permissions_and_are_removed_at_the
     bench.assert_no_secret(&output, &[&first, &second]);
     assert!(output.contains("a new token is in its file"), "{output}");
     bench.until_the_file_is_gone().await;
+}
+
+/// Only root may give files to any group.
+#[tokio::test]
+async fn files_and_a_directory_that_is_made_belong_to_the_group_that_the_settings_name() {
+    if !geteuid().is_root() {
+        note_skipped("only root can give files to another group");
+        return;
+    }
+    let mut bench = Bench::new(Duration::from_mins(10)).await;
+    bench.setup.set("TOKEN_BROKER_TOKEN_MODE", "0640");
+    let named =
+        Group::from_gid(Gid::from_raw(1)).unwrap().expect("systems have a group with number 1");
+    for (group, number) in [("54321", 54_321), (&named.name, 1)] {
+        let made = bench.file(group);
+        let directory = made.to_str().unwrap();
+        let arguments = ["--once", "--token-group", group, "--token-dir", directory];
+        run(bench.command(&arguments), "").await.ok();
+        for (path, mode) in [
+            (made.clone(), 0o750),
+            (made.join("acme.token"), 0o640),
+            (made.join("acme.json"), 0o640),
+        ] {
+            let found = fs::metadata(&path).unwrap();
+            let found = (found.gid(), found.permissions().mode() & 0o7777);
+            assert_eq!(found, (number, mode), "{}", path.display());
+        }
+    }
+}
+
+/// A directory with the name of the file stands for all that keeps it from being removed.
+#[tokio::test]
+async fn a_file_that_cannot_be_removed_is_tried_again_and_at_the_stop_the_exit_code_tells() {
+    let bench = Bench::new(Duration::from_mins(10)).await;
+    let agent = BrokerProcess::start(bench.command(&[]));
+    let obstructed = async || {
+        bench.until_the_file_is_live().await;
+        // The description is written last.
+        eventually("its description", async || bench.file("acme.json").exists().then_some(()))
+            .await;
+        fs::remove_file(bench.file("acme.token")).unwrap();
+        fs::create_dir(bench.file("acme.token")).unwrap();
+    };
+    obstructed().await;
+    bench.fixture.database.sql("update accounts set enabled = false").await;
+    eventually("a removal that fails", async || {
+        agent.stderr().contains("cannot be removed; it is tried again").then_some(())
+    })
+    .await;
+    fs::remove_dir(bench.file("acme.token")).unwrap();
+    fs::write(bench.file("acme.token"), "an ended token").unwrap();
+    bench.until_the_file_is_gone().await;
+
+    bench.fixture.database.sql("update accounts set enabled = true").await;
+    obstructed().await;
+    let mut agent = agent;
+    agent.signal(Signal::SIGTERM);
+    assert_eq!(agent.wait().await.code(), Some(1), "{}", agent.stderr());
+    assert!(agent.stderr().contains("the files of these accounts stay"), "{}", agent.stderr());
 }
 
 #[tokio::test]

@@ -454,3 +454,43 @@ async fn an_account_whose_stream_is_refused_again_and_again_is_watched_at_most_e
         assert_eq!(broker.streams().len(), streams);
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_watch_has_a_thousand_accounts_and_further_ones_are_asked_for_at_their_reuse_ends() {
+    let broker = FakeBroker::new([token(1)]);
+    let client = broker.client();
+    let name = |n: usize| format!("acme-{n}");
+    for n in 0..=1_000 {
+        client.token(&name(n)).await.unwrap();
+    }
+    // Streams for additions are opened once in 5 s.
+    sleep(6 * SECOND).await;
+    let streams = broker.streams();
+    let watched: Vec<_> = streams.last().unwrap().split(' ').skip(1).collect();
+    assert_eq!(watched.len(), 1_000);
+    assert!(!watched.contains(&name(1_000).as_str()));
+
+    let calls = broker.calls().len();
+    assert_eq!(calls, 1_001);
+    sleep(5 * SECOND).await;
+    client.token(&name(1_000)).await.unwrap();
+    assert_eq!(broker.calls()[calls..], ["get acme-1000"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_opening_without_an_answer_is_given_up_after_twenty_seconds() {
+    let broker = FakeBroker::new([token(1)]);
+    broker.leave_streams_unanswered(true);
+    let client = broker.client();
+    client.token("acme").await.unwrap();
+    sleep(19 * SECOND).await;
+    assert_eq!(broker.streams(), ["watch acme"]);
+
+    broker.leave_streams_unanswered(false);
+    sleep(2 * SECOND).await;
+    assert_eq!(broker.streams(), ["watch acme", "watch acme"]);
+    broker.push("acme", answer(2, 10 * SECOND, 20 * SECOND)).await;
+    let calls = broker.calls();
+    assert_eq!(outcome(client.token("acme").await), "2");
+    assert_eq!(broker.calls(), calls, "the pushed token is used");
+}

@@ -1,0 +1,77 @@
+//! The README shows the program of `examples/reqwest.rs`, which works.
+
+use std::{env, process::Command, time::Duration};
+
+use tokio::{
+    io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
+    net::TcpListener,
+    task::spawn_blocking,
+};
+
+use crate::testing::{FakeBroker, answer};
+
+const README: &str = include_str!("../README.md");
+const EXAMPLE: &str = include_str!("../examples/reqwest.rs");
+
+#[test]
+fn the_readme_shows_the_example() {
+    let (_, shown) = README.split_once("```rust,no_run\n").unwrap();
+    let (shown, _) = shown.split_once("```").unwrap();
+    let program = EXAMPLE.split_once("\n\n").unwrap().1;
+    assert_eq!(shown, program);
+}
+
+/// Answers one request with 200, and returns its head.
+async fn serve_one(listener: TcpListener) -> String {
+    let (mut stream, _) = listener.accept().await.unwrap();
+    let mut head = String::new();
+    let mut reader = BufReader::new(&mut stream);
+    while !head.ends_with("\r\n\r\n") {
+        assert_ne!(reader.read_line(&mut head).await.unwrap(), 0, "{head}");
+    }
+    stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}").await.unwrap();
+    head
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_example_sends_a_request_with_the_accounts_token() {
+    let api = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut token = answer(1, Duration::from_mins(1), Duration::from_mins(2));
+    token.api_base_url = format!("http://{}/v1", api.local_addr().unwrap());
+    let endpoint = FakeBroker::new([Ok(token)]).listen().await;
+    let request = tokio::spawn(serve_one(api));
+
+    let directory = tempfile::tempdir().unwrap();
+    let bearer = directory.path().join("bearer");
+    std::fs::write(&bearer, "tbk_canary\n").unwrap();
+    let ran = spawn_blocking(move || {
+        let mut example = example();
+        for name in ["CA_FILE", "CLIENT_CERT", "CLIENT_KEY"] {
+            example.env_remove(format!("TOKEN_BROKER_{name}"));
+        }
+        example
+            .env("TOKEN_BROKER_ENDPOINT", endpoint)
+            .env("TOKEN_BROKER_BEARER_FILE", bearer)
+            .output()
+            .unwrap()
+    });
+    let ran = ran.await.unwrap();
+    assert_eq!(String::from_utf8_lossy(&ran.stdout), "200 OK\n", "{ran:?}");
+    let request = request.await.unwrap();
+    assert!(request.starts_with("GET /v1/whoami HTTP/1.1\r\n"), "{request}");
+    assert!(request.contains("authorization: Bearer canary-1\r\n"), "{request}");
+}
+
+/// Returns the command that runs the example, which `cargo test` builds unless it is told to build only this test.
+fn example() -> Command {
+    let this = env::current_exe().unwrap();
+    let program = this.ancestors().nth(2).unwrap().join("examples/reqwest");
+    if !program.exists() {
+        let cargo = Command::new(env!("CARGO"))
+            .args(["build", "--quiet", "--locked", "--all-features", "--example", "reqwest"])
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .status();
+        assert!(cargo.unwrap().success());
+    }
+    Command::new(program)
+}
