@@ -1,6 +1,6 @@
 //! The README shows the program of `examples/reqwest.rs`, which works.
 
-use std::{env, process::Command, time::Duration};
+use std::{env, io, process::Command, time::Duration};
 
 use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
@@ -8,7 +8,12 @@ use tokio::{
     task::spawn_blocking,
 };
 
-use crate::testing::{FakeBroker, answer};
+use tonic::transport::Server;
+
+use crate::{
+    proto::token_service_server::TokenServiceServer,
+    testing::{FakeBroker, answer},
+};
 
 const README: &str = include_str!("../README.md");
 const EXAMPLE: &str = include_str!("../examples/reqwest.rs");
@@ -19,6 +24,20 @@ fn the_readme_shows_the_example() {
     let (shown, _) = shown.split_once("```").unwrap();
     let program = EXAMPLE.split_once("\n\n").unwrap().1;
     assert_eq!(shown, program);
+}
+
+/// Serves `broker` on a port, for a program of its own. Returns the endpoint.
+async fn listen(broker: FakeBroker) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let incoming = tokio_stream::once(Ok::<_, io::Error>(stream));
+            let server = Server::builder().add_service(TokenServiceServer::new(broker.clone()));
+            tokio::spawn(server.serve_with_incoming(incoming));
+        }
+    });
+    endpoint
 }
 
 /// Answers one request with 200, and returns its head.
@@ -38,7 +57,7 @@ async fn the_example_sends_a_request_with_the_accounts_token() {
     let api = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let mut token = answer(1, Duration::from_mins(1), Duration::from_mins(2));
     token.api_base_url = format!("http://{}/v1", api.local_addr().unwrap());
-    let endpoint = FakeBroker::new([Ok(token)]).listen().await;
+    let endpoint = listen(FakeBroker::new([Ok(token)])).await;
     let request = tokio::spawn(serve_one(api));
 
     let directory = tempfile::tempdir().unwrap();

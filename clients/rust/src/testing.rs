@@ -10,7 +10,6 @@ use std::{
 
 use hyper_util::rt::TokioIo;
 use tokio::{
-    net::TcpListener,
     sync::mpsc,
     time::{Instant, sleep},
 };
@@ -149,21 +148,6 @@ impl FakeBroker {
 
     pub(crate) fn builder(&self) -> TokenClientBuilder {
         TokenClient::builder().endpoint("http://127.0.0.1:1").connect(self.connect())
-    }
-
-    /// Serves this broker on a port, for a program of its own. Returns the endpoint.
-    pub(crate) async fn listen(&self) -> String {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let endpoint = format!("http://{}", listener.local_addr().unwrap());
-        let broker = self.clone();
-        tokio::spawn(async move {
-            while let Ok((stream, _)) = listener.accept().await {
-                let incoming = tokio_stream::once(Ok::<_, io::Error>(stream));
-                let server = Server::builder().add_service(TokenServiceServer::new(broker.clone()));
-                tokio::spawn(server.serve_with_incoming(incoming));
-            }
-        });
-        endpoint
     }
 
     /// Connects to this broker in memory.
