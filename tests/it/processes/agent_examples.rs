@@ -1,6 +1,6 @@
 //! The agent runs as the examples for systemd and Kubernetes say, and `docs/agent.md` puts in place what they name.
 
-use std::{fs, os::unix::fs::PermissionsExt, path::Path, time::Duration};
+use std::{fmt::Write, fs, os::unix::fs::PermissionsExt, path::Path, time::Duration};
 
 use tempfile::TempDir;
 use tokio::process::Command;
@@ -88,7 +88,7 @@ async fn the_unit_for_systemd_runs_the_agent_with_the_settings_of_the_document()
             "endpoint" | "bearer_file" | "token_dir" | "token_group" => {}
             // The broker of this test has no TLS.
             "ca_file" => named.push(value.trim_matches('"').to_owned()),
-            _ => settings += &format!("{key} = {value}\n"),
+            _ => writeln!(settings, "{key} = {value}").unwrap(),
         }
     }
     let file = root.path().join("agent.toml");
