@@ -1,5 +1,8 @@
 //! The README shows the program of `examples/reqwest.rs`, which works.
 
+// The condition in `lib.rs` names a feature too. Clippy knows a module of tests by this one alone.
+#![cfg(test)]
+
 use std::{env, io, process::Command, time::Duration};
 
 use tokio::{
