@@ -56,16 +56,16 @@ const STRAY: &[(&str, Named)] = &[
     ("SIGSTKFLT", Named::STKFLT),
 ];
 
-/// Signals that mean a stop where a host or container manager sends them: SIGPWR, and SIGRTMIN+3, with which systemd
-/// asks a container to halt.
+/// SIGPWR, with which a host's manager asks for a stop.
 #[cfg(target_os = "linux")]
 const HALT: [i32; 1] = [Named::POWER.as_raw()];
 #[cfg(not(target_os = "linux"))]
 const HALT: [i32; 0] = [];
+/// SIGRTMIN+3, with which systemd asks a container to halt.
 const REAL_TIME_HALT: i32 = *real_time::NUMBERS.start() + 3;
 
-/// Keeps real-time signals from ending the process, until [`Signals`] or nobody handles them. Call it before there is a
-/// second thread.
+/// Blocks the real-time signals, which would end the process. Commands that take [`Signals`] read them; in others they
+/// stay pending. Call it before there is a second thread.
 pub fn block_real_time_signals() {
     // If the system refuses, they end the process as usual.
     let _ = real_time::block();

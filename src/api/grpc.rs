@@ -88,7 +88,7 @@ pub fn routes(
     Ok((routes, health_reporter))
 }
 
-/// Answers calls of services that are not served. It does not depend on the credential, as with other servers.
+/// Answers calls of services that are not served. It asks for no credential, as other gRPC servers do.
 async fn unknown_service(request: Request<axum::body::Body>) -> Response<Body> {
     let refusal = message::check(&request).err().unwrap_or(CallRefusal::UnknownMethod);
     Status::from(refusal).into_http()

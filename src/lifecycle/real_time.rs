@@ -1,8 +1,8 @@
 //! The real-time signals of Linux.
 //!
-//! tokio handles all of them but the last one, 64, and each would end the process. So they are blocked, in all threads, and
-//! a thread reads them from a file. The C library keeps 32 and 33 for itself: it lets no program block or handle them, and they end any
-//! process.
+//! Each of them ends a process that does not handle it. tokio cannot handle the last one, 64, and none is handled before
+//! the runtime starts. So they are blocked in all threads, and a thread reads them from a `signalfd`. The C library keeps
+//! 32 and 33 for itself: it lets no program block or handle them, and they end any process.
 
 use std::{future::pending, io, ops::RangeInclusive, thread};
 

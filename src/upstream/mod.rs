@@ -8,7 +8,7 @@ pub mod rcs;
 mod target;
 
 use std::{
-    io,
+    io, iter,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     time::Duration,
 };
@@ -222,8 +222,8 @@ const MAX_HEADERS: usize = 1_000;
 ///
 /// No connection is used twice. Between two calls, a firewall or the upstream may forget a connection that was
 /// kept, and then a request over it is lost without a trace of whether it arrived: the account waits for the
-/// minimum issue interval, for nothing. A new connection costs about a millisecond of work and two round trips,
-/// a few times an hour for each account.
+/// minimum issue interval, for nothing. A new connection costs some work and round trips, a few
+/// times an hour for each account; ARCHITECTURE.md has the figure.
 ///
 /// Heads of answers that are not quite HTTP are read, since nothing follows them on the connection for which
 /// they could be mistaken.
@@ -287,14 +287,9 @@ fn connect_fault(error: &reqwest::Error) -> &'static str {
 
 /// Returns whether there was an answer whose head cannot be read.
 fn is_unreadable(error: &reqwest::Error) -> bool {
-    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
-    while let Some(error) = cause {
-        if error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_parse) {
-            return true;
-        }
-        cause = error.source();
-    }
-    false
+    let error: &(dyn std::error::Error + 'static) = error;
+    iter::successors(Some(error), |error| error.source())
+        .any(|error| error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_parse))
 }
 
 fn io_fault(error: &io::Error) -> Option<&'static str> {

@@ -21,8 +21,8 @@ const READ_ENCODINGS: [&[u8]; 2] = [b"gzip", b"identity"];
 /// The header of the details that all refusals of the broker have, and none of tonic's.
 const DETAILS: &str = "grpc-status-details-bin";
 
-/// Returns the HTTP status of a request that is not gRPC, and the rule that it violates, as other servers have them; by
-/// it, another client of HTTP/2 does not take the answer for a success. `te: trailers` may be missing: proxies remove
+/// Returns the HTTP status of a request that is not gRPC, and the rule that it violates. The status is the one that other
+/// gRPC servers send. It keeps HTTP clients that know no gRPC from taking the answer for a success. `te: trailers` may be missing: proxies remove
 /// it, and other servers do not require it.
 pub(super) fn violation_of<B>(request: &Request<B>) -> Option<(StatusCode, &'static str)> {
     if request.method() != Method::POST {

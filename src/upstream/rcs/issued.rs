@@ -27,14 +27,17 @@ pub(super) fn read(
     utc_ahead: TimeDelta,
 ) -> Result<IssuedToken, IssueError> {
     let tokens = answer.access_tokens.iter().map(|json| Some(bare_token(&read_text(json)?)));
-    let access_token = the_same(tokens)?
+    let access_token = the_same("accessToken", tokens)?
         .ok_or_else(|| IssueError::malformed("the upstream's answer has no accessToken"))?;
     let access_token = AccessToken::new(&access_token).map_err(|_| {
         IssueError::malformed("the upstream's accessToken is not 1 to 8192 visible characters")
     })?;
-    let stated_end = the_same(answer.ends.iter().map(|json| read_end(json)))?.ok_or_else(|| {
-        IssueError::malformed("the upstream's expiresIn is not a time in milliseconds since 1970")
-    })?;
+    let stated_end = the_same("expiresIn", answer.ends.iter().map(|json| read_end(json)))?
+        .ok_or_else(|| {
+            IssueError::malformed(
+                "the upstream's expiresIn is not a time in milliseconds since 1970",
+            )
+        })?;
 
     let claims = in_their_zone(Claims::of(&access_token), date, stated_end, sent, now, utc_ahead);
     let lead = believed_lead(date, &claims, stated_end, sent, now, utc_ahead);
@@ -53,16 +56,18 @@ pub(super) fn read(
     })
 }
 
-/// Returns the value that a field has each time that it is there; `None` if it is not there or cannot be read.
+/// Returns the value that the field `name` has each time that it is there; `None` if it is not there or cannot be read.
 ///
 /// # Errors
 /// If it has two values, so that it is not known which one is meant.
 fn the_same<T: PartialEq>(
+    name: &str,
     mut values: impl Iterator<Item = Option<T>>,
 ) -> Result<Option<T>, IssueError> {
     let Some(first) = values.next() else { return Ok(None) };
     if values.any(|other| other != first) {
-        return Err(IssueError::malformed("the upstream's answer has a field twice"));
+        let message = format!("the upstream's answer has different values of {name}");
+        return Err(IssueError::malformed(message));
     }
     Ok(first)
 }
@@ -164,28 +169,35 @@ fn read_text(json: &str) -> Option<Zeroizing<String>> {
     serde_json::from_str(json).ok().map(Zeroizing::new)
 }
 
-/// Pairs of quotation marks. Typographic ones are padding.
+/// Quotation marks that open and close with the same character. Typographic ones are padding.
 const QUOTATION_MARKS: [char; 3] = ['"', '\'', '`'];
 
 /// Returns the text without padding and quotation marks around it.
 fn unquoted(text: &str) -> &str {
-    let text = text.trim_matches(is_padding);
-    let inner =
-        QUOTATION_MARKS.iter().find_map(|mark| text.strip_prefix(*mark)?.strip_suffix(*mark));
-    inner.map_or(text, unquoted)
+    fn inner(text: &str) -> Option<&str> {
+        QUOTATION_MARKS.iter().find_map(|mark| text.strip_prefix(*mark)?.strip_suffix(*mark))
+    }
+    let mut text = text.trim_matches(is_padding);
+    // The upstream decides how many there are.
+    while let Some(inner) = inner(text) {
+        text = inner.trim_matches(is_padding);
+    }
+    text
 }
 
 /// Returns the token without padding and quotation marks around it, the name of the scheme or the header with which it
 /// is used, and the ends of lines into which it was broken. No token can contain any of these at that place, and
 /// callers add the scheme themselves.
 fn bare_token(text: &str) -> Zeroizing<String> {
-    let text = unquoted(text);
-    let (name, token) = text.split_once(is_padding).unwrap_or((text, ""));
-    let name = name.strip_suffix(':').unwrap_or(name);
-    if ["authorization", "bearer", "jwt"].iter().any(|it| name.eq_ignore_ascii_case(it)) {
-        return bare_token(token);
+    let mut text = unquoted(text);
+    loop {
+        let (name, token) = text.split_once(is_padding).unwrap_or((text, ""));
+        let name = name.strip_suffix(':').unwrap_or(name);
+        if !["authorization", "bearer", "jwt"].iter().any(|it| name.eq_ignore_ascii_case(it)) {
+            return Zeroizing::new(unwrapped(text).unwrap_or_else(|| text.to_owned()));
+        }
+        text = unquoted(token);
     }
-    Zeroizing::new(unwrapped(text).unwrap_or_else(|| text.to_owned()))
 }
 
 /// Returns the JWT that `text` has in lines of equal length, of which only the last may be shorter and the first is no
@@ -256,9 +268,20 @@ mod tests {
             r#"{"accessToken":"canary","expiresIn":1717138601944,"access\u0054oken":"canary2"}"#,
         ] {
             let error = ok(&HeaderMap::new(), twice.as_bytes()).unwrap_err();
-            assert_eq!(error.message, "the upstream's answer has a field twice", "{twice}");
+            assert!(
+                error.message.contains("has different values of"),
+                "{twice}: {}",
+                error.message
+            );
             assert!(error.class == FailureClass::Malformed && error.may_have_issued, "{twice}");
         }
+    }
+
+    #[test]
+    fn any_number_of_marks_and_schemes_around_a_token_is_read() {
+        assert_eq!(unquoted(&"'".repeat(60_000)), "");
+        assert_eq!(unquoted(&format!("{0}t{0}", "'".repeat(30_000))), "t");
+        assert_eq!(*bare_token(&format!("{}t", "jwt ".repeat(15_000))), "t");
     }
 
     #[test]

@@ -14,7 +14,8 @@ pub(super) enum Json {
     Null,
     Bool(bool),
     Number(String),
-    Text(String),
+    /// It may be a token, wherever it stands.
+    Text(Zeroizing<String>),
     List(Vec<Self>),
     Object(Vec<(String, Self)>),
 }
@@ -22,7 +23,8 @@ pub(super) enum Json {
 impl Json {
     /// Reads `levels` levels. What is below is read as text.
     pub(super) fn read(json: &str, levels: usize) -> Self {
-        let raw = || Self::Text(json.to_owned());
+        let text = |text: String| Self::Text(Zeroizing::new(text));
+        let raw = || text(json.to_owned());
         let read = |json: &RawValue| Self::read(json.get(), levels.saturating_sub(1));
         match json.as_bytes().first() {
             Some(b'{' | b'[') if levels == 0 => raw(),
@@ -38,7 +40,7 @@ impl Json {
                 |_| raw(),
                 |values| Self::List(values.into_iter().map(read).collect()),
             ),
-            Some(b'"') => serde_json::from_str(json).map_or_else(|_| raw(), Self::Text),
+            Some(b'"') => serde_json::from_str(json).map_or_else(|_| raw(), text),
             Some(b'n') => Self::Null,
             Some(b't' | b'f') => Self::Bool(json == "true"),
             _ => Self::Number(json.to_owned()),
@@ -48,7 +50,7 @@ impl Json {
     /// Returns a string's text, or that of a number, which is whole if the number is.
     pub(super) fn as_text(&self) -> Option<String> {
         match self {
-            Self::Text(text) => Some(text.clone()),
+            Self::Text(text) => Some(text.to_string()),
             Self::Number(text) => {
                 Some(whole_number(text).map_or_else(|| text.clone(), |whole| whole.to_string()))
             }

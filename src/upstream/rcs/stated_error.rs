@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use serde_json::value::RawValue;
+use zeroize::Zeroizing;
 
 use super::{body::is_padding, json::Json, number::whole_number};
 
@@ -128,10 +129,10 @@ impl Json {
             Self::Text(text) => match json_in(text) {
                 Some(json) => Self::read(json, levels).code(levels),
                 // The rest may be a message, which may quote the request.
-                None => {
-                    Self::Text(text.split(is_padding).find(|word| !word.is_empty())?.to_owned())
-                        .upstream_code()
-                }
+                None => Self::Text(Zeroizing::new(
+                    text.split(is_padding).find(|word| !word.is_empty())?.to_owned(),
+                ))
+                .upstream_code(),
             },
             _ => self.upstream_code(),
         }

@@ -62,7 +62,9 @@ impl<B: Body<Data = Bytes, Error = BoxError> + Unpin> Body for SingleMessage<B> 
 /// Follows the bytes of a message to its end. What is wrong within it is left to its reader.
 #[derive(Default)]
 struct MessageBounds {
-    prefix: Vec<u8>,
+    prefix: [u8; PREFIX_LEN],
+    /// How many bytes of `prefix` have arrived.
+    prefix_len: usize,
     /// How many bytes of the message have arrived.
     arrived: usize,
     /// The message, if it is compressed and not too large.
@@ -75,28 +77,31 @@ impl MessageBounds {
     /// # Errors
     /// What follows the message.
     fn add(&mut self, data: &[u8]) -> Result<(), &'static str> {
-        let (prefix, data) = data.split_at(data.len().min(PREFIX_LEN - self.prefix.len()));
-        self.prefix.extend_from_slice(prefix);
-        let [flag, length @ ..] = &self.prefix[..] else { return Ok(()) };
-        let Ok(length) = <[u8; 4]>::try_from(length) else { return Ok(()) };
+        let (prefix, data) = data.split_at(data.len().min(PREFIX_LEN - self.prefix_len));
+        self.prefix[self.prefix_len..][..prefix.len()].copy_from_slice(prefix);
+        self.prefix_len += prefix.len();
+        if self.prefix_len < PREFIX_LEN {
+            return Ok(());
+        }
+        let [flag, length @ ..] = self.prefix;
         let length = usize::try_from(u32::from_be_bytes(length)).unwrap_or(usize::MAX);
         if data.len() > length - self.arrived {
             return Err("a request has one message, and more follows it");
         }
         self.arrived += data.len();
-        if *flag == 1 && length <= MAX_REQUEST_BYTES {
+        if flag == 1 && length <= MAX_REQUEST_BYTES {
             self.compressed.extend_from_slice(data);
             let is_now_whole = self.arrived == length && !data.is_empty();
             if is_now_whole && has_more_than_gzip(&self.compressed) {
-                return Err("more follows the compressed message");
+                return Err("something follows the gzip stream within the message");
             }
         }
         Ok(())
     }
 }
 
-/// Returns whether something follows the gzip stream with which `bytes` begins. No message that is too large once it is
-/// decompressed, or damaged, is read any further.
+/// Returns whether something follows the gzip stream with which `bytes` begins. Returns `false` for a damaged message,
+/// and for one that is too large once it is decompressed: tonic refuses those.
 fn has_more_than_gzip(bytes: &[u8]) -> bool {
     let mut stream = GzDecoder::new(bytes);
     let limit = u64::try_from(MAX_REQUEST_BYTES + 1).unwrap_or(u64::MAX);
