@@ -15,13 +15,13 @@ create or replace function @schema@.token_broker_limit_changes() returns trigger
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp as $$
 declare
-    -- What one statement may change without saying so.
+    -- The most rows that one statement may change if the session has set no limit.
     few constant bigint := 5;
     -- What only the sealing, `keys reseal` and triggers write: brokers seal and reseal many rows.
     of_brokers constant text[] := array['sealed_secret', 'previous_secret', 'previous_version', 'credential_version',
         'login_version', 'updated_at'];
     allowed text := nullif(current_setting('token_broker.max_changed_rows', true), '');
-    -- The rows that the statement found, and how many of these it changed or deleted.
+    -- How many rows the statement matched, and how many of these it changed or deleted.
     found_rows bigint;
     changed bigint;
     others boolean;
