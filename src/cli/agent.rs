@@ -160,7 +160,7 @@ struct Agent {
     settings: AgentSettings,
     files: Arc<TokenFiles>,
     notifier: Notifier,
-    /// The files that exist, by account.
+    /// The files that exist, or may exist, by account.
     kept: BTreeMap<String, Held>,
     /// Tokens whose files could not be written.
     unwritten: BTreeMap<String, Received>,
@@ -178,7 +178,7 @@ struct Received {
 }
 
 impl Received {
-    fn now(token: Token) -> Self {
+    fn new(token: Token) -> Self {
         let left = token.expires_in().saturating_sub(END_MARGIN);
         Self { token, removed_at: after(left) }
     }
@@ -186,6 +186,7 @@ impl Received {
 
 /// A file with a token.
 struct Held {
+    /// 0 if the file could not be written.
     generation: u64,
     /// When the file is removed.
     removed_at: Timestamp,
@@ -202,7 +203,7 @@ impl Agent {
             tokio::select! {
                 event = events.recv() => match event {
                     Some(Watched::Event(TokenEvent::Token(token))) => {
-                        self.keep(Received::now(token)).await;
+                        self.keep(Received::new(token)).await;
                     }
                     Some(Watched::Event(TokenEvent::Ended { account, reason })) => {
                         warn!(account, %reason, "the account ended");
@@ -310,6 +311,9 @@ impl Agent {
             }
             Err(error) => {
                 error!(account, %error, "the token's file cannot be written; it is tried again");
+                // Perhaps only the description is missing, so there is something to remove.
+                let held = Held { generation: 0, removed_at };
+                self.kept.entry(account.clone()).or_insert(held);
                 self.unwritten.insert(account, Received { token, removed_at });
                 self.retry_at = Some(after(RETRY));
             }

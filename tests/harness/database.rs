@@ -38,6 +38,15 @@ pub(crate) struct TestDatabase {
     pool: PgPool,
 }
 
+/// Returns a pool whose sessions may change any number of rows: tests may change all of them. Brokers and
+/// commands get the URL itself.
+pub(crate) fn pool_for_mass_changes(url: &str, application: &str) -> PgPool {
+    let mut url = Url::parse(url).unwrap();
+    let allowed = format!("-c {MAX_CHANGED_ROWS}=1000000");
+    url.query_pairs_mut().append_pair("options", &allowed);
+    Database::new(url.as_str(), application).unwrap().pool(4)
+}
+
 impl TestDatabase {
     pub(crate) async fn new() -> Self {
         let server = SERVER.get_or_init(TestServer::start).await;
@@ -73,11 +82,7 @@ impl TestDatabase {
         admin.close().await.unwrap();
 
         let url = server.url(&name);
-        // Tests mean it when they change all rows; brokers and commands get the URL without that.
-        let mut of_tests = Url::parse(&url).unwrap();
-        let allowed = format!("-c {MAX_CHANGED_ROWS}=1000000");
-        of_tests.query_pairs_mut().append_pair("options", &allowed);
-        let pool = Database::new(of_tests.as_str(), "test").unwrap().pool(4);
+        let pool = pool_for_mass_changes(&url, "test");
         Self { server, name, url, pool }
     }
 

@@ -63,6 +63,7 @@ use tokio::{
 use self::{
     arguments::Arguments,
     driver::{Driver, Language},
+    harness::all_clients_required,
     run::{Run, logs_of},
     scenario::{Runs, Scenario},
     table::{Cell, Outcome, Table},
@@ -108,11 +109,6 @@ async fn run() -> anyhow::Result<usize> {
     }
     println!("\n{table}");
     Ok(table.failed())
-}
-
-/// Returns whether a scenario that cannot be run on this machine is a failure, as a missing toolchain is.
-fn nothing_may_be_skipped() -> bool {
-    env::var("CI_ALL_CLIENTS").as_deref() == Ok("1")
 }
 
 /// Returns the runs: one for each scenario and driver, adapter, or for all drivers together.
@@ -188,7 +184,7 @@ async fn outcome(job: &Job) -> Outcome {
     match result {
         Ok(figures) => Outcome::Passed(figures),
         Err(error) => match error.downcast_ref::<Skipped>() {
-            Some(skipped) if nothing_may_be_skipped() => Outcome::Failed(skipped.to_string()),
+            Some(skipped) if all_clients_required() => Outcome::Failed(skipped.to_string()),
             Some(skipped) => Outcome::Skipped(skipped.to_string()),
             None => Outcome::Failed(format!(
                 "{}\n    {error:#}\n    logs: {}",

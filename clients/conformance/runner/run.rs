@@ -127,8 +127,9 @@ async fn run_step(
     }
     match step {
         Step::Count(count) => return check_count(count, world, sessions).await,
-        Step::MeasurePush { account, limit, times } => {
-            figures.push(measure_pushes(account, *limit, *times, world, sessions).await?);
+        Step::MeasurePush { account, limit, times, quick } => {
+            let pushes = Pushes { account, limit: *limit, times: *times, quick: *quick };
+            figures.push(pushes.measure(world, sessions).await?);
             return Ok(());
         }
         _ => {}
@@ -179,6 +180,10 @@ async fn of_world(step: &Step, world: &mut World) -> anyhow::Result<bool> {
             let requests = world.api_requests();
             ensure!(number.allows(requests), "the API got {requests} requests");
         }
+        Step::StrangerHeardNothing {} => {
+            let heard = world.stranger.heard();
+            ensure!(heard.is_empty(), "{} bytes were sent to another server", heard.len());
+        }
         _ => return Ok(false),
     }
     Ok(true)
@@ -224,24 +229,36 @@ async fn check_count(count: &Count, world: &mut World, sessions: &[Session]) -> 
     Ok(())
 }
 
-/// Measures up to `times` pushes, until one takes no longer than `limit`. That is sound, because a busy machine can
-/// only make a push slower: the quickest one is nearest to what the broker and the client take, and a client that does
-/// not hear of a replacement, or waits for something, is slow each time.
-async fn measure_pushes(
-    account: &str,
+/// Pushes to be measured until enough of them were quick.
+///
+/// A busy machine makes pushes slower and never quicker, so not all of them have to be quick. One is not enough: a client
+/// that looks once a second is quick one time in ten by chance, and hardly ever ten times of thirty.
+struct Pushes<'a> {
+    account: &'a str,
     limit: Duration,
+    /// The most pushes.
     times: u32,
-    world: &World,
-    sessions: &[Session],
-) -> anyhow::Result<String> {
-    let mut quickest = Duration::MAX;
-    for number in 1..=times {
-        quickest = quickest.min(measure_push(account, world, sessions).await?);
-        if quickest <= limit {
-            return Ok(format!("push {number} in {} ms", quickest.as_millis()));
+    /// How many must take at most `limit`.
+    quick: u32,
+}
+
+impl Pushes<'_> {
+    /// Returns the quickest, and how many were needed.
+    async fn measure(&self, world: &World, sessions: &[Session]) -> anyhow::Result<String> {
+        let (mut quickest, mut quick) = (Duration::MAX, 0);
+        for number in 1..=self.times {
+            let took = measure_push(self.account, world, sessions).await?;
+            quickest = quickest.min(took);
+            quick += u32::from(took <= self.limit);
+            if quick == self.quick {
+                return Ok(format!("{quick} of {number} pushes, {} ms", quickest.as_millis()));
+            }
         }
+        bail!(
+            "of {} new tokens, {quick} were used in time, the quickest after {quickest:?}",
+            self.times
+        )
     }
-    bail!("of {times} new tokens, the quickest was used {quickest:?} after it was stored")
 }
 
 /// Replaces the account's token. Returns how long after the broker stored the new one all drivers answered with it.

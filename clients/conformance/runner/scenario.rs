@@ -176,8 +176,10 @@ pub(crate) enum Step {
     ApiRequests {
         number: Number,
     },
+    /// Requires that nothing was sent to the server that is not the API.
+    StrangerHeardNothing {},
     /// Replaces a token, and measures when the driver answers with the new one; again up to `times`, until that took
-    /// no longer than `limit`.
+    /// no longer than `limit` for `quick` of them.
     MeasurePush {
         #[serde(default = "first_account")]
         account: String,
@@ -185,6 +187,8 @@ pub(crate) enum Step {
         limit: Duration,
         #[serde(default = "one_push")]
         times: u32,
+        #[serde(default = "one_push")]
+        quick: u32,
     },
 }
 

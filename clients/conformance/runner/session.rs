@@ -238,7 +238,10 @@ impl Session {
             (Some(time), None) => time,
             (None, Some(name)) => {
                 let end = self.ends.get(name).context("nothing was saved under the name")?;
-                end.saturating_duration_since(Instant::now()).saturating_sub(BEFORE_END)
+                let left = end.saturating_duration_since(Instant::now());
+                let time = left.saturating_sub(BEFORE_END);
+                ensure!(!time.is_zero(), "the token ends too soon for a load");
+                time
             }
             _ => bail!("a load has `time` or `until_end_of`"),
         };

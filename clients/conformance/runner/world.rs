@@ -11,17 +11,13 @@ use chrono::{DateTime, Utc};
 use serde_json::json;
 use sqlx::{AssertSqlSafe, PgPool};
 use tempfile::TempDir;
-use token_broker::{
-    dev::simulator::{Faults, Simulator, SimulatorOptions},
-    store::{Database, mass_changes::MAX_CHANGED_ROWS},
-};
-use url::Url;
+use token_broker::dev::simulator::{Faults, Simulator, SimulatorOptions};
 
 use super::{
     brokers::Brokers,
     callers::{Callers, RUNNER},
     harness::{
-        database::TestDatabase,
+        database::{TestDatabase, pool_for_mass_changes},
         eventually,
         http::http,
         process::BrokerSetup,
@@ -87,11 +83,7 @@ impl World {
         if let WorldDatabase::Shifted(_) = database {
             setup.run(&["migrate"]).await.ok();
         }
-        // Scenarios change all callers or all grants.
-        let mut of_admin = Url::parse(database.url())?;
-        let allowed = format!("-c {MAX_CHANGED_ROWS}=1000000");
-        of_admin.query_pairs_mut().append_pair("options", &allowed);
-        let pool = Database::new(of_admin.as_str(), "conformance")?.pool(4);
+        let pool = pool_for_mass_changes(database.url(), "conformance");
         callers.register(&pool, &given.grants).await?;
         let mut world = Self {
             brokers: Brokers::new(setup, given, callers.broker_tls()),
@@ -173,18 +165,24 @@ impl World {
         self.sql(&format!("update accounts set {assignment} where name = '{account}'")).await
     }
 
-    /// Waits until a later token of the account than `than` is stored. Returns when that was seen.
+    /// Waits until a later token of the account than `than` is stored. Returns a time before that: when the last look
+    /// began that did not find it.
     pub(crate) async fn until_stored(&self, account: &str, than: u64) -> anyhow::Result<Instant> {
         let query = format!(
             "select count(*) from tokens t join accounts a on a.id = t.account_id
              where a.name = '{account}' and t.generation > {than}"
         );
         let begun = Instant::now();
-        while self.number(&query).await? == 0 {
+        let mut before = begun;
+        loop {
+            let look = Instant::now();
+            if self.number(&query).await? > 0 {
+                return Ok(before);
+            }
+            before = look;
             ensure!(begun.elapsed() < Duration::from_mins(1), "no new token is stored");
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
-        Ok(Instant::now())
     }
 
     /// Returns the accounts that a name, or a pattern such as `acme-*`, means.

@@ -1,4 +1,4 @@
-//! Files that people wrote, also with the tools of Windows, and how their paths are shown.
+//! Reads text files in the encodings that the tools of Windows write, and decides whether a path may be printed.
 
 use std::{fmt, io, os::unix::ffi::OsStrExt, path::Path};
 
@@ -44,6 +44,12 @@ pub(crate) fn shown(path: &Path) -> Shown<'_> {
 
 /// Displays a path: see [`shown`].
 pub(crate) struct Shown<'a>(&'a Path);
+
+impl fmt::Debug for Shown<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self}")
+    }
+}
 
 impl fmt::Display for Shown<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -1,9 +1,9 @@
 //! The README shows the program of `examples/reqwest.rs`, which works.
 
-// The condition in `lib.rs` names a feature too. Clippy knows a module of tests by this one alone.
+// Clippy recognises a module of tests only by this attribute, not by the condition in `lib.rs`.
 #![cfg(test)]
 
-use std::{env, io, process::Command, time::Duration};
+use std::{env, fs, io, process::Command, time::Duration};
 
 use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
@@ -27,6 +27,18 @@ fn the_readme_shows_the_example() {
     let (shown, _) = shown.split_once("```").unwrap();
     let program = EXAMPLE.split_once("\n\n").unwrap().1;
     assert_eq!(shown, program);
+}
+
+/// The published package does not have the document.
+#[test]
+fn the_lines_in_the_document_of_clients_are_lines_of_the_example() {
+    let document = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/clients.md");
+    let Ok(document) = fs::read_to_string(document) else { return };
+    let lines = document.split_once("```rust\n").unwrap().1.split_once("```").unwrap().0;
+    assert!(!lines.is_empty());
+    for line in lines.lines() {
+        assert!(EXAMPLE.contains(line), "{line}");
+    }
 }
 
 /// Serves `broker` on a port, for a program of its own. Returns the endpoint.
@@ -65,7 +77,7 @@ async fn the_example_sends_a_request_with_the_accounts_token() {
 
     let directory = tempfile::tempdir().unwrap();
     let bearer = directory.path().join("bearer");
-    std::fs::write(&bearer, "tbk_canary\n").unwrap();
+    fs::write(&bearer, "tbk_canary\n").unwrap();
     let ran = spawn_blocking(move || {
         let mut example = example();
         for name in ["CA_FILE", "CLIENT_CERT", "CLIENT_KEY"] {

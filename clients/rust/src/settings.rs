@@ -11,6 +11,7 @@ use crate::{
     connections::Connect,
     credentials::{Bearer, TlsFiles},
     error::Error,
+    files::shown,
 };
 
 /// How long `token` waits unless told otherwise.
@@ -244,7 +245,7 @@ impl fmt::Debug for BearerSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::None => f.write_str("None"),
-            Self::File(file) => f.debug_tuple("File").field(file).finish(),
+            Self::File(file) => f.debug_tuple("File").field(&shown(file)).finish(),
             Self::Fixed(_) => f.write_str("Fixed(_)"),
         }
     }
@@ -259,9 +260,9 @@ impl fmt::Debug for TokenClientBuilder {
         f.debug_struct("TokenClientBuilder")
             .field("endpoints", &endpoints)
             .field("bearer", &self.bearer)
-            .field("ca_file", &self.tls_files.ca)
-            .field("client_cert", &self.client_cert)
-            .field("client_key", &self.client_key)
+            .field("ca_file", &self.tls_files.ca.as_deref().map(shown))
+            .field("client_cert", &self.client_cert.as_deref().map(shown))
+            .field("client_key", &self.client_key.as_deref().map(shown))
             .field("allow_plaintext_bearer", &self.allow_plaintext_bearer)
             .field("timeout", &self.timeout)
             .finish_non_exhaustive()
@@ -286,6 +287,16 @@ mod tests {
 
     fn refusal(builder: TokenClientBuilder) -> String {
         builder.check().unwrap_err().message().to_owned()
+    }
+
+    #[test]
+    fn the_debug_text_shows_no_secret_that_was_given_as_a_path() {
+        let builder = TokenClient::builder()
+            .bearer_file("tbk_canary")
+            .ca_file("-----BEGIN canary")
+            .client_certificate("canary", "canary");
+        let text = format!("{builder:?}");
+        assert!(!text.contains("canary") && text.contains("not shown"), "{text}");
     }
 
     #[test]

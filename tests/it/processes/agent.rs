@@ -250,6 +250,26 @@ async fn a_file_that_cannot_be_removed_is_tried_again_and_at_the_stop_the_exit_c
 }
 
 #[tokio::test]
+async fn a_token_whose_description_cannot_be_written_is_removed_too() {
+    let bench = Bench::new(Duration::from_mins(10)).await;
+    let agent = BrokerProcess::start(bench.command(&[]));
+    bench.until_the_file_is_live().await;
+    bench.fixture.database.sql("update accounts set enabled = false").await;
+    bench.until_the_file_is_gone().await;
+    fs::create_dir(bench.file("acme.json")).unwrap();
+    bench.fixture.database.sql("update accounts set enabled = true").await;
+    bench.until_the_file_is_live().await;
+    eventually("that it is tried again", async || {
+        (agent.stderr().matches("cannot be written; it is tried again").count() > 1).then_some(())
+    })
+    .await;
+    let mut agent = agent;
+    agent.signal(Signal::SIGTERM);
+    agent.wait().await;
+    assert_eq!(bench.token(), None, "{}", agent.stderr());
+}
+
+#[tokio::test]
 async fn each_replacement_runs_the_command_and_sends_the_signal() {
     let mut bench = Bench::new(Duration::from_mins(10)).await;
     let marks = TempDir::new().unwrap();
