@@ -96,7 +96,7 @@ Example:
     },
     /// Shows what happened to an account, and who used it, from the audit log
     #[command(after_help = "\
-Needs the role token_broker_auditor. Exit code 1 if the log says nothing of the account.
+Needs the role token_broker_auditor. Exit code 1 if the log has no record of the account.
 `audit tail --account NAME` prints each event.
 
 Examples:
@@ -302,7 +302,9 @@ async fn rotate(global: &GlobalArgs, admin: &Admin, args: RotateArgs) -> anyhow:
         ));
     }
     let code = wait.print_outcomes(admin, &[name.to_string()]).await?;
+    // A broker compares an API KEY when it seals it, and then empties the column.
     if wait.is_requested()
+        && admin.unsealed(&[name.to_string()]).await? == 0
         && rotated.unchanged_version == Some(admin.outcome(&name).await?.credential_version)
     {
         output::note("the account had this API KEY already: nothing was tried or issued");

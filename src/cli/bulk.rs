@@ -36,8 +36,8 @@ use crate::{
     store::StoreError,
 };
 
-/// The limits of what is read. 100,000 accounts with descriptions need a third of the size; the program that writes it
-/// may ask somebody for a password.
+/// The limits of what is read. 100,000 accounts with descriptions need a third of the size. The wait is long because
+/// standard input may come from a program that first asks for a password.
 const FILE: Limits = Limits { bytes: 64 << 20, wait: Duration::from_mins(5) };
 /// How many faults are printed. More of them rarely help, and would hide the first ones.
 const MAX_PRINTED: usize = 20;
@@ -146,7 +146,7 @@ impl ImportArgs {
     ///
     /// # Errors
     /// Unless rows with faults are left out, the error that names the faults.
-    pub(super) fn judge(&self, mut faults: Vec<Fault>) -> anyhow::Result<bool> {
+    pub(super) fn report_faults(&self, mut faults: Vec<Fault>) -> anyhow::Result<bool> {
         // Faults of one row stay in the order of its columns.
         faults.sort_by_key(|fault| fault.line);
         if let Some(report) = &self.report {
@@ -191,7 +191,7 @@ impl ImportArgs {
     }
 }
 
-/// What an import does, in numbers.
+/// The number of rows that an import registers, changes, removes and leaves.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Counts {
     pub(super) registered: usize,
@@ -203,11 +203,9 @@ pub(super) struct Counts {
 
 pub(super) fn summary(counts: Counts) -> String {
     let Counts { registered, changed, removed, unchanged, dry_run } = counts;
-    let what_if = if dry_run { "nothing was changed; without --dry-run: " } else { "" };
+    let prefix = if dry_run { "nothing was changed; without --dry-run: " } else { "" };
     let removed = if removed > 0 { format!("{removed} removed, ") } else { String::new() };
-    format!(
-        "{what_if}{registered} registered, {changed} changed, {removed}{unchanged} as they were"
-    )
+    format!("{prefix}{registered} registered, {changed} changed, {removed}{unchanged} as they were")
 }
 
 /// Returns the error of a transaction that imports a file.

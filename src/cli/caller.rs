@@ -94,7 +94,7 @@ Example:
         #[arg(long)]
         json: bool,
     },
-    /// Lists what to take away or renew: unused grants, callers without a call, bearers that end soon or never
+    /// Lists what to take away or renew: unused grants, callers without a call, bearers and grants that end soon or never
     #[command(after_help = "\
 Reads callers and the audit log, so that it needs the roles token_broker_access and token_broker_auditor.
 Exit code 3 if it found anything, else 0.

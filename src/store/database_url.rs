@@ -466,7 +466,7 @@ fn plain_host(host: &str) -> Result<Option<String>, Fault> {
 }
 
 /// Returns the address for which `host` stands, if its last part is a number: the system, and so libpq, takes `127.1` and
-/// `0x7f.1` for `127.0.0.1`. It is given to the driver in full, so that what is judged is what is connected to.
+/// `0x7f.1` for `127.0.0.1`. It is given to the driver in full, so that the address that is checked is the one that the driver connects to.
 fn full_address(host: &str) -> Result<Option<String>, Fault> {
     let last = host.rsplit('.').next().unwrap_or_default().to_ascii_lowercase();
     let is_number = match last.strip_prefix("0x") {

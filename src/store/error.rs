@@ -286,8 +286,8 @@ impl StoreError {
         self.may_be_outage() || self.is_delayed() || self.sqlstate() == Some(TOO_MANY_CONNECTIONS)
     }
 
-    /// Returns whether a transaction that failed with this error may have been committed: the server has neither refused
-    /// it nor lacked what it needs, so the answer to the commit may have been lost.
+    /// Returns whether a transaction that failed with this error may have been committed, because the server's answer to
+    /// the commit may be lost. `false` if the server refused a statement, or if nothing was sent.
     #[must_use]
     pub fn is_outcome_uncertain(&self) -> bool {
         match self {

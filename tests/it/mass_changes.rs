@@ -1,7 +1,5 @@
 //! Statements of admins that change many rows at once: refused unless they are meant, and harmless for the upstream.
 
-use std::time::Duration;
-
 use sqlx::{
     AssertSqlSafe, Connection, PgConnection,
     postgres::{PgDatabaseError, PgQueryResult},
@@ -222,7 +220,7 @@ async fn a_command_for_many_accounts_is_not_refused() {
 /// Meanwhile each account has a token.
 #[tokio::test]
 async fn a_rotation_of_all_accounts_keeps_the_upstreams_limits_and_serves_the_tokens_meanwhile() {
-    const ACCOUNTS_IN_ALL: usize = 12;
+    const ACCOUNTS_IN_ALL: u32 = 12;
     const RATE: f64 = 10.0;
     let fixture = Fixture::new().await;
     fixture.database.sql(ROLES).await;
@@ -260,7 +258,7 @@ async fn a_rotation_of_all_accounts_keeps_the_upstreams_limits_and_serves_the_to
         );
         sqlx::query_scalar(AssertSqlSafe(query)).fetch_one(fixture.database.pool()).await.unwrap()
     };
-    let all = i64::try_from(ACCOUNTS_IN_ALL).unwrap();
+    let all = i64::from(ACCOUNTS_IN_ALL);
     eventually("the sealing", async || {
         (count("a.client_secret is null and a.credential_version = 2").await == all).then_some(())
     })
@@ -290,7 +288,7 @@ async fn a_rotation_of_all_accounts_keeps_the_upstreams_limits_and_serves_the_to
     .fetch_one(fixture.database.pool())
     .await
     .unwrap();
-    let pauses = Duration::from_secs(u64::try_from(ACCOUNTS_IN_ALL - 2).unwrap()).as_secs_f64();
+    let pauses = f64::from(ACCOUNTS_IN_ALL - 2);
     assert!(took * RATE >= pauses, "{ACCOUNTS_IN_ALL} attempts within {took} s");
     broker.stop().await;
 }

@@ -14,7 +14,7 @@ use tonic_types::StatusExt;
 
 use crate::harness::{
     broker::{Fixture, TestBroker},
-    eventually, note_skipped,
+    eventually, note_skipped_client_test,
     process::run,
     raw_grpc::RawCall,
     retrying_client::{Ended, RetryPolicy},
@@ -176,7 +176,9 @@ async fn grpcio_hears_why_and_may_compress() {
     let python = env::var("TOKEN_BROKER_TEST_PYTHON").unwrap_or_else(|_| "python3".into());
     let has_grpcio = Command::new(&python).args(["-c", "import grpc"]).output().await;
     if !has_grpcio.is_ok_and(|output| output.status.success()) {
-        note_skipped("retries and compression of grpcio: no Python with grpcio is installed");
+        note_skipped_client_test(
+            "retries and compression of grpcio: no Python with grpcio is installed",
+        );
         return;
     }
     let broken = Broken::start().await;

@@ -50,7 +50,7 @@ pub(super) struct HistoryArgs {
 
 /// Events in a row that differ only in their times and numbers.
 #[derive(Debug, Serialize)]
-struct Episode {
+struct EventRun {
     first: LocalTime,
     last: LocalTime,
     times: i64,
@@ -84,26 +84,31 @@ pub(super) async fn run(global: &GlobalArgs, args: HistoryArgs) -> anyhow::Resul
     let admin = global.auditor().await?;
     let mut snapshot = AuditSnapshot::open(admin.pool()).await?;
     let kept_since = snapshot.calls_kept_since().await?;
-    let users = snapshot.users_of(args.name.as_str(), &filter).await?;
-    let mut episodes = Vec::new();
+    let users = snapshot.users_of(args.name.as_str(), filter.since, filter.until).await?;
+    let mut runs = Vec::new();
     let mut unreadable = false;
     let mut events = snapshot.events(&filter);
     while let Some(event) = events.try_next().await? {
         match event {
-            Ok(event) => add(&mut episodes, event),
+            Ok(event) => add(&mut runs, event),
             Err(row) => {
                 unreadable = true;
                 output::note(format_args!("warning: {row}"));
             }
         }
     }
-    let known = !episodes.is_empty() || !users.is_empty();
-    print(&args.name, &episodes, users, args.json)?;
+    drop(events);
+    // Retention waits for it, and the output may be read slowly.
+    snapshot.close().await?;
+    let known = !runs.is_empty() || !users.is_empty();
+    if known || args.json {
+        print(&args.name, &runs, users, args.json)?;
+    }
     if let Some(kept) = kept_since.filter(|kept| filter.since.is_none_or(|since| since < *kept)) {
         output::note(removed_note(kept));
     }
     if !known {
-        output::note(format_args!("the log says nothing of account {} in this time", args.name));
+        output::note(format_args!("the log has no record of account {} at such a time", args.name));
     }
     Ok(ExitCode::from(u8::from(!known || unreadable)))
 }
@@ -116,15 +121,15 @@ fn removed_note(kept: Timestamp) -> String {
     )
 }
 
-/// Adds `event`, to the last episode if it differs from that only in times and numbers.
-fn add(episodes: &mut Vec<Episode>, event: StoredEvent) {
+/// Adds `event`, to the last run of events if it differs from that only in times and numbers.
+fn add(runs: &mut Vec<EventRun>, event: StoredEvent) {
     let at = LocalTime(event.at);
     let mut detail = event.detail;
     detail.retain(|name, _| !HIDDEN.contains(&&**name));
     if let Some(generation) = event.generation {
         detail.insert("generation".into(), generation.to_string());
     }
-    let episode = Episode {
+    let run = EventRun {
         first: at,
         last: at,
         times: event.count,
@@ -133,17 +138,17 @@ fn add(episodes: &mut Vec<Episode>, event: StoredEvent) {
         reason: event.reason,
         detail,
     };
-    match episodes.last_mut().filter(|last| last.continues_with(&episode)) {
+    match runs.last_mut().filter(|last| last.continues_with(&run)) {
         Some(last) => {
             last.last = at;
-            last.times = last.times.saturating_add(episode.times);
-            last.detail = episode.detail;
+            last.times = last.times.saturating_add(run.times);
+            last.detail = run.detail;
         }
-        None => episodes.push(episode),
+        None => runs.push(run),
     }
 }
 
-impl Episode {
+impl EventRun {
     /// Returns whether `next` is more of the same: issues for the same credential, or failures with the same reason.
     /// Each change stands for itself.
     fn continues_with(&self, next: &Self) -> bool {
@@ -164,7 +169,7 @@ impl Episode {
 
 fn print(
     name: &AccountName,
-    episodes: &[Episode],
+    runs: &[EventRun],
     users: Vec<AccountUse>,
     as_json: bool,
 ) -> anyhow::Result<()> {
@@ -181,18 +186,18 @@ fn print(
         .collect();
     if as_json {
         return output::json(
-            &serde_json::json!({ "account": name.as_str(), "events": episodes, "callers": users }),
+            &serde_json::json!({ "account": name.as_str(), "events": runs, "callers": users }),
         );
     }
     let mut table = Table::new(["FIRST", "LAST", "TIMES", "EVENT", "DETAILS"]);
-    for episode in episodes {
-        let ended = (episode.times > 1).then_some(episode.last);
+    for run in runs {
+        let ended = (run.times > 1).then_some(run.last);
         table.row([
-            episode.first.to_string(),
+            run.first.to_string(),
             or_dash(ended),
-            episode.times.to_string(),
-            episode.event.clone(),
-            episode.describe(),
+            run.times.to_string(),
+            run.event.clone(),
+            run.describe(),
         ]);
     }
     table.print("no changes and no issues")?;
@@ -230,7 +235,7 @@ mod tests {
 
     #[test]
     fn issues_and_failures_of_the_same_kind_in_a_row_are_one_line_and_changes_are_not() {
-        let mut episodes = Vec::new();
+        let mut runs = Vec::new();
         let id = ("client_id", "a");
         for it in [
             event(1, Event::AccountRegistered, &[("change_id", "1"), ("session_user", "jane")]),
@@ -243,12 +248,10 @@ mod tests {
             event(8, Event::AccountChanged, &[("enabled", "true → false")]),
             event(9, Event::AccountChanged, &[("enabled", "false → true")]),
         ] {
-            add(&mut episodes, it);
+            add(&mut runs, it);
         }
-        let lines: Vec<_> = episodes
-            .iter()
-            .map(|it| format!("{} {} {}", it.times, it.event, it.describe()))
-            .collect();
+        let lines: Vec<_> =
+            runs.iter().map(|it| format!("{} {} {}", it.times, it.event, it.describe())).collect();
         assert_eq!(
             lines,
             [
@@ -261,6 +264,6 @@ mod tests {
                 "1 account_changed enabled=\"false → true\"",
             ]
         );
-        assert_eq!(episodes[1].last.0.timestamp(), 3);
+        assert_eq!(runs[1].last.0.timestamp(), 3);
     }
 }

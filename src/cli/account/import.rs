@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context, ensure};
 use clap::Args;
 
-use self::plan::{Insert, Plan, Update};
+use self::plan::{Insert, Plan};
 use super::{columns::COLUMNS, intake_key};
 use crate::{
     cli::{
@@ -58,7 +58,7 @@ pub(super) async fn run(
     let mode = input.mode();
     let mut plan = Plan::new(&content.rows, &stored, mode);
     plan.faults.extend(content.faults);
-    let incomplete = input.judge(mem::take(&mut plan.faults))?;
+    let incomplete = input.report_faults(mem::take(&mut plan.faults))?;
     let lacking = Some(plan.lacking.len()).filter(|count| *count > 0);
     input.confirm_prune(lacking.map(|count| format!("{count} accounts")), content.rows.len())?;
     let removed = if mode.prune { plan.lacking.as_slice() } else { &[] };
@@ -79,20 +79,19 @@ pub(super) async fn run(
 }
 
 fn summary(plan: &Plan, removed: usize, dry_run: bool) -> String {
-    let (changed, rewritten): (Vec<_>, Vec<_>) =
-        plan.updates.iter().partition(|update| !update.changed.is_empty());
-    let (changed, rewritten) = (changed.len(), rewritten.len());
+    let changed = plan.updates.iter().filter(|update| !update.changed.is_empty()).count();
+    let compared = plan.updates.iter().filter(|update| update.may_have_another_secret()).count();
     let text = bulk::summary(Counts {
         registered: plan.inserts.len(),
         changed,
         removed,
-        unchanged: plan.unchanged + rewritten,
+        unchanged: plan.unchanged + plan.updates.len() - changed,
         dry_run,
     });
-    if rewritten == 0 {
+    if compared == 0 {
         return text;
     }
-    format!("{text}; brokers compare {rewritten} API KEYs with those that the accounts have")
+    format!("{text}; brokers compare {compared} API KEYs with those that the accounts have")
 }
 
 /// Seals the API KEYs, and writes all of the plan or nothing.
@@ -155,7 +154,7 @@ fn sealed(key: Option<&IntakePublicKey>, plan: &Plan) -> anyhow::Result<Accounts
             description: update.description.as_ref().map(ToString::to_string),
         });
     }
-    // Two imports at once lock rows in the same order, so that one waits for the other and there is no deadlock.
+    // Two imports at once mostly lock rows in the same order. If they do not, the store repeats the one that is aborted.
     import.inserts.sort_unstable_by(|one, other| one.name.cmp(&other.name));
     import.updates.sort_unstable_by(|one, other| one.name.cmp(&other.name));
     Ok(import)
@@ -168,11 +167,8 @@ async fn print_rotated(
     before: &[StoredAccount],
     timeout: Duration,
 ) -> anyhow::Result<()> {
-    // Those with another client id have another API KEY in any case, and are printed already.
-    let given =
-        |update: &&Update| update.secret.is_some() && !update.changed.contains(&"client_secret");
-    let updated: BTreeSet<&str> =
-        plan.updates.iter().filter(given).map(|update| update.name.as_str()).collect();
+    let updated = plan.updates.iter().filter(|update| update.may_have_another_secret());
+    let updated: BTreeSet<&str> = updated.map(|update| update.name.as_str()).collect();
     let written = plan.updates.iter().filter(|it| it.secret.is_some()).map(|it| &it.name);
     let written = written.chain(plan.inserts.iter().map(|insert| &insert.name));
     let names: Vec<String> = written.map(ToString::to_string).collect();
@@ -225,10 +221,10 @@ fn progress(what: &'static str, total: usize) -> Option<Progress> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{plan::Update, *};
 
     #[test]
-    fn two_files_with_the_same_accounts_lock_them_in_the_same_order() {
+    fn accounts_are_written_in_the_order_of_their_names() {
         let update = |name: &str| Update {
             name: name.parse().unwrap(),
             from_client_id: format!("{name}-id"),

@@ -21,7 +21,7 @@ pub(super) fn read(text: &str, columns: &'static [Column]) -> Result<Content, Fa
     if text.trim_start().starts_with('[') {
         return Err(Fault::of_line(
             1,
-            "it is an array: write each of its objects on a line, as `jq -c .[]` does",
+            "it is an array: write each of its objects on a line, as `jq -c '.[]'` does",
         ));
     }
     let mut content = Content::default();
@@ -40,7 +40,7 @@ pub(super) fn read(text: &str, columns: &'static [Column]) -> Result<Content, Fa
 fn row(line: usize, text: &str, columns: &'static [Column]) -> Result<Row, Vec<Fault>> {
     // The text of the parser's error may quote the line.
     let object: Object = serde_json::from_str(text).map_err(|error| {
-        let text = format!("it is not one JSON object, because of character {}", error.column());
+        let text = format!("it is not one JSON object, because of byte {}", error.column());
         vec![Fault::of_line(line, text)]
     })?;
     let mut faults = RowFaults::new(line);

@@ -21,10 +21,10 @@ pub(super) async fn run(admin: &Admin, input: &ImportArgs) -> anyhow::Result<Exi
     let mode = input.mode();
     let mut plan = Plan::new(&content.rows, &stored, Clock::System.wall(), mode);
     plan.faults.extend(content.faults);
-    let incomplete = input.judge(mem::take(&mut plan.faults))?;
+    let incomplete = input.report_faults(mem::take(&mut plan.faults))?;
     let lacking = Some(plan.lacking).filter(Lacking::any);
     input.confirm_prune(lacking, content.rows.len())?;
-    // Two imports at once lock rows in the same order, so that one waits for the other and there is no deadlock.
+    // Two imports at once mostly lock rows in the same order. If they do not, the store repeats the one that is aborted.
     plan.updates.sort_unstable_by(|one, other| one.write.name.cmp(&other.write.name));
     let import = CallersImport {
         callers: plan.updates.iter().map(|update| update.write.clone()).collect(),

@@ -12,7 +12,7 @@ use self::findings::{Callers, Finding, Limits, Used};
 use super::{
     super::{
         output::{self, Table, note},
-        time::{LocalTime, brief, positive_duration},
+        time::{LocalTime, positive_duration},
     },
     show::name_unreadable,
 };
@@ -56,17 +56,26 @@ pub(super) async fn run(admin: &Admin, args: ReviewArgs) -> anyhow::Result<ExitC
         callers.findings(&used, &limits).into_iter().partition(|finding| {
             finding.needs_calls() && kept_since.is_some_and(|kept| kept > limits.unused_since)
         });
-    print(&findings, &limits, args.json)?;
+    // Retention waits for it, and the output may be read slowly.
+    snapshot.close().await?;
+    if args.json {
+        output::json(&json!({
+            "unused_since": LocalTime(limits.unused_since),
+            "ending_before": LocalTime(limits.ending_before),
+            "calls_kept_since": kept_since.map(LocalTime),
+            "not_known": unknown.len(),
+            "findings": findings,
+        }))?;
+    } else {
+        print(&findings, &limits)?;
+    }
     if let Some(kept) = kept_since.filter(|_| !unknown.is_empty()) {
         note(format_args!(
-            "note: {} grants or callers were not used since {}. Whether they were used before, within {}, is not \
-             known, because retention removed the records: --unused {} reports them",
+            "note: {} grants or callers were not used since {}. Whether they were used before is not known, because \
+             retention removed the records: --unused {}d reports them",
             unknown.len(),
             LocalTime(kept),
-            brief(args.unused),
-            brief(Duration::from_hours(
-                24 * u64::try_from((now - kept).num_days()).unwrap_or_default()
-            )),
+            (now - kept).num_days(),
         ));
     }
     Ok(match (all_read, findings.is_empty()) {
@@ -82,14 +91,7 @@ fn readable<T>(listed: Listed<T>) -> (Vec<T>, bool) {
     (listed.rows, listed.unreadable.is_empty())
 }
 
-fn print(findings: &[Finding], limits: &Limits, as_json: bool) -> anyhow::Result<()> {
-    if as_json {
-        return output::json(&json!({
-            "unused_since": LocalTime(limits.unused_since),
-            "ending_before": LocalTime(limits.ending_before),
-            "findings": findings,
-        }));
-    }
+fn print(findings: &[Finding], limits: &Limits) -> anyhow::Result<()> {
     let since = LocalTime(limits.unused_since);
     let mut table = Table::new(["FINDING", "CALLER", "SUBJECT", "DETAILS"]);
     for finding in findings {
@@ -141,14 +143,14 @@ async fn read_uses(
     let Some(first) = snapshot.first_at().await? else { return Ok(used) };
     let begin = first.max(limits.unused_since);
     while until > begin {
-        let open: Vec<_> = callers.not_all_used(&used, limits);
-        if open.is_empty() {
+        let undecided: Vec<_> = callers.not_all_used(&used, limits);
+        if undecided.is_empty() {
             break;
         }
         let day =
             (until - TimeDelta::microseconds(1)).date_naive().and_time(NaiveTime::MIN).and_utc();
         let since = day.max(begin);
-        for it in snapshot.uses(&open, since, until).await? {
+        for it in snapshot.uses(&undecided, since, until).await? {
             used.add(it);
         }
         until = since;

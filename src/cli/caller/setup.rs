@@ -45,7 +45,7 @@ pub(super) struct Grant {
 }
 
 /// Returns whether something that ends at `end` is over at `now`.
-pub(super) fn is_over(end: Option<Timestamp>, now: Timestamp) -> bool {
+pub(super) fn has_ended(end: Option<Timestamp>, now: Timestamp) -> bool {
     end.is_some_and(|end| end <= now)
 }
 
@@ -53,11 +53,11 @@ pub(super) fn is_over(end: Option<Timestamp>, now: Timestamp) -> bool {
 pub(super) fn cells(caller: &CallerSetup, now: Timestamp) -> Vec<Cell> {
     let names = |kind: CallerKind| {
         let names = caller.certificate_names.iter();
-        let names =
-            names.filter(|it| it.kind == kind.as_str() && !it.revoked && !is_over(it.ends_at, now));
+        let names = names
+            .filter(|it| it.kind == kind.as_str() && !it.revoked && !has_ended(it.ends_at, now));
         Cell::List(names.map(|it| format!("{}{}", it.identity, end(it.ends_at))).collect())
     };
-    let grants = caller.grants.iter().filter(|grant| !is_over(grant.ends_at, now)).map(|grant| {
+    let grants = caller.grants.iter().filter(|grant| !has_ended(grant.ends_at, now)).map(|grant| {
         let rights = Right::ALL.map(Right::as_str);
         let rights = rights.into_iter().filter(|right| grant.rights.iter().any(|it| it == right));
         let rights = rights.collect::<Vec<_>>().join(",");

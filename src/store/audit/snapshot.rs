@@ -52,6 +52,14 @@ impl AuditSnapshot {
         Ok(Self(transaction))
     }
 
+    /// Ends the transaction, for which retention waits.
+    ///
+    /// # Errors
+    /// When the statement fails.
+    pub async fn close(self) -> Result<(), StoreError> {
+        Ok(self.0.rollback().await?)
+    }
+
     /// Returns the ids of the keys by which the log's fingerprints were computed, other than `known`. Reads all
     /// records.
     ///

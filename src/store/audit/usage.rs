@@ -12,7 +12,7 @@ pub struct CallerUse {
     pub caller: String,
     /// The kind of event, such as `get_token`.
     pub event: String,
-    /// The account, or what the caller wrote instead; `None` for lists and for refusals of several accounts.
+    /// The account, or what the caller wrote instead; `None` for lists, and for calls that no grant allowed.
     pub account: Option<String>,
     /// Whether a grant allowed one of them. It may have failed for another reason.
     pub granted: bool,
@@ -83,11 +83,12 @@ impl AuditSnapshot {
         Ok(sqlx::query_as!(
             CallerUse,
             r#"/* store::audit::usage::uses */
-            select caller as "caller!", event, account, bool_or(outcome <> 'permission_denied') as "granted!"
+            select caller as "caller!", event, case when outcome <> 'permission_denied' then account end as account,
+                bool_or(outcome <> 'permission_denied') as "granted!"
             from audit_events
             where at >= $1 and at < $2 and caller = any($3) and event in ('get_token', 'token_pushed',
                 'watch_tokens', 'report_rejected_token', 'list_accounts', 'unknown_method')
-            group by caller, event, account"#,
+            group by 1, 2, 3"#,
             since,
             until,
             callers,
@@ -96,17 +97,18 @@ impl AuditSnapshot {
         .await?)
     }
 
-    /// Returns who used the account `account`, those with the most tokens first. Of `filter`, only the bounds of time
-    /// apply.
+    /// Returns who used the account `account`, those with the most tokens first. Absent bounds of time do not limit it.
     ///
     /// # Errors
     /// When the statement fails.
-    #[instrument(level = "debug", skip_all, fields(account))]
+    #[instrument(level = "debug", skip_all, fields(%account))]
     pub async fn users_of(
         &mut self,
         account: &str,
-        filter: &EventFilter,
+        since: Option<Timestamp>,
+        until: Option<Timestamp>,
     ) -> Result<Vec<AccountUse>, StoreError> {
+        let filter = EventFilter { since, until, ..EventFilter::default() };
         let (since, until) = filter.times(None);
         Ok(sqlx::query_as!(
             AccountUse,

@@ -447,7 +447,6 @@ async fn an_import_that_is_killed_in_the_middle_leaves_nothing_behind() {
     assert_eq!(shell.count().await, "2");
 }
 
-/// Each statement of a large file is short, so that a limit of the login's statements does not stop it.
 #[tokio::test]
 async fn ten_thousand_accounts_are_imported_exported_and_imported_again() {
     let fixture = Fixture::new().await;

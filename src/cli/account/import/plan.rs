@@ -37,6 +37,14 @@ pub(super) struct Update {
     pub(super) changed: Vec<&'static str>,
 }
 
+impl Update {
+    /// Returns whether the file gives a secret of which only a broker can tell whether the account has it. One that belongs
+    /// to another client id is another one in any case.
+    pub(super) fn may_have_another_secret(&self) -> bool {
+        self.secret.is_some() && !self.changed.contains(&"client_secret")
+    }
+}
+
 /// What an import changes, and the faults of the rows that it cannot use.
 #[derive(Debug, Default)]
 pub(super) struct Plan {

@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::super::setup::{
-    COLUMNS, DESCRIPTION, ENABLED, GRANTS, Grant, NAME, NAMES, RATE_LIMIT, is_over, parse_grant,
+    COLUMNS, DESCRIPTION, ENABLED, GRANTS, Grant, NAME, NAMES, RATE_LIMIT, has_ended, parse_grant,
     parse_name,
 };
 use crate::{
@@ -70,8 +70,11 @@ impl Plan {
         let rows_of: HashMap<_, _> =
             rows.iter().filter_map(|row| Some((row.get(NAME)?, row))).collect();
         let owned = |caller: &'_ CallerSetup, it: &CertificateName| {
-            // A name that is removed can be given to another caller, but for one that was revoked.
-            it.revoked || !mode.prune || keeps(rows_of.get(&*caller.name).copied(), it)
+            // A name that is removed can be given to another caller. Those that were revoked or have ended are not removed.
+            it.revoked
+                || has_ended(it.ends_at, now)
+                || !mode.prune
+                || keeps(rows_of.get(&*caller.name).copied(), it)
         };
         let owners = stored.iter().flat_map(|caller| {
             let names = caller.certificate_names.iter().filter(|it| owned(caller, it));
@@ -211,12 +214,17 @@ impl<'a> Context<'a> {
                         "a name was revoked: `caller identity add` makes it valid again",
                     );
                 }
-                Some((owner, _)) if *owner != update.write.name => {
-                    faults.add(label, format!("a name belongs to caller {owner} already"));
+                Some((owner, known)) if *owner != update.write.name => {
+                    let ended = if has_ended(known.ends_at, self.now) {
+                        ", where it has ended"
+                    } else {
+                        ""
+                    };
+                    faults.add(label, format!("a name belongs to caller {owner} already{ended}"));
                 }
                 Some((_, known)) if known.ends_at == ends_at => {}
-                // What is over gives nothing, whether it is there or not.
-                None if is_over(ends_at, self.now) => {}
+                // What has ended gives nothing, whether it is there or not.
+                None if has_ended(ends_at, self.now) => {}
                 _ => {
                     update.write.certificate_names.push((kind, name.to_owned(), ends_at));
                     changes(&mut update.changed, column);
@@ -227,7 +235,7 @@ impl<'a> Context<'a> {
         let extra = known.iter().filter(|it| {
             it.kind == kind.as_str()
                 && !it.revoked
-                && !is_over(it.ends_at, self.now)
+                && !has_ended(it.ends_at, self.now)
                 && !given.contains(&*it.identity)
         });
         for it in extra {
@@ -260,7 +268,7 @@ impl<'a> Context<'a> {
             let rights = Right::ALL.into_iter();
             let rights = rights.filter(|right| it.rights.iter().any(|name| name == right.as_str()));
             known.insert(&*it.pattern, Grant { rights: rights.collect(), ends_at: it.ends_at });
-            if given.contains_key(&it.pattern) || is_over(it.ends_at, self.now) {
+            if given.contains_key(&it.pattern) || has_ended(it.ends_at, self.now) {
                 continue;
             }
             update.lacking.grants += 1;
@@ -271,8 +279,8 @@ impl<'a> Context<'a> {
         }
         for (pattern, grant) in given {
             let known = known.get(&*pattern);
-            // What is over gives nothing, whether it is there or not.
-            if known == Some(&grant) || known.is_none() && is_over(grant.ends_at, self.now) {
+            // What has ended gives nothing, whether it is there or not.
+            if known == Some(&grant) || known.is_none() && has_ended(grant.ends_at, self.now) {
                 continue;
             }
             update.write.grants.push((pattern, grant.rights, grant.ends_at));
