@@ -41,7 +41,8 @@ def shown(path: str | os.PathLike[str] | None) -> str:
     text = os.fsdecode(path)
     is_content = "://" in text or any(ord(character) < 0x20 or ord(character) == 0x7F for character in text)
     # Neither base64 nor another key names a directory that exists, except the root and the current one.
-    directory = os.path.dirname(text)
-    if not is_content and (os.path.lexists(text) or (directory not in ("", os.sep) and os.path.isdir(directory))):
+    directory = os.path.dirname(text)  # of "//x" it is "//"
+    is_in_directory = directory.strip("/\\") != "" and os.path.isdir(directory)
+    if not is_content and (os.path.lexists(text) or is_in_directory):
         return text
     return "(path not shown: nothing is there)"
