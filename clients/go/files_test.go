@@ -57,8 +57,8 @@ func TestASecretThatIsGivenInsteadOfAPathIsNotQuoted(t *testing.T) {
 	bearer := write(t, t.TempDir(), "bearer", []byte("tbk_x"))
 	pem := "-----BEGIN PRIVATE KEY-----\ncanary\n-----END PRIVATE KEY-----\n"
 	for _, secret := range []string{
-		"tbk_canary", "can/ary", "/canary", "/canary/canary", "canary\x00", "/etc/canary\n", bearer + "/canary", pem,
-		"canary/" + strings.Repeat("x", 300) + "/y", "https://canary",
+		"tbk_canary", "can/ary", `can\nary`, "/canary", "//canary", "///canary", "/canary/canary", "canary\x00",
+		"/etc/canary\n", bearer + "/canary", pem, "canary/" + strings.Repeat("x", 300) + "/y", "https://canary",
 	} {
 		for setting, config := range map[string]Config{
 			"BearerFile":     {Endpoints: []string{"https://localhost:1"}, BearerFile: secret},
