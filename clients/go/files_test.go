@@ -1,6 +1,7 @@
 package tokenbroker
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -74,12 +75,28 @@ func TestASecretThatIsGivenInsteadOfAPathIsNotQuoted(t *testing.T) {
 			for ; err != nil; err = errors.Unwrap(err) {
 				text += fmt.Sprintf("\n%v %+v %#v", err, err, err)
 			}
-			for _, part := range []string{"canary", "can/ary", "BEGIN"} {
+			for _, value := range []any{config, &config, map[string]any{"config": config}} {
+				inJSON, err := json.Marshal(value)
+				if err != nil {
+					t.Fatal(err)
+				}
+				text += "\n" + string(inJSON)
+			}
+			for _, part := range []string{"canary", "can/ary", `can\`, "BEGIN"} {
 				if strings.Contains(text, part) {
 					t.Errorf("%s: %s", setting, text)
 				}
 			}
 		}
+	}
+}
+
+func TestTheJSONOfAConfigIsItsText(t *testing.T) {
+	config := Config{Endpoints: []string{"https://user:canary@localhost:1"}, BearerFile: "files_test.go"}
+	inJSON, err := json.Marshal(config)
+	var text string
+	if err != nil || json.Unmarshal(inJSON, &text) != nil || text != config.String() || strings.Contains(text, "canary") {
+		t.Errorf("%s, %v", inJSON, err)
 	}
 }
 
