@@ -5,6 +5,8 @@ from __future__ import annotations
 import codecs
 import os
 
+_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
 
 class Unusable(Exception):
     """A file cannot be used. The text never quotes its content."""
@@ -21,6 +23,15 @@ def read(path: str | os.PathLike[str]) -> bytes:
         raise Unusable(f"{shown(path)} is malformed UTF-16") from None
     except ValueError:  # such as a zero byte in the path, which the text of this error may quote
         raise Unusable(f"{shown(path)} cannot be read") from None
+
+
+def begins_with_mark(path: str | os.PathLike[str]) -> bool:
+    """Returns whether the file begins with a byte order mark. A file that cannot be read has none."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(codecs.BOM_UTF8)).startswith(_MARKS)
+    except (OSError, ValueError):
+        return False
 
 
 def to_utf8(content: bytes) -> bytes:
