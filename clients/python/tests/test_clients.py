@@ -276,6 +276,20 @@ def test_without_a_ca_those_of_the_system_are_trusted(
         broker.stop()
 
 
+def test_the_file_of_a_ca_may_have_a_comment_in_any_language(open_client: Open, tmp_path: Path) -> None:
+    authority = trustme.CA()
+    server = authority.issue_cert("localhost")
+    broker = Broker(grpc.ssl_server_credentials([(server.private_key_pem.bytes(), server.cert_chain_pems[0].bytes())]))
+    ca = tmp_path / "ca"
+    ca.write_bytes("# Autorité de Genève\n".encode() + authority.cert_pem.bytes())
+    try:
+        client = open_client(broker, ca_file=ca)
+        client.token()
+        client.close()
+    finally:
+        broker.stop()
+
+
 def test_a_broker_of_another_authority_is_not_trusted(open_client: Open, tmp_path: Path) -> None:
     server = trustme.CA().issue_cert("localhost")
     broker = Broker(grpc.ssl_server_credentials([(server.private_key_pem.bytes(), server.cert_chain_pems[0].bytes())]))

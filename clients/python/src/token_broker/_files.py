@@ -125,7 +125,8 @@ def read_certificates(config: Config, known: Certificates | None = None) -> Cert
         return certificates
     if certificates.ca is not None:
         try:
-            ssl.create_default_context(cadata=certificates.ca.decode("ascii"))
+            # A comment between the certificates may have any character; Python takes ASCII only.
+            ssl.create_default_context(cadata=certificates.ca.decode("ascii", "ignore"))
         except (ValueError, ssl.SSLError):
             raise Unusable(f"{shown(config.ca_file)} has no certificates in PEM form") from None
     if config.client_cert and cert is not None and key is not None:
