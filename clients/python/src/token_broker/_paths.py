@@ -1,4 +1,4 @@
-"""Files that people wrote, also with the tools of Windows, and how their paths are shown."""
+"""Reads text files in the encodings that the tools of Windows write, and decides whether a path may be printed."""
 
 from __future__ import annotations
 
