@@ -451,6 +451,7 @@ func TestSettingsThatCannotBeUsedAreRefused(t *testing.T) {
 		"loopback":               {Endpoints: one("http://127.0.0.1:1"), BearerFile: bearer},
 		"loopback by name":       {Endpoints: one("http://localhost:1"), BearerFile: bearer},
 		"loopback of IPv6":       {Endpoints: one("http://[::1]:1"), BearerFile: bearer},
+		"loopback of both":       {Endpoints: one("http://[::ffff:127.0.0.1]:1"), BearerFile: bearer},
 		"plaintext on request":   {Endpoints: one("http://broker:1"), BearerFile: bearer, AllowPlaintextBearer: true},
 		"the system's roots":     {Endpoints: one("https://broker:1/"), BearerFile: bearer},
 		"a scheme in capitals":   {Endpoints: one("HTTPS://Broker:1")},

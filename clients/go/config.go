@@ -1,6 +1,7 @@
 package tokenbroker
 
 import (
+	"encoding/json"
 	"fmt"
 	"io"
 	"log/slog"
@@ -66,6 +67,9 @@ func (c Config) Format(s fmt.State, _ rune) { _, _ = io.WriteString(s, c.String(
 
 // LogValue describes the settings as String does.
 func (c Config) LogValue() slog.Value { return slog.StringValue(c.String()) }
+
+// MarshalJSON writes the text that String returns, because many loggers print a value as JSON.
+func (c Config) MarshalJSON() ([]byte, error) { return json.Marshal(c.String()) }
 
 // endpoints are the parsed Endpoints of a Config.
 type endpoints struct {

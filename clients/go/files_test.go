@@ -1,6 +1,7 @@
 package tokenbroker
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -57,8 +58,8 @@ func TestASecretThatIsGivenInsteadOfAPathIsNotQuoted(t *testing.T) {
 	bearer := write(t, t.TempDir(), "bearer", []byte("tbk_x"))
 	pem := "-----BEGIN PRIVATE KEY-----\ncanary\n-----END PRIVATE KEY-----\n"
 	for _, secret := range []string{
-		"tbk_canary", "can/ary", "/canary", "/canary/canary", "canary\x00", "/etc/canary\n", bearer + "/canary", pem,
-		"canary/" + strings.Repeat("x", 300) + "/y", "https://canary",
+		"tbk_canary", "can/ary", `can\nary`, "/canary", "//canary", "///canary", "/canary/canary", "canary\x00",
+		"/etc/canary\n", bearer + "/canary", pem, "canary/" + strings.Repeat("x", 300) + "/y", "https://canary",
 	} {
 		for setting, config := range map[string]Config{
 			"BearerFile":     {Endpoints: []string{"https://localhost:1"}, BearerFile: secret},
@@ -74,12 +75,28 @@ func TestASecretThatIsGivenInsteadOfAPathIsNotQuoted(t *testing.T) {
 			for ; err != nil; err = errors.Unwrap(err) {
 				text += fmt.Sprintf("\n%v %+v %#v", err, err, err)
 			}
-			for _, part := range []string{"canary", "can/ary", "BEGIN"} {
+			for _, value := range []any{config, &config, map[string]any{"config": config}} {
+				inJSON, err := json.Marshal(value)
+				if err != nil {
+					t.Fatal(err)
+				}
+				text += "\n" + string(inJSON)
+			}
+			for _, part := range []string{"canary", "can/ary", `can\`, "BEGIN"} {
 				if strings.Contains(text, part) {
 					t.Errorf("%s: %s", setting, text)
 				}
 			}
 		}
+	}
+}
+
+func TestTheJSONOfAConfigIsItsText(t *testing.T) {
+	config := Config{Endpoints: []string{"https://user:canary@localhost:1"}, BearerFile: "files_test.go"}
+	inJSON, err := json.Marshal(config)
+	var text string
+	if err != nil || json.Unmarshal(inJSON, &text) != nil || text != config.String() || strings.Contains(text, "canary") {
+		t.Errorf("%s, %v", inJSON, err)
 	}
 }
 

@@ -1,6 +1,6 @@
 import { existsSync, readFileSync } from 'node:fs';
 import { readFile } from 'node:fs/promises';
-import { dirname } from 'node:path';
+import { dirname, sep } from 'node:path';
 import { getSystemErrorMap } from 'node:util';
 
 /**
@@ -55,11 +55,16 @@ export function shown(file: string): string {
     : '(path not shown: nothing is there)';
 }
 
-/** Neither base64 nor another key names a directory that exists, except the root and the current one. */
+/**
+ * Returns whether the directory of a path exists, the root and the current one apart: neither base64 nor another key
+ * names such a one.
+ */
 function isInDirectory(file: string): boolean {
   const directory = dirname(file);
+  // On Linux a backslash separates nothing: a key on one line has it in front of each `n`.
+  const isNamed = file.includes('/') || (sep === '\\' && file.includes('\\'));
   // The slash at the end makes a file be no directory. `existsSync` never fails, unlike `statSync`.
-  return /[/\\]/.test(file) && directory !== '/' && existsSync(`${directory}/`);
+  return isNamed && !/^[/\\]+$/.test(directory) && existsSync(`${directory}/`);
 }
 
 /** The text and the properties of Node's own error contain the path. */

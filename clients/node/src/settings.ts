@@ -126,7 +126,10 @@ function parseEndpoint(text: string): { endpoint: Endpoint; secure: boolean } {
   }
   const secure = url.protocol === 'https:';
   const address = `${url.hostname}:${url.port || (secure ? '443' : '80')}`;
-  const isLoopback = /^(localhost|127(\.\d+){3}|\[::1\])$/.test(url.hostname);
+  // The last one is ::ffff:127.0.0.1 and so on, as a parsed URL writes it: the system takes it for 127.0.0.1.
+  const isLoopback = /^(localhost|127(\.\d+){3}|\[::1\]|\[::ffff:7f[\da-f]{2}:[\da-f]{1,4}\])$/.test(
+    url.hostname,
+  );
   return { endpoint: { url: url.origin, address, isLoopback }, secure };
 }
 

@@ -114,12 +114,16 @@ test('settings that contradict each other are refused', () => {
     { endpoints: 'https://127.0.0.1:1', clientCertFile: 'cert' },
     { endpoints: 'http://127.0.0.1:1', caFile: 'ca' },
     { endpoints: 'http://broker.example:50051', bearerFile: 'bearer' },
+    { endpoints: 'http://[::ffff:128.0.0.1]:1', bearerFile: 'bearer' },
+    { endpoints: 'http://[::ffff:7f:1]:1', bearerFile: 'bearer' },
+    { endpoints: 'http://[2001:db8::ffff:7f00:1]:1', bearerFile: 'bearer' },
     { endpoints: 'http://127.0.0.1:1', timeoutMs: 0 },
   ]) {
     assert.throws(() => settingsFrom(options), { kind: 'INVALID_ARGUMENT' });
   }
-  settingsFrom({ endpoints: 'http://localhost:1', bearerFile: 'bearer' });
-  settingsFrom({ endpoints: 'http://[::1]:1', bearerFile: 'bearer' });
+  for (const host of ['localhost', '127.1.2.3', '[::1]', '[::ffff:127.0.0.1]', '[::FFFF:7f01:203]']) {
+    settingsFrom({ endpoints: `http://${host}:1`, bearerFile: 'bearer' });
+  }
   for (const [endpoints, address] of [
     ['https://broker:443', 'broker:443'],
     ['http://broker:80/', 'broker:80'],

@@ -138,7 +138,22 @@ test('files are read in every encoding with a byte order mark', () => {
 test('a secret that is given instead of a path is not quoted', () => {
   const pem = '-----BEGIN PRIVATE KEY-----\ncanary\n-----END PRIVATE KEY-----';
   const long = `canary/${'x'.repeat(300)}/y`;
-  for (const secret of ['tbk_canary', 'can/ary', '/canary', 'canary\0', `${bearerFile}/canary`, pem, long]) {
+  for (const secret of [
+    'tbk_canary',
+    'can/ary',
+    'can\\nary',
+    '/canary',
+    '//canary',
+    '///canary',
+    '/canary/canary',
+    'canary\0',
+    '/etc/canary\n',
+    'https://canary',
+    `${bearerFile}/canary`,
+    pem,
+    pem.replaceAll('\n', '\\n'),
+    long,
+  ]) {
     for (const options of [
       { endpoints: broker.endpoint, bearerFile: secret },
       { endpoints: 'https://localhost:1', caFile: secret },
@@ -147,7 +162,7 @@ test('a secret that is given instead of a path is not quoted', () => {
     ]) {
       assert.throws(
         () => new TokenClient(options),
-        (error: Error) => !/canary|can\/ary|BEGIN/.test(inspect(error)),
+        (error: Error) => !/canary|can\/ary|can\\+nary|BEGIN/.test(inspect(error)),
       );
     }
   }

@@ -276,6 +276,20 @@ def test_without_a_ca_those_of_the_system_are_trusted(
         broker.stop()
 
 
+def test_the_file_of_a_ca_may_have_a_comment_in_any_language(open_client: Open, tmp_path: Path) -> None:
+    authority = trustme.CA()
+    server = authority.issue_cert("localhost")
+    broker = Broker(grpc.ssl_server_credentials([(server.private_key_pem.bytes(), server.cert_chain_pems[0].bytes())]))
+    ca = tmp_path / "ca"
+    ca.write_bytes("# Autorité de Genève\n".encode() + authority.cert_pem.bytes())
+    try:
+        client = open_client(broker, ca_file=ca)
+        client.token()
+        client.close()
+    finally:
+        broker.stop()
+
+
 def test_a_broker_of_another_authority_is_not_trusted(open_client: Open, tmp_path: Path) -> None:
     server = trustme.CA().issue_cert("localhost")
     broker = Broker(grpc.ssl_server_credentials([(server.private_key_pem.bytes(), server.cert_chain_pems[0].bytes())]))
@@ -456,6 +470,7 @@ ONE = "https://broker:50051"
         ("a password", {"endpoints": ["https://user:password@broker:50051"]}),
         ("two schemes", {"endpoints": ["http://127.0.0.1:1", ONE]}),
         ("a bearer without TLS", {"endpoints": ["http://broker:1"], "bearer_file": "bearer"}),
+        ("a bearer without TLS", {"endpoints": ["http://[::ffff:128.0.0.1]:1"], "bearer_file": "bearer"}),
         ("a missing bearer", {"endpoints": [ONE], "bearer_file": "missing"}),
         ("an empty bearer", {"endpoints": [ONE], "bearer_file": "empty"}),
         ("a bearer of two lines", {"endpoints": [ONE], "bearer_file": "lines"}),
@@ -480,7 +495,15 @@ def test_settings_that_cannot_be_used_are_refused(
 
 @pytest.mark.parametrize(
     "endpoint",
-    ["http://127.0.0.1:1", "http://localhost:1", "http://[::1]:1", "HTTPS://Broker:1", "https://a_broker:1", ONE + "/"],
+    [
+        "http://127.0.0.1:1",
+        "http://localhost:1",
+        "http://[::1]:1",
+        "http://[::ffff:127.0.0.1]:1",
+        "HTTPS://Broker:1",
+        "https://a_broker:1",
+        ONE + "/",
+    ],
 )
 def test_a_bearer_may_go_over_loopback_or_tls(bearer_file: Path, endpoint: str) -> None:
     TokenClient(Config([endpoint], bearer_file=bearer_file)).close()

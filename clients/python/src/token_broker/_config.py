@@ -111,6 +111,8 @@ def _loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:
-        return ip_address(host).is_loopback
+        address = ip_address(host)
     except ValueError:
         return False
+    # The system takes ::ffff:127.0.0.1 for 127.0.0.1, unlike `is_loopback` of older Pythons.
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback

@@ -14,7 +14,7 @@ from ._config import Config
 from ._core import LOOK_INTERVAL
 from ._errors import InvalidArgument
 from ._log import log
-from ._paths import Unusable, read, shown
+from ._paths import Unusable, begins_with_mark, read, shown
 
 
 class BearerFile:
@@ -125,7 +125,8 @@ def read_certificates(config: Config, known: Certificates | None = None) -> Cert
         return certificates
     if certificates.ca is not None:
         try:
-            ssl.create_default_context(cadata=certificates.ca.decode("ascii"))
+            # A comment between the certificates may have any character; Python takes ASCII only.
+            ssl.create_default_context(cadata=certificates.ca.decode("ascii", "ignore"))
         except (ValueError, ssl.SSLError):
             raise Unusable(f"{shown(config.ca_file)} has no certificates in PEM form") from None
     if config.client_cert and cert is not None and key is not None:
@@ -136,9 +137,12 @@ def read_certificates(config: Config, known: Certificates | None = None) -> Cert
 def _check_pair(config: Config, pair: bytes) -> None:
     """Fails unless the files are a certificate and its key. Only files can be checked. If they were replaced since they
     were read, the next look finds that."""
-    if not _fit(config.client_cert or "", config.client_key) and not _fit_as_text(pair):
-        names = f"{shown(config.client_cert)} and {shown(config.client_key)}"
-        raise Unusable(f"{names} are no certificate in PEM form and its key")
+    cert, key = config.client_cert or "", config.client_key or ""
+    if _fit(cert, key):
+        return
+    is_marked = begins_with_mark(cert) or begins_with_mark(key)
+    if not is_marked or not _fit_as_text(pair):
+        raise Unusable(f"{shown(cert)} and {shown(key)} are no certificate in PEM form and its key")
 
 
 def _fit(cert: str | os.PathLike[str], key: str | os.PathLike[str] | None = None) -> bool:
@@ -152,10 +156,15 @@ def _fit(cert: str | os.PathLike[str], key: str | os.PathLike[str] | None = None
 
 def _fit_as_text(pair: bytes) -> bool:
     """Does what `_fit` does for files that it cannot read because of their encoding. Without files in memory, which
-    only Linux has, that is left to gRPC: a copy of a key on a disk would be worse."""
+    only Linux has, and not in each sandbox, that is left to gRPC: a copy of a key on a disk would be worse."""
+    is_plausible = b"-----BEGIN CERTIFICATE-----" in pair
     if not sys.platform.startswith("linux"):
-        return b"-----BEGIN CERTIFICATE-----" in pair
-    with open(os.memfd_create("certificate"), "wb") as file:
+        return is_plausible
+    try:
+        descriptor = os.memfd_create("certificate")
+    except OSError:
+        return is_plausible
+    with open(descriptor, "wb") as file:
         file.write(pair)
         file.flush()
         return _fit(f"/proc/self/fd/{file.fileno()}")

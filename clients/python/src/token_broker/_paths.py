@@ -1,9 +1,11 @@
-"""Files that people wrote, also with the tools of Windows, and how their paths are shown."""
+"""Reads text files in the encodings that the tools of Windows write, and decides whether a path may be printed."""
 
 from __future__ import annotations
 
 import codecs
 import os
+
+_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 class Unusable(Exception):
@@ -21,6 +23,15 @@ def read(path: str | os.PathLike[str]) -> bytes:
         raise Unusable(f"{shown(path)} is malformed UTF-16") from None
     except ValueError:  # such as a zero byte in the path, which the text of this error may quote
         raise Unusable(f"{shown(path)} cannot be read") from None
+
+
+def begins_with_mark(path: str | os.PathLike[str]) -> bool:
+    """Returns whether the file begins with a byte order mark. A file that cannot be read has none."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(codecs.BOM_UTF8)).startswith(_MARKS)
+    except (OSError, ValueError):
+        return False
 
 
 def to_utf8(content: bytes) -> bytes:
@@ -41,7 +52,8 @@ def shown(path: str | os.PathLike[str] | None) -> str:
     text = os.fsdecode(path)
     is_content = "://" in text or any(ord(character) < 0x20 or ord(character) == 0x7F for character in text)
     # Neither base64 nor another key names a directory that exists, except the root and the current one.
-    directory = os.path.dirname(text)
-    if not is_content and (os.path.lexists(text) or (directory not in ("", os.sep) and os.path.isdir(directory))):
+    directory = os.path.dirname(text)  # of "//x" it is "//"
+    is_in_directory = directory.strip("/\\") != "" and os.path.isdir(directory)
+    if not is_content and (os.path.lexists(text) or is_in_directory):
         return text
     return "(path not shown: nothing is there)"

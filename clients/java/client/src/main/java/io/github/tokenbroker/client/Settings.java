@@ -1,6 +1,8 @@
 package io.github.tokenbroker.client;
 
+import java.net.InetAddress;
 import java.net.URI;
+import java.net.UnknownHostException;
 import java.nio.file.Path;
 import java.time.Duration;
 import java.util.List;
@@ -102,6 +104,14 @@ record Settings(
 
   private static boolean isLoopback(Origin endpoint) {
     String host = endpoint.host();
-    return host.equals("localhost") || host.equals("[::1]") || host.matches("127(\\.\\d{1,3}){3}");
+    if (!host.startsWith("[")) {
+      return host.equals("localhost") || host.matches("127(\\.\\d{1,3}){3}");
+    }
+    try {
+      // Nothing is looked up for an address in brackets. Of ::ffff:127.0.0.1 it makes 127.0.0.1.
+      return InetAddress.getByName(host).isLoopbackAddress();
+    } catch (UnknownHostException malformed) {
+      return false;
+    }
   }
 }

@@ -11,7 +11,10 @@ import java.nio.file.LinkOption;
 import java.nio.file.NoSuchFileException;
 import java.nio.file.Path;
 
-/** Files that people wrote, also with the tools of Windows, and how their paths are shown. */
+/**
+ * Reads text files in the encodings that the tools of Windows write, and decides whether a path may
+ * be printed.
+ */
 final class TextFiles {
   private TextFiles() {}
 

@@ -166,12 +166,17 @@ class DecisionsTest {
             TokenClient.builder("https://127.0.0.1:1").clientCertificate(file, null),
             TokenClient.builder("http://127.0.0.1:1").caFile(file),
             TokenClient.builder("http://broker.example:1").bearerFile(file),
+            TokenClient.builder("http://[::ffff:128.0.0.1]:1").bearerFile(file),
+            TokenClient.builder("http://[2001:db8::7f00:1]:1").bearerFile(file),
+            TokenClient.builder("http://[localhost]:1").bearerFile(file),
             TokenClient.builder("http://127.0.0.1:1").timeout(Duration.ZERO))) {
       TokenBrokerException error =
           assertThrows(TokenBrokerException.class, () -> Settings.from(builder));
       assertEquals(ErrorKind.INVALID_ARGUMENT, error.kind());
     }
-    Settings.from(TokenClient.builder("http://[::1]:1").bearerFile(file));
+    for (String host : List.of("[::1]", "[::ffff:127.0.0.1]", "[::FFFF:7f01:203]", "127.1.2.3")) {
+      Settings.from(TokenClient.builder("http://" + host + ":1").bearerFile(file));
+    }
     Settings.from(
         TokenClient.builder("http://broker.example:1").bearerFile(file).allowPlaintextBearer());
     Settings.from(TokenClient.builder("HTTP://LOCALHOST:1/").bearerFile(file));
