@@ -99,8 +99,8 @@ fn json_lines_have_typed_values() {
 #[test]
 fn json_lines_that_are_not_rows_are_faults_without_their_text() {
     for (line, says) in [
-        ("canary", "line 1: it is not one JSON object, because of character 1"),
-        ("{\"name\":\"canary\"", "line 1: it is not one JSON object, because of character 16"),
+        ("canary", "line 1: it is not one JSON object, because of byte 1"),
+        ("{\"name\":\"canary\"", "line 1: it is not one JSON object, because of byte 16"),
         ("{\"name\":\"a\"}{\"name\":\"canary\"}", "line 1: it is not one JSON object"),
         ("{\"canary\":1}", "line 1: key 1 is unknown: there are name, api_key"),
         ("{\"name\":\"canary\",\"name\":\"canary\"}", "line 1, column name: it is there twice"),
